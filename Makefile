@@ -1,0 +1,76 @@
+# make demo    the main job: prune, distil, compile and audit a small vision transformer on real digits
+# make test    the tests
+# make lint    ruff
+# make types   mypy
+# Each makes its own virtual environment the first time (Python >= 3.10) and reuses it afterwards.
+#
+#   make demo ARGS=--quick        arguments for `mpcompile demo`; in `make test`, for pytest
+#   make test PYTHON=python3.12   the interpreter a new environment is made with
+#   make test VENV=/tmp/env       where the environment lies
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+ifneq ($(words $(VENV)),1)
+$(error VENV has to be one path without spaces, not '$(VENV)')
+endif
+VPY := $(VENV)/bin/python
+
+.PHONY: help demo test lint types clean FORCE
+.NOTPARALLEL:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed-demo
+	$(VPY) -m mpcompile demo $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(VPY) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VPY) -m ruff check .
+
+types: $(VENV)/.installed-dev
+	$(VPY) -m mypy
+
+clean:
+	rm -rf build dist mpcompile.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The mark is made only after an installation that succeeded; a newer pyproject.toml or a lost interpreter repeats it.
+MARKS := $(foreach extra,demo test dev,$(VENV)/.installed-$(extra))
+$(MARKS): $(VENV)/.installed-%: pyproject.toml $(shell test -x "$(VPY)" || echo FORCE)
+	@$(ENVIRONMENT)
+	@echo "mpcompile: installing .[$*] into $(VENV); the first time this fetches PyTorch and takes minutes"
+	@$(PIP) "pip>=22"
+	@$(PIP) --editable ".[$*]"
+	@touch $@
+
+PIP = "$(VPY)" -m pip install --quiet --disable-pip-version-check
+
+# Leaves a usable environment in $(VENV), whatever lay there before, or says what to do.
+define ENVIRONMENT
+fail() { printf 'mpcompile: %s\n' "$$1" >&2; exit 1; }; \
+new_enough() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; }; \
+again='name another: make $(MAKECMDGOALS) PYTHON=python3.12'; \
+if ! "$(VPY)" -c '' 2>/dev/null; then \
+  command -v "$(PYTHON)" >/dev/null || fail "there is no '$(PYTHON)'; Python >= 3.10 is needed; $$again"; \
+  new_enough "$(PYTHON)" || fail "'$(PYTHON)' is $$("$(PYTHON)" -V 2>&1); Python >= 3.10 is needed; $$again"; \
+  "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
+    fail "'$(PYTHON)' cannot make environments; install its venv module (Debian, Ubuntu: python3-venv) or $$again"; \
+  if [ ! -f "$(VENV)/pyvenv.cfg" ] && [ -n "$$(ls -A "$(VENV)" 2>/dev/null)" ]; then \
+    fail "$(VENV) is there but is no virtual environment; choose another: make $(MAKECMDGOALS) VENV=..."; \
+  fi; \
+  "$(PYTHON)" -m venv --clear "$(VENV)" || fail "making the environment $(VENV) failed, as said above"; \
+fi; \
+new_enough "$(VPY)" || fail "$(VENV) holds $$("$(VPY)" -V); Python >= 3.10 is needed; remove $(VENV) or choose another: VENV=..."; \
+"$(VPY)" -m pip --version >/dev/null 2>&1 || "$(VPY)" -m ensurepip >/dev/null || \
+  fail "$(VENV) has no pip and none could be put there; remove $(VENV) and try again"; \
+command -v "$${CXX:-g++}" >/dev/null || \
+  echo "mpcompile: warning: no $${CXX:-g++} found; torch.compile needs a C++ compiler" >&2; \
+"$(VPY)" -c 'import os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+  echo "mpcompile: warning: no Python.h found for $(VPY); torch.compile needs it (Debian, Ubuntu: python3-dev)" >&2
+endef
+
+FORCE:
