@@ -1,0 +1,171 @@
+"""The N:M weight format: which weights are legal, and how they are packed.
+
+A weight is seen in its *execution layout*, a matrix of rows whose columns run in the order in which a kernel reads
+them. A linear weight (out, in) is already one; a convolution weight (out, in/groups, kh, kw) becomes
+(out, kh * kw * in/groups) with the input channels fastest (KRSC), so that a group of M columns is M input channels at
+one kernel tap. N:M means: in every group of M consecutive columns at most N values are nonzero.
+
+A packed weight keeps the N values of each group, and one bit per column that says where they stand. The bits of
+``groups_per_word(m)`` groups share an integer of 8, 16 or 32 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import ConfigError, InputError
+
+MAX_M = 32
+_PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
+
+
+class Pattern(NamedTuple):
+    """Keep ``n`` of every ``m`` consecutive input values.
+
+    Example:
+        >>> Pattern.parse("8:16").density
+        0.5
+    """
+
+    n: int
+    m: int
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """``"N:M"`` -> Pattern.
+
+        Raises:
+            ConfigError: not of that form, or not 1 <= N <= M <= 32.
+        """
+        match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise ConfigError(
+                f"pattern {text!r} is not an N:M pattern",
+                expected="'N:M' (keep N of every M) such as '2:4', or 'dense'",
+                hint="for example Config(pattern='8:16')",
+            )
+        n, m = int(match[1]), int(match[2])
+        if not 1 <= n <= m <= MAX_M:
+            raise ConfigError(
+                f"pattern '{n}:{m}' can't be met",
+                expected=f"1 <= N <= M <= {MAX_M}",
+                found=f"N = {n}, M = {m}",
+                hint="N:M keeps N of every M values, so 2:4 keeps half of them",
+            )
+        return cls(n, m)
+
+    @property
+    def density(self) -> float:
+        """Share of the values that are kept."""
+        return self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def to_rows(weight: Tensor) -> Tensor:
+    """Weight (out, in) or (out, in/groups, kh, kw) -> execution layout (out, K). A view for linear weights."""
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def from_rows(rows: Tensor, shape: torch.Size | list[int] | tuple[int, ...]) -> Tensor:
+    """Inverse of :func:`to_rows`: (out, K) -> ``shape``."""
+    if len(shape) == 2:
+        return rows
+    out, cin, kh, kw = shape
+    return rows.reshape(out, kh, kw, cin).permute(0, 3, 1, 2)
+
+
+def group_axis(shape: torch.Size | tuple[int, ...]) -> int:
+    """Length of the axis that groups must tile: input features, or input channels at one tap."""
+    return int(shape[1])
+
+
+def check_nm(weight: Tensor, n: int, m: int) -> int:
+    """Number of groups of ``m`` with more than ``n`` nonzeros, in the execution layout: 0 means legal N:M.
+
+    A weight whose group axis is not a multiple of ``m`` has no legal grouping: every row counts as one violation.
+
+    Example:
+        >>> check_nm(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), 2, 4)
+        0
+    """
+    if group_axis(weight.shape) % m:
+        return int(weight.shape[0])
+    kept = (to_rows(weight) != 0).unflatten(-1, (-1, m))
+    return int((kept.sum(-1, dtype=torch.uint8) > n).sum())
+
+
+def word_dtype(m: int) -> torch.dtype:
+    """The smallest integer that holds the bits of one group."""
+    return torch.uint8 if m <= 8 else torch.int16 if m <= 16 else torch.int32
+
+
+def groups_per_word(m: int) -> int:
+    """How many groups of ``m`` bits fit into one word: 2 for 2:4 (8 bits), 1 for 6:12 (16 bits)."""
+    return word_dtype(m).itemsize * 8 // m
+
+
+def word_count(k: int, m: int) -> int:
+    """Words a row of ``k`` columns needs."""
+    return -(-k // (groups_per_word(m) * m))
+
+
+def pack(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Weight and boolean mask -> (values, words).
+
+    Args:
+        weight: (out, in) or (out, in/groups, kh, kw), any floating dtype.
+        mask: the same shape, boolean, with exactly ``n`` of every ``m`` set in the execution layout.
+
+    Returns:
+        ``values`` (out, K * n / m) in the weight's dtype and ``words`` (out, word_count(K, m)), bit ``p`` of a word
+        standing for the ``p``-th column that the word covers.
+
+    Raises:
+        InputError: the mask doesn't keep exactly ``n`` of every ``m``.
+
+    Example:
+        >>> w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+        >>> pack(w, w > 2, 2, 4)
+        (tensor([[3., 4.]]), tensor([[12]], dtype=torch.uint8))
+    """
+    rows, kept = to_rows(weight), to_rows(mask)
+    out, k = rows.shape
+    if weight.shape != mask.shape or k % m or group_axis(weight.shape) % m:
+        raise InputError(
+            f"a weight {tuple(weight.shape)} can't be packed {n}:{m}",
+            expected=f"a mask of the same shape whose groups of {m} tile axis 1",
+            found=f"mask {tuple(mask.shape)}",
+        )
+    counts = kept.unflatten(-1, (-1, m)).sum(-1, dtype=torch.uint8)
+    if not bool((counts == n).all()):
+        bad = int((counts != n).sum())
+        raise InputError(
+            f"the mask is not {n}:{m}",
+            expected=f"exactly {n} of every {m} kept",
+            found=f"{bad} of {counts.numel()} groups with another count",
+        )
+    values = rows[kept].reshape(out, k // m * n)
+    span = groups_per_word(m) * m
+    bits = torch.nn.functional.pad(kept, (0, word_count(k, m) * span - k)).unflatten(-1, (-1, span))
+    words = torch.zeros(bits.shape[:2], dtype=torch.int64, device=weight.device)
+    for p in range(span):  # one bit plane at a time: no temporary of 8 bytes a weight
+        words |= bits[..., p].to(torch.int64) << p
+    if words.numel() and span == 32:
+        words = torch.where(words >= 2**31, words - 2**32, words)
+    elif span == 16:
+        words = torch.where(words >= 2**15, words - 2**16, words)
+    return values.contiguous(), words.to(word_dtype(m))
+
+
+def packed_bytes(shape: torch.Size | tuple[int, ...], itemsize: int, n: int, m: int) -> int:
+    """Bytes of values and words of a packed weight."""
+    k = 1
+    for axis in shape[1:]:
+        k *= int(axis)
+    return int(shape[0]) * (k // m * n * itemsize + word_count(k, m) * word_dtype(m).itemsize)

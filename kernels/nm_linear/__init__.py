@@ -1,0 +1,1 @@
+"""N:M linear and convolution: one file an engine, the reference beside them."""

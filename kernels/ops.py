@@ -1,0 +1,72 @@
+"""The ``mpcompile::`` operators of the IR.
+
+They are registered as CompositeImplicitAutograd: on a graph they are one node each, with N and M written on it, so
+that passes and engines find them; below autograd they are the plain torch code they stand for, so that gradients,
+fake tensors, export and Inductor's fusion follow without a formula of our own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from mpcompile.kernels.nm_linear import reference
+from mpcompile.kernels.token_merge import reference as merging
+
+NAMESPACE = "mpcompile"
+_LIBRARY = Library(NAMESPACE, "DEF")
+
+
+def _masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    return torch.nn.functional.linear(x, weight * mask, bias)
+
+
+def _masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    return torch.nn.functional.conv2d(x, weight * mask, bias, stride, padding, dilation, groups)
+
+
+_CONV = "Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, int n, int m"
+_DEFINITIONS = (
+    ("masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias, int n, int m) -> Tensor", _masked_linear),
+    (f"masked_conv2d(Tensor x, Tensor weight, Tensor mask, {_CONV}) -> Tensor", _masked_conv2d),
+    (
+        "nm_linear(Tensor x, Tensor values, Tensor words, Tensor? bias, int n, int m, int k) -> Tensor",
+        reference.nm_linear,
+    ),
+    (f"nm_conv2d(Tensor x, Tensor values, Tensor words, {_CONV}, int[] shape) -> Tensor", reference.nm_conv2d),
+    ("token_size(Tensor x) -> Tensor", merging.token_size),
+    ("token_bias(Tensor size, Tensor query) -> Tensor", merging.token_bias),
+    (
+        "token_merge(Tensor x, Tensor keys, Tensor size, int r, int prefix) -> (Tensor, Tensor)",
+        merging.token_merge,
+    ),
+    ("token_mean(Tensor x, Tensor size, int start, int dim, bool keepdim) -> Tensor", merging.token_mean),
+)
+for _schema, _implementation in _DEFINITIONS:
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_schema.split("(", 1)[0], _implementation, "CompositeImplicitAutograd")
+
+masked_linear = torch.ops.mpcompile.masked_linear.default
+masked_conv2d = torch.ops.mpcompile.masked_conv2d.default
+nm_linear = torch.ops.mpcompile.nm_linear.default
+nm_conv2d = torch.ops.mpcompile.nm_conv2d.default
+token_size = torch.ops.mpcompile.token_size.default
+token_bias = torch.ops.mpcompile.token_bias.default
+token_merge = torch.ops.mpcompile.token_merge.default
+token_mean = torch.ops.mpcompile.token_mean.default
+
+MASKED = frozenset({masked_linear, masked_conv2d})
+PACKED = frozenset({nm_linear, nm_conv2d})
+MERGING = frozenset({token_size, token_bias, token_merge, token_mean})

@@ -1,0 +1,1 @@
+"""Token merging: matching and merge."""

@@ -1,0 +1,141 @@
+"""Config: what the compiler is asked to do. The same fields serve Python, ``options={}`` and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpcompile.errors import ConfigError
+from mpcompile.kernels.nm_format import Pattern
+
+SCORES = ("magnitude", "covariance")
+ENGINES = ("auto", "reference", "dense")
+ROLES = ("stem", "head", "depthwise")
+
+_WORDS = (str,)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "pattern": _WORDS,
+    "tome_r": (int,),
+    "score": _WORDS,
+    "permute": (bool,),
+    "restore": (bool,),
+    "mac_reduction": (float, int, type(None)),
+    "engine": _WORDS,
+    "exclude": (tuple,),
+    "include": (tuple,),
+    "prefix_tokens": (int, type(None)),
+    "frozen": (bool,),
+    "seed": (int,),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of :func:`mpcompile.transform` and of the ``mpsparse`` backend.
+
+    Attributes:
+        pattern: ``"N:M"`` keeps N of every M consecutive input values (1 <= N <= M <= 32), ``"dense"`` masks nothing.
+        tome_r: tokens merged away in every attention block (ToMe); 0 merges none.
+        score: which values a group keeps: ``"magnitude"``, or ``"covariance"``, which minimises the output error on
+            the calibration data and falls back to magnitude, with a note in the Plan, when there is none.
+        permute: reorder channels so that the masks keep more. The search is not implemented: the Plan says so.
+        restore: refit kept values after masking. Not implemented: the Plan says so.
+        mac_reduction: a MAC budget for the whole model. Not implemented: must be None.
+        engine: what runs a masked layer: ``"reference"`` (packed values + bitmask, plain torch), ``"dense"`` (masked
+            weight, dense GEMM), ``"auto"`` (the first engine that supports the layer).
+        exclude: what stays dense: the roles ``"stem"`` (the convolution that reads the image), ``"head"`` (the last
+            layer before the output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. Given, it
+            replaces the default.
+        include: layer names or globs that are masked although ``exclude`` names them. A name (no wildcard) that can't
+            be masked is an error.
+        prefix_tokens: class, distillation and register tokens at the front of the sequence, never merged; None finds
+            their number in the graph.
+        frozen: promise that weights don't change after compilation; skips the check for it at every call.
+        seed: seeds whatever is random.
+
+    Raises:
+        ConfigError: an unknown option or a value that an option can't take.
+
+    Example:
+        >>> Config(pattern="8:16", tome_r=8).pattern
+        '8:16'
+    """
+
+    pattern: str = "2:4"
+    tome_r: int = 0
+    score: str = "covariance"
+    permute: bool = True
+    restore: bool = True
+    mac_reduction: float | None = None
+    engine: str = "auto"
+    exclude: tuple[str, ...] = ROLES
+    include: tuple[str, ...] = ()
+    prefix_tokens: int | None = None
+    frozen: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("exclude", "include"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+                object.__setattr__(self, name, tuple(value))
+        for name, types in _TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+                raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
+        if self.pattern != "dense":
+            Pattern.parse(self.pattern)
+        for name, allowed in (("score", SCORES), ("engine", ENGINES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"option {name!r} has no such value",
+                    expected=f"one of {', '.join(allowed)}",
+                    found=repr(getattr(self, name)),
+                )
+        for name in ("tome_r", "prefix_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"option {name!r} is negative", expected="0 or more", found=value)
+        if self.mac_reduction is not None:
+            raise ConfigError(
+                "option 'mac_reduction': layers can't be given budgets of their own",
+                expected="None",
+                found=self.mac_reduction,
+                hint="choose one pattern for all layers, e.g. pattern='2:4' with tome_r=8",
+            )
+
+    @property
+    def nm(self) -> Pattern | None:
+        """The pattern as numbers, or None for ``"dense"``."""
+        return None if self.pattern == "dense" else Pattern.parse(self.pattern)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Config:
+        """A Config from a mapping such as ``torch.compile``'s ``options``.
+
+        Raises:
+            ConfigError: a key that is no option; the message lists the valid ones.
+        """
+        if options is not None and not isinstance(options, Mapping):
+            raise ConfigError("options are not a mapping", expected="a dict of option names", found=repr(options))
+        options = dict(options or {})
+        valid = [f.name for f in dataclasses.fields(cls)]
+        for key in options:
+            if key not in valid:
+                near = difflib.get_close_matches(str(key), valid, n=1)
+                raise ConfigError(
+                    f"unknown option {key!r}",
+                    expected=f"one of {', '.join(valid)}",
+                    hint=f"did you mean {near[0]!r}?" if near else None,
+                )
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; :meth:`from_options` takes them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -1,0 +1,1 @@
+"""Passes turn a graph into a graph and know no engine."""

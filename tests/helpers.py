@@ -1,0 +1,50 @@
+"""Models and measures that several tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def tiny_vit(**kwargs: Any) -> VisionTransformer:
+    """Two blocks, 16 patches and a class token."""
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+    model = VisionTransformer(**{**shape, **kwargs})
+    # The default initialisation is so small that blocks barely change their input: make every part matter.
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() >= 2 and "norm" not in name:
+                parameter.copy_(torch.randn_like(parameter) * (0.5 if "token" in name or "embed" in name else 0.2))
+            elif name.endswith("gamma"):
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    return model.eval()
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+
+
+def convolutional(name: str) -> nn.Module:
+    """A small timm CNN whose BatchNorm statistics are not the trivial ones."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def images(batch: int = 3, size: int = 32, seed: int = 1) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Relative RMS difference, against the second."""
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
