@@ -1,0 +1,432 @@
+"""The IR: an owned, torch-level fx.GraphModule, and one typed view of its weighted layers.
+
+A linear layer may stand in a graph as a module call, as ``F.linear`` on an attribute or on a lifted placeholder, as an
+aten op, or masked or packed as one of our own. :func:`layers` shows all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+from mpcompile.errors import GraphError
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_format import Pattern
+from mpcompile.layers import MaskedConv2d, MaskedLinear
+
+if TYPE_CHECKING:
+    from mpcompile.plan import Plan
+
+LINEAR = frozenset({F.linear, torch.ops.aten.linear.default})
+CONV2D = frozenset({F.conv2d, torch.ops.aten.conv2d.default})
+MATMUL = frozenset({torch.matmul, torch.bmm, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.einsum})
+ATTENTION = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
+
+_PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
+_FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
+
+
+class IRModule(fx.GraphModule):
+    """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan."""
+
+    @property
+    def plan(self) -> Plan:
+        """What every pass decided, per layer."""
+        plan = self.meta.get(_PLAN)
+        if plan is None:
+            raise GraphError("this graph has no plan yet", hint="make it with mpcompile.transform")
+        return plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self.meta[_PLAN] = plan
+
+    @property
+    def locked_mode(self) -> bool | None:
+        """The only training flag this graph stands for, or None when it follows ``train()`` and ``eval()``."""
+        return self.meta.get(_LOCK)
+
+    @locked_mode.setter
+    def locked_mode(self, training: bool | None) -> None:
+        self.meta[_LOCK] = training
+
+    def train(self, mode: bool = True) -> IRModule:
+        locked = self.meta.get(_LOCK) if "meta" in self.__dict__ else None
+        if locked is not None and locked != mode:
+            raise GraphError(
+                "the traced module takes another path in train() than in eval()",
+                expected=f"use in {'train' if locked else 'eval'}() mode, in which it was traced",
+                found=f"{'train' if mode else 'eval'}()",
+                hint=f"call .{'train' if mode else 'eval'}() on the original before mpcompile.transform",
+            )
+        super().train(mode)
+        return self
+
+
+@dataclass(frozen=True)
+class ParamRef:
+    """A parameter or buffer: its dotted name, its tensor, and the node that brings it in (None inside a module)."""
+
+    name: str
+    tensor: Tensor
+    node: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, padding, dilation and groups of a 2-d convolution."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class LayerOp:
+    """One use of a linear or convolution weight.
+
+    Attributes:
+        name: the layer's dotted name, e.g. ``"blocks.0.attn.qkv"``.
+        kind: ``"linear"`` or ``"conv2d"``.
+        weight: (out, in) or (out, in / groups, kh, kw).
+        bias: node, tensor name or None, as the node has it.
+        obstacle: why this use can't be rewritten, or None.
+    """
+
+    node: fx.Node
+    name: str
+    kind: str
+    input: fx.Node
+    weight: ParamRef
+    bias: Any = None
+    geometry: Geometry | None = None
+    pattern: Pattern | None = None
+    mask: ParamRef | None = None
+    obstacle: str | None = None
+
+    @property
+    def depthwise(self) -> bool:
+        return self.geometry is not None and self.geometry.groups > 1 and self.weight.tensor.shape[1] == 1
+
+
+@dataclass
+class Lifted:
+    """Parameters that arrive as graph inputs, by placeholder name (dynamo graphs); empty otherwise."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Positional argument ``index`` of a call, or its keyword ``name``, or ``default``."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """``root.a.b.c`` for ``"a.b.c"``."""
+    value: Any = root
+    for atom in path.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the submodule at ``path``."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def dynamo_name(node: fx.Node) -> str | None:
+    """Dotted name of the parameter or buffer that a dynamo placeholder stands for, or None for a real input."""
+    source = getattr(getattr(node, "_dynamo_source", None), "name", None)
+    source = source() if callable(source) else source
+    if not isinstance(source, str) or not re.search(r"_(?:parameters|buffers)\[", source):
+        return None
+    return ".".join(_FQN.findall(source)) or None
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor (or tuple of them, or number) that a node yields, from ``val`` or ``example_value``."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of a node's tensor with symbolic sizes at their example values, or None where it isn't a tensor."""
+    value = fake_value(node)
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(int(hint(s)) for s in value.shape)
+
+
+def hint(size: Any) -> Any:
+    """A SymInt's example value, read without specialising the compile on it; anything else as it is."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+@contextlib.contextmanager
+def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
+    """Every submodule in one mode for a while; afterwards each as it was, also where they differed."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in flags:
+            m.training = training
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+class _Shapes(FakeTensorProp):
+    """Runs the graph on fake tensors; leaves ``val`` and ``macs`` (of the whole batch) on every node."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        n.meta["macs"] = counter.get_total_flops() // 2
+        return result
+
+
+def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Recompute shapes and MACs of every node, in eval mode and without touching a real value.
+
+    Raises:
+        GraphError: an op rejects the shapes it is given.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [hint(value) for value in inputs]
+    prop = _Shapes(gm, mode)
+    with training_flags(gm, False), torch.no_grad():
+        try:
+            return prop.propagate(*inputs)
+        except Exception as error:
+            raise GraphError(
+                f"shapes don't fit through the graph: {str(error).splitlines()[0]}",
+                expected="example inputs that the model accepts",
+                found=", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i) for i in inputs),
+            ) from error
+
+
+def real_inputs(gm: fx.GraphModule, lifted: Lifted) -> list[fx.Node]:
+    """Placeholders that carry data, not parameters."""
+    return [n for n in gm.graph.nodes if n.op == "placeholder" and n.name not in lifted.tensors]
+
+
+def batch_size(gm: fx.GraphModule, lifted: Lifted) -> int:
+    """Length of axis 0 of the first tensor input; 1 where there is none."""
+    for node in real_inputs(gm, lifted):
+        shape = shape_of(node)
+        if shape:
+            return shape[0]
+    return 1
+
+
+def _resolve(gm: fx.GraphModule, node: Any, lifted: Lifted) -> ParamRef | None:
+    """The parameter that a get_attr or lifted placeholder brings in, seen through detach, or None."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "get_attr":
+        tensor = attribute(gm, str(node.target))
+        return ParamRef(str(node.target), tensor, node) if isinstance(tensor, Tensor) else None
+    if node.op == "placeholder" and node.name in lifted.tensors:
+        return ParamRef(lifted.names[node.name], lifted.tensors[node.name], node)
+    return None
+
+
+def _ints(value: Any) -> list[int] | None:
+    """A convolution's stride, padding or dilation as two numbers, or None (a name, or a traced value)."""
+    if isinstance(value, int):
+        return [value, value]
+    if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value):
+        return list(value) * 2 if len(value) == 1 else list(value)
+    return None
+
+
+def _layer_name(weight: str) -> str:
+    return weight.removesuffix(".weight")
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _module_layer(gm: fx.GraphModule, node: fx.Node) -> LayerOp | None:
+    name = str(node.target)
+    module = gm.get_submodule(name)
+    source = argument(node, 0, "input")
+    if not isinstance(source, fx.Node) or not isinstance(module, (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)):
+        return None
+    obstacle = None
+    if parametrize.is_parametrized(module):
+        obstacle = "its weight is parametrized"
+    elif _hooked(module):
+        obstacle = "it has forward hooks"
+    weight = ParamRef(f"{name}.weight", module.weight, None)
+    if isinstance(module, (MaskedLinear, MaskedConv2d)):
+        geometry = None
+        if isinstance(module, MaskedConv2d):
+            geometry = Geometry(module.stride, module.padding, module.dilation, module.groups)
+        kind = "linear" if geometry is None else "conv2d"
+        mask = ParamRef(f"{name}.mask", module.mask, None)
+        return LayerOp(node, name, kind, source, weight, module.bias, geometry, module.pattern, mask, obstacle)
+    if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward:
+            obstacle = f"{type(module).__name__} has a forward of its own"
+        return LayerOp(node, name, "linear", source, weight, module.bias, obstacle=obstacle)
+    stride, padding, dilation = _ints(module.stride), _ints(module.padding), _ints(module.dilation)
+    if type(module).forward is not nn.Conv2d.forward:
+        obstacle = f"{type(module).__name__} has a forward of its own"
+    elif module.padding_mode != "zeros":
+        obstacle = f"padding_mode={module.padding_mode!r}"
+    elif padding is None:
+        obstacle = f"padding={module.padding!r}"
+    geometry = Geometry(stride or [1, 1], padding or [0, 0], dilation or [1, 1], module.groups)
+    return LayerOp(node, name, "conv2d", source, weight, module.bias, geometry, obstacle=obstacle)
+
+
+def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerOp | None:
+    target: Any = node.target
+    masked = target in ops.MASKED
+    linear = target in LINEAR or target is ops.masked_linear
+    if not (masked or linear or target in CONV2D):
+        return None
+    source, weight = argument(node, 0, "input"), _resolve(gm, argument(node, 1, "weight"), lifted)
+    if weight is None or not isinstance(source, fx.Node):
+        return None
+    name, shift, mask, pattern = _layer_name(weight.name), 0, None, None
+    if masked:
+        shift, mask = 1, _resolve(gm, node.args[2], lifted)
+        pattern = Pattern(*node.args[-2:])  # type: ignore[arg-type]
+    bias = argument(node, 2 + shift, "bias")
+    if linear:
+        obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"
+        return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
+    raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
+    axes = [_ints(value) for value in raw]
+    obstacle = "its stride, padding or dilation is not a number" if None in axes else None
+    groups = argument(node, 6 + shift, "groups", 1)
+    geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups)
+    return LayerOp(node, name, "conv2d", source, weight, bias, geometry, pattern, mask, obstacle)
+
+
+def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
+    """Every use of a linear or 2-d convolution weight, in graph order; a shared layer appears once a use."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            layer = _module_layer(gm, node)
+        elif node.op == "call_function":
+            layer = _function_layer(gm, node, lifted or Lifted())
+        else:
+            layer = None
+        if layer is not None:
+            found.append(layer)
+    return found
+
+
+def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Weights that :func:`layers` can't show: name -> (shape, why), so that a report leaves none out."""
+    known = {layer.weight.name for layer in layers(gm, lifted)}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(node.target)
+            for name, parameter in module.named_parameters():
+                full = f"{node.target}.{name}"
+                if parameter.dim() >= 2 and full not in known:
+                    found[_layer_name(full)] = (tuple(parameter.shape), f"inside {type(module).__name__}")
+        elif node.op == "call_function" and (node.target in MATMUL or "conv" in str(node.target)):
+            for operand in node.all_input_nodes:
+                ref = _resolve(gm, operand, lifted or Lifted())
+                if ref is not None and ref.tensor.dim() >= 2 and ref.name not in known:
+                    op = getattr(node.target, "__name__", str(node.target))
+                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), f"used by {op}")
+    return found
+
+
+def _reads_input(node: fx.Node, stops: set[fx.Node], images: set[fx.Node]) -> bool:
+    """Whether data reaches ``node`` from a graph input without passing a weighted layer."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in images:
+            return True
+        if current in seen or current in stops:
+            continue
+        seen.add(current)
+        stack.extend(current.all_input_nodes)
+    return False
+
+
+_ELEMENTWISE_TAIL = re.compile(
+    r"^(getitem|truediv|div|mul|true_divide|softmax|log_softmax|sigmoid|flatten|reshape|view|squeeze|float|to|dropout|"
+    r"contiguous|clone|identity|Dropout|Identity|Flatten|Softmax|LogSoftmax|Sigmoid)(\..*)?$"
+)
+
+
+def target_name(gm: fx.GraphModule, node: fx.Node) -> str:
+    """What a node does, as one word: module class, method or function name."""
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))).__name__
+    if node.op == "call_function":
+        packet = getattr(node.target, "overloadpacket", None)
+        return str(getattr(packet or node.target, "__name__", node.target))
+    return str(node.target)
+
+
+def roles(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, str]:
+    """Layer name -> ``"stem"``, ``"head"`` or ``"depthwise"``, by dataflow; other layers are absent.
+
+    Stem: a convolution that reads a graph input with no weighted layer before it. Head: a layer whose result reaches
+    the output through nothing but reshaping, scaling, softmax, or one average of several heads.
+    """
+    lifted = lifted or Lifted()
+    found = layers(gm, lifted)
+    by_node = {layer.node: layer for layer in found}
+    images = set(real_inputs(gm, lifted))
+    result: dict[str, str] = {}
+    for layer in found:
+        if layer.depthwise:
+            result[layer.name] = "depthwise"
+        elif layer.kind == "conv2d" and _reads_input(layer.input, set(by_node), images):
+            result[layer.name] = "stem"
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    stack: list[tuple[fx.Node, bool]] = [(n, False) for n in output.all_input_nodes]
+    while stack:
+        node, averaged = stack.pop()
+        name = target_name(gm, node)
+        if node in by_node:
+            result[by_node[node].name] = "head"
+        elif _ELEMENTWISE_TAIL.match(name):
+            stack.extend((n, averaged) for n in node.all_input_nodes)
+        elif name in ("add", "mean", "stack") and not averaged and all(n in by_node for n in node.all_input_nodes):
+            stack.extend((n, True) for n in node.all_input_nodes)
+    return result
+
+
+def element_count(shape: Sequence[int]) -> int:
+    """Product of a shape."""
+    return math.prod(shape)
+
+
+def lifted_from(gm: fx.GraphModule, inputs: Sequence[Any] | Mapping[str, Any]) -> Lifted:
+    """Match dynamo's lifted parameters to the tensors that the backend received."""
+    lifted = Lifted()
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=False):
+        name = dynamo_name(node)
+        if name is not None and isinstance(value, Tensor):
+            lifted.tensors[node.name], lifted.names[node.name] = value, name
+    return lifted

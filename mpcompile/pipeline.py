@@ -1,0 +1,178 @@
+"""The pipeline: the passes in their order, and ``transform``, which runs them on a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpcompile.calibration import collect_moments, peek
+from mpcompile.config import Config
+from mpcompile.errors import ConfigError, GraphError
+from mpcompile.graph import IRModule, layers, propagate
+from mpcompile.importers import Imported, import_model
+from mpcompile.kernels.nm_format import group_axis
+from mpcompile.macs import count, node_macs
+from mpcompile.passes.analyze import Analyze
+from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.mask import Mask
+from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.permute import Permute
+from mpcompile.passes.restore import Restore
+from mpcompile.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """An ordered list of passes. Without arguments, the one that :func:`mpcompile.transform` runs.
+
+    Example:
+        >>> [p.name for p in Pipeline()]
+        ['analyze', 'permute', 'mask', 'restore', 'merge_tokens']
+        >>> [p.name for p in Pipeline([Mask(), MergeTokens()])]
+        ['mask', 'merge_tokens']
+    """
+
+    def __init__(self, passes: Sequence[Pass] | None = None) -> None:
+        chosen = [Analyze(), Permute(), Mask(), Restore(), MergeTokens()] if passes is None else list(passes)
+        for item in chosen:
+            if not isinstance(item, Pass):
+                raise ConfigError(
+                    "this is not a pass", expected="an instance of mpcompile.passes.base.Pass", found=repr(item)
+                )
+        self.passes: list[Pass] = chosen
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __repr__(self) -> str:
+        return f"Pipeline([{', '.join(p.name for p in self.passes)}])"
+
+    def __call__(self, model: Imported, ctx: Context) -> IRModule:
+        """Run every pass on the imported graph; check its shapes after each that changed it.
+
+        Raises:
+            MPCompileError: a pass refused, or left a graph whose shapes don't fit.
+        """
+        gm = model.gm
+        output = _shapes(propagate(gm, ctx.inputs))
+        dense, _ = count(gm, lifted=ctx.lifted)
+        before = node_macs(gm, ctx.lifted)
+        for item in self.passes:
+            result = item.run(gm, ctx)
+            gm = result.graph_module
+            if result.modified:
+                try:
+                    after = _shapes(propagate(gm, ctx.inputs))
+                except GraphError as error:
+                    raise GraphError(f"pass {item.name!r} broke the graph: {error}") from error
+                if after != output:
+                    raise GraphError(f"pass {item.name!r} changed the output", expected=output, found=after)
+        plan = ctx.plan
+        plan.macs, executed = count(gm, dense.dense, ctx.lifted)
+        for name, entry in plan.layers.items():
+            entry.macs_dense = before.get(name, 0)
+            entry.macs_executed = executed.get(name, entry.macs_dense)
+        gm.plan = plan
+        return gm
+
+
+def _shapes(value: Any) -> Any:
+    """Shapes of whatever a graph returns."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return tuple(_shapes(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _shapes(v) for k, v in value.items()}
+    return None
+
+
+def _moments(model: Imported, ctx: Context, pipeline: Pipeline) -> None:
+    """Collect what the score needs, for layers that can carry the pattern."""
+    pattern = ctx.config.nm
+    if ctx.calibration is None or pattern is None or ctx.config.score != "covariance":
+        return
+    if not any(isinstance(p, Mask) for p in pipeline):
+        return
+    propagate(model.gm, ctx.inputs)
+    names = {
+        layer.name
+        for layer in layers(model.gm, ctx.lifted)
+        if layer.pattern is None and group_axis(layer.weight.tensor.shape) % pattern.m == 0
+    }
+    ctx.moments = collect_moments(model, ctx.calibration, pattern.m, names)
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: Any = None,
+    config: Config | None = None,
+    calibration: Iterable[Any] | None = None,
+    *,
+    pipeline: Pipeline | None = None,
+) -> IRModule:
+    """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
+
+    The model itself is not changed. The result follows ``train()`` and ``eval()``, can be trained (gradients of masked
+    weights are zero), deep-copied, saved with :func:`mpcompile.save`, and lowered with
+    ``torch.compile(gm, backend="mpsparse")``. ``gm.plan`` says what was decided.
+
+    Args:
+        model: a module that torch.fx can trace, or a GraphModule from symbolic_trace, dynamo or export.
+        example_inputs: a tensor, a tuple of inputs, or a dict of keyword inputs; only shapes and dtypes matter. For a
+            dynamo graph, the list that the backend received. May be left out when the graph carries shapes, or when
+            calibration data gives them.
+        config: what to do; see :class:`mpcompile.Config`.
+        calibration: an iterable of batches (a tensor, a tuple whose first item is the input, or a dict of keyword
+            inputs), for a score that needs data. Without it, the score falls back to magnitude and the Plan says so.
+        pipeline: other passes than the default ones.
+
+    Raises:
+        MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or data doesn't fit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> gm = transform(model, torch.randn(2, 16), Config(pattern="2:4"))
+        >>> gm.plan.layers["0"].pattern, gm.plan.layers["2"].reason
+        ('2:4', 'head')
+    """
+    config = Config() if config is None else config
+    if not isinstance(config, Config):
+        raise ConfigError(
+            "config has the wrong type",
+            expected="mpcompile.Config",
+            found=type(config).__name__,
+            hint="Config.from_options(mapping) makes one from a dict",
+        )
+    if calibration is not None:
+        first, calibration = peek(calibration)
+        if example_inputs is None and not isinstance(model, torch.fx.GraphModule):
+            example_inputs = first if isinstance(first, (torch.Tensor, dict)) else (first[0],)
+    imported = import_model(model, example_inputs)
+    return run_pipeline(imported, config, pipeline or Pipeline(), calibration=calibration)
+
+
+def run_pipeline(
+    imported: Imported,
+    config: Config,
+    pipeline: Pipeline,
+    *,
+    calibration: Iterable[Any] | None = None,
+    masks: dict[str, torch.Tensor] | None = None,
+    owned: bool = True,
+) -> IRModule:
+    """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
+    plan = Plan(config=config.to_dict(), notes=list(imported.notes))
+    ctx = Context(
+        config, imported.inputs, imported.lifted, owned, calibration, masks={} if masks is None else masks, plan=plan
+    )
+    _moments(imported, ctx, pipeline)
+    gm = pipeline(imported, ctx)
+    if config.score == "covariance" and not ctx.moments and config.nm is not None and plan.masked:
+        plan.note("no calibration data: score='covariance' fell back to magnitude")
+    return gm

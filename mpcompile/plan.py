@@ -1,0 +1,159 @@
+"""Plan: what every pass decided, layer by layer, as data, as JSON, and as a table a person can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from mpcompile.errors import InputError
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates per sample (convolution, linear and attention products; nothing elementwise).
+
+    Attributes:
+        dense: of the model as it came in.
+        executed: of the graph as it runs. A masked layer counts as n/m only if its stored weight is legal N:M.
+        paper: as ``executed``, but whatever stands between a token merge and the next residual addition is charged at
+            the token count before the merge (the convention of arXiv 2606.02608).
+        matching: spent on finding which tokens to merge; in neither of the two above.
+    """
+
+    dense: int
+    executed: int
+    paper: int
+    matching: int = 0
+
+    @property
+    def reduction(self) -> float:
+        """1 - executed / dense."""
+        return 1 - self.executed / self.dense if self.dense else 0.0
+
+    @property
+    def paper_reduction(self) -> float:
+        """1 - paper / dense."""
+        return 1 - self.paper / self.dense if self.dense else 0.0
+
+
+@dataclass
+class LayerPlan:
+    """One weight.
+
+    Attributes:
+        kind: ``"linear"``, ``"conv2d"`` or ``"other"``.
+        shape: of the weight.
+        pattern: ``"N:M"``, or ``"dense"``.
+        reason: why it stays dense, or None.
+        density: share of the values that are kept.
+        macs_dense, macs_executed: per sample, before and after.
+        notes: pass name -> what it did here.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str = "dense"
+    reason: str | None = None
+    density: float = 1.0
+    macs_dense: int = 0
+    macs_executed: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PassRecord:
+    """One pass: its decision (JSON values) and a sentence about it."""
+
+    name: str
+    decision: dict[str, Any]
+    summary: str
+
+
+@dataclass
+class Plan:
+    """What was decided for a model.
+
+    Example:
+        >>> plan = Plan(config={"pattern": "2:4"})
+        >>> plan.layers["fc"] = LayerPlan("linear", (8, 16), "2:4", None, 0.5, 128, 64)
+        >>> Plan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    passes: list[PassRecord] = field(default_factory=list)
+    macs: Macs = Macs(0, 0, 0)
+    notes: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def masked(self) -> list[str]:
+        """Names of the layers that carry a mask."""
+        return [name for name, layer in self.layers.items() if layer.pattern != "dense"]
+
+    def note(self, text: str) -> None:
+        """Add a remark about the whole model, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(self.to_json())
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The whole plan as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            InputError: not the JSON of a plan.
+        """
+        try:
+            data = json.loads(text)
+            layers = {k: LayerPlan(**{**v, "shape": tuple(v["shape"])}) for k, v in data.pop("layers").items()}
+            passes = [PassRecord(**record) for record in data.pop("passes")]
+            return cls(layers=layers, passes=passes, macs=Macs(**data.pop("macs")), **data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError("this is not the JSON of a plan", found=str(error)) from error
+
+    def table(self) -> str:
+        """One row a layer."""
+        rows = []
+        for name, layer in self.layers.items():
+            mp = layer.notes.get("analyze", {})
+            rows.append(
+                [
+                    name,
+                    layer.kind,
+                    "x".join(map(str, layer.shape)),
+                    layer.pattern,
+                    f"{layer.density:.3g}",
+                    f"{layer.macs_dense / 1e6:,.2f}",
+                    f"{layer.macs_executed / 1e6:,.2f}",
+                    f"{mp['edge']:.3g}" if mp.get("edge") is not None else "",
+                    mp.get("spikes", ""),
+                    mp.get("verdict", ""),
+                    layer.reason or layer.notes.get("mask", {}).get("score", ""),
+                ]
+            )
+        head = ["layer", "kind", "weight", "pattern", "density", "MMAC", "MMAC run", "MP edge", "spikes", "MP", "why"]
+        return tabulate(rows, headers=head, disable_numparse=True, colalign=("left",) * 4 + ("right",) * 5)
+
+    def __str__(self) -> str:
+        macs = self.macs
+        lines = [self.table(), ""]
+        lines += [f"{record.name:>14}: {record.summary}" for record in self.passes]
+        lines += [f"{'note':>14}: {note}" for note in self.notes]
+        lines += [
+            f"{'MACs / sample':>14}: dense {macs.dense / 1e9:.4f} G, executed {macs.executed / 1e9:.4f} G "
+            f"(-{macs.reduction:.2%}), paper convention {macs.paper / 1e9:.4f} G (-{macs.paper_reduction:.2%})"
+        ]
+        return "\n".join(lines)

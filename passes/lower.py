@@ -1,0 +1,156 @@
+"""Lower: replace each masked layer by its engine's operator on packed tensors that the graph owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpcompile.graph import IRModule, LayerOp, element_count, layers
+from mpcompile.kernels.dispatch import Engine, LayerSpec, choose
+from mpcompile.kernels.nm_format import from_rows
+from mpcompile.kernels.nm_linear.reference import unpack_rows
+from mpcompile.passes.base import Context, Pass
+from mpcompile.plan import LayerPlan
+
+PACKED = "packed"
+
+
+@dataclass
+class Slot:
+    """One lowered weight: where it comes from, and the buffers that hold its packed form.
+
+    :meth:`fill` packs another weight of the same shape into the same buffers, so that compiled code that holds them
+    sees it.
+
+    Attributes:
+        weight, mask: the nodes that brought in what was packed, or None inside a module.
+        chosen: the mask.
+    """
+
+    name: str
+    weight: fx.Node | None
+    mask: fx.Node | None
+    chosen: Tensor
+    spec: LayerSpec
+    engine: Engine
+    buffers: dict[str, Tensor]
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor, mask: Tensor) -> None:
+        """Pack ``weight`` under ``mask`` into the buffers, in place."""
+        for key, value in self.engine.pack(weight.detach(), mask, self.spec).items():
+            self.buffers[key].copy_(value)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed form."""
+        return sum(b.numel() * b.element_size() for b in self.buffers.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the weight that it replaces."""
+        return element_count(self.spec.shape) * self.spec.dtype.itemsize
+
+
+def spec_of(layer: LayerOp) -> LayerSpec:
+    """The layer as engines see it."""
+    weight, geometry = layer.weight.tensor, layer.geometry
+    axes = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups) if geometry is not None else None
+    assert layer.pattern is not None  # callers pass masked layers
+    return LayerSpec(tuple(weight.shape), weight.dtype, weight.device, layer.pattern, axes)
+
+
+class Lower(Pass):
+    """Masked layers -> packed layers. Afterwards the graph is for inference; its slots are in :attr:`slots`.
+
+    Example:
+        >>> from mpcompile import Pipeline
+        >>> Pipeline([*Pipeline(), Lower()])
+        Pipeline([analyze, permute, mask, restore, merge_tokens, lower])
+    """
+
+    name = "lower"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: list[Slot] = []
+
+    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
+        engines = {}
+        for layer in layers(gm, ctx.lifted):
+            if layer.pattern is not None and layer.mask is not None:
+                engine, why = choose(spec_of(layer), ctx.config.engine)
+                engines[layer.name] = {"engine": engine.name, "why": why}
+        return {"engines": engines}
+
+    def summary(self, decision: dict[str, Any]) -> str:
+        names = [e["engine"] for e in decision["engines"].values()]
+        return ", ".join(f"{names.count(n)} layers on {n}" for n in sorted(set(names))) or "nothing to lower"
+
+    @torch.no_grad()
+    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
+        done: dict[str, Slot] = {}
+        for layer in layers(gm, ctx.lifted):
+            if layer.name not in decision["engines"] or layer.mask is None:
+                continue
+            slot = done.get(layer.name)
+            if slot is None:
+                slot = done[layer.name] = self._slot(gm, layer, ctx)
+                entry = LayerPlan(layer.kind, slot.spec.shape, str(layer.pattern), None, slot.spec.pattern.density)
+                notes = ctx.plan.layers.setdefault(layer.name, entry).notes
+                notes["lower"] = {**decision["engines"][layer.name], "bytes": slot.nbytes}
+            self._replace(gm, layer, slot)
+        gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.is_impure())
+        gm.delete_all_unused_submodules()
+        self.slots = list(done.values())
+        return bool(done)
+
+    def _slot(self, gm: IRModule, layer: LayerOp, ctx: Context) -> Slot:
+        spec = spec_of(layer)
+        engine, _ = choose(spec, ctx.config.engine)
+        assert layer.mask is not None  # apply() skips layers without one
+        holder = nn.Module()
+        for key, tensor in engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec).items():
+            holder.register_buffer(key, tensor)
+        if not hasattr(gm, PACKED):
+            gm.add_module(PACKED, nn.Module())
+        gm.get_submodule(PACKED).add_module(layer.name.replace(".", "_"), holder)
+        mask = layer.mask
+        return Slot(layer.name, layer.weight.node, mask.node, mask.tensor, spec, engine, dict(holder.named_buffers()))
+
+    def _replace(self, gm: IRModule, layer: LayerOp, slot: Slot) -> None:
+        graph, node = gm.graph, layer.node
+        prefix = f"{PACKED}.{layer.name.replace('.', '_')}"
+        with graph.inserting_before(node):
+            packed = {key: graph.get_attr(f"{prefix}.{key}") for key in slot.buffers}
+            bias = layer.bias
+            if node.op == "call_module" and bias is not None:
+                bias = self._keep_bias(gm, layer)
+            target, args = slot.engine.call(slot.spec, layer.input, packed, bias)
+            new = graph.call_function(target, args)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+    @staticmethod
+    def _keep_bias(gm: IRModule, layer: LayerOp) -> fx.Node:
+        """The bias of a module layer survives its module, under its own name."""
+        holder = nn.Module()
+        holder.bias = layer.bias
+        owner, _, leaf = layer.name.rpartition(".")
+        parent = gm.get_submodule(owner)
+        if not isinstance(getattr(parent, leaf), nn.Module) or hasattr(getattr(parent, leaf), "weight"):
+            setattr(parent, leaf, holder)
+        return gm.graph.get_attr(f"{layer.name}.bias")
+
+
+def unpacked(slot: Slot) -> Tensor:
+    """The dense weight that a reference slot holds, for checks."""
+    k = element_count(slot.spec.shape[1:])
+    rows = unpack_rows(slot.buffers["values"], slot.buffers["words"], *slot.spec.pattern, k)
+    return from_rows(rows, slot.spec.shape)
+
+
