@@ -108,7 +108,7 @@ def _unify_modes(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> b
             switches.append((e, key, a, b))
     for node, key, a, b in switches:
         name = f"{node.name}_{key if isinstance(key, str) else f'arg{key}'}"
-        root.add_module(name, ByMode(a, b))
+        root.add_module(name, ByMode(a, b).train(root.training))
         with evaluation.inserting_before(node):
             value = evaluation.create_node("call_module", name)
         if isinstance(key, int):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.graph import IRModule, LayerOp, element_count, layers
+from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers
 from mpcompile.kernels.dispatch import Engine, LayerSpec, choose
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
@@ -129,7 +129,8 @@ class Lower(Pass):
             bias = layer.bias
             if node.op == "call_module" and bias is not None:
                 bias = self._keep_bias(gm, layer)
-            target, args = slot.engine.call(slot.spec, layer.input, packed, bias)
+            source = argument(node, 0, "input")  # not layer.input: that layer may have been replaced since
+            target, args = slot.engine.call(slot.spec, source, packed, bias)
             new = graph.call_function(target, args)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpcompile.config import ROLES
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import IRModule, LayerOp, element_count, layers, roles, set_attribute, unsupported
+from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, roles, set_attribute, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, from_rows, group_axis, to_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear
@@ -251,7 +251,7 @@ class Mask(Pass):
             holder = gm
         holder.register_buffer(buffer, mask)
         with gm.graph.inserting_before(node):
-            args: list[Any] = [use.input, node.args[1] if len(node.args) > 1 else node.kwargs["weight"]]
+            args: list[Any] = [argument(node, 0, "input"), argument(node, 1, "weight")]  # as they are by now
             args += [gm.graph.get_attr(path), use.bias]
             if geometry is not None:
                 args += [geometry.stride, geometry.padding, geometry.dilation, geometry.groups]

@@ -38,6 +38,7 @@ def convolutional(name: str) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # timm starts the last one of a block at zero
     return model.eval()
 
 

@@ -1,0 +1,237 @@
+"""The torch.compile backend ``mpsparse``: mask and merge what hasn't been, lower what is masked, Inductor around it.
+
+Registered through the ``torch_dynamo_backends`` entry point, so that the name works without an import.
+
+Inference (no gradient can be asked for): masked weights become packed tensors that the compiled graph owns. Dynamo
+doesn't recompile when a user changes weights, so every call compares a stamp of each weight, and packs again into the
+same buffers when it differs. Training: the graph keeps the masked dense weight, whose masked gradients are zero.
+Dynamo compiles one model many times (batch sizes, grad modes); all share one mask a weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mpcompile.config import Config
+from mpcompile.errors import NotEligibleError
+from mpcompile.graph import IRModule, Lifted, layers
+from mpcompile.importers import Imported, import_model
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_format import Pattern
+from mpcompile.passes.base import Context
+from mpcompile.passes.lower import Lower, Slot
+from mpcompile.passes.mask import magnitude_mask
+from mpcompile.pipeline import Pipeline, run_pipeline
+from mpcompile.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class _State:
+    """What all compiled graphs of the process share."""
+
+    def __init__(self) -> None:
+        self.masks: Any = WeakTensorKeyDictionary()  # the user's weight -> {pattern: mask}
+        self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+        self.generation = 0  # optimizer steps and refreshes so far: fused optimizers bump no version counter
+        self.hook: Any = None
+        self.said: set[str] = set()
+
+    def watch_optimizers(self) -> None:
+        if self.hook is None:
+            self.hook = register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, *_: Any) -> None:
+        self.generation += 1
+
+    def say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            log.warning(text)
+
+
+_STATE = _State()
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is written in place or given other storage (``.data`` writes keep it)."""
+    return (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+
+
+class CompiledGraph:
+    """What dynamo calls for one graph: packs again whatever changed, then runs the compiled code.
+
+    Attributes:
+        plan: what was decided for this graph.
+        lowered: False for a graph that keeps dense masked weights because gradients may be asked for.
+        calls: how often it ran.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], plan: Plan, slots: list[Slot], imported: Imported, config: Config, lowered: bool
+    ) -> None:
+        self.run, self.plan, self.slots, self.lowered = run, plan, slots, lowered
+        self.frozen = config.frozen
+        self.calls = 0
+        order = [n.name for n in imported.gm.graph.nodes if n.op == "placeholder"]
+        self.places: list[tuple[Slot, int, int | None]] = []
+        self.stamps: list[Any] = []
+        for slot in slots:
+            if slot.weight is None or slot.weight.op != "placeholder":
+                continue  # the graph owns this weight: nobody else can change it
+            given = slot.mask is not None and slot.mask.op == "placeholder"
+            place = order.index(slot.mask.name) if given and slot.mask is not None else None
+            self.places.append((slot, order.index(slot.weight.name), place))
+            self.stamps.append(self._stamp_of(imported.lifted.tensors[slot.weight.name], slot.chosen))
+        self.generation = _STATE.generation
+        _STATE.graphs.add(self)
+
+    @staticmethod
+    def _stamp_of(weight: Tensor, mask: Tensor) -> tuple[Any, ...]:
+        return (weakref.ref(weight), _stamp(weight), weakref.ref(mask), _stamp(mask))
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        if not self.frozen or self.generation != _STATE.generation:
+            self._check(args)
+        return self.run(*args)
+
+    def _check(self, args: Sequence[Any]) -> None:
+        """Pack again every weight that is not what was packed."""
+        everything = self.generation != _STATE.generation
+        self.generation = _STATE.generation
+        for index, (slot, place, mask_place) in enumerate(self.places):
+            weight = args[place]
+            mask = slot.chosen if mask_place is None else args[mask_place]
+            known = self.stamps[index]
+            same = known[0]() is weight and known[1] == _stamp(weight)
+            if everything or not same or known[2]() is not mask or known[3] != _stamp(mask):
+                slot.fill(weight, mask)
+                self.stamps[index] = self._stamp_of(weight, mask)
+                if mask_place is None:
+                    self._keep_mask(weight, mask, slot)
+
+    def _keep_mask(self, weight: Tensor, mask: Tensor, slot: Slot) -> None:
+        """A weight that was replaced keeps its mask, in this graph and in those still to be compiled."""
+        _STATE.masks.setdefault(weight, {})[slot.spec.pattern] = mask
+        values = weight.detach().square()
+        if float((values * mask).sum()) < 0.9 * float((values * magnitude_mask(weight, slot.spec.pattern)).sum()):
+            _STATE.say_once(
+                f"mpsparse: the weights of {slot.name} (and perhaps others) have changed so much that their mask no "
+                "longer fits; mpcompile.refresh(remask=True) chooses it again"
+            )
+
+
+@torch.no_grad()
+def refresh(*, remask: bool = False) -> None:
+    """Make every compiled graph pack its weights again at its next call.
+
+    Needed only after a change that leaves no trace, such as ``weight.data.mul_(2)``: in-place updates, load_state_dict,
+    new Parameters and optimizer steps are noticed.
+
+    Args:
+        remask: choose the masks again too, by magnitude, for models that were masked by the backend itself. (The
+            masks of a transformed module are its own buffers.)
+
+    Example:
+        >>> refresh()
+    """
+    if remask:
+        for weight, masks in _STATE.masks.items():
+            for pattern, mask in masks.items():
+                mask.copy_(magnitude_mask(weight, pattern))
+    _STATE.generation += 1
+
+
+def compiled_graphs() -> list[CompiledGraph]:
+    """The graphs that this process has compiled and dynamo still holds."""
+    return list(_STATE.graphs)
+
+
+def _known_masks(gm: fx.GraphModule, lifted: Lifted, pattern: Pattern) -> dict[str, Tensor]:
+    known = {}
+    for layer in layers(gm, lifted):
+        mask = _STATE.masks.get(layer.weight.tensor, {}).get(pattern)
+        if mask is not None:
+            known[layer.name] = mask
+    return known
+
+
+def _transform(imported: Imported, config: Config) -> Plan:
+    """Mask and merge a graph that came in dense; a transformed one is left as it is."""
+    done = ops.MASKED | ops.MERGING | ops.PACKED
+    gm = imported.gm
+    if any(node.target in done for node in gm.graph.nodes):
+        return run_pipeline(imported, config, Pipeline([]), owned=False).plan
+    masks = {} if config.nm is None else _known_masks(gm, imported.lifted, config.nm)
+    weights = {layer.name: layer.weight.tensor for layer in layers(gm, imported.lifted)}
+    plan = run_pipeline(imported, config, Pipeline(), masks=masks, owned=False).plan
+    if config.nm is not None:
+        for name, mask in masks.items():
+            _STATE.masks.setdefault(weights[name], {})[config.nm] = mask
+    if plan.masked:
+        _STATE.say_once(
+            f"mpsparse: masked {len(plan.masked)} layers {config.pattern} by magnitude, with no data: expect to lose "
+            "accuracy until it is trained (mpcompile.transform with calibration data keeps more)"
+        )
+    return plan
+
+
+def _inductor(gm: IRModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    for node in gm.graph.nodes:  # fake tensors of our own mode would disagree with AOTAutograd's
+        node.meta.pop("val", None)
+    patches = list_mode_options(mode) if mode and mode != "default" else None
+    run: Any = compile_fx(gm, list(inputs), config_patches=patches)
+    return run
+
+
+def mpsparse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Backend of ``torch.compile(model, backend="mpsparse")``.
+
+    A module from :func:`mpcompile.transform` is lowered as it is. Any other is masked by magnitude and merged first,
+    as ``options`` (the fields of :class:`mpcompile.Config`) say. A graph in which nothing is eligible goes to Inductor
+    unchanged, and a warning says so once.
+
+    Raises:
+        MPCompileError: an unknown option, weights that are not finite, or a graph that a pass refuses. Dynamo raises
+            it as ``BackendCompilerFailed`` with the error as ``inner_exception``.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> fn = torch.compile(model, backend="mpsparse", options={"pattern": "2:4"})
+    """
+    config = Config.from_options(options)
+    imported = import_model(gm, list(example_inputs), share=True)
+    try:
+        plan = _transform(imported, config)
+    except NotEligibleError as error:
+        _STATE.say_once(f"mpsparse: {error}. This graph is compiled by Inductor alone")
+        imported = import_model(gm, list(example_inputs), share=True)
+        return CompiledGraph(
+            _inductor(imported.gm, example_inputs, mode), Plan(notes=[str(error)]), [], imported, config, False
+        )
+    trains = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
+    lower = Lower()
+    if not trains:
+        lower.run(imported.gm, Context(config, imported.inputs, imported.lifted, owned=False, plan=plan))
+        _STATE.watch_optimizers()
+    run = _inductor(imported.gm, example_inputs, mode)
+    return CompiledGraph(run, plan, lower.slots, imported, config, not trains)
