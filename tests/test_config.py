@@ -1,0 +1,58 @@
+"""Options: validated once, the same everywhere."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mpcompile import Config, MPCompileError
+from mpcompile.errors import ConfigError
+
+
+def test_defaults_and_size():
+    config = Config()
+    assert (config.pattern, config.tome_r, config.score, config.engine) == ("2:4", 0, "covariance", "auto")
+    assert len(dataclasses.fields(Config)) <= 15
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.pattern = "4:8"
+
+
+def test_options_round_trip_through_json():
+    config = Config("8:16", tome_r=4, exclude=["head", "*.fc2"], include="stem.0", frozen=True)
+    assert config.exclude == ("head", "*.fc2") and config.include == ("stem.0",)
+    assert Config.from_options(json.loads(json.dumps(config.to_dict()))) == config
+    assert Config.from_options(None) == Config()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patern": "2:4"}, r"unknown option 'patern'; expected one of pattern, tome_r.*did you mean|Did you mean"),
+        ({"pattern": "5:4"}, "1 <= N <= M"),
+        ({"pattern": "two"}, "not an N:M pattern"),
+        ({"pattern": 24}, "wrong type"),
+        ({"tome_r": -1}, "negative"),
+        ({"tome_r": True}, "wrong type"),
+        ({"tome_r": 2.5}, "wrong type"),
+        ({"score": "wand"}, "no such value"),
+        ({"engine": "gpu"}, "no such value"),
+        ({"exclude": 3}, "wrong type"),
+        ({"mac_reduction": 0.5}, "mac_reduction"),
+        ({"prefix_tokens": -2}, "negative"),
+        ({"permute": 1}, "wrong type"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.from_options(options)
+
+
+def test_options_must_be_a_mapping():
+    with pytest.raises(ConfigError, match="not a mapping"):
+        Config.from_options(["pattern"])
+
+
+def test_errors_say_where_what_and_what_next():
+    error = MPCompileError("broken", layer="fc", expected="a", found="b", hint="try c")
+    assert str(error) == "fc: broken; expected a, found b. Try c"
+    assert (error.layer, error.expected, error.found, error.hint) == ("fc", "a", "b", "try c")
