@@ -1,0 +1,31 @@
+"""mpcompile: a torch.fx / torch.compile compiler that makes trained vision models sparse, and proves what it gained."""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+_root = _Path(__file__).resolve().parent.parent
+if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml").exists():
+    # A checkout without symbolic links (some archives and file systems drop them): passes/ and kernels/ lie beside us.
+    __path__.append(str(_root))
+
+from mpcompile.artifact import load, save
+from mpcompile.audit import Report, audit
+from mpcompile.backend import refresh
+from mpcompile.config import Config
+from mpcompile.errors import MPCompileError
+from mpcompile.pipeline import Pipeline, transform
+from mpcompile.plan import Plan
+
+__all__ = [
+    "Config",
+    "MPCompileError",
+    "Pipeline",
+    "Plan",
+    "Report",
+    "audit",
+    "load",
+    "refresh",
+    "save",
+    "transform",
+]

@@ -1,0 +1,365 @@
+"""Save and load the IR: one safetensors file, no pickle, nothing in it that is executed or imported by name.
+
+The tensors stand in the file as they are, tied ones once. The header's string metadata holds ``modules`` (the tree of
+layers: class, constructor arguments, training flags, which tensor goes where), ``graph`` (the nodes), ``tensors``
+(which are parameters, and unusual memory orders), ``plan``, versions, and ``sha256``: over the header, with that field
+at zeros, and every byte behind it. Any safetensors reader opens the file. Framing is done here, not by the library, so
+that files are reproducible, every byte is covered by the checksum, and what was checked is what is used (one read).
+
+Not stored: node metadata and type annotations (shapes are recomputed), hooks, and the input guards of exported
+programs (a call of ``GuardsFn`` whose result nobody uses is left out). What can be stored is listed in opset.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpcompile import __version__
+from mpcompile.codec import decode_nodes, decode_signature, encode_nodes, encode_signature, is_guard
+from mpcompile.errors import ArtifactError, GraphError
+from mpcompile.graph import IRModule
+from mpcompile.leaves import Tree, compare, restore_modules, restore_tensors
+from mpcompile.opset import Refusal, identifier, module_path, shown
+from mpcompile.plan import Plan
+
+KIND, VERSION = "mpcompile", 1
+_TEXTS = ("graph", "modules", "tensors", "plan")
+_BLANK = "0" * 64  # where the checksum will stand
+_CHUNK = 1 << 22  # bytes read, written and hashed at a time
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
+    """Write the IR to one safetensors file, whole or not at all.
+
+    The file is written beside ``path`` under another name, flushed to disk, and renamed: if anything fails, a file
+    that was there before is untouched. Its permissions are those of a new file.
+
+    Args:
+        gm: what :func:`mpcompile.transform` returned. Tensors may be on any device; no second copy of all is made.
+        path: the file; conventionally ``*.safetensors``. Its folder must exist.
+
+    Raises:
+        ArtifactError: an operator or layer that a file can't hold (the node is named), a path that can't be written,
+            or a full disk.
+
+    Example:
+        >>> save(gm, "model.safetensors")
+        >>> torch.equal(load("model.safetensors")(x), gm(x))
+        True
+    """
+    target = _resolved(path)
+    with _explained(target, "can't be saved"):
+        texts, tensors = describe(gm)
+        metadata = {"sha256": _BLANK, "format": KIND, "format_version": str(VERSION), "mpcompile": __version__}
+        _write(target, {**metadata, "torch": torch.__version__, **texts}, tensors)
+
+
+def load(path: str | os.PathLike[str]) -> IRModule:
+    """Read what :func:`save` wrote: the same graph, weights, plan and training flags, with all tensors on the CPU.
+
+    Checksum, format version and structure are checked before anything is returned. Safe on files from strangers: a
+    graph can call nothing but the operators and layers of ``mpcompile/opset.py``. The checksum finds damage, not
+    forgery: it says nothing about who made the file.
+
+    Raises:
+        ArtifactError: no file, not a file of :func:`save`, a newer format, a damaged or truncated file, or one that
+            names an operator or layer that isn't allowed.
+
+    Example:
+        >>> load("model.safetensors").plan.masked[0]
+        'blocks.0.attn.qkv'
+    """
+    target = _resolved(path)
+    with _explained(target, "can't be loaded"):
+        return assemble(*_read(target))
+
+
+@contextlib.contextmanager
+def _explained(path: str, verb: str) -> Iterator[None]:
+    """Turns a refusal or an OS error into an ArtifactError that names the file."""
+    try:
+        yield
+    except Refusal as error:
+        text = f"{path} {verb}: {error.message}"
+        raise ArtifactError(text, expected=error.expected, found=error.found, hint=error.hint) from error
+    except OSError as error:
+        folder = os.path.dirname(path)
+        expected, hint = "a file that can be opened", "check the path"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            expected, hint = "room for the file", f"free space on the file system of {folder}, or use another folder"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            expected, hint = "permission", f"change the permissions in {folder}, or use another folder"
+        elif not os.path.isdir(folder):
+            expected, hint = f"the folder {folder}", "create it first, or correct the path"
+        reason = error.strerror or str(error)
+        raise ArtifactError(f"{path} {verb}", expected=expected, found=reason, hint=hint) from error
+
+
+def _resolved(path: object) -> str:
+    """The absolute path behind links, as text."""
+    try:
+        return os.path.realpath(os.fsdecode(os.fspath(path)))  # type: ignore[call-overload]
+    except (TypeError, ValueError, OSError) as error:
+        raise ArtifactError("this is not a path", expected="str or os.PathLike", found=shown(path)) from error
+
+
+# --- The IR as texts and tensors ---
+
+
+def describe(gm: IRModule) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The IR as four JSON texts (graph, modules, tensors, plan) and its tensors, each once.
+
+    Raises:
+        Refusal: something in it can't be stored; it is named.
+    """
+    if not isinstance(gm, IRModule):
+        raise Refusal("it is not the IR", expected="what mpcompile.transform returned", found=type(gm).__name__)
+    guards = {str(node.target) for node in gm.graph.nodes if is_guard(gm, node)}
+    nodes = [node for node in gm.graph.nodes if not (node.op == "call_module" and node.target in guards)]
+    graph = {
+        "class": type(gm).__name__,
+        "locked": gm.locked_mode,
+        "signature": encode_signature(gm.graph),
+        "nodes": encode_nodes(nodes),
+    }
+    tree = Tree(gm, guards)
+    try:
+        plan = gm.plan.to_json()
+    except GraphError:  # it has none: the IR of import_model
+        plan = "null"
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"its plan holds something that is no JSON: {error}", hint="see gm.plan.notes") from error
+    texts = {"graph": _dump(graph), "modules": _dump(tree.modules), "tensors": _dump(tree.kinds), "plan": plan}
+    hollow = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tree.tensors.items()}
+    compare(gm, assemble(texts, hollow), guards)  # what can't be loaded is refused now
+    return texts, tree.tensors
+
+
+def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModule:
+    """Inverse of :func:`describe`.
+
+    Raises:
+        Refusal: the texts name something that isn't allowed, or make no module.
+    """
+    try:
+        graph, modules, kinds = (_parse(texts[key]) for key in ("graph", "modules", "tensors"))
+        gm = IRModule(nn.Module(), fx.Graph(), class_name=identifier(graph["class"]))
+        restore_modules(gm, modules, restore_tensors(kinds, tensors))
+        nodes = decode_nodes(gm, graph["nodes"])
+        decode_signature(nodes, graph["signature"])
+        gm.graph = nodes  # generates and compiles the source
+        gm.graph.lint()
+        if type(graph["locked"]) not in (bool, type(None)):
+            raise Refusal("the mode that the graph stands for is malformed", found=shown(graph["locked"]))
+        gm.locked_mode = graph["locked"]
+        if texts["plan"] != "null":
+            gm.plan = Plan.from_json(texts["plan"])
+    except Refusal:
+        raise
+    except Exception as error:  # whatever a table can make constructors and fx do
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise Refusal(f"its parts make no module ({reason})", expected="what mpcompile.save writes") from error
+    return gm
+
+
+# --- The file ---
+
+
+def _dump(value: Any) -> str:
+    """The one JSON text of a value: no spaces, ASCII."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _parse(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"its header is no JSON: {str(error)[:80]}", hint="the file is damaged: copy it again") from error
+
+
+def _framed(header: Mapping[str, Any]) -> bytes:
+    """A header as it stands in a safetensors file: length, JSON, spaces up to a multiple of 8."""
+    text = _dump(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _flat(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write(path: str, metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Write to a neighbour of ``path``, then rename."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Refusal("something else is there", expected="a regular file, or nothing", hint="choose another path")
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".mpcompile-{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            _fill(file, metadata, tensors)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":  # so that the new name, too, outlives a power failure
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _fill(file: BinaryIO, metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Header, tensors, and at last the checksum into the header."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    place = 0
+    for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n)):  # keeps every tensor aligned
+        tensor = tensors[name]
+        if tensor.dtype not in _CODES:
+            raise Refusal(f"tensor {name} has a dtype that a file can't hold", found=tensor.dtype)
+        end = place + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    first = _framed(header)
+    if len(first) > _MAX_HEADER:
+        raise Refusal("its graph and plan are too large", expected=f"at most {_MAX_HEADER} bytes", found=len(first))
+    digest = hashlib.sha256(first)
+    file.write(first)
+    for name in list(header)[1:]:
+        data = _flat(tensors[name].detach().cpu().contiguous())
+        for start in range(0, len(data), _CHUNK):
+            digest.update(data[start : start + _CHUNK])
+            file.write(data[start : start + _CHUNK])
+    metadata["sha256"] = digest.hexdigest()
+    file.seek(0)
+    file.write(_framed(header))
+
+
+def _read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors, after every check that needs no knowledge of graphs."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise Refusal("it is not a file", expected="a file that mpcompile.save wrote", hint="check the path")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        room = size - 8 - length
+        if not 2 <= length <= _MAX_HEADER or room < 0:
+            raise Refusal(
+                "it is not a safetensors file, or only the beginning of one",
+                expected="a file that mpcompile.save wrote",
+                found=f"{size} bytes",
+                hint="copy it again; what torch.save wrote is loaded with torch.load",
+            )
+        raw = file.read(length)
+        header = _parse(raw)
+        metadata = _metadata(header)
+        claimed, metadata["sha256"] = metadata["sha256"], _BLANK
+        try:
+            first = _framed(header)
+        except (ValueError, RecursionError) as error:
+            raise Refusal(f"its header is not as mpcompile.save writes it: {error}") from error
+        digest = hashlib.sha256(first)
+        tensors: dict[str, Tensor] = {}
+        place = 0
+        for name, entry in header.items():
+            if name != "__metadata__":
+                tensors[name] = _room(name, entry, place, room)
+                _take(file, digest, name, tensors[name])
+                place += tensors[name].nbytes
+        metadata["sha256"] = claimed
+        if place != room or digest.hexdigest() != claimed or _framed(header)[8:] != raw:
+            raise Refusal(
+                "its content is not what was written",
+                expected=f"{8 + length + place} bytes with sha256 {shown(claimed)}",
+                found=f"{size} bytes with {digest.hexdigest()}",
+                hint="the file is damaged: copy it again, or save the module again",
+            )
+    return metadata, tensors
+
+
+def _metadata(header: Any) -> dict[str, str]:
+    """The string metadata, if it is of our kind and version."""
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != KIND:
+        raise Refusal(
+            "it is a safetensors file of another kind",
+            expected="a file that mpcompile.save wrote",
+            hint="weights alone are loaded with safetensors.torch.load_file and model.load_state_dict",
+        )
+    if metadata.get("format_version") != str(VERSION):
+        raise Refusal(
+            "its format is not known here",
+            expected=f"format version {VERSION} (this is mpcompile {__version__})",
+            found=f"{shown(metadata.get('format_version'))}, of mpcompile {shown(metadata.get('mpcompile'))}",
+            hint="load it with the version of mpcompile that wrote it, or a newer one",
+        )
+    keys = {"sha256", "format", "format_version", "mpcompile", "torch", *_TEXTS}
+    if metadata.keys() != keys or not all(isinstance(v, str) for v in metadata.values()):
+        raise Refusal("its metadata is malformed", expected=sorted(keys), found=shown(sorted(metadata)))
+    return metadata
+
+
+def _room(name: str, entry: Any, place: int, room: int) -> Tensor:
+    """An empty tensor for an entry of the header, which must begin at ``place``."""
+    module_path(name)
+    try:
+        dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        plain = all(type(i) is int and i >= 0 for i in [start, end, *shape])
+        if plain and start == place and end - start == math.prod(shape) * dtype.itemsize and end <= room:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
+        raise Refusal(f"the header's entry for tensor {name} is malformed", found=shown(entry)) from error
+    raise Refusal(
+        f"tensor {name} is not where the header says",
+        expected=f"shape and data_offsets that agree, between {place} and {room}",
+        found=shown(entry),
+        hint="the file is truncated or damaged: copy it again",
+    )
+
+
+def _take(file: BinaryIO, digest: Any, name: str, tensor: Tensor) -> None:
+    """Read a tensor's bytes into it, hashing them on the way."""
+    data = _flat(tensor)
+    for start in range(0, len(data), _CHUNK):
+        part = data[start : start + _CHUNK]
+        if file.readinto(part) != len(part):  # type: ignore[attr-defined]
+            raise Refusal(f"it ends inside tensor {name}", hint="the file is truncated: copy it again")
+        digest.update(part)
+    if tensor.dtype is torch.bool and len(data) and int(tensor.view(torch.uint8).max()) > 1:
+        raise Refusal(f"tensor {name} holds booleans that are neither 0 nor 1")

@@ -1,0 +1,274 @@
+"""A graph as JSON, and back.
+
+fx turns node names, targets and arguments into Python source and executes it, so everything that reaches that source
+is checked here: names are plain identifiers, paths lead to layers and tensors of the tree, operators and methods stand
+on the lists of :mod:`mpcompile.opset`, and values are rebuilt from tagged JSON, never evaluated.
+
+A value is itself in JSON, except ``{"tag": content}`` for what JSON lacks: ``node``, ``tuple``, ``size``, ``slice``,
+``dict``, ``ellipsis``, ``float`` (inf and nan), ``dtype``, ``device``, ``memory_format``, ``layout``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from mpcompile.graph import dynamo_name
+from mpcompile.opset import (
+    ATTRIBUTES,
+    LISTED,
+    Refusal,
+    function_name,
+    function_of,
+    identifier,
+    is_method,
+    keyword_name,
+    module_path,
+    shown,
+)
+
+_MAX_DEPTH = 32  # of nested values; the Python parser has a limit too
+_KINDS: dict[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
+_CONSTANTS = {tag: {k: v for k, v in vars(torch).items() if isinstance(v, kind)} for tag, kind in _KINDS.items()}
+_DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
+
+
+# --- Values ---
+
+
+def encode(value: Any, depth: int = 0) -> Any:
+    """A node's argument, or a layer's, as JSON.
+
+    Raises:
+        Refusal: a value of another type.
+
+    Example:
+        >>> encode((1, [2.0, slice(None, 3)], torch.float16))
+        {'tuple': [1, [2.0, {'slice': [None, 3, None]}], {'dtype': 'float16'}]}
+    """
+    if depth > _MAX_DEPTH:
+        raise Refusal("a value is nested too deeply", expected=f"at most {_MAX_DEPTH} levels")
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if value is ...:
+        return {"ellipsis": None}
+    if type(value) is slice:
+        return {"slice": [encode(v, depth + 1) for v in (value.start, value.stop, value.step)]}
+    if isinstance(value, list) or type(value) in (tuple, torch.Size):
+        items = [encode(v, depth + 1) for v in value]
+        return items if isinstance(value, list) else {"size" if type(value) is torch.Size else "tuple": items}
+    if isinstance(value, dict) and all(type(k) is str for k in value):
+        return {"dict": {k: encode(v, depth + 1) for k, v in value.items()}}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    for tag, kind in _KINDS.items():
+        if isinstance(value, kind):
+            return {tag: str(value).removeprefix("torch.")}
+    raise Refusal(
+        f"a value of type {type(value).__name__} can't be stored",
+        expected="numbers, text, None, slices, dtypes, devices, and tuples, lists and dicts of them",
+        found=shown(value),
+    )
+
+
+def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
+    """Inverse of :func:`encode`; ``nodes`` are those that may be referred to."""
+    if depth > _MAX_DEPTH:
+        raise Refusal("a value is nested too deeply", expected=f"at most {_MAX_DEPTH} levels")
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float and math.isfinite(value):
+        return value
+    if isinstance(value, list):
+        return [decode(v, nodes, depth + 1) for v in value]
+    if not isinstance(value, dict) or len(value) != 1:
+        raise Refusal("a value is malformed", expected="a number, text, list or one tag", found=shown(value))
+    ((tag, content),) = value.items()
+    if tag == "node" and isinstance(content, str) and content in nodes:
+        return nodes[content]
+    if tag in ("tuple", "size", "slice") and isinstance(content, list):
+        items = [decode(v, nodes, depth + 1) for v in content]
+        if tag != "slice" or len(items) == 3:
+            return tuple(items) if tag == "tuple" else torch.Size(items) if tag == "size" else slice(*items)
+    if tag == "dict" and isinstance(content, dict):
+        return {k: decode(v, nodes, depth + 1) for k, v in content.items()}
+    if tag == "ellipsis" and content is None:
+        return ...
+    if tag == "float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    if tag == "device" and isinstance(content, str) and _DEVICE.fullmatch(content):
+        return torch.device(content)
+    if tag in _CONSTANTS and isinstance(content, str) and content in _CONSTANTS[tag]:
+        return _CONSTANTS[tag][content]
+    raise Refusal("a value is malformed", expected="a known tag, and nodes that come before", found=shown(value))
+
+
+# --- Nodes ---
+
+
+def is_guard(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node only checks inputs, as torch.export puts it there."""
+    if node.op != "call_module" or node.users:
+        return False
+    cls = type(gm.get_submodule(str(node.target)))
+    return cls.__name__ == "GuardsFn" and cls.__module__.startswith("torch.export")
+
+
+def _encode_node(node: fx.Node) -> dict[str, Any]:
+    target: Any = node.target
+    if node.op == "call_function":
+        target = function_name(target)
+        if target is None:
+            raise Refusal(f"it calls {node._pretty_print_target(node.target)}", expected=LISTED)
+    if node.op == "placeholder" and dynamo_name(node):
+        raise Refusal(
+            "it stands for a weight that the graph takes as an input (it comes from dynamo): a file wouldn't hold it",
+            hint="call mpcompile.transform on the module itself, and save that",
+        )
+    args, kwargs = [encode(a) for a in node.args], {k: encode(v) for k, v in node.kwargs.items()}
+    return {"op": node.op, "name": node.name, "target": target, "args": args, "kwargs": kwargs}
+
+
+def encode_nodes(nodes: Sequence[fx.Node]) -> list[dict[str, Any]]:
+    """Nodes as JSON, in order.
+
+    Raises:
+        Refusal: a node that a file can't hold; it is named.
+    """
+    entries = []
+    for node in nodes:
+        try:
+            entries.append(_encode_node(node))
+        except Refusal as error:
+            raise error.at(f"node {shown(node.name)}") from error
+    return entries
+
+
+def _lookup(root: nn.Module, path: str) -> Any:
+    """The layer or tensor at a path, found in the tables of the tree and nowhere else."""
+    *owners, leaf = path.split(".")
+    module: nn.Module | None = root
+    for atom in owners:
+        module = None if module is None else module._modules.get(atom)
+    tables: Any = () if module is None else (module._modules, module._parameters, module._buffers)
+    return next((table[leaf] for table in tables if leaf in table), None)
+
+
+def _target(root: nn.Module, op: object, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a node may be created with.
+
+    Raises:
+        Refusal: the operator, method, attribute or path isn't allowed.
+    """
+    on_node, allowed = bool(args) and isinstance(args[0], fx.Node), False
+    if op == "placeholder" and isinstance(target, str):
+        stars = len(target) - len(target.lstrip("*"))
+        identifier(target[stars:])
+        allowed = stars <= 2 and len(args) <= 1 and not kwargs and not on_node
+    elif op == "output":
+        allowed = target == "output" and len(args) == 1 and not kwargs
+    elif op == "call_module":
+        layer = _lookup(root, module_path(target))
+        allowed = isinstance(layer, nn.Module) and type(layer) is not nn.Module
+    elif op == "get_attr":
+        allowed = isinstance(_lookup(root, module_path(target)), torch.Tensor)
+    elif op == "call_method":
+        allowed = is_method(target) and on_node
+    elif op == "call_function" and (function := function_of(target)) is not None:
+        if function is not getattr or (on_node and len(args) == 2 and args[1] in ATTRIBUTES and not kwargs):
+            return function
+        raise Refusal(
+            f"getattr with {shown(args[1:])} is not allowed", expected=f"one of {', '.join(sorted(ATTRIBUTES))}"
+        )
+    if allowed:
+        return target
+    raise Refusal(f"{shown(op)} of {shown(target)} is not allowed", expected=LISTED)
+
+
+def decode_nodes(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
+    """Inverse of :func:`encode_nodes`; ``root`` holds the layers and tensors that the nodes use.
+
+    Raises:
+        Refusal: a node that names something which isn't allowed or isn't there.
+    """
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for place, entry in enumerate(entries):
+        try:
+            name = identifier(entry["name"])
+            args = tuple(decode(a, nodes) for a in entry["args"])
+            kwargs = {keyword_name(k): decode(v, nodes) for k, v in entry["kwargs"].items()}
+            target = _target(root, entry["op"], entry["target"], args, kwargs)
+            node = graph.create_node(entry["op"], target, args, kwargs, name=name)
+        except Refusal as error:
+            raise error.at(f"node {shown(entry['name'])}") from error
+        if node.name != name or (entry["op"] == "output") != (place == len(entries) - 1):
+            raise Refusal(
+                f"node {shown(name)} has the name of another or of a builtin, or the output isn't the last node"
+            )
+        nodes[name] = node
+    inputs = [n.target for n in nodes.values() if n.op == "placeholder"]
+    if not entries or len(set(inputs)) != len(inputs):
+        raise Refusal("the graph has no output, or two inputs of one name")
+    return graph
+
+
+# --- The signature ---
+
+
+def encode_signature(graph: fx.Graph) -> Any:
+    """None for a plain signature; names and trees of inputs and outputs for that of an exported program.
+
+    Raises:
+        Refusal: a signature of another kind, or inputs that aren't tuples, lists and dicts.
+    """
+    codegen = graph._codegen
+    if type(codegen) is _PyTreeCodeGen and codegen._body_transformer is None:
+        trees = []
+        for spec in codegen.pytree_info[1:]:
+            tree = None if spec is None else encode(pytree.tree_unflatten([0] * spec.num_leaves, spec))
+            if spec is not None and _decode_spec(tree) != spec:
+                raise Refusal("inputs or outputs are of a type that a file can't hold", found=shown(spec))
+            trees.append(tree)
+        return {"names": list(codegen.pytree_info.orig_args), "in": trees[0], "out": trees[1]}
+    if type(codegen) is not CodeGen or codegen._body_transformer is not None:
+        raise Refusal("the graph generates its code in a way of its own", found=type(codegen).__name__)
+    return None
+
+
+def decode_signature(graph: fx.Graph, value: Any) -> None:
+    """Give ``graph`` the signature that :func:`encode_signature` described."""
+    if value is None:
+        return
+    names, spec = [identifier(name) for name in value["names"]], _decode_spec(value["in"])
+    inputs = sum(node.op == "placeholder" for node in graph.nodes)
+    if spec.num_leaves != inputs or len(set(names)) != len(names):
+        raise Refusal("the signature doesn't fit the graph", expected=f"{inputs} inputs", found=spec.num_leaves)
+    out = None if value["out"] is None else _decode_spec(value["out"])
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, spec, out)))
+
+
+def _decode_spec(value: Any) -> pytree.TreeSpec:
+    """A tree of tuples, lists and dicts. The keys of its dicts reach generated source."""
+    tree = decode(value, {})
+    stack = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack.extend(item.values())
+            for key in item:
+                keyword_name(key)
+        elif isinstance(item, (tuple, list)):
+            stack.extend(item)
+    return pytree.tree_structure(tree)
