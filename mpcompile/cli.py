@@ -1,0 +1,205 @@
+"""The command line: ``mpcompile demo`` and ``mpcompile audit MODEL``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mpcompile
+from mpcompile.backend import mpsparse
+from mpcompile.config import ENGINES, SCORES, Config
+from mpcompile.errors import ArtifactError, ConfigError, InputError, MPCompileError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file through a temporary one beside it, so that nothing half-written is left.
+
+    Raises:
+        ArtifactError: the folder is missing or not writable, or the disk is full; an older file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"can't write {path}", expected="a writable folder with room", found=error.strerror or str(error)
+        ) from error
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load a state dict from a safetensors file, or from a torch file that holds tensors only (weights_only).
+
+    Raises:
+        ArtifactError: the file is missing, truncated or not a checkpoint, or its tensors aren't the model's.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"there is no checkpoint {path}", expected="a .safetensors, .pt or .pth file", found="none")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ArtifactError(
+            f"{path} can't be read as a checkpoint",
+            expected="a whole safetensors file, or a torch file of tensors alone",
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            hint="fetch the file again, or save the state dict with safetensors",
+        ) from error
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ArtifactError(
+            f"{path} doesn't fit the model", expected="its own tensors", found=" ".join(lines[1:3]) or str(error)
+        ) from error
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser, one sub-command a job."""
+    top = argparse.ArgumentParser(prog="mpcompile", description=mpcompile.__doc__)
+    top.add_argument("--version", action="version", version=f"mpcompile {mpcompile.__version__}")
+    jobs = top.add_subparsers(dest="job", required=True, metavar="{demo,audit}")
+    formatter = argparse.RawDescriptionHelpFormatter
+
+    demo = jobs.add_parser(
+        "demo",
+        help="train, prune, merge, distil and compile a small vision transformer on real digits",
+        description="Train a small vision transformer on scanned digits, then transform, distil, compile and audit it.",
+        epilog="example:\n  mpcompile demo --quick --out digits",
+        formatter_class=formatter,
+    )
+    demo.add_argument("--quick", action="store_true", help="a smaller model and fewer epochs, for a first look")
+    demo.add_argument("--seed", type=_not_negative, default=0, help="seeds split, weights and batches (default 0)")
+    demo.add_argument("--out", type=Path, default=Path("mpcompile-demo"), help="folder for the results as files")
+    demo.add_argument("--threads", type=_positive, help="threads of PyTorch (default: its own choice)")
+
+    audit = jobs.add_parser(
+        "audit",
+        help="measure a timm model, dense against pruned and merged",
+        description="Transform and compile a timm model and measure it against its dense builds.",
+        epilog="example:\n  mpcompile audit vit_small_patch16_224 --pattern 2:4 --tome-r 8 --batch 8 --json audit.json",
+        formatter_class=formatter,
+    )
+    audit.add_argument("model", help="name of a timm model, such as vit_base_patch16_224")
+    weights = audit.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
+    audit.add_argument("--batch", type=_positive, default=8, help="images a call (default 8)")
+    audit.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
+    audit.add_argument("--pattern", default="2:4", help="N:M, or dense (default 2:4)")
+    audit.add_argument("--tome-r", type=_not_negative, default=0, help="tokens merged a block (default 0)")
+    audit.add_argument("--score", choices=SCORES, default="magnitude", help="mask score (default magnitude)")
+    audit.add_argument("--engine", choices=ENGINES, default="auto", help="what runs masked layers (default auto)")
+    audit.add_argument("--exclude", nargs="*", metavar="NAME", help="roles, names or globs that stay dense")
+    audit.add_argument("--rounds", type=_positive, default=20, help="timings of each build (default 20)")
+    audit.add_argument("--threads", type=_positive, help="threads of PyTorch")
+    audit.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    audit.add_argument("--seed", type=_not_negative, default=0, help="seeds weights and images (default 0)")
+    audit.add_argument("--json", type=Path, metavar="FILE", help="write the report and the plan here")
+    for job in (demo, audit):
+        job.add_argument("--quiet", action="store_true", help="no progress bars")
+    return top
+
+
+def _create(name: str, pretrained: bool) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_', maxsplit=1)[0]}*")[:5]
+        raise ConfigError(f"timm has no model {name!r}", expected=", ".join(near) or "a name from timm.list_models()")
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except Exception as error:
+        raise InputError(
+            f"timm can't make {name!r}: {str(error).splitlines()[0]}",
+            hint="check the connection, or give --checkpoint FILE" if pretrained else None,
+        ) from error
+
+
+def run_audit(args: argparse.Namespace) -> int:
+    """``mpcompile audit``: exit status 0 when the measurement went through, whatever it found."""
+    options: dict[str, Any] = {"exclude": tuple(args.exclude)} if args.exclude is not None else {}
+    config = Config(
+        pattern=args.pattern, tome_r=args.tome_r, score=args.score, engine=args.engine, seed=args.seed, **options
+    )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model = _create(args.model, args.pretrained).eval()
+    if args.checkpoint is not None:
+        load_checkpoint(model, args.checkpoint)
+    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    try:
+        device = torch.device(args.device)
+        images = torch.randn(args.batch, *size, dtype=DTYPES[args.dtype], device=device)
+        model = model.to(device, DTYPES[args.dtype])
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
+    calibration = [images] if config.score == "covariance" else None
+    gm = mpcompile.transform(model, images, config, calibration)
+    compiled = torch.compile(gm, backend=mpsparse, options={"engine": args.engine})
+    report = mpcompile.audit(model, compiled, images, rounds=args.rounds, progress=not args.quiet)
+    random = not args.pretrained and args.checkpoint is None
+    source = "random weights: accuracy and agreement mean nothing" if random else "images are random noise"
+    report.notes.insert(0, f"{source}; speed, MACs and bytes don't depend on it")
+    if random:
+        for row in report.rows:
+            row.agree = None
+    if args.json is not None:
+        write_atomically(args.json, report.to_json(indent=1))
+    print(f"{args.model}, {config.pattern}, tome_r = {config.tome_r}\n\n{report}\n\n{gm.plan}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Exit status 0: done; 2: something the user can mend; 130: interrupted."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
+    try:
+        if args.job == "audit":
+            return run_audit(args)
+        from mpcompile.demo import Demo, run
+
+        report = run(Demo(args.quick, args.seed, args.out, args.threads, not args.quiet))
+        print(report)
+        return 0
+    except MPCompileError as error:
+        print(f"mpcompile: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mpcompile: interrupted", file=sys.stderr)
+        return 130
+
+

@@ -1,0 +1,128 @@
+"""The command line: the main job for real, exit codes, and errors without a traceback."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mpcompile import backend as module
+from mpcompile import cli
+from mpcompile import demo as demo_module
+
+
+@pytest.fixture
+def no_inductor(monkeypatch):
+    """Graphs run as they are: code generation is tested with the backend."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, "_inductor", lambda gm, inputs, mode: gm)
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, backend="eager", **kwargs: real(model, backend=backend, **kwargs)
+    )
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo_module.Demo, "epochs", 3)
+    rows, masks = [], []
+    for name in ("first", "second"):  # the second takes the dense model from the cache
+        assert cli.main(["demo", "--quick", "--quiet", "--seed", "3", "--out", str(tmp_path / name)]) == 0
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        rows.append([(row["name"], row["correct"], row["macs"]) for row in report["rows"]])
+        gm = demo_module.mpcompile.load(tmp_path / name / "digits.mpc")
+        masks.append([gm.get_submodule(layer).mask for layer in gm.plan.masked])
+    assert rows[0] == rows[1]
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    assert [r[0] for r in rows[0]] == [
+        "dense eager",
+        "dense compiled",
+        "transformed",
+        "... distilled",
+        "compiled sparse",
+    ]
+    assert rows[0][0][2] > 2 * rows[0][4][2] * 0.99
+    assert rows[0][3][1] == rows[0][4][1]  # compiled and eager agree on every scan
+    text = capsys.readouterr().out
+    assert "blocks.0.attn.qkv" in text and "covariance" in text and "top-1" in text
+    assert len(list((tmp_path / "cache" / "mpcompile").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_audit_writes_json_and_says_that_random_weights_mean_nothing(tmp_path, capsys):
+    out = tmp_path / "audit.json"
+    arguments = ["audit", "resnet10t", "--batch", "2", "--rounds", "2", "--quiet", "--json", str(out)]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "random weights: accuracy and agreement mean nothing" in text
+    report = json.loads(out.read_text())
+    assert report["rows"][-1]["macs"] < report["rows"][0]["macs"]
+    assert report["rows"][-1]["agree"] is None
+
+
+def checkpoint(path, keys):
+    save_file({key: torch.zeros(2) for key in keys}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet10t", "--pattern", "5:4"], "1 <= N <= M"),
+        (["resnet10t", "--checkpoint", "missing.safetensors"], "there is no checkpoint missing.safetensors"),
+        (["resnet10t", "--checkpoint", "truncated.safetensors"], "can't be read as a checkpoint"),
+        (["resnet10t", "--checkpoint", "pickled.pt"], "can't be read as a checkpoint"),
+        (["resnet10t", "--checkpoint", "other.safetensors"], "doesn't fit the model"),
+        (["no_such_model"], "timm has no model 'no_such_model'"),
+        (["resnet10t", "--tome-r", "8"], "no attention block"),
+        (["resnet10t", "--device", "cuda:9"], "can't be used"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = checkpoint(tmp_path / "other.safetensors", ["a", "b"]).read_bytes()
+    (tmp_path / "truncated.safetensors").write_bytes(whole[:-5])
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pt")  # a module, not a state dict
+    assert cli.main(["audit", *arguments, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("mpcompile: ") and "Traceback" not in error
+
+
+def test_report_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(cli.ArtifactError, match="can't write"):
+        cli.write_atomically(tmp_path / "no" / "folder.json", "{}")
+    old = tmp_path / "old.json"
+    old.write_text("old")
+    cli.write_atomically(old, "new")
+    assert old.read_text() == "new" and list(tmp_path.iterdir()) == [old]
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    old = tmp_path / "old.json"
+    old.write_text("old")
+
+    def full(self, text):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli.Path, "write_text", full)
+    with pytest.raises(cli.ArtifactError, match="No space left"):
+        cli.write_atomically(old, "new")
+    monkeypatch.undo()
+    assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("arguments", [["audit"], ["demo", "--threads", "0"], ["bake"], []])
+def test_usage_errors_exit_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_help_shows_an_example(capsys):
+    for job in ("demo", "audit"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([job, "--help"])
+        assert caught.value.code == 0
+        assert f"example:\n  mpcompile {job}" in capsys.readouterr().out
