@@ -133,13 +133,13 @@ class Report:
         return "\n".join([self.table(), "", env, *(f"note: {n}" for n in self.notes)])
 
 
-def environment(batch: Any, threads: int | None = None) -> dict[str, Any]:
+def environment(batch: Any) -> dict[str, Any]:
     """What a figure depends on: processor, threads, versions, dtype and batch."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = lines[0].split(":", 1)[1].strip() if lines else cpu
     tensor = _first_tensor(batch)
     device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else cpu
     return {
@@ -260,7 +260,9 @@ def _score(row: Row, outputs: Tensor, reference: Tensor, labels: Tensor | None) 
     """Accuracy and agreement with the dense model's outputs."""
     if outputs.shape != reference.shape:
         raise InputError(
-            f"{row.name} returns another shape than the model", expected=tuple(reference.shape), found=tuple(outputs.shape)
+            f"{row.name} returns another shape than the model",
+            expected=tuple(reference.shape),
+            found=tuple(outputs.shape),
         )
     row.samples = len(outputs)
     row.difference = float((outputs - reference).norm() / reference.norm().clamp(min=1e-30))
@@ -358,9 +360,9 @@ def _remarks(report: Report, compiled: Any, graphs: list[CompiledGraph], labels:
         report.plan = max((g.plan for g in graphs), key=lambda plan: len(plan.layers))
     if report.fell_back:
         report.notes.append(
-            "WARNING: none of the compiled graphs ran: dynamo has passed its recompile limit and runs the model's eager "
-            "code (or the function wasn't compiled by mpsparse). Raise torch._dynamo.config.recompile_limit, or compile "
-            "with dynamic=True"
+            "WARNING: no compiled graph ran: dynamo has passed its recompile limit and runs the model's eager code (or "
+            "the function wasn't compiled by mpsparse). Raise torch._dynamo.config.recompile_limit, or compile with "
+            "dynamic=True"
         )
     elif graphs and not any(g.lowered for g in graphs):
         report.notes.append("the graph keeps dense masked weights: no layer was lowered")

@@ -137,7 +137,7 @@ def _batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]
                     hint="calibrate with the transform and the resolution of inference",
                 )
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise InputError(f"calibration batch {index} is not finite", expected="finite values", found="NaN or inf")
+                raise InputError(f"calibration batch {index} is not finite", expected="no NaN and no infinity")
         moved = dict(zip(data, (v.to(device) for v in values), strict=True))
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
 

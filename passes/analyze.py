@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpcompile.rmt import fit as fit_spectrum
 from mpcompile.errors import InputError
 from mpcompile.graph import IRModule, layers
 from mpcompile.passes.base import Context, Pass
 from mpcompile.plan import LayerPlan
+from mpcompile.rmt import fit as fit_spectrum
 
 
 class Analyze(Pass):

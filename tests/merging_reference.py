@@ -32,7 +32,8 @@ def merge_one(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> t
         weight[b] = weight[b] + size[a]
     rows = [x[i] for i in range(prefix)] + [x[a] for a in sources if a not in gone]
     rows += [total[b] / weight[b] for b in targets]
-    sizes = [size[i] for i in range(prefix)] + [size[a] for a in sources if a not in gone] + [weight[b] for b in targets]
+    sizes = [size[i] for i in range(prefix)] + [size[a] for a in sources if a not in gone]
+    sizes += [weight[b] for b in targets]
     return torch.stack(rows), torch.stack(sizes)
 
 

@@ -137,8 +137,6 @@ def test_one_call_masks_and_merges_a_dense_model_with_one_plan():
     assert {g.lowered for g in graphs()} == {True, False}
     plans = [g.plan for g in graphs()]
     assert all(p.masked == plans[0].masked and p.macs.executed == plans[0].macs.executed for p in plans)
-    for parameter, before in zip(model.parameters(), transform(model, x).parameters(), strict=True):
-        assert parameter.shape == before.shape
 
 
 @pytest.mark.usefixtures("no_inductor")

@@ -16,7 +16,7 @@ from mpcompile.passes.lower import Lower, unpacked
 from tests.helpers import convolutional, images, mlp, relative, tiny_vit
 
 MODELS = {
-    "vit": (lambda: tiny_vit(init_values=0.5), lambda batch: images(batch), {"tome_r": 3}),
+    "vit": (lambda: tiny_vit(init_values=0.5), images, {"tome_r": 3}),
     "resnet18": (lambda: convolutional("resnet18"), lambda batch: images(batch, 64), {}),
     "convnextv2_atto": (lambda: convolutional("convnextv2_atto"), lambda batch: images(batch, 64), {}),
     "mlp": (mlp, lambda batch: torch.randn(batch, 32), {}),

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.errors import InputError, NotEligibleError
 from mpcompile.calibration import collect_moments
+from mpcompile.errors import InputError, NotEligibleError
 from mpcompile.graph import propagate
 from mpcompile.importers import import_model
 from mpcompile.kernels.nm_format import Pattern

@@ -33,7 +33,7 @@ class RemoveActivation(Pass):
     name = "remove_activation"
 
     def plan(self, gm, ctx):
-        return {"nodes": [n.name for n in gm.graph.nodes if "1" == str(n.target)]}
+        return {"nodes": [n.name for n in gm.graph.nodes if str(n.target) == "1"]}
 
     def apply(self, gm, decision, ctx):
         for node in list(gm.graph.nodes):
