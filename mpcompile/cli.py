@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,16 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    """An argument type: whole numbers from ``least`` on."""
 
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return value
 
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return value
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,9 +99,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     demo.add_argument("--quick", action="store_true", help="a smaller model and fewer epochs, for a first look")
-    demo.add_argument("--seed", type=_not_negative, default=0, help="seeds split, weights and batches (default 0)")
+    demo.add_argument("--seed", type=_at_least(0), default=0, help="seeds split, weights and batches (default 0)")
     demo.add_argument("--out", type=Path, default=Path("mpcompile-demo"), help="folder for the results as files")
-    demo.add_argument("--threads", type=_positive, help="threads of PyTorch (default: its own choice)")
+    demo.add_argument("--threads", type=_at_least(1), help="threads of PyTorch (default: its own choice)")
 
     audit = jobs.add_parser(
         "audit",
@@ -116,17 +114,17 @@ def parser() -> argparse.ArgumentParser:
     weights = audit.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
-    audit.add_argument("--batch", type=_positive, default=8, help="images a call (default 8)")
+    audit.add_argument("--batch", type=_at_least(1), default=8, help="images a call (default 8)")
     audit.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
     audit.add_argument("--pattern", default="2:4", help="N:M, or dense (default 2:4)")
-    audit.add_argument("--tome-r", type=_not_negative, default=0, help="tokens merged a block (default 0)")
+    audit.add_argument("--tome-r", type=_at_least(0), default=0, help="tokens merged a block (default 0)")
     audit.add_argument("--score", choices=SCORES, default="magnitude", help="mask score (default magnitude)")
     audit.add_argument("--engine", choices=ENGINES, default="auto", help="what runs masked layers (default auto)")
     audit.add_argument("--exclude", nargs="*", metavar="NAME", help="roles, names or globs that stay dense")
-    audit.add_argument("--rounds", type=_positive, default=20, help="timings of each build (default 20)")
-    audit.add_argument("--threads", type=_positive, help="threads of PyTorch")
+    audit.add_argument("--rounds", type=_at_least(1), default=20, help="timings of each build (default 20)")
+    audit.add_argument("--threads", type=_at_least(1), help="threads of PyTorch")
     audit.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    audit.add_argument("--seed", type=_not_negative, default=0, help="seeds weights and images (default 0)")
+    audit.add_argument("--seed", type=_at_least(0), default=0, help="seeds weights and images (default 0)")
     audit.add_argument("--json", type=Path, metavar="FILE", help="write the report and the plan here")
     for job in (demo, audit):
         job.add_argument("--quiet", action="store_true", help="no progress bars")

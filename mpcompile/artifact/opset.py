@@ -2,7 +2,7 @@
 
 A file is data from somewhere. Nothing in it is imported or looked up by a path of its own: a name stands for something
 only if it is in a list below. None of the listed operators reads or writes files, starts processes, or takes code.
-Layers have a list of their own in :mod:`mpcompile.leaves`.
+Layers have a list of their own in :mod:`mpcompile.artifact.leaves`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mpcompile.kernels import ops as _ops  # noqa: F401  defines torch.ops.mpcompile
 
-LISTED = "something on the lists of mpcompile/opset.py and mpcompile/leaves.py"
+LISTED = "something on the lists in mpcompile/artifact/"
 
 
 class Refusal(Exception):

@@ -7,7 +7,7 @@ at zeros, and every byte behind it. Any safetensors reader opens the file. Frami
 that files are reproducible, every byte is covered by the checksum, and what was checked is what is used (one read).
 
 Not stored: node metadata and type annotations (shapes are recomputed), hooks, and the input guards of exported
-programs (a call of ``GuardsFn`` whose result nobody uses is left out). What can be stored is listed in opset.py.
+programs (a call of ``GuardsFn`` whose result nobody uses is left out). opset.py and leaves.py list what can be stored.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile import __version__
-from mpcompile.codec import decode_nodes, decode_signature, encode_nodes, encode_signature, is_guard
+from mpcompile.artifact.codec import decode_nodes, decode_signature, encode_nodes, encode_signature, is_guard
+from mpcompile.artifact.leaves import Tree, compare, restore_modules, restore_tensors
+from mpcompile.artifact.opset import Refusal, identifier, module_path, shown
 from mpcompile.errors import ArtifactError, GraphError
 from mpcompile.graph import IRModule
-from mpcompile.leaves import Tree, compare, restore_modules, restore_tensors
-from mpcompile.opset import Refusal, identifier, module_path, shown
 from mpcompile.plan import Plan
 
 KIND, VERSION = "mpcompile", 1
@@ -87,8 +87,8 @@ def load(path: str | os.PathLike[str]) -> IRModule:
     """Read what :func:`save` wrote: the same graph, weights, plan and training flags, with all tensors on the CPU.
 
     Checksum, format version and structure are checked before anything is returned. Safe on files from strangers: a
-    graph can call nothing but the operators and layers of ``mpcompile/opset.py``. The checksum finds damage, not
-    forgery: it says nothing about who made the file.
+    graph can call nothing but the operators listed in opset.py and the layers listed in leaves.py. The checksum finds
+    damage, not forgery: it says nothing about who made the file.
 
     Raises:
         ArtifactError: no file, not a file of :func:`save`, a newer format, a damaged or truncated file, or one that

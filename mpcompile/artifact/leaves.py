@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile.codec import decode, encode
+from mpcompile.artifact.codec import decode, encode
+from mpcompile.artifact.opset import LISTED, Refusal, module_path, shown
 from mpcompile.graph import IRModule
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
-from mpcompile.opset import LISTED, Refusal, module_path, shown
 
 # Class -> the constructor arguments to keep, each an attribute of the same name.
 _CONV = "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"

@@ -2,7 +2,7 @@
 
 fx turns node names, targets and arguments into Python source and executes it, so everything that reaches that source
 is checked here: names are plain identifiers, paths lead to layers and tensors of the tree, operators and methods stand
-on the lists of :mod:`mpcompile.opset`, and values are rebuilt from tagged JSON, never evaluated.
+on the lists of :mod:`mpcompile.artifact.opset`, and values are rebuilt from tagged JSON, never evaluated.
 
 A value is itself in JSON, except ``{"tag": content}`` for what JSON lacks: ``node``, ``tuple``, ``size``, ``slice``,
 ``dict``, ``ellipsis``, ``float`` (inf and nan), ``dtype``, ``device``, ``memory_format``, ``layout``.
@@ -20,8 +20,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from mpcompile.graph import dynamo_name
-from mpcompile.opset import (
+from mpcompile.artifact.opset import (
     ATTRIBUTES,
     LISTED,
     Refusal,
@@ -33,6 +32,7 @@ from mpcompile.opset import (
     module_path,
     shown,
 )
+from mpcompile.graph import dynamo_name
 
 _MAX_DEPTH = 32  # of nested values; the Python parser has a limit too
 _KINDS: dict[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
