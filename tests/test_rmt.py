@@ -54,9 +54,6 @@ def keep_2_of_4(W: torch.Tensor) -> torch.Tensor:
     return (W.abs().unflatten(1, (-1, 4)).argsort(-1).argsort(-1) >= 2).flatten(1)
 
 
-# The law
-
-
 @pytest.mark.parametrize("sigma2", [1.0, 0.3])
 @pytest.mark.parametrize("c", [0.01, 0.3, 0.97, 1.0, 1.5, 4.0])
 def test_cdf_is_the_integral_of_the_density_and_of_the_atom(c, sigma2):
@@ -171,9 +168,6 @@ def test_edge_and_false_spikes_of_pure_noise(N, M, draws, mean, sd, rate):
     assert binom.ppf(1e-4, draws, rate) <= false <= binom.ppf(1 - 1e-4, draws, rate)
 
 
-# Goodness of fit
-
-
 def fit_error(lam: np.ndarray, N: int) -> float:
     M = lam.size
     k = np.arange(math.ceil(0.2 * M), math.floor(0.8 * M) + 1)
@@ -219,14 +213,21 @@ def test_accepts_iid_entries(randn, kind, shape):
 
 @pytest.mark.parametrize(("N", "least", "bias", "sd"), [(768, 60, 1.035, 0.0011), (3072, 90, 1.019, 0.0005)])
 def test_finds_planted_spikes(randn, N, least, bias, sd):
-    for _ in range(2):
-        W = randn(N, 768) + spikes(randn, N, 768, torch.linspace(least, 300, 40))
-        f = rmt.fit(W)
-        assert (f.n_spikes, f.verdict) == (40, "mp")
-        assert f.sigma == pytest.approx(1, abs=4 * sd)
-        assert f.noise_share == pytest.approx(N * 768 * f.sigma**2 / float((W.double() ** 2).sum()), rel=1e-9)
-        biased = rmt.bema(torch.linalg.svdvals(W.double()) ** 2 / N, 768 / N, N)[0]  # what the second BEMA is for
-        assert math.sqrt(biased) == pytest.approx(bias, abs=4 * sd + 1e-3)
+    W = randn(N, 768) + spikes(randn, N, 768, torch.linspace(least, 300, 40))
+    f, lam = rmt.fit(W), torch.linalg.svdvals(W.double()) ** 2 / N
+    assert (f.n_spikes, f.verdict) == (40, "mp")
+    assert f.sigma == pytest.approx(1, abs=4 * sd)
+    sigma2, threshold = rmt.bema(lam, 768 / N, N)
+    assert math.sqrt(sigma2) == pytest.approx(bias, abs=4 * sd + 1e-3)  # what the second BEMA is for
+    second, _ = rmt.bema(lam[40:] * N / (N - 40), 728 / (N - 40), N - 40)
+    assert (f.sigma**2, f.edge_tw**2 / N) == pytest.approx((second, second * threshold / sigma2), rel=1e-9)
+
+
+def test_counts_spikes_above_the_second_edge(randn):
+    W = randn(768, 768) + spikes(randn, 768, 768, torch.cat([torch.linspace(60, 300, 40), torch.linspace(33, 37, 6)]))
+    f, s = rmt.fit(W), torch.linalg.svdvals(W.double())
+    first = math.sqrt(768 * rmt.bema(s**2 / 768, 1.0, 768)[1])
+    assert (s > first).sum() < f.n_spikes == (s > f.edge_tw).sum()
 
 
 def test_rejects_what_is_not_one_noise_level(randn):
@@ -338,9 +339,6 @@ def test_constant_is_one_spike_and_no_noise(shape, dtype):
     f = rmt.fit(torch.full(shape, 0.02, dtype=dtype))
     assert (f.sigma, f.n_spikes, f.noise_share, f.verdict) == (0, 1, 0, "not_mp")
     json.dumps(dataclasses.asdict(f), allow_nan=False)
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(
