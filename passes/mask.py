@@ -18,12 +18,13 @@ from torch import Tensor
 
 from mpcompile.config import ROLES
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, roles, set_attribute, unsupported
+from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, set_attribute, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, from_rows, group_axis, to_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Context, Pass
 from mpcompile.plan import LayerPlan
+from mpcompile.roles import roles
 
 _FEW_MASKS = 8  # up to so many masks a group (2:4 has 6), all are tried
 _CHUNK = 1 << 22  # values per chunk of the vectorised searches: 16 MiB per temporary
