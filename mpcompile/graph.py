@@ -208,7 +208,8 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [hint(value) for value in inputs]
     prop = _Shapes(gm, mode)
-    with training_flags(gm, False), torch.no_grad():
+    # Not under no_grad: the counter's module tracker hooks views of parameters, which then have no gradient function.
+    with training_flags(gm, False), torch.enable_grad():
         try:
             return prop.propagate(*inputs)
         except Exception as error:

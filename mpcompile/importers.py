@@ -277,6 +277,12 @@ def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = 
                 found="None",
                 hint="call mpcompile.transform(model, torch.randn(1, 3, 224, 224)) with an input of your size",
             )
+        for name in ("plan", "locked_mode"):
+            if hasattr(model, name):
+                raise TraceError(
+                    f"{type(model).__name__} has an attribute {name!r}, which the transformed module needs for itself",
+                    hint=f"rename the attribute {name!r} of the model",
+                )
         if not any(True for _ in model.parameters()):
             raise TraceError(f"{type(model).__name__} has no parameters: there is nothing to compile")
         if any(nn.parameter.is_lazy(p) for p in model.parameters()):

@@ -302,3 +302,16 @@ def test_layers_in_a_row_of_every_form():
     a, b, c, head = (getattr(gm, name) for name in ("a", "b", "c", "head"))
     hidden = F.linear(F.linear(x, a.weight * a.mask), b.weight * b.mask, b.bias)
     assert relative(gm(x), head(F.linear(hidden, c.weight * c.mask, c.bias))) < 1e-6
+
+
+def test_attention_pooling_imports():
+    model = tiny_vit(global_pool="map", class_token=False)
+    assert torch.equal(transform(model, images(), DENSE)(images()), model(images()))
+    assert transform(model, images(), Config(score="magnitude")).plan.layers["blocks.0.mlp.fc1"].pattern == "2:4"
+
+
+def test_a_submodule_that_would_hide_the_plan_is_refused():
+    model = mlp()
+    model.plan = nn.Linear(2, 2)
+    with pytest.raises(TraceError, match="attribute 'plan'"):
+        transform(model, torch.randn(2, 32))
