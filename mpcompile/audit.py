@@ -204,7 +204,8 @@ def _time(builds: Mapping[str, Callable[..., Any]], batch: Any, rounds: int, pro
 def _dense_macs(model: nn.Module, batch: Any) -> int | None:
     """MACs per sample of a module as it is, or None where it can't run on fake tensors."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        # With gradients on, for the counter's module tracker: see mpcompile.graph.propagate.
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
             fake = (
                 {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 if isinstance(batch, Mapping)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from torch import Tensor, fx, nn
 from mpcompile.errors import InputError, MPCompileError, TraceError
 from mpcompile.graph import IRModule, Lifted, dynamo_name, fake_value, hint, lifted_from, training_flags
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
-
-log = logging.getLogger(__name__)
 
 _SCALARS = (bool, int, float, str, type(None))
 

@@ -16,6 +16,11 @@ from mpcompile.plan import Macs
 ADD = frozenset({operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor})
 
 
+def is_add(node: fx.Node) -> bool:
+    """Whether a node adds two tensors, as a function or as a method."""
+    return node.target in ADD or (node.op == "call_method" and node.target in ("add", "add_"))
+
+
 def executed_density(layer: LayerOp) -> float:
     """n/m if the stored weight is legal N:M in its execution layout, else 1."""
     if layer.pattern is None:
@@ -51,7 +56,7 @@ def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
             inputs = node.all_input_nodes
             if not reached.intersection(inputs):
                 continue
-            if (node.target in ADD or node.target in ("add", "add_")) and x in inputs:
+            if is_add(node) and x in inputs:
                 break
             reached.add(node)
             charges[node] = before[1] / after[1]

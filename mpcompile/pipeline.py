@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,8 +22,6 @@ from mpcompile.passes.merge_tokens import MergeTokens
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 from mpcompile.plan import Plan
-
-log = logging.getLogger(__name__)
 
 
 class Pipeline:

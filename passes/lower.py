@@ -98,7 +98,7 @@ class Lower(Pass):
                 continue
             slot = done.get(layer.name)
             if slot is None:
-                slot = done[layer.name] = self._slot(gm, layer, ctx)
+                slot = done[layer.name] = self._slot(gm, layer, decision["engines"][layer.name]["engine"])
                 entry = LayerPlan(layer.kind, slot.spec.shape, str(layer.pattern), None, slot.spec.pattern.density)
                 notes = ctx.plan.layers.setdefault(layer.name, entry).notes
                 notes["lower"] = {**decision["engines"][layer.name], "bytes": slot.nbytes}
@@ -108,9 +108,9 @@ class Lower(Pass):
         self.slots = list(done.values())
         return bool(done)
 
-    def _slot(self, gm: IRModule, layer: LayerOp, ctx: Context) -> Slot:
+    def _slot(self, gm: IRModule, layer: LayerOp, name: str) -> Slot:
         spec = spec_of(layer)
-        engine, _ = choose(spec, ctx.config.engine)
+        engine, _ = choose(spec, name)
         assert layer.mask is not None  # apply() skips layers without one
         holder = nn.Module()
         for key, tensor in engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec).items():

@@ -220,9 +220,10 @@ class Mask(Pass):
                     else magnitude_mask(weight, pattern)
                 )
                 ctx.masks[name] = mask = mask.contiguous()
+            energy = weight.detach().square()  # before the masked values are set to zero
+            kept = float((energy * mask).sum() / energy.sum().clamp(min=1e-30))
             for use in uses:
                 self._mask_use(gm, use, mask, pattern, ctx)
-            kept = float((weight.detach() * mask).square().sum() / weight.detach().square().sum().clamp(min=1e-30))
             entry = ctx.plan.layers.setdefault(name, LayerPlan(uses[0].kind, tuple(weight.shape)))
             entry.pattern, entry.density, entry.reason = str(pattern), pattern.density, None
             entry.notes["mask"] = {"score": score, "kept_energy": kept}

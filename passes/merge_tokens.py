@@ -20,7 +20,7 @@ from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.graph import ATTENTION, IRModule, Lifted, argument, shape_of
 from mpcompile.kernels import ops
 from mpcompile.kernels.token_merge.reference import merged_count
-from mpcompile.macs import ADD
+from mpcompile.macs import is_add
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.token_axis import TokenAxis
 
@@ -55,10 +55,6 @@ def _asks_shape(node: fx.Node) -> bool:
     return (node.op == "call_method" and node.target in ("size", "dim")) or "sym_size" in str(node.target)
 
 
-def _is_add(node: fx.Node) -> bool:
-    return node.target in ADD or (node.op == "call_method" and node.target in ("add", "add_"))
-
-
 def _residual(attention: fx.Node, query: fx.Node) -> fx.Node | None:
     """The addition that brings the attention's result back into the stream that its query came from."""
     upstream = _ancestors(query)
@@ -68,7 +64,7 @@ def _residual(attention: fx.Node, query: fx.Node) -> fx.Node | None:
         if len(users) != 1:
             return None
         node = users[0]
-        if _is_add(node) and any(source in upstream for source in node.all_input_nodes):
+        if is_add(node) and any(source in upstream for source in node.all_input_nodes):
             return node
 
 

@@ -11,7 +11,7 @@ from mpcompile import Config, audit, transform
 from mpcompile import backend as module
 from mpcompile.backend import mpsparse
 from mpcompile.errors import InputError
-from tests.helpers import mlp
+from tests.helpers import images, mlp, tiny_vit
 
 
 class Fixed(nn.Module):
@@ -76,6 +76,13 @@ def test_one_call_models_are_counted_from_their_graphs(monkeypatch):
     assert report["compiled sparse"].macs == masked // 2 + 64 * 5
     assert report["dense eager"].macs == masked + 64 * 5
     assert report.plan.masked == ["0", "2"]
+
+
+def test_dense_macs_are_counted_under_attention_pooling():
+    model = tiny_vit(global_pool="map", class_token=False)
+    gm = transform(model, images(2), Config(pattern="dense"))
+    report = audit(model, gm, images(2), rounds=0, dense_compiled=model)
+    assert report["dense eager"].macs == gm.plan.macs.dense
 
 
 def test_modes_are_restored():

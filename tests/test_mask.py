@@ -131,6 +131,15 @@ def test_no_data_falls_back_and_says_so():
     assert with_data.plan.layers["0"].notes["mask"]["score"] == "covariance"
 
 
+def test_kept_energy_is_the_share_of_the_dense_weight():
+    model = mlp()
+    gm = transform(model, torch.randn(2, 32), Config(score="magnitude"))
+    energy = model[0].weight.square()
+    share = float(energy[gm.get_submodule("0").mask].sum() / energy.sum())
+    assert gm.plan.layers["0"].notes["mask"]["kept_energy"] == pytest.approx(share, rel=1e-5)
+    assert 0.5 < share < 0.95
+
+
 def test_k_not_divisible_is_dense_with_the_reason():
     model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
     gm = transform(model, torch.randn(2, 10))
