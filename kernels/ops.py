@@ -2,7 +2,8 @@
 
 They are registered as CompositeImplicitAutograd: on a graph they are one node each, with N and M written on it, so
 that passes and engines find them; below autograd they are the plain torch code they stand for, so that gradients,
-fake tensors, export and Inductor's fusion follow without a formula of our own.
+fake tensors, export and Inductor's fusion follow without a formula of our own. The operators of native kernels
+(``nm_gemm``, ``nm_mlp``, ``nm_conv``) stay whole below autograd too: see :mod:`mpcompile.kernels.nm_linear.native`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from mpcompile.kernels.nm_linear import reference
+from mpcompile.kernels.nm_linear import native, reference
 from mpcompile.kernels.token_merge import reference as merging
 
 NAMESPACE = "mpcompile"
@@ -58,15 +59,21 @@ for _schema, _implementation in _DEFINITIONS:
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.split("(", 1)[0], _implementation, "CompositeImplicitAutograd")
 
+native.define(_LIBRARY)
+
 masked_linear = torch.ops.mpcompile.masked_linear.default
 masked_conv2d = torch.ops.mpcompile.masked_conv2d.default
 nm_linear = torch.ops.mpcompile.nm_linear.default
 nm_conv2d = torch.ops.mpcompile.nm_conv2d.default
+nm_gemm = torch.ops.mpcompile.nm_gemm.default
+nm_mlp = torch.ops.mpcompile.nm_mlp.default
+nm_conv = torch.ops.mpcompile.nm_conv.default
 token_size = torch.ops.mpcompile.token_size.default
 token_bias = torch.ops.mpcompile.token_bias.default
 token_merge = torch.ops.mpcompile.token_merge.default
 token_mean = torch.ops.mpcompile.token_mean.default
 
 MASKED = frozenset({masked_linear, masked_conv2d})
-PACKED = frozenset({nm_linear, nm_conv2d})
+NATIVE = frozenset({nm_gemm, nm_mlp, nm_conv})
+PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
 MERGING = frozenset({token_size, token_bias, token_merge, token_mean})

@@ -1,0 +1,214 @@
+"""How the CPU kernels keep an N:M weight: blocks of columns, and in each a list of entries for every row.
+
+A block is what the kernel holds of the activations in its first-level cache: up to :data:`ROWS_BLOCK` or
+:data:`PAIRS_BLOCK` input columns. Blocks follow one another; inside a block, rows do; inside a row, entries do.
+
+* ``ROWS`` (fp32; bf16 where the processor has no bf16 products): an entry is one kept value and the number of its
+  column in the block (one byte). 5 bytes a kept value in fp32, 3 in bf16.
+* ``QUADS`` (bf16, 2:4): an entry is two kept values and the number of a *pair* of columns. The kernel holds all six
+  pairs of every four columns interleaved, which is what bf16 dot-product instructions read.
+* ``RING`` (bf16, any N:M): as ``QUADS`` with pairs of columns up to three apart; a value that finds no partner stands
+  alone, beside a zero. Rows need different numbers of entries, so four rows at a time are padded to the same number,
+  and a table says where each four begin.
+
+Both pair layouts take 5 bytes for two kept values.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpcompile.kernels.nm_format import from_rows, to_rows
+
+ROWS, QUADS, RING = 0, 1, 2
+NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring"}
+
+ROWS_BLOCK = 96  # columns of 64 fp32 tokens: 24 KiB
+PAIRS_BLOCK = 64  # columns; all pairs of 32 or 64 bf16 tokens: 24 KiB
+REACH = 3  # how far apart the columns of a RING pair may be
+RING_ROWS = 4  # rows that share one number of entries
+CONV_COLUMNS = 256  # a byte can number so many (tap, channel) columns of a block
+CONV_CHANNELS = 28
+QUAD_PAIRS = tuple(itertools.combinations(range(4), 2))
+
+
+def block_columns(layout: int, m: int) -> int:
+    """Columns of a full block of a matrix whose groups are ``m`` long."""
+    if layout == ROWS:
+        return ROWS_BLOCK // m * m
+    return PAIRS_BLOCK
+
+
+def channel_block(m: int) -> int:
+    """Input channels of a full block of a convolution whose groups are ``m`` long."""
+    return max(m, CONV_CHANNELS // m * m)
+
+
+def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
+    """Columns of each block, as indices into the execution layout (see nm_format).
+
+    A matrix is cut into runs of columns. A convolution is cut into channels first and taps second, so that a block
+    reads few channels; inside a block the taps are outermost.
+    """
+    if len(shape) == 2 or tuple(shape[2:]) == (1, 1):
+        return list(torch.arange(shape[1]).split(block_columns(layout, m)))
+    taps = torch.arange(shape[2] * shape[3])
+    channels = torch.arange(shape[1])
+    wide = channel_block(m)
+    return [
+        (some[:, None] * shape[1] + part[None]).flatten()
+        for part in channels.split(wide)
+        for some in taps.split(CONV_COLUMNS // wide)
+    ]
+
+
+def row_entries(width: int, n: int, m: int) -> int:
+    """Entries of a row in a ROWS block of ``width`` columns: its kept values, padded to a multiple of four."""
+    kept = sum(min(n, width - start) for start in range(0, width, m))
+    return -(-kept // 4) * 4
+
+
+def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Tensor, Tensor]:
+    """Weight and N:M mask -> (values, index) of a layout, both one-dimensional.
+
+    Args:
+        weight: (out, in) or (out, in, kh, kw), fp32 or bf16; bf16 for ``QUADS`` and ``RING``.
+        mask: boolean, the same shape, at most ``n`` of every ``m`` set in the execution layout. ``QUADS`` needs 2:4
+            with exactly two set.
+
+    Returns:
+        ``values`` in the weight's dtype and ``index`` (uint8).
+    """
+    rows, kept = to_rows(weight), to_rows(mask)
+    parts = []
+    for columns in blocks(weight.shape, layout, m):
+        block, chosen = rows[:, columns], kept[:, columns]
+        if layout == ROWS:
+            parts.append(_pack_rows(block, chosen, row_entries(len(columns), n, m)))
+        elif layout == QUADS:
+            parts.append(_pack_quads(block, chosen))
+        else:
+            parts.append(_pack_ring(block, chosen))
+    values = torch.cat([v.flatten() for v, _, _ in parts])
+    index = torch.cat([i.flatten() for _, i, _ in parts])
+    if layout == RING:
+        # Entries before each four rows of each block, as little-endian int32, stand in front of the column numbers.
+        counts = torch.cat([c for _, _, c in parts]) * RING_ROWS
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        index = torch.cat([starts.view(torch.uint8), index])
+    return values.contiguous(), index.contiguous()
+
+
+def _pack_rows(block: Tensor, kept: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
+    order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :entries]
+    order = torch.nn.functional.pad(order, (0, entries - order.shape[1]))
+    valid = torch.arange(entries) < kept.sum(-1, keepdim=True)
+    order = order * valid
+    return block.gather(1, order) * valid, order.to(torch.uint8), torch.empty(0)
+
+
+def _pack_quads(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out, width = block.shape
+    pad = -width % 4
+    block = torch.nn.functional.pad(block, (0, pad)).unflatten(-1, (-1, 4))
+    kept = torch.nn.functional.pad(kept, (0, pad)).unflatten(-1, (-1, 4))
+    number = torch.zeros(16, dtype=torch.uint8)
+    for code, (i, j) in enumerate(QUAD_PAIRS):
+        number[(1 << i) | (1 << j)] = code
+    bits = (kept * torch.tensor([1, 2, 4, 8])).sum(-1)
+    code = number[bits]
+    places = torch.tensor(QUAD_PAIRS)[code.long()]
+    values = block.gather(-1, places)
+    index = code + torch.arange(block.shape[1], dtype=torch.uint8) * len(QUAD_PAIRS)
+    return values, index, torch.empty(0)
+
+
+def _pack_ring(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out, width = block.shape
+    short = -out % RING_ROWS
+    block = torch.nn.functional.pad(block, (0, 0, 0, short))
+    kept = torch.nn.functional.pad(kept, (0, 0, 0, short))
+    count = torch.zeros(len(block), dtype=torch.long)
+    capacity = int(kept.sum(-1).max()) if len(block) else 0
+    first = torch.full((len(block), capacity + 1), -1)
+    second = torch.full((len(block), capacity + 1), -1)
+    waiting = torch.full((len(block),), -1)
+    rows = torch.arange(len(block))
+    # From left to right, a kept column joins the one that waits, if that is near enough, or waits itself. Leaving as
+    # few as possible alone is what this greedy order achieves, since only the distance decides.
+    for c in range(width):
+        here = kept[:, c]
+        joins = here & (waiting >= 0) & (c - waiting <= REACH)
+        alone = here & (waiting >= 0) & ~joins
+        done = joins | alone
+        first[rows[done], count[done]] = waiting[done]
+        second[rows[joins], count[joins]] = c
+        count += done
+        waiting = torch.where(
+            joins, torch.full_like(waiting, -1), torch.where(here, torch.full_like(waiting, c), waiting)
+        )
+    left = waiting >= 0
+    first[rows[left], count[left]] = waiting[left]
+    count += left
+    four = count.view(-1, RING_ROWS).amax(-1)
+    entries = int(four.max()) if len(four) else 0
+    first, second = first[:, :entries], second[:, :entries]
+    low = block.gather(1, first.clamp(min=0)) * (first >= 0)
+    high = block.gather(1, second.clamp(min=0)) * (second >= 0)
+    step = torch.where(second >= 0, second - first - 1, torch.zeros_like(first))
+    number = torch.where(first >= 0, first * REACH + step, torch.zeros_like(first)).to(torch.uint8)
+    inside = torch.arange(entries) < four.repeat_interleave(RING_ROWS)[:, None]
+    values = torch.stack([low, high], -1)[inside]
+    return values, number[inside], four
+
+
+def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, layout: int) -> Tensor:
+    """The dense weight of ``shape`` that (values, index) hold; differentiable in ``values``.
+
+    Example:
+        >>> w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+        >>> unpack(*pack(w, w > 2, 2, 4, ROWS), (1, 4), 2, 4, ROWS)
+        tensor([[0., 0., 3., 4.]])
+    """
+    out, k = int(shape[0]), math.prod(shape[1:])
+    parts = blocks(shape, layout, m)
+    dense = values.new_zeros(out * k)
+    start = 0
+    starts: Tensor | None = None
+    four = -(-out // RING_ROWS)
+    if layout == RING:
+        size = (len(parts) * four + 1) * 4
+        starts = index[:size].contiguous().view(torch.int32).long()
+        index = index[size:]
+    for b, columns in enumerate(parts):
+        width = len(columns)
+        if starts is not None:
+            bounds = starts[b * four : (b + 1) * four + 1]
+            end = int(bounds[-1])
+            each = bounds.diff() // RING_ROWS
+            row = torch.arange(four * RING_ROWS).repeat_interleave(each.repeat_interleave(RING_ROWS))
+        else:
+            entries = row_entries(width, n, m) if layout == ROWS else -(-width // 4)
+            end = start + out * entries
+            row = torch.arange(out).repeat_interleave(entries)
+        number = index[start:end].long()
+        if layout == ROWS:
+            place, value, valid = number, values[start:end], slice(None)
+        else:
+            value = values[2 * start : 2 * end]
+            if layout == QUADS:
+                pair = torch.tensor(QUAD_PAIRS)[number % 6] + number[:, None] // 6 * 4
+            else:
+                pair = (number // REACH)[:, None] + torch.stack([torch.zeros_like(number), number % REACH + 1], -1)
+            place, row = pair.flatten(), row.repeat_interleave(2)
+            valid = (row < out) & (place < width)
+            place, row, value = place[valid], row[valid], value[valid]
+        # Added, not written: padding entries add zeros to column 0.
+        dense = dense.index_add(0, row * k + columns[place], value)
+        start = end
+    return from_rows(dense.view(out, k), list(shape))
