@@ -1,12 +1,13 @@
 """The native operators as torch sees them: schema, CPU kernel, fake, gradient.
 
-They are registered by ``Library.define`` and ``impl`` with as little Python as possible on the way to the kernel: a
-tiny layer costs about as much as ``F.linear``. Where no kernel can be had (see cpu.py), the plain torch of packed.py
-runs instead.
+They are registered by ``Library.define`` and ``impl`` with as little Python as possible on the way to the kernel. Where
+no kernel can be had (no compiler, or a layout made for another processor), the plain torch of packed.py runs instead,
+slowly. Gradients come from the masked dense weight that the layout holds, through packed.py as well.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from mpcompile.kernels.nm_linear import packed
+from mpcompile.kernels.nm_linear import build, packed
+from mpcompile.kernels.nm_linear.layouts import ROWS
 
 _SCHEMAS = {
     "nm_gemm": "(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int out, int n, int m, "
@@ -25,10 +27,217 @@ _SCHEMAS = {
     "nm_conv": "(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
     "int[] dilation, int n, int m, int[] shape, int layout, str activation) -> Tensor",
 }
+_NUMBER = {name: number for number, name in enumerate(packed.ACTIVATIONS)}
+_HALF = {torch.float32: 0, torch.bfloat16: 1}
+_TOKENS, _PLANES = 0, 1  # formats of activations, as in tiles.h
+
+
+@functools.cache
+def kernels() -> Any:
+    """The library, or None where there is none."""
+    return build.library() if build.unavailable() is None else None
+
+
+def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
+    """Whether the kernels take these tensors on this processor."""
+    lib = kernels()
+    if lib is None or x.dtype not in _HALF or values.dtype is not x.dtype:
+        return False
+    return all(layout == ROWS for layout in layouts) or (lib.nm_pairs() == 1 and x.dtype is torch.bfloat16)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _alike(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _checked(failed: int) -> None:
+    if failed:
+        raise MemoryError("an N:M kernel ran out of memory for its activations: use a smaller batch")
+
+
+def _gemm(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: int,
+    n: int,
+    m: int,
+    layout: int,
+    activation: str,
+) -> Tensor:
+    if not runs(x, values, layout):
+        return packed.nm_gemm(x, values, index, bias, residual, out, n, m, layout, activation)
+    y = x.new_empty((*x.shape[:-1], out))
+    k = x.shape[-1]
+    if y.numel():
+        x, bias, residual = x.contiguous(), _alike(bias, x.dtype), _alike(residual, x.dtype)
+        tokens = y.numel() // out
+        _checked(
+            kernels().nm_linear(
+                _HALF[x.dtype], x.data_ptr(), values.data_ptr(), index.data_ptr(), _at(bias), _at(residual), y.data_ptr(),
+                tokens, 1, k, out, n, m, layout, _NUMBER[activation], _TOKENS, torch.get_num_threads(),
+            )
+        )  # fmt: skip
+    return y
+
+
+def _mlp(
+    x: Tensor,
+    values1: Tensor,
+    index1: Tensor,
+    bias1: Tensor | None,
+    values2: Tensor,
+    index2: Tensor,
+    bias2: Tensor | None,
+    residual: Tensor | None,
+    hidden: int,
+    out: int,
+    n1: int,
+    m1: int,
+    n2: int,
+    m2: int,
+    layout1: int,
+    layout2: int,
+    activation: str,
+) -> Tensor:
+    threads = torch.get_num_threads()
+    tokens = x.numel() // max(1, x.shape[-1])
+    # One thread takes a whole panel through both products, which few panels would leave idle threads.
+    few = tokens < 64 * 4 * threads and threads > 1
+    if few or (layout1 == ROWS) != (layout2 == ROWS) or not runs(x, values1, layout1, layout2):
+        h = _gemm(x, values1, index1, bias1, None, hidden, n1, m1, layout1, activation)
+        return _gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none")
+    y = x.new_empty((*x.shape[:-1], out))
+    if y.numel():
+        x, bias1, bias2 = x.contiguous(), _alike(bias1, x.dtype), _alike(bias2, x.dtype)
+        residual = _alike(residual, x.dtype)
+        _checked(
+            kernels().nm_mlp(
+                _HALF[x.dtype], x.data_ptr(), values1.data_ptr(), index1.data_ptr(), _at(bias1), values2.data_ptr(),
+                index2.data_ptr(), _at(bias2), _at(residual), y.data_ptr(), tokens, x.shape[-1], hidden, out, n1, m1,
+                layout1, n2, m2, layout2, _NUMBER[activation], threads,
+            )
+        )  # fmt: skip
+    return y
+
+
+def _last(x: Tensor) -> bool:
+    """Whether an image batch runs channels last; where both orders fit, the plain one counts."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def pointwise(shape: list[int], padding: list[int]) -> bool:
+    """Whether a convolution is a matrix product over pixels."""
+    return shape[2] == shape[3] == 1 and not any(padding)
+
+
+def _sizes(x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[Any]:
+    edges = zip(x.shape[2:], shape[2:], stride, padding, dilation, strict=True)
+    return [x.shape[0], shape[0], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in edges)]
+
+
+def _conv(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    n: int,
+    m: int,
+    shape: list[int],
+    layout: int,
+    activation: str,
+) -> Tensor:
+    flat = pointwise(shape, padding)
+    if not runs(x, values, layout) or (x.dtype is not torch.float32 and not flat):
+        y = packed.nm_conv(
+            x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation
+        )
+        return y.contiguous(memory_format=torch.channels_last if _last(x) else torch.contiguous_format)
+    last = _last(x)
+    order = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty(_sizes(x, shape, stride, padding, dilation), dtype=x.dtype, memory_format=order)
+    if not y.numel():
+        return y
+    if flat and stride != [1, 1]:
+        x = x[:, :, :: stride[0], :: stride[1]]
+    x, bias = x.contiguous(memory_format=order), _alike(bias, x.dtype)
+    if residual is not None:
+        residual = residual.to(x.dtype).contiguous(memory_format=order)
+    threads, lib = torch.get_num_threads(), kernels()
+    head = (x.data_ptr(), values.data_ptr(), index.data_ptr(), _at(bias), _at(residual), y.data_ptr())
+    if flat:
+        pixels = y.shape[2] * y.shape[3]
+        _checked(
+            lib.nm_linear(
+                _HALF[x.dtype], *head, y.shape[0] * pixels, pixels, shape[1], shape[0], n, m, layout, _NUMBER[activation],
+                _TOKENS if last else _PLANES, threads,
+            )
+        )  # fmt: skip
+    else:
+        numbers = (*x.shape, shape[0], *shape[2:], *stride, *padding, *dilation)
+        geometry = (build.ctypes.c_int64 * 13)(*numbers)
+        _checked(lib.nm_conv(*head, build.ctypes.addressof(geometry), n, m, _NUMBER[activation], int(last), threads))
+    return y
+
+
+def _fake_gemm(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[4]))
+
+
+def _fake_mlp(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[8]))
+
+
+def _fake_conv(x: Tensor, *rest: Any) -> Tensor:
+    stride, padding, dilation, shape = rest[4], rest[5], rest[6], rest[9]
+    order = torch.channels_last if _last(x) else torch.contiguous_format
+    return torch.empty(
+        _sizes(x, shape, stride, padding, dilation), dtype=x.dtype, device=x.device, memory_format=order
+    )
+
+
+def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Backward and setup_context of an operator whose value in plain torch is ``formula``."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+        ctx.inputs = [None if isinstance(v, Tensor) else (v,) for v in inputs]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if v is None else v[0] for v in ctx.inputs]
+        wanted = [i for i, v in enumerate(inputs) if ctx.needs_input_grad[i] and isinstance(v, Tensor)]
+        with torch.enable_grad():
+            for i in wanted:
+                inputs[i] = inputs[i].detach().requires_grad_()
+            found = torch.autograd.grad(formula(*inputs), [inputs[i] for i in wanted], grad)
+        result: list[Any] = [None] * len(inputs)
+        for i, value in zip(wanted, found, strict=True):
+            result[i] = value
+        return tuple(result)
+
+    return backward, setup_context
 
 
 def define(library: Library) -> None:
     """Define the operators in ``library``."""
     for name, schema in _SCHEMAS.items():
-        library.define(name + schema)
-        library.impl(name, getattr(packed, name), "CompositeImplicitAutograd")
+        short = name.removeprefix("nm_")
+        library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+        library.impl(name, globals()[f"_{short}"], "CPU")
+        formula = getattr(packed, name)
+        library.impl(name, formula, "CUDA")
+        qualified = f"{library.ns}::{name}"
+        torch.library.register_fake(qualified, globals()[f"_fake_{short}"], lib=library)
+        backward, setup_context = _gradient(formula)
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)

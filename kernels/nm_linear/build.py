@@ -1,0 +1,192 @@
+"""Builds the CPU kernels on the machine that runs them, once, and keeps the library.
+
+The library's name holds a checksum of source, compiler, flags and instruction set, so that a changed one is another
+file. It is written under a name of its own and renamed: processes that build at the same time do no harm.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("cpu.cpp", "conv.h", "gemm.h", "sweep.h", "tiles.h", "vec.h")
+ISAS = {
+    "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma",
+    "portable": "",
+}
+# No -ffast-math: it takes products and sums apart again, and NaN with them.
+FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
+SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+_SECONDS = 300
+
+
+class Unavailable(Exception):
+    """There is no library, and why."""
+
+
+def detect_isa() -> str:
+    """The widest of :data:`ISAS` that this processor runs; ``MPCOMPILE_CPU_ISA`` names a narrower one."""
+    runs = _processor_isas()
+    forced = os.environ.get("MPCOMPILE_CPU_ISA")
+    if forced is None:
+        return runs[0]
+    if forced not in runs:
+        raise Unavailable(f"MPCOMPILE_CPU_ISA={forced}: this processor runs {', '.join(runs)}")
+    return forced
+
+
+@functools.cache
+def _processor_isas() -> tuple[str, ...]:
+    flags: set[str] = set()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        info = Path("/proc/cpuinfo")
+        if info.exists():
+            line = next((text for text in info.read_text().splitlines() if text.startswith("flags")), "")
+            flags = set(line.partition(":")[2].split())
+        elif torch.backends.cpu.get_cpu_capability() == "AVX2":
+            flags = {"avx2", "fma"}
+    runs = ["portable"]
+    if {"avx2", "fma"} <= flags:
+        runs.insert(0, "avx2")
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"} <= flags:
+        runs.insert(0, "avx512")
+        if "avx512_bf16" in flags:
+            runs.insert(0, "avx512_bf16")
+    return tuple(runs)
+
+
+def compiler() -> list[str]:
+    """The C++ compiler as a command: ``CXX``, else g++ or clang++.
+
+    Raises:
+        Unavailable: none is found.
+    """
+    named = os.environ.get("CXX")
+    for command in [named] if named else ["g++", "clang++", "c++"]:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    raise Unavailable(f"no C++ compiler ({named or 'g++, clang++'}): install one, or name it in CXX")
+
+
+@functools.cache
+def _version(command: tuple[str, ...]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+
+
+def _folders() -> list[Path]:
+    """Where the library may lie: the cache, else a folder of this user's among temporary files."""
+    from mpcompile.kernels.store import cache_folder
+
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    return [cache_folder() / "kernels", Path(tempfile.gettempdir()) / f"mpcompile-{user}"]
+
+
+def _usable(folder: Path) -> bool:
+    """Whether files can be made there, by nobody else than this user."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+            return False
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def build(isa: str, sanitize: bool = False) -> Path:
+    """Path of the library for an instruction set, built if it isn't there yet.
+
+    Raises:
+        Unavailable: no compiler, no folder that can be written, or a failed build.
+    """
+    command = compiler()
+    flags = [*shlex.split(FLAGS), *shlex.split(ISAS[isa]), *(shlex.split(SANITIZE) if sanitize else [])]
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for part in [*(here.joinpath(name).read_bytes() for name in SOURCES), " ".join([*command, *flags]).encode()]:
+        digest.update(part)
+    digest.update(_version(tuple(command)).encode())
+    name = f"nm-{isa}-{digest.hexdigest()[:20]}.so"
+    folders = _folders()
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    folder = next((f for f in folders if _usable(f)), None)
+    if folder is None:
+        raise Unavailable(f"no folder for the CPU kernels can be written: tried {', '.join(map(str, folders))}")
+    if folder != folders[0]:
+        log.warning("mpcompile: %s can't be written; the CPU kernels are kept in %s", folders[0], folder)
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        made = Path(private) / name
+        start = time.perf_counter()
+        try:
+            subprocess.run(
+                [*command, *flags, str(here / "cpu.cpp"), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=True,
+            )
+        except subprocess.CalledProcessError as error:
+            raise Unavailable(f"{command[0]} can't build the CPU kernels: {error.stderr.strip()[-400:]}") from error
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unavailable(f"{command[0]} can't build the CPU kernels: {error}") from error
+        log.info("built the CPU kernels for %s in %.1f s", isa, time.perf_counter() - start)
+        os.replace(made, folder / name)
+    return folder / name
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library for this process, with its functions' signatures set.
+
+    Raises:
+        Unavailable: it can't be built or loaded.
+    """
+    isa = detect_isa()
+    sanitize = os.environ.get("MPCOMPILE_SANITIZE") == "1"
+    path = build(isa, sanitize)
+    try:
+        loaded = ctypes.CDLL(str(path))  # torch is imported: its OpenMP runtime serves this library too
+        loaded.nm_lanes.restype = ctypes.c_int
+        loaded.nm_lanes()
+    except (OSError, AttributeError):
+        path.unlink(missing_ok=True)  # damaged, or of another system: build again
+        log.warning("mpcompile: %s couldn't be loaded and is built again", path)
+        try:
+            loaded = ctypes.CDLL(str(build(isa, sanitize)))
+        except OSError as error:
+            raise Unavailable(f"the CPU kernels can't be loaded: {error}") from error
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    loaded.nm_linear.argtypes = [number, *[pointer] * 6, long, long, *[number] * 8]
+    loaded.nm_mlp.argtypes = [number, *[pointer] * 9, long, *[number] * 11]
+    loaded.nm_conv.argtypes = [*[pointer] * 7, *[number] * 5]
+    return loaded
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why there is no library, or None; said once as a warning."""
+    try:
+        library()
+    except Unavailable as error:
+        log.warning("mpcompile: no CPU kernels, masked layers stay dense: %s", error)
+        return str(error)
+    return None

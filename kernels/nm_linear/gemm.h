@@ -1,0 +1,273 @@
+// The matrix product of a packed weight with panels of tokens.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+
+#include "sweep.h"
+#include "tiles.h"
+
+enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2 };  // as in layouts.py
+constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, RING_ROWS = 4;
+constexpr int WIDEST = 4;       // vectors in a panel
+constexpr int MOST_ROWS = 768;  // output rows of a task: their sums stay in the second-level cache
+
+// Memory that a thread keeps from call to call.
+template <class T> class Scratch {
+ public:
+  ~Scratch() { free(data_); }
+  T* need(size_t count) {
+    if (count > size_) {
+      free(data_);
+      size_ = 0;
+      size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
+      data_ = (T*)aligned_alloc(4096, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+struct ThreadScratch {
+  Scratch<float> sums, tile, start, panel;
+  Scratch<uint32_t> pairs;
+  Scratch<uint16_t> channels, hidden;
+  Scratch<unsigned char> joined;
+};
+inline ThreadScratch& scratch() {
+  static thread_local ThreadScratch own;
+  return own;
+}
+
+// X: float or bf16, the type of activations, values and bias.
+template <class X> struct Weight {
+  const X* values;
+  const uint8_t* index;
+  const X* bias;
+  int inputs, outputs, n, m, layout;
+
+  // How many entries a row has in a ROWS or QUADS block of `count` columns.
+  int entries(int count) const {
+    if (layout == LAYOUT_QUADS) return (count + 3) / 4;
+    int kept = count / m * n + std::min(n, count % m);
+    return (kept + 3) / 4 * 4;
+  }
+  int block() const { return layout == LAYOUT_ROWS ? ROWS_BLOCK / m * m : PAIRS_BLOCK; }
+  int widest() const { return layout == LAYOUT_RING ? 2 : WIDEST; }
+  int lanes_per_row() const { return layout == LAYOUT_RING ? RING_ROWS : 1; }
+
+  // The bias as floats, zeros where there is none and behind it.
+  const float* start() const {
+    float* s = scratch().start.need(outputs + RING_ROWS);
+    for (int n = 0; n < outputs + RING_ROWS; n++) s[n] = bias && n < outputs ? to_float(bias[n]) : 0.0f;
+    return s;
+  }
+};
+
+template <class X> struct Input {
+  const X* x;
+  Format format;
+  int64_t tokens, pixels;  // pixels of an image, for PLANES
+};
+
+// Tokens cut into panels of up to `widest` vectors, as even as they come and, where there are many, as many for every
+// thread.
+struct Panels {
+  int64_t vectors;
+  int64_t count;
+
+  Panels(int64_t tokens, int widest, int threads) {
+    vectors = (tokens + W - 1) / W;
+    count = (vectors + widest - 1) / widest;
+    if (count > threads) count = std::min(vectors, (count + threads - 1) / threads * threads);
+  }
+  int width(int64_t p) const { return (int)(vectors / count + (p < vectors % count)); }
+  int64_t first(int64_t p) const { return (vectors / count * p + std::min<int64_t>(p, vectors % count)) * W; }
+};
+
+template <class F> static void with_width(int v, F f) {
+  switch (v) {
+    case 1: f(std::integral_constant<int, 1>()); break;
+    case 2: f(std::integral_constant<int, 2>()); break;
+    case 3: f(std::integral_constant<int, 3>()); break;
+    default: f(std::integral_constant<int, 4>()); break;
+  }
+}
+
+#if NM_PAIRS
+template <int V>
+static void fill_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::vector<Segment>& where, int64_t first, int k0,
+                       int count, Pair* tile) {
+  constexpr int P = V * W;
+  __m512i* a = (__m512i*)scratch().joined.need((PAIRS_BLOCK / 2 + 2) * V * 64);
+  memset(a, 0, (size_t)(PAIRS_BLOCK / 2 + 2) * V * 64);
+  if (in.format == ROWS) {
+    for (int v = 0; v < V; v++) {
+      int tokens = (int)std::max<int64_t>(0, std::min<int64_t>(W, in.tokens - first - v * W));
+      if (tokens) read_channel_pairs(in.x + (first + v * W) * w.inputs + k0, w.inputs, tokens, count, a + v, V);
+    }
+  } else {
+    const uint16_t* rows = (const uint16_t*)in.x + (size_t)k0 * P;
+    if (in.format == PLANES) {
+      uint16_t* copy = scratch().channels.need((size_t)PAIRS_BLOCK * P);
+      memset(copy, 0, (size_t)count * P * 2);
+      for (int k = 0; k < count; k++)
+        for (const Segment& s : where)
+          memcpy(copy + (size_t)k * P + s.lane, in.x + (s.image * w.inputs + k0 + k) * in.pixels + s.pixel, s.length * 2);
+      rows = copy;
+    }
+    for (int v = 0; v < V; v++)
+      join_channel_pairs([&](int k) { return _mm256_loadu_si256((const __m256i*)(rows + (size_t)k * P + v * W)); }, count,
+                         a + v, V);
+  }
+  for (int v = 0; v < V; v++)
+    w.layout == LAYOUT_QUADS ? spread_quads(a + v, V, count, tile + v * W, P) : spread_ring(a + v, V, count, tile + v * W, P);
+}
+
+template <int V>
+static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::vector<Segment>& where, int64_t first,
+                             int n0, int n1, float* c) {
+  constexpr int P = V * W;
+  const float* start = w.start();
+  Pair* tile = scratch().pairs.need((size_t)PAIRS_BLOCK * 3 * P);
+  const Pair* values = (const Pair*)w.values;
+  const int fours = (w.outputs + RING_ROWS - 1) / RING_ROWS, blocks = (w.inputs + PAIRS_BLOCK - 1) / PAIRS_BLOCK;
+  const int32_t* begins = (const int32_t*)w.index;
+  const uint8_t* index = w.index + (w.layout == LAYOUT_RING ? ((size_t)blocks * fours + 1) * 4 : 0);
+  size_t offset = 0;
+  for (int b = 0; b < blocks; b++) {
+    const int k0 = b * PAIRS_BLOCK, count = std::min(PAIRS_BLOCK, w.inputs - k0);
+    fill_pairs<V>(w, in, where, first, k0, count, tile);
+    float* sums = c;
+    if (w.layout == LAYOUT_RING) {
+      for (int n = n0; n < n1; n += RING_ROWS, sums += RING_ROWS * P) {
+        const int32_t* at = begins + (size_t)b * fours + n / RING_ROWS;
+        pairs_block<V, RING_ROWS>(tile, values + at[0], index + at[0], (at[1] - at[0]) / RING_ROWS, sums, b ? nullptr : start + n);
+      }
+      continue;
+    }
+    constexpr int R = V >= 3 ? 2 : V == 2 ? 4 : 8;
+    const int entries = w.entries(count);
+    int n = n0;
+    const Pair* v = values + offset + (size_t)n0 * entries;
+    const uint8_t* i = index + offset + (size_t)n0 * entries;
+    for (; n + R <= n1; n += R, v += R * entries, i += R * entries, sums += R * P)
+      pairs_block<V, R>(tile, v, i, entries, sums, b ? nullptr : start + n);
+    for (; n < n1; n++, v += entries, i += entries, sums += P)
+      pairs_block<V, 1>(tile, v, i, entries, sums, b ? nullptr : start + n);
+    offset += (size_t)w.outputs * entries;
+  }
+}
+#endif
+
+// Output rows [n0, n1) of the panel that begins with token `first` -> c (n1 - n0, P), before activation. `panel`, if
+// given, holds the inputs as floats (K, P).
+template <int V, class X>
+static void accumulate(const Weight<X>& w, const Input<X>& in, const float* panel, const std::vector<Segment>& where,
+                       int64_t first, int n0, int n1, float* c) {
+  constexpr int P = V * W;
+#if NM_PAIRS
+  if constexpr (std::is_same<X, bf16>::value) {
+    if (w.layout != LAYOUT_ROWS) return accumulate_pairs<V>(w, in, where, first, n0, n1, c);
+  }
+#endif
+  const float* start = w.start();
+  float* own = panel ? nullptr : scratch().tile.need((size_t)w.block() * P);
+  size_t offset = 0;
+  for (int k0 = 0; k0 < w.inputs; k0 += w.block()) {
+    const int count = std::min(w.block(), w.inputs - k0), entries = w.entries(count);
+    if (!panel) fill_tile<V>(in.x, in.format, where, first, in.tokens, in.pixels, w.inputs, k0, count, own);
+    Contiguous<P> tile{panel ? panel + (size_t)k0 * P : own};
+    sweep_rows<V>(tile, w.values + offset, w.index + offset, entries, n0, n1, c, k0 ? nullptr : start);
+    offset += (size_t)w.outputs * entries;
+  }
+}
+
+template <class X> struct Output {
+  const X* residual;
+  X* y;
+  Format format;
+};
+
+// Sums of a panel -> y.
+template <class X>
+static void finish(const Output<X>& out, const float* c, int lanes, int64_t first, const Input<X>& in,
+                   const std::vector<Segment>& where, int n0, int n1, int outputs, int activation) {
+  if (out.format == PLANES) return write_planes(c, lanes, n0, n1, activation, where, out.residual, out.y, outputs, in.pixels);
+  int64_t place[WIDEST * W];
+  for (int i = 0; i < lanes; i++) place[i] = first + i < in.tokens ? first + i : -1;
+  write_rows(c, lanes, n0, n1, activation, place, out.residual, out.y, outputs);
+}
+
+// Rows of a task: fewer where there are few panels for many threads.
+inline int rows_per_task(int outputs, int64_t panels, int threads) {
+  int64_t wanted = threads > 1 ? (4 * threads + panels - 1) / panels : 1;
+  int rows = (int)((outputs + wanted - 1) / wanted);
+  rows = std::min(MOST_ROWS, std::max(rows, std::min(outputs, 128)));
+  return (rows + 15) / 16 * 16;
+}
+
+template <class X>
+static void gemm(const Weight<X>& w, const Input<X>& in, const Output<X>& out, int activation, int threads) {
+  const Panels panels(in.tokens, w.widest(), threads);
+  const int rows = rows_per_task(w.outputs, panels.count, threads), chunks = (w.outputs + rows - 1) / rows;
+  const int64_t tasks = panels.count * chunks;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && tasks > 1)
+  for (int64_t task = 0; task < tasks; task++) {
+    const int64_t p = task / chunks, first = panels.first(p);
+    const int n0 = (int)(task % chunks) * rows, n1 = std::min(w.outputs, n0 + rows);
+    with_width(panels.width(p), [&](auto v) {
+      constexpr int V = decltype(v)::value;
+      std::vector<Segment> where;
+      if (in.format == PLANES) where = segments(first, in.tokens, in.pixels, V * W);
+      float* c = scratch().sums.need((size_t)(rows + RING_ROWS) * V * W);
+      accumulate<V>(w, in, nullptr, where, first, n0, n1, c);
+      finish(out, c, V * W, first, in, where, n0, n1, w.outputs, activation);
+    });
+  }
+}
+
+// Two products with an activation between them, panel by panel: what lies between never leaves the thread's caches.
+template <class X>
+static void mlp(const Weight<X>& one, const Weight<X>& two, const Input<X>& in, const Output<X>& out, int activation,
+                int threads) {
+  const Panels panels(in.tokens, std::min(one.widest(), two.widest()), threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && panels.count > 1)
+  for (int64_t p = 0; p < panels.count; p++) {
+    const int64_t first = panels.first(p);
+    with_width(panels.width(p), [&](auto v) {
+      constexpr int V = decltype(v)::value, P = V * W;
+      const std::vector<Segment> nowhere;
+      const int hidden = one.outputs;
+      float* panel = nullptr;
+      X* half = nullptr;
+      if (two.layout == LAYOUT_ROWS) panel = scratch().panel.need((size_t)(hidden + RING_ROWS) * P);
+      else half = (X*)scratch().hidden.need((size_t)hidden * P);
+      for (int n0 = 0; n0 < hidden; n0 += MOST_ROWS) {
+        const int n1 = std::min(hidden, n0 + MOST_ROWS);
+        float* c = panel ? panel + (size_t)n0 * P : scratch().sums.need((size_t)(MOST_ROWS + RING_ROWS) * P);
+        accumulate<V>(one, in, nullptr, nowhere, first, n0, n1, c);
+        for (size_t i = 0; i < (size_t)(n1 - n0) * P; i += W) {
+          vf h = activate(load(c + i), activation);
+          if (panel) store(c + i, h);
+          else store(half + (size_t)n0 * P + i, h);
+        }
+      }
+      const Input<X> middle{half, PANEL, in.tokens, 1};
+      for (int n0 = 0; n0 < two.outputs; n0 += MOST_ROWS) {
+        const int n1 = std::min(two.outputs, n0 + MOST_ROWS);
+        float* c = scratch().sums.need((size_t)(MOST_ROWS + RING_ROWS) * P);
+        accumulate<V>(two, middle, panel, nowhere, first, n0, n1, c);
+        finish(out, c, P, first, in, nowhere, n0, n1, two.outputs, NONE);
+      }
+    });
+  }
+}

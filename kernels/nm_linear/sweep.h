@@ -1,0 +1,164 @@
+// The inner loops. A tile of activations stays in the first-level cache while all output rows sweep over it: each
+// entry of a row multiplies one tile row (or pair of rows), which its index names. Nothing is gathered, and the time
+// depends only on how many values were kept.
+#pragma once
+
+#include <algorithm>
+
+#include "vec.h"
+
+// --- ROWS layout: a kept value and the number of its column ---
+
+// Where the tile row of a column lies: contiguous rows of P floats, or wherever a table says (convolution).
+template <int P> struct Contiguous {
+  const float* tile;
+  NM_INLINE const float* row(Contiguous t, uint32_t column) { return t.tile + column * P; }
+};
+struct Scattered {
+  const float* base;
+  const int32_t* offset;
+  NM_INLINE const float* row(Scattered t, uint32_t column) { return t.base + t.offset[column]; }
+};
+
+template <int V, int R, class Tile, class Weight>
+NM_INLINE void rows_block(Tile tile, const Weight* values, const uint8_t* index, int entries, float* c, const float* start) {
+  constexpr int P = V * W;
+  vf acc[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) acc[r][v] = start ? splat(start[r]) : load(c + r * P + v * W);
+  for (int e = 0; e < entries; e += 4) {
+    Four weights[R];
+    uint32_t columns[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      weights[r] = four(values + r * entries + e);
+      memcpy(&columns[r], index + r * entries + e, 4);
+    }
+#define NM_STEP(Q)                                              \
+  _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {         \
+    vf w = pick<Q>(weights[r]);                                 \
+    const float* x = Tile::row(tile, (columns[r] >> (8 * Q)) & 255); \
+    _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) acc[r][v] = fma(w, load(x + v * W), acc[r][v]); \
+  }
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "a little-endian machine is needed"
+#endif
+    NM_STEP(0) NM_STEP(1) NM_STEP(2) NM_STEP(3)
+#undef NM_STEP
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(c + r * P + v * W, acc[r][v]);
+}
+
+// Output rows [n0, n1) of one block. `start`: what the sums begin with (first block), or null to go on from c.
+template <int V, class Tile, class Weight>
+static void sweep_rows(Tile tile, const Weight* values, const uint8_t* index, int entries, int n0, int n1, float* c,
+                       const float* start) {
+  constexpr int P = V * W, R = V >= 3 ? 2 : V == 2 ? 4 : 8;  // enough independent sums to hide the latency of an FMA
+  values += (size_t)n0 * entries;
+  index += (size_t)n0 * entries;
+  int n = n0;
+  for (; n + R <= n1; n += R, values += R * entries, index += R * entries, c += R * P)
+    rows_block<V, R>(tile, values, index, entries, c, start ? start + n : nullptr);
+  for (; n < n1; n++, values += entries, index += entries, c += P)
+    rows_block<V, 1>(tile, values, index, entries, c, start ? start + n : nullptr);
+}
+
+// --- QUADS and RING layouts: two kept bf16 values and the number of a pair of columns ---
+
+#if NM_AVX512 && defined(__AVX512BF16__)
+#define NM_PAIRS 1
+
+typedef uint32_t Pair;  // bf16 of one column in the low half, of the other in the high half
+
+template <int V, int R>
+NM_INLINE void pairs_block(const Pair* tile, const Pair* values, const uint8_t* index, int entries, float* c,
+                           const float* start) {
+  constexpr int P = V * W;
+  __m512 acc[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) acc[r][v] = start ? _mm512_set1_ps(start[r]) : _mm512_loadu_ps(c + r * P + v * W);
+#define NM_MULTIPLY(WEIGHT, NUMBER)                                                                           \
+  {                                                                                                           \
+    __m512bh w = (__m512bh)(WEIGHT);                                                                          \
+    const Pair* x = tile + (NUMBER) * P;                                                                      \
+    _Pragma("GCC unroll 8") for (int v = 0; v < V; v++)                                                       \
+        acc[r][v] = _mm512_dpbf16_ps(acc[r][v], w, (__m512bh)_mm512_load_si512(x + v * W));                   \
+  }
+  int e = 0;
+  for (; e + 4 <= entries; e += 4) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      __m512 weights = _mm512_castsi512_ps(
+          _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(values + r * entries + e))));
+      uint32_t numbers;
+      memcpy(&numbers, index + r * entries + e, 4);
+      NM_MULTIPLY(_mm512_permute_ps(weights, 0x00), numbers & 255)
+      NM_MULTIPLY(_mm512_permute_ps(weights, 0x55), (numbers >> 8) & 255)
+      NM_MULTIPLY(_mm512_permute_ps(weights, 0xaa), (numbers >> 16) & 255)
+      NM_MULTIPLY(_mm512_permute_ps(weights, 0xff), numbers >> 24)
+    }
+  }
+  for (; e < entries; e++)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      NM_MULTIPLY(_mm512_set1_epi32((int)values[r * entries + e]), (uint32_t)index[r * entries + e])
+#undef NM_MULTIPLY
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) _mm512_storeu_ps(c + r * P + v * W, acc[r][v]);
+}
+
+// Sixteen tokens of the pairs of channels 0-1, 2-3, ... of `count` channels -> a[0], a[1], ...; zeros behind them.
+static void read_channel_pairs(const bf16* x, size_t stride, int tokens, int count, __m512i* a, int step) {
+  for (int k = 0; k < count; k += 32) {
+    vf r[16];
+    for (int i = 0; i < 16; i++) {
+      int columns = i < tokens ? std::min(32, count - k) : 0;
+      __mmask32 mask = columns == 32 ? ~0u : (1u << columns) - 1;
+      r[i] = (vf)_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + (i < tokens ? i : 0) * stride + k));
+    }
+    transpose(r);
+    for (int j = 0; j < std::min(16, (count - k + 1) / 2); j++) a[(size_t)(k / 2 + j) * step] = (__m512i)r[j];
+  }
+}
+
+// The same from channel-major rows: `row(k)` gives sixteen tokens of channel k.
+template <class Row> NM_INLINE void join_channel_pairs(Row row, int count, __m512i* a, int step) {
+  for (int k = 0; k < count; k += 2) {
+    __m512i low = _mm512_cvtepu16_epi32(row(k));
+    __m512i high = k + 1 < count ? _mm512_cvtepu16_epi32(row(k + 1)) : _mm512_setzero_si512();
+    a[(size_t)(k / 2) * step] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+}
+
+// Channel pairs a[0 .. count/2], zeros behind -> every pair that the layout numbers. P: pairs a tile row.
+NM_INLINE __m512i both(__m512i low, __m512i high) { return _mm512_mask_blend_epi16(0xaaaaaaaau, low, high); }
+
+static void spread_quads(const __m512i* a, int step, int count, Pair* tile, int P) {
+  for (int k = 0; k < count; k += 4, tile += 6 * P) {
+    __m512i first = a[(size_t)(k / 2) * step], second = a[(size_t)(k / 2 + 1) * step];
+    __m512i down = _mm512_srli_epi32(first, 16), up = _mm512_slli_epi32(second, 16);
+    _mm512_store_si512(tile, first);                     // 0 1
+    _mm512_store_si512(tile + P, both(first, up));       // 0 2
+    _mm512_store_si512(tile + 2 * P, both(first, second));  // 0 3
+    _mm512_store_si512(tile + 3 * P, both(down, up));    // 1 2
+    _mm512_store_si512(tile + 4 * P, both(down, second));   // 1 3
+    _mm512_store_si512(tile + 5 * P, second);            // 2 3
+  }
+}
+
+static void spread_ring(const __m512i* a, int step, int count, Pair* tile, int P) {
+  for (int k = 0; k < count; k += 2, tile += 6 * P) {
+    __m512i here = a[(size_t)(k / 2) * step], next = a[(size_t)(k / 2 + 1) * step], third = a[(size_t)(k / 2 + 2) * step];
+    __m512i down = _mm512_srli_epi32(here, 16), up = _mm512_slli_epi32(next, 16);
+    _mm512_store_si512(tile, here);                    // k and k + 1
+    _mm512_store_si512(tile + P, both(here, up));      // k and k + 2
+    _mm512_store_si512(tile + 2 * P, both(here, next));   // k and k + 3
+    _mm512_store_si512(tile + 3 * P, both(down, up));  // k + 1 and k + 2
+    _mm512_store_si512(tile + 4 * P, both(down, next));   // k + 1 and k + 3
+    _mm512_store_si512(tile + 5 * P, both(down, _mm512_slli_epi32(third, 16)));  // k + 1 and k + 4
+  }
+}
+#else
+#define NM_PAIRS 0
+#endif

@@ -1,0 +1,200 @@
+// One vector of floats on whatever the compiler targets: AVX-512 (16 lanes), AVX2 (8) or anything else (4, by the
+// compiler's vector extensions: SSE2, NEON). All arithmetic above this file is written once, in terms of it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define NM_AVX512 1
+constexpr int W = 16;
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define NM_AVX2 1
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+#define NM_INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float vf_mem __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh_mem __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+NM_INLINE vf splat(float x) { return x - (vf){}; }
+NM_INLINE vf load(const float* p) { return *(const vf_mem*)p; }
+NM_INLINE void store(float* p, vf v) { *(vf_mem*)p = v; }
+NM_INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh_mem*)p, vu) << 16); }
+
+// Round to nearest even; a NaN stays one.
+NM_INLINE void store(bf16* p, vf v) {
+  vu x = (vu)v;
+  vu rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+  vu nan = (vu)(v != v);
+  *(vh_mem*)p = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vh);
+}
+
+NM_INLINE float to_float(float x) { return x; }
+NM_INLINE float to_float(bf16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+NM_INLINE void from_float(float x, float* p) { *p = x; }
+NM_INLINE void from_float(float x, bf16* p) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  p->bits = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+NM_INLINE vf fma(vf a, vf b, vf c) {
+#if NM_AVX512
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif NM_AVX2
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+// NaN in x comes through, as torch's activations have it.
+NM_INLINE vf clamp(vf x, float low, float high) {
+  x = x < splat(low) ? splat(low) : x;
+  return x > splat(high) ? splat(high) : x;
+}
+
+// Four neighbouring weights, of which each in turn is spread over a vector. One load for four: a broadcast load each
+// would take a load slot from the activations.
+#if NM_AVX512
+typedef __m512 Four;
+NM_INLINE Four spread(__m128 w) { return _mm512_broadcast_f32x4(w); }
+template <int Q> NM_INLINE vf pick(Four w) { return (vf)_mm512_permute_ps(w, Q * 0x55); }
+#elif NM_AVX2
+typedef __m256 Four;
+NM_INLINE Four spread(__m128 w) { return _mm256_insertf128_ps(_mm256_castps128_ps256(w), w, 1); }
+template <int Q> NM_INLINE vf pick(Four w) { return (vf)_mm256_permute_ps(w, Q * 0x55); }
+#endif
+#if NM_AVX512 || NM_AVX2
+NM_INLINE Four four(const float* p) { return spread(_mm_loadu_ps(p)); }
+NM_INLINE Four four(const bf16* p) {
+  return spread(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16)));
+}
+#else
+typedef vf Four;
+NM_INLINE Four four(const float* p) { return load(p); }
+NM_INLINE Four four(const bf16* p) { return load(p); }
+template <int Q> NM_INLINE vf pick(Four w) { return splat(w[Q]); }
+#endif
+
+// r[i][j] -> r[j][i], W vectors.
+NM_INLINE void transpose(vf* r) {
+#if NM_AVX512
+  __m512 a[16], b[16];
+  for (int i = 0; i < 8; i++) {
+    a[2 * i] = _mm512_unpacklo_ps((__m512)r[2 * i], (__m512)r[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_ps((__m512)r[2 * i], (__m512)r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++)
+    for (int h = 0; h < 2; h++) {
+      __m512d x = _mm512_castps_pd(a[4 * i + h]), y = _mm512_castps_pd(a[4 * i + 2 + h]);
+      b[4 * i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      b[4 * i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  for (int i = 0; i < 4; i++) {
+    a[i] = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88);
+    a[4 + i] = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+    a[8 + i] = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+    a[12 + i] = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = (vf)_mm512_shuffle_f32x4(a[i], a[8 + i], 0x88);
+    r[8 + i] = (vf)_mm512_shuffle_f32x4(a[i], a[8 + i], 0xdd);
+    r[4 + i] = (vf)_mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0x88);
+    r[12 + i] = (vf)_mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0xdd);
+  }
+#elif NM_AVX2
+  __m256 a[8], b[8];
+  for (int i = 0; i < 4; i++) {
+    a[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++)
+    for (int h = 0; h < 2; h++) {
+      b[4 * i + 2 * h] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + 2 + h], 0x44);
+      b[4 * i + 2 * h + 1] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + 2 + h], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    r[i] = (vf)_mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+    r[4 + i] = (vf)_mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+  }
+#else
+  for (int i = 0; i < W; i++)
+    for (int j = 0; j < i; j++) {
+      float t = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = t;
+    }
+#endif
+}
+
+// exp, relative error 1e-7 in [-87, 88]; clamped outside.
+NM_INLINE vf exp(vf x) {
+  x = clamp(x, -87.0f, 88.0f);
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf shifted = fma(x, splat(1.44269504088896341f), magic);
+  vf k = shifted - magic;
+  vf r = fma(k, splat(-0.693359375f), x);
+  r = fma(k, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  vu power = ((vu)shifted + 127u) << 23;  // the low bits of `shifted` hold k
+  return p * (vf)power;
+}
+
+// erf by a rational approximation, |error| < 2e-7.
+NM_INLINE vf erf(vf x) {
+  x = clamp(x, -3.832506856900711f, 3.832506856900711f);
+  vf z = x * x;
+  vf p = splat(-2.72614225801306e-10f);
+  p = fma(p, z, splat(2.77068142495902e-08f));
+  p = fma(p, z, splat(-2.10102402082508e-06f));
+  p = fma(p, z, splat(-5.69250639462346e-05f));
+  p = fma(p, z, splat(-7.34990630326855e-04f));
+  p = fma(p, z, splat(-2.95459980854025e-03f));
+  p = fma(p, z, splat(-1.60960333262415e-02f));
+  vf q = splat(-1.45660718464996e-05f);
+  q = fma(q, z, splat(-2.13374055278905e-04f));
+  q = fma(q, z, splat(-1.68282697438203e-03f));
+  q = fma(q, z, splat(-7.37332916720468e-03f));
+  q = fma(q, z, splat(-1.42647390514189e-02f));
+  return p * x / q;
+}
+
+enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4 };
+
+NM_INLINE vf activate(vf x, int activation) {
+  switch (activation) {
+    case RELU: return x < splat(0.0f) ? splat(0.0f) : x;
+    case GELU: return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f));
+    case GELU_TANH: {  // 0.5 x (1 + tanh u) = x / (1 + exp(-2u))
+      vf u = 0.7978845608028654f * fma(x * x * x, splat(0.044715f), x);
+      return x / (1.0f + exp(-2.0f * u));
+    }
+    case SILU: return x / (1.0f + exp(-x));
+    default: return x;
+  }
+}
