@@ -153,22 +153,28 @@ def build(isa: str, sanitize: bool = False) -> Path:
     return folder / name
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
-    """The library for this process, with its functions' signatures set.
+    """The library for this process. Environment: ``MPCOMPILE_CPU_ISA``, and ``MPCOMPILE_SANITIZE=1`` for a build with
+    AddressSanitizer and UndefinedBehaviorSanitizer.
 
     Raises:
         Unavailable: it can't be built or loaded.
     """
-    isa = detect_isa()
-    sanitize = os.environ.get("MPCOMPILE_SANITIZE") == "1"
+    return load(detect_isa(), os.environ.get("MPCOMPILE_SANITIZE") == "1")
+
+
+@functools.cache
+def load(isa: str, sanitize: bool = False) -> ctypes.CDLL:
+    """The library for an instruction set, with its functions' signatures set.
+
+    Raises:
+        Unavailable: it can't be built or loaded.
+    """
     path = build(isa, sanitize)
     try:
         loaded = ctypes.CDLL(str(path))  # torch is imported: its OpenMP runtime serves this library too
-        loaded.nm_lanes.restype = ctypes.c_int
-        loaded.nm_lanes()
-    except (OSError, AttributeError):
-        path.unlink(missing_ok=True)  # damaged, or of another system: build again
+    except OSError:
+        path.unlink(missing_ok=True)  # damaged, or another system's
         log.warning("mpcompile: %s couldn't be loaded and is built again", path)
         try:
             loaded = ctypes.CDLL(str(build(isa, sanitize)))

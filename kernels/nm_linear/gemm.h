@@ -10,8 +10,8 @@
 #include "sweep.h"
 #include "tiles.h"
 
-enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2 };  // as in layouts.py
-constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, RING_ROWS = 4;
+enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2, LAYOUT_OCTS = 3 };  // as in layouts.py
+constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96, RING_ROWS = 4;
 constexpr int WIDEST = 4;       // vectors in a panel
 constexpr int MOST_ROWS = 768;  // output rows of a task: their sums stay in the second-level cache
 
@@ -54,15 +54,15 @@ template <class X> struct Weight {
   const X* bias;
   int inputs, outputs, n, m, layout;
 
-  // How many entries a row has in a ROWS or QUADS block of `count` columns.
+  // How many entries a row has in a ROWS, QUADS or OCTS block of `count` columns.
   int entries(int count) const {
     if (layout == LAYOUT_QUADS) return (count + 3) / 4;
+    if (layout == LAYOUT_OCTS) return (count + 7) / 8;
     int kept = count / m * n + std::min(n, count % m);
     return (kept + 3) / 4 * 4;
   }
-  int block() const { return layout == LAYOUT_ROWS ? ROWS_BLOCK / m * m : PAIRS_BLOCK; }
-  int widest() const { return layout == LAYOUT_RING ? 2 : WIDEST; }
-  int lanes_per_row() const { return layout == LAYOUT_RING ? RING_ROWS : 1; }
+  int block() const { return layout == LAYOUT_ROWS ? ROWS_BLOCK / m * m : layout == LAYOUT_OCTS ? OCTS_BLOCK : PAIRS_BLOCK; }
+  int widest() const { return layout == LAYOUT_RING || layout == LAYOUT_OCTS ? 2 : WIDEST; }
 
   // The bias as floats, zeros where there is none and behind it.
   const float* start() const {
@@ -107,8 +107,8 @@ template <int V>
 static void fill_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::vector<Segment>& where, int64_t first, int k0,
                        int count, Pair* tile) {
   constexpr int P = V * W;
-  __m512i* a = (__m512i*)scratch().joined.need((PAIRS_BLOCK / 2 + 2) * V * 64);
-  memset(a, 0, (size_t)(PAIRS_BLOCK / 2 + 2) * V * 64);
+  __m512i* a = (__m512i*)scratch().joined.need((OCTS_BLOCK / 2 + 4) * V * 64);
+  memset(a + (size_t)(count / 2) * V, 0, (size_t)4 * V * 64);  // columns behind the last
   if (in.format == ROWS) {
     for (int v = 0; v < V; v++) {
       int tokens = (int)std::max<int64_t>(0, std::min<int64_t>(W, in.tokens - first - v * W));
@@ -117,7 +117,7 @@ static void fill_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::
   } else {
     const uint16_t* rows = (const uint16_t*)in.x + (size_t)k0 * P;
     if (in.format == PLANES) {
-      uint16_t* copy = scratch().channels.need((size_t)PAIRS_BLOCK * P);
+      uint16_t* copy = scratch().channels.need((size_t)OCTS_BLOCK * P);
       memset(copy, 0, (size_t)count * P * 2);
       for (int k = 0; k < count; k++)
         for (const Segment& s : where)
@@ -128,8 +128,8 @@ static void fill_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::
       join_channel_pairs([&](int k) { return _mm256_loadu_si256((const __m256i*)(rows + (size_t)k * P + v * W)); }, count,
                          a + v, V);
   }
-  for (int v = 0; v < V; v++)
-    w.layout == LAYOUT_QUADS ? spread_quads(a + v, V, count, tile + v * W, P) : spread_ring(a + v, V, count, tile + v * W, P);
+  auto spread = w.layout == LAYOUT_QUADS ? spread_quads : w.layout == LAYOUT_OCTS ? spread_octs : spread_ring;
+  for (int v = 0; v < V; v++) spread(a + v, V, count, tile + v * W, P);
 }
 
 template <int V>
@@ -137,20 +137,20 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
                              int n0, int n1, float* c) {
   constexpr int P = V * W;
   const float* start = w.start();
-  Pair* tile = scratch().pairs.need((size_t)PAIRS_BLOCK * 3 * P);
+  Pair* tile = scratch().pairs.need((size_t)OCTS_BLOCK * 2 * P)  /* as many as PAIRS_BLOCK * 3 */;
   const Pair* values = (const Pair*)w.values;
-  const int fours = (w.outputs + RING_ROWS - 1) / RING_ROWS, blocks = (w.inputs + PAIRS_BLOCK - 1) / PAIRS_BLOCK;
+  const int fours = (w.outputs + RING_ROWS - 1) / RING_ROWS, wide = w.block(), blocks = (w.inputs + wide - 1) / wide;
   const int32_t* begins = (const int32_t*)w.index;
   const uint8_t* index = w.index + (w.layout == LAYOUT_RING ? ((size_t)blocks * fours + 1) * 4 : 0);
   size_t offset = 0;
   for (int b = 0; b < blocks; b++) {
-    const int k0 = b * PAIRS_BLOCK, count = std::min(PAIRS_BLOCK, w.inputs - k0);
+    const int k0 = b * wide, count = std::min(wide, w.inputs - k0);
     fill_pairs<V>(w, in, where, first, k0, count, tile);
     float* sums = c;
     if (w.layout == LAYOUT_RING) {
       for (int n = n0; n < n1; n += RING_ROWS, sums += RING_ROWS * P) {
         const int32_t* at = begins + (size_t)b * fours + n / RING_ROWS;
-        pairs_block<V, RING_ROWS>(tile, values + at[0], index + at[0], (at[1] - at[0]) / RING_ROWS, sums, b ? nullptr : start + n);
+        ring_block<V>(tile, values + at[0], index + at[0], (at[1] - at[0]) / RING_ROWS, sums, b ? nullptr : start + n);
       }
       continue;
     }

@@ -7,11 +7,12 @@ A block is what the kernel holds of the activations in its first-level cache: up
   column in the block (one byte). 5 bytes a kept value in fp32, 3 in bf16.
 * ``QUADS`` (bf16, 2:4): an entry is two kept values and the number of a *pair* of columns. The kernel holds all six
   pairs of every four columns interleaved, which is what bf16 dot-product instructions read.
+* ``OCTS`` (bf16, 1:4): as ``QUADS`` with the sixteen pairs of a column of one four and a column of the next.
 * ``RING`` (bf16, any N:M): as ``QUADS`` with pairs of columns up to three apart; a value that finds no partner stands
-  alone, beside a zero. Rows need different numbers of entries, so four rows at a time are padded to the same number,
-  and a table says where each four begin.
+  alone, beside a zero. Rows need different numbers of entries, so four rows at a time are padded to the same even
+  number and stored two entries of each row after the other; a table says where each four begin.
 
-Both pair layouts take 5 bytes for two kept values.
+Pair layouts take 5 bytes for two kept values.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import from_rows, to_rows
 
-ROWS, QUADS, RING = 0, 1, 2
-NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring"}
+ROWS, QUADS, RING, OCTS = 0, 1, 2, 3
+NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring", OCTS: "octs"}
 
 ROWS_BLOCK = 96  # columns of 64 fp32 tokens: 24 KiB
-PAIRS_BLOCK = 64  # columns; all pairs of 32 or 64 bf16 tokens: 24 KiB
+PAIRS_BLOCK = 64  # columns; all pairs of 32 (RING) or 64 (QUADS) bf16 tokens: 24 KiB
+OCTS_BLOCK = 96  # columns; all pairs of 32 bf16 tokens: 24 KiB
 REACH = 3  # how far apart the columns of a RING pair may be
 RING_ROWS = 4  # rows that share one number of entries
 CONV_COLUMNS = 256  # a byte can number so many (tap, channel) columns of a block
@@ -41,7 +44,7 @@ def block_columns(layout: int, m: int) -> int:
     """Columns of a full block of a matrix whose groups are ``m`` long."""
     if layout == ROWS:
         return ROWS_BLOCK // m * m
-    return PAIRS_BLOCK
+    return OCTS_BLOCK if layout == OCTS else PAIRS_BLOCK
 
 
 def channel_block(m: int) -> int:
@@ -78,13 +81,20 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
 
     Args:
         weight: (out, in) or (out, in, kh, kw), fp32 or bf16; bf16 for ``QUADS`` and ``RING``.
-        mask: boolean, the same shape, at most ``n`` of every ``m`` set in the execution layout. ``QUADS`` needs 2:4
-            with exactly two set.
+        mask: boolean, the same shape, ``n`` of every ``m`` set in the execution layout. ``QUADS`` takes 2:4 alone,
+            ``OCTS`` 1:4.
 
     Returns:
         ``values`` in the weight's dtype and ``index`` (uint8).
+
+    Raises:
+        InputError: the mask doesn't keep exactly ``n`` of every ``m``.
     """
     rows, kept = to_rows(weight), to_rows(mask)
+    bad = int(((kept.unflatten(-1, (-1, m)).sum(-1, dtype=torch.uint8)) != n).sum()) if weight.shape[1] % m == 0 else -1
+    if bad:
+        found = f"{bad} groups with another count" if bad > 0 else f"{weight.shape[1]} inputs"
+        raise InputError(f"the mask is not {n}:{m}", expected=f"exactly {n} of every {m} kept", found=found)
     parts = []
     for columns in blocks(weight.shape, layout, m):
         block, chosen = rows[:, columns], kept[:, columns]
@@ -92,6 +102,8 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
             parts.append(_pack_rows(block, chosen, row_entries(len(columns), n, m)))
         elif layout == QUADS:
             parts.append(_pack_quads(block, chosen))
+        elif layout == OCTS:
+            parts.append(_pack_octs(block, chosen))
         else:
             parts.append(_pack_ring(block, chosen))
     values = torch.cat([v.flatten() for v, _, _ in parts])
@@ -128,6 +140,16 @@ def _pack_quads(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, index, torch.empty(0)
 
 
+def _pack_octs(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    pad = -block.shape[1] % 8
+    block = torch.nn.functional.pad(block, (0, pad)).unflatten(-1, (-1, 2, 4))
+    kept = torch.nn.functional.pad(kept, (0, pad)).unflatten(-1, (-1, 2, 4))
+    place = kept.to(torch.uint8).argmax(-1)
+    values = (block * kept).sum(-1, dtype=block.dtype)  # one of the four is kept, none behind the last column
+    index = place[..., 0] * 4 + place[..., 1] + torch.arange(block.shape[1]) * 16
+    return values, index.to(torch.uint8), torch.empty(0)
+
+
 def _pack_ring(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out, width = block.shape
     short = -out % RING_ROWS
@@ -135,8 +157,8 @@ def _pack_ring(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kept = torch.nn.functional.pad(kept, (0, 0, 0, short))
     count = torch.zeros(len(block), dtype=torch.long)
     capacity = int(kept.sum(-1).max()) if len(block) else 0
-    first = torch.full((len(block), capacity + 1), -1)
-    second = torch.full((len(block), capacity + 1), -1)
+    first = torch.full((len(block), capacity + 2), -1)
+    second = torch.full((len(block), capacity + 2), -1)
     waiting = torch.full((len(block),), -1)
     rows = torch.arange(len(block))
     # From left to right, a kept column joins the one that waits, if that is near enough, or waits itself. Leaving as
@@ -155,16 +177,16 @@ def _pack_ring(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left = waiting >= 0
     first[rows[left], count[left]] = waiting[left]
     count += left
-    four = count.view(-1, RING_ROWS).amax(-1)
+    four = (count.view(-1, RING_ROWS).amax(-1) + 1) // 2 * 2
     entries = int(four.max()) if len(four) else 0
     first, second = first[:, :entries], second[:, :entries]
     low = block.gather(1, first.clamp(min=0)) * (first >= 0)
     high = block.gather(1, second.clamp(min=0)) * (second >= 0)
     step = torch.where(second >= 0, second - first - 1, torch.zeros_like(first))
     number = torch.where(first >= 0, first * REACH + step, torch.zeros_like(first)).to(torch.uint8)
-    inside = torch.arange(entries) < four.repeat_interleave(RING_ROWS)[:, None]
-    values = torch.stack([low, high], -1)[inside]
-    return values, number[inside], four
+    inside = torch.arange(0, entries, 2) < four[:, None]  # (fours, entries / 2)
+    values = torch.stack([low, high], -1).view(-1, RING_ROWS, entries // 2, 2, 2).transpose(1, 2)[inside]
+    return values, number.view(-1, RING_ROWS, entries // 2, 2).transpose(1, 2)[inside], four
 
 
 def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, layout: int) -> Tensor:
@@ -191,9 +213,10 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
             bounds = starts[b * four : (b + 1) * four + 1]
             end = int(bounds[-1])
             each = bounds.diff() // RING_ROWS
-            row = torch.arange(four * RING_ROWS).repeat_interleave(each.repeat_interleave(RING_ROWS))
+            steps = torch.arange(RING_ROWS).repeat_interleave(2).repeat(int(each.sum()) // 2)
+            row = torch.arange(four).repeat_interleave(each * RING_ROWS) * RING_ROWS + steps
         else:
-            entries = row_entries(width, n, m) if layout == ROWS else -(-width // 4)
+            entries = row_entries(width, n, m) if layout == ROWS else -(-width // (8 if layout == OCTS else 4))
             end = start + out * entries
             row = torch.arange(out).repeat_interleave(entries)
         number = index[start:end].long()
@@ -203,6 +226,8 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
             value = values[2 * start : 2 * end]
             if layout == QUADS:
                 pair = torch.tensor(QUAD_PAIRS)[number % 6] + number[:, None] // 6 * 4
+            elif layout == OCTS:
+                pair = number[:, None] // 16 * 8 + torch.stack([number // 4 % 4, number % 4 + 4], -1)
             else:
                 pair = (number // REACH)[:, None] + torch.stack([torch.zeros_like(number), number % REACH + 1], -1)
             place, row = pair.flatten(), row.repeat_interleave(2)

@@ -8,7 +8,7 @@ slowly. Gradients come from the masked dense weight that the layout holds, throu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -132,9 +132,9 @@ def _last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def pointwise(shape: list[int], padding: list[int]) -> bool:
+def pointwise(shape: Sequence[int]) -> bool:
     """Whether a convolution is a matrix product over pixels."""
-    return shape[2] == shape[3] == 1 and not any(padding)
+    return shape[2] == shape[3] == 1
 
 
 def _sizes(x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[Any]:
@@ -157,7 +157,7 @@ def _conv(
     layout: int,
     activation: str,
 ) -> Tensor:
-    flat = pointwise(shape, padding)
+    flat = pointwise(shape)
     if not runs(x, values, layout) or (x.dtype is not torch.float32 and not flat):
         y = packed.nm_conv(
             x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation
@@ -168,6 +168,8 @@ def _conv(
     y = torch.empty(_sizes(x, shape, stride, padding, dilation), dtype=x.dtype, memory_format=order)
     if not y.numel():
         return y
+    if flat and any(padding):
+        x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     if flat and stride != [1, 1]:
         x = x[:, :, :: stride[0], :: stride[1]]
     x, bias = x.contiguous(memory_format=order), _alike(bias, x.dtype)

@@ -64,7 +64,7 @@ static void sweep_rows(Tile tile, const Weight* values, const uint8_t* index, in
     rows_block<V, 1>(tile, values, index, entries, c, start ? start + n : nullptr);
 }
 
-// --- QUADS and RING layouts: two kept bf16 values and the number of a pair of columns ---
+// --- QUADS, OCTS and RING layouts: two kept bf16 values and the number of a pair of columns ---
 
 #if NM_AVX512 && defined(__AVX512BF16__)
 #define NM_PAIRS 1
@@ -108,6 +108,38 @@ NM_INLINE void pairs_block(const Pair* tile, const Pair* values, const uint8_t* 
     for (int v = 0; v < V; v++) _mm512_storeu_ps(c + r * P + v * W, acc[r][v]);
 }
 
+// RING: four rows, two entries of each after the other.
+template <int V>
+NM_INLINE void ring_block(const Pair* tile, const Pair* values, const uint8_t* index, int entries, float* c,
+                          const float* start) {
+  constexpr int P = V * W, R = 4;
+  __m512 acc[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) acc[r][v] = start ? _mm512_set1_ps(start[r]) : _mm512_loadu_ps(c + r * P + v * W);
+  for (int e = 0; e < entries; e += 2, values += 2 * R, index += 2 * R) {
+    uint64_t numbers;
+    memcpy(&numbers, index, 8);
+#pragma GCC unroll 2
+    for (int h = 0; h < R; h += 2) {
+      __m512 weights = _mm512_castsi512_ps(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(values + 2 * h))));
+#define NM_RING(ROW, PICK, NUMBER)                                                          \
+  {                                                                                         \
+    __m512bh w = (__m512bh)_mm512_permute_ps(weights, PICK);                                \
+    const Pair* x = tile + (NUMBER) * P;                                                    \
+    _Pragma("GCC unroll 8") for (int v = 0; v < V; v++)                                     \
+        acc[ROW][v] = _mm512_dpbf16_ps(acc[ROW][v], w, (__m512bh)_mm512_load_si512(x + v * W)); \
+  }
+      NM_RING(h, 0x00, (numbers >> (16 * h)) & 255)
+      NM_RING(h + 1, 0xaa, (numbers >> (16 * h + 16)) & 255)
+      NM_RING(h, 0x55, (numbers >> (16 * h + 8)) & 255)
+      NM_RING(h + 1, 0xff, (numbers >> (16 * h + 24)) & 255)
+#undef NM_RING
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) _mm512_storeu_ps(c + r * P + v * W, acc[r][v]);
+}
+
 // Sixteen tokens of the pairs of channels 0-1, 2-3, ... of `count` channels -> a[0], a[1], ...; zeros behind them.
 static void read_channel_pairs(const bf16* x, size_t stride, int tokens, int count, __m512i* a, int step) {
   for (int k = 0; k < count; k += 32) {
@@ -144,6 +176,17 @@ static void spread_quads(const __m512i* a, int step, int count, Pair* tile, int 
     _mm512_store_si512(tile + 3 * P, both(down, up));    // 1 2
     _mm512_store_si512(tile + 4 * P, both(down, second));   // 1 3
     _mm512_store_si512(tile + 5 * P, second);            // 2 3
+  }
+}
+
+static void spread_octs(const __m512i* a, int step, int count, Pair* tile, int P) {
+  for (int k = 0; k < count; k += 8) {
+    const __m512i* from = a + (size_t)(k / 2) * step;
+    __m512i one[2] = {from[0], from[step]}, two[2] = {from[2 * step], from[3 * step]};
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j++, tile += P)
+        _mm512_store_si512(tile, both(i % 2 ? _mm512_srli_epi32(one[i / 2], 16) : one[i / 2],
+                                      j % 2 ? two[j / 2] : _mm512_slli_epi32(two[j / 2], 16)));
   }
 }
 

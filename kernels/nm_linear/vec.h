@@ -37,6 +37,10 @@ NM_INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const v
 
 // Round to nearest even; a NaN stays one.
 NM_INLINE void store(bf16* p, vf v) {
+#if NM_AVX512 && defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  return;
+#endif
   vu x = (vu)v;
   vu rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
   vu nan = (vu)(v != v);
@@ -165,9 +169,12 @@ NM_INLINE vf exp(vf x) {
   return p * (vf)power;
 }
 
-// erf by a rational approximation, |error| < 2e-7.
+// erf by a rational approximation, |error| < 2e-7; exactly 1 where a float can't tell it from 1, so that GELU is exactly
+// 0 far to the left.
 NM_INLINE vf erf(vf x) {
-  x = clamp(x, -3.832506856900711f, 3.832506856900711f);
+  const float far = 3.832506856900711f;
+  const vf all = x;
+  x = clamp(x, -far, far);
   vf z = x * x;
   vf p = splat(-2.72614225801306e-10f);
   p = fma(p, z, splat(2.77068142495902e-08f));
@@ -181,7 +188,9 @@ NM_INLINE vf erf(vf x) {
   q = fma(q, z, splat(-1.68282697438203e-03f));
   q = fma(q, z, splat(-7.37332916720468e-03f));
   q = fma(q, z, splat(-1.42647390514189e-02f));
-  return p * x / q;
+  vf y = p * x / q;
+  y = all >= splat(far) ? splat(1.0f) : y;
+  return all <= splat(-far) ? splat(-1.0f) : y;
 }
 
 enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4 };

@@ -1,0 +1,52 @@
+"""The CPU engine: native kernels for any N:M, linear layers and convolutions, fp32 and bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_linear import build, layouts, native
+
+if TYPE_CHECKING:
+    from mpcompile.kernels.dispatch import LayerSpec
+
+
+def layout_of(spec: LayerSpec) -> int:
+    """The layout that this processor runs fastest for a layer."""
+    if spec.dtype is not torch.bfloat16 or not native.kernels().nm_pairs():
+        return layouts.ROWS
+    return {(2, 4): layouts.QUADS, (1, 4): layouts.OCTS}.get(tuple(spec.pattern), layouts.RING)
+
+
+class CpuEngine:
+    """Packed values with byte indices, multiplied by C++ kernels that this machine's compiler builds (build.py)."""
+
+    name = "cpu"
+
+    def supports(self, spec: LayerSpec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"device {spec.device.type}"
+        if spec.dtype not in (torch.float32, torch.bfloat16):
+            return f"dtype {str(spec.dtype).removeprefix('torch.')} (fp32 and bf16 have kernels)"
+        if spec.geometry is not None:
+            if spec.geometry[3] != 1:
+                return "grouped convolution"
+            if spec.dtype is torch.bfloat16 and not native.pointwise(spec.shape):
+                return "bf16 convolution other than 1x1"
+        return build.unavailable()
+
+    def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        values, index = layouts.pack(weight, mask, *spec.pattern, layout_of(spec))
+        return {"values": values, "index": index}
+
+    def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
+        head = (x, packed["values"], packed["index"], bias, None)
+        if spec.geometry is None:
+            return ops.nm_gemm, (*head, spec.shape[0], *spec.pattern, layout_of(spec), "none")
+        return ops.nm_conv, (
+            *head, *(list(axes) for axes in spec.geometry[:3]), *spec.pattern, list(spec.shape), layout_of(spec), "none",
+        )  # fmt: skip
