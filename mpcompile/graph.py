@@ -34,6 +34,7 @@ CONV2D = frozenset({F.conv2d, torch.ops.aten.conv2d.default})
 MATMUL = frozenset({torch.matmul, torch.bmm, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.einsum})
 ATTENTION = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
 
+FOLDED = "_folded"  # holds weights that a pass computed anew, under the names of their layers
 _PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
@@ -256,7 +257,7 @@ def _ints(value: Any) -> list[int] | None:
 
 
 def _layer_name(weight: str) -> str:
-    return weight.removesuffix(".weight")
+    return weight.removeprefix(f"{FOLDED}.").removesuffix(".weight")
 
 
 def _hooked(module: nn.Module) -> bool:
