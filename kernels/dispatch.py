@@ -1,28 +1,52 @@
-"""Engines: what can run a masked layer, and which one does."""
+"""Engines: what can run a masked layer, and which one does.
+
+Among the engines that support a layer, ``"auto"`` takes the fastest, as timed on this machine (see timing.py), and a
+sparse one only if it beats the best dense build of the layer by more than the noise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mpcompile.errors import ConfigError
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, timing
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
+from mpcompile.kernels.nm_linear.cpu import CpuEngine
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One masked layer as an engine sees it. ``geometry`` is (stride, padding, dilation, groups) or None (linear)."""
+    """One masked layer as an engine sees it.
+
+    Attributes:
+        shape: of the weight, (out, in) or (out, in / groups, kh, kw).
+        geometry: (stride, padding, dilation, groups), or None for a linear layer.
+        inputs: example shape of the input, (..., in) or (B, C, H, W); None where it isn't known.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     pattern: Pattern
     geometry: tuple[list[int], list[int], list[int], int] | None = None
+    inputs: tuple[int, ...] | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Rows of the matrix product: tokens of the whole batch, or output pixels. None where the input is unknown."""
+        if self.inputs is None:
+            return None
+        if self.geometry is None:
+            return math.prod(self.inputs[:-1])
+        axes = zip(self.inputs[2:], self.shape[2:], *self.geometry[:3], strict=True)
+        return self.inputs[0] * math.prod((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in axes)
 
 
 class Engine(Protocol):
@@ -82,25 +106,98 @@ class Dense:
         return torch.nn.functional.conv2d, (x, packed["weight"], bias, *spec.geometry)
 
 
-ENGINES: tuple[Engine, ...] = (Reference(), Dense())
+ENGINES: tuple[Engine, ...] = (CpuEngine(), Reference(), Dense())  # the preferred ones first, for want of timings
+MARGIN = 0.97  # a sparse engine has to take less than this share of the best dense time
 
 
-def choose(spec: LayerSpec, engine: str = "auto") -> tuple[Engine, str]:
-    """The engine for a layer, and why.
+def auto_pattern(device: torch.device) -> tuple[Pattern, ...]:
+    """Patterns of density 1/2 that the device's engines run at full speed, widest first (wider ones keep more)."""
+    return (Pattern(2, 4),) if device.type == "cuda" else (Pattern(8, 16), Pattern(4, 8), Pattern(2, 4))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is known of one way to run a layer: microseconds a call, or why it can't run it. Both None: not timed."""
+
+    name: str
+    us: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine for a layer, why, and what it was chosen from."""
+
+    engine: Engine
+    why: str
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def dense_us(self) -> float | None:
+        """Microseconds of the best dense build, or None where nothing was timed."""
+        return min((c.us for c in self.candidates if c.name in timing.DENSE and c.us is not None), default=None)
+
+    @property
+    def us(self) -> float | None:
+        """Microseconds of what was chosen, or None where nothing was timed."""
+        if self.engine.name in timing.DENSE:
+            return self.dense_us
+        return next((c.us for c in self.candidates if c.name == self.engine.name), None)
+
+
+def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False) -> Choice:
+    """The engine for a layer.
 
     Args:
-        engine: ``"auto"`` takes the first in :data:`ENGINES` that supports the layer; a name takes that one, or dense
-            when it doesn't support the layer.
+        engine: ``"auto"`` takes the fastest; where it can't be timed (input shape unknown, or switched off by
+            ``MPCOMPILE_TIMING=off``), the first in :data:`ENGINES` that supports the layer. A name takes that one, or
+            dense when it doesn't support the layer.
+        measured: time the candidates also when one is asked for.
 
     Raises:
         ConfigError: no engine of that name.
+
+    Example:
+        >>> spec = LayerSpec((8, 8), torch.float32, torch.device("cpu"), Pattern(2, 4))
+        >>> choose(spec, "dense").why
+        'asked for'
     """
-    if engine == "auto":
-        for candidate in ENGINES:
-            if candidate.supports(spec) is None:
-                return candidate, "first that supports it"
     named = {candidate.name: candidate for candidate in ENGINES}
-    if engine not in named:
+    if engine != "auto" and engine not in named:
         raise ConfigError("no such engine", expected=", ".join(["auto", *named]), found=repr(engine))
-    reason = named[engine].supports(spec)
-    return (named[engine], "asked for") if reason is None else (named["dense"], f"{engine}: {reason}")
+    reasons = {candidate.name: candidate.supports(spec) for candidate in ENGINES}
+    eligible = [candidate for candidate in ENGINES if reasons[candidate.name] is None]
+    sparse = [candidate for candidate in eligible if candidate.name not in timing.DENSE]
+    us: dict[str, float] = {}
+    if measured or (engine == "auto" and sparse):
+        us = timing.times(spec, eligible) or {}
+    names = [*named, *(name for name in us if name not in named)]
+    candidates = tuple(Candidate(name, us.get(name), reasons.get(name)) for name in names)
+    if engine != "auto":
+        reason = reasons[engine]
+        taken, why = (named[engine], "asked for") if reason is None else (named["dense"], f"{engine}: {reason}")
+        return Choice(taken, why, candidates)
+    if not sparse:
+        return Choice(named["dense"], "no other engine supports it", candidates)
+    if not us:
+        unknown = "its input shape is unknown" if spec.inputs is None else "timing is off"
+        return Choice(eligible[0], f"first that supports it: {unknown}", candidates)
+    bar = min((name for name in timing.DENSE if name in us), key=us.__getitem__)
+    best = min(sparse, key=lambda candidate: us[candidate.name])
+    ratio = us[bar] / us[best.name]
+    if us[best.name] < MARGIN * us[bar]:
+        return Choice(best, f"{ratio:.2f}x as fast as {bar}", candidates)
+    return Choice(named["dense"], f"{best.name} is only {ratio:.2f}x as fast as {bar}", candidates)
+
+
+def choose_all(
+    specs: Sequence[LayerSpec], engine: str = "auto", *, measured: bool = False, progress: bool | None = None
+) -> list[Choice]:
+    """:func:`choose` for many layers, with a progress bar where it takes long.
+
+    Args:
+        progress: False shows no bar; None shows one on a terminal.
+    """
+    hidden = None if progress is None else not progress
+    bar = tqdm(specs, desc="time engines", unit="layer", delay=2, leave=False, disable=hidden)
+    return [choose(spec, engine, measured=measured) for spec in bar]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -51,7 +52,5 @@ def write_json(path: Path, update: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         say_once(f"mpcompile: {path} can't be written, so nothing is kept for the next run: {error}")
-        try:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass

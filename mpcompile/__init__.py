@@ -14,16 +14,19 @@ from mpcompile.audit import Report, audit
 from mpcompile.backend import refresh
 from mpcompile.config import Config
 from mpcompile.errors import MPCompileError
+from mpcompile.explain import Explanation, explain
 from mpcompile.pipeline import Pipeline, transform
 from mpcompile.plan import Plan
 
 __all__ = [
     "Config",
+    "Explanation",
     "MPCompileError",
     "Pipeline",
     "Plan",
     "Report",
     "audit",
+    "explain",
     "load",
     "refresh",
     "save",

@@ -25,7 +25,7 @@ from mpcompile.errors import NotEligibleError
 from mpcompile.graph import IRModule, Lifted, layers
 from mpcompile.importers import Imported, import_model
 from mpcompile.kernels import ops
-from mpcompile.kernels.nm_format import Pattern
+from mpcompile.kernels.nm_format import Pattern, group_axis
 from mpcompile.passes.base import Context
 from mpcompile.passes.lower import Lower, Slot
 from mpcompile.passes.mask import magnitude_mask
@@ -156,13 +156,18 @@ def compiled_graphs() -> list[CompiledGraph]:
     return list(_STATE.graphs)
 
 
-def _known_masks(gm: fx.GraphModule, lifted: Lifted, pattern: Pattern) -> dict[str, Tensor]:
+def _known_masks(gm: fx.GraphModule, lifted: Lifted, config: Config) -> dict[str, Tensor]:
     known = {}
     for layer in layers(gm, lifted):
-        mask = _STATE.masks.get(layer.weight.tensor, {}).get(pattern)
+        weight = layer.weight.tensor
+        mask = _STATE.masks.get(weight, {}).get(_pattern_of(weight, config))
         if mask is not None:
             known[layer.name] = mask
     return known
+
+
+def _pattern_of(weight: Tensor, config: Config) -> Pattern | None:
+    return config.pattern_for(group_axis(weight.shape), weight.device) if weight.dim() >= 2 else None
 
 
 def _transform(imported: Imported, config: Config) -> Plan:
@@ -171,15 +176,15 @@ def _transform(imported: Imported, config: Config) -> Plan:
     gm = imported.gm
     if any(node.target in done for node in gm.graph.nodes):
         return run_pipeline(imported, config, Pipeline([]), owned=False).plan
-    masks = {} if config.nm is None else _known_masks(gm, imported.lifted, config.nm)
+    masks = _known_masks(gm, imported.lifted, config)
     weights = {layer.name: layer.weight.tensor for layer in layers(gm, imported.lifted)}
     plan = run_pipeline(imported, config, Pipeline(), masks=masks, owned=False).plan
-    if config.nm is not None:
-        for name, mask in masks.items():
-            _STATE.masks.setdefault(weights[name], {})[config.nm] = mask
+    for name, mask in masks.items():
+        _STATE.masks.setdefault(weights[name], {})[_pattern_of(weights[name], config)] = mask
     if plan.masked:
+        patterns = ", ".join(sorted({plan.layers[name].pattern for name in plan.masked}))
         _STATE.say_once(
-            f"mpsparse: masked {len(plan.masked)} layers {config.pattern} by magnitude, with no data: expect to lose "
+            f"mpsparse: masked {len(plan.masked)} layers {patterns} by magnitude, with no data: expect to lose "
             "accuracy until it is trained (mpcompile.transform with calibration data keeps more)"
         )
     return plan

@@ -97,17 +97,17 @@ def group_moments(x: Tensor, layer: LayerOp, m: int) -> tuple[Tensor, int]:
 class _Collector(fx.Interpreter):
     """Runs the graph and adds up moments at the layers it watches."""
 
-    def __init__(self, gm: IRModule, watched: list[LayerOp], m: int) -> None:
+    def __init__(self, gm: IRModule, watched: list[LayerOp], sizes: Mapping[str, int]) -> None:
         super().__init__(gm)
         self.watched = {layer.node: layer for layer in watched}
-        self.m = m
+        self.sizes = sizes
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         layer = self.watched.get(n)
         if layer is not None:
-            total, count = group_moments(self.env[layer.input], layer, self.m)
+            total, count = group_moments(self.env[layer.input], layer, self.sizes[layer.name])
             known = self.sums.get(layer.name)
             self.sums[layer.name] = total if known is None else known + total
             self.counts[layer.name] = self.counts.get(layer.name, 0) + count
@@ -142,14 +142,13 @@ def _batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
 
 
-def collect_moments(model: Imported, calibration: Any, m: int, names: set[str]) -> dict[str, Tensor]:
+def collect_moments(model: Imported, calibration: Any, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Mean second moments of the inputs of each layer, group by group, on the dense model in eval mode.
 
     Args:
         model: the imported model, its nodes carrying shapes.
         calibration: an iterable of batches.
-        m: columns a group.
-        names: layers to watch.
+        sizes: layers to watch, by name -> columns a group (m).
 
     Returns:
         Layer name -> (groups, K / m, m, m), float32.
@@ -157,8 +156,8 @@ def collect_moments(model: Imported, calibration: Any, m: int, names: set[str]) 
     Raises:
         InputError: no batch, or one of another shape or type than the example inputs.
     """
-    watched = [layer for layer in layers(model.gm, model.lifted) if layer.name in names]
-    collector = _Collector(model.gm, watched, m)
+    watched = [layer for layer in layers(model.gm, model.lifted) if layer.name in sizes]
+    collector = _Collector(model.gm, watched, sizes)
     with training_flags(model.gm, False), torch.no_grad():
         for values in tqdm(_batches(model, as_batches(calibration)), desc="calibrate", unit="batch", disable=None):
             try:

@@ -1,4 +1,4 @@
-"""The command line: ``mpcompile demo`` and ``mpcompile audit MODEL``."""
+"""The command line: ``mpcompile demo``, ``mpcompile audit MODEL`` and ``mpcompile explain MODEL``."""
 
 from __future__ import annotations
 
@@ -84,11 +84,29 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _model_options(job: argparse.ArgumentParser) -> None:
+    """What every job on a timm model takes."""
+    job.add_argument("model", help="name of a timm model, such as vit_base_patch16_224")
+    weights = job.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
+    job.add_argument("--batch", type=_at_least(1), default=8, help="images a call (default 8)")
+    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
+    job.add_argument("--pattern", default="2:4", help="N:M, auto or dense (default 2:4)")
+    job.add_argument("--tome-r", type=_at_least(0), default=0, help="tokens merged a block (default 0)")
+    job.add_argument("--engine", choices=ENGINES, default="auto", help="what runs masked layers (default auto)")
+    job.add_argument("--exclude", nargs="*", metavar="NAME", help="roles, names or globs that stay dense")
+    job.add_argument("--threads", type=_at_least(1), help="threads of PyTorch")
+    job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    job.add_argument("--seed", type=_at_least(0), default=0, help="seeds weights and images (default 0)")
+    job.add_argument("--json", type=Path, metavar="FILE", help="write the result here as JSON")
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser, one sub-command a job."""
     top = argparse.ArgumentParser(prog="mpcompile", description=mpcompile.__doc__)
     top.add_argument("--version", action="version", version=f"mpcompile {mpcompile.__version__}")
-    jobs = top.add_subparsers(dest="job", required=True, metavar="{demo,audit}")
+    jobs = top.add_subparsers(dest="job", required=True, metavar="{demo,audit,explain}")
     formatter = argparse.RawDescriptionHelpFormatter
 
     demo = jobs.add_parser(
@@ -110,23 +128,19 @@ def parser() -> argparse.ArgumentParser:
         epilog="example:\n  mpcompile audit vit_small_patch16_224 --pattern 2:4 --tome-r 8 --batch 8 --json audit.json",
         formatter_class=formatter,
     )
-    audit.add_argument("model", help="name of a timm model, such as vit_base_patch16_224")
-    weights = audit.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
-    audit.add_argument("--batch", type=_at_least(1), default=8, help="images a call (default 8)")
-    audit.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
-    audit.add_argument("--pattern", default="2:4", help="N:M, or dense (default 2:4)")
-    audit.add_argument("--tome-r", type=_at_least(0), default=0, help="tokens merged a block (default 0)")
+    _model_options(audit)
     audit.add_argument("--score", choices=SCORES, default="magnitude", help="mask score (default magnitude)")
-    audit.add_argument("--engine", choices=ENGINES, default="auto", help="what runs masked layers (default auto)")
-    audit.add_argument("--exclude", nargs="*", metavar="NAME", help="roles, names or globs that stay dense")
     audit.add_argument("--rounds", type=_at_least(1), default=20, help="timings of each build (default 20)")
-    audit.add_argument("--threads", type=_at_least(1), help="threads of PyTorch")
-    audit.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    audit.add_argument("--seed", type=_at_least(0), default=0, help="seeds weights and images (default 0)")
-    audit.add_argument("--json", type=Path, metavar="FILE", help="write the report and the plan here")
-    for job in (demo, audit):
+
+    explain = jobs.add_parser(
+        "explain",
+        help="time every engine on every masked layer of a timm model, and say which one is picked",
+        description="Transform a timm model, time every engine on its masked layers, and say which one is picked.",
+        epilog="example:\n  mpcompile explain vit_small_patch16_224 --pattern auto --tome-r 8 --batch 8 --dtype bf16",
+        formatter_class=formatter,
+    )
+    _model_options(explain)
+    for job in (demo, audit, explain):
         job.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 
@@ -146,11 +160,12 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         ) from error
 
 
-def run_audit(args: argparse.Namespace) -> int:
-    """``mpcompile audit``: exit status 0 when the measurement went through, whatever it found."""
+def _prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Config]:
+    """Model, random images and config, as :func:`_model_options` were given."""
     options: dict[str, Any] = {"exclude": tuple(args.exclude)} if args.exclude is not None else {}
+    score = getattr(args, "score", "magnitude")
     config = Config(
-        pattern=args.pattern, tome_r=args.tome_r, score=args.score, engine=args.engine, seed=args.seed, **options
+        pattern=args.pattern, tome_r=args.tome_r, score=score, engine=args.engine, seed=args.seed, **options
     )
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -165,6 +180,22 @@ def run_audit(args: argparse.Namespace) -> int:
         model = model.to(device, DTYPES[args.dtype])
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
+    return model, images, config
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """``mpcompile explain``."""
+    model, images, config = _prepare(args)
+    explanation = mpcompile.explain(model, images, config, progress=False if args.quiet else None)
+    if args.json is not None:
+        write_atomically(args.json, explanation.to_json(indent=1))
+    print(f"{args.model}, {args.dtype}, batch {args.batch}, tome_r = {config.tome_r}\n\n{explanation}")
+    return 0
+
+
+def run_audit(args: argparse.Namespace) -> int:
+    """``mpcompile audit``: exit status 0 when the measurement went through, whatever it found."""
+    model, images, config = _prepare(args)
     calibration = [images] if config.score == "covariance" else None
     gm = mpcompile.transform(model, images, config, calibration)
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": args.engine})
@@ -188,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.job == "audit":
             return run_audit(args)
+        if args.job == "explain":
+            return run_explain(args)
         from mpcompile.demo import Demo, run
 
         report = run(Demo(args.quick, args.seed, args.out, args.threads, not args.quiet))
@@ -199,5 +232,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mpcompile: interrupted", file=sys.stderr)
         return 130
-
-

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mpcompile.errors import ConfigError
+from mpcompile.kernels.dispatch import auto_pattern
 from mpcompile.kernels.nm_format import Pattern
 
 SCORES = ("magnitude", "covariance")
-ENGINES = ("auto", "reference", "dense")
+ENGINES = ("auto", "cpu", "reference", "dense")
 ROLES = ("stem", "head", "depthwise")
 
 _WORDS = (str,)
@@ -37,15 +40,18 @@ class Config:
     """Options of :func:`mpcompile.transform` and of the ``mpsparse`` backend.
 
     Attributes:
-        pattern: ``"N:M"`` keeps N of every M consecutive input values (1 <= N <= M <= 32), ``"dense"`` masks nothing.
+        pattern: ``"N:M"`` keeps N of every M consecutive input values (1 <= N <= M <= 32), ``"dense"`` masks nothing,
+            and ``"auto"`` keeps half, in the widest groups that the device's engines run at full speed and that divide
+            the layer's inputs (on CPUs 8:16, 4:8 or 2:4).
         tome_r: tokens merged away in every attention block (ToMe); 0 merges none.
         score: which values a group keeps: ``"magnitude"``, or ``"covariance"``, which minimises the output error on
             the calibration data and falls back to magnitude, with a note in the Plan, when there is none.
         permute: reorder channels so that the masks keep more. The search is not implemented: the Plan says so.
         restore: refit kept values after masking. Not implemented: the Plan says so.
         mac_reduction: a MAC budget for the whole model. Not implemented: must be None.
-        engine: what runs a masked layer: ``"reference"`` (packed values + bitmask, plain torch), ``"dense"`` (masked
-            weight, dense GEMM), ``"auto"`` (the first engine that supports the layer).
+        engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights), ``"reference"`` (packed values
+            + bitmask, plain torch), ``"dense"`` (masked weight, dense GEMM), ``"auto"`` (the fastest, as timed on this
+            machine).
         exclude: what stays dense: the roles ``"stem"`` (the convolution that reads the image), ``"head"`` (the last
             layer before the output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. Given, it
             replaces the default.
@@ -89,7 +95,7 @@ class Config:
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
-        if self.pattern != "dense":
+        if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
         for name, allowed in (("score", SCORES), ("engine", ENGINES)):
             if getattr(self, name) not in allowed:
@@ -110,10 +116,15 @@ class Config:
                 hint="choose one pattern for all layers, e.g. pattern='2:4' with tome_r=8",
             )
 
-    @property
-    def nm(self) -> Pattern | None:
-        """The pattern as numbers, or None for ``"dense"``."""
-        return None if self.pattern == "dense" else Pattern.parse(self.pattern)
+    def patterns(self, device: torch.device) -> tuple[Pattern, ...]:
+        """The patterns that a layer on ``device`` may get, the preferred one first; none for ``"dense"``."""
+        if self.pattern == "dense":
+            return ()
+        return auto_pattern(device) if self.pattern == "auto" else (Pattern.parse(self.pattern),)
+
+    def pattern_for(self, k: int, device: torch.device) -> Pattern | None:
+        """The pattern of a layer on ``device`` whose groups tile an axis of length ``k``, or None if none fits."""
+        return next((p for p in self.patterns(device) if k % p.m == 0), None)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:

@@ -91,18 +91,19 @@ def _shapes(value: Any) -> Any:
 
 def _moments(model: Imported, ctx: Context, pipeline: Pipeline) -> None:
     """Collect what the score needs, for layers that can carry the pattern."""
-    pattern = ctx.config.nm
-    if ctx.calibration is None or pattern is None or ctx.config.score != "covariance":
+    if ctx.calibration is None or ctx.config.pattern == "dense" or ctx.config.score != "covariance":
         return
     if not any(isinstance(p, Mask) for p in pipeline):
         return
     propagate(model.gm, ctx.inputs)
-    names = {
-        layer.name
-        for layer in layers(model.gm, ctx.lifted)
-        if layer.pattern is None and group_axis(layer.weight.tensor.shape) % pattern.m == 0
-    }
-    ctx.moments = collect_moments(model, ctx.calibration, pattern.m, names)
+    sizes: dict[str, int] = {}
+    for layer in layers(model.gm, ctx.lifted):
+        if layer.pattern is None and layer.obstacle is None:
+            weight = layer.weight.tensor
+            pattern = ctx.config.pattern_for(group_axis(weight.shape), weight.device)
+            if pattern is not None:
+                sizes[layer.name] = pattern.m
+    ctx.moments = collect_moments(model, ctx.calibration, sizes)
 
 
 def transform(
@@ -170,6 +171,6 @@ def run_pipeline(
     )
     _moments(imported, ctx, pipeline)
     gm = pipeline(imported, ctx)
-    if config.score == "covariance" and not ctx.moments and config.nm is not None and plan.masked:
+    if config.score == "covariance" and not ctx.moments and config.pattern != "dense" and plan.masked:
         plan.note("no calibration data: score='covariance' fell back to magnitude")
     return gm

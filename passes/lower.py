@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers
-from mpcompile.kernels.dispatch import Engine, LayerSpec, choose
+from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, shape_of
+from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose, choose_all
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
 from mpcompile.passes.base import Context, Pass
@@ -60,11 +60,28 @@ def spec_of(layer: LayerOp) -> LayerSpec:
     weight, geometry = layer.weight.tensor, layer.geometry
     axes = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups) if geometry is not None else None
     assert layer.pattern is not None  # callers pass masked layers
-    return LayerSpec(tuple(weight.shape), weight.dtype, weight.device, layer.pattern, axes)
+    return LayerSpec(tuple(weight.shape), weight.dtype, weight.device, layer.pattern, axes, shape_of(layer.input))
+
+
+def describe(spec: LayerSpec, choice: Choice) -> dict[str, Any]:
+    """A choice as JSON values: a candidate's microseconds, or why it can't run the layer, or None (not timed)."""
+    candidates = {c.name: c.reason if c.us is None else round(c.us, 3) for c in choice.candidates}
+    us = None if choice.us is None else round(choice.us, 3)
+    return {
+        "engine": choice.engine.name,
+        "why": choice.why,
+        "us": us,
+        "tokens": spec.tokens,
+        "candidates": candidates,
+    }
 
 
 class Lower(Pass):
     """Masked layers -> packed layers. Afterwards the graph is for inference; its slots are in :attr:`slots`.
+
+    Args:
+        measured: time every engine also where the config names one.
+        progress: False shows no progress bar; None shows one on a terminal.
 
     Example:
         >>> from mpcompile import Pipeline
@@ -74,16 +91,18 @@ class Lower(Pass):
 
     name = "lower"
 
-    def __init__(self) -> None:
+    def __init__(self, *, measured: bool = False, progress: bool | None = None) -> None:
         super().__init__()
+        self.measured, self.progress = measured, progress
         self.slots: list[Slot] = []
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        engines = {}
+        specs: dict[str, LayerSpec] = {}
         for layer in layers(gm, ctx.lifted):
             if layer.pattern is not None and layer.mask is not None:
-                engine, why = choose(spec_of(layer), ctx.config.engine)
-                engines[layer.name] = {"engine": engine.name, "why": why}
+                specs.setdefault(layer.name, spec_of(layer))  # a shared weight is judged by its first use
+        choices = choose_all(list(specs.values()), ctx.config.engine, measured=self.measured, progress=self.progress)
+        engines = {name: describe(spec, c) for (name, spec), c in zip(specs.items(), choices, strict=True)}
         return {"engines": engines}
 
     def summary(self, decision: dict[str, Any]) -> str:
@@ -110,7 +129,7 @@ class Lower(Pass):
 
     def _slot(self, gm: IRModule, layer: LayerOp, name: str) -> Slot:
         spec = spec_of(layer)
-        engine, _ = choose(spec, name)
+        engine = choose(spec, name).engine
         assert layer.mask is not None  # apply() skips layers without one
         holder = nn.Module()
         for key, tensor in engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec).items():
@@ -153,5 +172,3 @@ def unpacked(slot: Slot) -> Tensor:
     k = element_count(slot.spec.shape[1:])
     rows = unpack_rows(slot.buffers["values"], slot.buffers["words"], *slot.spec.pattern, k)
     return from_rows(rows, slot.spec.shape)
-
-

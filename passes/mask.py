@@ -118,53 +118,57 @@ class Mask(Pass):
 
     name = "mask"
 
-    def _reason(self, layer: LayerOp, role: str | None, ctx: Context, pattern: Pattern | None) -> str | None:
+    def _reason(self, layer: LayerOp, role: str | None, ctx: Context) -> str | None:
         """Why a layer stays dense, or None."""
         config = ctx.config
         wanted = _matches(layer.name, role, config.include)
-        if layer.pattern is not None:
-            return None
-        if pattern is None:
+        if config.pattern == "dense":
             return "pattern is dense"
         if layer.obstacle:
             return layer.obstacle
-        k = group_axis(layer.weight.tensor.shape)
+        k, device = group_axis(layer.weight.tensor.shape), layer.weight.tensor.device
         if not wanted and role in config.exclude:
             return str(role)
         if not wanted and _matches(layer.name, role, config.exclude):
             return "excluded"
-        if k % pattern.m:
-            return f"K % {pattern.m} (K = {k})"
+        if config.pattern_for(k, device) is None:
+            return f"K % {config.patterns(device)[-1].m} (K = {k})"
         return None
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        pattern, role = ctx.config.nm, roles(gm, ctx.lifted)
-        decision: dict[str, Any] = {"pattern": ctx.config.pattern, "masked": {}, "dense": {}}
+        config, role = ctx.config, roles(gm, ctx.lifted)
+        decision: dict[str, Any] = {"pattern": config.pattern, "masked": {}, "patterns": {}, "dense": {}}
+        devices = set()
         for layer in layers(gm, ctx.lifted):
             if layer.name in decision["masked"]:
                 continue
             if layer.pattern is not None:
                 decision["dense"][layer.name] = "already masked"
                 continue
-            reason = self._reason(layer, role.get(layer.name), ctx, pattern)
+            weight = layer.weight.tensor
+            devices.add(weight.device)
+            reason = self._reason(layer, role.get(layer.name), ctx)
             if reason is None:
-                has_data = ctx.config.score == "covariance" and layer.name in ctx.moments
+                has_data = config.score == "covariance" and layer.name in ctx.moments
+                decision["patterns"][layer.name] = str(config.pattern_for(group_axis(weight.shape), weight.device))
                 decision["masked"][layer.name] = "covariance" if has_data else "magnitude"
             else:
                 decision["dense"][layer.name] = reason
         for name, (_, why) in unsupported(gm, ctx.lifted).items():
             decision["dense"].setdefault(name, why)
         self._check_named(decision, ctx)
-        if pattern is not None and not decision["masked"] and "already masked" not in decision["dense"].values():
+        done = decision["masked"] or "already masked" in decision["dense"].values()
+        if config.pattern != "dense" and not done:
             reasons = sorted({f"{v}" for v in decision["dense"].values()})
+            least = min(config.patterns(device)[-1].m for device in devices or {torch.device("cpu")})
             raise NotEligibleError(
-                f"no layer can be masked {pattern}",
-                expected=f"a linear or convolution layer whose inputs divide by {pattern.m}",
+                f"no layer can be masked {config.pattern}",
+                expected=f"a linear or convolution layer whose inputs divide by {least}",
                 found=("; ".join(reasons) or "a model without linear or 2-d convolution layers"),
                 hint="choose another pattern, a narrower exclude, or pattern='dense'",
             )
         fell_back = sum(v == "magnitude" for v in decision["masked"].values())
-        decision["fell_back"] = fell_back if ctx.config.score == "covariance" else 0
+        decision["fell_back"] = fell_back if config.score == "covariance" else 0
         return decision
 
     def _check_named(self, decision: dict[str, Any], ctx: Context) -> None:
@@ -178,7 +182,7 @@ class Mask(Pass):
                     layer=word,
                     hint=f"the layers are {', '.join(list(everything)[:8])}, ...",
                 )
-            if word in decision["dense"] and ctx.config.nm is not None:
+            if word in decision["dense"] and ctx.config.pattern != "dense":
                 raise NotEligibleError(
                     f"this layer can't be masked {ctx.config.pattern}",
                     layer=word,
@@ -188,7 +192,9 @@ class Mask(Pass):
                 )
 
     def summary(self, decision: dict[str, Any]) -> str:
-        text = f"{len(decision['masked'])} layers {decision['pattern']}, {len(decision['dense'])} dense"
+        patterns = list(decision["patterns"].values())
+        parts = [f"{patterns.count(p)} layers {p}" for p in dict.fromkeys(patterns)]
+        text = ", ".join([*(parts or [f"0 layers {decision['pattern']}"]), f"{len(decision['dense'])} dense"])
         if decision["fell_back"]:
             text += f"; no calibration data for {decision['fell_back']}: score is magnitude"
         return text
@@ -207,10 +213,8 @@ class Mask(Pass):
             entry = ctx.plan.layers.setdefault(name, LayerPlan(layer.kind, tuple(layer.weight.tensor.shape)))
             if reason != "already masked":
                 entry.reason = reason
-        if decision["masked"]:
-            pattern = Pattern.parse(decision["pattern"])
         for name, score in decision["masked"].items():
-            uses = found[name]
+            uses, pattern = found[name], Pattern.parse(decision["patterns"][name])
             weight = uses[0].weight.tensor
             mask = ctx.masks.get(name)
             if mask is None or mask.shape != weight.shape:

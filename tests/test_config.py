@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from mpcompile import Config, MPCompileError
 from mpcompile.errors import ConfigError
@@ -45,6 +46,14 @@ def test_options_round_trip_through_json():
 def test_refusals(options, message):
     with pytest.raises(ConfigError, match=message):
         Config.from_options(options)
+
+
+def test_patterns():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert Config("dense").patterns(cpu) == () and Config("dense").pattern_for(8, cpu) is None
+    assert Config("4:8").pattern_for(16, cpu) == (4, 8) and Config("4:8").pattern_for(12, cpu) is None
+    assert [Config("auto").pattern_for(k, cpu) for k in (48, 24, 12, 6)] == [(8, 16), (4, 8), (2, 4), None]
+    assert Config("auto").pattern_for(48, cuda) == (2, 4)
 
 
 def test_options_must_be_a_mapping():

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from mpcompile import Config, Pipeline, transform
-from mpcompile.errors import ConfigError
 from mpcompile.kernels import ops
-from mpcompile.kernels.dispatch import LayerSpec, choose
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
 from mpcompile.passes.lower import Lower, unpacked
@@ -55,14 +53,14 @@ def test_lowered_equals_masked_dense(name, engine, pattern):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     gm = transform(mlp().to(dtype), torch.randn(2, 32, dtype=dtype), Config(score="magnitude"))
-    packed, _ = lowered(gm)
+    packed, _ = lowered(gm, engine="reference")
     x = torch.randn(4, 32, dtype=dtype)
     assert torch.equal(packed(x), gm(x))
 
 
 def test_packed_graph_drops_the_dense_weights():
     gm = transform(mlp(), torch.randn(2, 32), Config(score="magnitude"))
-    packed, step = lowered(gm)
+    packed, step = lowered(gm, engine="reference")
     names = set(packed.state_dict())
     assert not names & {"0.weight", "2.weight", "0.mask", "2.mask"}
     assert {"0.bias", "2.bias", "4.weight"} <= names
@@ -81,20 +79,23 @@ def test_grouped_strided_dilated_convolutions():
     ).eval()
     gm = transform(net, images(2, 16), Config(score="magnitude"))
     assert gm.plan.masked == ["1", "2", "3"]
-    packed, _ = lowered(gm)
+    packed, _ = lowered(gm, engine="reference")
     assert relative(packed(images(3, 16)), gm(images(3, 16))) < 1e-6
 
 
 def test_pipeline_can_end_in_lower():
-    gm = transform(tiny_vit(), images(), Config(score="magnitude"), pipeline=Pipeline([*Pipeline(), Lower()]))
+    config = Config(score="magnitude", engine="reference")
+    gm = transform(tiny_vit(), images(), config, pipeline=Pipeline([*Pipeline(), Lower()]))
     assert gm.plan.passes[-1].name == "lower"
-    assert gm.plan.layers["blocks.0.attn.qkv"].notes["lower"]["engine"] == "reference"
+    notes = gm.plan.layers["blocks.0.attn.qkv"].notes["lower"]
+    assert notes["engine"] == "reference" and notes["why"] == "asked for"
+    assert notes["tokens"] == 3 * 17 and notes["candidates"]["reference"] is None
     assert any(n.target is ops.nm_linear for n in gm.graph.nodes)
 
 
 def test_refilling_packs_into_the_same_buffers():
     gm = transform(mlp(), torch.randn(2, 32), Config(score="magnitude"))
-    packed, step = lowered(gm)
+    packed, step = lowered(gm, engine="reference")
     x, slot = torch.randn(4, 32), step.slots[0]
     layer = gm.get_submodule(slot.name)
     with torch.no_grad():
@@ -106,7 +107,7 @@ def test_refilling_packs_into_the_same_buffers():
 
 def test_operators_pass_opcheck():
     gm = transform(mlp(), torch.randn(2, 32), Config(score="magnitude"))
-    packed, _ = lowered(gm)
+    packed, _ = lowered(gm, engine="reference")
     node = next(n for n in packed.graph.nodes if n.target is ops.nm_linear)
     values, words = (packed.get_submodule("packed.0").get_buffer(k) for k in ("values", "words"))
     args = (torch.randn(3, 32, requires_grad=True), values, words, torch.randn(48), *node.args[4:])
@@ -114,15 +115,3 @@ def test_operators_pass_opcheck():
     mask = gm.get_submodule("0").mask
     args = (torch.randn(3, 32), torch.randn(48, 32, requires_grad=True), mask, None, 2, 4)
     torch.library.opcheck(ops.masked_linear, args, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_choose():
-    spec = LayerSpec((8, 8), torch.float32, torch.device("cpu"), Pattern(2, 4))
-    assert choose(spec)[0].name == "reference"
-    assert choose(spec, "dense")[0].name == "dense"
-    integers = LayerSpec((8, 8), torch.int8, torch.device("cpu"), Pattern(2, 4))
-    assert choose(integers)[0].name == "dense"
-    engine, why = choose(integers, "reference")
-    assert engine.name == "dense" and "int8" in why
-    with pytest.raises(ConfigError, match="no such engine"):
-        choose(spec, "magic")

@@ -76,7 +76,7 @@ def test_conv_moments_equal_those_of_the_unfolded_input(kwargs):
     data = [images(3, 9, seed=s) for s in (1, 2)]
     imported = import_model(net, images(2, 9))
     propagate(imported.gm, imported.inputs)
-    found = collect_moments(imported, data, 4, {"2"})["2"]
+    found = collect_moments(imported, data, {"2": 4})["2"]
     groups = kwargs.get("groups", 1)
     hidden = net[:2](torch.cat(data))
     geometry = {k: v for k, v in kwargs.items() if k != "groups"}
@@ -90,7 +90,7 @@ def test_linear_moments():
     x = torch.randn(50, 7, 32)
     imported = import_model(mlp(), x[:2])
     propagate(imported.gm, imported.inputs)
-    found = collect_moments(imported, [x], 8, {"0"})["0"]
+    found = collect_moments(imported, [x], {"0": 8})["0"]
     h = x.reshape(-1, 4, 8)
     assert relative(found[0], torch.einsum("rgi,rgj->gij", h, h) / len(h)) < 1e-6
 
@@ -246,3 +246,29 @@ def test_calibration_accepts_every_kind_of_batch():
 
 def test_shapes_may_come_from_calibration():
     assert transform(mlp(), calibration=[(torch.randn(4, 32), torch.zeros(4))]).plan.masked == ["0", "2"]
+
+
+def test_auto_takes_the_widest_pattern_that_divides_the_inputs():
+    model = nn.Sequential(
+        nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 8)
+    )
+    config = Config("auto", exclude=())
+    data = torch.randn(64, 32)
+    for calibration, score in ((None, "magnitude"), ([data], "covariance")):
+        gm = transform(model, data[:2], config, calibration)
+        rows = gm.plan.layers
+        assert [rows[name].pattern for name in "0246"] == ["8:16", "4:8", "2:4", "dense"]
+        assert rows["6"].reason == "K % 4 (K = 6)"
+        assert {rows[name].notes["mask"]["score"] for name in "024"} == {score}
+        assert gm.get_submodule("0").pattern == (8, 16)
+        assert not any(verify(gm).values())
+        summary = next(record.summary for record in gm.plan.passes if record.name == "mask")
+        assert summary.startswith("1 layers 8:16, 1 layers 4:8, 1 layers 2:4, 1 dense")
+
+
+def test_auto_refuses_where_nothing_divides():
+    model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(NotEligibleError, match=r"no layer can be masked auto; expected .* divide by 4"):
+        transform(model, torch.randn(2, 10), Config("auto"))
+    with pytest.raises(NotEligibleError, match=r"0: this layer can't be masked auto.*K % 4"):
+        transform(model, torch.randn(2, 10), Config("auto", include=("0",)))

@@ -1,0 +1,268 @@
+"""How long a layer takes on each engine, on this machine: timed once, then read from memory or from the cache folder.
+
+The dense bar is the better of what eager torch does and what torch.compile with freezing makes (weights prepacked for
+oneDNN or MKL). Token counts are rounded up to four steps an octave, so that models whose blocks have ever fewer tokens
+need few timings. All candidates of a layer are timed together, in interleaved rounds of rotating order; the figure is
+the median. Weights and inputs stay in the processor's caches meanwhile, which favours nobody but the biggest weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.kernels import store
+from mpcompile.kernels.nm_format import from_rows
+
+if TYPE_CHECKING:
+    from mpcompile.kernels.dispatch import Engine, LayerSpec
+
+PREPACKED = "dense prepacked"
+DENSE = ("dense", PREPACKED)
+
+_ROUNDS, _ENOUGH_S, _TOO_LONG_S, _SAMPLE_S = 5, 0.06, 0.5, 0.006
+_HOPELESS = 3  # times slower than the best after two rounds: no further ones
+
+CostModel = Callable[[str, "LayerSpec", int], "float | None"]
+_MODEL: CostModel | None = None
+_MEMORY: dict[tuple[str, str], dict[str, float]] = {}  # (file, entry key) -> name -> microseconds
+
+
+def set_cost_model(model: CostModel | None) -> None:
+    """Ask ``model(engine name, spec, threads)`` for microseconds instead of timing; where it gives None, time.
+
+    It is asked for ``"dense prepacked"`` too, which may stay None. For tests, and for building on one machine what
+    runs on another. None goes back to timing.
+    """
+    global _MODEL  # noqa: PLW0603
+    _MODEL = model
+
+
+def bucket(count: int) -> int:
+    """``count`` rounded up to the next of ..., 64, 76, 90, 107, 128, 152, 181, 215, 256, ...
+
+    Example:
+        >>> [bucket(n) for n in (1, 3, 128, 129, 197)]
+        [1, 3, 128, 152, 215]
+    """
+    step = max(0, math.ceil(4 * math.log2(max(1, count))) - 1)
+    while int(2 ** (step / 4)) < count:
+        step += 1
+    return int(2 ** (step / 4))
+
+
+def bucketed(spec: LayerSpec) -> LayerSpec:
+    """The spec that is timed in place of this one: tokens rounded up, or the batch of a convolution."""
+    if spec.inputs is None:
+        return spec
+    if spec.geometry is None:
+        inputs: tuple[int, ...] = (bucket(math.prod(spec.inputs[:-1])), spec.inputs[-1])
+    else:
+        inputs = (bucket(spec.inputs[0]), *spec.inputs[1:])
+    return dataclasses.replace(spec, inputs=inputs)
+
+
+def entry_key(spec: LayerSpec, threads: int) -> str:
+    """What a timing depends on, besides the machine and the engine."""
+    spec = bucketed(spec)
+    device = torch.cuda.get_device_name(spec.device) if spec.device.type == "cuda" else spec.device.type
+    shape, inputs = ("x".join(map(str, axes or ())) for axes in (spec.shape, spec.inputs))
+    kind = "linear" if spec.geometry is None else f"conv2d {spec.geometry}"
+    return f"{kind}, {shape}, {str(spec.dtype).removeprefix('torch.')}, {spec.pattern}, {inputs}, {threads}, {device}"
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def machine_key() -> str:
+    """Changes with the processor, its instruction set, torch, mpcompile, and the kernels' sources."""
+    import mpcompile
+
+    parts = [cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__, mpcompile.__version__]
+    key = hashlib.sha256("\n".join(parts).encode())
+    here = Path(__file__)
+    sources = [p for p in sorted((here.parent / "nm_linear").iterdir()) if p.suffix in (".py", ".cpp", ".h")]
+    for path in [here, *sources]:
+        key.update(path.name.encode() + path.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def cache_file() -> Path:
+    """Where this machine's timings lie."""
+    return store.cache_folder() / f"timings-{machine_key()}.json"
+
+
+def times(spec: LayerSpec, engines: Sequence[Engine]) -> dict[str, float] | None:
+    """Microseconds a call of each engine and of each of :data:`DENSE`; from the cost model, the cache, or the clock.
+
+    Returns:
+        None where nothing can be timed: input shape unknown, integers, or ``MPCOMPILE_TIMING=off``.
+    """
+    if spec.inputs is None or not spec.dtype.is_floating_point or spec.device.type == "meta":
+        return None
+    names, threads = [engine.name for engine in engines], torch.get_num_threads()
+    modelled: dict[str, float] = {}
+    if _MODEL is not None:
+        answers = {name: _MODEL(name, spec, threads) for name in (*names, PREPACKED)}
+        modelled = {name: us for name, us in answers.items() if us is not None}
+        if modelled.keys() >= set(names):
+            return modelled
+    if os.environ.get("MPCOMPILE_TIMING") == "off":
+        return None
+    path, key = cache_file(), entry_key(spec, threads)
+    place = (str(path), key)
+    found = _MEMORY.get(place) or _valid(store.read_json(path).get(key))
+    if not found.keys() >= set(names):  # timed together or not at all: figures of one load of the machine
+        found = measure(spec, engines, threads)
+        store.write_json(path, {key: {name: round(us, 3) for name, us in found.items()}})
+    _MEMORY[place] = found
+    return {name: us for name, us in found.items() if name in names or name in DENSE} | modelled
+
+
+def _valid(entry: Any) -> dict[str, float]:
+    """An entry of the file if it is what was once written there, else nothing."""
+    if not isinstance(entry, dict):
+        return {}
+    sound = all(isinstance(us, (int, float)) and math.isfinite(us) and us > 0 for us in entry.values())
+    return {str(name): float(us) for name, us in entry.items()} if sound else {}
+
+
+@contextlib.contextmanager
+def _quiet(spec: LayerSpec, threads: int) -> Iterator[None]:
+    """As an inference build runs: no gradients, no autocast, so many threads."""
+    before = torch.get_num_threads()
+    if threads != before:
+        torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(), torch.autocast(spec.device.type, enabled=False):
+            yield
+    finally:
+        if threads != before:
+            torch.set_num_threads(before)
+
+
+def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[str, float]:
+    """Time a layer of random values on every engine, now. Leaves torch's random state alone.
+
+    Returns:
+        name -> median microseconds a call, of the better memory format for convolutions.
+    """
+    with _quiet(spec, threads):
+        runs = list(_runs(bucketed(spec), engines))
+        sync = functools.partial(torch.cuda.synchronize, spec.device) if spec.device.type == "cuda" else _nothing
+        medians = _race([run for _, run in runs], sync)
+    best: dict[str, float] = {}
+    for (name, _), median in zip(runs, medians, strict=True):
+        best[name] = min(best.get(name, math.inf), median * 1e6)
+    return best
+
+
+def _nothing() -> None:
+    pass
+
+
+def _race(runs: Sequence[Callable[[], Any]], sync: Callable[[], None]) -> list[float]:
+    """Median seconds a call of each."""
+
+    def sample(run: Callable[[], Any], calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        sync()
+        return time.perf_counter() - start
+
+    for run in runs:
+        sample(run, 1)
+    calls = [max(1, int(_SAMPLE_S / max(sample(run, 1), 1e-7))) for run in runs]
+    seen: list[list[float]] = [[] for _ in runs]
+    live = list(range(len(runs)))
+    while live:
+        for i in live[:]:
+            seen[i].append(sample(runs[i], calls[i]) / calls[i])
+            spent = sum(seen[i]) * calls[i]
+            if (len(seen[i]) >= _ROUNDS and spent >= _ENOUGH_S) or (len(seen[i]) >= 2 and spent >= _TOO_LONG_S):
+                live.remove(i)
+        medians = [statistics.median(times) for times in seen]
+        if len(seen[0]) >= 2:
+            live = [i for i in live if medians[i] <= _HOPELESS * min(medians)]
+        live = live[1:] + live[:1]
+    return medians
+
+
+def _runs(spec: LayerSpec, engines: Sequence[Engine]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name and call of everything to time; convolutions in both memory formats."""
+    assert spec.inputs is not None  # times() asks for none of those
+    generator = torch.Generator().manual_seed(0)
+    k = math.prod(spec.shape[1:])
+    n, m = spec.pattern
+    order = torch.rand(spec.shape[0], k // m, m, generator=generator).argsort(-1)
+    mask = from_rows((order < n).flatten(1), spec.shape).contiguous().to(spec.device)
+
+    def values(shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(spec.device, spec.dtype)
+
+    weight, bias, x = values(spec.shape), values(spec.shape[:1]), values(spec.inputs)
+    inputs = [x] if spec.geometry is None else [x, x.contiguous(memory_format=torch.channels_last)]
+    for engine in engines:
+        packed = engine.pack(weight, mask, spec)
+        for form in inputs:
+            target, args = engine.call(spec, form, packed, bias)
+            yield engine.name, functools.partial(target, *args)
+    for form in inputs:
+        for run in _prepacked(spec, form, weight * mask, bias):
+            yield PREPACKED, run
+
+
+def _prepacked(spec: LayerSpec, x: Tensor, weight: Tensor, bias: Tensor) -> list[Callable[[], Any]]:
+    """The calls that torch.compile with freezing makes of a dense layer, those that this torch and processor have."""
+    if spec.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return []
+    found: list[Callable[[], Any]] = []
+    for make in (_onednn, _mkl):
+        try:
+            run = make(spec, x, weight, bias)
+            if run is not None:
+                run()
+                found.append(run)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            continue  # not on this processor, not for this dtype, or not in this torch
+    return found
+
+
+def _onednn(spec: LayerSpec, x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Any]:
+    ops: Any = torch.ops.mkldnn
+    nn: Any = torch._C._nn
+    tail: tuple[Any, ...] = ("none", [], "")
+    if spec.geometry is None:
+        packed = ops._reorder_linear_weight(weight, x.shape[0])
+        return functools.partial(ops._linear_pointwise, x, packed, bias, *tail)
+    stride, padding, dilation, groups = spec.geometry
+    packed = nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, stride, dilation, groups, list(x.shape))
+    return functools.partial(ops._convolution_pointwise, x, packed, bias, padding, stride, dilation, groups, *tail)
+
+
+def _mkl(spec: LayerSpec, x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Any] | None:
+    if spec.geometry is not None or spec.dtype != torch.float32 or not torch.backends.mkl.is_available():
+        return None
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, x.shape[0])
+    return functools.partial(torch.ops.mkl._mkl_linear, x, packed, weight, bias, x.shape[0])

@@ -1,0 +1,8 @@
+"""No test depends on how fast the machine is: engines are timed only where a test asks for it."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_timing(monkeypatch):
+    monkeypatch.setenv("MPCOMPILE_TIMING", "off")
