@@ -145,14 +145,15 @@ class Choice:
         return next((c.us for c in self.candidates if c.name == self.engine.name), None)
 
 
-def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False) -> Choice:
+def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, frozen: bool = True) -> Choice:
     """The engine for a layer.
 
     Args:
         engine: ``"auto"`` takes the fastest; where it can't be timed (input shape unknown, or switched off by
             ``MPCOMPILE_TIMING=off``), the first in :data:`ENGINES` that supports the layer. A name takes that one, or
             dense when it doesn't support the layer.
-        measured: time the candidates also when one is asked for.
+        measured: time the candidates also when one is asked for, and those that can't be the fastest.
+        frozen: weights don't change: dense layers are prepacked, and that is what the others have to beat.
 
     Raises:
         ConfigError: no engine of that name.
@@ -168,6 +169,9 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False) -> 
     reasons = {candidate.name: candidate.supports(spec) for candidate in ENGINES}
     eligible = [candidate for candidate in ENGINES if reasons[candidate.name] is None]
     sparse = [candidate for candidate in eligible if candidate.name not in timing.DENSE]
+    if not measured and len(sparse) > 1:
+        sparse = [candidate for candidate in sparse if candidate.name != Reference.name]  # it spreads weights: slower
+        eligible = [candidate for candidate in eligible if candidate.name != Reference.name]
     us: dict[str, float] = {}
     if measured or (engine == "auto" and sparse):
         us = timing.times(spec, eligible) or {}
@@ -182,7 +186,7 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False) -> 
     if not us:
         unknown = "its input shape is unknown" if spec.inputs is None else "timing is off"
         return Choice(eligible[0], f"first that supports it: {unknown}", candidates)
-    bar = min((name for name in timing.DENSE if name in us), key=us.__getitem__)
+    bar = min((name for name in timing.DENSE if name in us and (frozen or name == "dense")), key=us.__getitem__)
     best = min(sparse, key=lambda candidate: us[candidate.name])
     ratio = us[bar] / us[best.name]
     if us[best.name] < MARGIN * us[bar]:
@@ -191,7 +195,12 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False) -> 
 
 
 def choose_all(
-    specs: Sequence[LayerSpec], engine: str = "auto", *, measured: bool = False, progress: bool | None = None
+    specs: Sequence[LayerSpec],
+    engine: str = "auto",
+    *,
+    measured: bool = False,
+    frozen: bool = True,
+    progress: bool | None = None,
 ) -> list[Choice]:
     """:func:`choose` for many layers, with a progress bar where it takes long.
 
@@ -200,4 +209,4 @@ def choose_all(
     """
     hidden = None if progress is None else not progress
     bar = tqdm(specs, desc="time engines", unit="layer", delay=2, leave=False, disable=hidden)
-    return [choose(spec, engine, measured=measured) for spec in bar]
+    return [choose(spec, engine, measured=measured, frozen=frozen) for spec in bar]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PREPACKED = "dense prepacked"
 DENSE = ("dense", PREPACKED)
 
-_ROUNDS, _ENOUGH_S, _TOO_LONG_S, _SAMPLE_S = 5, 0.06, 0.5, 0.006
+_ROUNDS, _ENOUGH_S, _TOO_LONG_S, _SAMPLE_S = 5, 0.06, 0.25, 0.006
 _HOPELESS = 3  # times slower than the best after two rounds: no further ones
 
 CostModel = Callable[[str, "LayerSpec", int], "float | None"]
@@ -200,7 +200,7 @@ def _race(runs: Sequence[Callable[[], Any]], sync: Callable[[], None]) -> list[f
         for i in live[:]:
             seen[i].append(sample(runs[i], calls[i]) / calls[i])
             spent = sum(seen[i]) * calls[i]
-            if (len(seen[i]) >= _ROUNDS and spent >= _ENOUGH_S) or (len(seen[i]) >= 2 and spent >= _TOO_LONG_S):
+            if (len(seen[i]) >= _ROUNDS and spent >= _ENOUGH_S) or (len(seen[i]) >= 3 and spent >= _TOO_LONG_S):
                 live.remove(i)
         medians = [statistics.median(times) for times in seen]
         if len(seen[0]) >= 2:

@@ -15,7 +15,7 @@ from mpcompile.backend import refresh
 from mpcompile.config import Config
 from mpcompile.errors import MPCompileError
 from mpcompile.explain import Explanation, explain
-from mpcompile.pipeline import Pipeline, transform
+from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "audit",
     "explain",
     "load",
+    "lower",
     "refresh",
     "save",
     "transform",

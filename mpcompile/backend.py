@@ -22,17 +22,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import IRModule, Lifted, layers
+from mpcompile.graph import IRModule, Lifted, keep, layers
 from mpcompile.importers import Imported, import_model
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, group_axis
 from mpcompile.passes.base import Context
+from mpcompile.passes.fold import FoldNorm
+from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower, Slot
 from mpcompile.passes.mask import magnitude_mask
 from mpcompile.pipeline import Pipeline, run_pipeline
 from mpcompile.plan import Plan
 
 log = logging.getLogger(__name__)
+
+OWNED = "_owned"  # where a frozen graph keeps what was a parameter
 
 
 class _State:
@@ -190,14 +194,32 @@ def _transform(imported: Imported, config: Config) -> Plan:
     return plan
 
 
-def _inductor(gm: IRModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
+def _own(gm: IRModule, lifted: Lifted) -> None:
+    """Parameters that are still graph inputs become constants of the graph: Inductor folds and prepacks only those."""
+    for node in [n for n in gm.graph.nodes if n.op == "placeholder" and n.name in lifted.tensors and n.users]:
+        path = f"{OWNED}.{node.name}"
+        keep(gm, OWNED, {node.name: lifted.tensors[node.name].detach()})
+        with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder")):
+            constant = gm.graph.get_attr(path)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+    gm.recompile()
+
+
+def _inductor(
+    gm: IRModule, inputs: Sequence[Any], mode: str | None, frozen: Lifted | None = None
+) -> Callable[..., Any]:
+    """Compiled by Inductor; with the lifted parameters given, these are constants from now on."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     for node in gm.graph.nodes:  # fake tensors of our own mode would disagree with AOTAutograd's
         node.meta.pop("val", None)
-    patches = list_mode_options(mode) if mode and mode != "default" else None
-    run: Any = compile_fx(gm, list(inputs), config_patches=patches)
+    patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    if frozen is not None:
+        _own(gm, frozen)
+        patches["freezing"] = True
+    run: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
     return run
 
 
@@ -236,7 +258,9 @@ def mpsparse(
     trains = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
     lower = Lower()
     if not trains:
-        lower.run(imported.gm, Context(config, imported.inputs, imported.lifted, owned=False, plan=plan))
+        context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan)
+        for step in [FoldNorm(), lower, Fuse()] if config.frozen else [lower, Fuse()]:
+            step.run(imported.gm, context)
         _STATE.watch_optimizers()
-    run = _inductor(imported.gm, example_inputs, mode)
+    run = _inductor(imported.gm, example_inputs, mode, None if trains or not config.frozen else imported.lifted)
     return CompiledGraph(run, plan, lower.slots, imported, config, not trains)

@@ -150,6 +150,18 @@ def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, module)
 
 
+def keep(root: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Register tensors as buffers of the submodule at ``path``, made where it is missing; returns it."""
+    holder = root
+    for atom in path.split("."):
+        if atom not in holder._modules:
+            holder.add_module(atom, nn.Module())
+        holder = holder.get_submodule(atom)
+    for key, tensor in tensors.items():
+        holder.register_buffer(key, tensor)
+    return holder
+
+
 def dynamo_name(node: fx.Node) -> str | None:
     """Dotted name of the parameter or buffer that a dynamo placeholder stands for, or None for a real input."""
     source = getattr(getattr(node, "_dynamo_source", None), "name", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from mpcompile.kernels.nm_format import group_axis
 from mpcompile.macs import count, node_macs
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.fold import FoldNorm
+from mpcompile.passes.fuse import Fuse
+from mpcompile.passes.lower import Lower
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens import MergeTokens
 from mpcompile.passes.permute import Permute
@@ -153,6 +157,36 @@ def transform(
             example_inputs = first if isinstance(first, (torch.Tensor, dict)) else (first[0],)
     imported = import_model(model, example_inputs)
     return run_pipeline(imported, config, pipeline or Pipeline(), calibration=calibration)
+
+
+def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = None) -> IRModule:
+    """The lowered module, ahead of time: packed weights, fused layers, no dense copy of what is masked.
+
+    The result stands alone: the model can be deleted. It is for inference, runs as it is, and faster behind
+    ``torch.compile(lowered, backend="mpsparse", options={"frozen": True})``; it can be saved with
+    :func:`mpcompile.save` (packed for the kind of processor that it was lowered on; on another it runs slowly).
+
+    Args:
+        model: from :func:`transform`, or any that it takes: that is masked by magnitude first.
+        example_inputs: as in :func:`transform`; engines are timed for their batch size.
+        config: ``engine`` says what runs masked layers.
+
+    Raises:
+        MPCompileError: as :func:`transform`.
+
+    Example:
+        >>> gm = transform(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(2, 64))
+        >>> lowered = lower(gm, torch.randn(2, 64), Config(engine="reference"))
+        >>> sorted(name for name, _ in lowered.named_buffers())
+        ['packed.0.values', 'packed.0.words']
+    """
+    config = replace(Config() if config is None else config, score="magnitude", frozen=True)
+    imported = import_model(model, example_inputs)
+    imported.gm.eval()
+    transformed = any(layer.pattern is not None for layer in layers(imported.gm, imported.lifted))
+    passes: list[Pass] = [FoldNorm(), Lower(), Fuse()]
+    gm = run_pipeline(imported, config, Pipeline(passes if transformed else [*Pipeline(), *passes]))
+    return gm
 
 
 def run_pipeline(

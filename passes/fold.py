@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mpcompile.graph import FOLDED, IRModule, LayerOp, Lifted, argument, attribute, layers
+from mpcompile.graph import FOLDED, IRModule, LayerOp, Lifted, argument, attribute, keep, layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
 
@@ -134,7 +134,7 @@ class FoldNorm(Pass):
         assert norm is not None and geometry is not None and layer.pattern is not None  # as plan() found them
         folded = self._tensors(layer.weight.tensor, _tensor(gm, layer.bias, lifted), norm)
         with graph.inserting_before(node):
-            weight, bias = (self._keep(gm, root, layer.name, key, folded[key]) for root, key in _ROOTS)
+            weight, bias = (self._keep(gm, f"{root}.{layer.name}", key, folded[key]) for root, key in _ROOTS)
             mask = graph.get_attr(f"{layer.name}.mask") if node.op == "call_module" else node.args[2]
             axes = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
             args = (argument(node, 0, "input"), weight, mask, bias, *axes, *layer.pattern)
@@ -164,12 +164,6 @@ class FoldNorm(Pass):
         return {"weight": scaled.to(weight.dtype), "bias": shift.to(weight.dtype)}
 
     @staticmethod
-    def _keep(gm: IRModule, root: str, name: str, key: str, tensor: Tensor) -> fx.Node:
-        """Register a buffer of the graph's own at ``<root>.<name>.<key>``."""
-        holder: nn.Module = gm
-        for atom in (root, *name.split(".")):
-            if atom not in holder._modules:
-                holder.add_module(atom, nn.Module())
-            holder = holder.get_submodule(atom)
-        holder.register_buffer(key, tensor)
-        return gm.graph.get_attr(f"{root}.{name}.{key}")
+    def _keep(gm: IRModule, path: str, key: str, tensor: Tensor) -> fx.Node:
+        keep(gm, path, {key: tensor})
+        return gm.graph.get_attr(f"{path}.{key}")

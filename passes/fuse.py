@@ -249,7 +249,7 @@ class Fuse(Pass):
 
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
         nodes = {node.name: node for node in gm.graph.nodes}
-        layers = {f"{PACKED}.{name.replace('.', '_')}.values": plan for name, plan in ctx.plan.layers.items()}
+        layers = {f"{PACKED}.{name}.values": plan for name, plan in ctx.plan.layers.items()}
 
         def note(op: fx.Node, key: str, value: Any) -> None:
             values = op.args[_VALUES]

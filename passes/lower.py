@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, shape_of
+from mpcompile.graph import IRModule, LayerOp, argument, element_count, keep, layers, shape_of
 from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose, choose_all
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
@@ -42,7 +42,10 @@ class Slot:
     def fill(self, weight: Tensor, mask: Tensor) -> None:
         """Pack ``weight`` under ``mask`` into the buffers, in place."""
         for key, value in self.engine.pack(weight.detach(), mask, self.spec).items():
-            self.buffers[key].copy_(value)
+            buffer = self.buffers[key]
+            if buffer.shape != value.shape:  # another mask may need another number of entries
+                buffer.resize_(value.shape)
+            buffer.copy_(value)
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +74,7 @@ def describe(spec: LayerSpec, choice: Choice) -> dict[str, Any]:
         "engine": choice.engine.name,
         "why": choice.why,
         "us": us,
+        "dense_us": None if choice.dense_us is None else round(choice.dense_us, 3),
         "tokens": spec.tokens,
         "candidates": candidates,
     }
@@ -101,7 +105,13 @@ class Lower(Pass):
         for layer in layers(gm, ctx.lifted):
             if layer.pattern is not None and layer.mask is not None:
                 specs.setdefault(layer.name, spec_of(layer))  # a shared weight is judged by its first use
-        choices = choose_all(list(specs.values()), ctx.config.engine, measured=self.measured, progress=self.progress)
+        choices = choose_all(
+            list(specs.values()),
+            ctx.config.engine,
+            measured=self.measured,
+            frozen=ctx.config.frozen,
+            progress=self.progress,
+        )
         engines = {name: describe(spec, c) for (name, spec), c in zip(specs.items(), choices, strict=True)}
         return {"engines": engines}
 
@@ -131,18 +141,14 @@ class Lower(Pass):
         spec = spec_of(layer)
         engine = choose(spec, name).engine
         assert layer.mask is not None  # apply() skips layers without one
-        holder = nn.Module()
-        for key, tensor in engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec).items():
-            holder.register_buffer(key, tensor)
-        if not hasattr(gm, PACKED):
-            gm.add_module(PACKED, nn.Module())
-        gm.get_submodule(PACKED).add_module(layer.name.replace(".", "_"), holder)
+        packed = engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec)
+        keep(gm, f"{PACKED}.{layer.name}", packed)
         mask = layer.mask
-        return Slot(layer.name, layer.weight.node, mask.node, mask.tensor, spec, engine, dict(holder.named_buffers()))
+        return Slot(layer.name, layer.weight.node, mask.node, mask.tensor, spec, engine, packed)
 
     def _replace(self, gm: IRModule, layer: LayerOp, slot: Slot) -> None:
         graph, node = gm.graph, layer.node
-        prefix = f"{PACKED}.{layer.name.replace('.', '_')}"
+        prefix = f"{PACKED}.{layer.name}"
         with graph.inserting_before(node):
             packed = {key: graph.get_attr(f"{prefix}.{key}") for key in slot.buffers}
             bias = layer.bias

@@ -47,7 +47,7 @@ def lower_natively(gm, lifted=None):
         packed = pack(layer.weight.tensor.detach(), layer.mask.tensor, *layer.pattern, ROWS)
         for key, tensor in zip(("values", "index"), packed, strict=True):
             holder.register_buffer(key, tensor)
-        path = layer.name.replace(".", "_")
+        path = layer.name
         gm.get_submodule(PACKED).add_module(path, holder)
         with gm.graph.inserting_before(node):
             values, index = (gm.graph.get_attr(f"{PACKED}.{path}.{key}") for key in ("values", "index"))
