@@ -1,7 +1,8 @@
 """Builds the CPU kernels on the machine that runs them, once, and keeps the library.
 
 The library's name holds a checksum of source, compiler, flags and instruction set, so that a changed one is another
-file. It is written under a name of its own and renamed: processes that build at the same time do no harm.
+file. It is written under a name of its own and renamed: processes that build at the same time do no harm. Behind the
+library's own bytes stands their checksum, since loading half a library can kill the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from mpcompile.kernels.store import cache_folder, say_once
+
 log = logging.getLogger(__name__)
 
 SOURCES = ("cpu.cpp", "conv.h", "gemm.h", "sweep.h", "tiles.h", "vec.h")
@@ -34,6 +37,7 @@ ISAS = {
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
 SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 _SECONDS = 300
+_CHECKSUM = hashlib.sha256().digest_size
 
 
 class Unavailable(Exception):
@@ -79,7 +83,10 @@ def compiler() -> list[str]:
     """
     named = os.environ.get("CXX")
     for command in [named] if named else ["g++", "clang++", "c++"]:
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError:  # a quote that isn't closed
+            words = []
         if words and shutil.which(words[0]):
             return words
     raise Unavailable(f"no C++ compiler ({named or 'g++, clang++'}): install one, or name it in CXX")
@@ -87,13 +94,14 @@ def compiler() -> list[str]:
 
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+    try:
+        return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _folders() -> list[Path]:
     """Where the library may lie: the cache, else a folder of this user's among temporary files."""
-    from mpcompile.kernels.store import cache_folder
-
     user = os.getuid() if hasattr(os, "getuid") else 0
     return [cache_folder() / "kernels", Path(tempfile.gettempdir()) / f"mpcompile-{user}"]
 
@@ -102,7 +110,7 @@ def _usable(folder: Path) -> bool:
     """Whether files can be made there, by nobody else than this user."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+        if not _own(folder):
             return False
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -110,8 +118,36 @@ def _usable(folder: Path) -> bool:
         return False
 
 
-def build(isa: str, sanitize: bool = False) -> Path:
+def _own(folder: Path) -> bool:
+    return not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
+
+
+def _whole(path: Path) -> bool:
+    """Whether a library is as it was written: its bytes, then their checksum."""
+    data = path.read_bytes()
+    return hashlib.sha256(data[:-_CHECKSUM]).digest() == data[-_CHECKSUM:]
+
+
+def _find(name: str, folders: list[Path]) -> Path | None:
+    for folder in folders:
+        path = folder / name
+        try:
+            # Among temporary files, somebody else could have put one there.
+            if not path.is_file() or (folder != folders[0] and not _own(folder)):
+                continue
+            if _whole(path):
+                return path
+            say_once(f"mpcompile: {path} is damaged and is built again")
+        except OSError as error:
+            say_once(f"mpcompile: {path} can't be read and is built again: {error}")
+    return None
+
+
+def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
     """Path of the library for an instruction set, built if it isn't there yet.
+
+    Args:
+        again: build it in any case.
 
     Raises:
         Unavailable: no compiler, no folder that can be written, or a failed build.
@@ -125,18 +161,18 @@ def build(isa: str, sanitize: bool = False) -> Path:
     digest.update(_version(tuple(command)).encode())
     name = f"nm-{isa}-{digest.hexdigest()[:20]}.so"
     folders = _folders()
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
+    found = None if again else _find(name, folders)
+    if found is not None:
+        return found
     folder = next((f for f in folders if _usable(f)), None)
     if folder is None:
         raise Unavailable(f"no folder for the CPU kernels can be written: tried {', '.join(map(str, folders))}")
     if folder != folders[0]:
-        log.warning("mpcompile: %s can't be written; the CPU kernels are kept in %s", folders[0], folder)
-    with tempfile.TemporaryDirectory(dir=folder) as private:
-        made = Path(private) / name
-        start = time.perf_counter()
-        try:
+        say_once(f"mpcompile: {folders[0]} can't be written; the CPU kernels are kept in {folder}")
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as private:
+            made = Path(private) / name
             subprocess.run(
                 [*command, *flags, str(here / "cpu.cpp"), "-o", str(made)],
                 capture_output=True,
@@ -144,12 +180,16 @@ def build(isa: str, sanitize: bool = False) -> Path:
                 timeout=_SECONDS,
                 check=True,
             )
-        except subprocess.CalledProcessError as error:
-            raise Unavailable(f"{command[0]} can't build the CPU kernels: {error.stderr.strip()[-400:]}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"{command[0]} can't build the CPU kernels: {error}") from error
-        log.info("built the CPU kernels for %s in %.1f s", isa, time.perf_counter() - start)
-        os.replace(made, folder / name)
+            data = made.read_bytes()
+            with made.open("ab") as file:  # what loads a library ignores bytes behind its last section
+                file.write(hashlib.sha256(data).digest())
+            os.replace(made, folder / name)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
+        raise Unavailable(f"{command[0]} can't build the CPU kernels: {said}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} can't build the CPU kernels: {error}") from error
+    log.info("built the CPU kernels for %s in %.1f s", isa, time.perf_counter() - start)
     return folder / name
 
 
@@ -174,10 +214,9 @@ def load(isa: str, sanitize: bool = False) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))  # torch is imported: its OpenMP runtime serves this library too
     except OSError:
-        path.unlink(missing_ok=True)  # damaged, or another system's
-        log.warning("mpcompile: %s couldn't be loaded and is built again", path)
+        say_once(f"mpcompile: {path} can't be loaded and is built again")  # another system's
         try:
-            loaded = ctypes.CDLL(str(build(isa, sanitize)))
+            loaded = ctypes.CDLL(str(build(isa, sanitize, again=True)))
         except OSError as error:
             raise Unavailable(f"the CPU kernels can't be loaded: {error}") from error
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

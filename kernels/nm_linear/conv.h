@@ -1,12 +1,13 @@
-// Direct convolution: output pixels in the lanes, nothing unfolded.
+// Direct convolution: output pixels in the lanes, nothing unfolded in memory.
 //
 // The image is laid out once, padded, as one plane a channel (and, for stride s, as s * s planes of every s-th row and
-// column). With pixels numbered through the padded rows, a kernel tap reads the same plane at a fixed distance: the
-// product is the sparse one of sweep.h, with a table of distances in place of tile rows. Lanes that fall on padding
-// are computed and dropped.
+// column). What a kernel tap reads for a row of output pixels is then a run of one plane. A block of (tap, channel)
+// columns is copied from there into the tile, and the sparse product of sweep.h follows.
 #pragma once
 
 #include "gemm.h"
+
+constexpr int CONV_COLUMNS = 96, CONV_CHANNELS = 10;  // of a block: as in layouts.py
 
 struct Convolution {
   int64_t images, channels, height, width, outputs;
@@ -14,80 +15,119 @@ struct Convolution {
 
   int64_t out_h() const { return (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
   int64_t out_w() const { return (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
-  int64_t rows() const { return (height + 2 * pad_h + stride_h - 1) / stride_h; }     // of a phase
+  int64_t rows() const { return (height + 2 * pad_h + stride_h - 1) / stride_h; }  // of a phase
   int64_t columns() const { return (width + 2 * pad_w + stride_w - 1) / stride_w; }
-  int64_t phases() const { return (int64_t)stride_h * stride_w; }
-  int64_t plane() const {  // floats from one channel to the next; never a multiple of a cache way
-    int64_t floats = (rows() * columns() * phases() + W - 1) / W * W;
-    return floats % 512 == 0 ? floats + W : floats;
-  }
-  int64_t lanes() const { return (out_h() - 1) * columns() + out_w(); }
-  int64_t slack() const { return WIDEST * W + 16; }  // the last lanes read past the last plane
+  int64_t plane() const { return rows() * columns() * stride_h * stride_w; }  // floats of a channel
 
-  // Distance of what a tap reads from the pixel it contributes to.
-  int64_t distance(int y, int x) const {
-    int64_t dy = y * dilation_h, dx = x * dilation_w;
-    int64_t phase = dy % stride_h * stride_w + dx % stride_w;
+  // From an output pixel's place in a plane (row * columns + column) to what a tap reads for it.
+  int64_t distance(int tap) const {
+    const int64_t dy = tap / kernel_w * dilation_h, dx = tap % kernel_w * dilation_w;
+    const int64_t phase = dy % stride_h * stride_w + dx % stride_w;
     return phase * rows() * columns() + dy / stride_h * columns() + dx / stride_w;
+  }
+  // Where row y of the image begins in its plane; `x` columns on, for stride 1.
+  int64_t row_at(int64_t y) const {
+    y += pad_h;
+    return y % stride_h * stride_w * rows() * columns() + y / stride_h * columns();
+  }
+  int64_t column_at(int64_t x) const {
+    x += pad_w;
+    return x % stride_w * rows() * columns() + x / stride_w;
   }
 };
 
-// One channel of one image -> its padded plane.
-static void lay_plane(const Convolution& g, const float* x, int64_t step, float* plane) {
-  const int64_t rows = g.rows(), columns = g.columns();
-  memset(plane, 0, g.plane() * sizeof(float));
+// A row of `count` pixels of the image, from column x on, into its plane.
+NM_INLINE void lay_run(const Convolution& g, const float* pixels, int64_t count, int64_t y, int64_t x, float* plane) {
+  float* row = plane + g.row_at(y);
+  if (g.stride_w == 1) memcpy(row + g.column_at(x), pixels, count * sizeof(float));
+  else for (int64_t i = 0; i < count; i++) row[g.column_at(x + i)] = pixels[i];
+}
+
+// Channels [c, c + count) of one image -> their padded planes. `x` is the image, (C, H, W) or, `last`, (H, W, C).
+static void lay_planes(const Convolution& g, const float* x, bool last, int64_t c, int count, float* planes) {
+  memset(planes, 0, count * g.plane() * sizeof(float));
   for (int64_t y = 0; y < g.height; y++) {
-    const int64_t py = y + g.pad_h;
-    float* row = plane + (py % g.stride_h * g.stride_w) * rows * columns + py / g.stride_h * columns;
-    const float* from = x + y * g.width * step;
-    if (g.stride_w == 1 && step == 1) {
-      memcpy(row + g.pad_w, from, g.width * sizeof(float));
-    } else {
-      for (int64_t c = 0; c < g.width; c++) {
-        const int64_t px = c + g.pad_w;
-        row[px % g.stride_w * rows * columns + px / g.stride_w] = from[c * step];
+    if (!last) {
+      for (int j = 0; j < count; j++)
+        lay_run(g, x + ((c + j) * g.height + y) * g.width, g.width, y, 0, planes + j * g.plane());
+      continue;
+    }
+    for (int64_t left = 0; left < g.width; left += W) {
+      const int here = (int)std::min<int64_t>(W, g.width - left);
+      vf r[W];
+      read_block(x + (y * g.width + left) * g.channels + c, g.channels, here, count, r);
+      for (int j = 0; j < count; j++) {
+        float pixels[W];
+        store(pixels, r[j]);
+        lay_run(g, pixels, here, y, left, planes + j * g.plane());
       }
     }
   }
 }
 
-// x (images, channels, height, width), or channels last with `last`; y likewise.
+// Output pixels of a panel that follow one another in a plane.
+struct Run {
+  int lane, length;
+  int64_t place;  // in the planes of the image's first channel
+};
+
+static std::vector<Run> runs(const Convolution& g, int64_t first, int64_t tokens, int lanes) {
+  const int64_t pixels = g.out_h() * g.out_w(), wide = g.out_w();
+  std::vector<Run> found;
+  for (int64_t t = first, end = std::min(tokens, first + lanes); t < end;) {
+    const int64_t image = t / pixels, y = t % pixels / wide, x = t % wide, length = std::min(end - t, wide - x);
+    found.push_back({(int)(t - first), (int)length, image * g.channels * g.plane() + y * g.columns() + x});
+    t += length;
+  }
+  return found;
+}
+
+// x (images, channels, height, width), or channels last with `last`; residual and y likewise.
 static void convolve(const Convolution& g, const Weight<float>& w, const float* x, bool last, const float* residual, float* y,
                      int activation, int threads) {
   static thread_local Scratch<float> laid;
-  const int64_t size = g.height * g.width, plane = g.plane(), columns = g.columns(), pixels = g.out_h() * g.out_w();
-  float* planes = laid.need(g.images * g.channels * plane + g.slack());
-  memset(planes + g.images * g.channels * plane, 0, g.slack() * sizeof(float));
-  const Panels panels(g.lanes(), WIDEST, 1);
-  const int taps = g.kernel_h * g.kernel_w, wide = std::max(w.m, 28 / w.m * w.m), some = 256 / wide;
-  const int rows = rows_per_task(w.outputs, g.images * panels.count, threads), chunks = (w.outputs + rows - 1) / rows;
-  const int64_t tasks = g.images * panels.count * chunks;
+  const int64_t plane = g.plane(), pixels = g.out_h() * g.out_w(), tokens = g.images * pixels, sets = (g.channels + W - 1) / W;
+  float* planes = laid.need(g.images * g.channels * plane + W);  // copies into a tile read up to W floats past a run
+  memset(planes + g.images * g.channels * plane, 0, W * sizeof(float));
+  const Panels panels(tokens, WIDEST, threads);
+  const int taps = g.kernel_h * g.kernel_w, wide = w.m * std::max(1, CONV_CHANNELS / w.m);
+  const int parts = (taps * wide + CONV_COLUMNS - 1) / CONV_COLUMNS, some = (taps + parts - 1) / parts;
+  const int rows = rows_per_task(w.outputs, panels.count, threads), chunks = (w.outputs + rows - 1) / rows;
+  const int64_t tasks = panels.count * chunks;
+  const Input<float> in{x, last ? ROWS : PLANES, tokens, pixels};
+  const Output<float> out{residual, y, in.format};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < g.images * g.channels; i++) {
-      const int64_t image = i / g.channels, channel = i % g.channels;
-      lay_plane(g, last ? x + image * g.channels * size + channel : x + i * size, last ? g.channels : 1, planes + i * plane);
+    for (int64_t i = 0; i < g.images * sets; i++) {
+      const int64_t image = i / sets, c = i % sets * W, count = std::min<int64_t>(W, g.channels - c);
+      lay_planes(g, x + image * g.channels * g.height * g.width, last, c, (int)count, planes + (image * g.channels + c) * plane);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) {
-      const int64_t image = task / (panels.count * chunks), p = task / chunks % panels.count, first = panels.first(p);
+      const int64_t p = task / chunks, first = panels.first(p);
       const int n0 = (int)(task % chunks) * rows, n1 = std::min(w.outputs, n0 + rows);
       with_width(panels.width(p), [&](auto v) {
         constexpr int V = decltype(v)::value, P = V * W;
+        const std::vector<Run> pieces = runs(g, first, tokens, P);
         const float* start = w.start();
         float* c = scratch().sums.need((size_t)rows * P);
+        float* tile = scratch().tile.need((size_t)(std::max(CONV_COLUMNS, wide)) * P + W);
         size_t offset = 0;
         bool begun = false;
         for (int c0 = 0; c0 < w.inputs; c0 += wide) {
           const int count = std::min(wide, w.inputs - c0);
           for (int t0 = 0; t0 < taps; t0 += some) {
-            int32_t table[256];
             const int here = std::min(some, taps - t0);
+            memset(tile, 0, (size_t)here * count * P * sizeof(float));
             for (int t = 0; t < here; t++)
-              for (int k = 0; k < count; k++)
-                table[t * count + k] = (int32_t)(k * plane + g.distance((t0 + t) / g.kernel_w, (t0 + t) % g.kernel_w));
-            const Scattered tile{planes + (image * g.channels + c0) * plane + first, table};
+              for (int k = 0; k < count; k++) {
+                // Whole vectors: what is copied past a run is overwritten by the next run or the next row of the tile.
+                const float* from = planes + (c0 + k) * plane + g.distance(t0 + t);
+                float* row = tile + (size_t)(t * count + k) * P;
+                for (const Run& piece : pieces)
+                  for (int i = 0; i < piece.length; i += W) store(row + piece.lane + i, load(from + piece.place + i));
+              }
             const int entries = w.entries(here * count);
             sweep_rows<V>(tile, w.values + offset, w.index + offset, entries, n0, n1, c, begun ? nullptr : start);
             begun = true;
@@ -95,17 +135,8 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
           }
         }
         std::vector<Segment> where;
-        int64_t place[P];
-        for (int i = 0; i < P; i++) {
-          const int64_t lane = first + i, oy = lane / columns, ox = lane % columns;
-          const bool valid = oy < g.out_h() && ox < g.out_w();
-          place[i] = valid ? image * pixels + oy * g.out_w() + ox : -1;
-          if (!valid) continue;
-          if (!where.empty() && where.back().lane + where.back().length == i) where.back().length++;
-          else where.push_back({i, 1, image, oy * g.out_w() + ox});
-        }
-        if (last) write_rows(c, P, n0, n1, activation, place, residual, y, w.outputs);
-        else write_planes(c, P, n0, n1, activation, where, residual, y, w.outputs, pixels);
+        if (!last) where = segments(first, tokens, pixels, P);
+        finish(out, c, P, first, in, where, n0, n1, w.outputs, activation);
       });
     }
   }

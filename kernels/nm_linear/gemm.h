@@ -140,7 +140,6 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
   Pair* tile = scratch().pairs.need((size_t)OCTS_BLOCK * 2 * P)  /* as many as PAIRS_BLOCK * 3 */;
   const Pair* values = (const Pair*)w.values;
   const int fours = (w.outputs + RING_ROWS - 1) / RING_ROWS, wide = w.block(), blocks = (w.inputs + wide - 1) / wide;
-  const int32_t* begins = (const int32_t*)w.index;
   const uint8_t* index = w.index + (w.layout == LAYOUT_RING ? ((size_t)blocks * fours + 1) * 4 : 0);
   size_t offset = 0;
   for (int b = 0; b < blocks; b++) {
@@ -149,7 +148,8 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
     float* sums = c;
     if (w.layout == LAYOUT_RING) {
       for (int n = n0; n < n1; n += RING_ROWS, sums += RING_ROWS * P) {
-        const int32_t* at = begins + (size_t)b * fours + n / RING_ROWS;
+        int32_t at[2];
+        memcpy(at, w.index + ((size_t)b * fours + n / RING_ROWS) * 4, 8);
         ring_block<V>(tile, values + at[0], index + at[0], (at[1] - at[0]) / RING_ROWS, sums, b ? nullptr : start + n);
       }
       continue;
@@ -185,7 +185,7 @@ static void accumulate(const Weight<X>& w, const Input<X>& in, const float* pane
   for (int k0 = 0; k0 < w.inputs; k0 += w.block()) {
     const int count = std::min(w.block(), w.inputs - k0), entries = w.entries(count);
     if (!panel) fill_tile<V>(in.x, in.format, where, first, in.tokens, in.pixels, w.inputs, k0, count, own);
-    Contiguous<P> tile{panel ? panel + (size_t)k0 * P : own};
+    const float* tile = panel ? panel + (size_t)k0 * P : own;
     sweep_rows<V>(tile, w.values + offset, w.index + offset, entries, n0, n1, c, k0 ? nullptr : start);
     offset += (size_t)w.outputs * entries;
   }

@@ -35,8 +35,7 @@ PAIRS_BLOCK = 64  # columns; all pairs of 32 (RING) or 64 (QUADS) bf16 tokens: 2
 OCTS_BLOCK = 96  # columns; all pairs of 32 bf16 tokens: 24 KiB
 REACH = 3  # how far apart the columns of a RING pair may be
 RING_ROWS = 4  # rows that share one number of entries
-CONV_COLUMNS = 256  # a byte can number so many (tap, channel) columns of a block
-CONV_CHANNELS = 28
+CONV_COLUMNS, CONV_CHANNELS = 96, 10  # (tap, channel) columns and channels of a convolution's block, about
 QUAD_PAIRS = tuple(itertools.combinations(range(4), 2))
 
 
@@ -49,7 +48,7 @@ def block_columns(layout: int, m: int) -> int:
 
 def channel_block(m: int) -> int:
     """Input channels of a full block of a convolution whose groups are ``m`` long."""
-    return max(m, CONV_CHANNELS // m * m)
+    return m * max(1, CONV_CHANNELS // m)
 
 
 def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
@@ -63,10 +62,11 @@ def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
     taps = torch.arange(shape[2] * shape[3])
     channels = torch.arange(shape[1])
     wide = channel_block(m)
+    some = -(-len(taps) // -(-len(taps) * wide // CONV_COLUMNS))
     return [
-        (some[:, None] * shape[1] + part[None]).flatten()
+        (chosen[:, None] * shape[1] + part[None]).flatten()
         for part in channels.split(wide)
-        for some in taps.split(CONV_COLUMNS // wide)
+        for chosen in taps.split(some)
     ]
 
 

@@ -9,19 +9,8 @@
 
 // --- ROWS layout: a kept value and the number of its column ---
 
-// Where the tile row of a column lies: contiguous rows of P floats, or wherever a table says (convolution).
-template <int P> struct Contiguous {
-  const float* tile;
-  NM_INLINE const float* row(Contiguous t, uint32_t column) { return t.tile + column * P; }
-};
-struct Scattered {
-  const float* base;
-  const int32_t* offset;
-  NM_INLINE const float* row(Scattered t, uint32_t column) { return t.base + t.offset[column]; }
-};
-
-template <int V, int R, class Tile, class Weight>
-NM_INLINE void rows_block(Tile tile, const Weight* values, const uint8_t* index, int entries, float* c, const float* start) {
+template <int V, int R, class Weight>
+NM_INLINE void rows_block(const float* tile, const Weight* values, const uint8_t* index, int entries, float* c, const float* start) {
   constexpr int P = V * W;
   vf acc[R][V];
   for (int r = 0; r < R; r++)
@@ -37,7 +26,7 @@ NM_INLINE void rows_block(Tile tile, const Weight* values, const uint8_t* index,
 #define NM_STEP(Q)                                              \
   _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {         \
     vf w = pick<Q>(weights[r]);                                 \
-    const float* x = Tile::row(tile, (columns[r] >> (8 * Q)) & 255); \
+    const float* x = tile + ((columns[r] >> (8 * Q)) & 255) * P; \
     _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) acc[r][v] = fma(w, load(x + v * W), acc[r][v]); \
   }
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -51,8 +40,8 @@ NM_INLINE void rows_block(Tile tile, const Weight* values, const uint8_t* index,
 }
 
 // Output rows [n0, n1) of one block. `start`: what the sums begin with (first block), or null to go on from c.
-template <int V, class Tile, class Weight>
-static void sweep_rows(Tile tile, const Weight* values, const uint8_t* index, int entries, int n0, int n1, float* c,
+template <int V, class Weight>
+static void sweep_rows(const float* tile, const Weight* values, const uint8_t* index, int entries, int n0, int n1, float* c,
                        const float* start) {
   constexpr int P = V * W, R = V >= 3 ? 2 : V == 2 ? 4 : 8;  // enough independent sums to hide the latency of an FMA
   values += (size_t)n0 * entries;
@@ -101,8 +90,11 @@ NM_INLINE void pairs_block(const Pair* tile, const Pair* values, const uint8_t* 
   }
   for (; e < entries; e++)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-      NM_MULTIPLY(_mm512_set1_epi32((int)values[r * entries + e]), (uint32_t)index[r * entries + e])
+    for (int r = 0; r < R; r++) {
+      int pair;
+      memcpy(&pair, values + r * entries + e, 4);
+      NM_MULTIPLY(_mm512_set1_epi32(pair), (uint32_t)index[r * entries + e])
+    }
 #undef NM_MULTIPLY
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) _mm512_storeu_ps(c + r * P + v * W, acc[r][v]);
