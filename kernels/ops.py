@@ -8,8 +8,10 @@ fake tensors, export and Inductor's fusion follow without a formula of our own. 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.library import Library
 
 from mpcompile.kernels.nm_linear import native, reference
@@ -77,3 +79,15 @@ MASKED = frozenset({masked_linear, masked_conv2d})
 NATIVE = frozenset({nm_gemm, nm_mlp, nm_conv})
 PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
 MERGING = frozenset({token_size, token_bias, token_merge, token_mean})
+
+
+def packed_arguments(node: fx.Node) -> list[tuple[Any, Any, Any, Any]]:
+    """Values, index, M and layout of each packed weight that a node of a native operator takes; none of another."""
+    a = node.args
+    if node.target is nm_gemm:
+        return [(a[1], a[2], a[7], a[8])]
+    if node.target is nm_conv:
+        return [(a[1], a[2], a[9], a[11])]
+    if node.target is nm_mlp:
+        return [(a[1], a[2], a[11], a[14]), (a[4], a[5], a[13], a[15])]
+    return []

@@ -374,5 +374,3 @@ def _remarks(report: Report, compiled: Any, graphs: list[CompiledGraph], labels:
         report.notes.append(f"slower than the best dense build ({row.speedup:.2f}x){why}")
     if labels is None:
         report.notes.append("no labels: accuracy was not measured")
-
-

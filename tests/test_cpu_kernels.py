@@ -1,6 +1,7 @@
 """The CPU kernels against float64 on every instruction set that this processor has, and their layouts."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -19,13 +20,14 @@ from tests.helpers import relative
 ISAS = build._processor_isas()
 SIZES = (1, 7, 16, 63, 64, 65, 197)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = int(os.environ.get("MPCOMPILE_TEST_EXAMPLES", "60"))
+MANY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Each instruction set in turn, as if it were the widest."""
-    loaded = build.load(request.param, build.os.environ.get("MPCOMPILE_SANITIZE") == "1")
+    loaded = build.load(request.param, os.environ.get("MPCOMPILE_SANITIZE") == "1")
     monkeypatch.setattr(native, "kernels", lambda: loaded)
     return request.param
 
@@ -293,3 +295,38 @@ def test_patterns_and_blocks():
         columns = torch.cat(layouts.blocks(shape, layout, m))
         assert torch.equal(columns.sort().values, torch.arange(functools.reduce(lambda a, b: a * b, shape[1:])))
         assert max(len(b) for b in layouts.blocks(shape, layout, m)) <= 256
+
+
+def test_tensors_of_another_size_are_refused(isa):
+    weight, mask = layer((24, 64), 2, 4, torch.float32)
+    values, index = layouts.pack(weight, mask, 2, 4, ROWS)
+    with pytest.raises(InputError, match="packed weights don't fit"):
+        ops.nm_gemm(torch.randn(3, 64), values[:-4], index, None, None, 24, 2, 4, ROWS, "none")
+    with pytest.raises(InputError, match="packed weights don't fit"):
+        ops.nm_gemm(torch.randn(3, 128), values, index, None, None, 24, 2, 4, ROWS, "none")
+    with pytest.raises(InputError, match="bias doesn't fit"):
+        ops.nm_gemm(torch.randn(3, 64), values, index, torch.randn(23), None, 24, 2, 4, ROWS, "none")
+
+
+@pytest.mark.parametrize("layout", [ROWS, QUADS, RING, OCTS])
+def test_check_finds_an_index_outside_the_tile(layout):
+    n, m = (1, 4) if layout == OCTS else (2, 4)
+    weight, mask = layer((24, 128), n, m, torch.bfloat16)
+    values, index = layouts.pack(weight, mask, n, m, layout)
+    layouts.check(values, index, m, layout)
+    damaged = index.clone()
+    damaged[-1] = 255
+    with pytest.raises(InputError, match="outside its block"):
+        layouts.check(values, damaged, m, layout)
+    if layout == RING:
+        damaged = index.clone()
+        damaged[5] ^= 64
+        with pytest.raises(InputError, match="table of packed weights"):
+            layouts.check(values, damaged, m, layout)
+
+
+def test_a_residual_is_spread_over_the_batch(isa):
+    weight, mask = layer((16, 32), 2, 4, torch.float32)
+    x, residual = torch.randn(4, 3, 32), torch.randn(1, 3, 16)
+    y = ops.nm_gemm(x, *layouts.pack(weight, mask, 2, 4, ROWS), None, residual, 16, 2, 4, ROWS, "none")
+    assert relative(y, F.linear(x, weight * mask) + residual) < 1e-6

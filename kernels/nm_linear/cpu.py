@@ -19,7 +19,7 @@ def layout_of(spec: LayerSpec) -> int:
     """The layout that this processor runs fastest for a layer."""
     if spec.dtype is not torch.bfloat16 or not native.kernels().nm_pairs():
         return layouts.ROWS
-    return {(2, 4): layouts.QUADS, (1, 4): layouts.OCTS}.get(tuple(spec.pattern), layouts.RING)
+    return {"2:4": layouts.QUADS, "1:4": layouts.OCTS}.get(str(spec.pattern), layouts.RING)
 
 
 class CpuEngine:
@@ -48,5 +48,10 @@ class CpuEngine:
         if spec.geometry is None:
             return ops.nm_gemm, (*head, spec.shape[0], *spec.pattern, layout_of(spec), "none")
         return ops.nm_conv, (
-            *head, *(list(axes) for axes in spec.geometry[:3]), *spec.pattern, list(spec.shape), layout_of(spec), "none",
-        )  # fmt: skip
+            *head,
+            *(list(axes) for axes in spec.geometry[:3]),
+            *spec.pattern,
+            list(spec.shape),
+            layout_of(spec),
+            "none",
+        )

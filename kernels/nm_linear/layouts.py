@@ -17,6 +17,7 @@ Pair layouts take 5 bytes for two kept values.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_format import from_rows, to_rows
+from mpcompile.kernels.nm_format import MAX_M, from_rows, to_rows
 
 ROWS, QUADS, RING, OCTS = 0, 1, 2, 3
 NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring", OCTS: "octs"}
@@ -116,6 +117,45 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
     return values.contiguous(), index.contiguous()
 
 
+@functools.lru_cache(maxsize=4096)
+def fits(values: int, index: int, shape: tuple[int, ...], n: int, m: int, layout: int) -> bool:
+    """Whether tensors of so many values and index bytes can hold a weight of ``shape`` in a layout."""
+    widths = [len(columns) for columns in blocks(shape, layout, m)]
+    if layout == ROWS:
+        return values == index == shape[0] * sum(row_entries(width, n, m) for width in widths)
+    if layout == RING:
+        return index - values // 2 == 4 * (len(widths) * -(-shape[0] // RING_ROWS) + 1)
+    return values == 2 * index == 2 * shape[0] * sum(-(-width // (8 if layout == OCTS else 4)) for width in widths)
+
+
+def check(values: Tensor, index: Tensor, m: int, layout: int) -> None:
+    """Make sure that an index, wherever it comes from, names nothing outside the kernels' tiles.
+
+    Raises:
+        InputError: it does, or it isn't of the layout at all.
+    """
+    if (
+        layout not in NAMES
+        or not 1 <= m <= MAX_M
+        or values.dim() != 1
+        or index.dim() != 1
+        or index.dtype != torch.uint8
+    ):
+        raise InputError("these are no packed weights", expected=f"two vectors of a layout in {sorted(NAMES)}")
+    numbers = index
+    if layout == RING:
+        table = index[: max(0, len(index) - len(values) // 2)]
+        numbers = index[len(table) :]
+        starts = table.view(torch.int32) if len(table) % 4 == 0 and len(table) else torch.tensor([-1])
+        steps = starts.diff()
+        if starts[0] != 0 or starts[-1] != len(numbers) or bool((steps < 0).any()) or bool((steps % 8 != 0).any()):
+            raise InputError("the table of packed weights is damaged", hint="pack or save them again")
+    bound = {ROWS: max(ROWS_BLOCK // m * m, m), QUADS: 96, RING: PAIRS_BLOCK * REACH, OCTS: OCTS_BLOCK * 2}[layout]
+    if len(numbers) and int(numbers.max()) >= bound:
+        found = int(numbers.max())
+        raise InputError("an index of packed weights lies outside its block", expected=f"below {bound}", found=found)
+
+
 def _pack_rows(block: Tensor, kept: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
     order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :entries]
     order = torch.nn.functional.pad(order, (0, entries - order.shape[1]))
@@ -125,13 +165,12 @@ def _pack_rows(block: Tensor, kept: Tensor, entries: int) -> tuple[Tensor, Tenso
 
 
 def _pack_quads(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out, width = block.shape
-    pad = -width % 4
+    pad = -block.shape[1] % 4
     block = torch.nn.functional.pad(block, (0, pad)).unflatten(-1, (-1, 4))
     kept = torch.nn.functional.pad(kept, (0, pad)).unflatten(-1, (-1, 4))
     number = torch.zeros(16, dtype=torch.uint8)
-    for code, (i, j) in enumerate(QUAD_PAIRS):
-        number[(1 << i) | (1 << j)] = code
+    for position, (i, j) in enumerate(QUAD_PAIRS):
+        number[(1 << i) | (1 << j)] = position
     bits = (kept * torch.tensor([1, 2, 4, 8])).sum(-1)
     code = number[bits]
     places = torch.tensor(QUAD_PAIRS)[code.long()]
@@ -151,8 +190,8 @@ def _pack_octs(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pack_ring(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out, width = block.shape
-    short = -out % RING_ROWS
+    width = block.shape[1]
+    short = -len(block) % RING_ROWS
     block = torch.nn.functional.pad(block, (0, 0, 0, short))
     kept = torch.nn.functional.pad(kept, (0, 0, 0, short))
     count = torch.zeros(len(block), dtype=torch.long)
@@ -221,7 +260,7 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
             row = torch.arange(out).repeat_interleave(entries)
         number = index[start:end].long()
         if layout == ROWS:
-            place, value, valid = number, values[start:end], slice(None)
+            place, value = number, values[start:end]
         else:
             value = values[2 * start : 2 * end]
             if layout == QUADS:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from mpcompile.kernels.nm_linear import build, packed
+from mpcompile.errors import InputError
+from mpcompile.kernels.nm_linear import build, layouts, packed
 from mpcompile.kernels.nm_linear.layouts import ROWS
 
 _SCHEMAS = {
@@ -46,12 +47,35 @@ def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
     return all(layout == ROWS for layout in layouts) or (lib.nm_pairs() == 1 and x.dtype is torch.bfloat16)
 
 
+def _fits(values: Tensor, index: Tensor, shape: tuple[int, ...], n: int, m: int, layout: int) -> None:
+    """The kernels read by index: tensors of another size would lead them outside."""
+    if not layouts.fits(values.numel(), index.numel(), shape, n, m, layout) or index.dtype is not torch.uint8:
+        raise InputError(
+            f"packed weights don't fit a weight {shape} {n}:{m}",
+            expected=f"what layouts.pack makes of it in layout {layouts.NAMES.get(layout, layout)}",
+            found=f"{values.numel()} values, {index.numel()} index bytes",
+        )
+
+
+def _added(residual: Tensor | None, y: Tensor) -> Tensor | None:
+    """The residual as the kernels read it: of the output's shape and dtype, in its memory order."""
+    if residual is None:
+        return None
+    order = torch.channels_last if y.dim() == 4 and _last(y) else torch.contiguous_format
+    return residual.to(y.dtype).expand(y.shape).contiguous(memory_format=order)
+
+
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _alike(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+def _row(bias: Tensor | None, out: int, dtype: torch.dtype) -> Tensor | None:
+    """The bias as the kernels read it."""
+    if bias is None:
+        return None
+    if bias.shape != (out,):
+        raise InputError("the bias doesn't fit", expected=f"({out},)", found=tuple(bias.shape))
+    return bias.to(dtype).contiguous()
 
 
 def _checked(failed: int) -> None:
@@ -76,14 +100,30 @@ def _gemm(
     y = x.new_empty((*x.shape[:-1], out))
     k = x.shape[-1]
     if y.numel():
-        x, bias, residual = x.contiguous(), _alike(bias, x.dtype), _alike(residual, x.dtype)
+        _fits(values, index, (out, k), n, m, layout)
+        x, bias, residual = x.contiguous(), _row(bias, out, x.dtype), _added(residual, y)
         tokens = y.numel() // out
         _checked(
             kernels().nm_linear(
-                _HALF[x.dtype], x.data_ptr(), values.data_ptr(), index.data_ptr(), _at(bias), _at(residual), y.data_ptr(),
-                tokens, 1, k, out, n, m, layout, _NUMBER[activation], _TOKENS, torch.get_num_threads(),
+                _HALF[x.dtype],
+                x.data_ptr(),
+                values.data_ptr(),
+                index.data_ptr(),
+                _at(bias),
+                _at(residual),
+                y.data_ptr(),
+                tokens,
+                1,
+                k,
+                out,
+                n,
+                m,
+                layout,
+                _NUMBER[activation],
+                _TOKENS,
+                torch.get_num_threads(),
             )
-        )  # fmt: skip
+        )
     return y
 
 
@@ -115,15 +155,36 @@ def _mlp(
         return _gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none")
     y = x.new_empty((*x.shape[:-1], out))
     if y.numel():
-        x, bias1, bias2 = x.contiguous(), _alike(bias1, x.dtype), _alike(bias2, x.dtype)
-        residual = _alike(residual, x.dtype)
+        x, bias1, bias2 = x.contiguous(), _row(bias1, hidden, x.dtype), _row(bias2, out, x.dtype)
+        residual = _added(residual, y)
+        _fits(values1, index1, (hidden, x.shape[-1]), n1, m1, layout1)
+        _fits(values2, index2, (out, hidden), n2, m2, layout2)
         _checked(
             kernels().nm_mlp(
-                _HALF[x.dtype], x.data_ptr(), values1.data_ptr(), index1.data_ptr(), _at(bias1), values2.data_ptr(),
-                index2.data_ptr(), _at(bias2), _at(residual), y.data_ptr(), tokens, x.shape[-1], hidden, out, n1, m1,
-                layout1, n2, m2, layout2, _NUMBER[activation], threads,
+                _HALF[x.dtype],
+                x.data_ptr(),
+                values1.data_ptr(),
+                index1.data_ptr(),
+                _at(bias1),
+                values2.data_ptr(),
+                index2.data_ptr(),
+                _at(bias2),
+                _at(residual),
+                y.data_ptr(),
+                tokens,
+                x.shape[-1],
+                hidden,
+                out,
+                n1,
+                m1,
+                layout1,
+                n2,
+                m2,
+                layout2,
+                _NUMBER[activation],
+                threads,
             )
-        )  # fmt: skip
+        )
     return y
 
 
@@ -158,10 +219,10 @@ def _conv(
     activation: str,
 ) -> Tensor:
     flat = pointwise(shape)
+    if x.dim() != 4 or x.shape[1] != shape[1] or min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
     if not runs(x, values, layout) or (x.dtype is not torch.float32 and not flat):
-        y = packed.nm_conv(
-            x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation
-        )
+        y = packed.nm_conv(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation)
         return y.contiguous(memory_format=torch.channels_last if _last(x) else torch.contiguous_format)
     last = _last(x)
     order = torch.channels_last if last else torch.contiguous_format
@@ -172,19 +233,29 @@ def _conv(
         x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     if flat and stride != [1, 1]:
         x = x[:, :, :: stride[0], :: stride[1]]
-    x, bias = x.contiguous(memory_format=order), _alike(bias, x.dtype)
-    if residual is not None:
-        residual = residual.to(x.dtype).contiguous(memory_format=order)
+    x, bias = x.contiguous(memory_format=order), _row(bias, shape[0], x.dtype)
+    residual = _added(residual, y)
+    _fits(values, index, tuple(shape), n, m, layout)
     threads, lib = torch.get_num_threads(), kernels()
     head = (x.data_ptr(), values.data_ptr(), index.data_ptr(), _at(bias), _at(residual), y.data_ptr())
     if flat:
         pixels = y.shape[2] * y.shape[3]
         _checked(
             lib.nm_linear(
-                _HALF[x.dtype], *head, y.shape[0] * pixels, pixels, shape[1], shape[0], n, m, layout, _NUMBER[activation],
-                _TOKENS if last else _PLANES, threads,
+                _HALF[x.dtype],
+                *head,
+                y.shape[0] * pixels,
+                pixels,
+                shape[1],
+                shape[0],
+                n,
+                m,
+                layout,
+                _NUMBER[activation],
+                _TOKENS if last else _PLANES,
+                threads,
             )
-        )  # fmt: skip
+        )
     else:
         numbers = (*x.shape, shape[0], *shape[2:], *stride, *padding, *dilation)
         geometry = (build.ctypes.c_int64 * 13)(*numbers)
@@ -203,9 +274,7 @@ def _fake_mlp(x: Tensor, *rest: Any) -> Tensor:
 def _fake_conv(x: Tensor, *rest: Any) -> Tensor:
     stride, padding, dilation, shape = rest[4], rest[5], rest[6], rest[9]
     order = torch.channels_last if _last(x) else torch.contiguous_format
-    return torch.empty(
-        _sizes(x, shape, stride, padding, dilation), dtype=x.dtype, device=x.device, memory_format=order
-    )
+    return torch.empty(_sizes(x, shape, stride, padding, dilation), dtype=x.dtype, device=x.device, memory_format=order)
 
 
 def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Callable[..., Any]]:

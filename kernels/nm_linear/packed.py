@@ -6,7 +6,6 @@ bias, activation and residual in the same pass. Here the weight is spread out an
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
