@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mpcompile.errors import GraphError
 from mpcompile.graph import IRModule, LayerOp, argument, element_count, keep, layers, shape_of
 from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose, choose_all
 from mpcompile.kernels.nm_format import from_rows
@@ -43,8 +44,17 @@ class Slot:
         """Pack ``weight`` under ``mask`` into the buffers, in place."""
         for key, value in self.engine.pack(weight.detach(), mask, self.spec).items():
             buffer = self.buffers[key]
-            if buffer.shape != value.shape:  # another mask may need another number of entries
-                buffer.resize_(value.shape)
+            if value.numel() > buffer.numel():
+                raise GraphError(
+                    "its new mask doesn't fit into the packed weight's buffers",
+                    layer=self.name,
+                    expected=f"at most {buffer.numel()} elements",
+                    found=value.numel(),
+                    hint="compile again: torch._dynamo.reset()",
+                )
+            if value.shape != buffer.shape:  # compiled code holds the buffer: what is left of it stays unused
+                buffer.zero_()
+                buffer = buffer[: value.numel()]
             buffer.copy_(value)
 
     @property

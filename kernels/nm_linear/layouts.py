@@ -36,6 +36,7 @@ PAIRS_BLOCK = 64  # columns; all pairs of 32 (RING) or 64 (QUADS) bf16 tokens: 2
 OCTS_BLOCK = 96  # columns; all pairs of 32 bf16 tokens: 24 KiB
 REACH = 3  # how far apart the columns of a RING pair may be
 RING_ROWS = 4  # rows that share one number of entries
+RING_SPARE = 32  # one entry in so many is left over
 CONV_COLUMNS, CONV_CHANNELS = 96, 10  # (tap, channel) columns and channels of a convolution's block, about
 QUAD_PAIRS = tuple(itertools.combinations(range(4), 2))
 
@@ -113,7 +114,9 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
         # Entries before each four rows of each block, as little-endian int32, stand in front of the column numbers.
         counts = torch.cat([c for _, _, c in parts]) * RING_ROWS
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        index = torch.cat([starts.view(torch.uint8), index])
+        spare = len(index) // RING_SPARE + 8  # for another mask of the same pattern, packed into the same buffers
+        values = torch.nn.functional.pad(values, (0, 2 * spare))
+        index = torch.cat([starts.view(torch.uint8), torch.nn.functional.pad(index, (0, spare))])
     return values.contiguous(), index.contiguous()
 
 
@@ -148,7 +151,7 @@ def check(values: Tensor, index: Tensor, m: int, layout: int) -> None:
         numbers = index[len(table) :]
         starts = table.view(torch.int32) if len(table) % 4 == 0 and len(table) else torch.tensor([-1])
         steps = starts.diff()
-        if starts[0] != 0 or starts[-1] != len(numbers) or bool((steps < 0).any()) or bool((steps % 8 != 0).any()):
+        if starts[0] != 0 or starts[-1] > len(numbers) or bool((steps < 0).any()) or bool((steps % 8 != 0).any()):
             raise InputError("the table of packed weights is damaged", hint="pack or save them again")
     bound = {ROWS: max(ROWS_BLOCK // m * m, m), QUADS: 96, RING: PAIRS_BLOCK * REACH, OCTS: OCTS_BLOCK * 2}[layout]
     if len(numbers) and int(numbers.max()) >= bound:

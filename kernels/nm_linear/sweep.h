@@ -139,6 +139,9 @@ static void read_channel_pairs(const bf16* x, size_t stride, int tokens, int cou
     for (int i = 0; i < 16; i++) {
       int columns = i < tokens ? std::min(32, count - k) : 0;
       __mmask32 mask = columns == 32 ? ~0u : (1u << columns) - 1;
+#ifdef __SANITIZE_ADDRESS__  // which doesn't watch masked loads
+      if (columns) (void)*(volatile const uint16_t*)&x[i * stride + k + columns - 1].bits;
+#endif
       r[i] = (vf)_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + (i < tokens ? i : 0) * stride + k));
     }
     transpose(r);

@@ -1,0 +1,219 @@
+"""What the benchmarks share: interleaved timing, the environment of a run, tables, JSON and bar charts.
+
+All builds of a comparison are timed in one run, in rounds: every round calls each build once, in an order that rotates
+from round to round, so that a change in the machine's load hits all of them. Figures are medians, with quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from mpcompile.kernels.nm_linear import build
+from mpcompile.kernels.timing import cpu_name
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative RMS
+
+
+def interleave(
+    builds: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, progress: str | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every call of every build.
+
+    Args:
+        rounds: timed calls of each build; round ``i`` starts with the build number ``i`` (modulo their number).
+        warmup: rounds before those, not timed.
+        progress: says so on stderr, with this name, where it is a terminal.
+    """
+    names = list(builds)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(-warmup, rounds):
+        if progress and sys.stderr.isatty():
+            end = "\r" if index + 1 < rounds else "\033[K\r"
+            print(f"\033[K{progress}: round {max(0, index + 1)}/{rounds}", end=end, file=sys.stderr, flush=True)
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            builds[name]()
+            spent = time.perf_counter() - start
+            if index >= 0:
+                seconds[name].append(spent)
+    return seconds
+
+
+def quartiles(seconds: Sequence[float], unit: float = 1e6) -> dict[str, float]:
+    """``median``, ``q1`` and ``q3``, times ``unit`` (microseconds by default)."""
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
+    return {"median": median * unit, "q1": q1 * unit, "q3": q3 * unit}
+
+
+def environment(threads: int | None = None) -> dict[str, Any]:
+    """What the figures depend on: processor, instruction set of the kernels, torch, threads, date, load."""
+    try:
+        isa = build.detect_isa()
+    except build.Unavailable as error:
+        isa = f"none: {error}"
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "isa": isa,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads() if threads is None else threads,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def describe(env: Mapping[str, Any]) -> str:
+    """An environment in a line."""
+    return ", ".join(f"{key} {value}" for key, value in env.items())
+
+
+def ratio_text(ratio: float) -> str:
+    """``1.23x``; below one it says what that means.
+
+    Example:
+        >>> ratio_text(0.8)
+        '0.80x slower'
+    """
+    return f"{ratio:.2f}x" + (" slower" if ratio < 1 else "")
+
+
+def relative_rms(found: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of what is expected, in float64."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
+
+
+@contextlib.contextmanager
+def num_threads(threads: int) -> Iterator[None]:
+    """Torch runs on so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def compiled_dense(
+    module: torch.nn.Module, x: Tensor, *, freezing: bool = False, **options: Any
+) -> tuple[Callable[[Tensor], Tensor], float]:
+    """``torch.compile`` of a dense module, compiled for ``x`` here and now; call it under ``torch.no_grad()``.
+
+    ``freezing`` stands both in the options and around the first call: dynamo reads it from Inductor's configuration,
+    and two builds whose options are equal would share one compiled graph.
+
+    Returns:
+        The build, and the seconds that compiling took.
+    """
+    if freezing:
+        options["freezing"] = True
+    run = torch.compile(module, dynamic=False, options=options or None)
+    start = time.perf_counter()
+    with torch._inductor.config.patch(freezing=freezing):
+        run(x)
+    return run, time.perf_counter() - start
+
+
+def load(name: str, folder: Path) -> Any:
+    """What :func:`save` wrote, or None."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def save(name: str, data: Any, folder: Path = RESULTS) -> Path:
+    """Write JSON to ``folder/name.json``: whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        try:
+            json.dump(data, file, indent=1)
+            file.write("\n")
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str], left: int = 1) -> str:
+    """A text table whose first ``left`` columns are left-aligned."""
+    aligned = ("left",) * left + ("right",) * (len(head) - left)
+    return tabulate(rows, headers=head, disable_numparse=True, colalign=aligned if rows else None)
+
+
+def plot(
+    name: str, panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, folder: Path = RESULTS
+) -> None:
+    """Bars of ratios to ``folder/name.png``, one panel above the other, with a line at 1.
+
+    Args:
+        panels: panel -> group of bars -> bar -> ratio.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib isn't installed (pip install 'mpcompile[report]')")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    series = list(dict.fromkeys(bar for groups in panels.values() for bars in groups.values() for bar in bars))
+    widest = max(len(groups) for groups in panels.values())
+    size = (max(6.0, 1.5 + widest * (0.3 + 0.22 * len(series))), 0.8 + 2.6 * len(panels))
+    color = {bar: f"C{number % 10}" for number, bar in enumerate(series)}
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    width = 0.8 / max(1, *(len(bars) for groups in panels.values() for bars in groups.values()))
+    for axis, (panel, groups) in zip(axes[:, 0], panels.items(), strict=True):
+        for place, bars in enumerate(groups.values()):
+            for number, (bar, ratio) in enumerate(bars.items()):
+                middle = place + (number - (len(bars) - 1) / 2) * width
+                axis.bar_label(axis.bar(middle, ratio, width, color=color[bar]), fmt="%.2f", fontsize=6)
+        axis.axhline(1.0, color="black", linewidth=1)
+        axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
+        axis.set_title(panel, fontsize=9)
+        axis.set_ylabel("best dense / this", fontsize=8)
+        axis.margins(y=0.15)
+    keys = [plt.Rectangle((0, 0), 1, 1, color=color[bar]) for bar in series]
+    figure.legend(keys, series, fontsize=7, ncols=4, loc="outside lower center")
+    figure.suptitle(title, fontsize=10)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=150)
+    plt.close(figure)
+    print(f"plot: {folder / f'{name}.png'}")
+
+
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--quick`` and ``--out``."""
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny settings, to see whether it runs; its figures mean nothing"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where JSON and plot go (bench/results; with --quick, quick/ in it)"
+    )
+
+
+def fill(args: argparse.Namespace, full: Mapping[str, Any], quick: Mapping[str, Any]) -> None:
+    """Give every option that wasn't named its value, for a full or a quick run."""
+    defaults = {**full, **(quick if args.quick else {}), "out": RESULTS / "quick" if args.quick else RESULTS}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
