@@ -1,24 +1,23 @@
 """Audit: what a compiled model really does, beside the dense model it came from.
 
 Accuracy with an interval and paired with the dense model, MACs counted from tensors, bytes of the weights as they are
-stored, and latency against the best dense build of the same dtype, all builds interleaved in one run.
+stored, and latency against the best dense build of the same dtype, all builds interleaved in one run. On a CPU with
+bf16 dot products an fp32 audit also shows the dense model in bf16, which is easily the fastest of all.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import binomtest
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,109 +27,9 @@ from mpcompile.backend import CompiledGraph, compiled_graphs
 from mpcompile.calibration import as_batches
 from mpcompile.errors import InputError
 from mpcompile.graph import IRModule, propagate, training_flags
+from mpcompile.kernels import timing
 from mpcompile.macs import count
-from mpcompile.plan import Plan
-
-DENSE_EAGER, DENSE_COMPILED, COMPILED = "dense eager", "dense compiled", "compiled sparse"
-
-
-@dataclass
-class Row:
-    """One build of the model.
-
-    Attributes:
-        correct, samples: top-1 hits among the labelled samples, or None without labels.
-        interval: 95 % Wilson interval of the top-1 share.
-        agree: share of samples on which the arg max is the dense model's.
-        lost, won: samples that only the dense model, or only this build, gets right.
-        difference: relative RMS difference of the outputs from the dense model's.
-        macs, paper_macs: per sample, executed and by the paper's convention.
-        weight_bytes: parameters as this build stores them.
-        latency_ms, quartiles_ms: median and quartiles of one batch.
-        speedup: median of the best dense build / median of this one.
-    """
-
-    name: str
-    correct: int | None = None
-    samples: int = 0
-    interval: tuple[float, float] | None = None
-    agree: float | None = None
-    lost: int | None = None
-    won: int | None = None
-    difference: float | None = None
-    macs: int | None = None
-    paper_macs: int | None = None
-    weight_bytes: int = 0
-    latency_ms: float | None = None
-    quartiles_ms: tuple[float, float] | None = None
-    speedup: float | None = None
-
-    @property
-    def top1(self) -> float | None:
-        """Share of the labelled samples that are right."""
-        return None if self.correct is None or not self.samples else self.correct / self.samples
-
-
-@dataclass
-class Report:
-    """What :func:`audit` found. Prints as a table.
-
-    Attributes:
-        fell_back: dynamo no longer runs the compiled graph but the model's own eager code.
-    """
-
-    rows: list[Row]
-    environment: dict[str, Any]
-    plan: Plan | None = None
-    notes: list[str] = field(default_factory=list)
-    fell_back: bool = False
-
-    def __getitem__(self, name: str) -> Row:
-        return next(row for row in self.rows if row.name == name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        rows = [{**asdict(row), "top1": row.top1} for row in self.rows]
-        plan = self.plan.to_dict() if self.plan is not None else None
-        return {
-            "rows": rows,
-            "environment": self.environment,
-            "notes": self.notes,
-            "fell_back": self.fell_back,
-            "plan": plan,
-        }
-
-    def to_json(self, indent: int | None = None) -> str:
-        """The report and its plan as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
-
-    def table(self) -> str:
-        """One row a build."""
-        labelled = any(row.correct is not None for row in self.rows)
-        dense = self.rows[0]
-        lines = []
-        for row in self.rows:
-            line = [row.name]
-            if labelled:
-                low, high = row.interval or (0, 0)
-                line.append("" if row.top1 is None else f"{row.top1:.2%} [{low:.1%}, {high:.1%}]")
-            paired = f" (-{row.lost} +{row.won})" if row.lost is not None and row is not dense else ""
-            line.append("" if row.agree is None else f"{row.agree:.2%}{paired}")
-            line.append(f"{row.difference:.1e}" if row.difference is not None and row is not dense else "")
-            share = f" (-{1 - row.macs / dense.macs:.2%})" if row.macs and dense.macs and row.macs != dense.macs else ""
-            line.append(f"{row.macs / 1e6:,.2f}{share}" if row.macs else "")
-            line.append(f"{row.weight_bytes / 2**20:,.3f}")
-            low, high = row.quartiles_ms or (0, 0)
-            line.append("" if row.latency_ms is None else f"{row.latency_ms:.2f} [{low:.2f}, {high:.2f}]")
-            line.append("" if row.speedup is None else f"{row.speedup:.2f}x")
-            lines.append(line)
-        head = ["build", *(["top-1 [95 %]"] if labelled else []), "agree (lost, won)", "rel. diff"]
-        head += ["MMAC executed", "weights MiB", "latency ms [quartiles]", "vs best dense"]
-        return tabulate(lines, headers=head, disable_numparse=True, colalign=("left",) + ("right",) * (len(head) - 1))
-
-    def __str__(self) -> str:
-        env = ", ".join(f"{k} {v}" for k, v in self.environment.items())
-        return "\n".join([self.table(), "", env, *(f"note: {n}" for n in self.notes)])
+from mpcompile.report import COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, Report, Row
 
 
 def environment(batch: Any) -> dict[str, Any]:
@@ -218,6 +117,57 @@ def _dense_macs(model: nn.Module, batch: Any) -> int | None:
     return counter.get_total_flops() // 2 // _first_tensor(batch).shape[0]
 
 
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively, so that dense bf16 is faster than dense fp32."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return False
+    words = set(info.read_text(errors="replace").split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+class _InBf16:
+    """A bf16 build of the dense model that takes what the fp32 one takes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy.deepcopy(model).bfloat16().eval()
+        self._orig_mod = self.module  # as torch.compile has it, for MACs and bytes
+        self.run = torch.compile(self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*map(self.cast, args), **self.cast(kwargs))
+
+    def cast(self, value: Any) -> Any:
+        """A tensor, or the tensors of a dict or sequence, in bf16 where they hold fractions."""
+        if isinstance(value, Mapping):
+            return {key: self.cast(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [self.cast(item) for item in value]
+        return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _bf16_build(model: nn.Module, batch: Any, wanted: bool | Callable[..., Any] | None, rounds: int) -> Any:
+    """The build for the bf16 row, or None for no such row."""
+    if wanted is None:
+        tensor = _first_tensor(batch)
+        wanted = rounds > 0 and tensor.device.type == "cpu" and tensor.dtype is torch.float32 and has_bf16()
+    return _InBf16(model) if wanted is True else wanted or None
+
+
+def _predicted(graphs: list[CompiledGraph]) -> tuple[float, float] | None:
+    """(saved, dense) milliseconds of the lowered layers as lowering timed them, or None where it didn't."""
+    saved = total = 0.0
+    for graph in graphs:
+        for layer in graph.plan.layers.values():
+            entry = layer.notes.get("lower", {})
+            times = {k: v for k, v in entry.get("candidates", {}).items() if isinstance(v, (int, float))}
+            dense = min((us for name, us in times.items() if name in timing.DENSE), default=None)
+            us = entry.get("us")
+            if dense is not None and isinstance(us, (int, float)):
+                saved, total = saved + (dense - us) / 1e3, total + dense / 1e3
+    return (saved, total) if total else None
+
+
 def _parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -245,7 +195,8 @@ def _describe(row: Row, build: Any, batch: Any, graphs: list[CompiledGraph], rep
     if isinstance(module, IRModule):
         row.macs, row.paper_macs = _masked_macs(module, batch)
     else:
-        row.macs = row.paper_macs = _dense_macs(module, batch)
+        cast = isinstance(build, _InBf16)
+        row.macs = row.paper_macs = _dense_macs(build.module if cast else module, build.cast(batch) if cast else batch)
     if row.name != COMPILED or module is build:
         return
     if report.fell_back:
@@ -286,6 +237,7 @@ def audit(
     *,
     others: Mapping[str, Callable[..., Any]] | None = None,
     dense_compiled: Callable[..., Any] | None = None,
+    dense_bf16: bool | Callable[..., Any] | None = None,
     rounds: int = 20,
     progress: bool = True,
 ) -> Report:
@@ -301,6 +253,9 @@ def audit(
         labels: class indices of all inputs, or None for no accuracy.
         others: further builds to show between the dense ones and ``compiled``, by name.
         dense_compiled: the dense model compiled; None compiles it with ``torch.compile``.
+        dense_bf16: show the dense model in bf16, compiled by ``torch.compile`` or as given here (called with the
+            inputs as they are). None shows it where latency is measured, inputs are fp32 and the CPU has native bf16.
+            It is no part of the bar that ``speedup`` is measured against.
         rounds: timings of each build; 0 measures no latency.
         progress: show progress bars (on a terminal).
 
@@ -323,6 +278,9 @@ def audit(
     known = _labels(batches, labels)
     builds: dict[str, Callable[..., Any]] = {DENSE_EAGER: model}
     builds[DENSE_COMPILED] = torch.compile(model) if dense_compiled is None else dense_compiled
+    in_bf16 = _bf16_build(model, batches[0], dense_bf16, rounds)
+    if in_bf16 is not None:
+        builds[DENSE_BF16] = in_bf16
     builds.update(others or {})
     builds[COMPILED] = compiled
     report = Report([Row(name) for name in builds], environment(batches[0]))
@@ -372,5 +330,40 @@ def _remarks(report: Report, compiled: Any, graphs: list[CompiledGraph], labels:
         engines = {layer.notes.get("lower", {}).get("engine") for g in graphs for layer in g.plan.layers.values()}
         why = ": the reference engine spreads packed weights out at every call" if "reference" in engines else ""
         report.notes.append(f"slower than the best dense build ({row.speedup:.2f}x){why}")
+    _compare_prediction(report, graphs)
+    _compare_bf16(report)
     if labels is None:
         report.notes.append("no labels: accuracy was not measured")
+
+
+def _compare_prediction(report: Report, graphs: list[CompiledGraph]) -> None:
+    """What the layers were timed to save, beside what the whole model saves."""
+    predicted = _predicted(graphs)
+    if predicted is None:
+        return
+    report.predicted_saving_ms, total = predicted
+    row = report.rows[-1]
+    if row.latency_ms is None or row.speedup is None:
+        return
+    saves = row.latency_ms * (row.speedup - 1)  # speedup = bar / latency
+    timed = f"layers were timed to save {report.predicted_saving_ms:.2f} ms of {total:.2f} ms"
+    if saves > 0:
+        report.notes.append(f"{timed}; the whole model saves {saves:.2f} ms")
+    elif report.predicted_saving_ms > 0:
+        report.notes.append(
+            f"WARNING: {timed}, but the whole model takes {-saves:.2f} ms more than the best dense build: compile it "
+            'with engine="dense" instead'
+        )
+
+
+def _compare_bf16(report: Report) -> None:
+    """Another dtype is no bar, but whoever wants speed should know."""
+    row = report.rows[-1]
+    other = next((r for r in report.rows if r.name == DENSE_BF16), None)
+    if other is None or other.latency_ms is None or row.latency_ms is None or other.latency_ms >= row.latency_ms:
+        return
+    ratio = row.latency_ms / other.latency_ms
+    report.notes.append(
+        f"dense bf16 takes {other.latency_ms:.2f} ms, {ratio:.2f}x as fast as this fp32 build "
+        f"(relative difference of outputs {other.difference:.1e}): run the model in bf16 and audit it there"
+    )

@@ -59,7 +59,8 @@ class Config:
             be masked is an error.
         prefix_tokens: class, distillation and register tokens at the front of the sequence, never merged; None finds
             their number in the graph.
-        frozen: promise that weights don't change after compilation; skips the check for it at every call.
+        frozen: promise that weights don't change after compilation: BatchNorm is folded into convolutions, Inductor
+            folds constants and prepacks dense weights, and no call checks whether anything changed.
         seed: seeds whatever is random.
 
     Raises:

@@ -41,18 +41,109 @@ def test_speedup_is_best_dense_median_over_own_median(monkeypatch):
     model = mlp()
     times = {"dense eager": [4.0, 4.0, 9.0], "dense compiled": [2.0, 2.0, 2.0], "compiled sparse": [3.0, 8.0, 4.0]}
     monkeypatch.setattr(sys.modules["mpcompile.audit"], "_time", lambda *args: times)  # audit names the function too
-    report = audit(model, model, torch.randn(2, 32), dense_compiled=model)
+    report = audit(model, model, torch.randn(2, 32), dense_compiled=model, dense_bf16=False)
     assert [row.speedup for row in report.rows] == [0.5, 1.0, 0.5]
     assert [row.latency_ms for row in report.rows] == [4.0, 2.0, 4.0]
     assert any("slower than the best dense build (0.50x)" in note for note in report.notes)
 
 
-def test_macs_bytes_plan_and_json_of_a_lowered_model(monkeypatch):
-    monkeypatch.setattr(module, "_inductor", lambda gm, inputs, mode: gm)
+def fake_times(monkeypatch, **medians):
+    """Builds take these milliseconds in every round."""
+    times = {name.replace("_", " "): [ms] * 3 for name, ms in medians.items()}
+    monkeypatch.setattr(sys.modules["mpcompile.audit"], "_time", lambda builds, *args: {n: times[n] for n in builds})
+
+
+def test_dense_bf16_is_a_row_but_no_bar(monkeypatch):
+    model = mlp()
+    fake_times(monkeypatch, dense_eager=4.0, dense_compiled=2.0, dense_bf16=0.5, compiled_sparse=1.0)
+    report = audit(model, model, torch.randn(2, 32), dense_compiled=model, dense_bf16=lambda x: model(x) * 1.25)
+    assert [row.name for row in report.rows] == ["dense eager", "dense compiled", "dense bf16", "compiled sparse"]
+    assert [row.speedup for row in report.rows] == [0.5, 1.0, 4.0, 2.0]
+    row = report["dense bf16"]
+    assert row.difference == pytest.approx(0.25) and row.agree == 1
+    note = "dense bf16 takes 0.50 ms, 2.00x as fast as this fp32 build (relative difference of outputs 2.5e-01): run"
+    assert any(n.startswith(note) for n in report.notes)
+
+
+def test_a_slower_dense_bf16_is_no_news(monkeypatch):
+    model = mlp()
+    fake_times(monkeypatch, dense_eager=4.0, dense_compiled=2.0, dense_bf16=1.5, compiled_sparse=1.0)
+    report = audit(model, model, torch.randn(2, 32), dense_compiled=model, dense_bf16=model)
+    assert not any("bf16" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_dense_bf16_is_shown_where_the_processor_has_it(monkeypatch, native):
+    own = sys.modules["mpcompile.audit"]
+    monkeypatch.setattr(own, "has_bf16", lambda: native)
+    monkeypatch.setattr(own.torch, "compile", lambda module: module)
+    model, x = mlp(), torch.randn(6, 32)
+
+    def shown(x, **options):
+        report = audit(model, model, x, dense_compiled=model, **{"rounds": 1, **options})
+        return next((row for row in report.rows if row.name == "dense bf16"), None)
+
+    row = shown(x)
+    assert (row is not None) == native
+    if row is not None:
+        assert 1e-4 < row.difference < 2e-2
+        assert row.weight_bytes == 2 * sum(p.numel() for p in model.parameters())
+        assert row.macs == 32 * 48 + 48 * 64 + 64 * 5
+    assert all(p.dtype is torch.float32 for p in model.parameters())
+    assert shown(x, rounds=0) is None and shown(x, dense_bf16=False) is None
+    assert shown(x, rounds=0, dense_bf16=True) is not None
+
+
+def lowered(monkeypatch, engine, ms, **times):
+    """The report of a lowered MLP whose first layer's choice, and whose latency, are made up."""
+    monkeypatch.setattr(module, "_inductor", lambda gm, *rest: gm)
     torch._dynamo.reset()
     model, x = mlp(), torch.randn(6, 32)
     gm = transform(model, x, Config(score="magnitude"))
-    report = audit(model, torch.compile(gm, backend=mpsparse), x, rounds=2, dense_compiled=model, others={"masked": gm})
+    compiled = torch.compile(gm, backend=mpsparse)
+    before = set(module.compiled_graphs())
+    with torch.no_grad():
+        compiled(x)
+    (graph,) = set(module.compiled_graphs()) - before
+    for layer in graph.plan.layers.values():
+        layer.notes.pop("lower", None)
+    graph.plan.layers["0"].notes["lower"] = {"engine": engine, "us": times.get(engine), "candidates": times}
+    fake_times(monkeypatch, dense_eager=4.0, dense_compiled=2.0, compiled_sparse=ms)
+    return audit(model, compiled, x, dense_compiled=model, dense_bf16=False)
+
+
+def test_what_layers_were_timed_to_save_is_compared_with_the_whole_model(monkeypatch):
+    times = {"cpu": 300.0, "dense": 1000.0, "dense prepacked": 800.0, "reference": "no"}
+    report = lowered(monkeypatch, "cpu", 1.5, **times)
+    assert report.predicted_saving_ms == pytest.approx(0.5)
+    assert "layers were timed to save 0.50 ms of 0.80 ms; the whole model saves 0.50 ms" in report.notes
+    assert json.loads(report.to_json())["predicted_saving_ms"] == report.predicted_saving_ms
+    report = lowered(monkeypatch, "cpu", 2.5, **times)
+    (note,) = [n for n in report.notes if n.startswith("WARNING")]
+    assert "to save 0.50 ms of 0.80 ms, but the whole model takes 0.50 ms more" in note and 'engine="dense"' in note
+
+
+@pytest.mark.parametrize("times", [{}, {"cpu": None, "dense": None}, {"cpu": 3.0}, {"dense": 3.0}])
+def test_without_timings_nothing_is_predicted(monkeypatch, times):
+    report = lowered(monkeypatch, "cpu", 2.5, **times)
+    assert report.predicted_saving_ms is None
+    assert not any("timed to save" in note for note in report.notes)
+
+
+def test_macs_bytes_plan_and_json_of_a_lowered_model(monkeypatch):
+    monkeypatch.setattr(module, "_inductor", lambda gm, *rest: gm)
+    torch._dynamo.reset()
+    model, x = mlp(), torch.randn(6, 32)
+    gm = transform(model, x, Config(score="magnitude"))
+    report = audit(
+        model,
+        torch.compile(gm, backend=mpsparse, options={"engine": "reference"}),
+        x,
+        rounds=2,
+        dense_compiled=model,
+        dense_bf16=False,
+        others={"masked": gm},
+    )
     assert [row.name for row in report.rows] == ["dense eager", "dense compiled", "masked", "compiled sparse"]
     row = report["compiled sparse"]
     masked = 32 * 48 + 48 * 64
@@ -68,7 +159,7 @@ def test_macs_bytes_plan_and_json_of_a_lowered_model(monkeypatch):
 
 
 def test_one_call_models_are_counted_from_their_graphs(monkeypatch):
-    monkeypatch.setattr(module, "_inductor", lambda gm, inputs, mode: gm)
+    monkeypatch.setattr(module, "_inductor", lambda gm, *rest: gm)
     torch._dynamo.reset()
     model, x = mlp(), torch.randn(6, 32)
     report = audit(model, torch.compile(model, backend=mpsparse), x, rounds=0, dense_compiled=mlp())

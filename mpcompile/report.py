@@ -1,0 +1,117 @@
+"""What an audit found: a row for every build of the model, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from mpcompile.plan import Plan
+
+DENSE_EAGER, DENSE_COMPILED, COMPILED = "dense eager", "dense compiled", "compiled sparse"
+DENSE_BF16 = "dense bf16"  # of another dtype than the rest: beside the bar, never part of it
+
+
+@dataclass
+class Row:
+    """One build of the model.
+
+    Attributes:
+        correct, samples: top-1 hits among the labelled samples, or None without labels.
+        interval: 95 % Wilson interval of the top-1 share.
+        agree: share of samples on which the arg max is the dense model's.
+        lost, won: samples that only the dense model, or only this build, gets right.
+        difference: relative RMS difference of the outputs from the dense model's.
+        macs, paper_macs: per sample, executed and by the paper's convention.
+        weight_bytes: parameters as this build stores them.
+        latency_ms, quartiles_ms: median and quartiles of one batch.
+        speedup: median of the best dense build / median of this one.
+    """
+
+    name: str
+    correct: int | None = None
+    samples: int = 0
+    interval: tuple[float, float] | None = None
+    agree: float | None = None
+    lost: int | None = None
+    won: int | None = None
+    difference: float | None = None
+    macs: int | None = None
+    paper_macs: int | None = None
+    weight_bytes: int = 0
+    latency_ms: float | None = None
+    quartiles_ms: tuple[float, float] | None = None
+    speedup: float | None = None
+
+    @property
+    def top1(self) -> float | None:
+        """Share of the labelled samples that are right."""
+        return None if self.correct is None or not self.samples else self.correct / self.samples
+
+
+@dataclass
+class Report:
+    """What :func:`mpcompile.audit` found. Prints as a table.
+
+    Attributes:
+        fell_back: dynamo no longer runs the compiled graph but the model's own eager code.
+        predicted_saving_ms: what the lowered layers take less than the best dense layers, each timed alone; None where
+            they weren't timed.
+    """
+
+    rows: list[Row]
+    environment: dict[str, Any]
+    plan: Plan | None = None
+    notes: list[str] = field(default_factory=list)
+    fell_back: bool = False
+    predicted_saving_ms: float | None = None
+
+    def __getitem__(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        rows = [{**asdict(row), "top1": row.top1} for row in self.rows]
+        plan = self.plan.to_dict() if self.plan is not None else None
+        return {
+            "rows": rows,
+            "environment": self.environment,
+            "notes": self.notes,
+            "fell_back": self.fell_back,
+            "predicted_saving_ms": self.predicted_saving_ms,
+            "plan": plan,
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The report and its plan as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def table(self) -> str:
+        """One row a build."""
+        labelled = any(row.correct is not None for row in self.rows)
+        dense = self.rows[0]
+        lines = []
+        for row in self.rows:
+            line = [row.name]
+            if labelled:
+                low, high = row.interval or (0, 0)
+                line.append("" if row.top1 is None else f"{row.top1:.2%} [{low:.1%}, {high:.1%}]")
+            paired = f" (-{row.lost} +{row.won})" if row.lost is not None and row is not dense else ""
+            line.append("" if row.agree is None else f"{row.agree:.2%}{paired}")
+            line.append(f"{row.difference:.1e}" if row.difference is not None and row is not dense else "")
+            share = f" (-{1 - row.macs / dense.macs:.2%})" if row.macs and dense.macs and row.macs != dense.macs else ""
+            line.append(f"{row.macs / 1e6:,.2f}{share}" if row.macs else "")
+            line.append(f"{row.weight_bytes / 2**20:,.3f}")
+            low, high = row.quartiles_ms or (0, 0)
+            line.append("" if row.latency_ms is None else f"{row.latency_ms:.2f} [{low:.2f}, {high:.2f}]")
+            line.append("" if row.speedup is None else f"{row.speedup:.2f}x")
+            lines.append(line)
+        head = ["build", *(["top-1 [95 %]"] if labelled else []), "agree (lost, won)", "rel. diff"]
+        head += ["MMAC executed", "weights MiB", "latency ms [quartiles]", "vs best dense"]
+        return tabulate(lines, headers=head, disable_numparse=True, colalign=("left",) + ("right",) * (len(head) - 1))
+
+    def __str__(self) -> str:
+        env = ", ".join(f"{k} {v}" for k, v in self.environment.items())
+        return "\n".join([self.table(), "", env, *(f"note: {n}" for n in self.notes)])
