@@ -49,5 +49,3 @@ class Analyze(Pass):
                 entry = LayerPlan(layer.kind, tuple(layer.weight.tensor.shape))
                 ctx.plan.layers.setdefault(layer.name, entry).notes["analyze"] = fit
         return False
-
-

@@ -84,7 +84,6 @@ def describe(spec: LayerSpec, choice: Choice) -> dict[str, Any]:
         "engine": choice.engine.name,
         "why": choice.why,
         "us": us,
-        "dense_us": None if choice.dense_us is None else round(choice.dense_us, 3),
         "tokens": spec.tokens,
         "candidates": candidates,
     }

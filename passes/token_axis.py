@@ -300,5 +300,3 @@ class TokenAxis:
         node.kwargs = {**{k: v for k, v in node.kwargs.items() if k in names}, "attn_mask": bias, "dropout_p": dropout}
         state = self.states.get(query)
         return None if state is None else replace(state, axis=2)
-
-

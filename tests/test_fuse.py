@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.graph import Lifted, argument, layers, propagate
+from mpcompile.graph import Lifted, argument, keep, layers, propagate
 from mpcompile.importers import import_model
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.layouts import ROWS, pack
@@ -39,18 +39,15 @@ def capture(model, *inputs):
 @torch.no_grad()
 def lower_natively(gm, lifted=None):
     """Masked layers -> nm_gemm and nm_conv, whichever engines are there."""
-    gm.add_module(PACKED, nn.Module())
     for layer in layers(gm, lifted):
         if layer.mask is None or (layer.geometry is not None and layer.geometry.groups > 1):
             continue
-        node, shape, holder = layer.node, list(layer.weight.tensor.shape), nn.Module()
+        node, shape = layer.node, list(layer.weight.tensor.shape)
         packed = pack(layer.weight.tensor.detach(), layer.mask.tensor, *layer.pattern, ROWS)
-        for key, tensor in zip(("values", "index"), packed, strict=True):
-            holder.register_buffer(key, tensor)
-        path = layer.name
-        gm.get_submodule(PACKED).add_module(path, holder)
+        path = f"{PACKED}.{layer.name}"
+        keep(gm, path, dict(zip(("values", "index"), packed, strict=True)))
         with gm.graph.inserting_before(node):
-            values, index = (gm.graph.get_attr(f"{PACKED}.{path}.{key}") for key in ("values", "index"))
+            values, index = (gm.graph.get_attr(f"{path}.{key}") for key in ("values", "index"))
             module = node.op == "call_module" and layer.bias is not None
             bias = gm.graph.get_attr(f"{layer.name}.bias") if module else layer.bias
             head = (argument(node, 0, "input"), values, index, bias, None)

@@ -300,15 +300,20 @@ def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Calla
     return backward, setup_context
 
 
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "nm_gemm": (_gemm, _fake_gemm, packed.nm_gemm),
+    "nm_mlp": (_mlp, _fake_mlp, packed.nm_mlp),
+    "nm_conv": (_conv, _fake_conv, packed.nm_conv),
+}
+
+
 def define(library: Library) -> None:
     """Define the operators in ``library``."""
-    for name, schema in _SCHEMAS.items():
-        short = name.removeprefix("nm_")
-        library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        library.impl(name, globals()[f"_{short}"], "CPU")
-        formula = getattr(packed, name)
+    for name, (kernel, fake, formula) in _IMPLEMENTATIONS.items():
+        library.define(name + _SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
+        library.impl(name, kernel, "CPU")
         library.impl(name, formula, "CUDA")
         qualified = f"{library.ns}::{name}"
-        torch.library.register_fake(qualified, globals()[f"_fake_{short}"], lib=library)
+        torch.library.register_fake(qualified, fake, lib=library)
         backward, setup_context = _gradient(formula)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
