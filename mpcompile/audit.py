@@ -20,13 +20,12 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mpcompile.backend import CompiledGraph, compiled_graphs
 from mpcompile.calibration import as_batches
 from mpcompile.errors import InputError
-from mpcompile.graph import IRModule, propagate, training_flags
+from mpcompile.graph import IRModule, flop_counter, propagate, training_flags
 from mpcompile.kernels import timing
 from mpcompile.macs import count
 from mpcompile.report import COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, Report, Row
@@ -110,7 +109,7 @@ def _dense_macs(model: nn.Module, batch: Any) -> int | None:
                 if isinstance(batch, Mapping)
                 else mode.from_tensor(_first_tensor(batch))
             )
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 _run(model, fake)
     except Exception:
         return None

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mpcompile.errors import GraphError
 from mpcompile.kernels import ops
@@ -202,11 +202,21 @@ def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = flag
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which before 2.15 knows no fused attention on CPUs."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={fused: _attention_flops})
+
+
 class _Shapes(FakeTensorProp):
     """Runs the graph on fake tensors; leaves ``val`` and ``macs`` (of the whole batch) on every node."""
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             result = super().run_node(n)
         n.meta["macs"] = counter.get_total_flops() // 2
         return result
