@@ -25,7 +25,8 @@ from tqdm import tqdm
 from mpcompile.backend import CompiledGraph, compiled_graphs
 from mpcompile.calibration import as_batches
 from mpcompile.errors import InputError
-from mpcompile.graph import IRModule, flop_counter, propagate, training_flags
+from mpcompile.flops import flop_counter
+from mpcompile.graph import IRModule, propagate, training_flags
 from mpcompile.kernels import timing
 from mpcompile.macs import count
 from mpcompile.report import COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, Report, Row

@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mpcompile.errors import GraphError
+from mpcompile.flops import flop_counter
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
@@ -200,16 +200,6 @@ def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for m, flag in flags:
             m.training = flag
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, which before 2.15 knows no fused attention on CPUs."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={fused: _attention_flops})
 
 
 class _Shapes(FakeTensorProp):

@@ -9,6 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mpcompile.importers import Imported, import_model
+
 
 def tiny_vit(**kwargs: Any) -> VisionTransformer:
     """Two blocks, 16 patches and a class token."""
@@ -49,3 +51,18 @@ def images(batch: int = 3, size: int = 32, seed: int = 1) -> Tensor:
 def relative(a: Tensor, b: Tensor) -> float:
     """Relative RMS difference, against the second."""
     return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
+
+
+def capture(model: Any, *inputs: Any) -> Imported:
+    """The graph that dynamo hands to a backend, imported."""
+    found = []
+
+    def backend(gm, example_inputs):
+        found.append(import_model(gm, list(example_inputs), share=True))
+        return gm
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(*inputs)
+    (imported,) = found
+    return imported

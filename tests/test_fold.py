@@ -16,7 +16,7 @@ from mpcompile.kernels import ops
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold import FoldNorm, norm_of
 from mpcompile.passes.lower import Lower
-from tests.helpers import convolutional, images, relative
+from tests.helpers import capture, convolutional, images, relative
 
 X = torch.randn(2, 8, 7, 7, generator=torch.Generator().manual_seed(1))
 
@@ -46,20 +46,6 @@ def net(**kwargs):
 
 def masked(model, x=X):
     return transform(model, x, Config(score="magnitude", exclude=()))
-
-
-def capture(model, x):
-    found = []
-
-    def backend(gm, example_inputs):
-        found.append(import_model(gm, list(example_inputs), share=True))
-        return gm
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend)(x)
-    (imported,) = found
-    return imported
 
 
 def brought(gm, x, bring):

@@ -18,22 +18,7 @@ from mpcompile.passes.fold import FoldNorm, norm_of
 from mpcompile.passes.fuse import Fuse, activation_of
 from mpcompile.passes.lower import PACKED
 from mpcompile.plan import LayerPlan
-from tests.helpers import convolutional, images, mlp, relative, tiny_vit
-
-
-def capture(model, *inputs):
-    """The graph that dynamo hands to a backend, imported."""
-    found = []
-
-    def backend(gm, example_inputs):
-        found.append(import_model(gm, list(example_inputs), share=True))
-        return gm
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend)(*inputs)
-    (imported,) = found
-    return imported
+from tests.helpers import capture, convolutional, images, mlp, relative, tiny_vit
 
 
 @torch.no_grad()
