@@ -18,7 +18,7 @@ from mpcompile.importers import import_model
 from mpcompile.kernels import timing
 from mpcompile.passes.base import Context
 from mpcompile.passes.lower import Lower
-from mpcompile.pipeline import Pipeline, run_pipeline
+from mpcompile.pipeline import complete
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def explain(
     """
     config = dataclasses.replace(Config() if config is None else config, score="magnitude")
     imported = import_model(model, example_inputs)
-    transformed = any(layer.pattern is not None for layer in layers(imported.gm, imported.lifted))
-    gm = run_pipeline(imported, config, Pipeline([]) if transformed else Pipeline())
+    gm = complete(imported, config)
     step = Lower(measured=True, progress=progress)
     decision = step.plan(gm, Context(config, imported.inputs, imported.lifted, plan=gm.plan))
     found = {layer.name: layer for layer in reversed(layers(gm, imported.lifted))}

@@ -183,10 +183,13 @@ def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = 
     config = replace(Config() if config is None else config, score="magnitude", frozen=True)
     imported = import_model(model, example_inputs)
     imported.gm.eval()
+    return complete(imported, config, [FoldNorm(), Lower(), Fuse()])
+
+
+def complete(imported: Imported, config: Config, passes: Sequence[Pass] = ()) -> IRModule:
+    """Run the default passes unless the graph is masked already, then ``passes``."""
     transformed = any(layer.pattern is not None for layer in layers(imported.gm, imported.lifted))
-    passes: list[Pass] = [FoldNorm(), Lower(), Fuse()]
-    gm = run_pipeline(imported, config, Pipeline(passes if transformed else [*Pipeline(), *passes]))
-    return gm
+    return run_pipeline(imported, config, Pipeline([*([] if transformed else Pipeline()), *passes]))
 
 
 def run_pipeline(
