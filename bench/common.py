@@ -1,7 +1,8 @@
 """What the benchmarks share: interleaved timing, the environment of a run, tables, JSON and bar charts.
 
-All builds of a comparison are timed in one run, in rounds: every round calls each build once, in an order that rotates
-from round to round, so that a change in the machine's load hits all of them. Figures are medians, with quartiles.
+All builds of a comparison are timed in one run, in rounds: every round calls each build once, in an order of its own.
+So a change in the machine's load hits all of them, and none always finds the data of the same other in the caches.
+Figures are medians, with quartiles.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import datetime
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -37,18 +39,18 @@ def interleave(
     """Seconds of every call of every build.
 
     Args:
-        rounds: timed calls of each build; round ``i`` starts with the build number ``i`` (modulo their number).
+        rounds: timed calls of each build; the order within a round is drawn anew, the same in every run.
         warmup: rounds before those, not timed.
         progress: says so on stderr, with this name, where it is a terminal.
     """
     names = list(builds)
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(-warmup, rounds):
         if progress and sys.stderr.isatty():
             end = "\r" if index + 1 < rounds else "\033[K\r"
             print(f"\033[K{progress}: round {max(0, index + 1)}/{rounds}", end=end, file=sys.stderr, flush=True)
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             builds[name]()
             spent = time.perf_counter() - start
@@ -66,7 +68,7 @@ def quartiles(seconds: Sequence[float], unit: float = 1e6) -> dict[str, float]:
 def environment(threads: int | None = None) -> dict[str, Any]:
     """What the figures depend on: processor, instruction set of the kernels, torch, threads, date, load."""
     try:
-        isa = build.detect_isa()
+        isa = build.library().isa
     except build.Unavailable as error:
         isa = f"none: {error}"
     return {

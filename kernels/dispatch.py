@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mpcompile.errors import ConfigError
 from mpcompile.kernels import ops, timing
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
-from mpcompile.kernels.nm_linear.cpu import CpuEngine
+from mpcompile.kernels.nm_linear.cpu import CpuEngine, multiplies_pairs
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,14 @@ ENGINES: tuple[Engine, ...] = (CpuEngine(), Reference(), Dense())  # the preferr
 MARGIN = 0.97  # a sparse engine has to take less than this share of the best dense time
 
 
-def auto_pattern(device: torch.device) -> tuple[Pattern, ...]:
-    """Patterns of density 1/2 that the device's engines run at full speed, widest first (wider ones keep more)."""
-    return (Pattern(2, 4),) if device.type == "cuda" else (Pattern(8, 16), Pattern(4, 8), Pattern(2, 4))
+def auto_pattern(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...]:
+    """Patterns of density 1/2 that the device's engines run at full speed, widest first (wider ones keep more).
+
+    Where bf16 is multiplied in pairs of columns, that is 2:4 alone: in a wider group some values find no partner.
+    """
+    if device.type == "cuda" or (device.type == "cpu" and multiplies_pairs(dtype)):
+        return (Pattern(2, 4),)
+    return Pattern(8, 16), Pattern(4, 8), Pattern(2, 4)
 
 
 @dataclass(frozen=True)

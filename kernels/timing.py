@@ -2,7 +2,7 @@
 
 The dense bar is the better of what eager torch does and what torch.compile with freezing makes (weights prepacked for
 oneDNN or MKL). Token counts are rounded up to four steps an octave, so that models whose blocks have ever fewer tokens
-need few timings. All candidates of a layer are timed together, in interleaved rounds of rotating order; the figure is
+need few timings. All candidates of a layer are timed together, in interleaved rounds of changing order; the figure is
 the median. Weights and inputs stay in the processor's caches meanwhile, which favours nobody but the biggest weight.
 """
 
@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -195,9 +196,9 @@ def _race(runs: Sequence[Callable[[], Any]], sync: Callable[[], None]) -> list[f
         sample(run, 1)
     calls = [max(1, int(_SAMPLE_S / max(sample(run, 1), 1e-7))) for run in runs]
     seen: list[list[float]] = [[] for _ in runs]
-    live = list(range(len(runs)))
+    live, order = list(range(len(runs))), random.Random(0)
     while live:
-        for i in live[:]:
+        for i in order.sample(live, len(live)):
             seen[i].append(sample(runs[i], calls[i]) / calls[i])
             spent = sum(seen[i]) * calls[i]
             if (len(seen[i]) >= _ROUNDS and spent >= _ENOUGH_S) or (len(seen[i]) >= 3 and spent >= _TOO_LONG_S):
@@ -205,7 +206,6 @@ def _race(runs: Sequence[Callable[[], Any]], sync: Callable[[], None]) -> list[f
         medians = [statistics.median(times) for times in seen]
         if len(seen[0]) >= 2:
             live = [i for i in live if medians[i] <= _HOPELESS * min(medians)]
-        live = live[1:] + live[:1]
     return medians
 
 

@@ -8,8 +8,8 @@ bf16 dot products an fp32 audit also shows the dense model in bf16, which is eas
 from __future__ import annotations
 
 import copy
-import itertools
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -84,12 +84,12 @@ def _labels(batches: list[Any], labels: Any) -> Tensor | None:
 
 
 def _time(builds: Mapping[str, Callable[..., Any]], batch: Any, rounds: int, progress: bool) -> dict[str, list[float]]:
-    """Milliseconds a call, every round timing every build once, in an order that rotates."""
+    """Milliseconds a call, every round timing every build once, in an order of its own: see bench/common.py."""
     times: dict[str, list[float]] = {name: [] for name in builds}
-    names = list(builds)
+    names, order = list(builds), random.Random(0)
     cuda = _first_tensor(batch).is_cuda
-    for index in tqdm(range(rounds), desc="time", unit="round", disable=None if progress else True):
-        for name in itertools.islice(itertools.cycle(names), index % len(names), index % len(names) + len(names)):
+    for _ in tqdm(range(rounds), desc="time", unit="round", disable=None if progress else True):
+        for name in order.sample(names, len(names)):
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()

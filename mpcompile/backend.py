@@ -25,7 +25,7 @@ from mpcompile.errors import NotEligibleError
 from mpcompile.graph import IRModule, Lifted, keep, layers
 from mpcompile.importers import Imported, import_model
 from mpcompile.kernels import ops
-from mpcompile.kernels.nm_format import Pattern, group_axis
+from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold import FoldNorm
 from mpcompile.passes.fuse import Fuse
@@ -171,7 +171,7 @@ def _known_masks(gm: fx.GraphModule, lifted: Lifted, config: Config) -> dict[str
 
 
 def _pattern_of(weight: Tensor, config: Config) -> Pattern | None:
-    return config.pattern_for(group_axis(weight.shape), weight.device) if weight.dim() >= 2 else None
+    return config.pattern_for(weight) if weight.dim() >= 2 else None
 
 
 def _transform(imported: Imported, config: Config) -> Plan:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mpcompile.errors import ConfigError
 from mpcompile.kernels.dispatch import auto_pattern
-from mpcompile.kernels.nm_format import Pattern
+from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "covariance")
 ENGINES = ("auto", "cpu", "reference", "dense")
@@ -117,15 +118,16 @@ class Config:
                 hint="choose one pattern for all layers, e.g. pattern='2:4' with tome_r=8",
             )
 
-    def patterns(self, device: torch.device) -> tuple[Pattern, ...]:
-        """The patterns that a layer on ``device`` may get, the preferred one first; none for ``"dense"``."""
+    def patterns(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:
+        """The patterns that a layer may get on ``device`` in ``dtype``, preferred ones first; none for ``"dense"``."""
         if self.pattern == "dense":
             return ()
-        return auto_pattern(device) if self.pattern == "auto" else (Pattern.parse(self.pattern),)
+        return auto_pattern(device, dtype) if self.pattern == "auto" else (Pattern.parse(self.pattern),)
 
-    def pattern_for(self, k: int, device: torch.device) -> Pattern | None:
-        """The pattern of a layer on ``device`` whose groups tile an axis of length ``k``, or None if none fits."""
-        return next((p for p in self.patterns(device) if k % p.m == 0), None)
+    def pattern_for(self, weight: Tensor) -> Pattern | None:
+        """The pattern of a weight (out, in, ...), or None if no group divides its inputs."""
+        k = group_axis(weight.shape)
+        return next((p for p in self.patterns(weight.device, weight.dtype) if k % p.m == 0), None)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:

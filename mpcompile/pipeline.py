@@ -14,7 +14,6 @@ from mpcompile.config import Config
 from mpcompile.errors import ConfigError, GraphError
 from mpcompile.graph import IRModule, layers, propagate
 from mpcompile.importers import Imported, import_model
-from mpcompile.kernels.nm_format import group_axis
 from mpcompile.macs import count, node_macs
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
@@ -104,7 +103,7 @@ def _moments(model: Imported, ctx: Context, pipeline: Pipeline) -> None:
     for layer in layers(model.gm, ctx.lifted):
         if layer.pattern is None and layer.obstacle is None:
             weight = layer.weight.tensor
-            pattern = ctx.config.pattern_for(group_axis(weight.shape), weight.device)
+            pattern = ctx.config.pattern_for(weight)
             if pattern is not None:
                 sizes[layer.name] = pattern.m
     ctx.moments = collect_moments(model, ctx.calibration, sizes)

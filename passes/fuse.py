@@ -3,8 +3,8 @@
 A native operator has a tile of its output in cache when it is done with it: bias, activation and residual cost nothing
 there, and a pass over memory each when they are nodes of their own. ``nm_mlp`` doesn't write its hidden layer to memory
 at all. The pass walks from each ``nm_gemm`` and ``nm_conv`` along single users, through what does nothing in inference,
-to the activation, then to the addition, then to the next ``nm_gemm``. The order is the operators' own: activation
-before residual. An activation behind the addition, as in a ResNet, stays a node.
+to the activation, then to the addition (or, as in a ResNet, to the addition and then the activation), then to the next
+``nm_gemm``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 
 from mpcompile.graph import IRModule, Lifted, argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.kernels import ops
+from mpcompile.kernels.nm_linear.packed import BEHIND
 from mpcompile.layers import ByMode
 from mpcompile.macs import is_add
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.lower import PACKED
 
 _VALUES, _RESIDUAL = 1, 4  # positions in the schemas of nm_gemm and nm_conv; the activation is last
-_KINDS = ("activations", "residuals", "mlps")
+_KINDS = ("activations", "residuals", "behind", "mlps")
 
 _aten = torch.ops.aten
 _RELU = frozenset({F.relu, torch.relu, torch.relu_, _aten.relu.default, _aten.relu_.default})
@@ -143,6 +144,7 @@ class _Plan:
         self.paths = {op: [op] for op in self.natives}
         self.activations: dict[fx.Node, fx.Node] = {}
         self.residuals: dict[fx.Node, fx.Node] = {}
+        self.behind: dict[fx.Node, fx.Node] = {}  # activations of the sum
         self.mlps: dict[fx.Node, fx.Node] = {}
         self.left: dict[fx.Node, str] = {}
 
@@ -151,6 +153,8 @@ class _Plan:
             self._activation(op)
         for op in reversed(self.natives):  # of two operators that are added up, the later one doesn't have to move
             self._residual(op)
+        for op in self.residuals:
+            self._activation(op)
         for op in self.natives:
             self._mlp(op)
         fused = {*self.activations, *self.residuals, *self.mlps, *self.mlps.values()}
@@ -161,11 +165,13 @@ class _Plan:
                 self.left[op] = f"{users} users" if user is None else f"followed by {target_name(self.gm, user)}"
 
     def _activation(self, op: fx.Node) -> None:
-        idle, user = follow(self.gm, op)
-        if user is None or activation_of(self.gm, user) is None or argument(user, 0, "input") is not [op, *idle][-1]:
+        path = self.paths[op]
+        idle, user = follow(self.gm, path[-1])
+        if user is None or activation_of(self.gm, user) is None or argument(user, 0, "input") is not [*path, *idle][-1]:
             return
-        if op.args[_RESIDUAL] is None and op.args[-1] == "none":
-            self.activations[op], self.paths[op] = user, [op, *idle, user]
+        if op.args[_RESIDUAL] is None and op.args[-1] == "none" and op not in self.activations:
+            table = self.behind if op in self.residuals else self.activations
+            table[op], self.paths[op] = user, [*path, *idle, user]
 
     def _residual(self, op: fx.Node) -> None:
         idle, add = follow(self.gm, self.paths[op][-1])
@@ -207,7 +213,7 @@ class _Plan:
         last = [*self.paths[op], *idle][-1]
         alone = user.args[0] is last and last not in user.args[1:]
         plain = op.args[_RESIDUAL] is None and op not in self.residuals
-        if not alone or not plain or user.args[-1] != "none" or user in self.activations:
+        if not alone or not plain or user.args[-1] != "none" or user in self.activations or user in self.behind:
             return
         why = self._written(op, self.paths[user][-1], [*self.paths[op], *idle, *self.paths[user]])
         if why is None:
@@ -239,13 +245,15 @@ class Fuse(Pass):
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
         found = _Plan(gm, ctx.lifted)
         found.walk()
-        tables = zip(_KINDS, (found.activations, found.residuals, found.mlps), strict=True)
+        tables = zip(_KINDS, (found.activations, found.residuals, found.behind, found.mlps), strict=True)
         decision: dict[str, Any] = {k: [[a.name, b.name] for a, b in table.items()] for k, table in tables}
         return {**decision, "left": {node.name: why for node, why in found.left.items()}}
 
     def summary(self, decision: dict[str, Any]) -> str:
-        counts = [len(decision[key]) for key in _KINDS]
-        return "{} activations, {} residual additions, {} mlps".format(*counts) if any(counts) else "nothing to fuse"
+        ahead, residuals, behind, mlps = (len(decision[key]) for key in _KINDS)
+        if not ahead + residuals + mlps:
+            return "nothing to fuse"
+        return f"{ahead + behind} activations, {residuals} residual additions, {mlps} mlps"
 
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
         nodes = {node.name: node for node in gm.graph.nodes}
@@ -257,11 +265,14 @@ class Fuse(Pass):
             if plan is not None:
                 plan.notes.setdefault("fuse", {})[key] = value
 
-        for name, end in decision["activations"]:
+        def activate(name: str, end: str, prefix: str) -> None:
             op, activation = nodes[name], activation_of(gm, nodes[end])
             note(op, "activation", activation)
-            op.update_arg(len(op.args) - 1, activation)
+            op.update_arg(len(op.args) - 1, f"{prefix}{activation}")
             self._absorb(gm, op, nodes[end])
+
+        for name, end in decision["activations"]:
+            activate(name, end, "")
         for name, end in decision["residuals"]:
             op, add = nodes[name], nodes[end]
             note(op, "residual", True)
@@ -270,6 +281,8 @@ class Fuse(Pass):
             add.prepend(op)  # the residual may be computed later than the operator was
             op.update_arg(_RESIDUAL, operands[operands[0] is [op, *idle][-1]])
             self._absorb(gm, op, add)
+        for name, end in decision["behind"]:
+            activate(name, end, BEHIND)
         for name, end in decision["mlps"]:
             note(nodes[name], "mlp", True)
             note(nodes[end], "mlp", True)

@@ -126,13 +126,13 @@ class Mask(Pass):
             return "pattern is dense"
         if layer.obstacle:
             return layer.obstacle
-        k, device = group_axis(layer.weight.tensor.shape), layer.weight.tensor.device
         if not wanted and role in config.exclude:
             return str(role)
         if not wanted and _matches(layer.name, role, config.exclude):
             return "excluded"
-        if config.pattern_for(k, device) is None:
-            return f"K % {config.patterns(device)[-1].m} (K = {k})"
+        weight = layer.weight.tensor
+        if config.pattern_for(weight) is None:
+            return f"K % {config.patterns(weight.device, weight.dtype)[-1].m} (K = {group_axis(weight.shape)})"
         return None
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Mask(Pass):
             reason = self._reason(layer, role.get(layer.name), ctx)
             if reason is None:
                 has_data = config.score == "covariance" and layer.name in ctx.moments
-                decision["patterns"][layer.name] = str(config.pattern_for(group_axis(weight.shape), weight.device))
+                decision["patterns"][layer.name] = str(config.pattern_for(weight))
                 decision["masked"][layer.name] = "covariance" if has_data else "magnitude"
             else:
                 decision["dense"][layer.name] = reason

@@ -124,6 +124,20 @@ def test_without_a_library_plain_torch_runs_and_the_reason_is_said_once(monkeypa
     assert native.kernels() is None
 
 
+def test_a_compiler_that_is_too_old_for_the_processor_builds_a_narrower_library(monkeypatch, caplog, tmp_path):
+    old = tmp_path / "old"
+    old.write_text('#!/bin/sh\ncase "$*" in *mavx512*) echo "unknown option" >&2; exit 1;; esac\nexec g++ "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.delenv("MPCOMPILE_CPU_ISA")
+    monkeypatch.setattr(build, "_processor_isas", lambda: ("avx512_bf16", "avx512", "portable"))
+    assert CpuEngine().supports(SPEC) is None and works()
+    assert native.kernels().isa == "portable"
+    (said,) = warnings(caplog)
+    assert "the kernels for avx512_bf16 can't be built, those for portable are used" in said
+    assert "unknown option" in said
+
+
 def test_a_compiler_that_answers_no_question_is_no_obstacle(monkeypatch):
     def refuse(*args, **kwargs):
         raise subprocess.TimeoutExpired("g++", 30)

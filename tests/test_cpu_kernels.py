@@ -65,7 +65,7 @@ def problems(draw):
         "out": draw(st.sampled_from(SIZES)),
         "tokens": draw(st.sampled_from(SIZES)),
         "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
-        "activation": draw(st.sampled_from(packed.ACTIVATIONS)),
+        "activation": draw(st.sampled_from(packed.EPILOGUES)),
         "bias": draw(st.booleans()),
         "residual": draw(st.booleans()),
         "strided": draw(st.booleans()),
@@ -107,9 +107,8 @@ def test_gemm(isa, p):
     bias = torch.randn(out).to(dtype) if p["bias"] else None
     residual = inputs(p, out, name="residual") if p["residual"] else None
     exact = F.linear(x.double(), (weight * mask).double(), None if bias is None else bias.double())
-    exact = packed.activate(exact, p["activation"]) + (0 if residual is None else residual.double())
-    dense = packed.activate(F.linear(x, weight * mask, bias), p["activation"])
-    dense = dense if residual is None else dense + residual
+    exact = packed.finish(exact, None if residual is None else residual.double(), p["activation"])
+    dense = packed.finish(F.linear(x, weight * mask, bias), residual, p["activation"])
     for layout in usable(dtype, n, m):
         values, index = layouts.pack(weight, mask, n, m, layout)
         assert torch.equal(layouts.unpack(values, index, weight.shape, n, m, layout), weight * mask)
@@ -125,6 +124,7 @@ def test_gemm(isa, p):
 @given(p=problems(), hidden=st.integers(1, 4))
 def test_mlp(isa, p, hidden):
     torch.set_num_threads(1)
+    middle = p["activation"].removeprefix(packed.BEHIND)
     n, m, out, dtype = p["n"], p["m"], p["out"], p["dtype"]
     hidden = hidden * m
     one, mask1 = layer((hidden, p["k"]), n, m, dtype, p["seed"])
@@ -132,15 +132,13 @@ def test_mlp(isa, p, hidden):
     x = inputs(p, p["k"])
     bias1, bias2 = torch.randn(hidden).to(dtype), torch.randn(out).to(dtype) if p["bias"] else None
     residual = inputs(p, out, name="residual") if p["residual"] else None
-    h = packed.activate(F.linear(x.double(), (one * mask1).double(), bias1.double()), p["activation"])
+    h = packed.activate(F.linear(x.double(), (one * mask1).double(), bias1.double()), middle)
     exact = F.linear(h, (two * mask2).double(), None if bias2 is None else bias2.double())
     exact = exact if residual is None else exact + residual.double()
     scale = size(h, two * mask2, bias2, residual) + size(x, one * mask1, bias1)
     for layout in usable(dtype, n, m):
         args1, args2 = layouts.pack(one, mask1, n, m, layout), layouts.pack(two, mask2, n, m, layout)
-        y = ops.nm_mlp(
-            x, *args1, bias1, *args2, bias2, residual, hidden, out, n, m, n, m, layout, layout, p["activation"]
-        )
+        y = ops.nm_mlp(x, *args1, bias1, *args2, bias2, residual, hidden, out, n, m, n, m, layout, layout, middle)
         assert rms(y - exact) < TOLERANCE[dtype] * scale
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mpcompile.errors import ConfigError
 from mpcompile.kernels import dispatch, store, timing
 from mpcompile.kernels.dispatch import Dense, LayerSpec, Reference, auto_pattern, choose, choose_all
 from mpcompile.kernels.nm_format import Pattern
+from mpcompile.kernels.nm_linear import cpu
 
 CPU = torch.device("cpu")
 LINEAR = LayerSpec((24, 32), torch.float32, CPU, Pattern(2, 4), inputs=(2, 5, 32))
@@ -207,8 +209,17 @@ def test_every_dense_build_that_is_timed_computes_the_layer(spec):
         assert torch.allclose(result, results[0], atol=1e-4)
 
 
-def test_auto_patterns_keep_half_and_start_with_the_widest():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_patterns_keep_half_and_start_with_the_widest(dtype):
     for device in ("cpu", "cuda"):
-        patterns = auto_pattern(torch.device(device))
+        patterns = auto_pattern(torch.device(device), dtype)
         assert all(p.density == 0.5 for p in patterns) and patterns[-1] == (2, 4)
         assert [p.m for p in patterns] == sorted((p.m for p in patterns), reverse=True)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_bf16_keeps_2_of_4_where_pairs_of_columns_are_multiplied(monkeypatch, pairs):
+    monkeypatch.setattr(cpu.native, "kernels", lambda: types.SimpleNamespace(nm_pairs=lambda: int(pairs)))
+    device = torch.device("cpu")
+    assert auto_pattern(device, torch.bfloat16)[0] == ((2, 4) if pairs else (8, 16))
+    assert auto_pattern(device, torch.float32)[0] == (8, 16)

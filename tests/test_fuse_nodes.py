@@ -241,7 +241,25 @@ def hidden_is_read(net, x):
     return net.fc2(h) * h
 
 
+BEHIND = {
+    "relu": (lambda net, x: F.relu(x + net.fc1(x)), (1, 1, 0), "add_relu"),
+    "gelu and dropout": (lambda net, x: F.gelu(F.dropout(net.fc1(x), 0.1, False) + x), (1, 1, 0), "add_gelu"),
+    "in place": (lambda net, x: F.silu(x + net.fc1(x), inplace=True), (1, 1, 0), "add_silu"),
+    "both sides": (lambda net, x: F.relu(x + F.relu(net.fc1(x))), (1, 1, 0), "relu"),
+    "the sum is read": (lambda net, x: F.relu(x + net.fc1(x)) * (x + net.fc1(x)), (1, 2, 0), "add_relu"),
+    "no sum": (lambda net, x: F.relu(2 * net.fc1(x)), (0, 0, 0), "none"),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_activations_behind_the_addition(name):
+    body, expected, epilogue = BEHIND[name]
+    fused, _, _ = check(body, expected)
+    assert next(n for n in fused.graph.nodes if n.target is ops.nm_gemm).args[-1] == epilogue
+
+
 MLPS = {
+    "an activation of the sum": (lambda net, x: F.relu(x + net.fc2(F.relu(net.fc1(x)))), (2, 1, 0)),
     "gelu": (lambda net, x: net.fc2(F.gelu(net.fc1(x))), (1, 0, 1)),
     "no activation": (lambda net, x: net.fc2(net.fc1(x)), (0, 0, 1)),
     "dropout and residual": (lambda net, x: x + net.fc2(F.dropout(F.relu(net.fc1(x)), 0.1, False)), (1, 1, 1)),

@@ -44,6 +44,10 @@ class Unavailable(Exception):
     """There is no library, and why."""
 
 
+class _Rejected(Unavailable):
+    """The compiler ran and refused."""
+
+
 def detect_isa() -> str:
     """The widest of :data:`ISAS` that this processor runs; ``MPCOMPILE_CPU_ISA`` names a narrower one."""
     runs = _processor_isas()
@@ -186,7 +190,7 @@ def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
             os.replace(made, folder / name)
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
-        raise Unavailable(f"{command[0]} can't build the CPU kernels: {said}") from error
+        raise _Rejected(f"{command[0]} can't build the CPU kernels: {said}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} can't build the CPU kernels: {error}") from error
     log.info("built the CPU kernels for %s in %.1f s", isa, time.perf_counter() - start)
@@ -194,13 +198,29 @@ def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
 
 
 def library() -> ctypes.CDLL:
-    """The library for this process. Environment: ``MPCOMPILE_CPU_ISA``, and ``MPCOMPILE_SANITIZE=1`` for a build with
-    AddressSanitizer and UndefinedBehaviorSanitizer.
+    """The library for this process; its ``isa`` says for which instruction set.
+
+    That is the widest that the processor runs and the compiler knows. Environment: ``MPCOMPILE_CPU_ISA`` names one, and
+    ``MPCOMPILE_SANITIZE=1`` asks for a build with AddressSanitizer and UndefinedBehaviorSanitizer.
 
     Raises:
         Unavailable: it can't be built or loaded.
     """
-    return load(detect_isa(), os.environ.get("MPCOMPILE_SANITIZE") == "1")
+    isa, sanitize = detect_isa(), os.environ.get("MPCOMPILE_SANITIZE") == "1"
+    if "MPCOMPILE_CPU_ISA" in os.environ:
+        return load(isa, sanitize)
+    refusal: _Rejected | None = None
+    for candidate in _processor_isas():
+        try:
+            loaded = load(candidate, sanitize)
+        except _Rejected as error:
+            refusal = refusal or error
+            continue
+        if refusal is not None:
+            say_once(f"mpcompile: the kernels for {isa} can't be built, those for {candidate} are used: {refusal}")
+        return loaded
+    assert refusal is not None  # there is one candidate at least
+    raise refusal
 
 
 @functools.cache
@@ -223,6 +243,7 @@ def load(isa: str, sanitize: bool = False) -> ctypes.CDLL:
     loaded.nm_linear.argtypes = [number, *[pointer] * 6, long, long, *[number] * 8]
     loaded.nm_mlp.argtypes = [number, *[pointer] * 9, long, *[number] * 11]
     loaded.nm_conv.argtypes = [*[pointer] * 7, *[number] * 5]
+    loaded.isa = isa
     return loaded
 
 

@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from mpcompile.kernels.dispatch import LayerSpec
 
 
+def multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Whether the kernels for ``dtype`` read pairs of columns: bf16, on processors with bf16 dot products."""
+    return dtype is torch.bfloat16 and (lib := native.kernels()) is not None and bool(lib.nm_pairs())
+
+
 def layout_of(spec: LayerSpec) -> int:
     """The layout that this processor runs fastest for a layer."""
-    if spec.dtype is not torch.bfloat16 or not native.kernels().nm_pairs():
+    if not multiplies_pairs(spec.dtype):
         return layouts.ROWS
     return {"2:4": layouts.QUADS, "1:4": layouts.OCTS}.get(str(spec.pattern), layouts.RING)
 

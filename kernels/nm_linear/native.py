@@ -28,7 +28,7 @@ _SCHEMAS = {
     "nm_conv": "(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
     "int[] dilation, int n, int m, int[] shape, int layout, str activation) -> Tensor",
 }
-_NUMBER = {name: number for number, name in enumerate(packed.ACTIVATIONS)}
+_NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 _TOKENS, _PLANES = 0, 1  # formats of activations, as in tiles.h
 
@@ -181,7 +181,7 @@ def _mlp(
                 n2,
                 m2,
                 layout2,
-                _NUMBER[activation],
+                packed.ACTIVATIONS.index(activation),
                 threads,
             )
         )

@@ -12,6 +12,8 @@ from torch import Tensor
 from mpcompile.kernels.nm_linear.layouts import unpack
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+BEHIND = "add_"  # in front of an activation's name: it follows the residual addition, as in a ResNet
+EPILOGUES = (*ACTIVATIONS, *(BEHIND + name for name in ACTIVATIONS))
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -23,6 +25,14 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
     return F.silu(x) if activation == "silu" else x
+
+
+def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """activation(y) + residual; for one of :data:`EPILOGUES` that begins with ``add_``, activation(y + residual)."""
+    late = activation.startswith(BEHIND)
+    y = y if late else activate(y, activation)
+    y = y if residual is None else y + residual
+    return activate(y, activation.removeprefix(BEHIND)) if late else y
 
 
 def nm_gemm(
@@ -37,10 +47,9 @@ def nm_gemm(
     layout: int,
     activation: str,
 ) -> Tensor:
-    """x (..., in) -> activation(x W' + bias) + residual, (..., out)."""
+    """x (..., in) -> activation(x W' + bias) + residual, (..., out); see :func:`finish`."""
     weight = unpack(values, index, (out, x.shape[-1]), n, m, layout)
-    y = activate(F.linear(x, weight, bias), activation)
-    return y if residual is None else y + residual
+    return finish(F.linear(x, weight, bias), residual, activation)
 
 
 def nm_mlp(
@@ -82,7 +91,6 @@ def nm_conv(
     layout: int,
     activation: str,
 ) -> Tensor:
-    """x (B, C, H, W) convolved with a weight of ``shape`` (out, C, kh, kw); then activation, then + residual."""
+    """x (B, C, H, W) convolved with a weight of ``shape`` (out, C, kh, kw), and :func:`finish`."""
     weight = unpack(values, index, shape, n, m, layout)
-    y = activate(F.conv2d(x, weight, bias, stride, padding, dilation), activation)
-    return y if residual is None else y + residual
+    return finish(F.conv2d(x, weight, bias, stride, padding, dilation), residual, activation)

@@ -72,25 +72,34 @@ static void fill_tile(const X* x, Format format, const std::vector<Segment>& whe
   }
 }
 
+// `count` sums -> y, with the residual (null: none) and the activation behind it.
+template <class X> NM_INLINE void put(vf sums, int count, const X* residual, int after, X* y) {
+  if (count == W) {
+    store(y, activate(residual ? sums + load(residual) : sums, after));
+    return;
+  }
+  if (residual)
+    for (int j = 0; j < count; j++) sums[j] += to_float(residual[j]);
+  sums = activate(sums, after);
+  for (int j = 0; j < count; j++) from_float(sums[j], y + j);
+}
+
 // Outputs [n0, n1) of a panel, c (n1 - n0, lanes), -> y with activation and residual. Token-major: lane i goes to row
 // place[i] of (., stride), or nowhere where that is negative.
 template <class X>
 static void write_rows(const float* c, int lanes, int n0, int n1, int activation, const int64_t* place, const X* residual,
                        X* y, int64_t stride) {
+  const int before = ahead(activation), after = behind(activation);
   for (int v = 0; v < lanes; v += W)
     for (int n = n0; n < n1; n += W) {
       int count = std::min(W, n1 - n);
       vf r[W];
-      for (int j = 0; j < W; j++) r[j] = j < count ? activate(load(c + (size_t)(n - n0 + j) * lanes + v), activation) : (vf){};
+      for (int j = 0; j < W; j++) r[j] = j < count ? activate(load(c + (size_t)(n - n0 + j) * lanes + v), before) : (vf){};
       transpose(r);
       for (int i = 0; i < W; i++) {
         if (place[v + i] < 0) continue;
         size_t at = place[v + i] * stride + n;
-        if (count == W) {
-          store(y + at, residual ? r[i] + load(residual + at) : r[i]);
-        } else {
-          for (int j = 0; j < count; j++) from_float(residual ? r[i][j] + to_float(residual[at + j]) : r[i][j], y + at + j);
-        }
+        put(r[i], count, residual ? residual + at : nullptr, after, y + at);
       }
     }
 }
@@ -100,20 +109,14 @@ template <class X>
 static void write_planes(const float* c, int lanes, int n0, int n1, int activation, const std::vector<Segment>& where,
                          const X* residual, X* y, int outputs, int64_t pixels) {
   alignas(64) float row[64 * W];
+  const int before = ahead(activation), after = behind(activation);
   for (int n = n0; n < n1; n++) {
     const float* from = c + (size_t)(n - n0) * lanes;
-    for (int v = 0; v < lanes; v += W) store(row + v, activate(load(from + v), activation));
+    for (int v = 0; v < lanes; v += W) store(row + v, activate(load(from + v), before));
     for (const Segment& s : where) {
       int64_t at = (s.image * outputs + n) * pixels + s.pixel;
-      int i = 0;
-      for (; i + W <= s.length; i += W) {
-        vf value = load(row + s.lane + i);
-        store(y + at + i, residual ? value + load(residual + at + i) : value);
-      }
-      for (; i < s.length; i++) {
-        float value = row[s.lane + i];
-        from_float(residual ? value + to_float(residual[at + i]) : value, y + at + i);
-      }
+      for (int i = 0; i < s.length; i += W)
+        put(load(row + s.lane + i), std::min(W, s.length - i), residual ? residual + at + i : nullptr, after, y + at + i);
     }
   }
 }

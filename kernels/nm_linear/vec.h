@@ -193,7 +193,10 @@ NM_INLINE vf erf(vf x) {
   return all <= splat(-far) ? splat(-1.0f) : y;
 }
 
-enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4 };
+// As in packed.py. With BEHIND added it follows the residual, else it comes before.
+enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4, BEHIND = 5 };
+inline int ahead(int activation) { return activation < BEHIND ? activation : NONE; }
+inline int behind(int activation) { return activation < BEHIND ? NONE : activation - BEHIND; }
 
 NM_INLINE vf activate(vf x, int activation) {
   switch (activation) {
