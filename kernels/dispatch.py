@@ -131,16 +131,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine for a layer, why, and what it was chosen from."""
+    """The engine for a layer, why, and what it was chosen from.
+
+    Attributes:
+        dense_us: microseconds of what a sparse engine has to beat; None where nothing was timed.
+    """
 
     engine: Engine
     why: str
     candidates: tuple[Candidate, ...] = ()
-
-    @property
-    def dense_us(self) -> float | None:
-        """Microseconds of the best dense build, or None where nothing was timed."""
-        return min((c.us for c in self.candidates if c.name in timing.DENSE and c.us is not None), default=None)
+    dense_us: float | None = None
 
     @property
     def us(self) -> float | None:
@@ -182,21 +182,23 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
         us = timing.times(spec, eligible) or {}
     names = [*named, *(name for name in us if name not in named)]
     candidates = tuple(Candidate(name, us.get(name), reasons.get(name)) for name in names)
+    bars = [name for name in timing.DENSE if name in us and (frozen or name == "dense")]
+    bar = min(bars, key=us.__getitem__, default=None)
+    dense_us = None if bar is None else us[bar]
     if engine != "auto":
         reason = reasons[engine]
         taken, why = (named[engine], "asked for") if reason is None else (named["dense"], f"{engine}: {reason}")
-        return Choice(taken, why, candidates)
+        return Choice(taken, why, candidates, dense_us)
     if not sparse:
-        return Choice(named["dense"], "no other engine supports it", candidates)
-    if not us:
+        return Choice(named["dense"], "no other engine supports it", candidates, dense_us)
+    if bar is None:
         unknown = "its input shape is unknown" if spec.inputs is None else "timing is off"
         return Choice(eligible[0], f"first that supports it: {unknown}", candidates)
-    bar = min((name for name in timing.DENSE if name in us and (frozen or name == "dense")), key=us.__getitem__)
     best = min(sparse, key=lambda candidate: us[candidate.name])
     ratio = us[bar] / us[best.name]
     if us[best.name] < MARGIN * us[bar]:
-        return Choice(best, f"{ratio:.2f}x as fast as {bar}", candidates)
-    return Choice(named["dense"], f"{best.name} is only {ratio:.2f}x as fast as {bar}", candidates)
+        return Choice(best, f"{ratio:.2f}x as fast as {bar}", candidates, us[bar])
+    return Choice(named["dense"], f"{best.name} is only {ratio:.2f}x as fast as {bar}", candidates, us[bar])
 
 
 def choose_all(

@@ -3,7 +3,8 @@
 The dense bar is the better of what eager torch does and what torch.compile with freezing makes (weights prepacked for
 oneDNN or MKL). Token counts are rounded up to four steps an octave, so that models whose blocks have ever fewer tokens
 need few timings. All candidates of a layer are timed together, in interleaved rounds of changing order; the figure is
-the median. Weights and inputs stay in the processor's caches meanwhile, which favours nobody but the biggest weight.
+the median. Each goes round several copies of its weights and inputs, since in a model a layer finds neither in the
+processor's nearer caches. Convolutions run channels last, as Inductor lays them on CPUs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -35,6 +37,7 @@ PREPACKED = "dense prepacked"
 DENSE = ("dense", PREPACKED)
 
 _ROUNDS, _ENOUGH_S, _TOO_LONG_S, _SAMPLE_S = 5, 0.06, 0.25, 0.006
+_COPIES, _COPIES_BYTES = 16, 48 << 20  # at most so many, and so much memory of weights and inputs
 _HOPELESS = 3  # times slower than the best after two rounds: no further ones
 
 CostModel = Callable[[str, "LayerSpec", int], "float | None"]
@@ -166,10 +169,10 @@ def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[st
     """Time a layer of random values on every engine, now. Leaves torch's random state alone.
 
     Returns:
-        name -> median microseconds a call, of the better memory format for convolutions.
+        name -> median microseconds a call.
     """
     with _quiet(spec, threads):
-        runs = list(_runs(bucketed(spec), engines))
+        runs = [(name, _rotating(calls)) for name, calls in _runs(bucketed(spec), engines)]
         sync = functools.partial(torch.cuda.synchronize, spec.device) if spec.device.type == "cuda" else _nothing
         medians = _race([run for _, run in runs], sync)
     best: dict[str, float] = {}
@@ -180,6 +183,16 @@ def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[st
 
 def _nothing() -> None:
     pass
+
+
+def _rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """Each time the next of several calls."""
+    turn = itertools.cycle(calls)
+
+    def call() -> Any:
+        return next(turn)()
+
+    return call
 
 
 def _race(runs: Sequence[Callable[[], Any]], sync: Callable[[], None]) -> list[float]:
@@ -209,8 +222,8 @@ def _race(runs: Sequence[Callable[[], Any]], sync: Callable[[], None]) -> list[f
     return medians
 
 
-def _runs(spec: LayerSpec, engines: Sequence[Engine]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name and call of everything to time; convolutions in both memory formats."""
+def _runs(spec: LayerSpec, engines: Sequence[Engine]) -> Iterator[tuple[str, list[Callable[[], Any]]]]:
+    """Name of everything to time, and its call on each of several copies of weight and input."""
     assert spec.inputs is not None  # times() asks for none of those
     generator = torch.Generator().manual_seed(0)
     k = math.prod(spec.shape[1:])
@@ -222,30 +235,35 @@ def _runs(spec: LayerSpec, engines: Sequence[Engine]) -> Iterator[tuple[str, Cal
         return torch.randn(*shape, generator=generator).to(spec.device, spec.dtype)
 
     weight, bias, x = values(spec.shape), values(spec.shape[:1]), values(spec.inputs)
-    inputs = [x] if spec.geometry is None else [x, x.contiguous(memory_format=torch.channels_last)]
+    if spec.geometry is not None:
+        x = x.contiguous(memory_format=torch.channels_last)
+    copies = max(1, min(_COPIES, _COPIES_BYTES // (weight.nbytes + x.nbytes)))
+    inputs = [x.clone() for _ in range(copies)]
     for engine in engines:
         packed = engine.pack(weight, mask, spec)
-        for form in inputs:
-            target, args = engine.call(spec, form, packed, bias)
-            yield engine.name, functools.partial(target, *args)
-    for form in inputs:
-        for run in _prepacked(spec, form, weight * mask, bias):
-            yield PREPACKED, run
+        calls = [engine.call(spec, x, {k: v.clone() for k, v in packed.items()}, bias) for x in inputs]
+        yield engine.name, [functools.partial(target, *args) for target, args in calls]
+    for make in (_onednn, _mkl):
+        calls_made = _prepacked(make, spec, inputs, weight * mask, bias)
+        if calls_made:
+            yield PREPACKED, calls_made
 
 
-def _prepacked(spec: LayerSpec, x: Tensor, weight: Tensor, bias: Tensor) -> list[Callable[[], Any]]:
-    """The calls that torch.compile with freezing makes of a dense layer, those that this torch and processor have."""
+_Maker = Callable[["LayerSpec", Tensor, Tensor, Tensor], "Callable[[], Any] | None"]
+
+
+def _prepacked(
+    make: _Maker, spec: LayerSpec, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor
+) -> list[Callable[[], Any]]:
+    """The call that torch.compile with freezing makes of a dense layer, for each input; none where torch has none."""
     if spec.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return []
-    found: list[Callable[[], Any]] = []
-    for make in (_onednn, _mkl):
-        try:
-            run = make(spec, x, weight, bias)
-            if run is not None:
-                run()
-                found.append(run)
-        except (RuntimeError, AttributeError, NotImplementedError):
-            continue  # not on this processor, not for this dtype, or not in this torch
+    try:
+        found = [run for x in inputs if (run := make(spec, x, weight, bias)) is not None]
+        for run in found[:1]:
+            run()
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return []  # not on this processor, not for this dtype, or not in this torch
     return found
 
 

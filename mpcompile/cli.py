@@ -95,6 +95,8 @@ def _model_options(job: argparse.ArgumentParser) -> None:
     job.add_argument("--pattern", default="2:4", help="N:M, auto or dense (default 2:4)")
     job.add_argument("--tome-r", type=_at_least(0), default=0, help="tokens merged a block (default 0)")
     job.add_argument("--engine", choices=ENGINES, default="auto", help="what runs masked layers (default auto)")
+    frozen = "weights won't change any more: fold and prepack, and beat dense builds that do the same"
+    job.add_argument("--frozen", action="store_true", help=frozen)
     job.add_argument("--exclude", nargs="*", metavar="NAME", help="roles, names or globs that stay dense")
     job.add_argument("--threads", type=_at_least(1), help="threads of PyTorch")
     job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -164,9 +166,9 @@ def _prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Config]
     """Model, random images and config, as :func:`_model_options` were given."""
     options: dict[str, Any] = {"exclude": tuple(args.exclude)} if args.exclude is not None else {}
     score = getattr(args, "score", "magnitude")
-    config = Config(
-        pattern=args.pattern, tome_r=args.tome_r, score=score, engine=args.engine, seed=args.seed, **options
-    )
+    for name in ("pattern", "tome_r", "engine", "frozen", "seed"):
+        options[name] = getattr(args, name)
+    config = Config(score=score, **options)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -198,7 +200,7 @@ def run_audit(args: argparse.Namespace) -> int:
     model, images, config = _prepare(args)
     calibration = [images] if config.score == "covariance" else None
     gm = mpcompile.transform(model, images, config, calibration)
-    compiled = torch.compile(gm, backend=mpsparse, options={"engine": args.engine})
+    compiled = torch.compile(gm, backend=mpsparse, options={"engine": args.engine, "frozen": args.frozen})
     report = mpcompile.audit(model, compiled, images, rounds=args.rounds, progress=not args.quiet)
     random = not args.pretrained and args.checkpoint is None
     source = "random weights: accuracy and agreement mean nothing" if random else "images are random noise"

@@ -11,6 +11,8 @@ from tabulate import tabulate
 from mpcompile.plan import Plan
 
 DENSE_EAGER, DENSE_COMPILED, COMPILED = "dense eager", "dense compiled", "compiled sparse"
+DENSE_FROZEN = "dense frozen"  # compiled, with constants folded and weights prepacked
+BARS = (DENSE_EAGER, DENSE_COMPILED, DENSE_FROZEN)  # the fastest of them is what speed-ups are measured against
 DENSE_BF16 = "dense bf16"  # of another dtype than the rest: beside the bar, never part of it
 
 

@@ -79,11 +79,12 @@ def spec_of(layer: LayerOp) -> LayerSpec:
 def describe(spec: LayerSpec, choice: Choice) -> dict[str, Any]:
     """A choice as JSON values: a candidate's microseconds, or why it can't run the layer, or None (not timed)."""
     candidates = {c.name: c.reason if c.us is None else round(c.us, 3) for c in choice.candidates}
-    us = None if choice.us is None else round(choice.us, 3)
+    us, dense_us = (None if figure is None else round(figure, 3) for figure in (choice.us, choice.dense_us))
     return {
         "engine": choice.engine.name,
         "why": choice.why,
         "us": us,
+        "dense_us": dense_us,
         "tokens": spec.tokens,
         "candidates": candidates,
     }

@@ -39,6 +39,7 @@ def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys)
     assert list(found) == [
         "dense eager",
         "dense compiled",
+        "dense frozen",
         "transformed 2:4",
         "transformed",
         "... distilled",

@@ -203,7 +203,8 @@ def test_the_clock(spec, dtype):
 @pytest.mark.parametrize("spec", [LINEAR, CONV], ids=["linear", "conv"])
 def test_every_dense_build_that_is_timed_computes_the_layer(spec):
     runs = list(timing._runs(spec, (Reference(), Dense())))
-    results = [run() for _, run in runs]
+    results = [run() for _, calls in runs for run in calls]
+    assert all(len(calls) == timing._COPIES for _, calls in runs)
     assert {name for name, _ in runs} >= {"reference", "dense"}
     for result in results[1:]:
         assert torch.allclose(result, results[0], atol=1e-4)

@@ -40,6 +40,12 @@ _SECONDS = 300
 _CHECKSUM = hashlib.sha256().digest_size
 
 
+class Kernels(ctypes.CDLL):
+    """The library; ``isa`` is one of :data:`ISAS`."""
+
+    isa: str
+
+
 class Unavailable(Exception):
     """There is no library, and why."""
 
@@ -197,7 +203,7 @@ def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
     return folder / name
 
 
-def library() -> ctypes.CDLL:
+def library() -> Kernels:
     """The library for this process; its ``isa`` says for which instruction set.
 
     That is the widest that the processor runs and the compiler knows. Environment: ``MPCOMPILE_CPU_ISA`` names one, and
@@ -224,7 +230,7 @@ def library() -> ctypes.CDLL:
 
 
 @functools.cache
-def load(isa: str, sanitize: bool = False) -> ctypes.CDLL:
+def load(isa: str, sanitize: bool = False) -> Kernels:
     """The library for an instruction set, with its functions' signatures set.
 
     Raises:
@@ -232,11 +238,11 @@ def load(isa: str, sanitize: bool = False) -> ctypes.CDLL:
     """
     path = build(isa, sanitize)
     try:
-        loaded = ctypes.CDLL(str(path))  # torch is imported: its OpenMP runtime serves this library too
+        loaded = Kernels(str(path))  # torch is imported: its OpenMP runtime serves this library too
     except OSError:
         say_once(f"mpcompile: {path} can't be loaded and is built again")  # another system's
         try:
-            loaded = ctypes.CDLL(str(build(isa, sanitize, again=True)))
+            loaded = Kernels(str(build(isa, sanitize, again=True)))
         except OSError as error:
             raise Unavailable(f"the CPU kernels can't be loaded: {error}") from error
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

@@ -102,6 +102,10 @@ template <class F> static void with_width(int v, F f) {
   }
 }
 
+template <class X> static void foresee_block(const Weight<X>& w, const Input<X>& in, int64_t first, int lanes, int k0) {
+  if (in.format == ROWS) foresee(in.x, first, in.tokens, lanes, w.inputs, k0, std::min(w.block(), w.inputs - k0));
+}
+
 #if NM_PAIRS
 template <int V>
 static void fill_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::vector<Segment>& where, int64_t first, int k0,
@@ -145,6 +149,7 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
   for (int b = 0; b < blocks; b++) {
     const int k0 = b * wide, count = std::min(wide, w.inputs - k0);
     fill_pairs<V>(w, in, where, first, k0, count, tile);
+    foresee_block(w, in, first, P, k0 + count);
     float* sums = c;
     if (w.layout == LAYOUT_RING) {
       for (int n = n0; n < n1; n += RING_ROWS, sums += RING_ROWS * P) {
@@ -185,6 +190,7 @@ static void accumulate(const Weight<X>& w, const Input<X>& in, const float* pane
   for (int k0 = 0; k0 < w.inputs; k0 += w.block()) {
     const int count = std::min(w.block(), w.inputs - k0), entries = w.entries(count);
     if (!panel) fill_tile<V>(in.x, in.format, where, first, in.tokens, in.pixels, w.inputs, k0, count, own);
+    if (!panel) foresee_block(w, in, first, P, k0 + count);
     const float* tile = panel ? panel + (size_t)k0 * P : own;
     sweep_rows<V>(tile, w.values + offset, w.index + offset, entries, n0, n1, c, k0 ? nullptr : start);
     offset += (size_t)w.outputs * entries;

@@ -42,6 +42,14 @@ template <class X> NM_INLINE void read_block(const X* x, size_t stride, int toke
   transpose(r);
 }
 
+// Asks for channels [k0, k0 + count) of a token-major panel ahead of their use. Each token's are elsewhere in memory, and
+// the processor doesn't guess that.
+template <class X> static void foresee(const X* x, int64_t first, int64_t tokens, int lanes, int64_t stride, int k0, int count) {
+  constexpr int line = 64 / sizeof(X);
+  for (int64_t t = first, end = std::min(tokens, first + lanes); t < end; t++)
+    for (int k = 0; k < count; k += line) __builtin_prefetch(x + t * stride + k0 + k, 0, 2);
+}
+
 // Channels [k0, k0 + count) of a panel -> tile (count, V * W) of floats.
 template <int V, class X>
 static void fill_tile(const X* x, Format format, const std::vector<Segment>& where, int64_t first, int64_t tokens,
