@@ -13,9 +13,10 @@ dense, says how much masks and merged tokens leave to be done. Engine "auto" cho
 cache folder: those made on a busy machine are wrong, and MPCOMPILE_CACHE names another folder. (--quick uses one of
 its own.)
 
-Every compiled sparse build is compared with the transformed module run eagerly, in the block's dtype: the relative RMS
-difference has to stay below 1e-5 (fp32) or 2e-2 (bf16), else it is called WRONG and the exit status is 1. (In bf16,
-tokens that are almost equally alike may merge otherwise after another rounding; this shows up here as well.)
+Every compiled sparse build is compared with the transformed module run eagerly in fp32. The relative RMS difference has
+to stay below 1e-5 (fp32). In bf16 tokens that are almost equally alike merge otherwise after another rounding: there it
+has to stay below 1.5 times that of the transformed module run eagerly in bf16. Else the build is called WRONG and the
+exit status is 1.
 
 Results go into cpu_e2e.json, one record for each (model, depth, batch, dtype, threads). A later run replaces the
 record of the same key as a whole, because figures of two runs aren't interleaved, and leaves the others.
@@ -104,7 +105,8 @@ def sparse_builds(args: argparse.Namespace, model: nn.Module, x: Tensor, dtype: 
     macs = gm.plan.macs
     facts |= {"transform_s": time.perf_counter() - start, "macs_dense": macs.dense, "macs_executed": macs.executed}
     facts["macs_ratio"] = macs.executed / macs.dense
-    expected = gm(x)
+    exact = copy.deepcopy(gm).float()(x.float())
+    allowed = common.TOLERANCE["fp32"] if dtype == "fp32" else 1.5 * common.relative_rms(gm(x), exact)
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": args.engine, "frozen": True}, dynamic=False)
     forms = {"": x}
     if convolutional(model):
@@ -116,14 +118,15 @@ def sparse_builds(args: argparse.Namespace, model: nn.Module, x: Tensor, dtype: 
         found = compiled(form)
         seconds = time.perf_counter() - start
         graphs = [graph for graph in compiled_graphs() if graph not in before]
-        error = common.relative_rms(found, expected)
+        error = common.relative_rms(found, exact)
         built[name + suffix] = (
             functools.partial(compiled, form),
             {
                 **facts,
                 "compile_s": seconds,
                 "relative_rms": error,
-                "correct": error < common.TOLERANCE[dtype],
+                "allowed_rms": allowed,
+                "correct": error < allowed,
                 "engines": engines_of(graphs),
                 "graphs": len(graphs),
             },

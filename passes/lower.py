@@ -151,7 +151,19 @@ class Lower(Pass):
         spec = spec_of(layer)
         engine = choose(spec, name).engine
         assert layer.mask is not None  # apply() skips layers without one
-        packed = engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec)
+        try:
+            packed = engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            size = element_count(spec.shape) * spec.dtype.itemsize / 2**20
+            raise GraphError(
+                "there is no memory to pack its weight in",
+                layer=layer.name,
+                expected=f"a few times {size:,.0f} MiB",
+                found=str(error).splitlines()[0],
+                hint="leave the layer dense (exclude=...), or give the process more memory",
+            ) from error
         keep(gm, f"{PACKED}.{layer.name}", packed)
         mask = layer.mask
         return Slot(layer.name, layer.weight.node, mask.node, mask.tensor, spec, engine, packed)

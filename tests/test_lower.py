@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from mpcompile import Config, Pipeline, transform
+from mpcompile.errors import GraphError
 from mpcompile.kernels import ops
+from mpcompile.kernels.dispatch import Reference
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
 from mpcompile.passes.lower import Lower, unpacked
@@ -115,3 +117,14 @@ def test_operators_pass_opcheck():
     mask = gm.get_submodule("0").mask
     args = (torch.randn(3, 32), torch.randn(48, 32, requires_grad=True), mask, None, 2, 4)
     torch.library.opcheck(ops.masked_linear, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_weights_too_large_to_pack(monkeypatch):
+    gm = transform(mlp(), torch.randn(2, 32), Config(score="magnitude"))
+    monkeypatch.setattr(Reference, "pack", lambda *args: {"values": torch.empty(2**55)})
+    with pytest.raises(GraphError, match="there is no memory to pack its weight in") as caught:
+        lowered(gm, engine="reference")
+    assert "allocate" in caught.value.found and "exclude" in caught.value.hint
+    monkeypatch.setattr(Reference, "pack", lambda *args: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="size"):  # any other error is its own
+        lowered(gm, engine="reference")
