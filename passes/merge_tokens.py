@@ -47,6 +47,7 @@ def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], propor
         GraphError: something behind a merge can't be followed.
     """
     graph, prefix, numbers = gm.graph, decision["prefix"], decision["tokens"]
+    original = list(graph.nodes)
     mask = key_mask(list(sites))
     levels: dict[fx.Node, Level] = {}
     first: fx.Node | None = None
@@ -69,7 +70,7 @@ def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], propor
         levels[tokens] = level
     assert first is not None  # plan() has seen to it that something merges
     axis = TokenAxis(gm, levels, first, numbers[0], prefix, mask, proportional)
-    axis.follow()
+    axis.follow(original)
     for node in [level.step for level in levels.values() if not level.step.users]:
         graph.erase_node(node)
     return axis

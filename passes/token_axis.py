@@ -129,18 +129,15 @@ class TokenAxis:
             "repeat_interleave": self._normalize,
         }
 
-    def follow(self) -> None:
-        """Walk the graph, rewriting it in place.
+    def follow(self, original: Iterable[fx.Node]) -> None:
+        """Walk the nodes that were in the graph before any merge, rewriting it in place.
 
         Raises:
             GraphError: an op on merged tokens that can't be followed; it names the op.
         """
-        for node in list(self.gm.graph.nodes):
-            if node in self.levels:
-                self.states[node] = State(self.levels[node], {1: 0})
-                continue
-            if node.target in ops.MERGING:
-                continue
+        for tokens, level in self.levels.items():
+            self.states[tokens] = State(level, {1: 0})
+        for node in original:
             carriers = [n for n in node.all_input_nodes if n in self.states]
             if not carriers or self._is_number(node):
                 self._note_number(node, carriers)

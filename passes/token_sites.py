@@ -167,6 +167,8 @@ def _obstacle(attention: Attention, residual: fx.Node | None) -> str | None:
         return f"its keys are {shape_of(attention.keys)}, not (batch, heads, tokens, channels)"
     if stream[0] != keys[0] or stream[1] != keys[2]:
         return f"its keys {keys} are not the tokens of its stream {stream}: windows, or fewer tokens"
+    if (shape_of(attention.query) or (0, 0, 0))[-2] != keys[2]:
+        return f"its queries {shape_of(attention.query)} are not the tokens of its keys {keys}"
     return None
 
 
