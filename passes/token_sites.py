@@ -205,8 +205,17 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
     """The attention mask over keys that every block uses, or None where none does.
 
     Raises:
-        GraphError: a mask that differs from query to query or head to head, or from block to block.
+        GraphError: a mask that differs from query to query or head to head, or from block to block; causal attention.
     """
+    for attention in (attention for site in sites for attention in site.attentions):
+        if not attention.transposed and argument(attention.anchor, 5, "is_causal", False) is not False:
+            raise GraphError(
+                "attention is causal, and merging moves tokens",
+                layer=attention.anchor.name,
+                expected="attention of every token to every other",
+                found="is_causal",
+                hint="use tome_r=0 for this model",
+            )
     masks = {attention.mask: attention for site in sites for attention in site.attentions}
     if not masks.keys() - {None}:
         return None

@@ -28,9 +28,9 @@ def tiny_vit(**kwargs: Any) -> VisionTransformer:
 
 
 def transformer(name: str, size: int = 128, **kwargs: Any) -> nn.Module:
-    """Two blocks of a timm transformer for images of ``size``, with random weights of which every part matters."""
+    """Two narrow blocks of a timm transformer for images of ``size``; random weights of which every part matters."""
     torch.manual_seed(0)
-    model = timm.create_model(name, depth=2, img_size=size, **kwargs)
+    model = timm.create_model(name, **{"depth": 2, "img_size": size, "embed_dim": 96, "num_heads": 3, **kwargs})
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.dim() >= 2:

@@ -114,8 +114,8 @@ class Merging(TorchFunctionMode):
     def softmax(self, logits: Tensor) -> Tensor:
         size = self.sizes(logits.shape[-1]) if self.proportional else None
         if size is not None:
-            logits = logits + size.log()[:, None, None, :]
-        return torch.exp(logits - logits.logsumexp(-1, keepdim=True))
+            logits = logits + size.log().to(logits.dtype)[:, None, None, :]
+        return logits.softmax(-1)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -137,6 +137,7 @@ class Merging(TorchFunctionMode):
         if name == "mean" and args[0].dim() == 3 and (args[1:] == (1,) or kwargs == {"dim": 1}):
             size = self.sizes(args[0].shape[1])
             if size is not None:
+                size = size.to(args[0].dtype)
                 return (args[0] * size[..., None]).sum(1) / size.sum(1, keepdim=True)
         if name in ADD + MUL and self.members is not None and all(isinstance(a, Tensor) for a in args):
             x, table = args
