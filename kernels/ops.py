@@ -61,8 +61,8 @@ _DEFINITIONS = (
         merging.token_follow,
     ),
     (
-        "token_attention(Tensor query, Tensor key, Tensor value, Tensor size, int start, float dropout_p, float? scale, "
-        "bool enable_gqa) -> Tensor",
+        "token_attention(Tensor query, Tensor key, Tensor value, Tensor size, int start, float dropout_p, "
+        "float? scale, bool enable_gqa) -> Tensor",
         merging.token_attention,
     ),
 )

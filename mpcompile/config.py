@@ -148,7 +148,9 @@ class Config:
                 hint="Config(tome_r='auto', tome_reduction=0.25) saves a quarter of the multiply-accumulates",
             )
         if isinstance(r, tuple) and self.tome_schedule != "constant":
-            raise ConfigError("a list of tome_r is a schedule already", expected="tome_schedule='constant'", found="'linear'")
+            raise ConfigError(
+                "a list of tome_r is a schedule already", expected="tome_schedule='constant'", found=self.tome_schedule
+            )
 
     def patterns(self, device: torch.device) -> tuple[Pattern, ...]:
         """The patterns that a layer on ``device`` may get, the preferred one first; none for ``"dense"``."""

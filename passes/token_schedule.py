@@ -19,9 +19,11 @@ def spread(total: int, blocks: int, schedule: str) -> list[int]:
         >>> spread(16, 4, "constant"), spread(16, 4, "linear")
         ([4, 4, 4, 4], [8, 5, 3, 0])
     """
-    weights = [Fraction(1)] * blocks if schedule == "constant" or blocks == 1 else [
-        Fraction(blocks - 1 - block) for block in range(blocks)
-    ]
+    weights = (
+        [Fraction(1)] * blocks
+        if schedule == "constant" or blocks == 1
+        else [Fraction(blocks - 1 - block) for block in range(blocks)]
+    )
     reached = [math.floor(total * part / sum(weights)) for part in itertools.accumulate(weights)]
     return [after - before for before, after in itertools.pairwise([0, *reached])]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 
@@ -188,7 +189,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
         else:
             reasons[attention.anchor.name] = why or ""
     sites = [Site(tuple(attentions), residual) for residual, attentions in grouped.items()]
-    for before, after in zip(sites, sites[1:], strict=False):
+    for before, after in itertools.pairwise(sites):
         lengths = [(shape_of(site.residual) or (0, 0))[1] for site in (before, after)]
         if lengths[0] != lengths[1] or before.residual not in ancestors(after.residual):
             raise GraphError(

@@ -14,7 +14,11 @@ from tests.merging_reference import merge_one
 
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(2, 40), prefix=st.integers(0, 5), r=st.integers(0, 45), batch=st.integers(1, 3), seed=st.integers()
+    tokens=st.integers(2, 40),
+    prefix=st.integers(0, 5),
+    r=st.integers(0, 45),
+    batch=st.integers(1, 3),
+    seed=st.integers(),
 )
 def test_equals_merging_one_token_at_a_time(tokens, prefix, r, batch, seed):
     prefix = min(prefix, tokens)
@@ -96,7 +100,9 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize(("dim", "shape"), [(-2, (9, 5)), (-2, (3, 9, 5)), (-2, (2, 3, 9, 5)), (-1, (4, 9)), (1, (2, 9, 3, 5))])
+@pytest.mark.parametrize(
+    ("dim", "shape"), [(-2, (9, 5)), (-2, (3, 9, 5)), (-2, (2, 3, 9, 5)), (-1, (4, 9)), (1, (2, 9, 3, 5))]
+)
 def test_tables_follow_as_means(dim, shape):
     """Brought to merged tokens, a table holds the mean of the rows of all that they stand for."""
     place = torch.tensor([[0, 1, 2, 0, 2, 3, 4, 2, 1], [4, 3, 2, 1, 0, 0, 1, 2, 3]])

@@ -167,7 +167,9 @@ def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, sta
     return result.squeeze(-1) if dim == -1 else result.movedim(-2, dim)
 
 
-def _attention_by_channel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float) -> Tensor:
+def _attention_by_channel(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float
+) -> Tensor:
     """Attention with a bias per key (B, 1, 1, T) that travels as two key channels: high and low part.
 
     A mask would take flash attention out of the choice on CUDA. Queries hold ones in both channels; the low part
