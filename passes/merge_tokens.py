@@ -49,6 +49,13 @@ def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], propor
     graph, prefix, numbers = gm.graph, decision["prefix"], decision["tokens"]
     original = list(graph.nodes)
     mask = key_mask(list(sites))
+    if mask is not None and not proportional:
+        raise GraphError(
+            "the sizes of merged tokens carry the attention mask",
+            layer=mask.name,
+            expected="tome_proportional=True for a model with an attention mask",
+            found="False",
+        )
     levels: dict[fx.Node, Level] = {}
     first: fx.Node | None = None
     level: Level | None = None

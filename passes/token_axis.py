@@ -24,7 +24,7 @@ _ARITHMETIC = ("add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul
 _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", "leaky_relu", "dropout", "DropPath")
 _UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "maybe_add_mask")
-_ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm", "native_layer_norm")
+_ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm")
 _POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + _CASTS + _ALONG_LAST)
 _SIZED = ("reshape", "view", "_unsafe_view", "expand")  # their arguments name every axis
 _REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
@@ -271,7 +271,9 @@ class TokenAxis(AxisMoves):
     def _attention(self, node: fx.Node) -> State | None:
         """Proportional attention: log(size) joins the logits of merged keys."""
         query, key, value = (argument(node, i, k) for i, k in enumerate(("query", "key", "value")))
-        keys, values = self.states.get(key), self.states.get(value)
+        keys, values, state = self.states.get(key), self.states.get(value), self.states.get(query)
+        if keys is None and values is None and argument(node, 3, "attn_mask") is None:  # merged tokens ask others
+            return None if state is None else replace(state, weights=False)
         if keys is None or values is None or keys.level is not values.level or keys.axes != values.axes:
             raise self._refusal(node, "its keys and values hold different tokens")
         if set(keys.axes) != {2} or len(self._shape(key)) != 4:
@@ -281,7 +283,7 @@ class TokenAxis(AxisMoves):
             raise self._refusal(node, "it is causal, and merging moves tokens")
         if mask is not None and mask is not self.mask:
             raise self._refusal(node, "it has an attention mask or bias of its own")
-        state, start = self.states.get(query), keys.axes[2]
+        start = keys.axes[2]
         if self.proportional:
             scale, gqa = argument(node, 6, "scale"), argument(node, 7, "enable_gqa", False)
             args = (query, key, value, keys.level.size, start, argument(node, 4, "dropout_p", 0.0), scale, gqa)

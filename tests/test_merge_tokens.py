@@ -128,6 +128,8 @@ def test_refuses_other_masks():
     model, x = tiny_vit(), images(2)
     with pytest.raises(GraphError, match="a mask for every query"):
         merged(model, {"x": x, "attn_mask": torch.zeros(2, 1, 17, 17)}, 4)
+    with pytest.raises(GraphError, match="tome_proportional=True"):
+        merged(model, {"x": x, "attn_mask": torch.zeros(2, 1, 1, 17)}, 4, tome_proportional=False)
     pooled = tiny_vit(global_pool="avg")
     with pytest.raises(GraphError, match="hidden ones included"):
         merged(pooled, {"x": x, "attn_mask": torch.zeros(2, 1, 1, 17)}, 4)
@@ -226,6 +228,23 @@ def test_tokens_are_counted_and_clamping_is_reported():
     gm = merged(tiny_vit(), images(), 25)
     assert gm.plan.tokens == [17, 9, 5]
     assert "clamped to half of the tokens in 2 blocks" in gm.plan.passes[-1].summary
+
+
+PUBLISHED = [  # Bolya et al.; G multiply-accumulates, or what is saved
+    ("deit_small_patch16_224", 8, 3.416),
+    ("deit_small_patch16_224", 13, 2.703),
+    ("deit_small_patch16_224", 16, 2.291),
+    ("vit_large_patch16_224", 8, (1 - 0.4970) * 61.555),
+]
+
+
+@pytest.mark.parametrize(("name", "r", "executed"), PUBLISHED)
+def test_published_macs(name, r, executed):
+    with torch.device("meta"):
+        macs = merged(timm.create_model(name).eval(), torch.empty(1, 3, 224, 224), r).plan.macs
+    assert macs.executed / 1e9 == pytest.approx(executed, abs=5e-3 if "large" in name else 6e-4)
+    assert macs.executed < macs.paper < macs.dense
+    assert 0 < macs.matching < 0.01 * macs.executed
 
 
 @pytest.mark.parametrize("r", [[5, 0], [0, 5], [4, 1]])

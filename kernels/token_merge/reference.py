@@ -134,8 +134,9 @@ def token_mean(x: Tensor, size: Tensor, start: int, dim: int, keepdim: bool) -> 
     """
     shape = [1] * x.dim()
     shape[0], shape[dim] = x.shape[0], x.shape[dim]
-    weight = _from(size, start).reshape(shape).to(x.dtype)
-    return (x * weight).sum(dim, keepdim=keepdim) / weight.sum(dim, keepdim=keepdim)
+    weight = _from(size, start).reshape(shape)
+    mean = (x.float() * weight).sum(dim, keepdim=keepdim) / weight.sum(dim, keepdim=keepdim)
+    return mean.to(x.dtype)
 
 
 def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, start: int, dim: int, rank: int) -> Tensor:
