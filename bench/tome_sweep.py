@@ -3,11 +3,12 @@
     python -m bench.tome_sweep --shard 0/8 --seconds 450     # resumes where it stopped; then the other shards
     python -m bench.tome_sweep --report                      # the table in docs/
 
-Each architecture is built at depth 2 where its family takes a depth. On the meta device it is transformed with eight
-tokens merged a block; what symbolic tracing can't take is exported first. An architecture counts as
+Each architecture is built at depth 2, for images of 8 x 8 patches, where its family takes a depth and a size; else as
+it is, first on the meta device. Eight tokens merge a block; what symbolic tracing can't take is exported first. An
+architecture counts as
 
-supported   transformed, and its output, with random weights and images as small as it takes, equals the one of the
-            eager reference in tests/merging_reference.py to a relative RMS of 1e-4;
+supported   transformed, and its output, with random weights, equals the one of the eager reference in
+            tests/merging_reference.py to a relative RMS of 1e-4;
 refused     by an error of mpcompile's, which is the reason given;
 failed      anything else: another exception, or another output.
 
@@ -81,9 +82,9 @@ def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
         return transform(exported, None, config, pipeline=pipeline), "export"
 
 
-def compare(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Relative RMS difference to the eager reference, on small images."""
-    patch = getattr(getattr(timm.create_model(name, **kwargs), "patch_embed", None), "patch_size", (16, 16))
+def compare(name: str, model: nn.Module) -> dict[str, Any]:
+    """Transform an architecture, given on the meta device, with weights on small images; compare with the reference."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (16, 16))
     patch = patch[0] if isinstance(patch, (tuple, list)) else patch
     torch.manual_seed(0)
     model, used = build(name, img_size=SMALL * patch)
@@ -96,11 +97,13 @@ def compare(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             elif "gamma" in path:
                 parameter.uniform_(0.5, 1.5)
     images = torch.randn(2, 3, size, size)
-    gm, _ = merge(model, images)
+    gm, traced = merge(model, images)
+    decision = gm.plan.passes[-1].decision
     with torch.no_grad():
-        expected = merging_reference.forward(model, images, R, gm.plan.passes[-1].decision["prefix"])
+        expected = merging_reference.forward(model, images, R, decision["prefix"])
         error = common.relative_rms(gm(images), expected)
-    return {"relative_rms": error, "size": size}
+    facts = {"traced": traced, "prefix": decision["prefix"], "tokens": decision["tokens"]}
+    return {"relative_rms": error, "size": size, **facts}
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -113,11 +116,9 @@ def examine(name: str) -> dict[str, Any]:
         record |= {"family": type(model).__name__, "kwargs": kwargs, "attention": attention_layers(model)}
         if not record["attention"]:
             return {**record, "outcome": "no attention"}
-        images = torch.empty(2, *model.default_cfg["input_size"], device="meta")
-        gm, traced = merge(model, images)
-        record |= {"traced": traced, **{k: gm.plan.passes[-1].decision[k] for k in ("prefix", "tokens")}}
-        del gm, model
-        record |= compare(name, kwargs)
+        if not kwargs:
+            merge(model, torch.empty(2, *model.default_cfg["input_size"], device="meta"))
+        record |= compare(name, model)
         equal = record["relative_rms"] < TOLERANCE
         record |= {"outcome": "supported"} if equal else {"outcome": "failed", "reason": "differs from the reference"}
     except MPCompileError as error:

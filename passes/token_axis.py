@@ -154,7 +154,8 @@ class TokenAxis(AxisMoves):
         """The state of tensors that are combined with broadcasting, aligned at the last axis."""
         operands = list(operands)
         carriers = [self.states[n] for n in operands if n in self.states]
-        level, axes = carriers[0].level, {}
+        level = carriers[0].level
+        axes: dict[int, int] = {}
         for operand in (n for n in operands if n in self.states):
             state, shift = self.states[operand], rank - len(self._shape(operand))
             if state.level is not level:
@@ -213,7 +214,7 @@ class TokenAxis(AxisMoves):
         left = {a if keep else a - sum(b < a for b in axes): s for a, s in state.axes.items() if a not in over}
         if over:
             if name == "mean" and len(axes) == 1 and self.mask is None:
-                self._weigh(node, state, *over, keep)
+                self._weigh(node, state, min(over), keep)
             elif name not in ("max", "amax", "min", "amin"):
                 why = "it averages over tokens and other axes at once" if name == "mean" else "it runs over the tokens"
                 raise self._refusal(node, why if self.mask is None else "it averages over tokens, hidden ones included")

@@ -69,8 +69,8 @@ def test_refusals(tmp_path):
 def test_the_command_draws_a_timm_model(tmp_path, capsys):
     source, out = tmp_path / "photo.png", tmp_path / "merged.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (180, 200, 3), dtype=np.uint8)).save(source)
-    # test_vit3 has three blocks of 64 channels on 160 x 160 images
-    arguments = ["visualize", "test_vit3", "--image", str(source), "--out", str(out), "--tome-r", "9,5,0"]
+    # test_vit3 has nine blocks on 160 x 160 images
+    arguments = ["visualize", "test_vit3", "--image", str(source), "--out", str(out), "--tome-r", "9,5" + 7 * ",0"]
     assert main(arguments) == 0
     assert "100 -> 91 -> 86 patches" in capsys.readouterr().out
     assert out.exists()
