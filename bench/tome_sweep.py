@@ -21,6 +21,7 @@ import argparse
 import collections
 import gc
 import inspect
+import itertools
 import re
 import sys
 import time
@@ -48,7 +49,7 @@ NAME = "tome_sweep"
 DOC = ROOT / "docs" / "token_merging_models.md"
 R = 8
 TOLERANCE = 1e-4
-ATTENTION = re.compile(r"attention|attn|mhsa|mla\b|litemla|\bmsa\b", re.IGNORECASE)
+ATTENTION = re.compile(r"attention|attn|mla$|[mhsp]sa$", re.IGNORECASE)  # class names
 SMALL = 8  # patches a side of the images whose outputs are compared
 
 
@@ -60,6 +61,12 @@ def build(name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
         except TypeError:
             continue
     raise TypeError(f"{name} can't be built")
+
+
+def architectures() -> list[str]:
+    """All names, taking turns between timm's modules, so that a sweep that stops early has seen every family."""
+    turns = [timm.list_models(module=module) for module in timm.list_modules()]
+    return [name for turn in itertools.zip_longest(*turns) for name in turn if name is not None]
 
 
 def attention_layers(model: nn.Module) -> list[str]:
@@ -140,7 +147,7 @@ def sweep(args: argparse.Namespace) -> None:
     """Examine what this shard has not examined yet, for so many seconds."""
     number, of = map(int, args.shard.split("/"))
     stem = f"{NAME}-{number}of{of}"
-    names = args.models or timm.list_models()[number::of]
+    names = args.models or architectures()[number::of]
     records = (common.load(stem, args.out) or {"records": []})["records"]
     known = load(args.out)
     deadline = time.monotonic() + args.seconds
