@@ -49,13 +49,22 @@ _DEFINITIONS = (
         reference.nm_linear,
     ),
     (f"nm_conv2d(Tensor x, Tensor values, Tensor words, {_CONV}, int[] shape) -> Tensor", reference.nm_conv2d),
-    ("token_size(Tensor x) -> Tensor", merging.token_size),
-    ("token_bias(Tensor size, Tensor query) -> Tensor", merging.token_bias),
+    ("token_size(Tensor x, Tensor? mask=None) -> Tensor", merging.token_size),
+    ("token_bias(Tensor size, Tensor logits, int start, int dim) -> Tensor", merging.token_bias),
     (
-        "token_merge(Tensor x, Tensor keys, Tensor size, int r, int prefix) -> (Tensor, Tensor)",
+        "token_merge(Tensor x, Tensor keys, Tensor size, int r, int prefix) -> (Tensor, Tensor, Tensor)",
         merging.token_merge,
     ),
     ("token_mean(Tensor x, Tensor size, int start, int dim, bool keepdim) -> Tensor", merging.token_mean),
+    (
+        "token_follow(Tensor table, Tensor place, Tensor before, Tensor size, int start, int dim, int rank) -> Tensor",
+        merging.token_follow,
+    ),
+    (
+        "token_attention(Tensor query, Tensor key, Tensor value, Tensor size, int start, float dropout_p, "
+        "float? scale, bool enable_gqa) -> Tensor",
+        merging.token_attention,
+    ),
 )
 for _schema, _implementation in _DEFINITIONS:
     _LIBRARY.define(_schema)
@@ -74,11 +83,13 @@ token_size = torch.ops.mpcompile.token_size.default
 token_bias = torch.ops.mpcompile.token_bias.default
 token_merge = torch.ops.mpcompile.token_merge.default
 token_mean = torch.ops.mpcompile.token_mean.default
+token_follow = torch.ops.mpcompile.token_follow.default
+token_attention = torch.ops.mpcompile.token_attention.default
 
 MASKED = frozenset({masked_linear, masked_conv2d})
 NATIVE = frozenset({nm_gemm, nm_mlp, nm_conv})
 PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
-MERGING = frozenset({token_size, token_bias, token_merge, token_mean})
+MERGING = frozenset({token_size, token_bias, token_merge, token_mean, token_follow, token_attention})
 
 
 def packed_arguments(node: fx.Node) -> list[tuple[Any, Any, Any, Any]]:

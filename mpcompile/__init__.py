@@ -17,6 +17,7 @@ from mpcompile.errors import MPCompileError
 from mpcompile.explain import Explanation, explain
 from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
+from mpcompile.visualize import visualize_merging
 
 __all__ = [
     "Config",
@@ -32,4 +33,5 @@ __all__ = [
     "refresh",
     "save",
     "transform",
+    "visualize_merging",
 ]

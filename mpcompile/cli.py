@@ -1,4 +1,4 @@
-"""The command line: ``mpcompile demo``, ``mpcompile audit MODEL`` and ``mpcompile explain MODEL``."""
+"""The command line: ``mpcompile demo``, and ``audit``, ``explain`` and ``visualize`` for a timm model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 import mpcompile
 from mpcompile.backend import mpsparse
-from mpcompile.config import ENGINES, SCORES, Config
+from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.errors import ArtifactError, ConfigError, InputError, MPCompileError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,16 +84,61 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _model_options(job: argparse.ArgumentParser) -> None:
-    """What every job on a timm model takes."""
+def _tome_r(text: str) -> int | str | tuple[int, ...]:
+    """``8``, ``16,12,8`` (one number a block) or ``auto``."""
+    if text == "auto":
+        return text
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def _weights_options(job: argparse.ArgumentParser) -> None:
+    """A timm model and where its weights come from."""
     job.add_argument("model", help="name of a timm model, such as vit_base_patch16_224")
     weights = job.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
+
+
+def _merging_options(job: argparse.ArgumentParser, default: int) -> None:
+    """How tokens merge."""
+    job.add_argument(
+        "--tome-r",
+        type=_tome_r,
+        default=default,
+        metavar="R",
+        help=f"tokens merged a block: a number, one for each block (16,12,8), or auto (default {default})",
+    )
+    job.add_argument(
+        "--tome-schedule", choices=SCHEDULES, default="constant", help="alike in all blocks, or falling to 0"
+    )
+    job.add_argument(
+        "--tome-reduction", type=float, metavar="SHARE", help="with --tome-r auto: MACs to save by merging, 0 to 1"
+    )
+    job.add_argument(
+        "--no-proportional", action="store_true", help="count a merged token once in attention, not by its size"
+    )
+
+
+def _merging(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`_merging_options`, as the Config names them."""
+    return {
+        "tome_r": args.tome_r,
+        "tome_schedule": args.tome_schedule,
+        "tome_reduction": args.tome_reduction,
+        "tome_proportional": not args.no_proportional,
+    }
+
+
+def _model_options(job: argparse.ArgumentParser) -> None:
+    """What every job that measures a timm model takes."""
+    _weights_options(job)
     job.add_argument("--batch", type=_at_least(1), default=8, help="images a call (default 8)")
     job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
     job.add_argument("--pattern", default="2:4", help="N:M, auto or dense (default 2:4)")
-    job.add_argument("--tome-r", type=_at_least(0), default=0, help="tokens merged a block (default 0)")
+    _merging_options(job, default=0)
     job.add_argument("--engine", choices=ENGINES, default="auto", help="what runs masked layers (default auto)")
     frozen = "weights won't change any more: fold and prepack, and beat dense builds that do the same"
     job.add_argument("--frozen", action="store_true", help=frozen)
@@ -108,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser, one sub-command a job."""
     top = argparse.ArgumentParser(prog="mpcompile", description=mpcompile.__doc__)
     top.add_argument("--version", action="version", version=f"mpcompile {mpcompile.__version__}")
-    jobs = top.add_subparsers(dest="job", required=True, metavar="{demo,audit,explain}")
+    jobs = top.add_subparsers(dest="job", required=True, metavar="{demo,audit,explain,visualize}")
     formatter = argparse.RawDescriptionHelpFormatter
 
     demo = jobs.add_parser(
@@ -142,7 +187,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     _model_options(explain)
-    for job in (demo, audit, explain):
+
+    visualize = jobs.add_parser(
+        "visualize",
+        help="draw which patches of an image a timm model merges into one token",
+        description="Merge tokens in a timm model and draw an image with its merged tokens outlined, block by block.",
+        epilog="example:\n  mpcompile visualize vit_small_patch16_224 --pretrained --image cat.jpg --out merged.png",
+        formatter_class=formatter,
+    )
+    _weights_options(visualize)
+    _merging_options(visualize, default=8)
+    visualize.add_argument("--image", type=Path, required=True, metavar="FILE", help="any format that Pillow reads")
+    visualize.add_argument("--out", type=Path, default=Path("merged.png"), metavar="FILE", help="(default merged.png)")
+    visualize.add_argument("--seed", type=_at_least(0), default=0, help="seeds weights that aren't loaded (default 0)")
+    for job in (demo, audit, explain, visualize):
         job.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 
@@ -166,9 +224,9 @@ def _prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Config]
     """Model, random images and config, as :func:`_model_options` were given."""
     options: dict[str, Any] = {"exclude": tuple(args.exclude)} if args.exclude is not None else {}
     score = getattr(args, "score", "magnitude")
-    for name in ("pattern", "tome_r", "engine", "frozen", "seed"):
+    for name in ("pattern", "engine", "frozen", "seed"):
         options[name] = getattr(args, name)
-    config = Config(score=score, **options)
+    config = Config(score=score, **_merging(args), **options)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -214,6 +272,40 @@ def run_audit(args: argparse.Namespace) -> int:
     return 0
 
 
+def _open_image(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise InputError(
+            f"can't read {path}", expected="an image file", found=error.strerror or str(error).split(" '")[0]
+        ) from error
+
+
+def run_visualize(args: argparse.Namespace) -> int:
+    """``mpcompile visualize``."""
+    import numpy as np
+    from timm.data import create_transform, resolve_model_data_config
+
+    picture = _open_image(args.image)
+    torch.manual_seed(args.seed)
+    model = _create(args.model, args.pretrained).eval()
+    if args.checkpoint is not None:
+        load_checkpoint(model, args.checkpoint)
+    data = resolve_model_data_config(model)
+    image = create_transform(**data, is_training=False)(picture)
+    mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    shown = (255 * (image * std + mean)).clamp(0, 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
+    config = Config(pattern="dense", **_merging(args))
+    tokens = mpcompile.visualize_merging(model, image, args.out, config, display=shown)
+    counts = " -> ".join(str(len(np.unique(block))) for block in [np.arange(tokens[0].size), *tokens])
+    print(f"{args.model}: {counts} patches and merged patches\n{args.out}")
+    if not args.pretrained and args.checkpoint is None:
+        print("note: random weights, so what merges means nothing")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Exit status 0: done; 2: something the user can mend; 130: interrupted."""
     args = parser().parse_args(argv)
@@ -223,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_audit(args)
         if args.job == "explain":
             return run_explain(args)
+        if args.job == "visualize":
+            return run_visualize(args)
         from mpcompile.demo import Demo, run
 
         report = run(Demo(args.quick, args.seed, args.out, args.threads, not args.quiet))

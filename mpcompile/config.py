@@ -17,12 +17,16 @@ from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "covariance")
 ENGINES = ("auto", "cpu", "reference", "dense")
+SCHEDULES = ("constant", "linear")
 ROLES = ("stem", "head", "depthwise")
 
 _WORDS = (str,)
 _TYPES: dict[str, tuple[type, ...]] = {
     "pattern": _WORDS,
-    "tome_r": (int,),
+    "tome_r": (int, str, tuple),
+    "tome_schedule": _WORDS,
+    "tome_reduction": (float, type(None)),
+    "tome_proportional": (bool,),
     "score": _WORDS,
     "permute": (bool,),
     "restore": (bool,),
@@ -44,7 +48,13 @@ class Config:
         pattern: ``"N:M"`` keeps N of every M consecutive input values (1 <= N <= M <= 32), ``"dense"`` masks nothing,
             and ``"auto"`` keeps half, in the widest groups that the device's engines run at full speed and that divide
             the layer's inputs (on CPUs 8:16, 4:8 or 2:4).
-        tome_r: tokens merged away in every attention block (ToMe); 0 merges none.
+        tome_r: tokens merged away in every attention block (ToMe); 0 merges none. A list gives one number for each
+            block. ``"auto"`` finds the numbers that save ``tome_reduction``.
+        tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
+        tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates that merging alone is to save, between
+            0 and 1.
+        tome_proportional: let a merged token count in attention as often as the tokens it stands for. Without
+            training, some models (those pretrained as masked autoencoders) keep more accuracy without.
         score: which values a group keeps: ``"magnitude"``, or ``"covariance"``, which minimises the output error on
             the calibration data and falls back to magnitude, with a note in the Plan, when there is none.
         permute: reorder channels so that the masks keep more. The search is not implemented: the Plan says so.
@@ -73,7 +83,10 @@ class Config:
     """
 
     pattern: str = "2:4"
-    tome_r: int = 0
+    tome_r: int | str | tuple[int, ...] = 0
+    tome_schedule: str = "constant"
+    tome_reduction: float | None = None
+    tome_proportional: bool = True
     score: str = "covariance"
     permute: bool = True
     restore: bool = True
@@ -92,6 +105,8 @@ class Config:
                 value = (value,)
             if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
                 object.__setattr__(self, name, tuple(value))
+        if isinstance(self.tome_r, list):
+            object.__setattr__(self, "tome_r", tuple(self.tome_r))
         for name, types in _TYPES.items():
             value = getattr(self, name)
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
@@ -99,23 +114,43 @@ class Config:
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
         if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
-        for name, allowed in (("score", SCORES), ("engine", ENGINES)):
+        for name, allowed in (("score", SCORES), ("engine", ENGINES), ("tome_schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"option {name!r} has no such value",
                     expected=f"one of {', '.join(allowed)}",
                     found=repr(getattr(self, name)),
                 )
-        for name in ("tome_r", "prefix_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"option {name!r} is negative", expected="0 or more", found=value)
+        if self.prefix_tokens is not None and self.prefix_tokens < 0:
+            raise ConfigError("option 'prefix_tokens' is negative", expected="0 or more", found=self.prefix_tokens)
+        self._check_merging()
         if self.mac_reduction is not None:
             raise ConfigError(
                 "option 'mac_reduction': layers can't be given budgets of their own",
                 expected="None",
                 found=self.mac_reduction,
                 hint="choose one pattern for all layers, e.g. pattern='2:4' with tome_r=8",
+            )
+
+    def _check_merging(self) -> None:
+        r, reduction = self.tome_r, self.tome_reduction
+        numbers = () if isinstance(r, str) else (r,) if isinstance(r, int) else r
+        if (isinstance(r, str) and r != "auto") or not all(type(number) is int for number in numbers):
+            raise ConfigError(
+                "option 'tome_r' has no such value", expected="a number, a list of numbers, or 'auto'", found=repr(r)
+            )
+        if any(number < 0 for number in numbers):
+            raise ConfigError("option 'tome_r' is negative", expected="0 or more", found=r)
+        if (r == "auto") != (reduction is not None) or (reduction is not None and not 0 < reduction < 1):
+            raise ConfigError(
+                "option 'tome_reduction' goes with tome_r='auto'",
+                expected="a share between 0 and 1 with tome_r='auto', and None otherwise",
+                found=f"{reduction} with tome_r={r!r}",
+                hint="Config(tome_r='auto', tome_reduction=0.25) saves a quarter of the multiply-accumulates",
+            )
+        if isinstance(r, tuple) and self.tome_schedule != "constant":
+            raise ConfigError(
+                "a list of tome_r is a schedule already", expected="tome_schedule='constant'", found=self.tome_schedule
             )
 
     def patterns(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:

@@ -82,7 +82,7 @@ def count(gm: fx.GraphModule, dense: int | None = None, lifted: Lifted | None = 
     per_layer: dict[str, int] = defaultdict(int)
     for node in gm.graph.nodes:
         macs = node.meta.get("macs", 0)
-        if node.target is ops.token_merge:
+        if node.target in (ops.token_merge, ops.token_follow):
             matching += macs
             continue
         run = macs * density.get(node, 1.0)

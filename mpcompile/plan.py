@@ -21,7 +21,7 @@ class Macs:
         executed: of the graph as it runs. A masked layer counts as n/m only if its stored weight is legal N:M.
         paper: as ``executed``, but whatever stands between a token merge and the next residual addition is charged at
             the token count before the merge (the convention of arXiv 2606.02608).
-        matching: spent on finding which tokens to merge; in neither of the two above.
+        matching: spent on finding which tokens to merge and on averaging them; in neither of the two above.
     """
 
     dense: int
@@ -155,5 +155,6 @@ class Plan:
         lines += [
             f"{'MACs / sample':>14}: dense {macs.dense / 1e9:.4f} G, executed {macs.executed / 1e9:.4f} G "
             f"(-{macs.reduction:.2%}), paper convention {macs.paper / 1e9:.4f} G (-{macs.paper_reduction:.2%})"
+            + (f", merging itself {macs.matching / 1e9:.4f} G" if macs.matching else "")
         ]
         return "\n".join(lines)

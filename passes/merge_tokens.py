@@ -1,127 +1,115 @@
 """Merge tokens: insert ToMe after the attention residual of every block (method: section 8).
 
-Anchored on ``scaled_dot_product_attention``: from there single users lead to the first addition whose other operand is
+Anchored on attention, fused or written out: from there the graph leads to the first addition whose other operand is
 an ancestor of the query, the attention residual. The merge goes after it, and ``log(size)`` is added to the logits of
 every later attention. Behind the first merge the token axis is followed by dataflow, never by its length, so that
-token counts burnt into reshapes can be rewritten, and whatever can't be followed is refused by name.
+token counts burnt into reshapes can be rewritten, values per token (position embeddings, rotary tables) brought along,
+and whatever can't be followed refused by name.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from mpcompile.errors import GraphError, NotEligibleError
-from mpcompile.graph import ATTENTION, IRModule, Lifted, argument, shape_of
+from mpcompile.graph import IRModule, shape_of
 from mpcompile.kernels import ops
-from mpcompile.kernels.token_merge.reference import merged_count
-from mpcompile.macs import is_add
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.token_axis import TokenAxis
-
-CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention block: where to read the keys and where to merge."""
-
-    attention: fx.Node
-    query: fx.Node
-    keys: fx.Node
-    residual: fx.Node
+from mpcompile.passes.token_axis import Level, TokenAxis
+from mpcompile.passes.token_schedule import counts, merges, solve
+from mpcompile.passes.token_sites import Site, count_prefix, find_sites, key_mask
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
+def _keys(graph: fx.Graph, site: Site) -> fx.Node:
+    """Keys of all attentions of a block as (B, heads, N, D), in front of the graph's insertion point."""
+    keys = []
+    for attention in site.attentions:
+        node = attention.keys
+        keys.append(graph.call_method("transpose", (node, -2, -1)) if attention.transposed else node)
+    return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
 
 
-def _asks_shape(node: fx.Node) -> bool:
-    """Whether a node reads a tensor's shape only."""
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return (node.op == "call_method" and node.target in ("size", "dim")) or "sym_size" in str(node.target)
+def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], proportional: bool) -> TokenAxis:
+    """Put the merges into the graph, and let everything behind them follow.
 
-
-def _residual(attention: fx.Node, query: fx.Node) -> fx.Node | None:
-    """The addition that brings the attention's result back into the stream that its query came from."""
-    upstream = _ancestors(query)
-    node = attention
-    while True:
-        users = [u for u in node.users if not _asks_shape(u)]
-        if len(users) != 1:
-            return None
-        node = users[0]
-        if is_add(node) and any(source in upstream for source in node.all_input_nodes):
-            return node
-
-
-def find_sites(gm: fx.GraphModule) -> list[Site]:
-    """Self-attention blocks on a (B, N, C) stream, in graph order."""
-    sites = []
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target not in ATTENTION:
-            continue
-        query, keys = argument(node, 0, "query"), argument(node, 1, "key")
-        residual = _residual(node, query)
-        if residual is None:
-            continue
-        stream, heads = shape_of(residual), shape_of(keys)
-        if stream and heads and len(stream) == 3 and len(heads) == 4 and stream[1] == heads[2]:
-            sites.append(Site(node, query, keys, residual))
-    return sites
-
-
-def count_prefix(site: Site, lifted: Lifted) -> int:
-    """Tokens in front that come from parameters, found at the concatenations upstream of the first block.
+    Args:
+        sites: blocks, as many as ``decision["r"]`` has numbers.
+        decision: ``r`` and ``tokens`` as planned; blocks that merge nothing are passed over.
 
     Raises:
-        GraphError: such tokens stand behind others.
+        GraphError: something behind a merge can't be followed.
     """
-
-    def from_data(node: fx.Node) -> bool:
-        stack, seen = [node], set()
-        while stack:
-            current = stack.pop()
-            if current.op == "placeholder" and current.name not in lifted.tensors:
-                if shape_of(current):  # a symbolic size is no data
-                    return True
-            elif current not in seen and not _asks_shape(current):
-                seen.add(current)
-                stack.extend(current.all_input_nodes)
-        return False
-
-    prefix = 0
-    for node in _ancestors(site.residual):
-        shape = shape_of(node)
-        if node.target not in CAT or shape is None or len(shape) != 3 or argument(node, 1, "dim", 0) not in (1, -2):
+    graph, prefix, numbers = gm.graph, decision["prefix"], decision["tokens"]
+    original = list(graph.nodes)
+    mask = key_mask(list(sites))
+    if mask is not None and not proportional:
+        raise GraphError(
+            "the sizes of merged tokens carry the attention mask",
+            layer=mask.name,
+            expected="tome_proportional=True for a model with an attention mask",
+            found="False",
+        )
+    levels: dict[fx.Node, Level] = {}
+    first: fx.Node | None = None
+    level: Level | None = None
+    for block, site in enumerate(sites):
+        if numbers[block + 1] == numbers[block]:
             continue
-        parts = list(argument(node, 0, "tensors"))
-        data = [from_data(part) for part in parts]
-        if not any(data):
-            continue
-        if not all(data[data.index(True) :]):
-            raise GraphError(
-                "tokens that come from parameters stand behind the image's",
-                layer=node.name,
-                expected="class, distillation and register tokens in front",
-                found=f"{data.count(False)} of {len(data)} parts, not all of them in front",
-                hint="use tome_r=0, or reorder the concatenation",
-            )
-        prefix += sum((shape_of(part) or (0, 0))[1] for part, is_data in zip(parts, data, strict=True) if not is_data)
-    return prefix
+        users = list(site.residual.users)
+        with graph.inserting_before(site.residual.next):
+            if first is None:
+                first = graph.call_function(ops.token_size, (site.residual, mask))
+            size = first if level is None else level.size
+            args = (site.residual, _keys(graph, site), size, decision["r"][block], prefix)
+            merge = graph.call_function(ops.token_merge, args)
+            tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
+        tokens.meta["mpcompile.original"] = site.residual
+        for user in users:
+            user.replace_input_with(site.residual, tokens)
+        level = Level(tokens, after, step, numbers[block + 1], level)
+        levels[tokens] = level
+    assert first is not None  # plan() has seen to it that something merges
+    axis = TokenAxis(gm, levels, first, numbers[0], prefix, mask, proportional)
+    axis.follow(original)
+    for node in [level.step for level in levels.values() if not level.step.users]:
+        graph.erase_node(node)
+    return axis
+
+
+def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callable[[Sequence[int]], float]:
+    """Multiply-accumulates of a graph as a function of the tokens before the first block and behind each.
+
+    Masks don't count here. The graph has to carry ``macs`` (see :func:`mpcompile.graph.propagate`).
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copies)
+    graph.output(output)
+    trial = IRModule(gm, graph)
+    sites, _ = find_sites(trial)
+    decision = {"r": [1] * len(sites), "prefix": prefix, "tokens": [tokens - i for i in range(len(sites) + 1)]}
+    axis = insert(trial, sites, decision, ctx.config.tome_proportional)
+    place = {level.count: tokens - level.count for level in axis.levels.values()}
+    terms = []
+    for node in copies.values():
+        macs = node.meta.get("macs", 0)
+        if macs:
+            terms.append((macs, [(place[level.count], start) for level, start in axis.extents.get(node, [])]))
+
+    def cost(numbers: Sequence[int]) -> float:
+        return sum(
+            macs * math.prod((numbers[block] - start) / (tokens - start) for block, start in axes)
+            for macs, axes in terms
+        )
+
+    return cost
 
 
 class MergeTokens(Pass):
@@ -130,67 +118,51 @@ class MergeTokens(Pass):
     name = "merge_tokens"
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
+        nothing: dict[str, Any] = {"r": [], "prefix": 0, "sites": [], "tokens": []}
         r = ctx.config.tome_r
         if r == 0:
-            return {"r": 0, "prefix": 0, "sites": [], "tokens": []}
+            return nothing
         if any(node.target is ops.token_merge for node in gm.graph.nodes):
-            return {"r": 0, "prefix": 0, "sites": [], "tokens": [], "already": True}
-        sites = find_sites(gm)
+            return {**nothing, "already": True}
+        sites, reasons = find_sites(gm)
         if not sites:
+            name, why = next(iter(reasons.items()), (None, None))
             raise NotEligibleError(
                 f"tome_r={r}, but there is no attention block to merge in",
-                expected="scaled_dot_product_attention with a residual addition, on (batch, tokens, channels)",
-                found="none",
-                hint="use tome_r=0; for a timm model keep fused attention on (timm.layers.set_fused_attn(True))",
+                layer=name,
+                expected="attention with a residual addition, on (batch, tokens, channels)",
+                found=why or "no attention",
+                hint="use tome_r=0 for this model",
             )
+        key_mask(sites)
         prefix = count_prefix(sites[0], ctx.lifted) if ctx.config.prefix_tokens is None else ctx.config.prefix_tokens
-        count = (shape_of(sites[0].residual) or (0, 0))[1]
-        if prefix > count:
-            raise GraphError("more prefix tokens than tokens", expected=f"at most {count}", found=prefix)
-        tokens = [count]
-        for _ in sites:
-            tokens.append(merged_count(tokens[-1], r, prefix))
-        return {"r": r, "prefix": prefix, "sites": [s.attention.name for s in sites], "tokens": tokens}
+        tokens = (shape_of(sites[0].residual) or (0, 0))[1]
+        if prefix > tokens:
+            raise GraphError("more prefix tokens than tokens", expected=f"at most {tokens}", found=prefix)
+        numbers = merges(ctx.config, len(sites))
+        if numbers is None:
+            cost = merging_cost(gm, ctx, prefix, tokens)
+            reduction = ctx.config.tome_reduction or 0.0
+            numbers = solve(reduction, tokens, prefix, len(sites), ctx.config.tome_schedule, cost)
+        left = counts(tokens, prefix, numbers)
+        return {"r": numbers, "prefix": prefix, "sites": [site.name for site in sites], "tokens": left}
 
     def summary(self, decision: dict[str, Any]) -> str:
         if not decision["sites"]:
             return "already merged" if decision.get("already") else "off"
-        tokens = decision["tokens"]
-        text = f"r = {decision['r']} in {len(decision['sites'])} blocks, tokens {tokens[0]} -> {tokens[-1]}"
-        clamped = sum(a - b < decision["r"] for a, b in itertools.pairwise(tokens))
-        return text + f", {decision['prefix']} prefix" + (f"; r clamped in {clamped} blocks" if clamped else "")
+        tokens, r = decision["tokens"], decision["r"]
+        schedule = str(r[0]) if len(set(r)) == 1 else ", ".join(map(str, r))
+        text = f"r = {schedule} in {len(decision['sites'])} blocks, tokens {tokens[0]} -> {tokens[-1]}"
+        clamped = [block for block, (a, b) in enumerate(itertools.pairwise(tokens)) if a - b < r[block]]
+        text += f", {decision['prefix']} prefix"
+        return text + (f"; r clamped to half of the tokens in {len(clamped)} blocks" if clamped else "")
 
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
-        names = set(decision["sites"])
-        sites = [site for site in find_sites(gm) if site.attention.name in names]
-        if not sites:
+        tokens = decision["tokens"]
+        if not tokens or tokens[0] == tokens[-1]:
             return False
-        graph = gm.graph
-        sizes: dict[fx.Node, fx.Node] = {}  # merged tokens -> their sizes
-        size: fx.Node | None = None
-        for site in sites:
-            with graph.inserting_after(site.residual):
-                if size is None:
-                    size = graph.call_function(ops.token_size, (site.residual,))
-                    with graph.inserting_after(size):
-                        merge = self._merge(graph, site, size, decision)
-                else:
-                    merge = self._merge(graph, site, size, decision)
-            with graph.inserting_after(merge):
-                tokens = graph.call_function(operator.getitem, (merge, 0))
-            with graph.inserting_after(tokens):
-                size_after = graph.call_function(operator.getitem, (merge, 1))
-            tokens.meta["mpcompile.original"] = site.residual
-            for user in list(site.residual.users):
-                if user is not merge and user is not size:
-                    user.replace_input_with(site.residual, tokens)
-            size = size_after
-            sizes[tokens] = size
-        TokenAxis(gm, ctx.lifted, sizes, decision["prefix"]).follow()
-        ctx.plan.tokens = list(decision["tokens"])
+        names = set(decision["sites"])
+        sites = [site for site in find_sites(gm)[0] if site.name in names]
+        insert(gm, sites, decision, ctx.config.tome_proportional)
+        ctx.plan.tokens = list(tokens)
         return True
-
-    @staticmethod
-    def _merge(graph: fx.Graph, site: Site, size: fx.Node, decision: dict[str, Any]) -> fx.Node:
-        args = (site.residual, site.keys, size, decision["r"], decision["prefix"])
-        return graph.call_function(ops.token_merge, args)

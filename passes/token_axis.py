@@ -1,114 +1,132 @@
-"""Follow the token axis behind a merge: rewrite burnt-in token counts, refuse what can't be followed."""
+"""Follow the token axis behind a merge: rewrite what held for unmerged tokens, refuse what can't be followed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
 
-from mpcompile.errors import GraphError
-from mpcompile.graph import ATTENTION, IRModule, Lifted, argument, element_count, fake_value, shape_of, target_name
+from mpcompile.graph import ATTENTION, IRModule, argument, fake_value, target_name
 from mpcompile.kernels import ops
 from mpcompile.layers import ByMode, MaskedLinear
+from mpcompile.passes.token_moves import AxisMoves, Level, State
+from mpcompile.passes.token_sites import is_matmul
 
-_LAST_AXIS = (nn.Linear, MaskedLinear, nn.LayerNorm)
+_LAST_AXIS = (nn.Linear, MaskedLinear, nn.LayerNorm, nn.RMSNorm)
 _POINTWISE = (
     *(nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Mish),
     *(nn.LeakyReLU, nn.ELU, nn.Softplus, ByMode),
 )
 _ARITHMETIC = ("add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "div", "div_", "truediv", "addcmul")
 _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", "leaky_relu", "dropout", "DropPath")
-_UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach")
-_CASTS = ("to", "type", "type_as", "float", "half", "bfloat16")
+_UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
+_CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "maybe_add_mask")
 _ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm")
 _POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + _CASTS + _ALONG_LAST)
-_RESHAPES = frozenset({"reshape", "view", "flatten", "_unsafe_view"})
-_SHAPE_QUERIES = frozenset({"getattr", "size", "sym_size", "dim", "numel"})
+_SIZED = ("reshape", "view", "_unsafe_view", "expand")  # their arguments name every axis
+_REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
+_SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
 
 
-@dataclass(frozen=True)
-class State:
-    """Where a node carries tokens.
-
-    Attributes:
-        axis: which axis, counted from the front.
-        start: index of its first token in the whole sequence (behind a slice).
-        tokens: the merged tokens that it descends from, which identifies its token count.
-        many: whether it is a tuple of such tensors.
-    """
-
-    axis: int
-    start: int
-    tokens: fx.Node
-    many: bool = False
-
-
-class TokenAxis:
+class TokenAxis(AxisMoves):
     """One walk over the graph, in order.
 
     Args:
-        sizes: merged tokens (B, N', C) -> their sizes (B, N', 1).
+        levels: merged tokens -> their level.
+        size: sizes of the input tokens, a node.
+        count: number of input tokens.
         prefix: tokens in front that never merge.
+        mask: the attention mask that the sizes contain already.
+        proportional: whether log(size) joins attention logits.
+
+    Attributes:
+        extents: node -> (level, start) of each token axis that its arithmetic runs over.
     """
 
-    def __init__(self, gm: IRModule, lifted: Lifted, sizes: dict[fx.Node, fx.Node], prefix: int) -> None:
-        self.gm, self.lifted, self.sizes, self.prefix = gm, lifted, sizes, prefix
+    def __init__(
+        self,
+        gm: IRModule,
+        levels: dict[fx.Node, Level],
+        size: fx.Node,
+        count: int,
+        prefix: int,
+        mask: fx.Node | None = None,
+        proportional: bool = True,
+    ) -> None:
+        super().__init__(gm, prefix)
+        self.levels, self.size, self.count = levels, size, count
+        self.mask, self.proportional = mask, proportional
         self.states: dict[fx.Node, State] = {}
-        self.counts: dict[fx.Node, fx.Node] = {}  # numbers read from a shape -> merged tokens whose shape that is
+        self.extents: dict[fx.Node, list[tuple[Level, int]]] = {}
+        self._followed: dict[tuple[fx.Node, Level, int, int], fx.Node] = {}
         self.rules: dict[str, Callable[[fx.Node, State], State | None]] = {
-            **dict.fromkeys(_RESHAPES, self._reshape),
+            **dict.fromkeys(_SIZED, self._reshape),
+            **dict.fromkeys(_REGROUPS, self._regroup),
             **dict.fromkeys(("permute",), self._permute),
             **dict.fromkeys(("transpose", "swapaxes"), self._transpose),
-            **dict.fromkeys(("unbind", "chunk", "split", "tensor_split"), self._split),
-            **dict.fromkeys(("mean",), self._mean),
-            **dict.fromkeys(("max", "amax"), self._maximum),
+            **dict.fromkeys(("unbind", "chunk", "split", "split_with_sizes", "tensor_split"), self._split),
+            **dict.fromkeys(("mean", "sum", "var", "std", "norm", "max", "amax", "min", "amin"), self._reduce),
+            **dict.fromkeys(("cat", "concat"), self._cat),
+            **dict.fromkeys(("softmax", "Softmax", "_softmax"), self._softmax),
+            "stack": self._stack,
             "getitem": self._getitem,
             "select": self._select,
             "slice": self._slice,
-            "cat": self._cat,
-            "softmax": self._softmax,
+            "normalize": self._along_another,
+            "repeat_interleave": self._along_another,
         }
 
-    def follow(self) -> None:
-        """Walk the graph, rewriting it in place.
+    def follow(self, original: Iterable[fx.Node]) -> None:
+        """Walk the nodes that were in the graph before any merge, rewriting it in place.
 
         Raises:
             GraphError: an op on merged tokens that can't be followed; it names the op.
         """
-        for node in list(self.gm.graph.nodes):
-            if node in self.sizes:
-                self.states[node] = State(1, 0, node)
-                continue
-            if node.target in ops.MERGING or node.op == "output":
-                continue
+        for tokens, level in self.levels.items():
+            self.states[tokens] = State(level, {1: 0})
+        for node in original:
             carriers = [n for n in node.all_input_nodes if n in self.states]
-            name = target_name(self.gm, node)
-            if name in _SHAPE_QUERIES or not carriers:
-                self._note_count(node, carriers)
+            if not carriers or self._is_number(node):
+                self._note_number(node, carriers)
                 continue
-            if node.target in ATTENTION:
-                state = self._attention(node)
-            elif name in self.rules:
-                state = self.rules[name](node, self.states[carriers[0]])
-            elif self._is_pointwise(node, name):
-                state = self._pointwise(node, carriers)
-            elif isinstance(fake_value(node), (torch.Tensor, tuple, list)):
-                raise self._refusal(node, "an op that it doesn't know")
-            else:
-                state = None
+            if node.op == "output":
+                raise self._refusal(node, "the model returns a value for each of the unmerged tokens")
+            state = self._next(node, carriers)
             if state is not None:
                 self.states[node] = state
+                self.extents.setdefault(node, [(state.level, start) for start in state.axes.values()])
 
-    def _note_count(self, node: fx.Node, carriers: list[fx.Node]) -> None:
+    def _next(self, node: fx.Node, carriers: list[fx.Node]) -> State | None:
+        name = target_name(self.gm, node)
+        if node.target in ATTENTION:
+            return self._attention(node)
+        if is_matmul(node):
+            return self._matmul(node)
+        if name in self.rules:
+            return self.rules[name](node, self.states[carriers[0]])
+        if self._is_pointwise(node, name):
+            return self._pointwise(node, carriers)
+        if isinstance(fake_value(node), (torch.Tensor, tuple, list)):
+            raise self._refusal(node, "an op that it doesn't know")
+        return None
+
+    def _is_number(self, node: fx.Node) -> bool:
+        """Whether a node reads a shape, or computes with what was read from one."""
+        value = fake_value(node)
+        if target_name(self.gm, node) in _SHAPE_QUERIES or (node.target is getattr and node.args[1] == "shape"):
+            return True
+        return node.target is getattr and not isinstance(value, torch.Tensor)
+
+    def _note_number(self, node: fx.Node, carriers: list[fx.Node]) -> None:
         if carriers:
-            self.counts[node] = self.states[carriers[0]].tokens
+            self.numbers[node] = self.states[carriers[0]].level
         else:
-            known = [self.counts[n] for n in node.all_input_nodes if n in self.counts]
+            known = [self.numbers[n] for n in node.all_input_nodes if n in self.numbers]
             if known:
-                self.counts[node] = known[0]
+                self.numbers[node] = known[0]
 
     def _is_pointwise(self, node: fx.Node, name: str) -> bool:
         if node.op == "call_module":
@@ -118,185 +136,159 @@ class TokenAxis:
             return isinstance(module, _LAST_AXIS + _POINTWISE) or name in _POINTWISE_NAMES
         return name in _POINTWISE_NAMES
 
-    def _refusal(self, node: fx.Node, why: str) -> GraphError:
-        name = target_name(self.gm, node)
-        return GraphError(
-            f"token merging can't follow the tokens through {name!r}: {why}",
-            layer=str(node.target) if node.op == "call_module" else node.name,
-            expected="tokens on an axis of their own from block to block",
-            found=f"{name} on {self._shape(node.all_input_nodes[0])}",
-            hint="use tome_r=0 for this model",
-        )
+    def _bring(self, node: fx.Node, table: fx.Node, level: Level, start: int, dim: int) -> None:
+        """Average a value per input token over what merged, and let ``node`` read that instead."""
+        value = fake_value(table)
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or start < 0:
+            raise self._refusal(node, f"{table.name} holds a value for each of the unmerged tokens")
+        if self._shape(table)[dim] != self.count - start:
+            raise self._refusal(node, f"{table.name} holds {self._shape(table)[dim]} values for {self.count} tokens")
+        key = (table, level, start, dim)
+        if key not in self._followed:
+            args = (table, level.places(), self.size, level.size, start, dim, len(self._shape(node)))
+            with self.gm.graph.inserting_before(node):
+                self._followed[key] = self.gm.graph.call_function(ops.token_follow, args)
+        node.replace_input_with(table, self._followed[key])
 
-    def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Shape before any merge."""
-        original = node.meta.get("mpcompile.original", node)
-        return shape_of(original) or ()
+    def _join(self, node: fx.Node, operands: Iterable[fx.Node], rank: int) -> State:
+        """The state of tensors that are combined with broadcasting, aligned at the last axis."""
+        operands = list(operands)
+        carriers = [self.states[n] for n in operands if n in self.states]
+        level = carriers[0].level
+        axes: dict[int, int] = {}
+        for operand in (n for n in operands if n in self.states):
+            state, shift = self.states[operand], rank - len(self._shape(operand))
+            if state.level is not level:
+                raise self._refusal(node, "its operands hold different tokens")
+            for axis, start in state.axes.items():
+                if axes.setdefault(axis + shift, start) != start:
+                    raise self._refusal(node, "its operands hold different tokens")
+        for operand in operands:
+            shape = self._shape(operand)
+            shift = rank - len(shape)
+            own = {a + shift for a in self.states[operand].axes} if operand in self.states else set()
+            full = [a for a in axes if a not in own and a >= shift and shape[a - shift] != 1]
+            if not full:
+                continue
+            if operand in self.states or len(axes) > 1:
+                why = "a value for each of the unmerged tokens (a relative position bias, or an attention mask)"
+                raise self._refusal(node, f"{operand.name} holds {why}")
+            self._bring(node, operand, level, axes[full[0]], full[0] - rank)
+        return State(level, axes, weights=any(s.weights for s in carriers))
 
     def _pointwise(self, node: fx.Node, carriers: list[fx.Node]) -> State:
-        """Elementwise, or along the last axis: the token axis stays, from the right."""
+        """Elementwise, or along the last axis: the token axis stays, counted from the back."""
         rank = len(self._shape(node))
-        state = self.states[carriers[0]]
-        axis = state.axis + rank - len(self._shape(carriers[0]))
-        if node.op == "call_module" or target_name(self.gm, node) in _ALONG_LAST:
-            if axis == rank - 1:
-                raise self._refusal(node, "it mixes the tokens")
-            return replace(state, axis=axis)
-        for other in node.all_input_nodes:
-            shape = self._shape(other)
-            place = axis - (rank - len(shape))
-            if other in self.states:
-                twin = self.states[other]
-                if (twin.tokens, twin.start) != (state.tokens, state.start) or place != twin.axis:
-                    raise self._refusal(node, "its operands hold different tokens")
-            elif place >= 0 and shape and shape[place] != 1:
-                raise self._refusal(node, f"{other.name} holds a value for each of the unmerged tokens")
-        return replace(state, axis=axis)
-
-    def _reshape(self, node: fx.Node, state: State) -> State:
-        source = node.args[0]
-        before, after = self._shape(source), self._shape(node)  # type: ignore[arg-type]
-        for axis, length in enumerate(after):
-            ahead = element_count(before[: state.axis]) == element_count(after[:axis])
-            if ahead and length == before[state.axis]:
-                break
-        else:
-            raise self._refusal(node, "it joins the token axis with another")
-        if target_name(self.gm, node) == "flatten":
-            return replace(state, axis=axis)
-        packed = isinstance(node.args[1], (tuple, list))
-        sizes = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
-        fresh = isinstance(sizes[axis], fx.Node) and self.counts.get(sizes[axis]) is state.tokens
-        if sizes[axis] != -1 and not fresh:
-            if -1 in sizes:  # that place is known: only the batch and the token count may vary
-                other = sizes.index(-1)
-                if other == 0:
-                    raise self._refusal(node, "both its batch and its token count would have to be inferred")
-                sizes[other] = after[other]
-            sizes[axis] = -1
-            node.args = (source, sizes) if packed else (source, *sizes)
-        return replace(state, axis=axis)
-
-    def _permute(self, node: fx.Node, state: State) -> State:
-        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        rank = len(self._shape(node))
-        return replace(state, axis=[int(i) % rank for i in order].index(state.axis))  # type: ignore[arg-type]
-
-    def _transpose(self, node: fx.Node, state: State) -> State:
-        rank = len(self._shape(node))
-        i, j = (int(argument(node, p, key)) % rank for p, key in ((1, "dim0"), (2, "dim1")))
-        return replace(state, axis={i: j, j: i}.get(state.axis, state.axis))
-
-    def _split(self, node: fx.Node, state: State) -> State:
-        unbind = target_name(self.gm, node) == "unbind"
-        axis = argument(node, 1 if unbind else 2, "dim", 0) % len(self._shape(node.args[0]))  # type: ignore[arg-type]
-        if axis == state.axis:
-            raise self._refusal(node, "it splits the tokens")
-        return replace(state, axis=state.axis - (unbind and axis < state.axis), many=True)
-
-    def _getitem(self, node: fx.Node, state: State) -> State | None:
-        source, index = node.args
-        if state.many:
-            return replace(state, many=False)
-        index = index if isinstance(index, tuple) else (index,)
-        if Ellipsis in index:
-            gap = len(self._shape(source)) - (len(index) - 1 - index.count(None))  # type: ignore[arg-type]
-            place = index.index(Ellipsis)
-            index = (*index[:place], *[slice(None)] * gap, *index[place + 1 :])
-        axis = read = 0
-        for item in index:
-            if read == state.axis and item is not None:
-                return self._cut(node, state, item, axis)
-            axis += item is None or isinstance(item, slice)
-            read += item is not None
-        return replace(state, axis=axis + state.axis - read)
-
-    def _cut(self, node: fx.Node, state: State, item: Any, axis: int) -> State | None:
-        """Indexing on the token axis: prefix tokens by number, or what is left behind them."""
-        if item == slice(None):
-            return replace(state, axis=axis)
-        if isinstance(item, int) and 0 <= item + state.start < self.prefix:
-            return None
-        if isinstance(item, slice) and item.step is None:
-            start, stop = item.start or 0, item.stop
-            if isinstance(start, int) and 0 <= start <= self.prefix - state.start and stop is None:
-                return replace(state, axis=axis, start=state.start + start)
-            if isinstance(stop, int) and isinstance(start, int) and 0 <= start <= stop <= self.prefix - state.start:
-                return None
-        raise self._refusal(node, "it picks tokens by their place, and merging moves them")
-
-    def _select(self, node: fx.Node, state: State) -> State | None:
-        dim, index = int(node.args[1]) % len(self._shape(node.args[0])), node.args[2]  # type: ignore[arg-type]
-        if dim == state.axis:
-            return self._cut(node, state, index, dim)
-        return replace(state, axis=state.axis - (dim < state.axis))
-
-    def _slice(self, node: fx.Node, state: State) -> State | None:
-        dim = int(argument(node, 1, "dim", 0)) % len(self._shape(node))
-        start, stop = argument(node, 2, "start"), argument(node, 3, "end")
-        if dim != state.axis:
-            return state
-        stop = None if stop is None or stop >= 2**31 else stop
-        return self._cut(node, state, slice(start, stop), dim)
+        along = node.op == "call_module" or target_name(self.gm, node) in _ALONG_LAST
+        tensors = carriers[:1] if along else [n for n in node.all_input_nodes if self._shape(n)]
+        state = self._join(node, tensors, rank)
+        known = node.op == "call_module" and not isinstance(self.gm.get_submodule(str(node.target)), _LAST_AXIS)
+        if along and not known and rank - 1 in state.axes:
+            raise self._refusal(node, "it mixes the tokens")
+        return state
 
     def _cat(self, node: fx.Node, state: State) -> State:
         rank = len(self._shape(node))
         axis = argument(node, 1, "dim", 0) % rank
-        twins = [self.states.get(part) for part in argument(node, 0, "tensors")]
-        if axis == state.axis or any(twin != state for twin in twins):
-            raise self._refusal(node, "it joins merged tokens with others")
-        return state
+        parts = list(argument(node, 0, "tensors"))
+        *front, last = parts
+        if axis not in state.axes:
+            return self._join(node, parts, rank)
+        if any(part in self.states for part in front) or last not in self.states:
+            raise self._refusal(node, "it puts merged tokens before others")
+        ahead = sum(self._shape(part)[axis] for part in front)
+        return replace(self.states[last], axes={**self.states[last].axes, axis: state.axes[axis] - ahead})
 
-    def _softmax(self, node: fx.Node, state: State) -> State:
+    def _stack(self, node: fx.Node, _: State) -> State:
         rank = len(self._shape(node))
-        if argument(node, 1, "dim", -1) % rank == state.axis:
-            raise self._refusal(node, "it is an attention over tokens that is written out")
-        return state
+        axis = argument(node, 1, "dim", 0) % rank
+        state = self._join(node, argument(node, 0, "tensors"), rank - 1)
+        return replace(state, axes={a + (a >= axis): start for a, start in state.axes.items()})
 
-    def _reduced_axes(self, node: fx.Node) -> tuple[set[int], bool]:
-        rank = len(self._shape(node.args[0]))  # type: ignore[arg-type]
-        dim = argument(node, 1, "dim")
-        dims = range(rank) if dim is None else (dim,) if isinstance(dim, int) else dim
-        return {d % rank for d in dims}, bool(argument(node, 2, "keepdim", False))
+    def _reduce(self, node: fx.Node, state: State) -> State | None:
+        name, rank = target_name(self.gm, node), len(self._shape(node.args[0]))
+        place = 2 if name == "norm" else 1
+        dim, keep = argument(node, place, "dim"), bool(argument(node, place + 1, "keepdim", False))
+        axes = {d % rank for d in (range(rank) if dim is None else (dim,) if isinstance(dim, int) else dim)}
+        over = axes & state.axes.keys()
+        left = {a if keep else a - sum(b < a for b in axes): s for a, s in state.axes.items() if a not in over}
+        if over:
+            if name == "mean" and len(axes) == 1 and self.mask is None:
+                self._weigh(node, state, min(over), keep)
+            elif name not in ("max", "amax", "min", "amin"):
+                why = "it averages over tokens and other axes at once" if name == "mean" else "it runs over the tokens"
+                raise self._refusal(node, why if self.mask is None else "it averages over tokens, hidden ones included")
+        many = isinstance(fake_value(node), (tuple, list))
+        return replace(state, axes=left, many=many) if left else None
 
-    def _mean(self, node: fx.Node, state: State) -> State | None:
-        axes, keep = self._reduced_axes(node)
-        if state.axis not in axes:
-            return replace(state, axis=state.axis if keep else state.axis - sum(a < state.axis for a in axes))
-        if len(axes) != 1:
-            raise self._refusal(node, "it averages over tokens and other axes at once")
+    def _weigh(self, node: fx.Node, state: State, axis: int, keep: bool) -> None:
+        """A mean over tokens becomes one over what they stand for."""
         with self.gm.graph.inserting_before(node):
-            size = self.sizes[state.tokens]
-            new = self.gm.graph.call_function(ops.token_mean, (node.args[0], size, state.start, state.axis, keep))
+            args = (node.args[0], state.level.size, state.axes[axis], axis, keep)
+            new = self.gm.graph.call_function(ops.token_mean, args)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
-        return None
 
-    def _maximum(self, node: fx.Node, state: State) -> State | None:
-        axes, keep = self._reduced_axes(node)
-        if state.axis in axes:
-            return None
-        return replace(state, axis=state.axis if keep else state.axis - sum(a < state.axis for a in axes))
+    def _softmax(self, node: fx.Node, state: State) -> State:
+        rank = len(self._shape(node))
+        if node.op == "call_module":
+            dim = getattr(self.gm.get_submodule(str(node.target)), "dim", None)
+        else:
+            dim = argument(node, 1, "dim", -1)
+        dim = (-1 if dim is None else dim) % rank
+        if dim not in state.axes:
+            return state
+        logits = node.args[0]
+        if self.proportional:
+            with self.gm.graph.inserting_before(node):
+                args = (state.level.size, logits, state.axes[dim], dim)
+                bias = self.gm.graph.call_function(ops.token_bias, args)
+                total = self.gm.graph.call_function(operator.add, (logits, bias))
+            node.replace_input_with(logits, total)  # type: ignore[arg-type]
+        return replace(state, weights=True)
+
+    def _matmul(self, node: fx.Node) -> State | None:
+        left, right = argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other"))
+        rank = len(self._shape(node))
+        a, b = self.states.get(left), self.states.get(right)
+        ranks = (len(self._shape(left)), len(self._shape(right)))
+        if rank < 2 or min(ranks) < 2:
+            raise self._refusal(node, "a product with a vector")
+        ours = {} if a is None else {x + rank - ranks[0]: s for x, s in a.axes.items()}
+        theirs = {} if b is None else {x + rank - ranks[1]: s for x, s in b.axes.items()}
+        level = (a or b).level  # type: ignore[union-attr]
+        if a is not None and b is not None and a.level is not b.level:
+            raise self._refusal(node, "its operands hold different tokens")
+        inner = (ours.pop(rank - 1, None), theirs.pop(rank - 2, None))
+        if inner != (None, None) and (inner[0] != inner[1] or not (a is not None and a.weights)):
+            raise self._refusal(node, "it sums over tokens, without weights of attention")
+        if any(theirs.get(axis, start) != start for axis, start in ours.items()):
+            raise self._refusal(node, "its operands hold different tokens")
+        axes = {**ours, **theirs}
+        self.extents[node] = [(level, s) for s in axes.values()] + [(level, s) for s in inner[:1] if s is not None]
+        return State(level, axes) if axes else None
 
     def _attention(self, node: fx.Node) -> State | None:
         """Proportional attention: log(size) joins the logits of merged keys."""
         query, key, value = (argument(node, i, k) for i, k in enumerate(("query", "key", "value")))
-        keys, values = self.states.get(key), self.states.get(value)
-        if keys is None or values is None or keys.tokens is not values.tokens or keys.start != values.start:
+        keys, values, state = self.states.get(key), self.states.get(value), self.states.get(query)
+        if keys is None and values is None and argument(node, 3, "attn_mask") is None:  # merged tokens ask others
+            return None if state is None else replace(state, weights=False)
+        if keys is None or values is None or keys.level is not values.level or keys.axes != values.axes:
             raise self._refusal(node, "its keys and values hold different tokens")
-        if keys.axis != len(self._shape(key)) - 2 or len(self._shape(key)) != 4:
+        if set(keys.axes) != {2} or len(self._shape(key)) != 4:
             raise self._refusal(node, "its keys don't have shape (batch, heads, tokens, channels)")
         mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
-        if mask is not None or causal is not False:
-            raise self._refusal(node, "it has an attention mask or bias of its own, or is causal")
-        if keys.start:
-            raise self._refusal(node, "its keys leave out prefix tokens")
-        with self.gm.graph.inserting_before(node):
-            bias = self.gm.graph.call_function(ops.token_bias, (self.sizes[keys.tokens], query))
-        node.args = (query, key, value)
-        names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        dropout = argument(node, 4, "dropout_p", 0.0)
-        node.kwargs = {**{k: v for k, v in node.kwargs.items() if k in names}, "attn_mask": bias, "dropout_p": dropout}
-        state = self.states.get(query)
-        return None if state is None else replace(state, axis=2)
+        if causal is not False:
+            raise self._refusal(node, "it is causal, and merging moves tokens")
+        if mask is not None and mask is not self.mask:
+            raise self._refusal(node, "it has an attention mask or bias of its own")
+        start = keys.axes[2]
+        if self.proportional:
+            scale, gqa = argument(node, 6, "scale"), argument(node, 7, "enable_gqa", False)
+            args = (query, key, value, keys.level.size, start, argument(node, 4, "dropout_p", 0.0), scale, gqa)
+            node.target, node.args, node.kwargs = ops.token_attention, args, {}
+        axes = {} if state is None else {2: state.axes[2]}
+        self.extents[node] = [(keys.level, s) for s in (start, *axes.values())]
+        return State(keys.level, axes) if axes else None

@@ -1,61 +1,164 @@
 """Token merging in eager mode, written from the conventions alone and sharing no code with the product.
 
-One token at a time, in Python: slow and plain. Works on timm's VisionTransformer with LayerScale and qk-norm.
+The model runs as it is, under a function mode that knows which input tokens every token stands for: it merges them
+where a block adds its attention to its input, one token at a time in Python, and gives attention, mean pooling and
+tables of one value per input token what they need. Slow and plain.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Members = list[list[int]]  # of one sample: for every token, the input tokens that it stands for
+ADD = ("add", "add_", "__add__", "__radd__", "__iadd__")
+MUL = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
 
 
-def merge_one(x: Tensor, size: Tensor, metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """x (N, C), size (N,), metric (N, D) of one sample -> merged x and size."""
+def merge_one(
+    x: Tensor, members: Members, weights: Sequence[float], metric: Tensor, r: int, prefix: int
+) -> tuple[Tensor, Members]:
+    """x (N, C), weights of the input tokens, metric (N, D) of one sample -> merged x and what its tokens stand for."""
     count = len(x)
     r = min(r, (count - prefix) // 2)
+    if r <= 0:
+        return x, members
     metric = metric / metric.norm(dim=-1, keepdim=True)
+    scores = (metric @ metric.T).tolist()
     sources = [i for i in range(prefix, count) if i % 2 == 0]
     targets = [i for i in range(prefix, count) if i % 2 == 1]
     edges = []
     for a in sources:
-        scores = [float((metric[a] @ metric[b]).detach()) for b in targets]
-        best = max(range(len(targets)), key=lambda k: (scores[k], -k))
-        edges.append((scores[best], a, targets[best]))
-    chosen = sorted(edges, key=lambda edge: (-edge[0], edge[1]))[:r]
-    gone = {a for _, a, _ in chosen}
-    total = {b: x[b] * size[b] for b in targets}
-    weight = {b: size[b] for b in targets}
-    for _, a, b in sorted(chosen, key=lambda edge: edge[1]):
-        total[b] = total[b] + x[a] * size[a]
-        weight[b] = weight[b] + size[a]
-    rows = [x[i] for i in range(prefix)] + [x[a] for a in sources if a not in gone]
-    rows += [total[b] / weight[b] for b in targets]
-    sizes = [size[i] for i in range(prefix)] + [size[a] for a in sources if a not in gone]
-    sizes += [weight[b] for b in targets]
-    return torch.stack(rows), torch.stack(sizes)
+        b = max(targets, key=lambda t: (scores[a][t], -t))
+        edges.append((scores[a][b], a, b))
+    chosen = {a: b for _, a, b in sorted(edges, key=lambda edge: (-edge[0], edge[1]))[:r]}
+    order = [*range(prefix), *[a for a in sources if a not in chosen], *targets]
+    rows, stand_for = [], []
+    for token in order:
+        group = [token, *[a for a, b in chosen.items() if b == token]]
+        sizes = [sum(weights[m] for m in members[i]) for i in group]
+        total = sum(x[i].double() * size for i, size in zip(group, sizes, strict=True))
+        rows.append(total / sum(sizes) if sum(sizes) > 0 else x[token].double())
+        stand_for.append([m for i in group for m in members[i]])
+    return torch.stack(rows).to(x.dtype), stand_for
 
 
-def forward(model: nn.Module, images: Tensor, r: int, prefix: int) -> Tensor:
-    """Logits of a timm VisionTransformer with ``r`` tokens merged in every block."""
-    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    size = torch.ones(x.shape[:2], dtype=x.dtype)
-    for block in model.blocks:
-        attention = block.attn
-        b, n, c = x.shape
-        qkv = attention.qkv(block.norm1(x)).reshape(b, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), qkv[2]
-        logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + size.log()[:, None, None, :]
-        y = (logits.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c)
-        x = x + block.ls1(attention.proj(y))
-        merged = [merge_one(x[i], size[i], k[i].mean(0), r, prefix) for i in range(b)]
-        x, size = torch.stack([m[0] for m in merged]), torch.stack([m[1] for m in merged])
-        x = x + block.ls2(block.mlp(block.norm2(x)))
-    x = model.norm(x)
-    if model.global_pool == "avg":
-        tokens, weight = x[:, prefix:], size[:, prefix:, None]
-        return model.head(model.fc_norm((tokens * weight).sum(1) / weight.sum(1)))
-    if getattr(model, "head_dist", None) is not None:
-        return (model.head(x[:, 0]) + model.head_dist(x[:, 1])) / 2
-    return model.head(model.fc_norm(x[:, 0]))
+class Merging(TorchFunctionMode):
+    """Merge ``r[i]`` tokens in block ``i`` of whatever runs inside."""
+
+    def __init__(self, blocks: Sequence[nn.Module], r: Sequence[int], prefix: int, proportional: bool = True) -> None:
+        super().__init__()
+        self.r, self.prefix, self.proportional = list(r), prefix, proportional
+        self.members: list[Members] | None = None
+        self.weights: list[list[float]] = []  # of the input tokens: 0 for those that a mask hides, else 1
+        self.inputs = 0
+        self.block, self.entered = -1, None
+        self.keys: list[Tensor] = []
+        self.handles = [block.register_forward_pre_hook(self._enter) for block in blocks]
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.block, self.entered, self.keys = self.block + 1, args[0], []
+
+    def __exit__(self, *args: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        super().__exit__(*args)
+
+    def sizes(self, count: int) -> Tensor | None:
+        """(B, count): of the last tokens, with ones in front where there are more; None if nothing merged."""
+        if self.members is None:
+            return None
+        rows = [
+            [sum(weights[m] for m in group) for group in sample]
+            for sample, weights in zip(self.members, self.weights, strict=True)
+        ]
+        return torch.tensor([[1.0] * (count - len(row)) + row[max(0, len(row) - count) :] for row in rows])
+
+    def average(self, table: Tensor, count: int, rank: int) -> Tensor:
+        """A table (..., T, D) of one row per input token -> (B, ..., count, D)."""
+        assert self.members is not None
+        table = table.reshape((1,) * (rank - table.dim()) + tuple(table.shape))
+        start = self.inputs - table.shape[-2]
+        samples = []
+        for sample in self.members:
+            rows = [table[..., [m - start for m in group], :].mean(-2) for group in sample[start:]]
+            samples.append(torch.stack(rows, -2))
+        assert samples[0].shape[-2] == count
+        return torch.cat(samples)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The sum that ends a block's attention -> merged."""
+        if self.members is None:
+            self.inputs = x.shape[1]
+            self.members = [[[i] for i in range(x.shape[1])] for _ in x]
+            self.weights = self.weights or [[1.0] * x.shape[1] for _ in x]
+        metric = torch.cat([k.detach().float() for k in self.keys], 1).mean(1)
+        self.entered, self.keys = None, []
+        merged = [
+            merge_one(sample, members, weights, m, self.r[self.block], self.prefix)
+            for sample, members, weights, m in zip(x, self.members, self.weights, metric, strict=True)
+        ]
+        self.members = [members for _, members in merged]
+        return torch.stack([sample for sample, _ in merged])
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        logits = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        return self.softmax(logits) @ v
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        size = self.sizes(logits.shape[-1]) if self.proportional else None
+        if size is not None:
+            logits = logits + size.log().to(logits.dtype)[:, None, None, :]
+        return logits.softmax(-1)
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func is F.scaled_dot_product_attention:
+            q, k, v = args[:3]
+            if q.shape[-2] == k.shape[-2]:
+                self.keys.append(k)
+            mask = kwargs.get("attn_mask")
+            if mask is not None and self.members is None:
+                self.weights = mask[:, 0, 0].float().tolist()
+                return func(*args, **kwargs)
+            return self.attention(q, k, v, kwargs.get("scale"))
+        if name in ("softmax", "__matmul__", "matmul") and args[0].dim() == 4:
+            if name == "softmax":
+                return self.softmax(args[0])
+            if args[0].shape[-2] == args[1].shape[-1]:
+                self.keys.append(args[1].transpose(-1, -2))
+        if name == "mean" and args[0].dim() == 3 and (args[1:] == (1,) or kwargs == {"dim": 1}):
+            size = self.sizes(args[0].shape[1])
+            if size is not None:
+                size = size.to(args[0].dtype)
+                return (args[0] * size[..., None]).sum(1) / size.sum(1, keepdim=True)
+        if name in ADD + MUL and self.members is not None and all(isinstance(a, Tensor) for a in args):
+            x, table = args
+            if table.dim() <= x.dim() >= 3 and table.dim() >= 2 and 1 != table.shape[-2] != x.shape[-2]:
+                args = (x, self.average(table, x.shape[-2], x.dim()))
+        result = func(*args, **kwargs)
+        if name in ADD and self.keys and any(a is self.entered for a in args) and result.dim() == 3:
+            return self.merge(result)
+        return result
+
+
+def forward(
+    model: nn.Module,
+    images: Tensor,
+    r: int | Sequence[int],
+    prefix: int,
+    blocks: Iterable[nn.Module] | None = None,
+    proportional: bool = True,
+    **inputs: Any,
+) -> Tensor:
+    """Output of a timm transformer with ``r`` tokens merged in every block."""
+    blocks = list(model.blocks if blocks is None else blocks)
+    with Merging(blocks, [r] * len(blocks) if isinstance(r, int) else r, prefix, proportional):
+        return model(images, **inputs)

@@ -4,22 +4,46 @@ Conventions: the first ``prefix`` tokens (class, distillation, registers) stay f
 nor receive. The others alternate by their index in the whole sequence: even indices form A, odd ones B. The ``r``
 tokens of A that are most similar to a token of B are averaged into it. New order: prefix, the rest of A ascending, B
 ascending. Ties go to the lower index. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 3.
+
+Tokens that took no part come out bit for bit as they went in. Nothing here adds with atomics, so that two runs agree.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-
-def token_size(x: Tensor) -> Tensor:
-    """x (B, N, C) -> (B, N, 1) of ones: how many input tokens each token stands for."""
-    return torch.ones_like(x[..., :1])
+CHANNELS = 8  # keys grow by so many channels where they carry log(size): flash attention reads multiples of 8
 
 
-def token_bias(size: Tensor, query: Tensor) -> Tensor:
-    """size (B, N, 1) -> log(size) as (B, 1, 1, N) in the query's dtype, to be added to attention logits."""
-    return size.float().log().to(query.dtype).transpose(-1, -2).unsqueeze(1)
+def token_size(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many input tokens each token stands for, before any merge.
+
+    Args:
+        x: (B, N, C).
+        mask: attention mask over keys, (B or 1, 1, 1, N): boolean, or added to the logits. A token counts as often
+            as the mask lets attention count it: exp(mask), 0 where it is hidden.
+
+    Returns:
+        (B, N, 1) in float32; ones without a mask.
+    """
+    if mask is None:
+        return torch.ones_like(x[..., :1], dtype=torch.float32)
+    weight = mask.float() if mask.dtype is torch.bool else mask.float().exp()
+    return weight[:, 0, 0, :, None].expand(x.shape[0], -1, -1)
+
+
+def _from(size: Tensor, start: int) -> Tensor:
+    """Sizes (B, N, 1) of the tokens from number ``start`` on; a negative one puts tokens of size 1 in front."""
+    return F.pad(size, (0, 0, -start, 0), value=1.0) if start < 0 else size[:, start:]
+
+
+def token_bias(size: Tensor, logits: Tensor, start: int, dim: int) -> Tensor:
+    """log(size), shaped to be added to attention logits (B, ..., T, ...) whose keys lie along ``dim``."""
+    shape = [1] * logits.dim()
+    shape[0], shape[dim] = size.shape[0], -1
+    return _from(size, start).log().reshape(shape).to(logits.dtype)
 
 
 def merged_count(tokens: int, r: int, prefix: int) -> int:
@@ -27,7 +51,7 @@ def merged_count(tokens: int, r: int, prefix: int) -> int:
     return tokens - max(0, min(r, (tokens - prefix) // 2))
 
 
-def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` tokens of x.
 
     Args:
@@ -38,41 +62,157 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
         prefix: tokens at the front that take no part.
 
     Returns:
-        x (B, N - r, C) and size (B, N - r, 1).
+        x (B, N - r, C), size (B, N - r, 1), and (B, N) int64: the place of each old token in the new sequence.
     """
-    tokens = x.shape[1]
+    batch, tokens, _ = x.shape
     r = tokens - merged_count(tokens, r, prefix)
     if r <= 0:
-        return x.clone(), size.clone()
+        return x.clone(), size.clone(), torch.arange(tokens, device=x.device).expand(batch, -1).clone()
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
-    metric = torch.nn.functional.normalize(keys.float().mean(1), dim=-1)
-    scores = metric[:, even::2] @ metric[:, odd::2].transpose(-1, -2)
-    target = scores.argmax(-1)
-    best = scores.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    merged = order[:, :r, None]
-    kept = order[:, r:].sort(-1).values.unsqueeze(-1)
-    target = target.unsqueeze(-1).gather(1, merged)
+    metric = F.normalize(keys.float().mean(1), dim=-1)
+    best, target = (metric[:, even::2] @ metric[:, odd::2].transpose(-1, -2)).max(-1)  # (B, A) each
+    of_a, listed = _split(best, r)
+    sources, rest = even + 2 * listed[:, -r:, None], even + 2 * listed[:, :-r, None]
 
-    # Values and sizes travel as one tensor: the last channel is the size.
-    weighted = torch.cat([x.float() * size, size.float()], -1)
-    channels = weighted.shape[-1]
-    a, b = weighted[:, even::2], weighted[:, odd::2]
-    b = b.scatter_add(1, target.expand(-1, -1, channels), a.gather(1, merged.expand(-1, -1, channels)))
-    a = a.gather(1, kept.expand(-1, -1, channels))
-    weighted = torch.cat([weighted[:, :prefix], a, b], 1)
-    new_size = weighted[..., -1:]
-    return (weighted[..., :-1] / new_size).to(x.dtype), new_size.to(size.dtype)
+    chosen = target.unsqueeze(1).gather(-1, listed[:, None, -r:])  # (B, 1, r)
+    share = (chosen == torch.arange(len(range(odd, tokens, 2)), device=x.device).view(1, -1, 1)).float()
+    share = share * size.gather(1, sources).transpose(-1, -2)  # (B, odd tokens, r): what each of them receives
+    received = share.sum(-1, keepdim=True)
+    grown = size[:, odd::2] + received
+    # A weighted average as a step from where the target stands, so that one that receives nothing doesn't move.
+    into, arriving = x[:, odd::2].float(), _rows(x, sources).float()
+    step = (share @ arriving - received * into) / grown.clamp(min=torch.finfo(torch.float32).tiny)
+    merged = torch.cat([x[:, :prefix], _rows(x, rest), (into + step).to(x.dtype)], 1)
+    sizes = torch.cat([size[:, :prefix], size.gather(1, rest), grown], 1)
+    of_a = torch.where(of_a < rest.shape[1], of_a, rest.shape[1] + target)
+    return merged, sizes, _places(of_a, rest.shape[1], prefix, tokens)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, N, C), index (B, n, 1) -> (B, n, C)."""
+    return x.gather(1, index.expand(-1, -1, x.shape[-1]))
+
+
+def _split(best: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Put the ``r`` highest of each row behind the others, which keep their order.
+
+    Places come from comparing and counting, with no sort: under Inductor that is two small fused loops.
+
+    Args:
+        best: (B, A).
+
+    Returns:
+        The place of each item, and the items in their new order; both (B, A) int64.
+    """
+    index = torch.arange(best.shape[1], device=best.device)
+    earlier = index < index.view(-1, 1)
+    mine, others = best.unsqueeze(-1), best.unsqueeze(-2)
+    rank = ((others > mine) | ((others == mine) & earlier)).sum(-1)
+    stays = rank >= r
+    place = torch.where(stays, (stays.unsqueeze(-2) & earlier).sum(-1), best.shape[1] - r + rank)
+    return place, torch.zeros_like(place).scatter(1, place, index.expand_as(place))
+
+
+def _places(of_a: Tensor, left: int, prefix: int, tokens: int) -> Tensor:
+    """Places of all old tokens (B, tokens), from those of A among what isn't prefix; ``left`` of A stay."""
+    batch, device = of_a.shape[0], of_a.device
+    odd = prefix + 1 - prefix % 2
+    of_b = left + torch.arange(len(range(odd, tokens, 2)), device=device).expand(batch, -1)
+    first, second = (of_b, of_a) if prefix % 2 else (of_a, of_b)
+    second = F.pad(second, (0, first.shape[1] - second.shape[1]))
+    moved = prefix + torch.stack([first, second], -1).flatten(1)[:, : tokens - prefix]
+    return torch.cat([torch.arange(prefix, device=device).expand(batch, -1), moved], 1)
 
 
 def token_mean(x: Tensor, size: Tensor, start: int, dim: int, keepdim: bool) -> Tensor:
     """Mean over the tokens of x along ``dim``, each weighted by the input tokens it stands for.
 
     Args:
-        x: (..., T, ...) with T = N - start tokens along ``dim``; axis 0 is the batch.
+        x: (B, ..., T, ...) with T = N - start tokens along ``dim``.
         size: (B, N, 1), the sizes of all N tokens.
+        start: number of the first token in x; negative where x has other tokens, each of size 1, in front.
     """
     shape = [1] * x.dim()
     shape[0], shape[dim] = x.shape[0], x.shape[dim]
-    weight = size[:, start:, 0].reshape(shape).to(x.dtype)
-    return (x * weight).sum(dim, keepdim=keepdim) / weight.sum(dim, keepdim=keepdim)
+    weight = _from(size, start).reshape(shape)
+    mean = (x.float() * weight).sum(dim, keepdim=keepdim) / weight.sum(dim, keepdim=keepdim)
+    return mean.to(x.dtype)
+
+
+def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, start: int, dim: int, rank: int) -> Tensor:
+    """Bring a value per input token (a position embedding, a rotary table) to merged tokens, as their mean.
+
+    A merged token stands for several that were alike; what is linear in such a value (adding it, rotating by it) then
+    acts as it would on their average.
+
+    Args:
+        table: T = N0 - start values along ``dim``; broadcasts to ``rank`` axes, the first of them the batch.
+        place: (B, N0): where each input token is now.
+        before: (B, N0, 1) sizes of the input tokens.
+        size: (B, N, 1) sizes of the merged tokens.
+        start: number of the table's first token.
+        dim: the axis of tokens, counted from the back (-1 is the last).
+        rank: axes of the tensor that it is combined with.
+
+    Returns:
+        ``rank`` axes: batch B, N - start along ``dim``, the others as in the table.
+    """
+    count = size.shape[1] - start
+    rows = torch.arange(start, start + count, device=place.device).view(1, -1, 1)
+    mean = (place[:, start:].unsqueeze(1) == rows) * before[:, start:].transpose(-1, -2)
+    mean = mean / size[:, start:].clamp(min=torch.finfo(torch.float32).tiny)  # (B, N - start, T)
+    table = table.reshape((1,) * (rank - table.dim()) + tuple(table.shape))
+    values = table.unsqueeze(-1) if dim == -1 else table.movedim(dim, -2)
+    mean = mean.reshape(mean.shape[:1] + (1,) * (values.dim() - 3) + mean.shape[1:])
+    result = (mean @ values.float()).to(table.dtype)
+    return result.squeeze(-1) if dim == -1 else result.movedim(-2, dim)
+
+
+def _attention_by_channel(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float
+) -> Tensor:
+    """Attention with a bias per key (B, 1, 1, T) that travels as two key channels: high and low part.
+
+    A mask would take flash attention out of the choice on CUDA. Queries hold ones in both channels; the low part
+    is what half precision loses of the high one.
+    """
+    bias = (bias.float() / scale).transpose(-1, -2).expand(-1, key.shape[1], -1, -1)
+    high = bias.to(key.dtype)
+    low = (bias - high.float()).to(key.dtype)
+    pad = (0, CHANNELS - 2)
+    key = torch.cat([key, F.pad(torch.cat([high, low], -1), pad)], -1)
+    query = torch.cat([query, F.pad(torch.ones_like(query[..., :2]), pad)], -1)
+    size = value.shape[-1]
+    result = F.scaled_dot_product_attention(query, key, F.pad(value, (0, CHANNELS)), dropout_p=dropout, scale=scale)
+    return result[..., :size]
+
+
+def token_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    size: Tensor,
+    start: int,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """Proportional attention: log(size) joins the logits of merged keys.
+
+    Args:
+        query: (B, heads, L, D).
+        key, value: (B, heads, T, D), of the tokens from number ``start`` on.
+        size: (B, N, 1).
+        start: as in :func:`token_mean`.
+        dropout_p, scale, enable_gqa: as in ``scaled_dot_product_attention``.
+
+    Source: Bolya et al., section 3, equation 1.
+    """
+    bias = _from(size, start).log().transpose(-1, -2).unsqueeze(1)  # (B, 1, 1, T)
+    flash = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not enable_gqa
+    if flash and query.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 - CHANNELS:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return _attention_by_channel(query, key, value, bias, dropout_p, scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+    )

@@ -1,0 +1,218 @@
+"""Token merging alone on the CPU, end to end: dense weights, fewer tokens, against the best dense build.
+
+    python -m bench.tome_e2e --model vit_base_patch16_224 --batch 8 --dtype fp32 bf16     # or: python bench/tome_e2e.py
+
+The model is a timm model with random weights. Dense builds are eager, ``torch.compile`` and ``torch.compile`` with
+freezing; merged ones are ``mpcompile.transform(model, x, Config(pattern="dense", tome_r=r))`` in the same three forms.
+All builds of a (batch, dtype) are interleaved in one run under ``torch.no_grad()``. The ratio of an r is the fastest
+dense median / the fastest merged median of the same dtype. It stands beside the ratio of multiply-accumulates
+(dense / executed), which is what it would be if time went with arithmetic; "of MACs" is one over the other.
+
+Every compiled merged build is compared with the transformed module run eagerly: the relative RMS difference has to
+stay below 1e-5 (fp32) or 2e-2 (bf16), else it is called WRONG and the exit status is 1. (In bf16, tokens that are
+almost equally alike may merge otherwise after another rounding; this shows up here as well.)
+
+``--parts`` times what merging adds to a block instead: matching and merge, and attention with log(size) as a bias, as
+an extra key channel, written out, and without any.
+
+Results go into tome_e2e.json and tome_parts.json, one record for each (model, depth, batch, dtype, threads).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mpcompile
+from mpcompile.kernels import ops
+from mpcompile.kernels.token_merge import reference
+from mpcompile.passes.merge_tokens import MergeTokens
+
+try:
+    from bench import common
+    from bench.cpu_e2e import Built, create, dense_builds, merged, title
+except ImportError:  # run as a file
+    import common
+    from cpu_e2e import Built, create, dense_builds, merged, title
+
+NAME, PARTS = "tome_e2e", "tome_parts"
+
+
+def merged_builds(model: nn.Module, x: Tensor, dtype: str, r: int) -> Built:
+    """One transformed model: eager, compiled, and compiled with frozen weights."""
+    config = mpcompile.Config(pattern="dense", tome_r=r)
+    gm = mpcompile.transform(model, x, config, pipeline=mpcompile.Pipeline([MergeTokens()]))
+    macs = gm.plan.macs
+    facts = {
+        "tome_r": r,
+        "tokens": gm.plan.tokens,
+        "macs_dense": macs.dense,
+        "macs_executed": macs.executed,
+        "macs_matching": macs.matching,
+    }
+    expected = gm(x)
+    built: Built = {f"merge {r} eager": (functools.partial(gm, x), facts)}
+    for suffix, freezing in (("compile", False), ("compile freezing", True)):
+        run, seconds = common.compiled_dense(gm, x, freezing=freezing)
+        error = common.relative_rms(run(x), expected)
+        more = {"compile_s": seconds, "relative_rms": error, "correct": error < common.TOLERANCE[dtype]}
+        built[f"merge {r} {suffix}"] = functools.partial(run, x), {**facts, **more}
+    return built
+
+
+def block(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
+    """Build and time everything for one batch size and dtype."""
+    model, x = create(args, batch, dtype)
+    built = dense_builds(model, x)
+    dense = list(built)
+    for r in args.tome_r:
+        print(f"batch {batch}, {dtype}: building {r} tokens merged a block", file=sys.stderr, flush=True)
+        built |= merged_builds(model, x, dtype, r)
+    env = common.environment()
+    calls = {name: run for name, (run, _) in built.items()}
+    seconds = common.interleave(calls, args.rounds, args.warmup, f"batch {batch}, {dtype}")
+    env["load average at the end"] = common.environment()["load average"]
+    ms = {name: common.quartiles(times, 1e3) for name, times in seconds.items()}
+    best = min(dense, key=lambda name: ms[name]["median"])
+    builds = {name: {"dense": name in dense, "ms": ms[name], **facts} for name, (_, facts) in built.items()}
+    summary = {}
+    for r in args.tome_r:
+        fastest = min((n for n, b in builds.items() if b.get("tome_r") == r), key=lambda name: ms[name]["median"])
+        macs = builds[fastest]["macs_dense"] / builds[fastest]["macs_executed"]
+        ratio = ms[best]["median"] / ms[fastest]["median"]
+        summary[str(r)] = {"build": fastest, "ratio": ratio, "macs_ratio": macs, "of_macs": ratio / macs}
+    key = {"model": args.model, "depth": args.depth, "batch": batch, "dtype": dtype, "threads": args.threads}
+    return {**key, "rounds": args.rounds, "best_dense": best, "environment": env, "r": summary, "builds": builds}
+
+
+def show(record: dict[str, Any]) -> None:
+    """Tables of one record: all builds, and each r against the best dense build."""
+    lines = []
+    for name, build in record["builds"].items():
+        ms = build["ms"]
+        error = f"{build['relative_rms']:.1e}" if "relative_rms" in build else ""
+        mark = " *" if name == record["best_dense"] else ""
+        wrong = "" if build.get("correct", True) else " WRONG"
+        lines.append([name + mark, f"{ms['median']:,.1f} [{ms['q1']:,.1f}, {ms['q3']:,.1f}]", error + wrong])
+    print(f"\n{title(record)} (* best dense)\n" + common.table(lines, ["build", "ms [quartiles]", "rel. RMS"]))
+    rows = [
+        [r, s["build"], common.ratio_text(s["ratio"]), f"{s['macs_ratio']:.2f}x", f"{s['of_macs']:.2f}"]
+        for r, s in record["r"].items()
+    ]
+    print("\n" + common.table(rows, ["r", "fastest build", "vs best dense", "MACs", "of MACs"]), flush=True)
+
+
+def attention_variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Ways to bring log(size) (B, N, 1) into attention."""
+
+    def bias(size: Tensor) -> Tensor:
+        return size.log().transpose(-1, -2).unsqueeze(1)
+
+    def written_out(size: Tensor) -> Tensor:
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias(size).to(q.dtype)
+        return logits.softmax(-1) @ v
+
+    return {
+        "attention without sizes": lambda size: F.scaled_dot_product_attention(q, k, v),
+        "attention, bias": lambda size: F.scaled_dot_product_attention(q, k, v, attn_mask=bias(size).to(q.dtype)),
+        "attention, key channel": lambda size: reference._attention_by_channel(
+            q, k, v, bias(size), 0.0, q.shape[-1] ** -0.5
+        ),
+        "attention, written out": written_out,
+        "attention, as the pass makes it": lambda size: ops.token_attention(q, k, v, size, 0, 0.0, None, False),
+    }
+
+
+def parts(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
+    """Time what merging adds to one block, compiled, beside the whole dense block."""
+    model, images = create(argparse.Namespace(**{**vars(args), "depth": 1}), batch, dtype)
+    dense, module = common.DTYPES[dtype], model.blocks[0]
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    heads, (_, tokens, channels) = module.attn.num_heads, x.shape
+    q, k, v = module.attn.qkv(x).reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    size, residual = torch.randint(1, 6, (batch, tokens, 1)).float(), torch.randn_like(x)
+    one = torch.ones(channels, dtype=dense)
+
+    def join(x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return total, F.layer_norm(total, (channels,), one, one)
+
+    def join_and_merge(x: Tensor) -> tuple[Tensor, Tensor]:
+        total = ops.token_merge(x + residual, k, size, args.tome_r[0], 1)[0]
+        return total, F.layer_norm(total, (channels,), one, one)
+
+    calls = {"block, eager": functools.partial(module, x)}
+    todo: dict[str, tuple[Callable[..., Any], Tensor]] = {
+        "block": (module, x),
+        "addition and norm": (join, x),
+        "addition, merge and norm": (join_and_merge, x),
+        **{name: (call, size) for name, call in attention_variants(q, k, v).items()},
+    }
+    for name, (call, argument) in todo.items():
+        run = torch.compile(call, dynamic=False)
+        run(argument)
+        calls[name] = functools.partial(run, argument)
+    ms = {n: common.quartiles(t, 1e3) for n, t in common.interleave(calls, args.rounds * 4, args.warmup).items()}
+    whole = min(ms["block"]["median"], ms["block, eager"]["median"])
+    share = (ms["addition, merge and norm"]["median"] - ms["addition and norm"]["median"]) / whole
+    key = {"model": args.model, "depth": args.depth, "batch": batch, "dtype": dtype, "threads": args.threads}
+    print(f"\n{title(key)}: matching and merge take {share:.2%} of a block's time")
+    print(
+        common.table([[n, f"{t['median']:.2f} [{t['q1']:.2f}, {t['q3']:.2f}]"] for n, t in ms.items()], ["part", "ms"])
+    )
+    return {**key, "tome_r": args.tome_r[0], "merge_share": share, "environment": common.environment(), "ms": ms}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="timm name (%(default)s)")
+    parser.add_argument("--depth", type=int, metavar="N", help="blocks; the model's own by default")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="images a call (8)")
+    parser.add_argument("--dtype", nargs="+", choices=list(common.DTYPES), help="(fp32 bf16)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
+    parser.add_argument("--tome-r", type=int, nargs="+", metavar="R", help="tokens merged a block (8 13 16)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed calls of each build (15)")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="calls before those (%(default)s)")
+    parser.add_argument("--parts", action="store_true", help="time the parts of one block instead")
+    common.common_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.quick and args.depth is None:
+        args.depth = 2
+    full = {"batch": [8], "dtype": ["fp32", "bf16"], "tome_r": [8, 13, 16], "rounds": 15}
+    common.fill(args, full, {"batch": [1], "dtype": ["fp32"], "tome_r": [8], "rounds": 3})
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    print(common.describe(common.environment()))
+    name, measure = (PARTS, parts) if args.parts else (NAME, block)
+    wrong = 0
+    for batch, dtype in itertools.product(args.batch, args.dtype):
+        record = measure(args, batch, dtype)
+        torch._dynamo.reset()
+        gc.collect()
+        records = merged((common.load(name, args.out) or {"records": []})["records"], record)
+        path = common.save(name, {"records": records}, args.out)
+        if not args.parts:
+            show(record)
+            wrong += sum(not build.get("correct", True) for build in record["builds"].values())
+    print(f"figures: {path}")
+    if wrong:
+        print(f"{wrong} builds are WRONG: see relative_rms", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
