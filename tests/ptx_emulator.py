@@ -9,11 +9,11 @@ Asynchronous work (``cp.async``, TMA, ``wgmma``) lands at issue with ``lazy=Fals
 the second. Strands of one warp (``warps=1``; 4 for ``wgmma``, which a warpgroup issues together), scheduled from the
 first or from the last (``reverse=True``), show missing barriers.
 
-Supported: integer and fp32 arithmetic, comparisons, selection, conversions to and from fp16 and bf16, ``ex2``, loads and
-stores (global, shared, parameters), ``shfl.idx``, ``elect``, ``ldmatrix``, ``stmatrix``, ``cp.async`` with groups,
-``cp.async.bulk.tensor`` (2-d, 128-byte swizzle), mbarriers, ``bar.sync``, ``mma.sp`` m16n8k32 and ``wgmma.mma_async.sp``
-m64nNk32 (fp16 and bf16 inputs, fp32 accumulation). Anything else raises NotImplementedError; so do branches that part the
-threads of one warp.
+Supported: integer and fp32 arithmetic, comparisons, selection, conversions to and from fp16 and bf16, ``ex2``, loads
+and stores (global, shared, parameters), ``shfl.idx``, ``elect``, ``ldmatrix``, ``stmatrix``, ``cp.async`` with groups,
+``cp.async.bulk.tensor`` (2-d, 128-byte swizzle), mbarriers, ``bar.sync``, ``mma.sp`` m16n8k32 and
+``wgmma.mma_async.sp`` m64nNk32 (fp16 and bf16 inputs, fp32 accumulation). Anything else raises NotImplementedError; so
+do branches that part the threads of one warp.
 
 Not modelled: clusters, fences and memory order between proxies, races inside a warp, register pressure, time, and the
 hardware's order of fp32 additions. What ``mma.sp`` and ``wgmma`` do here is a reading of the PTX ISA (9.x, matrix
@@ -22,6 +22,7 @@ fragments and sparse metadata): it has not been compared with a GPU.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -329,7 +330,7 @@ class Block:
         takes = warps.all(1)
         edges = [0, *(np.nonzero(np.diff(takes))[0] + 1), len(takes)]
         pieces = []
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in itertools.pairwise(edges):
             which = np.zeros(len(mask), bool)
             which[32 * start : 32 * end] = True
             pieces.append(strand.part(which, target if takes[start] else strand.pc + 1))

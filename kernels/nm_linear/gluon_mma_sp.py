@@ -22,28 +22,28 @@ _LANES = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]  # lane 4g + q: row g, int32 c
 
 
 @gluon.constexpr_function
-def values_layout(BN, BK, WN, WM):
-    """Of kept values, int32 (BN, BK / 4)."""
-    registers = [[8, 0], [0, 4]] + [[0, c] for c in powers(8, BK // 4)] + [[r, 0] for r in powers(16, BN // WN)]
+def values_layout(BN, WN, WM):
+    """Of the kept values of 32 columns, int32 (BN, 8)."""
+    registers = [[8, 0], [0, 4]] + [[r, 0] for r in powers(16, BN // WN)]
     warps = [[r, 0] for r in powers(BN // WN, BN)] + [[0, 0] for _ in powers(1, WM)]
-    return gl.DistributedLinearLayout(registers, _LANES, warps, [], [BN, BK // 4])
+    return gl.DistributedLinearLayout(registers, _LANES, warps, [], [BN, 8])
 
 
 @gluon.constexpr_function
-def tokens_layout(BM, BK, WN, WM):
-    """Of activations, int32 (BM, BK / 2)."""
-    registers = [[0, c] for c in powers(4, BK // 2)] + [[r, 0] for r in powers(8, BM // WM)]
+def tokens_layout(BM, WN, WM):
+    """Of 32 columns of activations, int32 (BM, 16)."""
+    registers = [[0, 4], [0, 8]] + [[r, 0] for r in powers(8, BM // WM)]
     warps = [[0, 0] for _ in powers(1, WN)] + [[r, 0] for r in powers(BM // WM, BM)]
-    return gl.DistributedLinearLayout(registers, _LANES, warps, [], [BM, BK // 2])
+    return gl.DistributedLinearLayout(registers, _LANES, warps, [], [BM, 16])
 
 
 @gluon.constexpr_function
-def metadata_layout(BN, BK, WN, WM):
-    """Of metadata words, (BN / 32, BK / 32, 32)."""
-    registers = [[0, c, 0] for c in powers(1, BK // 32)] + [[r, 0, 0] for r in powers(1, BN // WN // 32)]
+def metadata_layout(BN, WN, WM):
+    """Of the metadata words of 32 columns, (BN / 32, 1, 32)."""
+    registers = [[r, 0, 0] for r in powers(1, BN // WN // 32)]
     lanes = [[0, 0, c] for c in powers(1, 32)]
     warps = [[r, 0, 0] for r in powers(BN // WN // 32, BN // 32)] + [[0, 0, 0] for _ in powers(1, WM)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [BN // 32, BK // 32, 32])
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [BN // 32, 1, 32])
 
 
 @gluon.constexpr_function
@@ -56,29 +56,25 @@ def accumulator_layout(BN, BM, WN, WM):
 
 
 @gluon.constexpr_function
-def mma_sp(MT, NT, KS, DT):
-    """The instructions of a warp's step: MT x NT tiles of 16 x 8, KS times 32 columns.
+def mma_sp(MT, NT, DT):
+    """The instructions of a warp for 32 columns: MT x NT tiles of 16 x 8.
 
     Operands are numbered: results, then accumulators, values, activations, metadata. One metadata word serves two
     16-row tiles; the instruction's last operand selects the quarter of the lanes that a tile reads.
     """
-    results, values, tokens = MT * NT * 4, MT * KS * 4, NT * KS * 4
-    a0, b0, e0 = 2 * results, 2 * results + values, 2 * results + values + tokens
+    results = MT * NT * 4
+    values, tokens, words = 2 * results, 2 * results + MT * 4, 2 * results + MT * 4 + NT * 4
 
     def four(start):
         return "{" + ", ".join(f"${start + i}" for i in range(4)) + "}"
 
     lines = []
-    for ks in range(KS):
-        for mt in range(MT):
-            for nt in range(NT):
-                d = (mt * NT + nt) * 4
-                c = d + results if ks == 0 else d
-                a, b, e = a0 + (mt * KS + ks) * 4, b0 + (nt * KS + ks) * 4, e0 + mt // 2 * KS + ks
-                lines.append(
-                    f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{DT}.{DT}.f32 "
-                    f"{four(d)}, {four(a)}, {four(b)}, {four(c)}, ${e}, 0x{mt % 2};"
-                )
+    for mt in range(MT):
+        for nt in range(NT):
+            d = (mt * NT + nt) * 4
+            operands = ", ".join(map(four, (d, values + mt * 4, tokens + nt * 4, d + results)))
+            name = f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{DT}.{DT}.f32"
+            lines.append(f"{name} {operands}, ${words + mt // 2}, 0x{mt % 2};")
     return "\n".join(lines)
 
 
@@ -118,11 +114,11 @@ def gemm(
     A_ptr, E_ptr, X_ptr point at int32; ldx, ldy, ldr count elements of 16 bits. bias, scale, residual may be None.
     One program a tile, features fastest: programs that run together share their rows of activations.
     """
-    AL: gl.constexpr = values_layout(BN, BK, WN, WM)
-    XL: gl.constexpr = tokens_layout(BM, BK, WN, WM)
-    EL: gl.constexpr = metadata_layout(BN, BK, WN, WM)
+    AL: gl.constexpr = values_layout(BN, WN, WM)
+    XL: gl.constexpr = tokens_layout(BM, WN, WM)
+    EL: gl.constexpr = metadata_layout(BN, WN, WM)
     CL: gl.constexpr = accumulator_layout(BN, BM, WN, WM)
-    ASM: gl.constexpr = mma_sp(BN // WN // 16, BM // WM // 8, BK // 32, DT)
+    ASM: gl.constexpr = mma_sp(BN // WN // 16, BM // WM // 8, DT)
     SA: gl.constexpr = gl.SwizzledSharedLayout(4, 1 if BK >= 128 else 2, 8 if BK >= 128 else 4, [1, 0])
     SX: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     SE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -139,11 +135,13 @@ def gemm(
     for step in range(steps):
         async_copy.wait_group(STAGES - 2)
         slot = step % STAGES
-        a = sa.index(slot).load(AL)
-        x = sx.index(slot).load(XL)
-        e = se.index(slot).load(EL)
         ahead = step + STAGES - 1
         fetch(A_ptr, E_ptr, X_ptr, sa, se, sx, n0, m0, ahead, steps, ahead % STAGES, M, K, ldx, BK, WARPS)
-        acc = gl.inline_asm(ASM, ("=&f", "f", "r", "r", "r"), [acc, a, x, e], acc.type, is_pure=True)
+        # 32 columns at a time: the fragments of a whole step would take twice the registers.
+        for k in gl.static_range(BK // 32):
+            a = sa.index(slot).slice(k * 8, 8, 1).load(AL)
+            x = sx.index(slot).slice(k * 16, 16, 1).load(XL)
+            e = se.index(slot).slice(k, 1, 1).load(EL)
+            acc = gl.inline_asm(ASM, ("=&f", "f", "r", "r", "r"), [acc, a, x, e], acc.type, is_pure=True)
     async_copy.wait_group(0)
     finish(acc, n0, m0, bias_ptr, scale_ptr, res_ptr, Y_ptr, M, N, ldy, ldr, ACT, WARPS)

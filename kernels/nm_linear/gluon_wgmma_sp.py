@@ -141,8 +141,8 @@ def gemm(
 ):  # fmt: skip
     """Y (M, N) = activation(X (M, K) W' + bias) * scale + residual.
 
-    wd describes the kept values (rows, columns / 2) in boxes (BN, 64), xd the activations (M, K) in boxes (BM, 64); what
-    lies outside them reads as zero. bias, scale, residual may be None. Programs run features fastest.
+    wd describes the kept values (rows, columns / 2) in boxes (BN, 64), xd the activations (M, K) in boxes (BM, 64);
+    what lies outside them reads as zero. bias, scale, residual may be None. Programs run features fastest.
     """
     BN: gl.constexpr = wd.block_shape[0]
     BM: gl.constexpr = xd.block_shape[0]

@@ -6,7 +6,6 @@ in ``bench/kernel_matrix.py``.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 
@@ -50,9 +49,10 @@ _ALL, _BIG, _SMALL = (80, 86, 89, 90, 100), (80, 90, 100), (86, 89)
 # Compute capability 8.6 and 8.9 have 99 KiB of shared memory a block, 8.0 has 163, 9.0 and 10.0 have 227.
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 TILES: tuple[Tile, ...] = (
-    Tile("gluon_mma_sp", 128, 128, 64, 4, 2, 4, _BIG),
-    Tile("gluon_mma_sp", 128, 128, 64, 4, 2, 3, _SMALL),
-    Tile("gluon_mma_sp", 128, 64, 64, 4, 1, 4, _ALL),
+    Tile("gluon_mma_sp", 256, 128, 64, 4, 2, 4, _BIG),
+    Tile("gluon_mma_sp", 256, 128, 64, 4, 2, 2, _SMALL),
+    Tile("gluon_mma_sp", 128, 128, 64, 2, 4, 3, _ALL),
+    Tile("gluon_mma_sp", 128, 64, 64, 2, 2, 4, _ALL),
     Tile("gluon_mma_sp", 64, 64, 128, 2, 2, 3, _ALL),
     Tile("gluon_mma_sp", 64, 32, 128, 2, 2, 4, _ALL),
     Tile("gluon_mma_sp", 64, 16, 128, 2, 2, 5, _ALL),

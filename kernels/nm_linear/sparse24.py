@@ -1,4 +1,4 @@
-"""2:4 weights as NVIDIA's sparse tensor cores read them: kept values, and two bits a kept value that say where it stood.
+"""2:4 weights as NVIDIA's sparse tensor cores read them: kept values, and two bits each that say where they stood.
 
 Rows are padded with zeros to a multiple of :data:`ROWS_UNIT` and columns to one of :data:`COLUMNS_UNIT`, so that every
 tile of the kernels is full and one packed weight serves all of them. The eight positions of sixteen dense columns make
