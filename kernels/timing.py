@@ -197,7 +197,7 @@ def _wall_clock(run: Callable[[], Any], calls: int) -> float:
 
 
 class _CudaClock:
-    """Seconds that a GPU takes for so many calls, replayed from a graph (or, where they can't be captured, launched)."""
+    """Seconds that a GPU takes for so many calls, replayed from a graph, or launched where they can't be captured."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

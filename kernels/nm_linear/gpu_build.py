@@ -22,7 +22,8 @@ from typing import Any
 
 from mpcompile.kernels.nm_linear.gpu_tiles import TILES, Tile
 
-SPARSE = {"gluon_mma_sp": r"\bHMMA\.SP\.16832\.F32(\.BF16)?", "gluon_wgmma_sp": r"\bHGMMA\.SP\.64x\d+x32\.F32(\.BF16)?"}
+_SPARSE = {"gluon_mma_sp": r"\bHMMA\.SP\.16832\.F32", "gluon_wgmma_sp": r"\bHGMMA\.SP\.64x\d+x32\.F32"}
+_TYPED = {"fp16": r"(?!\.BF16)\b", "bf16": r"\.BF16\b"}
 DTYPES = {"fp16": "fp16", "bf16": "bf16"}
 EPILOGUES = ("none", "bias", "relu", "gelu", "gelu_tanh", "silu", "res", "scale_res")
 _DIVISIBLE = [["tt.divisibility", 16]]
@@ -79,7 +80,7 @@ def source_of(build: Build) -> Any:
         kernel = gluon_mma_sp.gemm
         signature |= {"A_ptr": "*i32", "E_ptr": "*i32", "X_ptr": "*i32"}
         constants |= {"BN": tile.n, "BM": tile.m, "BK": tile.k, "WN": tile.warps_n, "WM": tile.warps_m}
-        numbers = ("M", "N", "K", "steps", "ldx", "ldy", "ldr")
+        numbers: tuple[str, ...] = ("M", "N", "K", "steps", "ldx", "ldy", "ldr")
     else:
         from triton.experimental.gluon import language as gl
 
@@ -153,7 +154,7 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
         "registers": int(usage["REG"]),
         "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
         "smem_bytes": int(made.metadata.shared),
-        "sparse_instructions": len(re.findall(SPARSE[build.kernel], sass)),
+        "sparse_instructions": len(re.findall(_SPARSE[build.kernel] + _TYPED[build.dtype], sass)),
         "instructions": {name: opcodes[name] for name in ("LDSM", "LDGSTS", "UTMALDG", "STG", "LDL", "STL", "BAR")},
     }
     return record
