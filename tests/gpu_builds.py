@@ -42,7 +42,7 @@ def environment() -> dict[str, str]:
     """What a process needs to import a Triton that compiles the kernels; fails the test where there is none."""
     if old_triton() is None:
         return dict(os.environ)
-    folder = Path(os.environ.get("MPCOMPILE_TRITON") or ROOT / ".triton")
+    folder = Path(os.environ.get("MPCOMPILE_TRITON") or ROOT / ".triton").resolve()
     if not (folder / "triton" / "__init__.py").is_file():
         pytest.fail(
             f"{old_triton()}, and there is no newer one in {folder}: run `make test`, or "

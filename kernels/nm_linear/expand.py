@@ -40,8 +40,10 @@ def tile(m: int, n: int) -> tuple[int, int, int]:
     return tokens, features, 128 if tokens == 16 else 64
 
 
-def launch(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    """x (..., K) times the packed weight, plus bias: the kernel, on tensors where Triton runs it."""
+def launch(
+    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int, wrap: Callable[[Any], Any]
+) -> Tensor:
+    """x (..., K) times the packed weight, plus bias, by the kernel; ``wrap`` makes it visible to Inductor."""
     from mpcompile.kernels.nm_linear.expand_kernel import expand
 
     k, out = x.shape[-1], values.shape[0]
@@ -51,8 +53,7 @@ def launch(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int
     if y.numel():
         bm, bn, bk = tile(len(rows), out)
         grid = (-(-len(rows) // bm) * -(-out // bn),)
-        kernel: Any = torch.library.wrap_triton(expand) if x.is_cuda else expand
-        kernel[grid](
+        wrap(expand)[grid](
             rows, values, words, bias, y, len(rows), out, k, values.shape[1], words.shape[1], rows.stride(0),
             NV=n, MG=m, SPAN=groups_per_word(m) * m, BM=bm, BN=bn, BK=bk, num_warps=4,
         )  # fmt: skip
@@ -61,12 +62,9 @@ def launch(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int
 
 @torch.library.triton_op("mpcompile::nm_expand", mutates_args={})
 def nm_expand(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    return launch(x, values, words, bias, n, m)
-
-
-@nm_expand.register_kernel("cpu")
-def _(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    return reference.nm_linear(x, values, words, bias, n, m, x.shape[-1])
+    if x.device.type == "cpu":  # where what was lowered for a GPU is traced or run without one
+        return reference.nm_linear(x, values, words, bias, n, m, x.shape[-1])
+    return launch(x, values, words, bias, n, m, torch.library.wrap_triton)
 
 
 class ExpandEngine:
