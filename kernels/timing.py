@@ -181,7 +181,7 @@ def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[st
     """
     with _quiet(spec, threads):
         runs = list(_runs(bucketed(spec), engines))
-        clock = _CudaClock(spec.device) if spec.device.type == "cuda" else _wall_clock
+        clock = CudaClock(spec.device) if spec.device.type == "cuda" else wall_clock
         medians = _race([run for _, run in runs], clock)
     best: dict[str, float] = {}
     for (name, _), median in zip(runs, medians, strict=True):
@@ -189,14 +189,15 @@ def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[st
     return best
 
 
-def _wall_clock(run: Callable[[], Any], calls: int) -> float:
+def wall_clock(run: Callable[[], Any], calls: int) -> float:
+    """Seconds that so many calls in a row take."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
     return time.perf_counter() - start
 
 
-class _CudaClock:
+class CudaClock:
     """Seconds that a GPU takes for so many calls, replayed from a graph, or launched where they can't be captured."""
 
     def __init__(self, device: torch.device) -> None:

@@ -12,20 +12,25 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpcompile.errors import InputError
+from mpcompile.kernels.nm_linear.gpu_launch import old_triton
 from mpcompile.kernels.nm_linear.gpu_tiles import TILES, Tile
 
 _SPARSE = {"gluon_mma_sp": r"\bHMMA\.SP\.16832\.F32", "gluon_wgmma_sp": r"\bHGMMA\.SP\.64x\d+x32\.F32"}
 _TYPED = {"fp16": r"(?!\.BF16)\b", "bf16": r"\.BF16\b"}
 DTYPES = {"fp16": "fp16", "bf16": "bf16"}
 EPILOGUES = ("none", "bias", "relu", "gelu", "gelu_tanh", "silu", "res", "scale_res")
+_BATCH = 12  # builds of one process: importing torch takes as long as compiling three
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -158,6 +163,65 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
         "instructions": {name: opcodes[name] for name in ("LDSM", "LDGSTS", "UTMALDG", "STG", "LDL", "STL", "BAR")},
     }
     return record
+
+
+def environment(folder: Path | None = None) -> dict[str, str]:
+    """Variables of a process that can import a Triton with ``gl.inline_asm``.
+
+    Args:
+        folder: where a newer Triton was installed with ``pip install --no-deps --target``; by default what
+            ``MPCOMPILE_TRITON`` names. It isn't needed where the installed Triton is new enough.
+
+    Raises:
+        InputError: there is none.
+    """
+    reason = old_triton()
+    if reason is None:
+        return dict(os.environ)
+    given = folder or Path(os.environ.get("MPCOMPILE_TRITON") or ".triton")
+    if not (given / "triton" / "__init__.py").is_file():
+        raise InputError(
+            f"{reason}, and there is no newer one in {given}",
+            hint=f"`pip install --no-deps --target {given} 'triton>=3.9'`, or name its folder in MPCOMPILE_TRITON",
+        )
+    path = [str(given.resolve()), *sys.path[1:], os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in path if part)}
+
+
+def compile_all(
+    builds: Sequence[Build], folder: Path, triton: Path | None = None, jobs: int = 2
+) -> Iterator[tuple[Build, dict[str, Any]]]:
+    """Compile in processes of their own, which may use a newer Triton than this one; cubins and PTX go into ``folder``.
+
+    Yields:
+        Each build with its record (see :func:`record_of`), in no particular order.
+
+    Raises:
+        InputError: no Triton that can, or a process that died.
+    """
+    env, running, waiting = environment(triton), [], [builds[i : i + _BATCH] for i in range(0, len(builds), _BATCH)]
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = iter(enumerate(waiting))
+    while True:
+        while len(running) < jobs and (following := next(batches, None)) is not None:
+            number, part = following
+            out, file = folder / f"{number:03d}", folder / f"{number:03d}.json"
+            file.write_text(json.dumps([dataclasses.asdict(build) for build in part]))
+            command = [sys.executable, "-m", "mpcompile.kernels.nm_linear.gpu_build", str(file), str(out)]
+            log = (folder / f"{number:03d}.log").open("w+")
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            running.append((part, out, process, log))
+        if not running:
+            return
+        part, out, process, log = running.pop(0)
+        process.wait()
+        with log:
+            if process.returncode:
+                log.seek(0)
+                raise InputError("compiling GPU kernels failed", found=log.read()[-2000:])
+        for build, record in zip(part, json.loads((out / "records.json").read_text()), strict=True):
+            paths = {kind: str(out / f"{build.name}.{kind}") for kind in ("ptx", "cubin")}
+            yield build, record if "error" in record else record | paths
 
 
 def main(argv: list[str]) -> int:
