@@ -11,7 +11,7 @@ import pytest
 
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_linear.gpu_build import EPILOGUES, Build, compile_all
-from mpcompile.kernels.nm_linear.gpu_tiles import TILES
+from mpcompile.kernels.nm_linear.gpu_tiles import TILES, tiles_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,13 @@ EXTRA = [  # for the emulator: features that aren't a multiple of 16, and everyt
     Build("gluon_mma_sp", "128x64x64s4", "bf16", "gelu", 80),
     Build("gluon_wgmma_sp", "128x64x128s5", "fp16", "scale_res", 90, aligned=False),
 ]
-BUILDS = [*covering(), *EXTRA]
+CONVOLUTIONS = [
+    Build("gluon_mma_conv", tile.name, dtype, epilogue, tile.arch[0])
+    for tile, (dtype, epilogue) in zip(
+        tiles_of("gluon_mma_conv"), (("fp16", "res"), ("bf16", "relu"), ("fp16", "none"), ("bf16", "silu")), strict=True
+    )
+]
+BUILDS = [*covering(), *EXTRA, *CONVOLUTIONS]
 
 
 @functools.cache

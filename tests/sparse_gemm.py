@@ -98,7 +98,7 @@ class EmulatedKernel:
         for block in range(blocks):
             at = block + self.first * (blocks // -(-y.shape[0] // tile.m))
             Block(program, parameters, memory, self.record["smem_bytes"], (at, 0, 0), **self.how).run()
-        y.view(torch.uint8).copy_(torch.from_numpy(memory.get(places[6])).view(y.shape[0], -1))
+        y.view(-1).view(torch.uint8).copy_(torch.from_numpy(memory.get(places[6])))
 
 
 @contextlib.contextmanager

@@ -32,11 +32,11 @@ def test_a_build_is_sparse_and_fits(build, records):
     record, tile = records[build], build.cut
     assert "error" not in record, record["error"]
     warps = tile.n // tile.warps_n // 16 * (tile.m // tile.warps_m // 8) * (tile.k // 32)
-    expected = warps if build.kernel == "gluon_mma_sp" else tile.n // (tile.warps // 4) // 64 * (tile.k // 32)
+    expected = warps if build.kernel != "gluon_wgmma_sp" else tile.n // (tile.warps // 4) // 64 * (tile.k // 32)
     assert record["sparse_instructions"] == expected
     assert record["spill_bytes"] <= SPILL
     assert record["smem_bytes"] <= SHARED_BYTES[build.arch]
     assert tile.stage_bytes * tile.stages <= record["smem_bytes"]
     assert record["registers"] * record["threads"] <= 65536
-    fetches = record["instructions"]["LDGSTS" if build.kernel == "gluon_mma_sp" else "UTMALDG"]
+    fetches = record["instructions"]["UTMALDG" if build.kernel == "gluon_wgmma_sp" else "LDGSTS"]
     assert fetches > 0

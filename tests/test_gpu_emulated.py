@@ -4,19 +4,23 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear import sparse24
-from mpcompile.kernels.nm_linear.gpu_build import Build
-from tests.gpu_builds import BUILDS, EXTRA, compiled
+from mpcompile.kernels.nm_linear import gpu_launch, layouts, sparse24
+from mpcompile.kernels.nm_linear.gpu_build import Build, parts_of
+from mpcompile.kernels.nm_linear.packed import activate
+from mpcompile.passes.mask import top_n
+from tests.gpu_builds import BUILDS, CONVOLUTIONS, EXTRA, compiled
 from tests.helpers import relative
 from tests.ptx_emulator import Fault
-from tests.sparse_gemm import LAYOUTS, TOLERANCE, Problem, run
+from tests.sparse_gemm import HALF, LAYOUTS, TOLERANCE, EmulatedKernel, Problem, emulated, run
 
 ROUGH, WIDE_MMA, WIDE_WGMMA = EXTRA
 ON = {"gluon_mma_sp": 80, "gluon_wgmma_sp": 90}
 # One build of each tile; those for 8.6 alone are emulated as they are.
-EACH = list({(b.kernel, b.tile): b for b in reversed(BUILDS) if b.arch in (ON[b.kernel], 86) and b.aligned}.values())
+PRODUCTS = [b for b in BUILDS if b.kernel in ON and b.aligned and b.arch in (ON[b.kernel], 86)]
+EACH = list({(b.kernel, b.tile): b for b in reversed(PRODUCTS)}.values())
 WAYS = {"eager": {}, "lazy": {"lazy": True}}
 
 
@@ -72,6 +76,34 @@ def test_rows_that_lie_apart(records):
     assert not held.x.is_contiguous()
     found = run(ROUGH, records[ROUGH], held)
     assert torch.equal(found, run(ROUGH, records[ROUGH], problem))
+
+
+@pytest.mark.parametrize("build", CONVOLUTIONS, ids=lambda build: build.name)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1)), ((2, 3), (1, 2), (0, 2), (2, 1))],
+)
+def test_convolutions_gather_their_pixels(build, kernel, stride, padding, dilation, records):
+    """Edges, strides and dilations, two images; the packed weight's columns end within a step of padding (9 x 64)."""
+    dtype, (act, bias, _, res) = HALF[build.dtype], parts_of(build.epilogue)
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, shape = values(2, 64, 7, 6), (build.cut.n - 16, 64, *kernel)
+    weight = values(*shape) / (64 * kernel[0] * kernel[1]) ** 0.5
+    rows = layouts.to_rows(values(*shape))
+    mask = layouts.from_rows(top_n(rows.unflatten(-1, (-1, 4)), 2).flatten(-2), shape)
+    exact = F.conv2d(x.double(), (weight * mask).double(), None, stride, padding, dilation)
+    b, r = values(shape[0]) if bias else None, values(*exact.shape) if res else None
+    exact = exact if b is None else exact + b.double()[:, None, None]
+    exact = activate(exact, act) if r is None else activate(exact, act) + r.double()
+    packed = sparse24.pack(weight, mask, sparse24.MMA_SP)
+    with emulated(EmulatedKernel(build, records[build], lazy=True)):
+        axes = (stride, padding, dilation)
+        found = gpu_launch.convolution(x, *packed, b, r, axes, shape, act, tile=build.cut)
+    assert found.shape == exact.shape and relative(found, exact) < TOLERANCE[build.dtype]
 
 
 # --- Controls: what is wrong has to be noticed ---

@@ -72,7 +72,10 @@ def test_reasons_are_named(gpu):
     grouped = dataclasses.replace(CONV, geometry=([1, 1], [0, 0], [1, 1], 2))
     assert MMA.supports(grouped) == "grouped convolution"
     wide = dataclasses.replace(CONV, shape=(64, 256, 3, 3))
-    assert MMA.supports(wide) == "convolution other than 1x1"
+    assert MMA.supports(wide) is None
+    assert WGMMA.supports(wide) == CUSPARSELT.supports(wide) == "convolution other than 1x1"
+    narrow = dataclasses.replace(wide, shape=(64, 96, 3, 3))
+    assert MMA.supports(narrow) == "96 input channels of a convolution don't divide by 64"
     assert CUSPARSELT.supports(dataclasses.replace(SPEC, shape=(770, 3072))) == "770 outputs don't divide by 16"
 
 

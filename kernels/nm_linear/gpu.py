@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear import gpu_launch, sparse24
+from mpcompile.kernels.nm_linear.gpu_tiles import CONV_CHANNELS
 
 if TYPE_CHECKING:
     from mpcompile.kernels.dispatch import LayerSpec
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def unsupported(spec: LayerSpec) -> str | None:
-    """Why no 2:4 kernel runs a layer, whatever the GPU; or None."""
+def unsupported(spec: LayerSpec, layout: int | None = None) -> str | None:
+    """Why a 2:4 kernel (of a layout of sparse24, or the library's) runs no such layer, whatever the GPU; or None."""
     if spec.device.type != "cuda":
         return f"device {spec.device.type}"
     if spec.dtype not in HALVES:
@@ -30,8 +31,10 @@ def unsupported(spec: LayerSpec) -> str | None:
     if spec.geometry is not None:
         if spec.geometry[3] != 1:
             return "grouped convolution"
-        if tuple(spec.shape[2:]) != (1, 1):
+        if tuple(spec.shape[2:]) != (1, 1) and layout != sparse24.MMA_SP:
             return "convolution other than 1x1"
+        if tuple(spec.shape[2:]) != (1, 1) and not gpu_launch.direct(spec.shape, layout):
+            return f"{spec.shape[1]} input channels of a convolution don't divide by {CONV_CHANNELS}"
     return None
 
 
@@ -42,7 +45,7 @@ class TensorCoreEngine:
         self.layout, self.name = layout, gpu_launch.KERNELS[layout]
 
     def supports(self, spec: LayerSpec) -> str | None:
-        return unsupported(spec) or gpu_launch.missing(spec.device.index, self.layout)
+        return unsupported(spec, self.layout) or gpu_launch.missing(spec.device.index, self.layout)
 
     def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         values, index = sparse24.pack(weight, mask, self.layout)

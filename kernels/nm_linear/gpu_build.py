@@ -24,9 +24,9 @@ from typing import Any
 
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_linear.gpu_launch import old_triton
-from mpcompile.kernels.nm_linear.gpu_tiles import TILES, Tile
+from mpcompile.kernels.nm_linear.gpu_tiles import Tile, tiles_of
 
-_SPARSE = {"gluon_mma_sp": r"\bHMMA\.SP\.16832\.F32", "gluon_wgmma_sp": r"\bHGMMA\.SP\.64x\d+x32\.F32"}
+_SPARSE = {"mma": r"\bHMMA\.SP\.16832\.F32", "wgmma": r"\bHGMMA\.SP\.64x\d+x32\.F32"}
 _TYPED = {"fp16": r"(?!\.BF16)\b", "bf16": r"\.BF16\b"}
 DTYPES = {"fp16": "fp16", "bf16": "bf16"}
 EPILOGUES = ("none", "bias", "relu", "gelu", "gelu_tanh", "silu", "res", "scale_res")
@@ -60,7 +60,7 @@ class Build:
 
     @property
     def cut(self) -> Tile:
-        return next(tile for tile in TILES if (tile.kernel, tile.name) == (self.kernel, self.tile))
+        return next(tile for tile in tiles_of(self.kernel) if tile.name == self.tile)
 
 
 def parts_of(epilogue: str) -> tuple[str, bool, bool, bool]:
@@ -79,13 +79,13 @@ def source_of(build: Build) -> Any:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     kernel: Any
-    if build.kernel == "gluon_mma_sp":
-        from mpcompile.kernels.nm_linear import gluon_mma_sp
+    if build.kernel != "gluon_wgmma_sp":
+        from mpcompile.kernels.nm_linear import gluon_mma_conv, gluon_mma_sp
 
-        kernel = gluon_mma_sp.gemm
+        kernel = (gluon_mma_conv if build.kernel == "gluon_mma_conv" else gluon_mma_sp).gemm
         signature |= {"A_ptr": "*i32", "E_ptr": "*i32", "X_ptr": "*i32"}
         constants |= {"BN": tile.n, "BM": tile.m, "BK": tile.k, "WN": tile.warps_n, "WM": tile.warps_m}
-        numbers: tuple[str, ...] = ("M", "N", "K", "steps", "ldx", "ldy", "ldr")
+        numbers = tuple(name for name in kernel.arg_names if not name.endswith("_ptr"))
     else:
         from triton.experimental.gluon import language as gl
 
@@ -105,10 +105,11 @@ def source_of(build: Build) -> Any:
             constants[name] = None
     signature["Y_ptr"] = f"*{half}"
     signature |= dict.fromkeys(numbers, "i32")
+    numbers = tuple(name for name in numbers if name not in constants and name not in ("STAGES", "ACT", "DT"))
     constants |= {"STAGES": tile.stages, "ACT": act, "DT": {"fp16": "f16"}.get(half, half)}
     order = kernel.arg_names
     signature = {name: signature.get(name, "constexpr") for name in order}
-    rows = ("K", "ldx", "N", "ldy", "ldr") if build.aligned else ("K", "ldx")
+    rows = ("K", "ldx", "C", "N", "ldy", "ldr") if build.aligned else ("K", "ldx", "C")
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in rows]
     return GluonASTSource(
         kernel,
@@ -159,7 +160,7 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
         "registers": int(usage["REG"]),
         "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
         "smem_bytes": int(made.metadata.shared),
-        "sparse_instructions": len(re.findall(_SPARSE[build.kernel] + _TYPED[build.dtype], sass)),
+        "sparse_instructions": len(re.findall(_SPARSE[build.kernel.split("_")[1]] + _TYPED[build.dtype], sass)),
         "instructions": {name: opcodes[name] for name in ("LDSM", "LDGSTS", "UTMALDG", "STG", "LDL", "STL", "BAR")},
     }
     return record

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_linear import gpu_model, packed, sparse24
-from mpcompile.kernels.nm_linear.gpu_tiles import Tile, family
+from mpcompile.kernels.nm_linear.gpu_tiles import CONV_CHANNELS, Tile, family
 from mpcompile.kernels.nm_linear.sparse24 import MMA_SP, WGMMA_SP
 
 KERNELS = {MMA_SP: "gluon_mma_sp", WGMMA_SP: "gluon_wgmma_sp"}
@@ -106,6 +107,11 @@ def check(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> N
         sparse24.check(values, index)
 
 
+def _fits_tile(tile: Tile, rows: int) -> None:
+    if rows % tile.n:
+        raise InputError("a tile reaches beyond the packed weight", expected=f"rows in {tile.n}s", found=rows)
+
+
 def launch(
     x: Tensor,
     values: Tensor,
@@ -125,6 +131,7 @@ def launch(
     """
     (m, k), n = x.shape, y.shape[1]
     rows, columns = sparse24.padded((n, k))
+    _fits_tile(tile, rows)
     grid = (-(-n // tile.n) * -(-m // tile.m),)
     if grid[0] > _TALL_GRID:
         raise InputError(
@@ -152,10 +159,10 @@ def launch(
         )  # fmt: skip
 
 
-def tile_of(layout: int, m: int, n: int, k: int, device: torch.device) -> Tile:
+def tile_of(kernel: str, m: int, n: int, k: int, device: torch.device) -> Tile:
     """The tile that a product takes on a GPU."""
     arch, processors = _device(torch.cuda.current_device() if device.index is None else device.index)
-    tile = gpu_model.choose_tile(KERNELS[layout], m, n, k, arch, processors)
+    tile = gpu_model.choose_tile(kernel, m, n, k, arch, processors)
     assert tile is not None  # the tables hold a tile of 128 features or fewer for each kernel and architecture
     return tile
 
@@ -194,7 +201,7 @@ def product(
         if residual is not None:
             residual = residual.to(y.dtype).expand(y.shape).contiguous().view(-1, out)
         bias, scale = _row(bias, out, x.dtype), _row(scale, out, x.dtype)
-        tile = tile or tile_of(layout, len(flat), out, k, x.device)
+        tile = tile or tile_of(KERNELS[layout], len(flat), out, k, x.device)
         launch(flat, values, index, bias, scale, residual, y.view(-1, out), layout, activation, tile)
     return y
 
@@ -221,14 +228,76 @@ def _last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def direct(shape: Sequence[int], layout: int) -> bool:
+    """Whether a convolution other than 1x1 has a kernel."""
+    return layout == MMA_SP and shape[1] % CONV_CHANNELS == 0
+
+
+def convolution(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    axes: Sequence[Sequence[int]],
+    shape: Sequence[int],
+    activation: str,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """x (B, C, H, W) -> activation(conv + bias) + residual, channels last, by implicit GEMM.
+
+    Args:
+        axes: stride, padding, dilation.
+        shape: (out, C, kh, kw), C a multiple of :data:`CONV_CHANNELS`.
+
+    Raises:
+        InputError: see :func:`check`.
+    """
+    out, channels, kh, kw = shape
+    stride, padding, dilation = axes
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    check(pixels, values, index, tuple(shape))
+    height, width = (
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    y = x.new_empty((x.shape[0], height, width, out))
+    m = y.numel() // max(1, out)
+    if m == 0 or min(height, width) < 1:
+        return y.permute(0, 3, 1, 2)
+    if x.shape[2] * x.shape[3] >= _LIMIT // max(1, channels):
+        raise InputError("an image too large", expected=f"fewer than {_LIMIT} elements each", found=tuple(x.shape))
+    if residual is not None:
+        residual = residual.to(y.dtype).permute(0, 2, 3, 1).expand(y.shape).contiguous()
+    pixels = pixels if pixels.data_ptr() % 16 == 0 else pixels.clone()
+    if tile is None:
+        tile = tile_of("gluon_mma_conv", m, out, channels * kh * kw, x.device)
+    _fits_tile(tile, sparse24.padded(shape)[0])
+    kernel = _kernel("gluon_mma_conv").gemm[(-(-out // tile.n) * -(-m // tile.m),)]
+    with torch.cuda.device(x.device):
+        kernel(
+            values.view(torch.int32), index.view(torch.int32), pixels.view(torch.int32), _row(bias, out, x.dtype), None,
+            residual, y, m, out, channels, sparse24.padded(shape)[1] // tile.k, out, 0 if residual is None else out,
+            x.shape[2], x.shape[3], height, width, kw, kh * kw, *stride, *padding, *dilation,
+            BN=tile.n, BM=tile.m, BK=tile.k, WN=tile.warps_n, WM=tile.warps_m, STAGES=tile.stages, ACT=activation,
+            DT=_DTYPES[x.dtype], num_warps=tile.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y.permute(0, 3, 1, 2)
+
+
 def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *rest: Any) -> Tensor:
-    """1x1 convolutions are products over the pixels of a channels-last batch."""
-    stride, padding, _, _, _, shape, layout, activation = rest
+    """1x1 convolutions are products over the pixels of a channels-last batch; others gather their pixels."""
+    stride, padding, dilation, _, _, shape, layout, activation = rest
     if x.dim() != 4 or x.shape[1] != shape[1]:
         raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
     order = torch.channels_last if _last(x) else torch.contiguous_format
-    if not _runs(x, layout) or list(shape[2:]) != [1, 1]:
+    pointwise = list(shape[2:]) == [1, 1]
+    if not _runs(x, layout) or not (pointwise or direct(shape, layout)):
         y = packed.nm_conv(x, values, index, bias, residual, *rest)
+        return y.contiguous(memory_format=order)
+    if not pointwise:
+        axes = (stride, padding, dilation)
+        y = convolution(x, values, index, bias, residual, axes, shape, activation)
         return y.contiguous(memory_format=order)
     if any(padding):
         x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))

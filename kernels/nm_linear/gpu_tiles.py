@@ -45,6 +45,7 @@ class Tile:
         return self.n * self.k + self.m * self.k * 2 + words
 
 
+CONV_CHANNELS = 64  # input channels of a convolution come in so many at a time
 _ALL, _BIG, _SMALL = (80, 86, 89, 90, 100), (80, 90, 100), (86, 89)
 # Compute capability 8.6 and 8.9 have 99 KiB of shared memory a block, 8.0 has 163, 9.0 and 10.0 have 227.
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
@@ -81,6 +82,13 @@ def family(capability: tuple[int, int]) -> int | None:
     return 100 if major in (10, 11) else 86  # 12.x: consumer parts, with 99 KiB again
 
 
+def tiles_of(kernel: str) -> tuple[Tile, ...]:
+    """The tiles of a kernel. Convolutions take those of ``gluon_mma_sp`` whose steps fit into 64 input channels."""
+    if kernel == "gluon_mma_conv":
+        return tuple(tile for tile in TILES if tile.kernel == "gluon_mma_sp" and tile.k == CONV_CHANNELS)
+    return tuple(tile for tile in TILES if tile.kernel == kernel)
+
+
 def tiles_for(kernel: str, arch: int) -> tuple[Tile, ...]:
     """The tiles of a kernel on an architecture."""
-    return tuple(tile for tile in TILES if tile.kernel == kernel and arch in tile.arch)
+    return tuple(tile for tile in tiles_of(kernel) if arch in tile.arch)
