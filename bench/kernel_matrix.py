@@ -29,7 +29,7 @@ from tqdm import tqdm
 from mpcompile.errors import MPCompileError
 from mpcompile.kernels.nm_linear.gpu_build import EPILOGUES, Build, compile_all
 from mpcompile.kernels.nm_linear.gpu_model import CHIPS, choose_tile, dense_us, predict_us, step_clocks
-from mpcompile.kernels.nm_linear.gpu_tiles import SHARED_BYTES, TILES
+from mpcompile.kernels.nm_linear.gpu_tiles import SHARED_BYTES, tiles_of
 
 try:
     from bench import common
@@ -37,16 +37,17 @@ except ImportError:  # run as a file
     import common
 
 SPILL = 16
+KERNELS = ("gluon_mma_conv", "gluon_mma_sp", "gluon_wgmma_sp")
 WIDTHS = {"ViT-S": 384, "ViT-B": 768, "ViT-L": 1024}
 TOKENS = (197, 1576, 12608, 25216, 50432)
 
 
-def matrix(archs: list[int], kernels: list[str]) -> list[Build]:
-    """Every tile on every architecture it is for, in both dtypes, with every epilogue."""
-    tiles = [(tile, arch) for tile in TILES for arch in tile.arch if arch in archs and tile.kernel in kernels]
+def matrix(archs: list[int], kernels: list[str], epilogues: list[str]) -> list[Build]:
+    """Every tile on every architecture it is for, in both dtypes, with the epilogues named."""
+    tiles = [(name, tile, arch) for name in kernels for tile in tiles_of(name) for arch in tile.arch if arch in archs]
     return [
-        Build(tile.kernel, tile.name, dtype, epilogue, arch)
-        for (tile, arch), dtype, epilogue in itertools.product(tiles, ("fp16", "bf16"), EPILOGUES)
+        Build(name, tile.name, dtype, epilogue, arch)
+        for (name, tile, arch), dtype, epilogue in itertools.product(tiles, ("fp16", "bf16"), epilogues)
     ]
 
 
@@ -101,7 +102,8 @@ def roofline() -> list[dict[str, Any]]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_BYTES), default=list(SHARED_BYTES))
-    parser.add_argument("--kernels", nargs="+", choices=sorted({t.kernel for t in TILES}), help="(all)")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="(all)")
+    parser.add_argument("--epilogues", nargs="+", choices=EPILOGUES, default=list(EPILOGUES), help="(all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the records go (bench/results/)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep cubins and PTX there")
     parser.add_argument("--triton", type=Path, metavar="FOLDER", help="a newer Triton, where the installed one is old")
@@ -122,18 +124,19 @@ def main(argv: list[str] | None = None) -> int:
         where = args.json or common.RESULTS / "gpu_roofline.json"
         print(f"figures: {common.save(where.stem, rows, where.parent)}")
         return 0
-    kernels = args.kernels or sorted({tile.kernel for tile in TILES})
-    builds, records = matrix(args.arch, kernels), []
+    builds, records = matrix(args.arch, args.kernels, args.epilogues), []
+    where = args.json or common.RESULTS / "kernel_matrix.json"
     with tempfile.TemporaryDirectory() as scratch:
         try:
             made = compile_all(builds, args.keep or Path(scratch), args.triton, args.jobs)
             for _, record in tqdm(made, total=len(builds), desc="compile", unit="build", disable=None):
                 records.append({k: v for k, v in record.items() if args.keep or k not in ("ptx", "cubin")})
+                if len(records) % 24 == 0:
+                    common.save(where.stem, records, where.parent)
         except MPCompileError as error:
             print(error, file=sys.stderr)
             return 2
     print(summary(records))
-    where = args.json or common.RESULTS / "kernel_matrix.json"
     print(f"figures: {common.save(where.stem, records, where.parent)}")
     wrong = [(record, why) for record in records if (why := complaint(record)) is not None]
     for record, why in wrong:

@@ -61,6 +61,7 @@ def test_reasons_are_named(gpu):
         ({"dtype": torch.float32}, "dtype float32 (fp16 and bf16 have kernels)"),
         ({"pattern": Pattern(8, 16)}, "pattern 8:16 (sparse tensor cores run 2:4)"),
         ({"shape": (768, 3080)}, "3080 inputs don't divide by 16"),
+        ({"shape": (10, 3072)}, "fewer than 16 outputs"),
         ({"device": torch.device("cpu")}, "device cpu"),
     ):
         spec = dataclasses.replace(SPEC, **change)
@@ -247,6 +248,13 @@ def test_operators_hold_under_opcheck():
     torch.library.opcheck(torch.ops.mpcompile.nm_expand.default, (x, held, words, None, 2, 4))
     x, keys, size = torch.randn(2, 9, 8), torch.randn(2, 2, 9, 4), torch.ones(2, 9, 1)
     torch.library.opcheck(torch.ops.mpcompile.token_merge_fused.default, (x, keys, size, 2, 1))
+
+
+def test_expansion_refuses_what_does_not_fit():
+    values, words = torch.zeros(8, 16), torch.zeros(8, 4, dtype=torch.uint8)
+    for x, held, bits in ((torch.zeros(2, 36), values, words), (torch.zeros(2, 32), values[:, :8], words)):
+        with pytest.raises(InputError, match="packed weights don't fit"):
+            expand.launch(x, held, bits, None, 2, 4, lambda kernel: kernel)
 
 
 def test_a_build_is_named_by_what_it_is():

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpcompile.kernels.nm_format import MAX_M, groups_per_word, pack
+from mpcompile.errors import InputError
+from mpcompile.kernels.nm_format import MAX_M, groups_per_word, pack, word_count
 from mpcompile.kernels.nm_linear import reference
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ def launch(
     from mpcompile.kernels.nm_linear.expand_kernel import expand
 
     k, out = x.shape[-1], values.shape[0]
+    if values.shape != (out, k // m * n) or words.shape != (out, word_count(k, m)) or k % m:
+        found = f"values {tuple(values.shape)}, words {tuple(words.shape)}"
+        raise InputError(
+            f"packed weights don't fit {k} inputs {n}:{m}", expected="what nm_format.pack makes", found=found
+        )
     y = x.new_empty((*x.shape[:-1], out))
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()

@@ -42,7 +42,7 @@ def expand(
         bit, place = (k % SPAN)[None, :], (k % MG)[None, :]
         kept_here = ((word >> bit) & 1) != 0
         rank = _ones((word >> (bit - place)) & ((1 << place) - 1))
-        source = (k // MG)[None, :] * NV + rank
+        source = (k // MG)[None, :] * NV + tl.minimum(rank, NV - 1)  # words that keep more stay inside the row
         v = tl.load(V + n.to(tl.int64)[:, None] * kept + source, mask=kept_here & inside, other=0.0)
         acc = tl.dot(x, tl.trans(v), acc, input_precision="ieee")
     if B is not None:

@@ -41,7 +41,10 @@ def fetch(
     async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
+_GEOMETRY = ["H", "W", "OH", "OW", "KW", "taps", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w"]
+
+
+@gluon.jit(do_not_specialize=["M", "steps", *_GEOMETRY])
 def gemm(
     A_ptr, E_ptr, X_ptr, bias_ptr, scale_ptr, res_ptr, Y_ptr, M, N, C, steps, ldy, ldr,
     H, W, OH, OW, KW, taps, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,

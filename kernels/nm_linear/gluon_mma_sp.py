@@ -144,7 +144,7 @@ def allocate(BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.co
     return sa, sx, se
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "steps"])
 def gemm(
     A_ptr, E_ptr, X_ptr, bias_ptr, scale_ptr, res_ptr, Y_ptr, M, N, K, steps, ldx, ldy, ldr,
     BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, WN: gl.constexpr, WM: gl.constexpr,

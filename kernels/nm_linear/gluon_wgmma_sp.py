@@ -134,7 +134,7 @@ def multiplying(
     finish(acc, n0, m0, bias_ptr, scale_ptr, res_ptr, Y_ptr, M, N, ldy, ldr, ACT, GROUPS * 4)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "steps"])
 def gemm(
     wd, xd, E_ptr, bias_ptr, scale_ptr, res_ptr, Y_ptr, M, N, steps, ldy, ldr,
     GROUPS: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, DT: gl.constexpr,

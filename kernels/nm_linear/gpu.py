@@ -26,15 +26,18 @@ def unsupported(spec: LayerSpec, layout: int | None = None) -> str | None:
         return f"dtype {str(spec.dtype).removeprefix('torch.')} (fp16 and bf16 have kernels)"
     if spec.pattern != (2, 4):
         return f"pattern {spec.pattern} (sparse tensor cores run 2:4)"
+    if spec.shape[0] < 16:
+        return "fewer than 16 outputs"
     if spec.shape[1] % 16:
         return f"{spec.shape[1]} inputs don't divide by 16"
     if spec.geometry is not None:
         if spec.geometry[3] != 1:
             return "grouped convolution"
-        if tuple(spec.shape[2:]) != (1, 1) and layout != sparse24.MMA_SP:
-            return "convolution other than 1x1"
-        if tuple(spec.shape[2:]) != (1, 1) and not gpu_launch.direct(spec.shape, layout):
-            return f"{spec.shape[1]} input channels of a convolution don't divide by {CONV_CHANNELS}"
+        if tuple(spec.shape[2:]) != (1, 1):
+            if layout != sparse24.MMA_SP:
+                return "convolution other than 1x1"
+            if not gpu_launch.direct(spec.shape, layout):
+                return f"{spec.shape[1]} input channels of a convolution don't divide by {CONV_CHANNELS}"
     return None
 
 

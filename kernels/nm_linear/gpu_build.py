@@ -200,7 +200,8 @@ def compile_all(
     Raises:
         InputError: no Triton that can, or a process that died.
     """
-    env, running, waiting = environment(triton), [], [builds[i : i + _BATCH] for i in range(0, len(builds), _BATCH)]
+    env, waiting = environment(triton), [builds[i : i + _BATCH] for i in range(0, len(builds), _BATCH)]
+    running: list[tuple[Sequence[Build], Path, subprocess.Popen[bytes], Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
     batches = iter(enumerate(waiting))
     while True:
