@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+import mpcompile
+from mpcompile.config import Config
 from mpcompile.errors import InputError
 from mpcompile.kernels import ops, timing
 from mpcompile.kernels.dispatch import GPU_ENGINES, LayerSpec, choose
@@ -12,6 +14,7 @@ from mpcompile.kernels.nm_format import Pattern
 from mpcompile.kernels.nm_linear import cusparselt, expand, gpu_launch, gpu_model, sparse24
 from mpcompile.kernels.nm_linear.gpu_build import Build
 from mpcompile.kernels.nm_linear.gpu_tiles import SHARED_BYTES, TILES, family, tiles_for
+from tests.helpers import images, relative, tiny_vit
 from tests.sparse_gemm import EmulatedKernel, Problem, emulated
 
 SPEC = LayerSpec((768, 3072), torch.bfloat16, torch.device("cuda", 0), Pattern(2, 4), inputs=(8, 197, 3072))
@@ -248,6 +251,25 @@ def test_operators_hold_under_opcheck():
     torch.library.opcheck(torch.ops.mpcompile.nm_expand.default, (x, held, words, None, 2, 4))
     x, keys, size = torch.randn(2, 9, 8), torch.randn(2, 2, 9, 4), torch.ones(2, 9, 1)
     torch.library.opcheck(torch.ops.mpcompile.token_merge_fused.default, (x, keys, size, 2, 1))
+
+
+def test_a_lowered_model_is_fused_saved_and_run(monkeypatch, tmp_path):
+    """The passes, on a CPU, as if the GPU engine took the layers; the operators fall back to plain torch here."""
+    monkeypatch.setattr(
+        type(MMA), "supports", lambda self, spec: None if self is MMA and spec.geometry is None else "not this one"
+    )
+    half = images(2).bfloat16()
+    config = Config(pattern="2:4", engine="gluon_mma_sp", score="magnitude")
+    gm = mpcompile.transform(tiny_vit(embed_dim=64).bfloat16(), half, config).eval()
+    lowered = mpcompile.lower(gm, half, config)
+    nodes = [node for node in lowered.graph.nodes if node.target in ops.NATIVE]
+    assert {node.target for node in nodes} == {ops.nm_gemm, ops.nm_mlp}
+    assert {layout for node in nodes for *_, layout in ops.packed_arguments(node)} == {sparse24.MMA_SP}
+    with torch.no_grad():
+        y = lowered(half)
+        assert relative(y, gm.float()(half.float())) < 2e-2
+        mpcompile.save(lowered, tmp_path / "model.mpc")
+        assert torch.equal(mpcompile.load(tmp_path / "model.mpc")(half), y)
 
 
 def test_expansion_refuses_what_does_not_fit():
