@@ -7,10 +7,12 @@
 #   make demo ARGS=--quick        arguments for `mpcompile demo`; in `make test`, for pytest
 #   make test PYTHON=python3.12   the interpreter a new environment is made with
 #   make test VENV=/tmp/env       where the environment lies
+#   make test TRITON=/tmp/triton  where a newer Triton lies that the tests of GPU kernels compile with, if torch's is old
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+TRITON ?= .triton
 
 ifneq ($(words $(VENV)),1)
 $(error VENV has to be one path without spaces, not '$(VENV)')
@@ -26,8 +28,16 @@ help:
 demo: $(VENV)/.installed-demo
 	$(VPY) -m mpcompile demo $(ARGS)
 
-test: $(VENV)/.installed-test
-	$(VPY) -m pytest $(ARGS)
+test: $(VENV)/.installed-test $(TRITON)/.complete
+	MPCOMPILE_TRITON="$(abspath $(TRITON))" $(VPY) -m pytest $(ARGS)
+
+# The GPU kernels compile, without a GPU, with Triton 3.9. Where torch has brought an older one, a newer one is put beside
+# it for the tests alone: kernels are compiled in processes of their own.
+$(TRITON)/.complete: $(VENV)/.installed-test
+	@"$(VPY)" -c 'from triton.experimental.gluon.language import inline_asm' 2>/dev/null || { \
+	  echo "mpcompile: installing Triton 3.9 into $(TRITON), for the tests of GPU kernels"; \
+	  $(PIP) --no-deps --upgrade --target "$(TRITON)" "triton>=3.9"; }
+	@mkdir -p "$(TRITON)" && touch $@
 
 lint: $(VENV)/.installed-dev
 	$(VPY) -m ruff check .

@@ -19,6 +19,9 @@ from mpcompile.errors import ConfigError
 from mpcompile.kernels import ops, timing
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
 from mpcompile.kernels.nm_linear.cpu import CpuEngine, multiplies_pairs
+from mpcompile.kernels.nm_linear.cusparselt import CuSparseLtEngine
+from mpcompile.kernels.nm_linear.expand import ExpandEngine
+from mpcompile.kernels.nm_linear.gpu import MMA_SP, WGMMA_SP
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,9 @@ class Dense:
         return torch.nn.functional.conv2d, (x, packed["weight"], bias, *spec.geometry)
 
 
-ENGINES: tuple[Engine, ...] = (CpuEngine(), Reference(), Dense())  # the preferred ones first, for want of timings
+# The preferred ones first, for want of timings.
+GPU_ENGINES: tuple[Engine, ...] = (WGMMA_SP, MMA_SP, CuSparseLtEngine(), ExpandEngine())
+ENGINES: tuple[Engine, ...] = (CpuEngine(), *GPU_ENGINES, Reference(), Dense())
 MARGIN = 0.97  # a sparse engine has to take less than this share of the best dense time
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.library import Library
 
 from mpcompile.kernels.nm_linear import native, reference
+from mpcompile.kernels.token_merge import fused
 from mpcompile.kernels.token_merge import reference as merging
 
 NAMESPACE = "mpcompile"
@@ -53,7 +54,7 @@ _DEFINITIONS = (
     ("token_bias(Tensor size, Tensor logits, int start, int dim) -> Tensor", merging.token_bias),
     (
         "token_merge(Tensor x, Tensor keys, Tensor size, int r, int prefix) -> (Tensor, Tensor, Tensor)",
-        merging.token_merge,
+        fused.token_merge,
     ),
     ("token_mean(Tensor x, Tensor size, int start, int dim, bool keepdim) -> Tensor", merging.token_mean),
     (

@@ -4,7 +4,8 @@ The dense bar is the better of what eager torch does and what torch.compile with
 oneDNN or MKL). Token counts are rounded up to four steps an octave, so that models whose blocks have ever fewer tokens
 need few timings. All candidates of a layer are timed together, in interleaved rounds of changing order; the figure is
 the median. Each goes round several copies of its weights and inputs, since in a model a layer finds neither in the
-processor's nearer caches. Convolutions run channels last, as Inductor lays them on CPUs.
+processor's nearer caches. Convolutions run channels last, as Inductor lays them on CPUs. On CUDA, calls are captured in
+a graph and timed by events: what the GPU does, without the time to launch it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import itertools
 import math
 import os
@@ -97,12 +99,22 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def triton_version() -> str:
+    """Of the package that is installed, or "none"."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 @functools.cache
 def machine_key() -> str:
     """Changes with the processor, its instruction set, torch, mpcompile, and the kernels' sources."""
     import mpcompile
 
     parts = [cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__, mpcompile.__version__]
+    if torch.version.cuda is not None:
+        parts += [torch.version.cuda, triton_version()]
     key = hashlib.sha256("\n".join(parts).encode())
     here = Path(__file__)
     sources = [p for p in sorted((here.parent / "nm_linear").iterdir()) if p.suffix in (".py", ".cpp", ".h")]
@@ -173,16 +185,20 @@ def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[st
     """
     with _quiet(spec, threads):
         runs = [(name, _rotating(calls)) for name, calls in _runs(bucketed(spec), engines)]
-        sync = functools.partial(torch.cuda.synchronize, spec.device) if spec.device.type == "cuda" else _nothing
-        medians = _race([run for _, run in runs], sync)
+        clock = CudaClock(spec.device) if spec.device.type == "cuda" else wall_clock
+        medians = _race([run for _, run in runs], clock)
     best: dict[str, float] = {}
     for (name, _), median in zip(runs, medians, strict=True):
         best[name] = min(best.get(name, math.inf), median * 1e6)
     return best
 
 
-def _nothing() -> None:
-    pass
+def wall_clock(run: Callable[[], Any], calls: int) -> float:
+    """Seconds that so many calls in a row take."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return time.perf_counter() - start
 
 
 def _rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -195,16 +211,46 @@ def _rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     return call
 
 
-def _race(runs: Sequence[Callable[[], Any]], sync: Callable[[], None]) -> list[float]:
-    """Median seconds a call of each."""
+class CudaClock:
+    """Seconds that a GPU takes for so many calls, replayed from a graph, or launched where they can't be captured."""
 
-    def sample(run: Callable[[], Any], calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        sync()
-        return time.perf_counter() - start
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._replays: dict[tuple[int, int], Callable[[], Any]] = {}
 
+    def __call__(self, run: Callable[[], Any], calls: int) -> float:
+        with torch.cuda.device(self.device):
+            replay = self._replays.get((id(run), calls))
+            if replay is None:
+                replay = self._replays[id(run), calls] = self._captured(run, calls)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+
+    @staticmethod
+    def _captured(run: Callable[[], Any], calls: int) -> Callable[[], Any]:
+        def launch() -> None:
+            for _ in range(calls):
+                run()
+
+        launch()  # compiles kernels, and lets libraries allocate
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                launch()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return launch
+        graph.replay()
+        return graph.replay
+
+
+def _race(runs: Sequence[Callable[[], Any]], sample: Callable[[Callable[[], Any], int], float]) -> list[float]:
+    """Median seconds a call of each; ``sample`` gives the seconds of so many calls."""
     for run in runs:
         sample(run, 1)
     calls = [max(1, int(_SAMPLE_S / max(sample(run, 1), 1e-7))) for run in runs]

@@ -16,7 +16,8 @@ from mpcompile.kernels.dispatch import auto_pattern
 from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "covariance")
-ENGINES = ("auto", "cpu", "reference", "dense")
+_GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
+ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
 SCHEDULES = ("constant", "linear")
 ROLES = ("stem", "head", "depthwise")
 
@@ -60,9 +61,10 @@ class Config:
         permute: reorder channels so that the masks keep more. The search is not implemented: the Plan says so.
         restore: refit kept values after masking. Not implemented: the Plan says so.
         mac_reduction: a MAC budget for the whole model. Not implemented: must be None.
-        engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights), ``"reference"`` (packed values
-            + bitmask, plain torch), ``"dense"`` (masked weight, dense GEMM), ``"auto"`` (the fastest, as timed on this
-            machine).
+        engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights); on CUDA ``"gluon_wgmma_sp"``,
+            ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and ``"triton_expand"`` (any N:M, spread
+            out in registers); ``"reference"`` (packed values + bitmask, plain torch), ``"dense"`` (masked weight, dense
+            GEMM), ``"auto"`` (the fastest, as timed on this machine).
         exclude: what stays dense: the roles ``"stem"`` (the convolution that reads the image), ``"head"`` (the last
             layer before the output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. Given, it
             replaces the default.

@@ -79,7 +79,12 @@ class Explanation:
         return json.dumps({**dataclasses.asdict(self), **totals}, indent=indent)
 
     def __str__(self) -> str:
-        names = list(dict.fromkeys(name for layer in self.layers for name in layer.candidates))
+        tables = [layer.candidates for layer in self.layers]
+        names = [
+            name
+            for name in dict.fromkeys(name for table in tables for name in table)
+            if not all(str(table.get(name)).startswith("device ") for table in tables)  # not an engine of this device
+        ]
         rows = []
         for layer in self.layers:
             cells = [_cell(layer.candidates.get(name)) for name in names]

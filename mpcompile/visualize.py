@@ -95,8 +95,8 @@ def _picture(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     cell = image.shape[0] // tokens.shape[0]
     label = np.kron(tokens, np.ones((cell, cell), dtype=tokens.dtype))
     count = np.bincount(label.ravel())
-    mean = np.stack([np.bincount(label.ravel(), image[..., c].ravel()) for c in range(3)], -1)
-    mean = mean / np.maximum(count, 1)[:, None]
+    total = np.stack([np.bincount(label.ravel(), image[..., c].ravel()) for c in range(3)], -1)
+    mean = total / np.maximum(count, 1)[:, None]
     merged = count > cell * cell
     result = np.where(merged[label][..., None], mean[label], image)
     edge = np.zeros(label.shape, dtype=bool)

@@ -6,3 +6,9 @@ import pytest
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
     monkeypatch.setenv("MPCOMPILE_TIMING", "off")
+
+
+@pytest.fixture(scope="session")
+def gpu_folder(tmp_path_factory):
+    """Where kernels are compiled, once for all tests."""
+    return tmp_path_factory.mktemp("gpu")

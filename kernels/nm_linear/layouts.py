@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import MAX_M, from_rows, to_rows
+from mpcompile.kernels.nm_linear import sparse24
 
 ROWS, QUADS, RING, OCTS = 0, 1, 2, 3
 NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring", OCTS: "octs"}
@@ -123,6 +124,8 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
 @functools.lru_cache(maxsize=4096)
 def fits(values: int, index: int, shape: tuple[int, ...], n: int, m: int, layout: int) -> bool:
     """Whether tensors of so many values and index bytes can hold a weight of ``shape`` in a layout."""
+    if layout in sparse24.NAMES:
+        return (n, m) == (2, 4) and sparse24.fits(values, index, shape)
     widths = [len(columns) for columns in blocks(shape, layout, m)]
     if layout == ROWS:
         return values == index == shape[0] * sum(row_entries(width, n, m) for width in widths)
@@ -137,6 +140,9 @@ def check(values: Tensor, index: Tensor, m: int, layout: int) -> None:
     Raises:
         InputError: it does, or it isn't of the layout at all.
     """
+    if layout in sparse24.NAMES and values.dim() == index.dim() == 1 and index.dtype == torch.uint8:
+        sparse24.check(values, index)
+        return
     if (
         layout not in NAMES
         or not 1 <= m <= MAX_M
@@ -239,6 +245,8 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
         >>> unpack(*pack(w, w > 2, 2, 4, ROWS), (1, 4), 2, 4, ROWS)
         tensor([[0., 0., 3., 4.]])
     """
+    if layout in sparse24.NAMES:
+        return sparse24.unpack(values, index, shape, layout)
     out, k = int(shape[0]), math.prod(shape[1:])
     parts = blocks(shape, layout, m)
     dense = values.new_zeros(out * k)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import Library
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear import build, layouts, packed
+from mpcompile.kernels.nm_linear import build, gpu_launch, layouts, packed, sparse24
 from mpcompile.kernels.nm_linear.layouts import ROWS
 
 _SCHEMAS = {
@@ -43,6 +43,8 @@ def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
     """Whether the kernels take these tensors on this processor."""
     lib = kernels()
     if lib is None or x.dtype not in _HALF or values.dtype is not x.dtype:
+        return False
+    if any(layout in sparse24.NAMES for layout in layouts):
         return False
     return all(layout == ROWS for layout in layouts) or (lib.nm_pairs() == 1 and x.dtype is torch.bfloat16)
 
@@ -312,7 +314,7 @@ def define(library: Library) -> None:
     for name, (kernel, fake, formula) in _IMPLEMENTATIONS.items():
         library.define(name + _SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
         library.impl(name, kernel, "CPU")
-        library.impl(name, formula, "CUDA")
+        library.impl(name, gpu_launch.IMPLEMENTATIONS[name], "CUDA")
         qualified = f"{library.ns}::{name}"
         torch.library.register_fake(qualified, fake, lib=library)
         backward, setup_context = _gradient(formula)

@@ -85,7 +85,7 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
     merged = torch.cat([x[:, :prefix], _rows(x, rest), (into + step).to(x.dtype)], 1)
     sizes = torch.cat([size[:, :prefix], size.gather(1, rest), grown], 1)
     of_a = torch.where(of_a < rest.shape[1], of_a, rest.shape[1] + target)
-    return merged, sizes, _places(of_a, rest.shape[1], prefix, tokens)
+    return merged, sizes, places(of_a, rest.shape[1], prefix, tokens)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _split(best: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return place, torch.zeros_like(place).scatter(1, place, index.expand_as(place))
 
 
-def _places(of_a: Tensor, left: int, prefix: int, tokens: int) -> Tensor:
+def places(of_a: Tensor, left: int, prefix: int, tokens: int) -> Tensor:
     """Places of all old tokens (B, tokens), from those of A among what isn't prefix; ``left`` of A stay."""
     batch, device = of_a.shape[0], of_a.device
     odd = prefix + 1 - prefix % 2

@@ -1,0 +1,92 @@
+"""The operator around the Triton kernels of token merging, for inference on CUDA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.kernels.token_merge import reference
+
+_MOST = 16384  # tokens of A that one program can rank
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _power(count: int) -> int:
+    """The next power of two, 16 at least."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+def launch(
+    x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, wrap: Callable[[Any], Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.token_merge`` by the kernels; ``wrap`` makes them visible to Inductor."""
+    from mpcompile.kernels.token_merge import merge_kernels
+
+    batch, tokens, channels = x.shape
+    r = tokens - reference.merged_count(tokens, r, prefix)
+    if r <= 0 or batch == 0:
+        return reference.token_merge(x, keys, size, 0, prefix)
+    even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
+    na, nb = (tokens - even + 1) // 2, (tokens - odd + 1) // 2
+    x = x if x.stride(2) == 1 else x.contiguous()
+    keys = keys if keys.stride(3) == 1 else keys.contiguous()
+    heads, depth = keys.shape[1], keys.shape[3]
+    unit = x.new_empty(batch, tokens, depth, dtype=torch.float32)
+    best = x.new_empty(batch, na, dtype=torch.float32)
+    target, place = (x.new_empty(batch, na, dtype=torch.int32) for _ in range(2))
+    y, new_size = x.new_empty(batch, tokens - r, channels), size.new_empty(batch, tokens - r, 1)
+    wide = _power(depth)
+    wrap(merge_kernels.metric)[(-(-tokens // 32), batch)](
+        keys, unit, tokens, heads, *keys.stride()[:3], D=depth, BD=wide, BN=32
+    )
+    wrap(merge_kernels.match)[(-(-na // 32), batch)](
+        unit, best, target, tokens, na, nb, even, odd, D=depth, BD=wide, BA=32, BB=32
+    )
+    wrap(merge_kernels.rank)[(batch,)](best, target, place, na, r, BA=_power(na))
+    block = min(1024, _power(channels))
+    wrap(merge_kernels.merge)[(tokens, batch, -(-channels // block))](
+        x, size.contiguous(), target, place, y, new_size, tokens, channels, na, r, prefix, even, odd,
+        x.stride(0), x.stride(1), BC=block,
+    )  # fmt: skip
+    of_a = torch.where(target < 0, place, na - r + target).long()
+    return y, new_size, reference.places(of_a, na - r, prefix, tokens)
+
+
+@torch.library.triton_op("mpcompile::token_merge_fused", mutates_args={})
+def token_merge_fused(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    if x.device.type == "cpu":
+        return reference.token_merge(x, keys, size, r, prefix)
+    return launch(x, keys, size, r, prefix, torch.library.wrap_triton)
+
+
+def runs(x: Tensor, keys: Tensor, size: Tensor) -> bool:
+    """Whether the kernels take a merge: CUDA tensors of ordinary floats, no gradient wanted, sizes that are known."""
+    if x.device.type != "cuda" or keys.device != x.device or not _has_triton() or torch.version.hip is not None:
+        return False
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    if x.dtype not in floats or keys.dtype not in floats or size.dtype not in floats or keys.shape[3] > 256:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or keys.requires_grad or size.requires_grad):
+        return False
+    known = all(isinstance(count, int) for count in (*x.shape[1:], *keys.shape[1:]))
+    return known and x.shape[1] <= 2 * _MOST
+
+
+def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge ``r`` tokens of x: by the kernels where they run, else in plain torch; see ``reference.token_merge``."""
+    if runs(x, keys, size):
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.mpcompile.token_merge_fused.default(x, keys, size, r, prefix)
+        return found
+    return reference.token_merge(x, keys, size, r, prefix)

@@ -1,0 +1,111 @@
+"""Token merging in four Triton kernels; no matrix of tokens by tokens reaches memory.
+
+``metric``: keys averaged over heads and normalised. ``match``: for every token of A the most similar one of B, block by
+block of B, as attention does it. ``rank``: which tokens of A merge, and where the others go. ``merge``: one program a
+token, which copies it, or adds up what merges into it. Conventions and results are those of ``reference.token_merge``.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def metric(K, U, N, heads, sb, sh, sn, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """K (B, heads, N, D), last axis contiguous -> U (B, N, D) fp32."""
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    mean = tl.zeros((BN, BD), tl.float32)
+    for h in range(heads):
+        k = tl.load(K + b * sb + h * sh + n.to(tl.int64)[:, None] * sn + d[None, :], mask=inside, other=0.0)
+        mean += k.to(tl.float32)
+    mean = mean / heads
+    norm = tl.maximum(tl.sqrt(tl.sum(mean * mean, 1)), 1e-12)
+    tl.store(U + (b * N + n)[:, None] * D + d[None, :], mean / norm[:, None], mask=inside)
+
+
+@triton.jit
+def match(
+    S, best, target, N, na, nb, even, odd,
+    D: tl.constexpr, BD: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """S (B, N, D) -> best, target (B, na): the highest product of a token of A with one of B, and which that is."""
+    b = tl.program_id(1).to(tl.int64)
+    a = tl.program_id(0) * BA + tl.arange(0, BA)
+    d = tl.arange(0, BD)
+    rows = S + b * N * D
+    left = tl.load(
+        rows + (even + 2 * a)[:, None] * D + d[None, :], mask=(a < na)[:, None] & (d < D)[None, :], other=0.0
+    )
+    top = tl.full((BA,), float("-inf"), tl.float32)
+    where = tl.zeros((BA,), tl.int32)
+    for j0 in range(0, nb, BB):
+        j = j0 + tl.arange(0, BB)
+        there = (j < nb)[:, None] & (d < D)[None, :]
+        right = tl.load(rows + (odd + 2 * j)[:, None] * D + d[None, :], mask=there, other=0.0)
+        scores = tl.dot(left, tl.trans(right), input_precision="ieee")
+        scores = tl.where((j < nb)[None, :], scores, float("-inf"))
+        high = tl.max(scores, 1)
+        first = tl.min(tl.where(scores == high[:, None], j[None, :], 2147483647), 1)  # ties go to the lower index
+        where = tl.where(high > top, first, where)
+        top = tl.maximum(top, high)
+    tl.store(best + b * na + a, top, mask=a < na)
+    tl.store(target + b * na + a, where, mask=a < na)
+
+
+@triton.jit
+def rank(best, target, place, na, r, BA: tl.constexpr):
+    """Per image: target (B, na) becomes -1 where a token stays; place (B, na): its number among those that stay."""
+    b = tl.program_id(0).to(tl.int64)
+    a = tl.arange(0, BA)
+    mine = tl.load(best + b * na + a, mask=a < na, other=float("-inf"))
+    before = tl.zeros((BA,), tl.int32)
+    for i in range(na):
+        other = tl.load(best + b * na + i)
+        before += ((other > mine) | ((other == mine) & (i < a))).to(tl.int32)
+    stays = (before >= r) & (a < na)
+    number = tl.cumsum(stays.to(tl.int32), 0) - 1
+    t = tl.load(target + b * na + a, mask=a < na, other=0)
+    tl.store(target + b * na + a, tl.where(stays, -1, t), mask=a < na)
+    tl.store(place + b * na + a, number, mask=a < na)
+
+
+@triton.jit
+def merge(
+    X, size, target, place, Y, new_size, N, C, na, r, prefix, even, odd, sb, sn,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """X (B, N, C), size (B, N) -> Y (B, N - r, C), new_size (B, N - r): one program a token and BC channels."""
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    rows, sizes = X + b * sb + c, size + b * N
+    targets = target + b * na
+    total = tl.load(sizes + n).to(tl.float32)
+    sums = tl.load(rows + n.to(tl.int64) * sn, mask=c < C, other=0.0).to(tl.float32) * total
+    out = n
+    if n >= prefix:
+        if (n - even) % 2 == 0:
+            i = (n - even) // 2
+            out = prefix + tl.load(place + b * na + i)
+            if tl.load(targets + i) >= 0:
+                out = -1
+        else:
+            j = (n - odd) // 2
+            out = prefix + na - r + j
+            for i in range(na):
+                if tl.load(targets + i) == j:
+                    weight = tl.load(sizes + even + 2 * i).to(tl.float32)
+                    x = tl.load(rows + (even + 2 * i).to(tl.int64) * sn, mask=c < C, other=0.0)
+                    sums += x.to(tl.float32) * weight
+                    total += weight
+    if out >= 0:
+        row = b * (N - r) + out
+        tl.store(Y + row * C + c, (sums / total).to(Y.dtype.element_ty), mask=c < C)
+        if tl.program_id(2) == 0:
+            tl.store(new_size + row, total.to(new_size.dtype.element_ty))
