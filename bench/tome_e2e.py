@@ -45,10 +45,11 @@ except ImportError:  # run as a file
     from cpu_e2e import Built, create, dense_builds, merged, title
 
 NAME, PARTS = "tome_e2e", "tome_parts"
+FORMS = ("eager", "compile", "compile freezing")
 
 
-def merged_builds(model: nn.Module, x: Tensor, dtype: str, r: int) -> Built:
-    """One transformed model: eager, compiled, and compiled with frozen weights."""
+def merged_builds(model: nn.Module, x: Tensor, dtype: str, r: int, forms: list[str]) -> Built:
+    """One transformed model in some of the forms ``FORMS``."""
     config = mpcompile.Config(pattern="dense", tome_r=r)
     gm = mpcompile.transform(model, x, config, pipeline=mpcompile.Pipeline([MergeTokens()]))
     macs = gm.plan.macs
@@ -60,9 +61,9 @@ def merged_builds(model: nn.Module, x: Tensor, dtype: str, r: int) -> Built:
         "macs_matching": macs.matching,
     }
     expected = gm(x)
-    built: Built = {f"merge {r} eager": (functools.partial(gm, x), facts)}
-    for suffix, freezing in (("compile", False), ("compile freezing", True)):
-        run, seconds = common.compiled_dense(gm, x, freezing=freezing)
+    built: Built = {f"merge {r} eager": (functools.partial(gm, x), facts)} if "eager" in forms else {}
+    for suffix in [form for form in forms if form != "eager"]:
+        run, seconds = common.compiled_dense(gm, x, freezing=suffix == FORMS[2])
         error = common.relative_rms(run(x), expected)
         more = {"compile_s": seconds, "relative_rms": error, "correct": error < common.TOLERANCE[dtype]}
         built[f"merge {r} {suffix}"] = functools.partial(run, x), {**facts, **more}
@@ -76,7 +77,7 @@ def block(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
     dense = list(built)
     for r in args.tome_r:
         print(f"batch {batch}, {dtype}: building {r} tokens merged a block", file=sys.stderr, flush=True)
-        built |= merged_builds(model, x, dtype, r)
+        built |= merged_builds(model, x, dtype, r, args.forms)
     env = common.environment()
     calls = {name: run for name, (run, _) in built.items()}
     seconds = common.interleave(calls, args.rounds, args.warmup, f"batch {batch}, {dtype}")
@@ -182,6 +183,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tome-r", type=int, nargs="+", metavar="R", help="tokens merged a block (8 13 16)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed calls of each build (15)")
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="calls before those (%(default)s)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of merged builds (all)")
     parser.add_argument("--parts", action="store_true", help="time the parts of one block instead")
     common.common_arguments(parser)
     args = parser.parse_args(argv)

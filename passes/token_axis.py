@@ -136,6 +136,11 @@ class TokenAxis(AxisMoves):
             return isinstance(module, _LAST_AXIS + _POINTWISE) or name in _POINTWISE_NAMES
         return name in _POINTWISE_NAMES
 
+    def _check_batch(self, node: fx.Node, shape: tuple[int, ...], level: Level) -> None:
+        """Sizes go by sample, so that what they meet must have the batch in front."""
+        if shape[0] != self._shape(level.tokens)[0]:
+            raise self._refusal(node, f"axis 0 of {shape} is not the batch")
+
     def _bring(self, node: fx.Node, table: fx.Node, level: Level, start: int, dim: int) -> None:
         """Average a value per input token over what merged, and let ``node`` read that instead."""
         value = fake_value(table)
@@ -143,6 +148,7 @@ class TokenAxis(AxisMoves):
             raise self._refusal(node, f"{table.name} holds a value for each of the unmerged tokens")
         if self._shape(table)[dim] != self.count - start:
             raise self._refusal(node, f"{table.name} holds {self._shape(table)[dim]} values for {self.count} tokens")
+        self._check_batch(node, self._shape(node), level)
         key = (table, level, start, dim)
         if key not in self._followed:
             args = (table, level.places(), self.size, level.size, start, dim, len(self._shape(node)))
@@ -223,6 +229,7 @@ class TokenAxis(AxisMoves):
 
     def _weigh(self, node: fx.Node, state: State, axis: int, keep: bool) -> None:
         """A mean over tokens becomes one over what they stand for."""
+        self._check_batch(node, self._shape(node.args[0]), state.level)
         with self.gm.graph.inserting_before(node):
             args = (node.args[0], state.level.size, state.axes[axis], axis, keep)
             new = self.gm.graph.call_function(ops.token_mean, args)
@@ -241,6 +248,7 @@ class TokenAxis(AxisMoves):
             return state
         logits = node.args[0]
         if self.proportional:
+            self._check_batch(node, self._shape(node), state.level)
             with self.gm.graph.inserting_before(node):
                 args = (state.level.size, logits, state.axes[dim], dim)
                 bias = self.gm.graph.call_function(ops.token_bias, args)
