@@ -59,9 +59,9 @@ def merged() -> dict[str, dict[str, float]]:
         size = torch.randint(1, 4, (2, tokens, 1)).to(dtype)
         if r == 8:
             keys[:] = keys[:, :, :1]  # every score alike: ties
-        y, new = fused.launch(x, keys, size, r, prefix, plain)
-        want, sizes = reference.token_merge(x.float(), keys, size, r, prefix)
-        same = y.shape == want.shape and new.shape == sizes.shape
+        y, new, place = fused.launch(x, keys, size, r, prefix, plain)
+        want, sizes, places = reference.token_merge(x.float(), keys, size, r, prefix)
+        same = y.shape == want.shape and new.shape == sizes.shape and torch.equal(place, places)
         found[f"{tokens} {r} {prefix}"] = {
             "shape": float(not same),
             "values": relative(y, want) if same else 9.0,
