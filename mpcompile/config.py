@@ -14,7 +14,7 @@ from mpcompile.errors import ConfigError
 from mpcompile.kernels.dispatch import auto_pattern
 from mpcompile.kernels.nm_format import Pattern
 
-SCORES = ("magnitude", "covariance")
+SCORES = ("magnitude", "wanda", "covariance", "obs")
 ENGINES = ("auto", "cpu", "reference", "dense")
 ROLES = ("stem", "head", "depthwise")
 
@@ -25,6 +25,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "score": _WORDS,
     "permute": (bool,),
     "restore": (bool,),
+    "sequential": (bool,),
+    "memory": (int,),
+    "prior": (float, int),
     "mac_reduction": (float, int, type(None)),
     "engine": _WORDS,
     "exclude": (tuple,),
@@ -44,10 +47,18 @@ class Config:
             and ``"auto"`` keeps half, in the widest groups that the device's engines run at full speed and that divide
             the layer's inputs (on CPUs 8:16, 4:8 or 2:4).
         tome_r: tokens merged away in every attention block (ToMe); 0 merges none.
-        score: which values a group keeps: ``"magnitude"``, or ``"covariance"``, which minimises the output error on
-            the calibration data and falls back to magnitude, with a note in the Plan, when there is none.
-        permute: reorder channels so that the masks keep more. The search is not implemented: the Plan says so.
-        restore: refit kept values after masking. Not implemented: the Plan says so.
+        score: which values a group keeps: ``"magnitude"`` the largest; ``"wanda"`` the largest times their input;
+            ``"covariance"`` those whose absence costs the output least; ``"obs"`` (optimal brain surgeon) likewise,
+            with the remaining values of the row moved to make up for it. All but the first need calibration data, and
+            fall back to magnitude, with a note in the Plan, when there is none.
+        permute: reorder channels so that the masks keep more, folded into the weights.
+        restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that
+            lowers the error, and re-estimate BatchNorm statistics.
+        sequential: calibrate layer after layer on the pruned prefix; False takes all statistics from one dense pass,
+            which is faster and less accurate.
+        memory: bytes that calibration statistics may take, and again the activations that are held between layers:
+            what is more is kept as diagonal blocks, or written to a temporary folder.
+        prior: weight alpha of the Hamming prior towards the source masks given to ``transform(prior=...)``.
         mac_reduction: a MAC budget for the whole model. Not implemented: must be None.
         engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights), ``"reference"`` (packed values
             + bitmask, plain torch), ``"dense"`` (masked weight, dense GEMM), ``"auto"`` (the fastest, as timed on this
@@ -76,6 +87,9 @@ class Config:
     score: str = "covariance"
     permute: bool = True
     restore: bool = True
+    sequential: bool = True
+    memory: int = 2 << 30
+    prior: float = 0.1
     mac_reduction: float | None = None
     engine: str = "auto"
     exclude: tuple[str, ...] = ROLES
@@ -105,7 +119,7 @@ class Config:
                     expected=f"one of {', '.join(allowed)}",
                     found=repr(getattr(self, name)),
                 )
-        for name in ("tome_r", "prefix_tokens"):
+        for name in ("tome_r", "prefix_tokens", "memory", "prior"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"option {name!r} is negative", expected="0 or more", found=value)
