@@ -282,7 +282,7 @@ class _Collector(fx.Interpreter):
 
 
 def collect(
-    model: Imported, values: Iterable[list[Any]], sizes: Mapping[str, int], budget: float = math.inf, rich: bool = True
+    model: Imported, values: Iterable[list[Any]], sizes: Mapping[str, int], budget: float = math.inf, kind: str | None = None
 ) -> dict[str, Moments]:
     """Moments of the inputs of each layer on the dense model in eval mode, in one pass.
 
@@ -292,7 +292,7 @@ def collect(
         sizes: layers to watch, by name -> columns a group (m).
         budget: bytes for all of them together: a layer keeps full moments, else blocks, else the diagonal, as its
             share of what is left allows.
-        rich: False keeps blocks at most.
+        kind: of all of them, whatever the budget.
 
     Raises:
         InputError: no batch, or one that the model rejects.
@@ -301,8 +301,8 @@ def collect(
     first = {layer.name: layer for layer in reversed(uses)}
     by_name: dict[str, Accumulator] = {}
     for position, layer in enumerate(sorted(first.values(), key=lambda u: u.weight.tensor.numel())):
-        kind, size = kind_for(layer, sizes[layer.name], budget / (len(first) - position))
-        by_name[layer.name] = Accumulator(layer, sizes[layer.name], BLOCK if kind == FULL and not rich else kind)
+        fits, size = kind_for(layer, sizes[layer.name], budget / (len(first) - position))
+        by_name[layer.name] = Accumulator(layer, sizes[layer.name], kind or fits)
         budget -= size
     watched = {layer.node: (layer.input, by_name[layer.name]) for layer in uses}
     collector, seen = _Collector(model, watched), 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.calibration import as_batches, batches, collect
-from mpcompile.config import ROLES
+from mpcompile.config import ROLES, Config
 from mpcompile.errors import NotEligibleError
 from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, set_attribute, unsupported
 from mpcompile.kernels import ops
@@ -28,33 +28,40 @@ from mpcompile.plan import LayerPlan
 from mpcompile.roles import roles
 from mpcompile.scores import covariance_mask, magnitude_mask, top_n
 
-__all__ = ["Mask", "covariance_mask", "magnitude_mask", "top_n", "verify"]
+__all__ = ["Mask", "covariance_mask", "eligible", "magnitude_mask", "reason", "top_n", "verify"]
 
 def _matches(name: str, role: str | None, words: Iterable[str]) -> bool:
     return any(word == role if word in ROLES and word != name else fnmatch.fnmatch(name, word) for word in words)
+
+
+def reason(layer: LayerOp, role: str | None, config: Config) -> str | None:
+    """Why a layer stays dense, or None."""
+    wanted = _matches(layer.name, role, config.include)
+    if config.pattern == "dense":
+        return "pattern is dense"
+    if layer.obstacle:
+        return layer.obstacle
+    k, device = group_axis(layer.weight.tensor.shape), layer.weight.tensor.device
+    if not wanted and role in config.exclude:
+        return str(role)
+    if not wanted and _matches(layer.name, role, config.exclude):
+        return "excluded"
+    if config.pattern_for(k, device) is None:
+        return f"K % {config.patterns(device)[-1].m} (K = {k})"
+    return None
+
+
+def eligible(gm: IRModule, ctx: Context) -> list[str]:
+    """Names of the layers that :class:`Mask` would mask."""
+    role = roles(gm, ctx.lifted)
+    found = [u for u in layers(gm, ctx.lifted) if u.pattern is None and reason(u, role.get(u.name), ctx.config) is None]
+    return list(dict.fromkeys(u.name for u in found))
 
 
 class Mask(Pass):
     """N:M masks on every eligible layer; see :class:`mpcompile.Config` for what is excluded."""
 
     name = "mask"
-
-    def _reason(self, layer: LayerOp, role: str | None, ctx: Context) -> str | None:
-        """Why a layer stays dense, or None."""
-        config = ctx.config
-        wanted = _matches(layer.name, role, config.include)
-        if config.pattern == "dense":
-            return "pattern is dense"
-        if layer.obstacle:
-            return layer.obstacle
-        k, device = group_axis(layer.weight.tensor.shape), layer.weight.tensor.device
-        if not wanted and role in config.exclude:
-            return str(role)
-        if not wanted and _matches(layer.name, role, config.exclude):
-            return "excluded"
-        if config.pattern_for(k, device) is None:
-            return f"K % {config.patterns(device)[-1].m} (K = {k})"
-        return None
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
         config, role = ctx.config, roles(gm, ctx.lifted)
@@ -68,12 +75,12 @@ class Mask(Pass):
                 continue
             weight = layer.weight.tensor
             devices.add(weight.device)
-            reason = self._reason(layer, role.get(layer.name), ctx)
-            if reason is None:
+            why = reason(layer, role.get(layer.name), config)
+            if why is None:
                 decision["patterns"][layer.name] = str(config.pattern_for(group_axis(weight.shape), weight.device))
                 decision["masked"][layer.name] = "magnitude" if ctx.calibration is None else config.score
             else:
-                decision["dense"][layer.name] = reason
+                decision["dense"][layer.name] = why
         for name, (_, why) in unsupported(gm, ctx.lifted).items():
             decision["dense"].setdefault(name, why)
         self._check_named(decision, ctx)
@@ -125,14 +132,14 @@ class Mask(Pass):
         found: dict[str, list[LayerOp]] = {}
         for layer in layers(gm, ctx.lifted):
             found.setdefault(layer.name, []).append(layer)
-        for name, reason in decision["dense"].items():
+        for name, why in decision["dense"].items():
             if name not in found:
-                ctx.plan.layers[name] = LayerPlan("other", shapes[name], reason=reason)
+                ctx.plan.layers[name] = LayerPlan("other", shapes[name], reason=why)
                 continue
             layer = found[name][0]
             entry = ctx.plan.layers.setdefault(name, LayerPlan(layer.kind, tuple(layer.weight.tensor.shape)))
-            if reason != "already masked":
-                entry.reason = reason
+            if why != "already masked":
+                entry.reason = why
         for name, projection in self._projections(gm, found, decision, ctx).items():
             uses, pattern = found[name], Pattern.parse(decision["patterns"][name])
             weight, mask = uses[0].weight.tensor, projection.mask
