@@ -282,7 +282,11 @@ class _Collector(fx.Interpreter):
 
 
 def collect(
-    model: Imported, values: Iterable[list[Any]], sizes: Mapping[str, int], budget: float = math.inf, kind: str | None = None
+    model: Imported,
+    values: Iterable[list[Any]],
+    sizes: Mapping[str, int],
+    budget: float = math.inf,
+    kind: str | None = None,
 ) -> dict[str, Moments]:
     """Moments of the inputs of each layer on the dense model in eval mode, in one pass.
 

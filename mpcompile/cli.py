@@ -1,4 +1,4 @@
-"""The command line: ``mpcompile demo``, ``mpcompile audit MODEL``, ``mpcompile explain MODEL`` and ``mpcompile verify``."""
+"""The command line: ``mpcompile demo``, ``audit MODEL``, ``explain MODEL`` and ``verify FILE|MODEL``."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     verify = jobs.add_parser(
         "verify",
         help="check which weights of a file or a timm model are legally N:M",
-        description="Check the stored weights of a file or of a timm model: which are legally N:M, which break it where.",
+        description="Check stored weights, of a file or a timm model: which are legally N:M, which break it where.",
         epilog="example:\n  mpcompile verify pruned.mpc\n  mpcompile verify checkpoint.safetensors --pattern 2:4",
         formatter_class=formatter,
     )

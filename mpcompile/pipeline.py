@@ -228,6 +228,6 @@ def _checked(prior: Mapping[str, torch.Tensor], model: Imported) -> Mapping[str,
         if name not in shapes:
             raise InputError("prior names a layer that isn't in the graph", layer=name, expected=", ".join(shapes))
         if mask.shape != shapes[name] or mask.dtype != torch.bool:
-            found = f"{tuple(mask.shape)}, {mask.dtype}"
-            raise InputError("a source mask doesn't fit", layer=name, expected=f"{tuple(shapes[name])}, bool", found=found)
+            found, expected = f"{tuple(mask.shape)}, {mask.dtype}", f"{tuple(shapes[name])}, torch.bool"
+            raise InputError("a source mask doesn't fit", layer=name, expected=expected, found=found)
     return prior

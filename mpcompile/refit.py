@@ -20,7 +20,9 @@ def error(values: Tensor, target: Tensor, a: Tensor) -> Tensor:
     return ((difference @ a).double() * difference.double()).sum(-1)
 
 
-def least_squares(values: Tensor, target: Tensor, a: Tensor, kept: Tensor, steps: int = 30, tol: float = 1e-6) -> Tensor:
+def least_squares(
+    values: Tensor, target: Tensor, a: Tensor, kept: Tensor, steps: int = 30, tol: float = 1e-6
+) -> Tensor:
     """Kept values that minimise the error, by conjugate gradients on all rows at once.
 
     Args:

@@ -111,7 +111,7 @@ class Stream:
             raise InputError("calibration is empty", expected="at least one batch", found="none")
 
     def replace(self, layer: LayerOp, weight: Tensor, bias: Any) -> None:
-        """From here on the pruned side computes ``layer`` with this weight, and this bias (a tensor, a node or None)."""
+        """From here on the pruned side computes ``layer`` with this weight and bias (a tensor, a node or None)."""
         self.layers[layer.node] = (layer, weight, bias)
 
     def renorm(self, node: fx.Node, mean: Tensor, variance: Tensor) -> None:

@@ -11,7 +11,6 @@ becomes *sliced*, and its children are tied together again only by tensors that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,16 +27,56 @@ Dims = list[Axis]
 _MOST_SLICES = 8
 
 _UNARY = frozenset(
-    "relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh relu6 leaky_relu elu selu mish softplus dropout "
-    "feature_dropout clone contiguous detach alias to _to_copy clamp clamp_min neg exp log sqrt rsqrt square abs erf "
-    "pow reciprocal softmax log_softmax _softmax type_as lift_fresh".split()
+    [
+        "relu",
+        "gelu",
+        "silu",
+        "sigmoid",
+        "tanh",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "mish",
+        "softplus",
+        "dropout",
+        "feature_dropout",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "to",
+        "_to_copy",
+        "clamp",
+        "clamp_min",
+        "neg",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "abs",
+        "erf",
+        "pow",
+        "reciprocal",
+        "softmax",
+        "log_softmax",
+        "_softmax",
+        "type_as",
+        "lift_fresh",
+    ]
 )
 _BROADCAST = frozenset(
-    "add sub rsub mul div true_divide addcmul addcdiv maximum minimum where pow lerp".split()
+    ("add", "sub", "rsub", "mul", "div", "true_divide", "addcmul", "addcdiv", "maximum", "minimum", "where", "pow")
 )
-_VIEWS = frozenset("reshape view _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as".split())
-_REDUCTIONS = frozenset("mean sum amax amin var std linalg_vector_norm norm".split())
-_POOLS = frozenset("max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices".split())
+_VIEWS = frozenset(
+    ("reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+)
+_REDUCTIONS = frozenset(("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm"))
+_POOLS = frozenset(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"))
 
 
 class Atoms:
@@ -187,7 +226,8 @@ class _Rules:
     """Axes of each node of an aten graph."""
 
     def __init__(self, graph: fx.Graph, names: Sequence[str]) -> None:
-        self.atoms, self.env = Atoms(), {}
+        self.atoms = Atoms()
+        self.env: dict[Any, Any] = {}
         self.result = Analysis(self.atoms)
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         for node, name in zip(placeholders, [*names, *[None] * len(placeholders)], strict=False):
@@ -206,8 +246,8 @@ class _Rules:
                 for source in node.all_input_nodes:
                     self._freeze(self.env[source])
         for value in self.env.values():
-            tensors = value if value and isinstance(value[0], list) and value[0] and isinstance(value[0][0], list) else [value]
-            self.result.tensors += tensors
+            several = bool(value and value[0] and isinstance(value[0][0], list))  # what unbind gave
+            self.result.tensors += value if several else [value]
         self.result.settle()
 
     def _shape(self, node: Any) -> tuple[int, ...]:
@@ -233,7 +273,7 @@ class _Rules:
                 if shape[-i] != 1:
                     self.atoms.unify(dims[-i], out[-i])
 
-    def _call(self, node: fx.Node) -> None:
+    def _call(self, node: Any) -> None:
         target: Any = node.target
         name = getattr(target, "__name__", str(target)).split(".")[0]
         if hasattr(target, "overloadpacket"):
@@ -274,7 +314,7 @@ class _Rules:
                 parts = [[[self.atoms.new(int(s), True)] for s in v.shape] for v in value if isinstance(v, Tensor)]
                 self.env[node] = parts
 
-    def _reduce(self, node: fx.Node, out: Dims) -> None:
+    def _reduce(self, node: Any, out: Dims) -> None:
         source, shape = self.env[node.args[0]], self._shape(node.args[0])
         places = next((a for a in node.args[1:] if isinstance(a, (list, tuple))), node.kwargs.get("dim"))
         if places is None:
@@ -290,17 +330,13 @@ class _Rules:
         for a, b in zip(kept, out, strict=True):
             self.atoms.unify(a, b)
 
-    def _pool(self, node: fx.Node, out: Dims) -> None:
+    def _pool(self, node: Any, out: Dims) -> None:
         source = self.env[node.args[0]]
-        if not out:  # with indices: a pair
-            value = node.meta["val"]
-            out = [[self.atoms.new(int(s))] for s in value[0].shape]
-            self.env[node] = [out, out]
         for a, b in zip(source[:-2], out[:-2], strict=True):
             self.atoms.unify(a, b)
         self._freeze([*source[-2:], *out[-2:]])
 
-    def _op_linear(self, node: fx.Node, out: Dims) -> bool:
+    def _op_linear(self, node: Any, out: Dims) -> bool:
         x, w = self.env[node.args[0]], self.env[node.args[1]]
         self.atoms.unify(x[-1], w[1])
         self.atoms.unify(out[-1], w[0])
@@ -310,7 +346,7 @@ class _Rules:
             self.atoms.unify(self.env[node.args[2]][0], w[0])
         return True
 
-    def _op_conv2d(self, node: fx.Node, out: Dims) -> bool:
+    def _op_conv2d(self, node: Any, out: Dims) -> bool:
         x, w = self.env[node.args[0]], self.env[node.args[1]]
         if len(x) != 4:
             return False
@@ -329,14 +365,14 @@ class _Rules:
             self.atoms.unify(self.env[node.args[2]][0], w[0])
         return True
 
-    def _op_batch_norm(self, node: fx.Node, out: Dims) -> bool:
+    def _op_batch_norm(self, node: Any, out: Dims) -> bool:
         self._broadcast(node.args[:1], out)
         for value in node.args[1:5]:
             if isinstance(value, fx.Node):
                 self.atoms.unify(self.env[value][0], out[1])
         return True
 
-    def _op_layer_norm(self, node: fx.Node, out: Dims) -> bool:
+    def _op_layer_norm(self, node: Any, out: Dims) -> bool:
         self._broadcast(node.args[:1], out)
         for value in node.args[2:4]:
             if isinstance(value, fx.Node):
@@ -344,19 +380,16 @@ class _Rules:
                     self.atoms.unify(a, b)
         return True
 
-    def _op_group_norm(self, node: fx.Node, out: Dims) -> bool:
+    def _op_group_norm(self, node: Any, out: Dims) -> bool:
         if node.args[1] != 1:
             return False
-        return self._op_batch_norm_like(node, out)
-
-    def _op_batch_norm_like(self, node: fx.Node, out: Dims) -> bool:
         self._broadcast(node.args[:1], out)
         for value in node.args[2:4]:
             if isinstance(value, fx.Node):
                 self.atoms.unify(self.env[value][0], out[1])
         return True
 
-    def _op_scaled_dot_product_attention(self, node: fx.Node, out: Dims) -> bool:
+    def _op_scaled_dot_product_attention(self, node: Any, out: Dims) -> bool:
         q, k, v = (self.env[a] for a in node.args[:3])
         if len(node.args) > 3 and node.args[3] is not None:
             self._freeze(self.env[node.args[3]])
@@ -370,7 +403,7 @@ class _Rules:
                 self.atoms.unify(side[i], out[i])
         return True
 
-    def _op_matmul(self, node: fx.Node, out: Dims) -> bool:
+    def _op_matmul(self, node: Any, out: Dims) -> bool:
         a, b = self.env[node.args[0]], self.env[node.args[1]]
         if len(a) < 2 or len(a) != len(b):
             return False
@@ -385,27 +418,27 @@ class _Rules:
 
     _op_bmm = _op_matmul
 
-    def _op_transpose(self, node: fx.Node, out: Dims) -> bool:
+    def _op_transpose(self, node: Any, out: Dims) -> bool:
         source = list(self.env[node.args[0]])
         i, j = (node.args[1] % len(source), node.args[2] % len(source)) if len(node.args) > 2 else (0, 1)
         source[i], source[j] = source[j], source[i]
         self.env[node] = source
         return True
 
-    def _op_t(self, node: fx.Node, out: Dims) -> bool:
+    def _op_t(self, node: Any, out: Dims) -> bool:
         self.env[node] = list(reversed(self.env[node.args[0]]))
         return True
 
-    def _op_permute(self, node: fx.Node, out: Dims) -> bool:
+    def _op_permute(self, node: Any, out: Dims) -> bool:
         source = self.env[node.args[0]]
         self.env[node] = [source[i] for i in node.args[1]]
         return True
 
-    def _op_expand(self, node: fx.Node, out: Dims) -> bool:
+    def _op_expand(self, node: Any, out: Dims) -> bool:
         self._broadcast(node.args[:1], out)
         return True
 
-    def _op_cat(self, node: fx.Node, out: Dims) -> bool:
+    def _op_cat(self, node: Any, out: Dims) -> bool:
         place = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(out)
         for source in node.args[0]:
             for i, (a, b) in enumerate(zip(self.env[source], out, strict=True)):
@@ -415,7 +448,7 @@ class _Rules:
                     self.atoms.unify(a, b)
         return True
 
-    def _op_select(self, node: fx.Node, out: Dims) -> bool:
+    def _op_select(self, node: Any, out: Dims) -> bool:
         source = self.env[node.args[0]]
         place = node.args[1] % len(source)
         size = self._shape(node.args[0])[place]
@@ -423,13 +456,13 @@ class _Rules:
         self.env[node] = parts[node.args[2] % size]
         return True
 
-    def _op_unbind(self, node: fx.Node, out: Dims) -> bool:
+    def _op_unbind(self, node: Any, out: Dims) -> bool:
         source = self.env[node.args[0]]
         place = (node.args[1] if len(node.args) > 1 else 0) % len(source)
         self.env[node] = self._apart(source, place, self._shape(node.args[0])[place])
         return True
 
-    def _op_chunk(self, node: fx.Node, out: Dims) -> bool:
+    def _op_chunk(self, node: Any, out: Dims) -> bool:
         source = self.env[node.args[0]]
         place = (node.args[2] if len(node.args) > 2 else 0) % len(source)
         sizes = [v.shape[place] for v in node.meta["val"]]
@@ -447,7 +480,7 @@ class _Rules:
 
     _op_split = _op_chunk
 
-    def _op_slice(self, node: fx.Node, out: Dims) -> bool:
+    def _op_slice(self, node: Any, out: Dims) -> bool:
         source = self.env[node.args[0]]
         place = (node.args[1] if len(node.args) > 1 else 0) % len(source)
         for i, (a, b) in enumerate(zip(source, out, strict=True)):
@@ -457,7 +490,7 @@ class _Rules:
                 self.atoms.unify(a, b)
         return True
 
-    def _op_pad(self, node: fx.Node, out: Dims) -> bool:
+    def _op_pad(self, node: Any, out: Dims) -> bool:
         source = self.env[node.args[0]]
         shapes = zip(self._shape(node.args[0]), self._shape(node), strict=True)
         for a, b, (before, after) in zip(source, out, shapes, strict=True):
@@ -479,9 +512,7 @@ class _Rules:
         parts: list[Dims] = [[] for _ in range(size)]
         for axis in others:
             expanded = self.atoms.expand(axis)
-            made = [
-                [a] * size if self.atoms.frozen[a] else self.atoms.children(a, selector[0]) for a in expanded
-            ]
+            made = [[a] * size if self.atoms.frozen[a] else self.atoms.children(a, selector[0]) for a in expanded]
             if any(m is None for m in made):
                 self.atoms.freeze(expanded)
                 made = [[a] * size for a in expanded]
@@ -504,8 +535,3 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[Any]) -> Analysis:
     with torch.no_grad(), training_flags(gm, False):
         graph = make_fx(call, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(state, *inputs).graph
     return _Rules(graph, list(state)).result
-
-
-def product(axis: Axis, atoms: Atoms) -> int:
-    """Length of an axis."""
-    return math.prod(atoms.size[a] for a in atoms.expand(axis))

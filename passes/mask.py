@@ -17,7 +17,6 @@ from mpcompile.calibration import as_batches, batches, collect
 from mpcompile.config import ROLES, Config
 from mpcompile.errors import NotEligibleError
 from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, set_attribute, unsupported
-from mpcompile.kernels import ops
 from mpcompile.importers import Imported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
@@ -29,6 +28,7 @@ from mpcompile.roles import roles
 from mpcompile.scores import covariance_mask, magnitude_mask, top_n
 
 __all__ = ["Mask", "covariance_mask", "eligible", "magnitude_mask", "reason", "top_n", "verify"]
+
 
 def _matches(name: str, role: str | None, words: Iterable[str]) -> bool:
     return any(word == role if word in ROLES and word != name else fnmatch.fnmatch(name, word) for word in words)
@@ -180,7 +180,7 @@ class Mask(Pass):
             refitted = ctx.refit and ctx.writable(found[name][0])
             return project(weights[name], moments, patterns[name], config.score, refitted, prior)
 
-        if ctx.calibration is None or config.score == "magnitude" and not ctx.refit:
+        if ctx.calibration is None or (config.score == "magnitude" and not ctx.refit):
             result |= {name: decide(name, None) for name in todo}
         elif config.sequential:
             model = Imported(gm, ctx.inputs, ctx.lifted, [])

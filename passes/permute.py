@@ -30,6 +30,9 @@ _STEPS = 400
 _TOLERANCE = 1e-5  # relative difference of the permuted from the original graph's output
 
 
+Orders = dict[int, tuple[int | None, Tensor]]  # atom -> its owner, and an order for each of the owner's places
+
+
 @dataclass
 class ChannelClass:
     """Channels that are permuted together.
@@ -95,18 +98,18 @@ def classes(analysis: Analysis, uses: dict[str, LayerOp]) -> list[ChannelClass]:
     return list(found.values())
 
 
-def _reorder(tensor: Tensor, flat: Sequence[int], orders: dict[int, tuple[int | None, Tensor]], atoms: Atoms) -> Tensor:
+def _reorder(tensor: Tensor, flat: Sequence[int], orders: Orders, atoms: Atoms) -> Tensor:
     """A tensor whose axes are atoms, reordered; ``orders`` maps an atom to (owner, (owners or 1, size) indices)."""
     sliced = next((a for a in flat if a in atoms.slices), None)
     if sliced is not None:
         selector = atoms.find(atoms.slices[sliced][0])
         if selector not in flat:
-            return _split_and(tensor, flat, _at(flat, selector, 0, atoms), orders, atoms)
+            return _split_and(tensor, _at(flat, selector, 0, atoms), orders, atoms)
         place = flat.index(selector)
         parts = []
         for i in range(atoms.size[selector]):
             rest = [a for j, a in enumerate(flat) if j != place]
-            parts.append(_split_and(tensor.select(place, i), rest, _at(rest, selector, i, atoms), orders, atoms))
+            parts.append(_split_and(tensor.select(place, i), _at(rest, selector, i, atoms), orders, atoms))
         return torch.stack(parts, place)
     for place, a in enumerate(flat):
         if a not in orders:
@@ -122,15 +125,13 @@ def _reorder(tensor: Tensor, flat: Sequence[int], orders: dict[int, tuple[int | 
     return tensor
 
 
-def _split_and(
-    tensor: Tensor, before: Sequence[int], flat: Sequence[int], orders: dict[int, tuple[int | None, Tensor]], atoms: Atoms
-) -> Tensor:
+def _split_and(tensor: Tensor, flat: Sequence[int], orders: Orders, atoms: Atoms) -> Tensor:
     """:func:`_reorder` on a finer view of the axes."""
     shape = tensor.shape
     return _reorder(tensor.reshape([atoms.size[a] for a in flat]), flat, orders, atoms).reshape(shape)
 
 
-def fold(gm: nn.Module, analysis: Analysis, orders: dict[int, tuple[int | None, Tensor]]) -> None:
+def fold(gm: nn.Module, analysis: Analysis, orders: Orders) -> None:
     """Reorder every parameter and buffer that holds permuted channels, in place."""
     state: dict[str, Tensor] = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
     with torch.no_grad():
@@ -199,8 +200,8 @@ class Permute(Pass):
         atoms = self.analysis.atoms
         size = atoms.size[item.atom]
         owners = 1 if item.owner is None else atoms.size[item.owner]
-        patterns = {n: ctx.config.pattern_for(group_axis(u.weight.tensor.shape), u.weight.tensor.device)
-                    for n, u in item.readers.items()}
+        weights = {n: u.weight.tensor for n, u in item.readers.items()}
+        patterns = {n: ctx.config.pattern_for(group_axis(w.shape), w.device) for n, w in weights.items()}
         pattern: Pattern | None = Counter(patterns.values()).most_common(1)[0][0]
         readers = {n: u for n, u in item.readers.items() if patterns[n] == pattern}
         if pattern is None or size % pattern.m or size // pattern.m < 2 or pattern.n == pattern.m:
@@ -208,10 +209,9 @@ class Permute(Pass):
         each = [_rows(u, power.get(n), owners, size) for n, u in readers.items()]
         each = [rows / rows.sum().clamp(min=1e-30) for rows in each]  # relative error of each layer counts alike
         generator = torch.Generator().manual_seed(ctx.config.seed)
-        share = max(1, _ROWS // len(each))
-        sample = [
-            rows[:, torch.randperm(rows.shape[1], generator=generator)[: max(share, 32)].to(rows.device)] for rows in each
-        ]
+        share = max(32, _ROWS // len(each))
+        drawn = [torch.randperm(rows.shape[1], generator=generator)[:share].to(rows.device) for rows in each]
+        sample = [rows[:, places] for rows, places in zip(each, drawn, strict=True)]
         sample = [s * (rows.sum() / s.sum().clamp(min=1e-30)) for s, rows in zip(sample, each, strict=True)]
         order = search(torch.cat(sample, 1), pattern, _STEPS, ctx.config.seed)
         before = sum(float(retained(rows, pattern).sum()) for rows in each)

@@ -123,9 +123,7 @@ def restore(
     start = to_rows(weight.detach().float() * mask if values is None else values)
     fitted, kept, before, after, energy = [], [], 0.0, 0.0, 0.0
     pieces = problems(weight, moments)
-    for (target, a), v, k in zip(
-        pieces, start.chunk(len(pieces)), to_rows(mask).chunk(len(pieces)), strict=True
-    ):
+    for (target, a), v, k in zip(pieces, start.chunk(len(pieces)), to_rows(mask).chunk(len(pieces)), strict=True):
         new, chosen = refit.refit(v, target, a, k, pattern)
         before += float(refit.error(v, target, a).sum())
         after += float(refit.error(new, target, a).sum())
@@ -267,8 +265,10 @@ def in_sequence(
 def reestimate(model: Imported, ctx: Context) -> dict[fx.Node, tuple[Tensor, Tensor]]:
     """Means and variances of all BatchNorm nodes of a graph as it is now, each behind the re-estimated ones before."""
     stream = Stream(model, as_batches(ctx.calibration), ctx.config.memory)
-    norms = {}
+    norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
     for node in batch_norms(model.gm):
-        norms[node] = stream.channel_statistics(node, node.all_input_nodes[0], changed_only=False)
-        stream.renorm(node, *norms[node])
+        statistics = stream.channel_statistics(node, node.all_input_nodes[0], changed_only=False)
+        if statistics is not None:
+            norms[node] = statistics
+            stream.renorm(node, *statistics)
     return norms
