@@ -15,6 +15,7 @@ from mpcompile.kernels.dispatch import auto_pattern
 from mpcompile.kernels.nm_format import Pattern
 
 SCORES = ("magnitude", "wanda", "covariance", "obs")
+CALIBRATIONS = ("pruned", "pruned_to_dense", "dense")
 ENGINES = ("auto", "cpu", "reference", "dense")
 ROLES = ("stem", "head", "depthwise")
 
@@ -25,7 +26,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "score": _WORDS,
     "permute": (bool,),
     "restore": (bool,),
-    "sequential": (bool,),
+    "calibrate": _WORDS,
     "memory": (int,),
     "prior": (float, int),
     "mac_reduction": (float, int, type(None)),
@@ -54,8 +55,9 @@ class Config:
         permute: reorder channels so that the masks keep more, folded into the weights.
         restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that
             lowers the error, and re-estimate BatchNorm statistics.
-        sequential: calibrate layer after layer on the pruned prefix; False takes all statistics from one dense pass,
-            which is faster and less accurate.
+        calibrate: ``"pruned"`` takes the statistics of a layer with all layers before it pruned already;
+            ``"pruned_to_dense"`` does too, and fits a layer to the outputs that the dense model gives there;
+            ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less accurate.
         memory: bytes that calibration statistics may take, and again the activations that are held between layers:
             what is more is kept as diagonal blocks, or written to a temporary folder.
         prior: weight alpha of the Hamming prior towards the source masks given to ``transform(prior=...)``.
@@ -87,7 +89,7 @@ class Config:
     score: str = "covariance"
     permute: bool = True
     restore: bool = True
-    sequential: bool = True
+    calibrate: str = "pruned"
     memory: int = 2 << 30
     prior: float = 0.1
     mac_reduction: float | None = None
@@ -112,7 +114,7 @@ class Config:
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
         if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
-        for name, allowed in (("score", SCORES), ("engine", ENGINES)):
+        for name, allowed in (("score", SCORES), ("engine", ENGINES), ("calibrate", CALIBRATIONS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"option {name!r} has no such value",

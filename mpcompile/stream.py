@@ -1,12 +1,13 @@
 """Stream: all calibration batches, taken through the graph layer by layer on an already pruned prefix.
 
-Every batch is held at one place of the graph, twice: as the dense graph computes it, and as the graph does in which
-earlier layers are replaced. So a layer is fitted to the inputs that it will really see and to the outputs that the
-dense model gives, and every node runs twice in all, however many layers there are.
+Every batch is held at one place of the graph, as the graph computes it in which earlier layers are replaced, and, if
+asked for, as the dense graph does too. So a layer is fitted to the inputs that it will really see, and every node runs
+once (or twice) in all, however many layers there are.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import tempfile
 from collections.abc import Iterable
@@ -39,6 +40,7 @@ class _Shelf:
         self.budget, self.used = budget, 0
         self.values: list[Any] = []
         self.sizes: list[int] = []
+        self.nodes: dict[str, fx.Node] = {}
         self.folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __len__(self) -> int:
@@ -56,9 +58,9 @@ class _Shelf:
             if self.folder is None:
                 self.folder = tempfile.TemporaryDirectory(prefix="mpcompile-")
             path = Path(self.folder.name) / str(index)
-            names = [{node.name: v for node, v in env.items()} for env in value]
+            names = [{node.name: v for node, v in env.items()} for env in value[: 1 if value[0] is value[1] else 2]]
             torch.save(names, path)
-            self.nodes = {node.name: node for env in value for node in env}
+            self.nodes |= {node.name: node for env in value for node in env}
             self.values[index], size = path, 0
         else:
             self.values[index] = value
@@ -68,8 +70,9 @@ class _Shelf:
     def __getitem__(self, index: int) -> tuple[Env, Env]:
         value = self.values[index]
         if isinstance(value, Path):
-            dense, pruned = torch.load(value, weights_only=False)  # written by this process, in a folder of its own
-            return ({self.nodes[k]: v for k, v in dense.items()}, {self.nodes[k]: v for k, v in pruned.items()})
+            sides = torch.load(value, weights_only=False)  # written by this process, in a folder of its own
+            envs = [{self.nodes[k]: v for k, v in side.items()} for side in sides]
+            return envs[0], envs[-1]
         return value
 
 
@@ -89,12 +92,15 @@ class Stream:
             given to :meth:`replace`.
         calibration: an iterable of batches; read once, when the stream is made.
         budget: bytes of activations to hold in memory; what is more goes to a temporary folder.
+        dense: keep the dense side too, whose outputs layers can be fitted to.
 
     Raises:
         InputError: no batch, or one of another shape or type than the example inputs.
     """
 
-    def __init__(self, model: Imported, calibration: Iterable[Any], budget: float = float("inf")) -> None:
+    def __init__(
+        self, model: Imported, calibration: Iterable[Any], budget: float = math.inf, dense: bool = False
+    ) -> None:
         self.gm = model.gm
         self.runner = _Runner(model.gm)
         self.nodes = list(model.gm.graph.nodes)
@@ -102,11 +108,13 @@ class Stream:
         self.place = 0
         self.layers: dict[fx.Node, tuple[LayerOp, Tensor, Any]] = {}
         self.tensors: dict[fx.Node, dict[str, Tensor]] = {}
+        self.changed: set[fx.Node] = set()
+        self.two_sided = dense
         self.shelf = _Shelf(budget)
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
         for values in batches(model, calibration):
             env = dict(zip(placeholders, values, strict=True))
-            self.shelf.append((env, dict(env)))
+            self.shelf.append((env, dict(env) if dense else env))
         if not len(self.shelf):
             raise InputError("calibration is empty", expected="at least one batch", found="none")
 
@@ -135,15 +143,17 @@ class Stream:
         self.place = end
 
     def _step(self, node: fx.Node, dense: Env, pruned: Env) -> None:
-        same = node not in self.layers and node not in self.tensors
-        same = same and all(dense[n] is pruned[n] for n in node.all_input_nodes)
-        if not same and self._writes(node):
+        if node in self.layers or node in self.tensors or not self.changed.isdisjoint(node.all_input_nodes):
+            self.changed.add(node)
+        changed = node in self.changed
+        if changed and self.two_sided and self._writes(node):
             for source in node.all_input_nodes:
                 if dense[source] is pruned[source] and isinstance(dense[source], Tensor):
                     pruned[source] = dense[source].clone()
         try:
-            dense[node] = self.runner.on(node, dense)
-            pruned[node] = dense[node] if same else self._pruned(node, pruned)
+            if self.two_sided or not changed:
+                dense[node] = self.runner.on(node, dense)
+            pruned[node] = self._pruned(node, pruned) if changed else dense[node]
         except RuntimeError as error:
             raise InputError(f"the model rejects a calibration batch: {str(error).splitlines()[0]}") from error
         for source in self.last_use.get(node, ()):
@@ -173,7 +183,7 @@ class Stream:
 
     @torch.no_grad()
     def moments(self, layer: LayerOp, m: int, budget: float) -> Moments:
-        """Moments of the layer's pruned inputs, and of them with the outputs that the dense graph gives there."""
+        """Moments of the layer's pruned inputs; with a dense side, also of them with the outputs that it gives there."""
         self.advance(layer.node)
         kind, _ = kind_for(layer, m, budget)
         accumulator = Accumulator(layer, m, kind)
@@ -181,7 +191,7 @@ class Stream:
         for index in range(len(self.shelf)):
             dense, pruned = self.shelf[index]
             x, wanted = pruned[layer.input], None
-            if kind == FULL and x is not dense[layer.input]:
+            if kind == FULL and self.two_sided and layer.input in self.changed:
                 wanted = _apply(layer, dense[layer.input], weight)
             accumulator.add(x, wanted)
         return accumulator.result()
@@ -200,13 +210,13 @@ class Stream:
         None where ``changed_only`` and no layer before ``source`` was replaced.
         """
         self.advance(node)
+        if changed_only and source not in self.changed:
+            return None
         total: Any = 0
         square: Any = 0
         count = 0
         for index in range(len(self.shelf)):
-            dense, pruned = self.shelf[index]
-            if changed_only and pruned[source] is dense[source]:
-                return None
+            _, pruned = self.shelf[index]
             x = pruned[source].transpose(0, 1).flatten(1).double()
             total, square, count = total + x.sum(1), square + x.square().sum(1), count + x.shape[1]
         mean = total / count

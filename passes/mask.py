@@ -1,7 +1,7 @@
 """Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph.
 
 The scores are in mpcompile/scores.py. With calibration data the layers are decided one after another along the graph,
-on the pruned prefix (``Config.sequential``), refitted on the way if Restore follows; or all from one dense pass.
+on the pruned prefix (``Config.calibrate``), refitted on the way if Restore follows; or all from one dense pass.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Mask(Pass):
 
         if ctx.calibration is None or (config.score == "magnitude" and not ctx.refit):
             result |= {name: decide(name, None) for name in todo}
-        elif config.sequential:
+        elif config.calibrate != "dense":
             model = Imported(gm, ctx.inputs, ctx.lifted, [])
             projected, ctx.norms = in_sequence(model, uses, patterns, decide, ctx)
             result |= projected

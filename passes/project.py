@@ -21,6 +21,7 @@ from mpcompile.calibration import DIAGONAL, FULL, Moments, as_batches, collect
 from mpcompile.errors import ArtifactError
 from mpcompile.graph import LayerOp
 from mpcompile.importers import Imported
+from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.base import Context
 from mpcompile.stream import Stream, batch_norms
@@ -230,7 +231,9 @@ def in_sequence(
         The projections, and new means and variances of the BatchNorm nodes behind them (if ``ctx.refit``).
     """
     config = ctx.config
-    stream = Stream(model, as_batches(ctx.calibration), config.memory)
+    merged = any(node.target in ops.MERGING for node in model.gm.graph.nodes)
+    two_sided = config.calibrate == "pruned_to_dense" and not merged  # merging pairs other tokens on each side
+    stream = Stream(model, as_batches(ctx.calibration), config.memory, two_sided)
     records = Records(ctx.statistics, "")
     if ctx.statistics is not None:
         records.stamp = stamp(model, list(stream.inputs()), config.to_dict())
