@@ -30,6 +30,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     "obs": {"score": "obs"},
     "covariance+restore": {"score": "covariance", "restore": True},
     "obs+restore": {"score": "obs", "restore": True},
+    "obs+restore, dense targets": {"score": "obs", "restore": True, "calibrate": "pruned_to_dense"},
     "obs+restore+permute": {"score": "obs", "restore": True, "permute": True},
 }
 
@@ -84,14 +85,17 @@ def right(model: nn.Module, data: tuple[Tensor, Tensor], batch: int = 50) -> Ten
     return torch.cat([model(part).argmax(1) for part in x.split(batch)]) == labels
 
 
-def measure(job: Task, pattern: str, count: int, rung: str, before: Tensor | None) -> tuple[dict[str, Any], Tensor]:
+def measure(
+    job: Task, pattern: str, count: int, rung: str, before: Tensor | None, flips: bool
+) -> tuple[dict[str, Any], Tensor]:
     """One row of the table."""
     x, labels = job.calibration
-    batches = list(x[draw(labels.tolist(), count)].split(32))
+    chosen = x[draw(labels.tolist(), count)]
+    batches = list((torch.cat([chosen, chosen.flip(-1)]) if flips else chosen).split(32))
     options = {"restore": False, "permute": False, **RUNGS[rung]}
     start, cpu = time.perf_counter(), time.process_time()
     gm = transform(job.model, batches[0][:2], Config(pattern=pattern, **options), batches)
-    row: dict[str, Any] = {"pattern": pattern, "images": count, "rung": rung}
+    row: dict[str, Any] = {"pattern": pattern, "images": count, "flips": flips, "rung": rung}
     row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     hits = right(gm.eval(), job.evaluation)
     row |= {"right": int(hits.sum()), "of": len(hits)}
@@ -109,6 +113,7 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=["2:4", "8:16"])
     parser.add_argument("--images", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
+    parser.add_argument("--flips", action="store_true", help="calibrate on mirrored copies of the images too")
     parser.add_argument("--name", help="of the JSON file in bench/results")
     args = parser.parse_args()
     job = task(args.data, args.model)
@@ -120,7 +125,7 @@ def main() -> None:
         for count in args.images:
             before = None
             for rung in args.rungs:
-                row, before = measure(job, pattern, count, rung, before)
+                row, before = measure(job, pattern, count, rung, before, args.flips)
                 rows.append(row)
                 print(row, flush=True)
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

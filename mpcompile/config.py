@@ -86,7 +86,7 @@ class Config:
 
     pattern: str = "2:4"
     tome_r: int = 0
-    score: str = "covariance"
+    score: str = "obs"
     permute: bool = True
     restore: bool = True
     calibrate: str = "pruned"

@@ -183,7 +183,7 @@ class Stream:
 
     @torch.no_grad()
     def moments(self, layer: LayerOp, m: int, budget: float) -> Moments:
-        """Moments of the layer's pruned inputs; with a dense side, also of them with the outputs that it gives there."""
+        """Moments of the layer's pruned inputs; with a dense side, also with the outputs that it gives there."""
         self.advance(layer.node)
         kind, _ = kind_for(layer, m, budget)
         accumulator = Accumulator(layer, m, kind)

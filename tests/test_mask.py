@@ -137,7 +137,7 @@ def test_no_data_falls_back_and_says_so():
     }
     with_data = transform(mlp(), torch.randn(2, 32), calibration=[torch.randn(64, 32)])
     assert not any("fell back" in note for note in with_data.plan.notes)
-    assert with_data.plan.layers["0"].notes["mask"]["score"] == "covariance"
+    assert with_data.plan.layers["0"].notes["mask"]["score"] == "obs"
 
 
 def test_kept_energy_is_the_share_of_the_dense_weight():
@@ -263,7 +263,7 @@ def test_auto_takes_the_widest_pattern_that_divides_the_inputs():
     )
     config = Config("auto", exclude=())
     data = torch.randn(64, 32)
-    for calibration, score in ((None, "magnitude"), ([data], "covariance")):
+    for calibration, score in ((None, "magnitude"), ([data], "obs")):
         gm = transform(model, data[:2], config, calibration)
         rows = gm.plan.layers
         assert [rows[name].pattern for name in "0246"] == ["8:16", "4:8", "2:4", "dense"]

@@ -64,16 +64,18 @@ def test_each_rung_costs_less_than_the_one_before():
 
 
 def test_covariance_is_close_to_enumeration_at_8_of_16():
-    generator = torch.Generator().manual_seed(0)
-    rows, m = 40, 16
-    scale = torch.randn(m, generator=generator).mul(0.7).exp()
-    c = scale[:, None] * 0.7 ** (torch.arange(m)[:, None] - torch.arange(m)).abs() * scale
-    u = torch.randn(rows, m, generator=generator)
-    masks = scores.all_masks(Pattern(8, 16), u.device)
-    removed = u[:, None] * ~masks
-    best = torch.einsum("rsi,ij,rsj->rs", removed, c, removed).amin(1)
-    found = u * ~scores.covariance_rows(u, c[None], Pattern(8, 16))
-    assert float((found @ c * found).sum() / best.sum()) <= 1.02
+    m, spent, least = 16, 0.0, 0.0
+    masks = scores.all_masks(Pattern(8, m), torch.device("cpu"))
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        scale = torch.randn(m, generator=generator).mul(0.7).exp()
+        c = scale[:, None] * 0.7 ** (torch.arange(m)[:, None] - torch.arange(m)).abs() * scale
+        u = torch.randn(30, m, generator=generator)
+        removed = u[:, None] * ~masks
+        least += float(torch.einsum("rsi,ij,rsj->rs", removed, c, removed).amin(1).sum())
+        found = u * ~scores.covariance_rows(u, c[None], Pattern(8, m))
+        spent += float((found @ c * found).sum())
+    assert 1 - 1e-5 <= spent / least <= 1.02
 
 
 def test_least_squares_is_the_exact_minimum():
@@ -92,7 +94,7 @@ def test_an_exchange_sweep_of_one_group_finds_the_optimum():
     x = torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     a, weight = x.T @ x / 200, torch.randn(30, 6, generator=generator)
     kept = scores.magnitude_mask(weight, Pattern(3, 6))
-    values, found = exchange_sweep(weight * kept, weight, a, kept, Pattern(3, 6))
+    values, _ = exchange_sweep(weight * kept, weight, a, kept, Pattern(3, 6))
     best = torch.full((30,), torch.inf, dtype=torch.double)
     for places in itertools.combinations(range(6), 3):
         mask = torch.zeros(30, 6, dtype=torch.bool)
