@@ -24,7 +24,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "pattern": _WORDS,
     "tome_r": (int,),
     "score": _WORDS,
-    "permute": (bool,),
+    "permute": (bool, type(None)),
     "restore": (bool,),
     "calibrate": _WORDS,
     "memory": (int,),
@@ -52,7 +52,8 @@ class Config:
             ``"covariance"`` those whose absence costs the output least; ``"obs"`` (optimal brain surgeon) likewise,
             with the remaining values of the row moved to make up for it. All but the first need calibration data, and
             fall back to magnitude, with a note in the Plan, when there is none.
-        permute: reorder channels so that the masks keep more, folded into the weights.
+        permute: reorder channels so that the masks keep more, folded into the weights; None does so when there is
+            calibration data.
         restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that
             lowers the error, and re-estimate BatchNorm statistics.
         calibrate: ``"pruned"`` takes the statistics of a layer with all layers before it pruned already;
@@ -87,7 +88,7 @@ class Config:
     pattern: str = "2:4"
     tome_r: int = 0
     score: str = "obs"
-    permute: bool = True
+    permute: bool | None = None
     restore: bool = True
     calibrate: str = "pruned"
     memory: int = 2 << 30

@@ -164,9 +164,11 @@ class Permute(Pass):
     name = "permute"
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        decision: dict[str, Any] = {"requested": ctx.config.permute, "classes": [], "unknown": [], "reason": None}
+        asked = ctx.config.permute
+        requested = ctx.calibration is not None if asked is None else asked
+        decision: dict[str, Any] = {"requested": requested, "classes": [], "unknown": [], "reason": None}
         self.found: list[tuple[ChannelClass, Tensor]] = []
-        if not ctx.config.permute or ctx.config.pattern == "dense":
+        if not requested or ctx.config.pattern == "dense":
             return decision
         if not ctx.owned or ctx.lifted.tensors:
             decision["reason"] = "the graph doesn't own its weights"
