@@ -1,9 +1,14 @@
-"""Calibration: one streamed pass over data -> second moments of what enters each layer."""
+"""Calibration: batches on their way through the graph -> second moments of what enters each layer.
+
+:func:`collect` runs the dense graph once and gathers the moments of every layer; stream.py goes layer by layer instead.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +17,11 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from mpcompile.errors import InputError
-from mpcompile.graph import IRModule, LayerOp, layers, shape_of, training_flags
+from mpcompile.graph import LayerOp, layers, shape_of, training_flags
 from mpcompile.importers import Imported
 
-_ROWS = 16384  # input rows of a layer that one batch contributes at most, evenly spaced
+_VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
+FULL, BLOCK, DIAGONAL = "full", "block", "diagonal"
 
 
 def as_batches(data: Any) -> Iterable[Any]:
@@ -32,17 +38,18 @@ def as_batches(data: Any) -> Iterable[Any]:
 
 
 def peek(data: Any) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and an iterable that still starts with it.
+    """The first batch, and an iterable that still starts with it: the data itself where it can be read again.
 
     Raises:
         InputError: there is none.
     """
-    iterator = iter(as_batches(data))
+    data = as_batches(data)
+    iterator = iter(data)
     try:
         first = next(iterator)
     except StopIteration:
         raise InputError("calibration is empty", expected="at least one batch", found="none") from None
-    return first, itertools.chain([first], iterator)
+    return first, itertools.chain([first], iterator) if iterator is data else data
 
 
 def model_inputs(batch: Any, names: list[str]) -> list[Any]:
@@ -64,58 +71,176 @@ def model_inputs(batch: Any, names: list[str]) -> list[Any]:
     return [batch]
 
 
-def group_moments(x: Tensor, layer: LayerOp, m: int) -> tuple[Tensor, int]:
-    """Sum over input rows of h h' for each group h of ``m`` columns, and the number of rows.
+def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
+    """Indices of a class-balanced, shuffled sample of a labelled dataset.
+
+    Args:
+        labels: the label of every item, in the dataset's order.
+        count: how many to draw; classes differ by one at most, as long as they have enough items.
+        seed: the same seed draws the same sample.
+
+    Raises:
+        InputError: fewer items than that.
+
+    Example:
+        >>> sorted(draw([0, 0, 0, 0, 1, 1], 4))[-2:]
+        [4, 5]
+    """
+    values = torch.as_tensor(list(labels))
+    if not 0 < count <= len(values):
+        raise InputError("can't draw a calibration sample", expected=f"1 to {len(values)} items", found=count)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(values), generator=generator)
+    turn = torch.zeros(len(values), dtype=torch.long)
+    for label in values.unique():
+        members = order[values[order] == label]
+        turn[members] = torch.arange(len(members))
+    ranked = order[turn[order].argsort(stable=True)]  # one of every class, then a second one, ...
+    chosen = ranked[:count]
+    return chosen[torch.randperm(count, generator=generator)].tolist()
+
+
+def kind_for(layer: LayerOp, m: int, budget: float) -> tuple[str, int]:
+    """The richest statistics of a layer that fit into ``budget`` bytes, and the bytes they take (float64)."""
+    groups = 1 if layer.geometry is None else layer.geometry.groups
+    k = math.prod(layer.weight.tensor.shape[1:])
+    for kind, size in ((FULL, groups * k * k * 8), (BLOCK, groups * k * m * 8)):
+        if size <= budget:
+            return kind, size
+    return DIAGONAL, groups * k * 8
+
+
+def input_rows(x: Tensor, layer: LayerOp) -> tuple[Tensor, slice]:
+    """What a layer multiplies its rows with: (groups, rows, K) in the execution layout, and which rows were taken.
 
     Args:
         x: input of the layer, (..., in) or (B, C, H, W).
-
-    Returns:
-        (groups, K / m, m, m) in float64, columns in the execution layout.
     """
     if layer.geometry is None:
         rows = x.reshape(1, -1, x.shape[-1])
-        taps = [rows]
-    else:
-        geometry, (_, _, kh, kw) = layer.geometry, layer.weight.tensor.shape
-        (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.padding, geometry.dilation
-        padded = F.pad(x, (pw, pw, ph, ph))
-        height = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
-        width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
-        taps = []
-        for i, j in itertools.product(range(kh), range(kw)):
-            seen = padded[:, :, i * dh : i * dh + sh * height : sh, j * dw : j * dw + sw * width : sw]
-            taps.append(seen.permute(1, 0, 2, 3).reshape(geometry.groups, -1, seen[:, 0].numel()).transpose(1, 2))
-    total, count = [], taps[0].shape[1]
-    step = -(-count // _ROWS)
-    for tap in taps:
-        h = tap[:, ::step].float().unflatten(-1, (-1, m)).transpose(1, 2)  # (groups, in / m, rows, m)
-        total.append((h.transpose(-1, -2) @ h).double())
-    return torch.cat(total, 1), len(range(0, count, step))
+        taken = slice(None, None, max(1, -(-rows.numel() // _VALUES)))
+        return rows[:, taken].float(), taken
+    geometry, (_, _, kh, kw) = layer.geometry, layer.weight.tensor.shape
+    (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.padding, geometry.dilation
+    padded = F.pad(x, (pw, pw, ph, ph))
+    height = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
+    width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
+    taken = slice(None, None, max(1, -(-(x.shape[0] * height * width * x.shape[1] * kh * kw) // _VALUES)))
+    taps = []
+    for i, j in itertools.product(range(kh), range(kw)):
+        seen = padded[:, :, i * dh : i * dh + sh * height : sh, j * dw : j * dw + sw * width : sw]
+        tap = seen.permute(1, 0, 2, 3).reshape(geometry.groups, -1, seen[:, 0].numel())[:, :, taken]
+        taps.append(tap.transpose(1, 2).float())
+    return torch.cat(taps, 2), taken
 
 
-class _Collector(fx.Interpreter):
-    """Runs the graph and adds up moments at the layers it watches."""
+def output_rows(y: Tensor, layer: LayerOp, taken: slice) -> Tensor:
+    """Outputs of a layer as (rows, out), the rows that :func:`input_rows` took."""
+    flat = y.reshape(-1, y.shape[-1]) if layer.geometry is None else y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+    return flat[taken].float()
 
-    def __init__(self, gm: IRModule, watched: list[LayerOp], sizes: Mapping[str, int]) -> None:
-        super().__init__(gm)
-        self.watched = {layer.node: layer for layer in watched}
-        self.sizes = sizes
+
+@dataclass
+class Moments:
+    """Means over the input rows x of one layer, and over the outputs y that it should give. float64.
+
+    Attributes:
+        count: input rows seen.
+        kind: ``"full"``, ``"block"`` or ``"diagonal"``.
+        xx: E[x x'], (groups, K, K); or its diagonal blocks (groups, K / m, m, m); or its diagonal (groups, K).
+        x: E[x], (groups, K).
+        yx: E[y x'], (out, K), where y is not what the weight makes of these x; else None.
+        y: E[y], (out,), likewise.
+    """
+
+    count: int
+    kind: str
+    xx: Tensor
+    x: Tensor
+    yx: Tensor | None = None
+    y: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors, for a file."""
+        found = {"count": torch.tensor(self.count), "xx": self.xx, "x": self.x, "yx": self.yx, "y": self.y}
+        return {k: v.contiguous() for k, v in found.items() if v is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
+        """Inverse of :meth:`tensors`."""
+        xx, x = tensors["xx"], tensors["x"]
+        kind = DIAGONAL if xx.shape == x.shape else FULL if xx.dim() == 3 else BLOCK
+        return cls(int(tensors["count"]), kind, xx, x, tensors.get("yx"), tensors.get("y"))
+
+    def block(self, m: int) -> Tensor:
+        """Diagonal blocks of E[x x'], (groups, K / m, m, m); of a diagonal, with zeros beside it."""
+        if self.kind == BLOCK:
+            return self.xx
+        if self.kind == DIAGONAL:
+            return torch.diag_embed(self.xx.unflatten(-1, (-1, m)))
+        blocks = self.xx.unflatten(2, (-1, m)).unflatten(1, (-1, m))
+        return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+    @property
+    def power(self) -> Tensor:
+        """E[x_j^2], (groups, K)."""
+        if self.kind == DIAGONAL:
+            return self.xx
+        return self.xx.diagonal(dim1=-2, dim2=-1).flatten(1)
+
+
+class Accumulator:
+    """Adds up the moments of one layer batch by batch."""
+
+    def __init__(self, layer: LayerOp, m: int, kind: str) -> None:
+        self.layer, self.m, self.kind, self.count = layer, m, kind, 0
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        layer = self.watched.get(n)
-        if layer is not None:
-            total, count = group_moments(self.env[layer.input], layer, self.sizes[layer.name])
-            known = self.sums.get(layer.name)
-            self.sums[layer.name] = total if known is None else known + total
-            self.counts[layer.name] = self.counts.get(layer.name, 0) + count
-        return super().run_node(n)
+    def _add(self, key: str, value: Tensor) -> None:
+        self.sums[key] = self.sums[key].add_(value) if key in self.sums else value.double()
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Input of the layer, and the output it should give, both as the graph has them."""
+        rows, taken = input_rows(x, self.layer)
+        self.count += rows.shape[1]
+        self._add("x", rows.sum(1))
+        if self.kind == FULL:
+            self._add("xx", rows.transpose(1, 2) @ rows)
+        elif self.kind == BLOCK:
+            h = rows.unflatten(-1, (-1, self.m)).transpose(1, 2)
+            self._add("xx", h.transpose(-1, -2) @ h)
+        else:
+            self._add("xx", rows.square().sum(1))
+        if y is not None:
+            wanted = output_rows(y, self.layer, taken)
+            pairs = zip(wanted.chunk(len(rows), 1), rows, strict=True)
+            self._add("yx", torch.cat([part.T @ r for part, r in pairs]))
+            self._add("y", wanted.sum(0))
+
+    def result(self) -> Moments:
+        """The means.
+
+        Raises:
+            InputError: the layer's inputs were not finite.
+        """
+        means = {key: value / self.count for key, value in self.sums.items()}
+        if not bool(torch.isfinite(means["xx"]).all()):
+            raise InputError(
+                "what enters this layer on the calibration data is not finite",
+                layer=self.layer.name,
+                expected="finite activations",
+                found="NaN or infinity",
+                hint="calibrate in fp32, and with the transform of inference",
+            )
+        return Moments(self.count, self.kind, means["xx"], means["x"], means.get("yx"), means.get("y"))
 
 
-def _batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
-    """Each calibration batch as the full list of graph inputs, its shape checked against the example's."""
+def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
+    """Each calibration batch as the full list of graph inputs, its shape checked against the example's.
+
+    Raises:
+        InputError: a batch of another shape or type than the example inputs, or not finite.
+    """
     placeholders = [n for n in model.gm.graph.nodes if n.op == "placeholder"]
     data = [n for n in placeholders if n.name not in model.lifted.tensors]
     device = next((p.device for p in model.gm.parameters()), torch.device("cpu"))
@@ -142,28 +267,56 @@ def _batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
 
 
-def collect_moments(model: Imported, calibration: Any, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Mean second moments of the inputs of each layer, group by group, on the dense model in eval mode.
+class _Collector(fx.Interpreter):
+    """Runs the graph and adds up moments at the layers it watches."""
+
+    def __init__(self, model: Imported, watched: Mapping[fx.Node, tuple[fx.Node, Accumulator]]) -> None:
+        super().__init__(model.gm)
+        self.watched = watched
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.watched:
+            source, accumulator = self.watched[n]
+            accumulator.add(self.env[source])
+        return super().run_node(n)
+
+
+def collect(
+    model: Imported,
+    values: Iterable[list[Any]],
+    sizes: Mapping[str, int],
+    budget: float = math.inf,
+    kind: str | None = None,
+) -> dict[str, Moments]:
+    """Moments of the inputs of each layer on the dense model in eval mode, in one pass.
 
     Args:
         model: the imported model, its nodes carrying shapes.
-        calibration: an iterable of batches.
+        values: the graph inputs of every batch, from :func:`batches`.
         sizes: layers to watch, by name -> columns a group (m).
-
-    Returns:
-        Layer name -> (groups, K / m, m, m), float32.
+        budget: bytes for all of them together: a layer keeps full moments, else blocks, else the diagonal, as its
+            share of what is left allows.
+        kind: of all of them, whatever the budget.
 
     Raises:
-        InputError: no batch, or one of another shape or type than the example inputs.
+        InputError: no batch, or one that the model rejects.
     """
-    watched = [layer for layer in layers(model.gm, model.lifted) if layer.name in sizes]
-    collector = _Collector(model.gm, watched, sizes)
+    uses = [layer for layer in layers(model.gm, model.lifted) if layer.name in sizes]
+    first = {layer.name: layer for layer in reversed(uses)}
+    by_name: dict[str, Accumulator] = {}
+    for position, layer in enumerate(sorted(first.values(), key=lambda u: u.weight.tensor.numel())):
+        fits, size = kind_for(layer, sizes[layer.name], budget / (len(first) - position))
+        by_name[layer.name] = Accumulator(layer, sizes[layer.name], kind or fits)
+        budget -= size
+    watched = {layer.node: (layer.input, by_name[layer.name]) for layer in uses}
+    collector, seen = _Collector(model, watched), 0
     with training_flags(model.gm, False), torch.no_grad():
-        for values in tqdm(_batches(model, as_batches(calibration)), desc="calibrate", unit="batch", disable=None):
+        for batch in tqdm(values, desc="calibrate", unit="batch", disable=None):
+            seen += 1
             try:
-                collector.run(*values)
+                collector.run(*batch)
             except RuntimeError as error:
                 raise InputError(f"the model rejects a calibration batch: {str(error).splitlines()[0]}") from error
-    if not collector.counts:
+    if not seen:
         raise InputError("calibration is empty", expected="at least one batch", found="none")
-    return {name: (total / collector.counts[name]).float() for name, total in collector.sums.items()}
+    return {name: accumulator.result() for name, accumulator in by_name.items()}

@@ -1,8 +1,9 @@
-"""The command line: ``mpcompile demo``, and ``audit``, ``explain`` and ``visualize`` for a timm model."""
+"""The command line: ``demo``; ``audit``, ``explain`` and ``visualize`` for a timm model; ``verify`` for files too."""
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import mpcompile
+from mpcompile import verify as verifier
 from mpcompile.backend import mpsparse
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.errors import ArtifactError, ConfigError, InputError, MPCompileError
@@ -38,11 +40,11 @@ def write_atomically(path: Path, text: str) -> None:
         ) from error
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load a state dict from a safetensors file, or from a torch file that holds tensors only (weights_only).
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state dict in a safetensors file, or in a torch file that holds tensors only (weights_only).
 
     Raises:
-        ArtifactError: the file is missing, truncated or not a checkpoint, or its tensors aren't the model's.
+        ArtifactError: the file is missing, truncated or not a checkpoint.
     """
     if not path.is_file():
         raise ArtifactError(f"there is no checkpoint {path}", expected="a .safetensors, .pt or .pth file", found="none")
@@ -63,6 +65,18 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict):
+        raise ArtifactError(f"{path} holds no state dict", expected="tensors by name", found=type(state).__name__)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint file into a model.
+
+    Raises:
+        ArtifactError: as :func:`read_checkpoint`, or its tensors aren't the model's.
+    """
+    state = read_checkpoint(path)
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -153,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser, one sub-command a job."""
     top = argparse.ArgumentParser(prog="mpcompile", description=mpcompile.__doc__)
     top.add_argument("--version", action="version", version=f"mpcompile {mpcompile.__version__}")
-    jobs = top.add_subparsers(dest="job", required=True, metavar="{demo,audit,explain,visualize}")
+    jobs = top.add_subparsers(dest="job", required=True, metavar="{demo,audit,explain,visualize,verify}")
     formatter = argparse.RawDescriptionHelpFormatter
 
     demo = jobs.add_parser(
@@ -200,7 +214,20 @@ def parser() -> argparse.ArgumentParser:
     visualize.add_argument("--image", type=Path, required=True, metavar="FILE", help="any format that Pillow reads")
     visualize.add_argument("--out", type=Path, default=Path("merged.png"), metavar="FILE", help="(default merged.png)")
     visualize.add_argument("--seed", type=_at_least(0), default=0, help="seeds weights that aren't loaded (default 0)")
-    for job in (demo, audit, explain, visualize):
+
+    verify = jobs.add_parser(
+        "verify",
+        help="check which weights of a file or a timm model are legally N:M",
+        description="Check stored weights, of a file or a timm model: which are legally N:M, which break it where.",
+        epilog="example:\n  mpcompile verify pruned.mpc\n  mpcompile verify checkpoint.safetensors --pattern 2:4",
+        formatter_class=formatter,
+    )
+    verify.add_argument("target", help="a .mpc, .safetensors, .pt or .pth file, or the name of a timm model")
+    verify.add_argument("--pattern", help="N:M that all weights are held to (default: masked layers to their own)")
+    verify.add_argument("--only", nargs="*", default=["*"], metavar="GLOB", help="names of weights (default all)")
+    verify.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write the result here as JSON")
+    for job in (demo, audit, explain, visualize, verify):
         job.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 
@@ -306,8 +333,28 @@ def run_visualize(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_verify(args: argparse.Namespace) -> int:
+    """``mpcompile verify``: exit status 0 when every weight meets the pattern that it is held to, else 1."""
+    path = Path(args.target)
+    source: Any
+    if path.suffix or path.exists():
+        source = verifier.read(path)
+    else:
+        source = _create(args.target, args.pretrained)
+    found = verifier.verify(source, args.pattern)
+    chosen = {k: v for k, v in found.verdicts.items() if any(fnmatch.fnmatch(k, glob) for glob in args.only)}
+    if not chosen:
+        raise ConfigError("--only names no weight", expected=", ".join(list(found.verdicts)[:8]), found=args.only)
+    found = verifier.Verification(chosen)
+    if args.json is not None:
+        write_atomically(args.json, found.to_json(indent=1))
+    print(found)
+    return 0 if found.ok else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Exit status 0: done; 2: something the user can mend; 130: interrupted."""
+    """Entry point of the console script. Exit status 0: done; 1: ``verify`` found a
+    violation; 2: something the user can mend; 130: interrupted."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s")
     try:
@@ -317,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_explain(args)
         if args.job == "visualize":
             return run_visualize(args)
+        if args.job == "verify":
+            return run_verify(args)
         from mpcompile.demo import Demo, run
 
         report = run(Demo(args.quick, args.seed, args.out, args.threads, not args.quiet))

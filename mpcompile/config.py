@@ -15,7 +15,8 @@ from mpcompile.errors import ConfigError
 from mpcompile.kernels.dispatch import auto_pattern
 from mpcompile.kernels.nm_format import Pattern, group_axis
 
-SCORES = ("magnitude", "covariance")
+SCORES = ("magnitude", "wanda", "covariance", "obs")
+CALIBRATIONS = ("pruned", "pruned_to_dense", "dense")
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
 SCHEDULES = ("constant", "linear")
@@ -29,8 +30,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "tome_reduction": (float, type(None)),
     "tome_proportional": (bool,),
     "score": _WORDS,
-    "permute": (bool,),
+    "permute": (bool, type(None)),
     "restore": (bool,),
+    "calibrate": _WORDS,
+    "memory": (int,),
+    "prior": (float, int),
     "mac_reduction": (float, int, type(None)),
     "engine": _WORDS,
     "exclude": (tuple,),
@@ -56,10 +60,20 @@ class Config:
             0 and 1.
         tome_proportional: let a merged token count in attention as often as the tokens it stands for. Without
             training, some models (those pretrained as masked autoencoders) keep more accuracy without.
-        score: which values a group keeps: ``"magnitude"``, or ``"covariance"``, which minimises the output error on
-            the calibration data and falls back to magnitude, with a note in the Plan, when there is none.
-        permute: reorder channels so that the masks keep more. The search is not implemented: the Plan says so.
-        restore: refit kept values after masking. Not implemented: the Plan says so.
+        score: which values a group keeps: ``"magnitude"`` the largest; ``"wanda"`` the largest times their input;
+            ``"covariance"`` those whose absence costs the output least; ``"obs"`` (optimal brain surgeon) likewise,
+            with the remaining values of the row moved to make up for it. All but the first need calibration data, and
+            fall back to magnitude, with a note in the Plan, when there is none.
+        permute: reorder channels so that the masks keep more, folded into the weights; None does so when there is
+            calibration data.
+        restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that
+            lowers the error, and re-estimate BatchNorm statistics.
+        calibrate: ``"pruned"`` takes the statistics of a layer with all layers before it pruned already;
+            ``"pruned_to_dense"`` does too, and fits a layer to the outputs that the dense model gives there;
+            ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less accurate.
+        memory: bytes that calibration statistics may take, and again the activations that are held between layers:
+            what is more is kept as diagonal blocks, or written to a temporary folder.
+        prior: weight alpha of the Hamming prior towards the source masks given to ``transform(prior=...)``.
         mac_reduction: a MAC budget for the whole model. Not implemented: must be None.
         engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights); on CUDA ``"gluon_wgmma_sp"``,
             ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and ``"triton_expand"`` (any N:M, spread
@@ -89,9 +103,12 @@ class Config:
     tome_schedule: str = "constant"
     tome_reduction: float | None = None
     tome_proportional: bool = True
-    score: str = "covariance"
-    permute: bool = True
+    score: str = "obs"
+    permute: bool | None = None
     restore: bool = True
+    calibrate: str = "pruned"
+    memory: int = 2 << 30
+    prior: float = 0.1
     mac_reduction: float | None = None
     engine: str = "auto"
     exclude: tuple[str, ...] = ROLES
@@ -116,15 +133,18 @@ class Config:
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
         if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
-        for name, allowed in (("score", SCORES), ("engine", ENGINES), ("tome_schedule", SCHEDULES)):
+        named = {"score": SCORES, "engine": ENGINES, "tome_schedule": SCHEDULES, "calibrate": CALIBRATIONS}
+        for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"option {name!r} has no such value",
                     expected=f"one of {', '.join(allowed)}",
                     found=repr(getattr(self, name)),
                 )
-        if self.prefix_tokens is not None and self.prefix_tokens < 0:
-            raise ConfigError("option 'prefix_tokens' is negative", expected="0 or more", found=self.prefix_tokens)
+        for name in ("prefix_tokens", "memory", "prior"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"option {name!r} is negative", expected="0 or more", found=value)
         self._check_merging()
         if self.mac_reduction is not None:
             raise ConfigError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpcompile.calibration import collect_moments, peek
+from mpcompile.calibration import as_batches, peek
 from mpcompile.config import Config
-from mpcompile.errors import ConfigError, GraphError
+from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.graph import IRModule, layers, propagate
 from mpcompile.importers import Imported, import_model
 from mpcompile.macs import count, node_macs
@@ -32,13 +34,13 @@ class Pipeline:
 
     Example:
         >>> [p.name for p in Pipeline()]
-        ['analyze', 'permute', 'mask', 'restore', 'merge_tokens']
+        ['analyze', 'permute', 'merge_tokens', 'mask', 'restore']
         >>> [p.name for p in Pipeline([Mask(), MergeTokens()])]
         ['mask', 'merge_tokens']
     """
 
     def __init__(self, passes: Sequence[Pass] | None = None) -> None:
-        chosen = [Analyze(), Permute(), Mask(), Restore(), MergeTokens()] if passes is None else list(passes)
+        chosen = [Analyze(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
         for item in chosen:
             if not isinstance(item, Pass):
                 raise ConfigError(
@@ -92,23 +94,6 @@ def _shapes(value: Any) -> Any:
     return None
 
 
-def _moments(model: Imported, ctx: Context, pipeline: Pipeline) -> None:
-    """Collect what the score needs, for layers that can carry the pattern."""
-    if ctx.calibration is None or ctx.config.pattern == "dense" or ctx.config.score != "covariance":
-        return
-    if not any(isinstance(p, Mask) for p in pipeline):
-        return
-    propagate(model.gm, ctx.inputs)
-    sizes: dict[str, int] = {}
-    for layer in layers(model.gm, ctx.lifted):
-        if layer.pattern is None and layer.obstacle is None:
-            weight = layer.weight.tensor
-            pattern = ctx.config.pattern_for(weight)
-            if pattern is not None:
-                sizes[layer.name] = pattern.m
-    ctx.moments = collect_moments(model, ctx.calibration, sizes)
-
-
 def transform(
     model: nn.Module,
     example_inputs: Any = None,
@@ -116,6 +101,8 @@ def transform(
     calibration: Iterable[Any] | None = None,
     *,
     pipeline: Pipeline | None = None,
+    statistics: str | os.PathLike[str] | None = None,
+    prior: Mapping[str, torch.Tensor] | None = None,
 ) -> IRModule:
     """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
 
@@ -132,6 +119,10 @@ def transform(
         calibration: an iterable of batches (a tensor, a tuple whose first item is the input, or a dict of keyword
             inputs), for a score that needs data. Without it, the score falls back to magnitude and the Plan says so.
         pipeline: other passes than the default ones.
+        statistics: a folder for the moments of every layer: an interrupted run on the same weights, data and options
+            goes on where it was.
+        prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn by
+            ``config.prior``.
 
     Raises:
         MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or data doesn't fit.
@@ -155,7 +146,10 @@ def transform(
         if example_inputs is None and not isinstance(model, torch.fx.GraphModule):
             example_inputs = first if isinstance(first, (torch.Tensor, dict)) else (first[0],)
     imported = import_model(model, example_inputs)
-    return run_pipeline(imported, config, pipeline or Pipeline(), calibration=calibration)
+    folder = None if statistics is None else Path(statistics)
+    return run_pipeline(
+        imported, config, pipeline or Pipeline(), calibration=calibration, statistics=folder, prior=prior
+    )
 
 
 def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = None) -> IRModule:
@@ -199,14 +193,41 @@ def run_pipeline(
     calibration: Iterable[Any] | None = None,
     masks: dict[str, torch.Tensor] | None = None,
     owned: bool = True,
+    statistics: Path | None = None,
+    prior: Mapping[str, torch.Tensor] | None = None,
 ) -> IRModule:
     """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
     plan = Plan(config=config.to_dict(), notes=list(imported.notes))
     ctx = Context(
-        config, imported.inputs, imported.lifted, owned, calibration, masks={} if masks is None else masks, plan=plan
+        config,
+        imported.inputs,
+        imported.lifted,
+        owned,
+        calibration,
+        again=calibration is not None and iter(as_batches(calibration)) is not calibration,
+        statistics=statistics,
+        refit=config.restore and any(isinstance(p, Restore) for p in pipeline),
+        prior=_checked(prior or {}, imported),
+        masks={} if masks is None else masks,
+        plan=plan,
     )
-    _moments(imported, ctx, pipeline)
     gm = pipeline(imported, ctx)
-    if config.score == "covariance" and not ctx.moments and config.pattern != "dense" and plan.masked:
-        plan.note("no calibration data: score='covariance' fell back to magnitude")
+    if config.score != "magnitude" and calibration is None and config.pattern != "dense" and plan.masked:
+        plan.note(f"no calibration data: score={config.score!r} fell back to magnitude")
     return gm
+
+
+def _checked(prior: Mapping[str, torch.Tensor], model: Imported) -> Mapping[str, torch.Tensor]:
+    """Source masks, each checked against the weight it is for.
+
+    Raises:
+        InputError: a layer that isn't there, or a mask of another shape or type.
+    """
+    shapes = {layer.name: layer.weight.tensor.shape for layer in layers(model.gm, model.lifted)}
+    for name, mask in prior.items():
+        if name not in shapes:
+            raise InputError("prior names a layer that isn't in the graph", layer=name, expected=", ".join(shapes))
+        if mask.shape != shapes[name] or mask.dtype != torch.bool:
+            found, expected = f"{tuple(mask.shape)}, {mask.dtype}", f"{tuple(shapes[name])}, torch.bool"
+            raise InputError("a source mask doesn't fit", layer=name, expected=expected, found=found)
+    return prior

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mpcompile.config import Config
-from mpcompile.graph import IRModule, Lifted
+from mpcompile.graph import IRModule, LayerOp, Lifted
 from mpcompile.plan import PassRecord, Plan
+
+if TYPE_CHECKING:
+    from mpcompile.calibration import Moments
+    from mpcompile.passes.project import Projection
 
 
 @dataclass
@@ -22,9 +28,15 @@ class Context:
         inputs: example inputs, one a placeholder; they give shapes, not values.
         lifted: parameters that are graph inputs.
         owned: whether the graph owns its weights and may write zeros into them.
-        moments: layer name -> second moments of its input within each group, (kernel taps, groups, m, m), in the
-            column order of the execution layout; empty without calibration.
+        calibration: an iterable of batches, or None.
+        again: whether the calibration data can be read more than once.
+        statistics: a folder that keeps the moments of layers, or None.
+        refit: whether a later pass asks for refitted values.
+        prior: source masks of the Hamming prior, by layer name.
+        moments: layer name -> moments of its dense inputs, where one pass over the data gathered them.
         masks: masks that were decided before (other graphs of the same model), by layer name.
+        projections: what each masked layer became, by name.
+        norms: BatchNorm node -> mean and variance of its inputs in the pruned network.
     """
 
     config: Config
@@ -32,9 +44,20 @@ class Context:
     lifted: Lifted = field(default_factory=Lifted)
     owned: bool = True
     calibration: Any = None
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    again: bool = False
+    statistics: Path | None = None
+    refit: bool = False
+    prior: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    projections: dict[str, Projection] = field(default_factory=dict)
+    norms: dict[fx.Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
+
+    def writable(self, layer: LayerOp) -> bool:
+        """Whether the graph may change the values of the layer's weight."""
+        node = layer.weight.node
+        return self.owned and (node is None or node.op == "get_attr")
 
 
 class Pass(PassBase):

@@ -1,23 +1,69 @@
-"""Restore: refit the kept values after masking. No fit is implemented: every value is left as it is."""
+"""Restore: what was refitted behind the masks, and BatchNorm statistics that fit the pruned network.
+
+The values are refitted where the masks are chosen, layer by layer (mpcompile/refit.py, passes/project.py): a mask and
+its values are one decision, and later layers are fitted to what comes out. This pass in a pipeline asks for it; here
+BatchNorm statistics follow, and the Plan gets the error of every layer before and after.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from mpcompile.graph import IRModule
+from mpcompile.importers import Imported
 from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.project import reestimate
 
 
 class Restore(Pass):
-    """Leaves every kept value as it is, and says so in the Plan."""
+    """Refitted values and re-estimated BatchNorm statistics; needs calibration data."""
 
     name = "restore"
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        return {"requested": ctx.config.restore, "restored": []}
+        done = {name: p.notes for name, p in ctx.projections.items() if "error_refitted" in p.notes}
+        skipped = {name: p.notes["skipped"] for name, p in ctx.projections.items() if "skipped" in p.notes}
+        requested = ctx.config.restore
+        again = ctx.again and bool(done)
+        return {
+            "requested": requested,
+            "restored": sorted(done),
+            "skipped": skipped,
+            "error_masked": sum(n["error_masked"] for n in done.values()) / max(1, len(done)),
+            "error_refitted": sum(n["error_refitted"] for n in done.values()) / max(1, len(done)),
+            "norms": "in sequence"
+            if ctx.config.calibrate != "dense"
+            else "after"
+            if again
+            else "data can be read once only",
+        }
 
     def summary(self, decision: dict[str, Any]) -> str:
-        return "identity: no refit of kept values" if decision["requested"] else "off"
+        if not decision["requested"]:
+            return "off"
+        count = len(decision["restored"])
+        if not count:
+            why = sorted(set(decision["skipped"].values()))
+            return "nothing refitted: " + ("; ".join(why) or "no layer was masked with data")
+        text = f"{count} layers refitted, mean relative error {decision['error_masked']:.3g}"
+        text += f" -> {decision['error_refitted']:.3g}"
+        if decision["skipped"]:
+            text += f", {len(decision['skipped'])} not"
+        return text + (f", {decision['norm_count']} BatchNorms re-estimated" if decision.get("norm_count") else "")
 
+    @torch.no_grad()
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
-        return False
+        for name, projection in ctx.projections.items():
+            if projection.notes and name in ctx.plan.layers:
+                ctx.plan.layers[name].notes["restore"] = projection.notes
+        norms = ctx.norms
+        if decision["norms"] == "after":
+            norms = reestimate(Imported(gm, ctx.inputs, ctx.lifted, []), ctx)
+        for node, (mean, variance) in norms.items():
+            module: Any = gm.get_submodule(str(node.target))
+            module.running_mean.copy_(mean)
+            module.running_var.copy_(variance)
+        decision["norm_count"] = len(norms)
+        return bool(decision["restored"])

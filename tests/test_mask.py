@@ -1,6 +1,7 @@
 """Masks: exactly N of M, the best of them where that can be enumerated, and every layer accounted for."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.calibration import collect_moments
+from mpcompile.calibration import batches, collect
 from mpcompile.errors import InputError, NotEligibleError
 from mpcompile.graph import propagate
 from mpcompile.importers import import_model
@@ -76,7 +77,8 @@ def test_conv_moments_equal_those_of_the_unfolded_input(kwargs):
     data = [images(3, 9, seed=s) for s in (1, 2)]
     imported = import_model(net, images(2, 9))
     propagate(imported.gm, imported.inputs)
-    found = collect_moments(imported, data, {"2": 4})["2"]
+    full = collect(imported, batches(imported, data), {"2": 4})["2"]
+    found = full.block(4)
     groups = kwargs.get("groups", 1)
     hidden = net[:2](torch.cat(data))
     geometry = {k: v for k, v in kwargs.items() if k != "groups"}
@@ -84,15 +86,22 @@ def test_conv_moments_equal_those_of_the_unfolded_input(kwargs):
     for group, part in enumerate(columns.chunk(groups, 1)):
         h = part.permute(0, 2, 1).reshape(len(part), -1, 4)  # channels fastest
         assert relative(found[group], torch.einsum("rgi,rgj->gij", h, h) / len(h)) < 1e-6
+        h = h.flatten(1)
+        assert relative(full.xx[group], h.T @ h / len(h)) < 1e-6
 
 
 def test_linear_moments():
     x = torch.randn(50, 7, 32)
     imported = import_model(mlp(), x[:2])
     propagate(imported.gm, imported.inputs)
-    found = collect_moments(imported, [x], {"0": 8})["0"]
     h = x.reshape(-1, 4, 8)
-    assert relative(found[0], torch.einsum("rgi,rgj->gij", h, h) / len(h)) < 1e-6
+    wanted = torch.einsum("rgi,rgj->gij", h, h) / len(h)
+    for budget, kind in ((math.inf, "full"), (32 * 8 * 8, "block"), (32 * 8, "diagonal")):
+        found = collect(imported, batches(imported, [x]), {"0": 8}, budget)["0"]
+        assert found.kind == kind
+        assert relative(found.power[0], x.reshape(-1, 32).square().mean(0)) < 1e-6
+        if kind != "diagonal":
+            assert relative(found.block(8)[0], wanted) < 1e-6
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "6:12", "8:16", "12:16", "1:3", "4:4"])
@@ -128,7 +137,7 @@ def test_no_data_falls_back_and_says_so():
     }
     with_data = transform(mlp(), torch.randn(2, 32), calibration=[torch.randn(64, 32)])
     assert not any("fell back" in note for note in with_data.plan.notes)
-    assert with_data.plan.layers["0"].notes["mask"]["score"] == "covariance"
+    assert with_data.plan.layers["0"].notes["mask"]["score"] == "obs"
 
 
 def test_kept_energy_is_the_share_of_the_dense_weight():
@@ -254,7 +263,7 @@ def test_auto_takes_the_widest_pattern_that_divides_the_inputs():
     )
     config = Config("auto", exclude=())
     data = torch.randn(64, 32)
-    for calibration, score in ((None, "magnitude"), ([data], "covariance")):
+    for calibration, score in ((None, "magnitude"), ([data], "obs")):
         gm = transform(model, data[:2], config, calibration)
         rows = gm.plan.layers
         assert [rows[name].pattern for name in "0246"] == ["8:16", "4:8", "2:4", "dense"]
