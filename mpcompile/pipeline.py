@@ -198,13 +198,16 @@ def run_pipeline(
 ) -> IRModule:
     """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
     plan = Plan(config=config.to_dict(), notes=list(imported.notes))
+    again = calibration is not None and iter(as_batches(calibration)) is not calibration
+    if calibration is not None and not again and config.calibrate != "dense":
+        calibration, again = list(calibration), True  # held between layers anyway
     ctx = Context(
         config,
         imported.inputs,
         imported.lifted,
         owned,
         calibration,
-        again=calibration is not None and iter(as_batches(calibration)) is not calibration,
+        again=again,
         statistics=statistics,
         refit=config.restore and any(isinstance(p, Restore) for p in pipeline),
         prior=_checked(prior or {}, imported),

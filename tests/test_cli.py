@@ -48,7 +48,7 @@ def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys)
     assert found["dense eager"][1] > 2 * found["compiled sparse"][1] * 0.99
     assert found["... distilled"][0] == found["compiled sparse"][0]  # compiled and eager agree on every scan
     text = capsys.readouterr().out
-    assert "blocks.0.attn.qkv" in text and "covariance" in text and "top-1" in text
+    assert "blocks.0.attn.qkv" in text and "obs" in text and "top-1" in text
     assert len(list((tmp_path / "cache" / "mpcompile").glob("*.safetensors"))) == 1
 
 

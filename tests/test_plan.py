@@ -18,7 +18,7 @@ def test_plan_round_trips_and_prints_every_layer():
     assert json.loads(plan.to_json(indent=1)) == plan.to_dict()
     text = str(plan)
     assert all(name in text for name in plan.layers)
-    assert "identity: no permutation search" in text and "fell back to magnitude" in text
+    assert "permute: off" in text and "fell back to magnitude" in text
     entry = plan.layers["blocks.0.mlp.fc1"]
     assert entry.shape == (128, 32) and entry.notes["analyze"]["verdict"] in ("mp", "not_mp", "low_confidence")
 
