@@ -15,6 +15,8 @@ almost equally alike may merge otherwise after another rounding; this shows up h
 ``--parts`` times what merging adds to a block instead: matching and merge, and attention with log(size) as a bias, as
 an extra key channel, written out, and without any.
 
+With ``--threads 1`` the clock is the processor time of that thread, which holds on a machine that others use as well.
+
 Results go into tome_e2e.json and tome_parts.json, one record for each (model, depth, batch, dtype, threads).
 """
 
@@ -25,6 +27,7 @@ import functools
 import gc
 import itertools
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +83,7 @@ def block(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
         built |= merged_builds(model, x, dtype, r, args.forms)
     env = common.environment()
     calls = {name: run for name, (run, _) in built.items()}
-    seconds = common.interleave(calls, args.rounds, args.warmup, f"batch {batch}, {dtype}")
+    seconds = common.interleave(calls, args.rounds, args.warmup, f"batch {batch}, {dtype}", args.clock)
     env["load average at the end"] = common.environment()["load average"]
     ms = {name: common.quartiles(times, 1e3) for name, times in seconds.items()}
     best = min(dense, key=lambda name: ms[name]["median"])
@@ -162,7 +165,8 @@ def parts(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
         run = torch.compile(call, dynamic=False)
         run(argument)
         calls[name] = functools.partial(run, argument)
-    ms = {n: common.quartiles(t, 1e3) for n, t in common.interleave(calls, args.rounds * 4, args.warmup).items()}
+    seconds = common.interleave(calls, args.rounds * 4, args.warmup, clock=args.clock)
+    ms = {name: common.quartiles(times, 1e3) for name, times in seconds.items()}
     whole = min(ms["block"]["median"], ms["block, eager"]["median"])
     share = (ms["addition, merge and norm"]["median"] - ms["addition and norm"]["median"]) / whole
     key = {"model": args.model, "depth": args.depth, "batch": batch, "dtype": dtype, "threads": args.threads}
@@ -187,6 +191,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", action="store_true", help="time the parts of one block instead")
     common.common_arguments(parser)
     args = parser.parse_args(argv)
+    args.clock = time.thread_time if args.threads == 1 else time.perf_counter
     if args.quick and args.depth is None:
         args.depth = 2
     full = {"batch": [8], "dtype": ["fp32", "bf16"], "tome_r": [8, 13, 16], "rounds": 15}
