@@ -33,9 +33,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "permute": (bool, type(None)),
     "restore": (bool,),
     "calibrate": _WORDS,
-    "memory": (int,),
-    "prior": (float, int),
-    "mac_reduction": (float, int, type(None)),
     "engine": _WORDS,
     "exclude": (tuple,),
     "include": (tuple,),
@@ -71,10 +68,6 @@ class Config:
         calibrate: ``"pruned"`` takes the statistics of a layer with all layers before it pruned already;
             ``"pruned_to_dense"`` does too, and fits a layer to the outputs that the dense model gives there;
             ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less accurate.
-        memory: bytes that calibration statistics may take, and again the activations that are held between layers:
-            what is more is kept as diagonal blocks, or written to a temporary folder.
-        prior: weight alpha of the Hamming prior towards the source masks given to ``transform(prior=...)``.
-        mac_reduction: a MAC budget for the whole model. Not implemented: must be None.
         engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights); on CUDA ``"gluon_wgmma_sp"``,
             ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and ``"triton_expand"`` (any N:M, spread
             out in registers); ``"reference"`` (packed values + bitmask, plain torch), ``"dense"`` (masked weight, dense
@@ -107,9 +100,6 @@ class Config:
     permute: bool | None = None
     restore: bool = True
     calibrate: str = "pruned"
-    memory: int = 2 << 30
-    prior: float = 0.1
-    mac_reduction: float | None = None
     engine: str = "auto"
     exclude: tuple[str, ...] = ROLES
     include: tuple[str, ...] = ()
@@ -141,18 +131,9 @@ class Config:
                     expected=f"one of {', '.join(allowed)}",
                     found=repr(getattr(self, name)),
                 )
-        for name in ("prefix_tokens", "memory", "prior"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"option {name!r} is negative", expected="0 or more", found=value)
+        if self.prefix_tokens is not None and self.prefix_tokens < 0:
+            raise ConfigError("option 'prefix_tokens' is negative", expected="0 or more", found=self.prefix_tokens)
         self._check_merging()
-        if self.mac_reduction is not None:
-            raise ConfigError(
-                "option 'mac_reduction': layers can't be given budgets of their own",
-                expected="None",
-                found=self.mac_reduction,
-                hint="choose one pattern for all layers, e.g. pattern='2:4' with tome_r=8",
-            )
 
     def _check_merging(self) -> None:
         r, reduction = self.tome_r, self.tome_reduction

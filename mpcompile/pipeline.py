@@ -102,7 +102,9 @@ def transform(
     *,
     pipeline: Pipeline | None = None,
     statistics: str | os.PathLike[str] | None = None,
+    memory: int = 2 << 30,
     prior: Mapping[str, torch.Tensor] | None = None,
+    prior_weight: float = 0.1,
 ) -> IRModule:
     """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
 
@@ -121,8 +123,10 @@ def transform(
         pipeline: other passes than the default ones.
         statistics: a folder for the moments of every layer: an interrupted run on the same weights, data and options
             goes on where it was.
-        prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn by
-            ``config.prior``.
+        memory: bytes that calibration statistics may take, and again the activations that are held between layers:
+            what is more is kept as diagonal blocks, or written to a temporary folder.
+        prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn.
+        prior_weight: alpha of that Hamming prior.
 
     Raises:
         MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or data doesn't fit.
@@ -148,7 +152,14 @@ def transform(
     imported = import_model(model, example_inputs)
     folder = None if statistics is None else Path(statistics)
     return run_pipeline(
-        imported, config, pipeline or Pipeline(), calibration=calibration, statistics=folder, prior=prior
+        imported,
+        config,
+        pipeline or Pipeline(),
+        calibration=calibration,
+        statistics=folder,
+        memory=memory,
+        prior=prior,
+        prior_weight=prior_weight,
     )
 
 
@@ -194,9 +205,14 @@ def run_pipeline(
     masks: dict[str, torch.Tensor] | None = None,
     owned: bool = True,
     statistics: Path | None = None,
+    memory: int = 2 << 30,
     prior: Mapping[str, torch.Tensor] | None = None,
+    prior_weight: float = 0.1,
 ) -> IRModule:
     """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
+    for name, value in (("memory", memory), ("prior_weight", prior_weight)):
+        if value < 0:
+            raise ConfigError(f"{name} is negative", expected="0 or more", found=value)
     plan = Plan(config=config.to_dict(), notes=list(imported.notes))
     again = calibration is not None and iter(as_batches(calibration)) is not calibration
     if calibration is not None and not again and config.calibrate != "dense":
@@ -210,7 +226,9 @@ def run_pipeline(
         again=again,
         statistics=statistics,
         refit=config.restore and any(isinstance(p, Restore) for p in pipeline),
+        memory=memory,
         prior=_checked(prior or {}, imported),
+        prior_weight=prior_weight,
         masks={} if masks is None else masks,
         plan=plan,
     )

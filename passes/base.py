@@ -32,7 +32,9 @@ class Context:
         again: whether the calibration data can be read more than once.
         statistics: a folder that keeps the moments of layers, or None.
         refit: whether a later pass asks for refitted values.
+        memory: bytes that calibration statistics, and again held activations, may take.
         prior: source masks of the Hamming prior, by layer name.
+        prior_weight: alpha of that prior.
         moments: layer name -> moments of its dense inputs, where one pass over the data gathered them.
         masks: masks that were decided before (other graphs of the same model), by layer name.
         projections: what each masked layer became, by name.
@@ -47,7 +49,9 @@ class Context:
     again: bool = False
     statistics: Path | None = None
     refit: bool = False
+    memory: int = 2 << 30
     prior: Mapping[str, Tensor] = field(default_factory=dict)
+    prior_weight: float = 0.1
     moments: dict[str, Moments] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     projections: dict[str, Projection] = field(default_factory=dict)

@@ -176,7 +176,7 @@ class Mask(Pass):
 
         def decide(name: str, moments: Any) -> Projection:
             source = ctx.prior.get(name)
-            prior = None if source is None else (source.to(weights[name].device), config.prior)
+            prior = None if source is None else (source.to(weights[name].device), ctx.prior_weight)
             refitted = ctx.refit and ctx.writable(found[name][0])
             return project(weights[name], moments, patterns[name], config.score, refitted, prior)
 
@@ -189,7 +189,7 @@ class Mask(Pass):
         else:
             sizes = {u.name: patterns[name].m for name in todo for u in uses[name]}
             model = Imported(gm, ctx.inputs, ctx.lifted, [])
-            moments = ctx.moments or collect(model, batches(model, as_batches(ctx.calibration)), sizes, config.memory)
+            moments = ctx.moments or collect(model, batches(model, as_batches(ctx.calibration)), sizes, ctx.memory)
             ctx.moments = moments
             result |= {name: decide(name, moments[name]) for name in todo}
         shared = {name: result[owner[id(weights[name])]] for name in names if name not in result}

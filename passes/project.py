@@ -233,12 +233,12 @@ def in_sequence(
     config = ctx.config
     merged = any(node.target in ops.MERGING for node in model.gm.graph.nodes)
     two_sided = config.calibrate == "pruned_to_dense" and not merged  # merging pairs other tokens on each side
-    stream = Stream(model, as_batches(ctx.calibration), config.memory, two_sided)
+    stream = Stream(model, as_batches(ctx.calibration), ctx.memory, two_sided)
     records = Records(ctx.statistics, "")
     if ctx.statistics is not None:
-        records.stamp = stamp(model, list(stream.inputs()), config.to_dict())
+        records.stamp = stamp(model, list(stream.inputs()), {**config.to_dict(), "memory": ctx.memory})
     shared = {name: patterns[name].m for name, nodes in uses.items() if len(nodes) > 1}
-    dense = collect(model, stream.inputs(), shared, config.memory) if shared else {}
+    dense = collect(model, stream.inputs(), shared, ctx.memory) if shared else {}
     layer_at = {nodes[0].node: name for name, nodes in uses.items()}
     norm_at = set(batch_norms(model.gm)) if ctx.refit else set()
     found: dict[str, Projection] = {}
@@ -255,7 +255,7 @@ def in_sequence(
         layer = uses[name][0]
         moments = dense.get(name) or records.get(name)
         if moments is None:
-            moments = stream.moments(layer, patterns[name].m, config.memory)
+            moments = stream.moments(layer, patterns[name].m, ctx.memory)
             records.put(name, moments)
         found[name] = projection = decide(name, moments)
         weight = layer.weight.tensor.detach()
@@ -267,7 +267,7 @@ def in_sequence(
 
 def reestimate(model: Imported, ctx: Context) -> dict[fx.Node, tuple[Tensor, Tensor]]:
     """Means and variances of all BatchNorm nodes of a graph as it is now, each behind the re-estimated ones before."""
-    stream = Stream(model, as_batches(ctx.calibration), ctx.config.memory)
+    stream = Stream(model, as_batches(ctx.calibration), ctx.memory)
     norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
     for node in batch_norms(model.gm):
         statistics = stream.channel_statistics(node, node.all_input_nodes[0], changed_only=False)

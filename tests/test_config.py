@@ -38,7 +38,6 @@ def test_options_round_trip_through_json():
         ({"score": "wand"}, "no such value"),
         ({"engine": "gpu"}, "no such value"),
         ({"exclude": 3}, "wrong type"),
-        ({"mac_reduction": 0.5}, "mac_reduction"),
         ({"prefix_tokens": -2}, "negative"),
         ({"permute": 1}, "wrong type"),
     ],

@@ -137,9 +137,10 @@ def test_prior_draws_the_mask_to_its_source():
     gm = transform(
         mlp(),
         torch.randn(64, 32),
-        Config(score="covariance", prior=1e6, restore=False, permute=False),
+        Config(score="covariance", restore=False, permute=False),
         [torch.randn(64, 32)],
         prior={"0": source[:1, :32].repeat(48, 1)},
+        prior_weight=1e6,
     )
     assert torch.equal(gm.get_submodule("0").mask, source[:1, :32].repeat(48, 1))
 
@@ -256,7 +257,7 @@ def test_statistics_on_disk_are_used_again(tmp_path, monkeypatch):
 
 def test_a_small_memory_budget_spills_and_keeps_less():
     data = [images(4, seed=s) for s in range(2)]
-    gm = transform(tiny_vit(), images(2), Config("2:4", score="obs", memory=20000, permute=False), data)
+    gm = transform(tiny_vit(), images(2), Config("2:4", score="obs", permute=False), data, memory=20000)
     rows = {name: gm.plan.layers[name].notes for name in gm.plan.masked}
     assert {notes["mask"]["score"] for notes in rows.values()} == {"obs", "covariance"}
     assert any("memory budget" in str(notes["restore"].get("skipped")) for notes in rows.values())
