@@ -34,6 +34,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -156,10 +157,12 @@ def block(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
     return {**key, "rounds": args.rounds, "best_dense": best, "environment": env, "builds": builds}
 
 
-def merged(records: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records with ``new`` in the place of the one with its key."""
+def keep(name: str, new: dict[str, Any], folder: Path) -> tuple[list[dict[str, Any]], Path]:
+    """Put a record into ``folder/name.json`` in the place of the one with its key: all records, and the file."""
+    records = (common.load(name, folder) or {"records": []})["records"]
     others = [r for r in records if any(r[k] != new[k] for k in KEY)]
-    return sorted([*others, new], key=lambda r: tuple((r[k] is not None, r[k] or 0) for k in KEY))
+    records = sorted([*others, new], key=lambda r: tuple((r[k] is not None, r[k] or 0) for k in KEY))
+    return records, common.save(name, {"records": records}, folder)
 
 
 def title(record: dict[str, Any]) -> str:
@@ -225,8 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         record = block(args, batch, dtype)
         torch._dynamo.reset()  # lets go of the compiled graphs, and with them of packed weights
         gc.collect()
-        records = merged((common.load(NAME, args.out) or {"records": []})["records"], record)
-        path = common.save(NAME, {"records": records}, args.out)
+        records, path = keep(NAME, record, args.out)
         show(record)
         wrong += sum(not build.get("correct", True) for build in record["builds"].values())
     panels: dict[str, dict[str, dict[str, float]]] = {}

@@ -44,10 +44,10 @@ from mpcompile.passes.merge_tokens import MergeTokens
 
 try:
     from bench import common
-    from bench.cpu_e2e import Built, create, dense_builds, merged, title
+    from bench.cpu_e2e import Built, create, dense_builds, keep, title
 except ImportError:  # run as a file
     import common
-    from cpu_e2e import Built, create, dense_builds, merged, title
+    from cpu_e2e import Built, create, dense_builds, keep, title
 
 NAME, PARTS = "tome_e2e", "tome_parts"
 FORMS = ("eager", "compile", "compile freezing")
@@ -215,8 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         record = measure(args, batch, dtype)
         torch._dynamo.reset()
         gc.collect()
-        records = merged((common.load(name, args.out) or {"records": []})["records"], record)
-        path = common.save(name, {"records": records}, args.out)
+        _, path = keep(name, record, args.out)
         if not args.parts:
             show(record)
             wrong += sum(not build.get("correct", True) for build in record["builds"].values())

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import common  # noqa: E402
-from tests import merging_reference  # noqa: E402
+from tests import helpers, merging_reference  # noqa: E402
 
 NAME = "tome_sweep"
 DOC = ROOT / "docs" / "token_merging_models.md"
@@ -103,13 +103,7 @@ def compare(name: str, model: nn.Module) -> dict[str, Any]:
     torch.manual_seed(0)
     model, used = build(name, img_size=SMALL * patch)
     size = SMALL * patch if "img_size" in used else model.default_cfg["input_size"][-1]
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                table = any(word in path for word in ("token", "embed", "latent")) and "proj" not in path
-                parameter.normal_(std=0.5 if table else parameter[0].numel() ** -0.5)
-            elif "gamma" in path:
-                parameter.uniform_(0.5, 1.5)
+    helpers.randomise(model)
     images = torch.randn(2, 3, size, size)
     gm, traced = merge(model, images)
     decision = gm.plan.passes[-1].decision

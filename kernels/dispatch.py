@@ -155,6 +155,18 @@ class Choice:
         return next((c.us for c in self.candidates if c.name == self.engine.name), None)
 
 
+def engine_named(name: str) -> Engine:
+    """One of :data:`ENGINES`.
+
+    Raises:
+        ConfigError: no engine of that name.
+    """
+    named = {candidate.name: candidate for candidate in ENGINES}
+    if name not in named:
+        raise ConfigError("no such engine", expected=", ".join(["auto", *named]), found=repr(name))
+    return named[name]
+
+
 def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, frozen: bool = True) -> Choice:
     """The engine for a layer.
 
@@ -173,9 +185,8 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
         >>> choose(spec, "dense").why
         'asked for'
     """
-    named = {candidate.name: candidate for candidate in ENGINES}
-    if engine != "auto" and engine not in named:
-        raise ConfigError("no such engine", expected=", ".join(["auto", *named]), found=repr(engine))
+    dense = engine_named(Dense.name)
+    asked = None if engine == "auto" else engine_named(engine)
     reasons = {candidate.name: candidate.supports(spec) for candidate in ENGINES}
     eligible = [candidate for candidate in ENGINES if reasons[candidate.name] is None]
     sparse = [candidate for candidate in eligible if candidate.name not in timing.DENSE]
@@ -185,17 +196,17 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
     us: dict[str, float] = {}
     if measured or (engine == "auto" and sparse):
         us = timing.times(spec, eligible) or {}
-    names = [*named, *(name for name in us if name not in named)]
+    names = [*reasons, *(name for name in us if name not in reasons)]
     candidates = tuple(Candidate(name, us.get(name), reasons.get(name)) for name in names)
     bars = [name for name in timing.DENSE if name in us and (frozen or name == "dense")]
     bar = min(bars, key=us.__getitem__, default=None)
     dense_us = None if bar is None else us[bar]
-    if engine != "auto":
+    if asked is not None:
         reason = reasons[engine]
-        taken, why = (named[engine], "asked for") if reason is None else (named["dense"], f"{engine}: {reason}")
+        taken, why = (asked, "asked for") if reason is None else (dense, f"{engine}: {reason}")
         return Choice(taken, why, candidates, dense_us)
     if not sparse:
-        return Choice(named["dense"], "no other engine supports it", candidates, dense_us)
+        return Choice(dense, "no other engine supports it", candidates, dense_us)
     if bar is None:
         unknown = "its input shape is unknown" if spec.inputs is None else "timing is off"
         return Choice(eligible[0], f"first that supports it: {unknown}", candidates)
@@ -203,7 +214,7 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
     ratio = us[bar] / us[best.name]
     if us[best.name] < MARGIN * us[bar]:
         return Choice(best, f"{ratio:.2f}x as fast as {bar}", candidates, us[bar])
-    return Choice(named["dense"], f"{best.name} is only {ratio:.2f}x as fast as {bar}", candidates, us[bar])
+    return Choice(dense, f"{best.name} is only {ratio:.2f}x as fast as {bar}", candidates, us[bar])
 
 
 def choose_all(

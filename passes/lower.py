@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.errors import GraphError
 from mpcompile.graph import IRModule, LayerOp, argument, element_count, keep, layers, shape_of
-from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose, choose_all
+from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose_all, engine_named
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
 from mpcompile.passes.base import Context, Pass
@@ -149,7 +149,7 @@ class Lower(Pass):
 
     def _slot(self, gm: IRModule, layer: LayerOp, name: str) -> Slot:
         spec = spec_of(layer)
-        engine = choose(spec, name).engine
+        engine = engine_named(name)
         assert layer.mask is not None  # apply() skips layers without one
         try:
             packed = engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec)

@@ -31,14 +31,19 @@ def transformer(name: str, size: int = 128, **kwargs: Any) -> nn.Module:
     """Two narrow blocks of a timm transformer for images of ``size``; random weights of which every part matters."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{"depth": 2, "img_size": size, "embed_dim": 96, "num_heads": 3, **kwargs})
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                table = any(word in path for word in ("token", "embed", "latent")) and "proj" not in path
-                parameter.normal_(std=0.5 if table else parameter[0].numel() ** -0.5)
-            elif "gamma" in path:
-                parameter.uniform_(0.5, 1.5)
+    randomise(model)
     return model.eval()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Weights of a transformer under which every part matters: timm's own hardly let blocks change their input."""
+    for path, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            table = any(word in path for word in ("token", "embed", "latent")) and "proj" not in path
+            parameter.normal_(std=0.5 if table else parameter[0].numel() ** -0.5)
+        elif "gamma" in path:
+            parameter.uniform_(0.5, 1.5)
 
 
 def mlp() -> nn.Sequential:

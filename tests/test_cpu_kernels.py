@@ -97,6 +97,15 @@ def rms(error):
     return error.square().mean() ** 0.5
 
 
+def luck(terms, outputs):
+    """Four standard deviations of the error of a sum in single precision, shrinking as more outputs are averaged.
+
+    A sum of one output can be right to the last bit in one order of addition and not in another: the errors of two
+    products compare only over many outputs.
+    """
+    return 4 * 2**-24 * (1 + terms / 6) ** 0.5 / outputs**0.5
+
+
 @MANY
 @given(p=problems())
 def test_gemm(isa, p):
@@ -117,7 +126,7 @@ def test_gemm(isa, p):
         error, scale = rms(y - exact), size(x, weight * mask, bias, residual)
         assert error < TOLERANCE[dtype] * scale
         if dtype is torch.float32:
-            assert error < max(4 * rms(dense - exact), 2e-7 * scale)
+            assert error < max(4 * rms(dense - exact), 2e-7 * scale, luck(p["k"] * n / m, y.numel()) * scale)
 
 
 @MANY

@@ -167,14 +167,6 @@ def tile_of(kernel: str, m: int, n: int, k: int, device: torch.device) -> Tile:
     return tile
 
 
-def _row(vector: Tensor | None, n: int, dtype: torch.dtype) -> Tensor | None:
-    if vector is None:
-        return None
-    if vector.shape != (n,):
-        raise InputError("the bias doesn't fit", expected=f"({n},)", found=tuple(vector.shape))
-    return vector.to(dtype).contiguous()
-
-
 def product(
     x: Tensor,
     values: Tensor,
@@ -200,7 +192,7 @@ def product(
         flat = aligned(x.reshape(-1, k))
         if residual is not None:
             residual = residual.to(y.dtype).expand(y.shape).contiguous().view(-1, out)
-        bias, scale = _row(bias, out, x.dtype), _row(scale, out, x.dtype)
+        bias, scale = packed.row(bias, out, x.dtype), packed.row(scale, out, x.dtype)
         tile = tile or tile_of(KERNELS[layout], len(flat), out, k, x.device)
         launch(flat, values, index, bias, scale, residual, y.view(-1, out), layout, activation, tile)
     return y
@@ -222,10 +214,6 @@ def _mlp(x: Tensor, *rest: Any) -> Tensor:
     layout1, layout2, activation = rest[13:]
     h = _gemm(x, values1, index1, bias1, None, hidden, n1, m1, layout1, activation)
     return _gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none")
-
-
-def _last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def direct(shape: Sequence[int], layout: int) -> bool:
@@ -276,8 +264,9 @@ def convolution(
     kernel = _kernel("gluon_mma_conv").gemm[(-(-out // tile.n) * -(-m // tile.m),)]
     with torch.cuda.device(x.device):
         kernel(
-            values.view(torch.int32), index.view(torch.int32), pixels.view(torch.int32), _row(bias, out, x.dtype), None,
-            residual, y, m, out, channels, sparse24.padded(shape)[1] // tile.k, out, 0 if residual is None else out,
+            values.view(torch.int32), index.view(torch.int32), pixels.view(torch.int32),
+            packed.row(bias, out, x.dtype), None, residual, y, m, out, channels, sparse24.padded(shape)[1] // tile.k,
+            out, 0 if residual is None else out,
             x.shape[2], x.shape[3], height, width, kw, kh * kw, *stride, *padding, *dilation,
             BN=tile.n, BM=tile.m, BK=tile.k, WN=tile.warps_n, WM=tile.warps_m, STAGES=tile.stages, ACT=activation,
             DT=_DTYPES[x.dtype], num_warps=tile.warps, enable_fp_fusion=True,
@@ -290,7 +279,7 @@ def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *r
     stride, padding, dilation, _, _, shape, layout, activation = rest
     if x.dim() != 4 or x.shape[1] != shape[1]:
         raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
-    order = torch.channels_last if _last(x) else torch.contiguous_format
+    order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
     pointwise = list(shape[2:]) == [1, 1]
     if not _runs(x, layout) or not (pointwise or direct(shape, layout)):
         y = packed.nm_conv(x, values, index, bias, residual, *rest)
@@ -317,7 +306,7 @@ def _late(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
         *others, activation = args
         if not activation.startswith(packed.BEHIND):
             return kernel(*args)
-        return packed.activate(kernel(*others, "none"), activation.removeprefix(packed.BEHIND))
+        return packed.finish(kernel(*others, "none"), None, activation)
 
     return run
 

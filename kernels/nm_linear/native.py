@@ -63,21 +63,12 @@ def _added(residual: Tensor | None, y: Tensor) -> Tensor | None:
     """The residual as the kernels read it: of the output's shape and dtype, in its memory order."""
     if residual is None:
         return None
-    order = torch.channels_last if y.dim() == 4 and _last(y) else torch.contiguous_format
+    order = torch.channels_last if y.dim() == 4 and packed.runs_last(y) else torch.contiguous_format
     return residual.to(y.dtype).expand(y.shape).contiguous(memory_format=order)
 
 
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _row(bias: Tensor | None, out: int, dtype: torch.dtype) -> Tensor | None:
-    """The bias as the kernels read it."""
-    if bias is None:
-        return None
-    if bias.shape != (out,):
-        raise InputError("the bias doesn't fit", expected=f"({out},)", found=tuple(bias.shape))
-    return bias.to(dtype).contiguous()
 
 
 def _checked(failed: int) -> None:
@@ -103,7 +94,7 @@ def _gemm(
     k = x.shape[-1]
     if y.numel():
         _fits(values, index, (out, k), n, m, layout)
-        x, bias, residual = x.contiguous(), _row(bias, out, x.dtype), _added(residual, y)
+        x, bias, residual = x.contiguous(), packed.row(bias, out, x.dtype), _added(residual, y)
         tokens = y.numel() // out
         _checked(
             kernels().nm_linear(
@@ -157,7 +148,7 @@ def _mlp(
         return _gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none")
     y = x.new_empty((*x.shape[:-1], out))
     if y.numel():
-        x, bias1, bias2 = x.contiguous(), _row(bias1, hidden, x.dtype), _row(bias2, out, x.dtype)
+        x, bias1, bias2 = x.contiguous(), packed.row(bias1, hidden, x.dtype), packed.row(bias2, out, x.dtype)
         residual = _added(residual, y)
         _fits(values1, index1, (hidden, x.shape[-1]), n1, m1, layout1)
         _fits(values2, index2, (out, hidden), n2, m2, layout2)
@@ -190,11 +181,6 @@ def _mlp(
     return y
 
 
-def _last(x: Tensor) -> bool:
-    """Whether an image batch runs channels last; where both orders fit, the plain one counts."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def pointwise(shape: Sequence[int]) -> bool:
     """Whether a convolution is a matrix product over pixels."""
     return shape[2] == shape[3] == 1
@@ -225,8 +211,8 @@ def _conv(
         raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
     if not runs(x, values, layout) or (x.dtype is not torch.float32 and not flat):
         y = packed.nm_conv(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation)
-        return y.contiguous(memory_format=torch.channels_last if _last(x) else torch.contiguous_format)
-    last = _last(x)
+        return y.contiguous(memory_format=torch.channels_last if packed.runs_last(x) else torch.contiguous_format)
+    last = packed.runs_last(x)
     order = torch.channels_last if last else torch.contiguous_format
     y = torch.empty(_sizes(x, shape, stride, padding, dilation), dtype=x.dtype, memory_format=order)
     if not y.numel():
@@ -235,7 +221,7 @@ def _conv(
         x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     if flat and stride != [1, 1]:
         x = x[:, :, :: stride[0], :: stride[1]]
-    x, bias = x.contiguous(memory_format=order), _row(bias, shape[0], x.dtype)
+    x, bias = x.contiguous(memory_format=order), packed.row(bias, shape[0], x.dtype)
     residual = _added(residual, y)
     _fits(values, index, tuple(shape), n, m, layout)
     threads, lib = torch.get_num_threads(), kernels()
@@ -275,7 +261,7 @@ def _fake_mlp(x: Tensor, *rest: Any) -> Tensor:
 
 def _fake_conv(x: Tensor, *rest: Any) -> Tensor:
     stride, padding, dilation, shape = rest[4], rest[5], rest[6], rest[9]
-    order = torch.channels_last if _last(x) else torch.contiguous_format
+    order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
     return torch.empty(_sizes(x, shape, stride, padding, dilation), dtype=x.dtype, device=x.device, memory_format=order)
 
 

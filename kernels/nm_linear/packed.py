@@ -6,9 +6,11 @@ bias, activation and residual in the same pass. Here the weight is spread out an
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpcompile.errors import InputError
 from mpcompile.kernels.nm_linear.layouts import unpack
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -33,6 +35,24 @@ def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     y = y if late else activate(y, activation)
     y = y if residual is None else y + residual
     return activate(y, activation.removeprefix(BEHIND)) if late else y
+
+
+def row(vector: Tensor | None, out: int, dtype: torch.dtype) -> Tensor | None:
+    """A bias, or another value per output, as the kernels read it.
+
+    Raises:
+        InputError: it has another size.
+    """
+    if vector is None:
+        return None
+    if vector.shape != (out,):
+        raise InputError("the bias doesn't fit", expected=f"({out},)", found=tuple(vector.shape))
+    return vector.to(dtype).contiguous()
+
+
+def runs_last(x: Tensor) -> bool:
+    """Whether an image batch runs channels last; where both orders fit, the plain one counts."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def nm_gemm(
