@@ -110,6 +110,7 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
       with_width(panels.width(p), [&](auto v) {
         constexpr int V = decltype(v)::value, P = V * W;
         const std::vector<Run> pieces = runs(g, first, tokens, P);
+        auto sweep = half_used<V>(first, tokens) ? sweep_rows<V, HALVES, float> : sweep_rows<V, false, float>;
         const float* start = w.start();
         float* c = scratch().sums.need((size_t)rows * P);
         float* tile = scratch().tile.need((size_t)(std::max(CONV_COLUMNS, wide)) * P + W);
@@ -129,7 +130,7 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
                   for (int i = 0; i < piece.length; i += W) store(row + piece.lane + i, load(from + piece.place + i));
               }
             const int entries = w.entries(here * count);
-            sweep_rows<V>(tile, w.values + offset, w.index + offset, entries, n0, n1, c, begun ? nullptr : start);
+            sweep(tile, w.values + offset, w.index + offset, entries, n0, n1, c, begun ? nullptr : start);
             begun = true;
             offset += (size_t)w.outputs * entries;
           }

@@ -11,7 +11,7 @@
 #include "tiles.h"
 
 enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2, LAYOUT_OCTS = 3 };  // as in layouts.py
-constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96, RING_ROWS = 4;
+constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96;
 constexpr int WIDEST = 4;       // vectors in a panel
 constexpr int MOST_ROWS = 768;  // output rows of a task: their sums stay in the second-level cache
 
@@ -93,6 +93,11 @@ struct Panels {
   int64_t first(int64_t p) const { return (vectors / count * p + std::min<int64_t>(p, vectors % count)) * W; }
 };
 
+// Whether of a panel of V vectors the last is used in its lower half alone.
+template <int V> static bool half_used(int64_t first, int64_t tokens) {
+  return HALVES && first + V * W - tokens >= W / 2;
+}
+
 template <class F> static void with_width(int v, F f) {
   switch (v) {
     case 1: f(std::integral_constant<int, 1>()); break;
@@ -140,6 +145,7 @@ template <int V>
 static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::vector<Segment>& where, int64_t first,
                              int n0, int n1, float* c) {
   constexpr int P = V * W;
+  const bool half = half_used<V>(first, in.tokens);
   const float* start = w.start();
   Pair* tile = scratch().pairs.need((size_t)OCTS_BLOCK * 2 * P)  /* as many as PAIRS_BLOCK * 3 */;
   const Pair* values = (const Pair*)w.values;
@@ -150,24 +156,14 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
     const int k0 = b * wide, count = std::min(wide, w.inputs - k0);
     fill_pairs<V>(w, in, where, first, k0, count, tile);
     foresee_block(w, in, first, P, k0 + count);
-    float* sums = c;
+    const float* from = b ? nullptr : start;
     if (w.layout == LAYOUT_RING) {
-      for (int n = n0; n < n1; n += RING_ROWS, sums += RING_ROWS * P) {
-        int32_t at[2];
-        memcpy(at, w.index + ((size_t)b * fours + n / RING_ROWS) * 4, 8);
-        ring_block<V>(tile, values + at[0], index + at[0], (at[1] - at[0]) / RING_ROWS, sums, b ? nullptr : start + n);
-      }
+      const uint8_t* begin = w.index + (size_t)b * fours * 4;
+      (half ? sweep_ring<V, HALVES> : sweep_ring<V, false>)(tile, values, index, begin, n0, n1, c, from);
       continue;
     }
-    constexpr int R = V >= 3 ? 2 : V == 2 ? 4 : 8;
     const int entries = w.entries(count);
-    int n = n0;
-    const Pair* v = values + offset + (size_t)n0 * entries;
-    const uint8_t* i = index + offset + (size_t)n0 * entries;
-    for (; n + R <= n1; n += R, v += R * entries, i += R * entries, sums += R * P)
-      pairs_block<V, R>(tile, v, i, entries, sums, b ? nullptr : start + n);
-    for (; n < n1; n++, v += entries, i += entries, sums += P)
-      pairs_block<V, 1>(tile, v, i, entries, sums, b ? nullptr : start + n);
+    (half ? sweep_pairs<V, HALVES> : sweep_pairs<V, false>)(tile, values + offset, index + offset, entries, n0, n1, c, from);
     offset += (size_t)w.outputs * entries;
   }
 }
@@ -184,6 +180,7 @@ static void accumulate(const Weight<X>& w, const Input<X>& in, const float* pane
     if (w.layout != LAYOUT_ROWS) return accumulate_pairs<V>(w, in, where, first, n0, n1, c);
   }
 #endif
+  auto sweep = half_used<V>(first, in.tokens) ? sweep_rows<V, HALVES, X> : sweep_rows<V, false, X>;
   const float* start = w.start();
   float* own = panel ? nullptr : scratch().tile.need((size_t)w.block() * P);
   size_t offset = 0;
@@ -192,7 +189,7 @@ static void accumulate(const Weight<X>& w, const Input<X>& in, const float* pane
     if (!panel) fill_tile<V>(in.x, in.format, where, first, in.tokens, in.pixels, w.inputs, k0, count, own);
     if (!panel) foresee_block(w, in, first, P, k0 + count);
     const float* tile = panel ? panel + (size_t)k0 * P : own;
-    sweep_rows<V>(tile, w.values + offset, w.index + offset, entries, n0, n1, c, k0 ? nullptr : start);
+    sweep(tile, w.values + offset, w.index + offset, entries, n0, n1, c, k0 ? nullptr : start);
     offset += (size_t)w.outputs * entries;
   }
 }
@@ -215,7 +212,7 @@ static void finish(const Output<X>& out, const float* c, int lanes, int64_t firs
 
 // Rows of a task: fewer where there are few panels for many threads.
 inline int rows_per_task(int outputs, int64_t panels, int threads) {
-  int64_t wanted = threads > 1 ? (4 * threads + panels - 1) / panels : 1;
+  int64_t wanted = threads > 1 ? (2 * threads + panels - 1) / panels : 1;
   int rows = (int)((outputs + wanted - 1) / wanted);
   rows = std::min(MOST_ROWS, std::max(rows, std::min(outputs, 128)));
   return (rows + 15) / 16 * 16;
@@ -228,8 +225,9 @@ static void gemm(const Weight<X>& w, const Input<X>& in, const Output<X>& out, i
   const int64_t tasks = panels.count * chunks;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && tasks > 1)
   for (int64_t task = 0; task < tasks; task++) {
-    const int64_t p = task / chunks, first = panels.first(p);
-    const int n0 = (int)(task % chunks) * rows, n1 = std::min(w.outputs, n0 + rows);
+    // Panel after panel over the same rows: their weights stay in the cache.
+    const int64_t p = task % panels.count, first = panels.first(p);
+    const int n0 = (int)(task / panels.count) * rows, n1 = std::min(w.outputs, n0 + rows);
     with_width(panels.width(p), [&](auto v) {
       constexpr int V = decltype(v)::value;
       std::vector<Segment> where;
