@@ -90,24 +90,18 @@ def task(folder: Path, name: str) -> Task:
 
 
 @torch.inference_mode()
-def right(model: nn.Module, data: tuple[Tensor, Tensor], batch: int = 50) -> Tensor:
-    """Which images the model gets right."""
-    x, labels = data
-    return torch.cat([model(part).argmax(1) for part in x.split(batch)]) == labels
+def predict(model: nn.Module, x: Tensor, batch: int = 50) -> Tensor:
+    """Log-probabilities of the classes, (images, classes)."""
+    return torch.cat([model(part).log_softmax(-1) for part in x.split(batch)])
 
 
-def divergence(model: nn.Module, dense: nn.Module, x: Tensor, batch: int = 50) -> float:
-    """Mean Kullback-Leibler divergence of the model's from the dense model's class probabilities, in nats."""
-    total = 0.0
-    with torch.inference_mode():
-        for part in x.split(batch):
-            ours, wanted = (net(part).log_softmax(-1) for net in (model, dense))
-            total += float((wanted.exp() * (wanted - ours)).sum())
-    return total / len(x)
+def measure(
+    job: Task, dense: Tensor, pattern: str, count: int, rung: str, flips: bool
+) -> tuple[dict[str, Any], Tensor]:
+    """One row of the table, and which images the model gets right; ``dense`` are the dense model's log-probabilities.
 
-
-def measure(job: Task, pattern: str, count: int, rung: str, flips: bool) -> tuple[dict[str, Any], Tensor]:
-    """One row of the table, and which images the model gets right."""
+    ``divergence`` is the mean Kullback-Leibler divergence from the dense model's predictions, in nats.
+    """
     x, labels = job.calibration
     chosen = x[draw(labels.tolist(), count)]
     batches = list((torch.cat([chosen, chosen.flip(-1)]) if flips else chosen).split(32))
@@ -116,10 +110,11 @@ def measure(job: Task, pattern: str, count: int, rung: str, flips: bool) -> tupl
     gm = transform(job.model, batches[0][:2], Config(pattern=pattern, **options), batches).eval()
     row: dict[str, Any] = {"pattern": pattern, "images": count, "flips": flips, "rung": rung}
     row |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-    hits = right(gm, job.evaluation)
-    row |= {"right": int(hits.sum()), "of": len(hits)}
-    row |= {"divergence": round(divergence(gm, job.model, job.evaluation[0]), 5), "masked": len(gm.plan.masked)}
-    return row, hits
+    found = predict(gm, job.evaluation[0])
+    hits = found.argmax(1) == job.evaluation[1]
+    divergence = float((dense.exp() * (dense - found)).sum(-1).mean())
+    row |= {"right": int(hits.sum()), "of": len(hits), "divergence": round(divergence, 5)}
+    return row | {"masked": len(gm.plan.masked)}, hits
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -150,16 +145,17 @@ def main() -> None:
     args = parser.parse_args()
     job = task(args.data, args.model)
     name = args.name or f"mask_ladder_{args.model}"
-    dense = right(job.model, job.evaluation)
-    print(f"dense: {int(dense.sum())} of {len(dense)}", flush=True)
+    dense = predict(job.model, job.evaluation[0])
+    right = int((dense.argmax(1) == job.evaluation[1]).sum())
+    print(f"dense: {right} of {len(dense)}", flush=True)
     result = load(name, args.out) or {"rows": []}
-    result |= {"model": args.model, "dense": int(dense.sum()), "of": len(dense)}
+    result |= {"model": args.model, "dense": right, "of": len(dense)}
     rows = result["rows"]
     for pattern, count, rung in itertools.product(args.patterns, args.images, args.rungs):
         asked = {"pattern": pattern, "images": count, "flips": args.flips, "rung": rung}
         if any(asked.items() <= row.items() for row in rows):
             continue
-        row, hits = measure(job, pattern, count, rung, args.flips)
+        row, hits = measure(job, dense, pattern, count, rung, args.flips)
         print(row, flush=True)
         rows.append({**row, "hits": np.packbits(hits.numpy()).tobytes().hex()})
         compare(rows)

@@ -195,25 +195,6 @@ class Permute(Pass):
         if ctx.calibration is None or not ctx.again or ctx.config.score == "magnitude" or not uses:
             return {}
         model = Imported(gm, ctx.inputs, ctx.lifted, [])
-        import os
-
-        if os.environ.get("PERMOBS"):
-            moments = collect(model, batches(model, as_batches(ctx.calibration)), dict.fromkeys(uses, 4), ctx.memory)
-            from mpcompile.scores import damped
-
-            out = {}
-            for name, m in moments.items():
-                if m.kind != "full":
-                    out[name] = m.power
-                    continue
-                if os.environ["PERMOBS"] == "c":
-                    m = m.centred()
-                inv = [
-                    torch.cholesky_inverse(torch.linalg.cholesky(damped(xx, float(os.environ.get("PDAMP", "0.01")))))
-                    for xx in m.xx
-                ]
-                out[name] = torch.stack([1 / i.diagonal() for i in inv])
-            return out
         moments = collect(model, batches(model, as_batches(ctx.calibration)), dict.fromkeys(uses, 1), kind=DIAGONAL)
         return {name: m.power for name, m in moments.items()}
 

@@ -1,6 +1,7 @@
 """Scores, refits and the streamed calibration: optimality, guards, determinism, and what is refused."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch import nn
 
 from mpcompile import Config, Pipeline, scores, transform
 from mpcompile.calibration import Moments, draw
+from mpcompile.config import SCORES
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_format import Pattern
+from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.mask import Mask, verify
-from mpcompile.passes.project import choose
+from mpcompile.passes.project import choose, project
 from mpcompile.refit import error, exchange_sweep, least_squares, refit
 from tests.helpers import images, mlp, relative, tiny_vit
 
@@ -26,6 +28,7 @@ def problem(rows: int = 12, k: int = 48, seed: int = 0) -> tuple[torch.Tensor, t
     return torch.randn(rows, k, generator=generator), x, x.T @ x / len(x)
 
 
+SCORE, KIND = st.sampled_from(SCORES), st.sampled_from(["full", "block", "diagonal"])
 patterns = st.sampled_from([Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(6, 12), Pattern(8, 16), Pattern(3, 3)])
 
 
@@ -45,6 +48,30 @@ def test_every_score_keeps_exactly_n(pattern, rows, score, seed):
             kept = scores.sweep_rows(weight, a, kept, pattern)
             assert bool((error(weight * kept, weight, a) <= before * (1 + 1e-5)).all())
     assert bool((kept.unflatten(-1, (-1, pattern.m)).sum(-1) == pattern.n).all())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@settings(max_examples=20, deadline=None)
+@given(patterns, st.sampled_from([(), (1, 1), (3, 3), (1, 2)]), st.integers(1, 2), SCORE, KIND, st.integers(0, 99))
+def test_every_legal_shape_is_masked_exactly(device, pattern, taps, groups, score, kind, seed):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    generator = torch.Generator().manual_seed(seed)
+    groups = groups if taps else 1
+    weight = torch.randn(2 * groups, 2 * pattern.m, *taps, generator=generator).to(device)
+    k = weight[0].numel()
+    x = torch.randn(groups, 3 * k, k, generator=generator, dtype=torch.double)
+    moments = Moments(3 * k, "full", x.transpose(1, 2) @ x / (3 * k), x.mean(1))
+    if kind == "block":
+        moments = replace(moments, kind=kind, xx=moments.block(pattern.m))
+    elif kind == "diagonal":
+        moments = replace(moments, kind=kind, xx=moments.power)
+    found = project(weight, moments, pattern, score, True)
+    assert found.mask.shape == weight.shape and found.mask.device == weight.device
+    counts = to_rows(found.mask).unflatten(-1, (-1, pattern.m)).sum(-1)
+    assert bool((counts == pattern.n).all())
+    values = weight * found.mask if found.weight is None else found.weight
+    assert bool((values[~found.mask] == 0).all()) and bool(torch.isfinite(values).all())
 
 
 def test_each_rung_costs_less_than_the_one_before():
@@ -252,7 +279,7 @@ def test_a_bias_that_others_read_stays():
             return self.head(self.b(self.a(x).relu()).relu())
 
     model, x = Shared().eval(), torch.randn(64, 16) + 1
-    gm = transform(model, x, Config("2:4"), [x])
+    gm = transform(model, x, Config("2:4", permute=False), [x])
     assert gm.get_submodule("a").bias is gm.get_submodule("b").bias
     assert torch.equal(gm.get_submodule("a").bias, model.a.bias)
 
