@@ -95,6 +95,11 @@ def predict(model: nn.Module, x: Tensor, batch: int = 50) -> Tensor:
     return torch.cat([model(part).log_softmax(-1) for part in x.split(batch)])
 
 
+def right(model: nn.Module, data: tuple[Tensor, Tensor], batch: int = 50) -> Tensor:
+    """Which images the model gets right."""
+    return predict(model, data[0], batch).argmax(1) == data[1]
+
+
 def measure(
     job: Task, dense: Tensor, pattern: str, count: int, rung: str, flips: bool
 ) -> tuple[dict[str, Any], Tensor]:
