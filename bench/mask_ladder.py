@@ -3,7 +3,8 @@
     python -m bench.mask_ladder DATA --model vit_tiny --patterns 2:4 8:16 --images 64 256
 
 DATA is a folder with ``load.py``, weights and labelled images. Calibration and evaluation images are different sets.
-Every rung is compared image by image with the one before it: wins are images that it alone gets right.
+Every rung is compared image by image with the one that it builds on: wins are images that it alone gets right. Rows
+that the JSON file has already are not measured again.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import resource
+import itertools
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 
-from bench.common import environment, save
+from bench.common import RESULTS, environment, load, save
 from mpcompile import Config, transform
 from mpcompile.calibration import draw
 
@@ -32,6 +35,15 @@ RUNGS: dict[str, dict[str, Any]] = {
     "obs+restore": {"score": "obs", "restore": True},
     "obs+restore, dense targets": {"score": "obs", "restore": True, "calibrate": "pruned_to_dense"},
     "obs+restore+permute": {"score": "obs", "restore": True, "permute": True},
+}
+BELOW = {
+    "wanda": "magnitude",
+    "covariance": "wanda",
+    "obs": "covariance",
+    "covariance+restore": "covariance",
+    "obs+restore": "obs",
+    "obs+restore, dense targets": "obs+restore",
+    "obs+restore+permute": "obs+restore",
 }
 
 
@@ -79,30 +91,69 @@ def task(folder: Path, name: str) -> Task:
 
 
 @torch.inference_mode()
+def predict(model: nn.Module, x: Tensor, batch: int = 50) -> Tensor:
+    """Log-probabilities of the classes, (images, classes)."""
+    return torch.cat([model(part).log_softmax(-1) for part in x.split(batch)])
+
+
 def right(model: nn.Module, data: tuple[Tensor, Tensor], batch: int = 50) -> Tensor:
     """Which images the model gets right."""
-    x, labels = data
-    return torch.cat([model(part).argmax(1) for part in x.split(batch)]) == labels
+    return predict(model, data[0], batch).argmax(1) == data[1]
 
 
 def measure(
-    job: Task, pattern: str, count: int, rung: str, before: Tensor | None, flips: bool
+    job: Task, dense: Tensor, pattern: str, count: int, rung: str, flips: bool
 ) -> tuple[dict[str, Any], Tensor]:
-    """One row of the table."""
+    """One row of the table, and which images the model gets right; ``dense`` are the dense model's log-probabilities.
+
+    ``divergence`` is the mean Kullback-Leibler divergence from the dense model's predictions, in nats.
+    """
     x, labels = job.calibration
     chosen = x[draw(labels.tolist(), count)]
     batches = list((torch.cat([chosen, chosen.flip(-1)]) if flips else chosen).split(32))
     options = {"restore": False, "permute": False, **RUNGS[rung]}
     start, cpu = time.perf_counter(), time.process_time()
-    gm = transform(job.model, batches[0][:2], Config(pattern=pattern, **options), batches)
+    gm = transform(job.model, batches[0][:2], Config(pattern=pattern, **options), batches).eval()
     row: dict[str, Any] = {"pattern": pattern, "images": count, "flips": flips, "rung": rung}
-    row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    hits = right(gm.eval(), job.evaluation)
-    row |= {"right": int(hits.sum()), "of": len(hits)}
-    if before is not None:
-        row |= {"wins": int((hits & ~before).sum()), "losses": int((before & ~hits).sum())}
-    row["masked"] = len(gm.plan.masked)
-    return row, hits
+    row |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+    found = predict(gm, job.evaluation[0])
+    hits = found.argmax(1) == job.evaluation[1]
+    divergence = float((dense.exp() * (dense - found)).sum(-1).mean())
+    row |= {"right": int(hits.sum()), "of": len(hits), "divergence": round(divergence, 5)}
+    return row | {"masked": len(gm.plan.masked)}, hits
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Wins and losses of each row against the rung that it builds on, from ``hits``, one bit an image in hex."""
+    found = {(r["pattern"], r["images"], r["flips"], r["rung"]): r for r in rows}
+    for (pattern, images, flips, rung), row in found.items():
+        below = found.get((pattern, images, flips, BELOW.get(rung, "")))
+        if below is not None:
+            ours, theirs = int(row["hits"], 16), int(below["hits"], 16)
+            row |= {
+                "against": BELOW[rung],
+                "wins": (ours & ~theirs).bit_count(),
+                "losses": (theirs & ~ours).bit_count(),
+            }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """A Markdown table for each pattern: images right, and wins and losses against the rung below, by sample size."""
+    texts = []
+    for pattern in dict.fromkeys(row["pattern"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["pattern"] == pattern and not row["flips"]]
+        counts = sorted({row["images"] for row in rows})
+        lines = []
+        for rung in (name for name in RUNGS if any(row["rung"] == name for row in rows)):
+            cells = [rung]
+            for count in counts:
+                row = next((r for r in rows if r["rung"] == rung and r["images"] == count), None)
+                paired = "" if row is None or "wins" not in row else f"+{row['wins']} -{row['losses']}"
+                cells += ["", ""] if row is None else [f"{row['right']:,}", paired]
+            lines.append(cells)
+        head = [pattern, *(text for count in counts for text in (f"{count} images", "paired"))]
+        texts.append(tabulate(lines, headers=head, tablefmt="github", disable_numparse=True))
+    return "\n\n".join([f"{result['model']}, dense {result['dense']:,} of {result['of']:,}", *texts])
 
 
 def main() -> None:
@@ -115,22 +166,26 @@ def main() -> None:
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
     parser.add_argument("--flips", action="store_true", help="calibrate on mirrored copies of the images too")
     parser.add_argument("--name", help="of the JSON file in bench/results")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
     job = task(args.data, args.model)
     name = args.name or f"mask_ladder_{args.model}"
-    dense = right(job.model, job.evaluation)
-    print(f"dense: {int(dense.sum())} of {len(dense)}", flush=True)
-    rows = []
-    for pattern in args.patterns:
-        for count in args.images:
-            before = None
-            for rung in args.rungs:
-                row, before = measure(job, pattern, count, rung, before, args.flips)
-                rows.append(row)
-                print(row, flush=True)
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                result = {"model": args.model, "dense": int(dense.sum()), "of": len(dense), "rows": rows}
-                save(name, {**result, "peak_rss_mib": round(peak), "environment": environment()})
+    dense = predict(job.model, job.evaluation[0])
+    right = int((dense.argmax(1) == job.evaluation[1]).sum())
+    print(f"dense: {right} of {len(dense)}", flush=True)
+    result = load(name, args.out) or {"rows": []}
+    result |= {"model": args.model, "dense": right, "of": len(dense)}
+    rows = result["rows"]
+    for pattern, count, rung in itertools.product(args.patterns, args.images, args.rungs):
+        asked = {"pattern": pattern, "images": count, "flips": args.flips, "rung": rung}
+        if any(asked.items() <= row.items() for row in rows):
+            continue
+        row, hits = measure(job, dense, pattern, count, rung, args.flips)
+        print(row, flush=True)
+        rows.append({**row, "hits": np.packbits(hits.numpy()).tobytes().hex()})
+        compare(rows)
+        save(name, {**result, "environment": environment()}, args.out)
+    print(tables(result))
 
 
 if __name__ == "__main__":

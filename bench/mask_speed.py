@@ -3,7 +3,7 @@
     python -m bench.mask_speed --model vit_base_patch16_224 --pattern 2:4 --threads 2
 
 Each model is pruned as :func:`mpcompile.transform` prunes it; time is split into the permutation search, the masks, the
-refit, and what is left (forward passes and statistics). Accuracy means nothing here.
+refit (of it, least squares), and what is left (forward passes and statistics). Accuracy means nothing here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from bench.common import environment, save
-from mpcompile import Config, transform
+from mpcompile import Config, refit, transform
 from mpcompile.passes import permute, project
 from mpcompile.verify import verify
 
@@ -41,7 +41,12 @@ def clocks() -> Iterator[dict[str, float]]:
 
         return call
 
-    places = [(permute, "search", "permutation"), (project, "choose", "masks"), (project, "restore", "restore")]
+    places: list[tuple[Any, str, str]] = [
+        (permute, "search", "permutation"),
+        (project, "choose", "masks"),
+        (project, "restore", "restore"),
+        (refit, "least_squares", "restore, least squares"),
+    ]
     kept = [getattr(module, name) for module, name, _ in places]
     for (module, name, label), function in zip(places, kept, strict=True):
         setattr(module, name, timed(label, function))

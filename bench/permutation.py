@@ -1,23 +1,29 @@
-"""Permutation: efficacy of the search on random scores, and equality of permuted dense graphs on full-size models.
+"""Permutation: efficacy of the search on random scores, what masks retain of real shapes, and equality of permuted
+dense graphs, on full-size models with random weights.
 
-python -m bench.permutation --models vit_base_patch16_224 resnet50
+    python -m bench.permutation --models vit_base_patch16_224 resnet50
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from bench.common import environment, save
+from bench.common import RESULTS, environment, load, save
 from bench.mask_speed import shaken
-from mpcompile.graph import layers
+from mpcompile import Config
+from mpcompile.graph import layers, propagate
 from mpcompile.importers import import_model
-from mpcompile.kernels.nm_format import Pattern
+from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.axes import analyse
-from mpcompile.passes.permute import classes, fold
+from mpcompile.passes.base import Context
+from mpcompile.passes.mask import eligible
+from mpcompile.passes.permute import Permute, classes, fold
 from mpcompile.permutation import efficacy, retained, search
 
 MODELS = (
@@ -76,19 +82,56 @@ def shuffled(name: str) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def kept(name: str, text: str) -> dict[str, Any]:
+    """Share of the sum of |w| that magnitude masks keep, over all layers that are masked, before and after Permute."""
+    model, x, pattern = shaken(name), torch.zeros(1, 3, 224, 224), Pattern.parse(text)
+    imported = import_model(model, x)
+    gm, config = imported.gm.eval(), Config(text, score="magnitude", permute=True)
+    context = Context(config, imported.inputs, imported.lifted)
+    propagate(gm, imported.inputs)
+    names = set(eligible(gm, context))
+    weights = {u.name: u.weight.tensor for u in layers(gm) if u.name in names}
+
+    def share() -> float:
+        sizes = [to_rows(w.detach()).abs() for w in weights.values()]
+        return sum(float(retained(s, pattern)) for s in sizes) / sum(float(s.double().sum()) for s in sizes)
+
+    before, start = share(), time.perf_counter()
+    Permute().run(gm, context)
+    seconds = time.perf_counter() - start
+    decision = context.plan.passes[-1].decision
+    row = {"model": name, "pattern": text, "layers": len(names), "classes": len(decision["classes"])}
+    row |= {"retained_before": round(before, 5), "retained_after": round(share(), 5), "seconds": round(seconds, 1)}
+    return row | {"difference": decision.get("difference")}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--shapes", nargs="*", default=("vit_base_patch16_224", "resnet50"))
+    parser.add_argument("--patterns", nargs="*", default=("2:4", "8:16"))
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    result: dict[str, Any] = {"search": random_scores(args.steps), "steps": args.steps, "equality": []}
-    for row in result["search"]:
-        print(row, flush=True)
-    for name in args.models:
-        result["equality"].append(shuffled(name))
-        print(result["equality"][-1], flush=True)
-    save("permutation", {**result, "environment": environment()})
+    torch.set_num_threads(args.threads)
+    result = {**(load("permutation", RESULTS) or {}), "environment": environment()}
+    if args.steps:
+        result |= {"steps": args.steps, "search": random_scores(args.steps)}
+        print(*result["search"], sep="\n", flush=True)
+    jobs: dict[str, list[Callable[[], dict[str, Any]]]] = {
+        "equality": [partial(shuffled, name) for name in args.models],
+        "retained": [partial(kept, name, pattern) for name in args.shapes for pattern in args.patterns],
+    }
+    for part, calls in jobs.items():
+        for call in calls:
+            row = call()
+            rows = [r for r in result.get(part, []) if any(r.get(k) != row.get(k) for k in ("model", "pattern"))]
+            result[part] = [*rows, row]
+            print(row, flush=True)
+            save("permutation", result)
+    save("permutation", result)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class LayerOp:
         name: the layer's dotted name, e.g. ``"blocks.0.attn.qkv"``.
         kind: ``"linear"`` or ``"conv2d"``.
         weight: (out, in) or (out, in / groups, kh, kw).
-        bias: node, tensor name or None, as the node has it.
+        bias: node, tensor or None, as the node or its module has it.
         obstacle: why this use can't be rewritten, or None.
     """
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.scores import _BLOCK, _CHUNK
 
+_ROUGH = 0.04  # tolerance of least squares before a sweep: solved further, values settle into the mask they have
+
 
 def error(values: Tensor, target: Tensor, a: Tensor) -> Tensor:
     """(v - t) A (v - t)' of each row, float64: values and target (R, K), a (K, K) -> (R,)."""
@@ -21,7 +23,7 @@ def error(values: Tensor, target: Tensor, a: Tensor) -> Tensor:
 
 
 def least_squares(
-    values: Tensor, target: Tensor, a: Tensor, kept: Tensor, steps: int = 30, tol: float = 1e-6
+    values: Tensor, target: Tensor, a: Tensor, kept: Tensor, steps: int = 30, tol: float = 1e-3
 ) -> Tensor:
     """Kept values that minimise the error, by conjugate gradients on all rows at once.
 
@@ -30,31 +32,34 @@ def least_squares(
         target: (R, K).
         a: (K, K), positive definite.
         kept: (R, K).
-        steps: of conjugate gradients, each one product (R, K) x (K, K). The error falls with every one.
-        tol: stop when the norm of the gradient, all rows together, has fallen by this factor.
+        steps: of conjugate gradients at most, each one product (R, K) x (K, K). The error falls with every one.
+        tol: stop when a step lowers the error, all rows together, by less than this share of it.
 
     Returns:
         (R, K), zero outside the mask, no row worse than ``values``.
     """
     scale = a.diagonal().clamp(min=1e-30).reciprocal()  # Jacobi preconditioner
-    x = values.clone()
-    r = ((target - x) @ a).mul_(kept)
+    x, away = values.clone(), target - values
+    r = away @ a
+    before = (r.double() * away.double()).sum(-1)
+    left = float(before.sum())
+    r.mul_(kept)
     z = r * scale
     p, rz = z.clone(), (r * z).sum(-1, keepdim=True)
-    first = float(rz.sum())
     for _ in range(steps):
         ap = (p @ a).mul_(kept)
         alpha = rz / (p * ap).sum(-1, keepdim=True).clamp(min=1e-30)
         x.addcmul_(alpha, p)
+        gain = float((alpha * rz).sum())  # by exactly this the step lowers the error
+        left -= gain
+        if gain <= tol * left:
+            break
         r.addcmul_(alpha, ap, value=-1)
         torch.mul(r, scale, out=z)
         new = (r * z).sum(-1, keepdim=True)
-        if float(new.sum()) <= tol * tol * first:
-            break
         p.mul_(new / rz.clamp(min=1e-30)).add_(z)
         rz = new
-    worse = error(x, target, a) > error(values, target, a)
-    return torch.where(worse[:, None], values, x)
+    return torch.where((error(x, target, a) > before)[:, None], values, x)
 
 
 def _inside(a: Tensor, kept: Tensor) -> Tensor:
@@ -136,9 +141,11 @@ def exchange_sweep(values: Tensor, target: Tensor, a: Tensor, kept: Tensor, patt
 def refit(
     values: Tensor, target: Tensor, a: Tensor, kept: Tensor, pattern: Pattern, sweeps: int = 2, steps: int = 30
 ) -> tuple[Tensor, Tensor]:
-    """Least squares, then ``sweeps`` times exchanges and least squares again; no row ends worse than it began."""
-    values = least_squares(values, target, a, kept, steps)
+    """Least squares, then ``sweeps`` times exchanges and least squares again; no row ends worse than it began.
+
+    What an exchange sweep starts from need not be solved to the end.
+    """
     for _ in range(sweeps):
+        values = least_squares(values, target, a, kept, steps, _ROUGH)
         values, kept = exchange_sweep(values, target, a, kept, pattern)
-        values = least_squares(values, target, a, kept, steps)
-    return values, kept
+    return least_squares(values, target, a, kept, steps), kept

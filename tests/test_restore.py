@@ -1,6 +1,7 @@
 """Scores, refits and the streamed calibration: optimality, guards, determinism, and what is refused."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcompile import Config, Pipeline, scores, transform
-from mpcompile.calibration import draw
+from mpcompile.calibration import Moments, draw
+from mpcompile.config import SCORES
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_format import Pattern
+from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.mask import Mask, verify
-from mpcompile.passes.project import choose
+from mpcompile.passes.project import choose, project
 from mpcompile.refit import error, exchange_sweep, least_squares, refit
 from tests.helpers import images, mlp, relative, tiny_vit
 
@@ -26,6 +28,7 @@ def problem(rows: int = 12, k: int = 48, seed: int = 0) -> tuple[torch.Tensor, t
     return torch.randn(rows, k, generator=generator), x, x.T @ x / len(x)
 
 
+SCORE, KIND = st.sampled_from(SCORES), st.sampled_from(["full", "block", "diagonal"])
 patterns = st.sampled_from([Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(6, 12), Pattern(8, 16), Pattern(3, 3)])
 
 
@@ -45,6 +48,30 @@ def test_every_score_keeps_exactly_n(pattern, rows, score, seed):
             kept = scores.sweep_rows(weight, a, kept, pattern)
             assert bool((error(weight * kept, weight, a) <= before * (1 + 1e-5)).all())
     assert bool((kept.unflatten(-1, (-1, pattern.m)).sum(-1) == pattern.n).all())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@settings(max_examples=20, deadline=None)
+@given(patterns, st.sampled_from([(), (1, 1), (3, 3), (1, 2)]), st.integers(1, 2), SCORE, KIND, st.integers(0, 99))
+def test_every_legal_shape_is_masked_exactly(device, pattern, taps, groups, score, kind, seed):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    generator = torch.Generator().manual_seed(seed)
+    groups = groups if taps else 1
+    weight = torch.randn(2 * groups, 2 * pattern.m, *taps, generator=generator).to(device)
+    k = weight[0].numel()
+    x = torch.randn(groups, 3 * k, k, generator=generator, dtype=torch.double)
+    moments = Moments(3 * k, "full", x.transpose(1, 2) @ x / (3 * k), x.mean(1))
+    if kind == "block":
+        moments = replace(moments, kind=kind, xx=moments.block(pattern.m))
+    elif kind == "diagonal":
+        moments = replace(moments, kind=kind, xx=moments.power)
+    found = project(weight, moments, pattern, score, True)
+    assert found.mask.shape == weight.shape and found.mask.device == weight.device
+    counts = to_rows(found.mask).unflatten(-1, (-1, pattern.m)).sum(-1)
+    assert bool((counts == pattern.n).all())
+    values = weight * found.mask if found.weight is None else found.weight
+    assert bool((values[~found.mask] == 0).all()) and bool(torch.isfinite(values).all())
 
 
 def test_each_rung_costs_less_than_the_one_before():
@@ -81,7 +108,7 @@ def test_covariance_is_close_to_enumeration_at_8_of_16():
 def test_least_squares_is_the_exact_minimum():
     weight, _, a = problem()
     kept = scores.magnitude_mask(weight, Pattern(2, 4))
-    found = least_squares(weight * kept, weight, a, kept, steps=200)
+    found = least_squares(weight * kept, weight, a, kept, steps=200, tol=1e-12)
     assert bool((found[~kept] == 0).all())
     for row in range(len(weight)):
         k = kept[row]
@@ -220,6 +247,60 @@ def test_batch_norms_are_estimated_anew(calibrate):
     assert relative(gm(x), model(x)) < relative(plain(x), model(x))
 
 
+@pytest.mark.parametrize("calibrate", ["pruned", "pruned_to_dense", "dense"])
+def test_the_bias_puts_the_mean_right(calibrate):
+    torch.manual_seed(0)
+    x = torch.randn(400, 32) @ torch.randn(32, 32) * 0.3 + 1
+    model = mlp()
+    gm = transform(model, x[:2], Config("1:4", permute=False, calibrate=calibrate), [x[:200], x[200:]])
+    before = x if calibrate == "dense" else None
+    first = gm.get_submodule("0")
+    with torch.no_grad():
+        assert relative(first(x).mean(0), model[0](x).mean(0)) < 1e-4
+        if before is None:  # later layers are fitted to what the pruned ones before them give
+            hidden = gm.get_submodule("1")(first(x))
+            wanted = model[2](hidden if calibrate == "pruned" else model[:2](x))
+            assert relative(gm.get_submodule("2")(hidden).mean(0), wanted.mean(0)) < 1e-4
+        spread = relative((first(x) - model[0](x)).std(0), model[0](x).std(0))
+    assert spread > 1e-3
+    assert not torch.equal(first.bias, model[0].bias)
+    kept = transform(model, x[:2], Config("1:4", permute=False, restore=False), [x])
+    assert torch.equal(kept.get_submodule("0").bias, model[0].bias)
+
+
+def test_a_bias_that_others_read_stays():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+            self.b.bias = self.a.bias
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x).relu()).relu())
+
+    model, x = Shared().eval(), torch.randn(64, 16) + 1
+    gm = transform(model, x, Config("2:4", permute=False), [x])
+    assert gm.get_submodule("a").bias is gm.get_submodule("b").bias
+    assert torch.equal(gm.get_submodule("a").bias, model.a.bias)
+
+
+@pytest.mark.parametrize("budget", ["full", "block", "diagonal"])
+def test_centred_moments_are_covariances(budget):
+    x, y = torch.randn(500, 24).double() + 2, torch.randn(500, 6).double() - 1
+    xx, mean = x.T @ x / 500, x.mean(0)
+    blocks = torch.stack([xx[i : i + 4, i : i + 4] for i in range(0, 24, 4)])
+    given = {"full": xx[None], "block": blocks[None], "diagonal": xx.diagonal()[None]}[budget]
+    yx = y.T @ x / 500 if budget == "full" else None
+    found = Moments(500, budget, given, mean[None], yx, y.mean(0)).centred()
+    wanted = x.T.cov(correction=0)
+    assert relative(found.power[0], wanted.diagonal()) < 1e-9
+    if budget != "diagonal":
+        assert relative(found.block(4)[0][1], wanted[4:8, 4:8]) < 1e-9
+    if budget == "full":
+        both = torch.cat([y, x], 1).T.cov(correction=0)
+        assert relative(found.xx[0], wanted) < 1e-9 and relative(found.yx, both[:6, 6:]) < 1e-9
+
+
 def test_masks_are_the_same_every_run_and_with_another_thread_count():
     data, config = [images(16, seed=s) for s in range(2)], Config("8:16", score="obs", permute=False)
     states = []
@@ -305,8 +386,6 @@ def test_without_the_restore_pass_values_stay():
 
 
 def test_scores_fall_back_where_moments_are_poor():
-    from mpcompile.calibration import Moments
-
     weight = torch.randn(4, 8)
     moments = Moments(3, "diagonal", torch.ones(1, 8).double(), torch.zeros(1, 8).double())
     assert choose(weight, moments, Pattern(2, 4), "obs")[2] == "wanda"
