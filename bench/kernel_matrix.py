@@ -10,8 +10,8 @@ Needs Triton 3.9 (``gl.inline_asm``). Where torch has brought an older one, ``--
 The JSON is a list of records with kernel, tile, dtype, epilogue, arch, registers (a thread), spill_bytes (a thread),
 smem_bytes (a program), sparse_instructions (in the SASS), threads, instructions (others, by name), seconds, source (a
 digest of the kernel's code) and triton; a build that failed has ``error`` in their place. Good records that the file
-holds already are kept if their source is today's (``--again`` compiles all). The exit status is 1 if any build fails, spills more than 16 bytes, has no
-sparse instruction, or takes more shared memory than its architecture gives.
+holds already are kept if their source is today's (``--again`` compiles all). The exit status is 1 if any build fails,
+spills more than 16 bytes, has no sparse instruction, takes more shared memory than its architecture gives, or is left.
 
 The roofline is arithmetic, not measurement: bytes and clocks by data sheets (kernels/nm_linear/gpu_model.py). Beside
 the time of the best tile it gives the bound of a *perfect* dense product; the ratio to a real one will differ.

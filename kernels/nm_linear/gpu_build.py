@@ -150,8 +150,9 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
     """Compile a build into ``folder``, and say what it takes.
 
     Returns:
-        The fields of the build, ``source`` (see :func:`digest`), ``triton``, ``registers``, ``spill_bytes`` (of a thread's stack), ``smem_bytes``,
-        ``sparse_instructions``, ``branches`` and other instruction counts, ``threads``, ``seconds``; or ``error``.
+        The fields of the build, ``source`` (see :func:`digest`), ``triton``, ``registers``, ``spill_bytes`` (of a
+        thread's stack), ``smem_bytes``, ``sparse_instructions``, ``branches`` and other instruction counts,
+        ``threads``, ``seconds``; or ``error``.
     """
     import triton
 
