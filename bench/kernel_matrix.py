@@ -1,15 +1,17 @@
 """Compiles the sparse tensor-core kernels for GPUs that needn't be there, and says what each build takes.
 
     python -m bench.kernel_matrix --arch 80 90 --json matrix.json     # all tiles, dtypes and epilogues
+    python -m bench.kernel_matrix --seconds 500                       # some of them; run it again to go on
     python -m bench.kernel_matrix --roofline                          # what a model of the chips expects of them
 
 Needs Triton 3.9 (``gl.inline_asm``). Where torch has brought an older one, ``--triton FOLDER`` (or the variable
 ``MPCOMPILE_TRITON``) names another: ``pip install --no-deps --target FOLDER 'triton>=3.9'``.
 
 The JSON is a list of records with kernel, tile, dtype, epilogue, arch, registers (a thread), spill_bytes (a thread),
-smem_bytes (a program), sparse_instructions (in the SASS), threads, instructions (others, by name) and seconds; a build
-that failed has ``error`` in their place. The exit status is 1 if any build fails, spills more than 16 bytes, has no
-sparse instruction, or takes more shared memory than its architecture gives.
+smem_bytes (a program), sparse_instructions (in the SASS), threads, instructions (others, by name), seconds, source (a
+digest of the kernel's code) and triton; a build that failed has ``error`` in their place. Good records that the file
+holds already are kept if their source is today's (``--again`` compiles all). The exit status is 1 if any build fails,
+spills more than 16 bytes, has no sparse instruction, takes more shared memory than its architecture gives, or is left.
 
 The roofline is arithmetic, not measurement: bytes and clocks by data sheets (kernels/nm_linear/gpu_model.py). Beside
 the time of the best tile it gives the bound of a *perfect* dense product; the ratio to a real one will differ.
@@ -18,16 +20,18 @@ the time of the best tile it gives the bound of a *perfect* dense product; the r
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from mpcompile.errors import MPCompileError
-from mpcompile.kernels.nm_linear.gpu_build import EPILOGUES, Build, compile_all
+from mpcompile.kernels.nm_linear.gpu_build import EPILOGUES, Build, compile_all, digest
 from mpcompile.kernels.nm_linear.gpu_model import CHIPS, choose_tile, dense_us, predict_us, step_clocks
 from mpcompile.kernels.nm_linear.gpu_tiles import SHARED_BYTES, tiles_of
 
@@ -37,6 +41,7 @@ except ImportError:  # run as a file
     import common
 
 SPILL = 16
+PART = 24  # builds between two looks at the clock
 KERNELS = ("gluon_mma_conv", "gluon_mma_sp", "gluon_wgmma_sp")
 WIDTHS = {"ViT-S": 384, "ViT-B": 768, "ViT-L": 1024}
 TOKENS = (197, 1576, 12608, 25216, 50432)
@@ -49,6 +54,40 @@ def matrix(archs: list[int], kernels: list[str], epilogues: list[str]) -> list[B
         Build(name, tile.name, dtype, epilogue, arch)
         for (name, tile, arch), dtype, epilogue in itertools.product(tiles, ("fp16", "bf16"), epilogues)
     ]
+
+
+def known(where: Path) -> dict[Build, dict[str, Any]]:
+    """Good records of a file whose kernels are still the same."""
+    records = common.load(where.stem, where.parent) or []
+    fields = [field.name for field in dataclasses.fields(Build)]
+    return {
+        Build(**{key: record[key] for key in fields}): record
+        for record in records
+        if "error" not in record and record.get("source") == digest(record["kernel"])
+    }
+
+
+def compiled(
+    wanted: list[Build], found: dict[Build, dict[str, Any]], where: Path, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Compile what is wanted and not found, as far as the time goes; the file holds the records of both.
+
+    Raises:
+        InputError: there is no Triton that can.
+    """
+    left, deadline = [build for build in wanted if build not in found], time.monotonic() + args.seconds
+    order = {build: number for number, build in enumerate(wanted)}
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(left), desc="compile", unit="build") as bar:
+        for number, start in enumerate(range(0, len(left), PART)):
+            if time.monotonic() > deadline:
+                break
+            folder = args.keep or Path(scratch) / str(number)
+            for build, record in compile_all(left[start : start + PART], folder, args.triton, args.jobs):
+                found[build] = {k: v for k, v in record.items() if args.keep or k not in ("ptx", "cubin")}
+                bar.update()
+            records = sorted(found, key=lambda build: order.get(build, len(order)))
+            common.save(where.stem, [found[build] for build in records], where.parent)
+    return [found[build] for build in wanted if build in found]
 
 
 def complaint(record: dict[str, Any]) -> str | None:
@@ -108,6 +147,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep cubins and PTX there")
     parser.add_argument("--triton", type=Path, metavar="FOLDER", help="a newer Triton, where the installed one is old")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then; another run goes on (never)")
+    parser.add_argument("--again", action="store_true", help="compile what the file holds already, too")
     parser.add_argument("--roofline", action="store_true", help="compile nothing; print what the model expects")
     return parser.parse_args(argv)
 
@@ -124,25 +165,20 @@ def main(argv: list[str] | None = None) -> int:
         where = args.json or common.RESULTS / "gpu_roofline.json"
         print(f"figures: {common.save(where.stem, rows, where.parent)}")
         return 0
-    builds, records = matrix(args.arch, args.kernels, args.epilogues), []
     where = args.json or common.RESULTS / "kernel_matrix.json"
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            made = compile_all(builds, args.keep or Path(scratch), args.triton, args.jobs)
-            for _, record in tqdm(made, total=len(builds), desc="compile", unit="build", disable=None):
-                records.append({k: v for k, v in record.items() if args.keep or k not in ("ptx", "cubin")})
-                if len(records) % 24 == 0:
-                    common.save(where.stem, records, where.parent)
-        except MPCompileError as error:
-            print(error, file=sys.stderr)
-            return 2
+    wanted = matrix(args.arch, args.kernels, args.epilogues)
+    try:
+        records = compiled(wanted, {} if args.again else known(where), where, args)
+    except MPCompileError as error:
+        print(error, file=sys.stderr)
+        return 2
     print(summary(records))
-    print(f"figures: {common.save(where.stem, records, where.parent)}")
+    print(f"figures: {where}" + (f"; {len(wanted) - len(records)} builds left" if len(records) < len(wanted) else ""))
     wrong = [(record, why) for record in records if (why := complaint(record)) is not None]
     for record, why in wrong:
         name = " ".join(str(record[key]) for key in ("kernel", "tile", "dtype", "epilogue", "arch"))
         print(f"{name}: {why}", file=sys.stderr)
-    return 1 if wrong else 0
+    return 1 if wrong or len(records) < len(wanted) else 0
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold import FoldNorm
+from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower, Slot
 from mpcompile.passes.mask import magnitude_mask
@@ -259,7 +260,7 @@ def mpsparse(
     lower = Lower()
     if not trains:
         context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan)
-        for step in [FoldNorm(), lower, Fuse()] if config.frozen else [lower, Fuse()]:
+        for step in [FoldNorm(), FoldScale(), lower, Fuse()] if config.frozen else [lower, Fuse()]:
             step.run(imported.gm, context)
         _STATE.watch_optimizers()
     run = _inductor(imported.gm, example_inputs, mode, None if trains or not config.frozen else imported.lifted)

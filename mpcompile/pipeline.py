@@ -20,6 +20,7 @@ from mpcompile.macs import count, node_macs
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.fold import FoldNorm
+from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower
 from mpcompile.passes.mask import Mask
@@ -187,7 +188,7 @@ def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = 
     config = replace(Config() if config is None else config, score="magnitude", frozen=True)
     imported = import_model(model, example_inputs)
     imported.gm.eval()
-    return complete(imported, config, [FoldNorm(), Lower(), Fuse()])
+    return complete(imported, config, [FoldNorm(), FoldScale(), Lower(), Fuse()])
 
 
 def complete(imported: Imported, config: Config, passes: Sequence[Pass] = ()) -> IRModule:

@@ -40,7 +40,7 @@ class Norm:
     obstacle: str | None = None
 
 
-def _tensor(gm: fx.GraphModule, value: Any, lifted: Lifted) -> Tensor | None:
+def parameter(gm: fx.GraphModule, value: Any, lifted: Lifted) -> Tensor | None:
     """The parameter or buffer that a node brings in, or that a module holds."""
     if isinstance(value, fx.Node) and value.op == "get_attr":
         value = attribute(gm, str(value.target))
@@ -65,7 +65,7 @@ def norm_of(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> Norm | None:
         obstacle = None
     else:
         return None
-    tensors = [_tensor(gm, value, lifted) for value in given]
+    tensors = [parameter(gm, value, lifted) for value in given]
     if training is not False:
         obstacle = "its BatchNorm is in training mode"
     elif given[0] is None or given[1] is None:
@@ -113,7 +113,7 @@ class FoldNorm(Pass):
             return f"{len(layer.node.users)} users of its output"
         if uses > 1:
             return f"its weight is used {uses} times"
-        if isinstance(layer.bias, fx.Node) and _tensor(gm, layer.bias, ctx.lifted) is None:
+        if isinstance(layer.bias, fx.Node) and parameter(gm, layer.bias, ctx.lifted) is None:
             return "its bias is computed"
         return layer.obstacle or norm.obstacle
 
@@ -132,7 +132,7 @@ class FoldNorm(Pass):
         after = next(iter(node.users))
         norm = norm_of(gm, after, lifted)
         assert norm is not None and geometry is not None and layer.pattern is not None  # as plan() found them
-        folded = self._tensors(layer.weight.tensor, _tensor(gm, layer.bias, lifted), norm)
+        folded = self._tensors(layer.weight.tensor, parameter(gm, layer.bias, lifted), norm)
         with graph.inserting_before(node):
             weight, bias = (self._keep(gm, f"{root}.{layer.name}", key, folded[key]) for root, key in _ROOTS)
             mask = graph.get_attr(f"{layer.name}.mask") if node.op == "call_module" else node.args[2]

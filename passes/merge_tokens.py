@@ -24,7 +24,7 @@ from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.token_axis import Level, TokenAxis
 from mpcompile.passes.token_schedule import counts, merges, solve
-from mpcompile.passes.token_sites import Site, count_prefix, find_sites, key_mask
+from mpcompile.passes.token_sites import Site, count_prefix, find_sites, key_mask, opaque_attentions
 
 
 def _keys(graph: fx.Graph, site: Site) -> fx.Node:
@@ -126,7 +126,7 @@ class MergeTokens(Pass):
             return {**nothing, "already": True}
         sites, reasons = find_sites(gm)
         if not sites:
-            name, why = next(iter(reasons.items()), (None, None))
+            name, why = next(iter((reasons or opaque_attentions(gm)).items()), (None, None))
             raise NotEligibleError(
                 f"tome_r={r}, but there is no attention block to merge in",
                 layer=name,

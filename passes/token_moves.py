@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from mpcompile.errors import GraphError
-from mpcompile.graph import IRModule, argument, element_count, shape_of, target_name
+from mpcompile.graph import IRModule, argument, element_count, fake_value, shape_of, target_name
 
 
 @dataclass(eq=False)
@@ -122,10 +122,22 @@ class AxisMoves:
             fresh = isinstance(sizes[place], fx.Node) and self.numbers.get(sizes[place]) is state.level
             if sizes[place] == -1 or fresh:
                 continue
-            free = -1 not in sizes or target_name(self.gm, node) == "expand"
-            sizes[place] = -1 if free else state.level.count - start
+            if -1 not in sizes or target_name(self.gm, node) == "expand":
+                sizes[place] = -1
+            elif isinstance(sizes[place], fx.Node):
+                self._exchange(node, sizes, place)
+            else:
+                sizes[place] = state.level.count - start
         node.args = (source, sizes) if packed else (source, *sizes)
         return result
+
+    def _exchange(self, node: fx.Node, sizes: list[Any], place: int) -> None:
+        """Leave the tokens open in place of an axis that a reshape leaves open although its length is fixed."""
+        other = sizes.index(-1)
+        length = fake_value(node).shape[other]
+        if not isinstance(length, int):
+            raise self._refusal(node, "the numbers of tokens and of something else both vary from call to call")
+        sizes[other], sizes[place] = length, -1
 
     def _permute(self, node: fx.Node, state: State) -> State:
         order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]

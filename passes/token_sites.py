@@ -125,6 +125,17 @@ def find_attentions(gm: fx.GraphModule) -> list[Attention]:
     return found
 
 
+def opaque_attentions(gm: fx.GraphModule) -> dict[str, str]:
+    """Modules of torch.nn that hold an attention which symbolic tracing doesn't enter, and what they are."""
+    found = {}
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if module is not None and any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
+            kind = type(module).__name__
+            found[str(node.target)] = f"nn.{kind}, whose attention can't be seen: write it with F.linear and SDPA"
+    return found
+
+
 def _residual(attention: Attention) -> fx.Node | None:
     """The addition that brings the attention's result back into the stream that its query came from.
 

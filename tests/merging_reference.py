@@ -80,16 +80,20 @@ class Merging(TorchFunctionMode):
         ]
         return torch.tensor([[1.0] * (count - len(row)) + row[max(0, len(row) - count) :] for row in rows])
 
-    def average(self, table: Tensor, count: int, rank: int) -> Tensor:
-        """A table (..., T, D) of one row per input token -> (B, ..., count, D)."""
+    def average(self, table: Tensor, like: Tensor) -> Tensor:
+        """A table of one value per input token along some axis -> averaged there, for every sample of ``like``."""
         assert self.members is not None
-        table = table.reshape((1,) * (rank - table.dim()) + tuple(table.shape))
-        start = self.inputs - table.shape[-2]
+        table = table.reshape((1,) * (like.dim() - table.dim()) + tuple(table.shape))
+        pairs = zip(table.shape, like.shape, strict=True)
+        (axis,) = [i for i, (a, b) in enumerate(pairs) if i > 0 and 1 != a != b]
+        start = self.inputs - table.shape[axis]
         samples = []
-        for sample in self.members:
-            rows = [table[..., [m - start for m in group], :].mean(-2) for group in sample[start:]]
-            samples.append(torch.stack(rows, -2))
-        assert samples[0].shape[-2] == count
+        for number, sample in enumerate(self.members):
+            own = table[number : number + 1] if len(table) > 1 else table
+            own = own.movedim(axis, 0)
+            rows = [own[[m - start for m in group]].mean(0) for group in sample[start:]]
+            samples.append(torch.stack(rows).movedim(0, axis))
+        assert samples[0].shape[axis] == like.shape[axis]
         return torch.cat(samples)
 
     def merge(self, x: Tensor) -> Tensor:
@@ -141,8 +145,9 @@ class Merging(TorchFunctionMode):
                 return (args[0] * size[..., None]).sum(1) / size.sum(1, keepdim=True)
         if name in ADD + MUL and self.members is not None and all(isinstance(a, Tensor) for a in args):
             x, table = args
-            if table.dim() <= x.dim() >= 3 and table.dim() >= 2 and 1 != table.shape[-2] != x.shape[-2]:
-                args = (x, self.average(table, x.shape[-2], x.dim()))
+            ends = zip(reversed(table.shape), reversed(x.shape[1:]), strict=False)
+            if table.dim() <= x.dim() >= 3 and any(1 != a != b for a, b in ends):
+                args = (x, self.average(table, x))
         result = func(*args, **kwargs)
         if name in ADD and self.keys and any(a is self.entered for a in args) and result.dim() == 3:
             return self.merge(result)

@@ -201,6 +201,19 @@ def test_export_with_a_dynamic_batch():
             assert relative(gm(images(size)), merging_reference.forward(model, images(size), 3, 1)) < 1e-5
 
 
+def test_export_with_a_dynamic_image_size():
+    """The number of tokens is a symbol that no reshape may hold as it was for unmerged tokens."""
+    model = transformer("eva02_tiny_patch14_224", 112, dynamic_img_size=True)
+    side = torch.export.Dim("side", min=2, max=20)
+    shapes = ({2: 14 * side, 3: 14 * side},)
+    exported = torch.export.export(model, (images(2, 112),), dynamic_shapes=shapes).module(check_guards=False)
+    gm = merged(exported, None, 8)
+    with torch.no_grad():
+        for size in (112, 140, 84):
+            x = images(2, size)
+            assert relative(gm(x), merging_reference.forward(model, x, 8, 1)) < 1e-5
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_dynamo_graphs_with_and_without_dynamic_batch(pool):
     model = tiny_vit(global_pool=pool)
@@ -338,6 +351,92 @@ class Block(nn.Module):
     def attend(self, x, **options):
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
         return x + nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+class Windows(Block):
+    """Attention inside windows of two tokens."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(1, (-1, 2)).unflatten(-1, (3, 2, 4)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        out = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, windows, heads, 2, 4)
+        return x + out.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+class Global(Block):
+    def forward(self, x):
+        return self.attend(x)
+
+
+class WindowsThenGlobal(nn.Module):
+    """The last stage of Twins: windows, a convolution on the grid, then attention of all tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.windows, self.all = Windows(), Global()
+        self.conv, self.head = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.windows(x)
+        grid = x.transpose(1, 2).unflatten(2, (4, 4))
+        x = (grid + self.conv(grid)).flatten(2).transpose(1, 2)
+        return self.head(nn.functional.gelu(self.all(x)).mean(1))
+
+
+def test_merges_behind_windows_and_a_grid():
+    torch.manual_seed(0)
+    model, x = WindowsThenGlobal().eval(), torch.randn(2, 16, 8)
+    gm = merged(model, x, 6)
+    assert len(decision(gm)["sites"]) == 1 and decision(gm)["tokens"] == [16, 10]
+    with torch.no_grad():
+        expected = merging_reference.forward(model, x, 6, 0, [model.all])
+        assert relative(gm(x), expected) < 1e-5
+        assert relative(model(x), expected) > 1e-3
+
+
+class RotaryBeforeHeads(Block):
+    """Queries and keys are rotated as (B, tokens, heads, channels), by a table (B, tokens, 1, channels)."""
+
+    def forward(self, x, table):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in (q * table, k * table, v))
+        return x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Rotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([RotaryBeforeHeads(), RotaryBeforeHeads()])
+        self.table, self.head = nn.Parameter(torch.randn(1, 16, 1, 4)), nn.Linear(8, 2)
+
+    def forward(self, x):
+        table = self.table.expand(x.shape[0], -1, -1, -1)
+        for block in self.blocks:
+            x = block(x, table)
+        return self.head(x.mean(1))
+
+
+def test_tables_whose_tokens_stand_before_the_heads():
+    torch.manual_seed(0)
+    model, x = Rotary().eval(), torch.randn(2, 16, 8)
+    gm = merged(model, x, 4)
+    with torch.no_grad():
+        expected = merging_reference.forward(model, x, 4, 0)
+        assert relative(gm(x), expected) < 1e-5
+        assert relative(model(x), expected) > 1e-3
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return (x + self.attention(x, x, x, need_weights=False)[0]).mean(1)
+
+
+def test_names_an_attention_that_cannot_be_seen():
+    with pytest.raises(NotEligibleError, match=r"^attention: tome_r=2.*nn.MultiheadAttention, whose attention"):
+        merged(Opaque().eval(), torch.randn(2, 6, 8), 2)
 
 
 class Causal(Block):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import re
@@ -61,6 +63,15 @@ class Build:
     @property
     def cut(self) -> Tile:
         return next(tile for tile in tiles_of(self.kernel) if tile.name == self.tile)
+
+
+@functools.cache
+def digest(kernel: str) -> str:
+    """Of the sources that a kernel is compiled from: a record with another one tells of another kernel."""
+    here = Path(__file__).parent
+    own = {"gluon_mma_conv": ("gluon_mma_conv", "gluon_mma_sp")}.get(kernel, (kernel,))
+    sources = b"".join((here / f"{name}.py").read_bytes() for name in (*own, "gluon_parts"))
+    return hashlib.sha256(sources).hexdigest()[:12]
 
 
 def parts_of(epilogue: str) -> tuple[str, bool, bool, bool]:
@@ -139,10 +150,13 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
     """Compile a build into ``folder``, and say what it takes.
 
     Returns:
-        The fields of the build, ``registers``, ``spill_bytes`` (of a thread's stack), ``smem_bytes``,
-        ``sparse_instructions``, ``branches`` and other instruction counts, ``threads``, ``seconds``; or ``error``.
+        The fields of the build, ``source`` (see :func:`digest`), ``triton``, ``registers``, ``spill_bytes`` (of a
+        thread's stack), ``smem_bytes``, ``sparse_instructions``, ``branches`` and other instruction counts,
+        ``threads``, ``seconds``; or ``error``.
     """
-    record: dict[str, Any] = dataclasses.asdict(build)
+    import triton
+
+    record: dict[str, Any] = {**dataclasses.asdict(build), "source": digest(build.kernel), "triton": triton.__version__}
     start = time.perf_counter()
     try:
         made = compile_build(build)
