@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 import mpcompile
-from mpcompile.cli.common import Commands, command, model_options, prepare
-from mpcompile.files import write_atomically
+from mpcompile.cli.common import Commands, command, model_options, prepare, show
 
 
 def add(commands: Commands) -> None:
@@ -26,7 +25,6 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the layers were timed, whatever was picked."""
     model, images, config = prepare(args)
     explanation = mpcompile.explain(model, images, config, progress=False if args.quiet else None)
-    if args.json is not None:
-        write_atomically(args.json, explanation.to_json(indent=1))
-    print(f"{args.model}, {args.dtype}, batch {args.batch}, tome_r = {config.tome_r}\n\n{explanation}")
+    head = f"{args.model}, {args.dtype}, batch {args.batch}, tome_r = {config.tome_r}"
+    show(args, f"{head}\n\n{explanation}", explanation.to_json(indent=1))
     return 0

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mpcompile import verify as verifier
-from mpcompile.cli.common import Commands, command, create, json_option
+from mpcompile.cli.common import Commands, command, create, json_option, show
 from mpcompile.errors import ConfigError
-from mpcompile.files import write_atomically
 
 
 def add(commands: Commands) -> None:
@@ -43,7 +42,5 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         raise ConfigError("--only names no weight", expected=", ".join(list(found.verdicts)[:8]), found=args.only)
     found = verifier.Verification(chosen)
-    if args.json is not None:
-        write_atomically(args.json, found.to_json(indent=1))
-    print(found)
+    show(args, found, found.to_json(indent=1))
     return 0 if found.ok else 1
