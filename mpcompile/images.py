@@ -101,7 +101,7 @@ def folder(
     if not paths:
         found = "no image" if path.is_dir() else "no such folder"
         raise InputError(f"there are no images in {path}", expected=" ".join(sorted(SUFFIXES)), found=found)
-    names = sorted({p.relative_to(path).parts[0] for p in paths if p.parent != path})
+    names = sorted(p.name for p in path.iterdir() if p.is_dir())
     if samples is not None and samples < len(paths):
         paths = sorted(random.Random(seed).sample(paths, samples))
     labelled = classes and len(names) == classes and all(p.parent != path for p in paths)
