@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import logging
 import os
@@ -111,8 +110,7 @@ def program(
         GraphError: torch.export refuses the graph.
         MPCompileError: as :func:`mpcompile.lower`.
     """
-    twin = copy.deepcopy(gm).eval()
-    lowered = lower(twin, example, Config(engine=engine))
+    lowered = lower(gm, example, Config(engine=engine))
     shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},) if dynamic_batch else None
     inputs = (example.expand(max(2, len(example)), *example.shape[1:]).contiguous() if dynamic_batch else example,)
     try:

@@ -115,6 +115,17 @@ def test_fresh_process_gives_equal_logits(saved, tmp_path):
     assert done.stdout.split() == [word for name in saved for word in (name, "True")]
 
 
+def test_loading_needs_nothing_that_only_training_needs(saved):
+    absent = ["sklearn", "matplotlib", "onnx", "tensorboard", "wandb", "datasets", "timm", "torchvision", "yaml"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        f"import torch, mpcompile; print(mpcompile.load({str(saved['vit'][2])!r})(torch.ones(1, 3, 32, 32)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 10])" in done.stdout
+
+
 def test_any_safetensors_reader_opens_the_file(saved):
     gm, _, path = saved["vit"]
     tensors = load_file(path)

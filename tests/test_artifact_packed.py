@@ -136,7 +136,7 @@ FORGED = [
     ({"n": 1}, {}, "make no 1:4 weight"),
     ({}, {"mask": BOMB}, "another length"),
     ({}, {"mask": deflated(b"\x33" * 7)}, "another length"),
-    ({}, {"mask": torch.zeros(3, dtype=torch.uint8)}, "can't be inflated"),
+    ({}, {"mask": torch.full((3,), 255, dtype=torch.uint8)}, "can't be inflated"),
     ({}, {"mask": torch.zeros(0, dtype=torch.uint8)}, "another length"),
     ({}, {"mask": deflated(b"\xff" * 8)}, "does not keep as many"),
     ({}, {"mask": deflated(b"\x31" * 8)}, "does not keep as many"),

@@ -105,7 +105,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     old = tmp_path / "old.json"
     old.write_text("old")
 
-    def full(self, text):
+    def full(self, text, encoding):
         self.touch()
         raise OSError(28, "No space left on device")
 

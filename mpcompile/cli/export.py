@@ -11,7 +11,7 @@ import torch
 
 import mpcompile
 from mpcompile import export as exporting
-from mpcompile.cli.common import Commands, at_least, command, json_option, show
+from mpcompile.cli.common import DTYPES, Commands, at_least, command, json_option, show
 from mpcompile.config import ENGINES
 from mpcompile.errors import ConfigError
 from mpcompile.graph import IRModule
@@ -35,6 +35,7 @@ def add(commands: Commands) -> None:
     job.add_argument("--format", choices=exporting.EXPORTS, required=True, help="see above")
     job.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     job.add_argument("--batch", type=at_least(1), default=1, help="images a call (default 1)")
+    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
     job.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free")
     job.add_argument(
         "--input-size", type=at_least(1), nargs=3, metavar=("C", "H", "W"), help="(default: the artifact's)"
@@ -72,7 +73,8 @@ def _exported(gm: IRModule, args: argparse.Namespace) -> dict[str, Any]:
     size = args.input_size or gm.plan.provenance.get("data", {}).get("input_size")
     if size is None:
         raise ConfigError(f"{args.artifact} doesn't say what it takes", hint="give --input-size, such as 3 224 224")
-    dtype = next((p.dtype for p in gm.parameters() if p.is_floating_point()), torch.float32)
+    dtype = DTYPES[args.dtype]
+    gm.to(dtype)
     example = torch.randn(args.batch, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
     options: dict[str, Any] = {"dynamic_batch": args.dynamic_batch}
     if args.format == "onnx":

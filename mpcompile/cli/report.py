@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--image needs an artifact", hint="it shows how that one merges tokens")
     sources = Sources(audit, explain, analyze, certify)
     if args.artifact is not None:
-        sources.artifact = mpcompile.load(args.artifact).eval()
+        gm = mpcompile.load(args.artifact).eval()
+        sources.dense_size = sum(p.numel() * p.element_size() for p in gm.parameters())
+        sources.artifact = gm.float()  # a CPU is slow in half precision, or refuses
         sources.name = args.artifact.name
         files = [p for p in args.artifact.iterdir() if p.is_file()] if args.artifact.is_dir() else [args.artifact]
         sources.size = sum(p.stat().st_size for p in files)

@@ -141,10 +141,9 @@ def _cards(dense: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 
 def _disk(sources: Sources) -> str:
-    if sources.size is None or sources.artifact is None:
+    if sources.size is None:
         return ""
-    held = {id(p): p.numel() * p.element_size() for p in sources.artifact.parameters()}
-    share = f", {sources.size / total:.1%} of its dense weights" if (total := sum(held.values())) else ""
+    share = f", {sources.size / sources.dense_size:.1%} of its dense weights" if sources.dense_size else ""
     return _card(f"{sources.size / 2**20:,.2f} MiB", f"on disk{share}")
 
 

@@ -30,6 +30,7 @@ class Sources:
         artifact: the loaded model.
         name: of the artifact's file, or "".
         size: bytes of the artifact on disk.
+        dense_size: bytes of its weights, were they dense.
         pictures: name -> (H, W, 3) uint8 pictures with merged tokens outlined, in order, with captions.
     """
 
@@ -40,6 +41,7 @@ class Sources:
     artifact: IRModule | None = None
     name: str = ""
     size: int | None = None
+    dense_size: int | None = None
     pictures: dict[str, list[tuple[str, np.ndarray]]] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def read_json(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"can't read {path}", found=error.strerror or str(error)) from error
     except ValueError as error:
