@@ -40,7 +40,7 @@ class _Masked(nn.Module):
     @torch.no_grad()
     def apply_mask(self) -> None:
         """Set masked weights to exactly zero in storage."""
-        self.weight.mul_(self.mask)
+        self.weight.masked_fill_(~self.mask, 0)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "mask" not in state_dict:

@@ -77,6 +77,16 @@ class PassRecord:
 class Plan:
     """What was decided for a model.
 
+    Attributes:
+        config: as :meth:`mpcompile.Config.to_dict` gives it.
+        layers: by name, in the graph's order.
+        passes: what ran, in order.
+        macs: of the whole model.
+        notes: remarks about the whole model.
+        tokens: behind every merge.
+        provenance: where model and data came from (JSON values): for whoever fills it, such as ``mpcompile compile``.
+        figures: what was measured (JSON values), such as :meth:`mpcompile.Report.to_dict` without its plan.
+
     Example:
         >>> plan = Plan(config={"pattern": "2:4"})
         >>> plan.layers["fc"] = LayerPlan("linear", (8, 16), "2:4", None, 0.5, 128, 64)
@@ -90,6 +100,8 @@ class Plan:
     macs: Macs = Macs(0, 0, 0)
     notes: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def masked(self) -> list[str]:

@@ -90,7 +90,7 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
     return found
 
 
-def _picture(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def draw_tokens(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """An (H, W, 3) image whose merged tokens are filled with their mean colour, each outlined in its own colour."""
     cell = image.shape[0] // tokens.shape[0]
     label = np.kron(tokens, np.ones((cell, cell), dtype=tokens.dtype))
@@ -170,7 +170,7 @@ def visualize_merging(
     base = base.repeat(scale, 0).repeat(scale, 1)
     titled = [("image", base)]
     for number, block in enumerate(tokens):
-        titled.append((f"block {number}: {len(np.unique(block))} tokens", _picture(base, block)))
+        titled.append((f"block {number}: {len(np.unique(block))} tokens", draw_tokens(base, block)))
     columns = max(1, min(columns, len(titled)))
     high, wide = base.shape[0] + MARGIN, base.shape[1] + 4
     sheet = Image.new("RGB", (columns * wide, -(-len(titled) // columns) * high), "white")

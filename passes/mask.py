@@ -149,7 +149,7 @@ class Mask(Pass):
             energy = weight.detach().square()  # before the masked values are set to zero
             kept = float((energy * mask).sum() / energy.sum().clamp(min=1e-30))
             if projection.weight is not None:
-                weight.copy_(projection.weight * mask)
+                weight.copy_(projection.weight.masked_fill(~mask, 0))
             bias = _bias(gm, uses)
             if bias is not None and projection.bias is not None:
                 bias.copy_(projection.bias)
@@ -238,7 +238,7 @@ class Mask(Pass):
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         if ctx.owned and use.weight.node is not None and use.weight.node.op == "get_attr":
-            use.weight.tensor.mul_(mask)
+            use.weight.tensor.masked_fill_(~mask, 0)
 
 
 def _bias(gm: IRModule, uses: list[LayerOp]) -> Tensor | None:

@@ -115,15 +115,32 @@ def test_fresh_process_gives_equal_logits(saved, tmp_path):
     assert done.stdout.split() == [word for name in saved for word in (name, "True")]
 
 
+def test_loading_needs_nothing_that_only_training_needs(saved):
+    absent = ["sklearn", "matplotlib", "onnx", "tensorboard", "wandb", "datasets", "timm", "torchvision", "yaml"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        f"import torch, mpcompile; print(mpcompile.load({str(saved['vit'][2])!r})(torch.ones(1, 3, 32, 32)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 10])" in done.stdout
+
+
 def test_any_safetensors_reader_opens_the_file(saved):
     gm, _, path = saved["vit"]
     tensors = load_file(path)
     expected = dict([*gm.named_parameters(), *gm.named_buffers()])
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    packed = {name for name in expected if f"{name}.values" in tensors}
+    assert packed == {f"{layer}.weight" for layer in gm.plan.masked}
+    masks = {f"{layer}.mask" for layer in gm.plan.masked}
+    parts = {f"{name}.{part}" for name in packed for part in ("values", "mask")}
+    assert tensors.keys() == (expected.keys() - packed - masks) | parts
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors.keys() - parts)
+    for name in packed:
+        assert torch.equal(tensors[f"{name}.values"].flatten(), expected[name][expected[name] != 0])
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["format_version"] == "1" and metadata["torch"] == torch.__version__
+    assert metadata["format_version"] == "2" and metadata["torch"] == torch.__version__
     assert json.loads(metadata["plan"]) == json.loads(gm.plan.to_json())
 
 

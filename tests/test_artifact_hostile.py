@@ -77,7 +77,12 @@ def test_the_forger_forges_well(small, tmp_path):
 
 def test_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in (("none", "No such file"), ("", "not a file"), ("pipe", "not a file"), ("a/b", "the folder")):
+    for name, message in (
+        ("none", "No such file"),
+        ("", "folder without model"),
+        ("pipe", "not a file"),
+        ("a/b", "the folder"),
+    ):
         with pytest.raises(ArtifactError, match=f"can't be loaded.*{message}"):
             load(tmp_path / name)
 
@@ -98,8 +103,8 @@ def test_files_of_other_kinds(tmp_path):
 
 def test_newer_format(small, tmp_path):
     header, data = parts(small)
-    header["__metadata__"] |= {"format_version": "2", "mpcompile": "9.9"}
-    with pytest.raises(ArtifactError, match=r"expected format version 1 .*, found '2', of mpcompile '9.9'. Load it"):
+    header["__metadata__"] |= {"format_version": "3", "mpcompile": "9.9"}
+    with pytest.raises(ArtifactError, match=r"expected format version 2 .*, found '3', of mpcompile '9.9'. Load it"):
         load(forge(tmp_path / "file", header, data))
 
 

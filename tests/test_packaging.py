@@ -112,7 +112,8 @@ def test_entry_points_lead_to_something(configured: Distribution):
     assert sorted(targets) == ["mpcompile.backend:mpsparse", "mpcompile.cli:main"]
     for target in targets:
         module, name = target.split(":")
-        source = ROOT / (module.replace(".", "/") + ".py")
+        folder = ROOT / module.replace(".", "/")
+        source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
         bound = {node.name for node in ast.parse(source.read_text(encoding="utf-8")).body if hasattr(node, "name")}
         assert name in bound, f"{source} defines no {name}"
 
@@ -165,7 +166,7 @@ def test_rooms_import_without_links_and_uninstalled(in_place_of_links: str, tmp_
 
 def test_imports_are_declared(configured: Distribution):
     """What the package imports is a dependency; what only an extra brings is imported inside a function."""
-    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
     required = {requirement.split(">=")[0].strip() for requirement in configured.install_requires}
     extras = {line.split(">=")[0] for lines in configured.extras_require.values() for line in lines}
     for path in package_files().values():

@@ -10,7 +10,7 @@ from mpcompile import Config, Pipeline, transform
 from mpcompile.cli import main
 from mpcompile.errors import ArtifactError, InputError, NotEligibleError
 from mpcompile.passes.merge_tokens import MergeTokens
-from mpcompile.visualize import _picture, merged_patches, visualize_merging
+from mpcompile.visualize import draw_tokens, merged_patches, visualize_merging
 from tests import merging_reference
 from tests.helpers import images, tiny_vit
 
@@ -36,7 +36,7 @@ def test_takes_a_transformed_module_as_it_merges():
 
 def test_merged_tokens_are_filled_and_outlined():
     image = np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
-    drawn = _picture(image, np.array([[0, 1], [2, 1]]))
+    drawn = draw_tokens(image, np.array([[0, 1], [2, 1]]))
     assert np.array_equal(drawn[:, :24], image[:, :24])  # tokens 0 and 2 are single patches
     mean = image[:, 24:].reshape(-1, 3).mean(0)
     assert np.abs(drawn[10:38, 30:42] - mean).max() <= 1  # no line between the two patches of token 1

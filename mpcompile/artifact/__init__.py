@@ -1,10 +1,12 @@
 """Save and load the IR: one safetensors file, no pickle, nothing in it that is executed or imported by name.
 
-The tensors stand in the file as they are, tied ones once. The header's string metadata holds ``modules`` (the tree of
-layers: class, constructor arguments, training flags, which tensor goes where), ``graph`` (the nodes), ``tensors``
-(which are parameters, and unusual memory orders), ``plan``, versions, and ``sha256``: over the header, with that field
-at zeros, and every byte behind it. Any safetensors reader opens the file. Framing is done here, not by the library, so
-that files are reproducible, every byte is covered by the checksum, and what was checked is what is used (one read).
+Masked weights stand in the file as their kept values and one bit a weight (packing.py), all other tensors as they are,
+tied ones once. The header's string metadata holds ``modules`` (the tree of layers: class, constructor arguments,
+training flags, which tensor goes where), ``graph`` (the nodes), ``tensors`` (which are parameters, unusual memory
+orders, and what is packed), ``plan`` (with config, provenance and measured figures), versions, and ``sha256``: over the
+header, with that field at zeros, and every byte behind it. Any safetensors reader opens the file. Framing is done here,
+not by the library, so that files are reproducible, every byte is covered by the checksum, and what was checked is what
+is used (one read). An artifact that is a folder holds this file and, for people and other programs, its plan.json.
 
 Not stored: node metadata and type annotations (shapes are recomputed), hooks, and the input guards of exported
 programs (a call of ``GuardsFn`` whose result nobody uses is left out). opset.py and leaves.py list what can be stored.
@@ -21,6 +23,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -30,13 +33,16 @@ from mpcompile import __version__
 from mpcompile.artifact.codec import decode_nodes, decode_signature, encode_nodes, encode_signature, is_guard
 from mpcompile.artifact.leaves import Tree, compare, restore_modules, restore_tensors
 from mpcompile.artifact.opset import Refusal, identifier, module_path, shown
+from mpcompile.artifact.packing import pack_tensors, unpack_tensors
 from mpcompile.errors import ArtifactError, GraphError, InputError
+from mpcompile.files import write_atomically
 from mpcompile.graph import IRModule, attribute
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear import layouts
 from mpcompile.plan import Plan
 
-KIND, VERSION = "mpcompile", 1
+KIND, VERSION = "mpcompile", 2
+WEIGHTS, PLAN = "model.safetensors", "plan.json"  # of an artifact that is a folder
 _TEXTS = ("graph", "modules", "tensors", "plan")
 _BLANK = "0" * 64  # where the checksum will stand
 _CHUNK = 1 << 22  # bytes read, written and hashed at a time
@@ -60,14 +66,16 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
-    """Write the IR to one safetensors file, whole or not at all.
+    """Write the IR to a safetensors file, or to a folder with that file and a readable plan.json, whole or not at all.
 
     The file is written beside ``path`` under another name, flushed to disk, and renamed: if anything fails, a file
     that was there before is untouched. Its permissions are those of a new file.
 
     Args:
-        gm: what :func:`mpcompile.transform` returned. Tensors may be on any device; no second copy of all is made.
-        path: the file; conventionally ``*.safetensors``. Its folder must exist.
+        gm: what :func:`mpcompile.transform` returned. Tensors may be on any device. What masks
+            remove is not kept: it comes back as zero (weights under a mask that aren't zero are stored whole).
+        path: the file; conventionally ``*.mpc`` or ``*.safetensors``. Its folder must exist. A path that ends in a
+            slash, or an existing folder, means the folder form; it is made if absent.
 
     Raises:
         ArtifactError: an operator or layer that a file can't hold (the node is named), a path that can't be written,
@@ -82,11 +90,17 @@ def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
     with _explained(target, "can't be saved"):
         texts, tensors = describe(gm)
         metadata = {"sha256": _BLANK, "format": KIND, "format_version": str(VERSION), "mpcompile": __version__}
-        _write(target, {**metadata, "torch": torch.__version__, **texts}, tensors)
+        metadata |= {"torch": torch.__version__, **texts}
+        folder = os.path.isdir(target) or os.fsdecode(os.fspath(path)).endswith(os.sep)
+        if folder:
+            os.makedirs(target, exist_ok=True)
+        _write(os.path.join(target, WEIGHTS) if folder else target, metadata, tensors)
+        if folder:
+            write_atomically(Path(target, PLAN), json.dumps(_readable(metadata), indent=1) + "\n")
 
 
 def load(path: str | os.PathLike[str]) -> IRModule:
-    """Read what :func:`save` wrote: the same graph, weights, plan and training flags, with all tensors on the CPU.
+    """Read what :func:`save` wrote, a file or a folder: the same graph, weights, plan and training flags, on the CPU.
 
     Checksum, format version and structure are checked before anything is returned. Safe on files from strangers: a
     graph can call nothing but the operators listed in opset.py and the layers listed in leaves.py. The checksum finds
@@ -102,7 +116,34 @@ def load(path: str | os.PathLike[str]) -> IRModule:
     """
     target = _resolved(path)
     with _explained(target, "can't be loaded"):
-        return assemble(*_read(target))
+        if not os.path.isdir(target):
+            return assemble(*_read(target))
+        if not os.path.exists(os.path.join(target, WEIGHTS)):
+            raise Refusal(
+                f"it is a folder without {WEIGHTS}", expected="what mpcompile.save wrote", hint="check the path"
+            )
+        metadata, tensors = _read(os.path.join(target, WEIGHTS))
+        _compare_plan(os.path.join(target, PLAN), metadata)
+        return assemble(metadata, tensors)
+
+
+def _readable(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """plan.json: the metadata that a person or another program has a use for."""
+    found: dict[str, Any] = {key: value for key, value in metadata.items() if key not in _TEXTS}
+    return {**found, "plan": json.loads(metadata["plan"])}
+
+
+def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
+    """The plan.json of a folder, if there is one, has to be that of its weights."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        if _parse(file.read(_MAX_HEADER)) != _readable(metadata):
+            raise Refusal(
+                f"{PLAN} is not that of {WEIGHTS}",
+                expected=f"the plan of the file with sha256 {metadata['sha256']}",
+                hint=f"remove {PLAN}: {WEIGHTS} holds the plan, too; or copy both again",
+            )
 
 
 @contextlib.contextmanager
@@ -160,10 +201,11 @@ def describe(gm: IRModule) -> tuple[dict[str, str], dict[str, Tensor]]:
         plan = "null"
     except (TypeError, ValueError) as error:
         raise Refusal(f"its plan holds something that is no JSON: {error}", hint="see gm.plan.notes") from error
+    tensors = pack_tensors(gm, tree.kinds, tree.tensors)
     texts = {"graph": _dump(graph), "modules": _dump(tree.modules), "tensors": _dump(tree.kinds), "plan": plan}
-    hollow = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tree.tensors.items()}
+    hollow = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     compare(gm, assemble(texts, hollow), guards)  # what can't be loaded is refused now
-    return texts, tree.tensors
+    return texts, tensors
 
 
 def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModule:
@@ -175,7 +217,7 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
     try:
         graph, modules, kinds = (_parse(texts[key]) for key in ("graph", "modules", "tensors"))
         gm = IRModule(nn.Module(), fx.Graph(), class_name=identifier(graph["class"]))
-        restore_modules(gm, modules, restore_tensors(kinds, tensors))
+        restore_modules(gm, modules, restore_tensors(kinds, unpack_tensors(kinds, tensors)))
         nodes = decode_nodes(gm, graph["nodes"])
         decode_signature(nodes, graph["signature"])
         gm.graph = nodes  # generates and compiles the source

@@ -1,0 +1,159 @@
+"""Artifact headers changed at random, with valid checksums: does loading ever do anything but load or refuse?
+
+Each round starts from one of two small files (a masked transformer with merging; one with packed engines), replaces,
+removes, exchanges or inserts 1 to 4 things anywhere in its texts or header, sometimes flips bytes of its tensors, puts
+a valid checksum over it, and loads it. Anything but a module or an ArtifactError, or a load beyond ``--limit`` seconds,
+counts as a failure and is kept.
+
+    python -m bench.fuzz_artifacts --rounds 10000 --json bench/results/fuzz_artifacts.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import operator
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from tqdm import tqdm
+
+from mpcompile import Config, load, lower, save, transform
+from mpcompile.errors import ArtifactError
+from mpcompile.graph import IRModule
+
+TEXTS = ("graph", "modules", "tensors", "plan")
+JUNK: list[Any] = [
+    *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, 0.5, 1e300, "", "x", "a.b", "self", "lambda", "9" * 400),
+    *("__class__", "os.system", "torch.load", "\x00", [], [1], [[[[1]]]], {}, {"node": "x"}, {"tuple": [1]}),
+    *({"dict": {"a": 1}}, {"float": "nan"}, {"same": ""}, {"slice": [1, 2, 3]}),
+]
+
+
+def samples(folder: Path) -> list[Path]:
+    """Two files to change."""
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 4}
+    x = torch.randn(2, 3, 16, 16)
+    gm = transform(VisionTransformer(**shape).eval(), x, Config(pattern="2:4", tome_r=1))
+    save(gm, folder / "masked.mpc")
+    save(lower(gm, x, Config(engine="reference")), folder / "lowered.mpc")
+    return [folder / "masked.mpc", folder / "lowered.mpc"]
+
+
+def parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data."""
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def forge(path: Path, header: dict[str, Any], data: bytes) -> None:
+    """A file with a valid checksum over whatever it says."""
+
+    def framed() -> bytes:
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    header["__metadata__"]["sha256"] = "0" * 64
+    header["__metadata__"]["sha256"] = hashlib.sha256(framed() + data).hexdigest()
+    path.write_bytes(framed() + data)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every path into nested lists and dicts."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [path, *(place for key in keys for place in places(value[key], (*path, key)))]
+
+
+def change(whole: dict[str, Any], everywhere: list[tuple[Any, ...]], draw: random.Random) -> None:
+    """One thing somewhere."""
+    path, other = draw.choice(everywhere), draw.choice(everywhere)
+    try:
+        owner = functools.reduce(operator.getitem, path[:-1], whole)
+        kind = draw.choice(["junk", "junk", "remove", "swap", "number", "insert"])
+        if kind == "remove":
+            del owner[path[-1]]
+        elif kind == "swap":
+            owner[path[-1]] = copy.deepcopy(functools.reduce(operator.getitem, other, whole))
+        elif kind == "number" and isinstance(owner[path[-1]], int):
+            owner[path[-1]] += draw.choice([-1, 1, 7, 2**16])
+        elif kind == "insert" and isinstance(owner, list):
+            owner.insert(int(path[-1]), copy.deepcopy(draw.choice(JUNK)))
+        elif kind == "insert":
+            owner[draw.choice(["forward", "new", "__class__", "x.y", "values"])] = copy.deepcopy(draw.choice(JUNK))
+        else:
+            owner[path[-1]] = copy.deepcopy(draw.choice(JUNK))
+    except (KeyError, IndexError, TypeError):
+        pass  # an earlier change took the place away
+
+
+def changed(path: Path, draw: random.Random) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a file with some things changed."""
+    header, data = parts(path)
+    texts = {key: json.loads(header["__metadata__"][key]) for key in TEXTS}
+    whole = {**texts, "header": {k: v for k, v in header.items() if k != "__metadata__"}}
+    everywhere = [place for place in places(whole) if len(place) > 1]
+    for _ in range(draw.randint(1, 4)):
+        change(whole, everywhere, draw)
+    if draw.random() < 0.2:
+        flipped = bytearray(data)
+        for _ in range(draw.randint(1, 20)):
+            flipped[draw.randrange(len(flipped))] = draw.randrange(256)
+        data = bytes(flipped)
+    metadata = header["__metadata__"] | {key: json.dumps(whole[key]) for key in TEXTS}
+    return {"__metadata__": metadata, **whole["header"]}, data
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=10_000)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--limit", type=float, default=20.0, help="seconds a load may take")
+    options.add_argument("--json", type=Path)
+    args = options.parse_args()
+    draw, outcomes, slowest = random.Random(args.seed), Counter[str](), 0.0
+    kept: list[str] = []
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError("the load took too long")
+
+    signal.signal(signal.SIGALRM, stop)
+    with tempfile.TemporaryDirectory() as folder:
+        files, path = samples(Path(folder)), Path(folder) / "changed.mpc"
+        for number in tqdm(range(args.rounds), unit="header"):
+            forge(path, *changed(draw.choice(files), draw))
+            start = time.thread_time()
+            signal.setitimer(signal.ITIMER_REAL, 10 * args.limit)  # wall time, on a machine that may be busy
+            try:
+                outcome = "loaded" if isinstance(load(path), IRModule) else "something else"
+            except ArtifactError:
+                outcome = "refused"
+            except BaseException as error:
+                outcome = f"{type(error).__name__}"
+                kept.append(f"round {number}: {type(error).__name__}: {error}"[:300])
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            slowest = max(slowest, time.thread_time() - start)
+            outcomes[outcome] += 1
+    failures = {name: count for name, count in outcomes.items() if name not in ("loaded", "refused")}
+    found = {"rounds": args.rounds, "seed": args.seed, "outcomes": dict(outcomes), "slowest_s": round(slowest, 3)}
+    print(json.dumps({**found, "failures": kept[:20]}, indent=1))
+    if args.json is not None:
+        args.json.write_text(json.dumps({**found, "failures": kept[:20]}, indent=1) + "\n")
+    raise SystemExit(1 if failures or slowest > args.limit else 0)
+
+
+if __name__ == "__main__":
+    main()

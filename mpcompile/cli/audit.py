@@ -1,0 +1,85 @@
+"""``mpcompile audit``: a timm model, transformed and compiled, measured against its dense builds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mpcompile
+from mpcompile.backend import mpsparse
+from mpcompile.cli.common import Commands, at_least, command, model_options, prepare, show
+from mpcompile.graph import IRModule
+from mpcompile.images import data_config, folder
+from mpcompile.report import Report
+
+
+def add(commands: Commands) -> None:
+    """Declare it."""
+    job = command(
+        commands,
+        "audit",
+        help="measure a timm model, dense against pruned and merged",
+        description="Measure a timm model against what it becomes, or against the artifact that was made of it.",
+        example="mpcompile audit vit_small_patch16_224 --pattern 2:4 --tome-r 8 --batch 8 --json audit.json\n"
+        "mpcompile audit vit_small_patch16_224 --pretrained --artifact pruned.mpc --images val --record",
+    )
+    model_options(job)
+    job.add_argument("--rounds", type=at_least(0), default=20, help="timings of each build, 0 for none (default 20)")
+    job.add_argument("--artifact", type=Path, metavar="FILE", help="measure what was saved, instead of a new transform")
+    job.add_argument("--images", type=Path, metavar="FOLDER", help="real images; labelled if it has a folder a class")
+    job.add_argument("--samples", type=at_least(1), default=500, help="of --images, drawn by the seed (default 500)")
+    job.add_argument("--record", action="store_true", help="write the figures into the --artifact, too")
+    job.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when the measurement went through, whatever it found."""
+    if args.record and args.artifact is None:
+        raise mpcompile.errors.ConfigError("--record needs --artifact", hint="it says where the figures go")
+    model, images, config = prepare(args)
+    batches: Any = images
+    if args.images is not None:
+        classes = getattr(model, "num_classes", 0)
+        data, seed = data_config(model), config.seed
+        files = folder(args.images, data, samples=args.samples, batch=args.batch, classes=classes, seed=seed)
+        batches = [_moved(batch, images) for batch in files]
+    if args.artifact is not None:
+        gm = mpcompile.load(args.artifact).to(images.device, images.dtype).eval()
+    else:
+        gm = mpcompile.transform(model, images, config, [images] if config.score == "covariance" else None)
+    compiled = torch.compile(gm, backend=mpsparse, options={"engine": config.engine, "frozen": config.frozen})
+    report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
+    _remark(report, random=not args.pretrained and args.checkpoint is None, noise=args.images is None)
+    if report.plan is None:
+        report.plan = gm.plan
+    if args.record:
+        _record(args.artifact, report)
+    what = args.artifact or f"{config.pattern}, tome_r = {config.tome_r}"
+    show(args, f"{args.model}, {what}\n\n{report}\n\n{gm.plan}", report.to_json(indent=1))
+    return 0
+
+
+def _moved(batch: Any, like: torch.Tensor) -> Any:
+    if isinstance(batch, tuple):
+        return batch[0].to(like), batch[1].to(like.device)
+    return batch.to(like)
+
+
+def _remark(report: Report, random: bool, noise: bool) -> None:
+    """Say what the figures are worth."""
+    if random or noise:
+        source = "random weights: accuracy and agreement mean nothing" if random else "images are random noise"
+        report.notes.insert(0, f"{source}; speed, MACs and bytes don't depend on it")
+    for row in report.rows if random else ():
+        row.agree = row.correct = row.interval = row.lost = row.won = None
+
+
+def _record(path: Path, report: Report) -> None:
+    """The figures go into the artifact's plan; weights stay as they are."""
+    saved: IRModule = mpcompile.load(path)
+    figures = report.to_dict()
+    saved.plan.figures = {key: figures[key] for key in ("rows", "environment", "notes", "fell_back")}
+    mpcompile.save(saved, path)

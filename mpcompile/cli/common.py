@@ -1,0 +1,237 @@
+"""What several commands share: declaring one, options of models and of the Config, and what is made from them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import yaml
+from torch import nn
+
+from mpcompile.config import CALIBRATIONS, ENGINES, SCHEDULES, SCORES, Config
+from mpcompile.errors import ConfigError, InputError
+from mpcompile.files import load_checkpoint, write_atomically
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what add(commands) is given
+
+EXITS = "0 done, 1 the command found something wrong, 2 something to mend in the call, 130 interrupted"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def command(commands: Commands, name: str, *, help: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Declare a command with the options that every command has.
+
+    Args:
+        commands: what ``add`` was given.
+        name: as typed.
+        help: its line in ``mpcompile --help``: lower case, no full stop.
+        description: the head of its own help: sentences.
+        example: one or more command lines, shown at the end of its help.
+    """
+    lines = "".join(f"\n  {line}" for line in example.splitlines())
+    job = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=f"example:{lines}\n\nexit status: {EXITS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    loud = job.add_mutually_exclusive_group()
+    loud.add_argument("--quiet", action="store_true", help="no progress bars, no warnings")
+    loud.add_argument("--verbose", action="store_true", help="also say what is being done, and where errors come from")
+    return job
+
+
+def json_option(job: argparse.ArgumentParser) -> None:
+    """``--json FILE``; a command that has it prints its result with :func:`show`."""
+    text = "write the result here as JSON; - prints it, in place of the text"
+    job.add_argument("--json", type=Path, metavar="FILE", help=text)
+
+
+def show(args: argparse.Namespace, text: object, data: str) -> None:
+    """Print a result, and write its JSON where ``--json`` says.
+
+    Raises:
+        ArtifactError: the file can't be written.
+    """
+    if args.json is not None and str(args.json) == "-":
+        print(data)
+        return
+    if args.json is not None:
+        write_atomically(args.json, data + "\n")
+    print(text)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument type: whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return value
+
+    return number
+
+
+def tome_r(text: str) -> int | str | tuple[int, ...]:
+    """``8``, ``16,12,8`` (one number a block) or ``auto``."""
+    if text == "auto":
+        return text
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def weights_options(job: argparse.ArgumentParser) -> None:
+    """A timm model and where its weights come from."""
+    job.add_argument("model", help="name of a timm model, such as vit_base_patch16_224")
+    weights = job.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
+
+
+def config_options(job: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
+    """``--config FILE`` and an option for each field of the Config, or for those named.
+
+    :func:`config_of` makes a Config of them: what is typed goes before what the file says, and that before
+    ``defaults``, which stand in for the Config's own.
+    """
+    options = job.add_argument_group("what the model becomes", "fields of mpcompile.Config; --config reads them too")
+    options.add_argument("--config", type=Path, metavar="FILE", help="YAML: option names and values, as in Config")
+    job.set_defaults(config_defaults=defaults)
+    for field in dataclasses.fields(Config):
+        if names and field.name not in names:
+            continue
+        flag, settings = "--" + field.name.replace("_", "-"), dict(_FIELDS[field.name])
+        default = defaults.get(field.name, field.default)
+        if isinstance(default, bool) and default:
+            flag = "--no-" + flag.removeprefix("--").removeprefix("tome-")
+        elif default not in (None, False, ()):
+            settings["help"] += f" (default {' '.join(default) if isinstance(default, tuple) else default})"
+        options.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, **settings)
+
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "pattern": {"metavar": "N:M", "help": "keep N of every M inputs; or auto, or dense"},
+    "tome_r": {
+        "type": tome_r,
+        "metavar": "R",
+        "help": "tokens merged a block: 8, or 16,12,8 (one a block), or auto",
+    },
+    "tome_schedule": {"choices": SCHEDULES, "help": "alike in all blocks, or falling to 0"},
+    "tome_reduction": {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "with --tome-r auto: MACs to save by merging, 0 - 1",
+    },
+    "tome_proportional": {"action": "store_false", "help": "count a merged token once in attention, not by its size"},
+    "score": {"choices": SCORES, "help": "which values a group keeps"},
+    "permute": {"action": argparse.BooleanOptionalAction, "help": "reorder channels first (default: with calibration)"},
+    "restore": {"action": "store_false", "help": "leave kept values as they are"},
+    "calibrate": {"choices": CALIBRATIONS, "help": "what a layer's statistics are taken from"},
+    "engine": {"choices": ENGINES, "help": "what runs masked layers"},
+    "exclude": {"nargs": "*", "metavar": "NAME", "help": "roles, names or globs that stay dense"},
+    "include": {"nargs": "*", "metavar": "NAME", "help": "names or globs that are masked all the same"},
+    "prefix_tokens": {"type": at_least(0), "metavar": "N", "help": "tokens in front that never merge"},
+    "frozen": {
+        "action": "store_true",
+        "help": "weights won't change any more: fold and prepack, and beat dense builds that do the same",
+    },
+    "seed": {"type": at_least(0), "help": "seeds whatever is random"},
+}
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The Config that :func:`config_options` were given.
+
+    Raises:
+        ConfigError: a file that is missing or no YAML mapping, an unknown option, or a value that it can't take.
+    """
+    names = [field.name for field in dataclasses.fields(Config)]
+    typed = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return Config.from_options({**args.config_defaults, **read_config(args.config), **typed})
+
+
+def read_config(path: Path | None) -> dict[str, Any]:
+    """The options in a YAML file; none without a file.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping.
+    """
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ConfigError(f"can't read the config {path}", expected="a YAML file", found=reason) from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        what = f"a {type(found).__name__}"
+        raise ConfigError(f"{path} is no config", expected="lines such as 'pattern: \"2:4\"'", found=what)
+    if isinstance(found.get("pattern"), int):  # YAML 1.1 reads 8:16 as a number to the base 60
+        found["pattern"] = "{}:{}".format(*divmod(found["pattern"], 60))
+    return found
+
+
+def model_options(job: argparse.ArgumentParser, **defaults: Any) -> None:
+    """What every job that measures a timm model takes; ``defaults`` as for :func:`config_options`."""
+    weights_options(job)
+    job.add_argument("--batch", type=at_least(1), default=8, help="images a call (default 8)")
+    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
+    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
+    job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    json_option(job)
+    config_options(job, **{"score": "magnitude", **defaults})
+
+
+def create(name: str, pretrained: bool) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_', maxsplit=1)[0]}*")[:5]
+        raise ConfigError(f"timm has no model {name!r}", expected=", ".join(near) or "a name from timm.list_models()")
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except Exception as error:
+        raise InputError(
+            f"timm can't make {name!r}: {str(error).splitlines()[0]}",
+            hint="check the connection, or give --checkpoint FILE" if pretrained else None,
+        ) from error
+
+
+def load_model(args: argparse.Namespace) -> nn.Module:
+    """The model of :func:`weights_options`, in eval mode.
+
+    Raises:
+        ConfigError: timm has no such model.
+        ArtifactError: the checkpoint can't be read or doesn't fit.
+    """
+    model = create(args.model, args.pretrained).eval()
+    if args.checkpoint is not None:
+        load_checkpoint(model, args.checkpoint)
+    return model
+
+
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Config]:
+    """Model, random images and config, as :func:`model_options` were given."""
+    config = config_of(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(config.seed)
+    model = load_model(args)
+    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    try:
+        device = torch.device(args.device)
+        images = torch.randn(args.batch, *size, dtype=DTYPES[args.dtype], device=device)
+        model = model.to(device, DTYPES[args.dtype])
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
+    return model, images, config

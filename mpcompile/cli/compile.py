@@ -1,0 +1,111 @@
+"""``mpcompile compile``: a timm model -> a masked, merged one, saved."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mpcompile
+from mpcompile.cli.common import (
+    Commands,
+    at_least,
+    command,
+    config_of,
+    config_options,
+    json_option,
+    load_model,
+    show,
+    weights_options,
+)
+from mpcompile.config import Config
+from mpcompile.errors import ConfigError
+from mpcompile.export import FORMATS, save_dense
+from mpcompile.files import sha256
+from mpcompile.images import data_config, folder
+
+
+def add(commands: Commands) -> None:
+    """Declare it."""
+    job = command(
+        commands,
+        "compile",
+        help="mask and merge a timm model, and save what it has become",
+        description="Mask the weights of a timm model and merge its tokens, on a few hundred unlabelled images, and "
+        "save the result with its plan. It can be trained further (mpcompile distill), measured, exported and served.",
+        example="mpcompile compile vit_small_patch16_224 --pretrained --images train --pattern 8:16 --out pruned.mpc\n"
+        "mpcompile compile resnet50 --checkpoint r50.safetensors --config recipe.yaml --images train --out r50/",
+    )
+    weights_options(job)
+    job.add_argument("--images", type=Path, metavar="FOLDER", help="images to calibrate on; labels aren't used")
+    job.add_argument("--samples", type=at_least(1), default=256, help="of --images, drawn by the seed (default 256)")
+    job.add_argument("--batch", type=at_least(1), default=32, help="images at a time (default 32)")
+    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
+    job.add_argument("--device", default="cpu", help="where it is computed: cpu or cuda (default cpu)")
+    job.add_argument("--half", action="store_true", help="save the weights as fp16")
+    job.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="file to write, or folder (with a slash behind it)"
+    )
+    kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
+    job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)
+    json_option(job)
+    config_options(job)
+    job.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when the file is written."""
+    config = config_of(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(config.seed)
+    model = load_model(args)
+    data = data_config(model)
+    try:
+        model.to(args.device)
+        example = torch.randn(2, *data["input_size"], device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
+    calibration = None
+    if args.images is not None:
+        files = folder(args.images, data, samples=args.samples, batch=args.batch, seed=config.seed)
+        calibration = [batch.to(args.device) for batch in files]
+    gm = mpcompile.transform(model, example, config, calibration).eval().cpu()
+    gm.plan.provenance = _provenance(args, config, data, 0 if calibration is None else len(files.paths))
+    if args.half:
+        gm.half()
+    if args.format == "mpc":
+        mpcompile.save(gm, args.out)
+    else:
+        save_dense(gm, args.out)
+    show(args, f"{gm.plan}\n\n{_size(args.out)}", gm.plan.to_json(indent=1))
+    return 0
+
+
+def _provenance(args: argparse.Namespace, config: Config, data: dict[str, Any], images: int) -> dict[str, Any]:
+    """Where the artifact comes from."""
+    import timm
+
+    weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {config.seed}"
+    if args.checkpoint is not None:
+        weights = {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)}
+    return {
+        "model": args.model,
+        "weights": weights,
+        "data": data,
+        "calibration_images": images,
+        "versions": {
+            "mpcompile": mpcompile.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _size(path: Path) -> str:
+    files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
+    return f"{path}: {sum(p.stat().st_size for p in files) / 2**20:,.2f} MiB"

@@ -1,0 +1,227 @@
+"""What happens in a run, as it happens: one JSON object a line, always; TensorBoard and Weights & Biases on request.
+
+A line holds ``event`` (what it is: ``"step"``, ``"epoch"``, ``"checkpoint"``, ...), ``time`` (seconds since 1970) and
+the values given. Each line is handed to the operating system as it is written, so that a killed process loses none but
+perhaps the one it was writing; that one is cut off when the log is opened again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import numbers
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard
+
+import torch
+
+from mpcompile.errors import ArtifactError, ConfigError
+
+_FRAME = ("event", "time", "step")
+
+
+class Sink(Protocol):
+    """Where numbers go besides the file."""
+
+    def write(self, numbers: Mapping[str, float], step: int | None) -> None:
+        """Take numbers by name, ``event/key``."""
+
+    def close(self) -> None:
+        """Hand over what is still held back."""
+
+
+class EventLog:
+    """A log of a run in a JSON-lines file.
+
+    Args:
+        path: the file, made with its folder if absent and appended to otherwise; None writes no file (on ranks that
+            aren't the first).
+        resume_at: the step at which a resumed run goes on: lines of this step and later ones are taken out, so that
+            the log reads like that of a run that was never interrupted. None keeps all lines.
+        sinks: see :func:`tensorboard` and :func:`wandb`.
+
+    Raises:
+        ArtifactError: the file can't be written, now or, with a full disk, later.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with EventLog(f"{folder}/events.jsonl") as log:
+        ...     log.write("step", step=0, loss=2.5)
+        >>> [(line["event"], line["loss"]) for line in read(f"{folder}/events.jsonl")]
+        [('step', 2.5)]
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None, *, resume_at: int | None = None, sinks: tuple[Sink, ...] = ()
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self._sinks = sinks
+        self._file = None
+        if self.path is not None:
+            with self._explained():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _mend(self.path, resume_at)
+                self._file = self.path.open("ab", buffering=0)
+
+    def write(self, event: str, *, step: int | None = None, **values: Any) -> None:
+        """Add a line.
+
+        Args:
+            event: what happened.
+            step: of the optimiser, for lines that belong to one.
+            values: whatever JSON holds, and tensors of one value. Numbers that aren't finite, which JSON has none of,
+                are written as the text ``"nan"``, ``"inf"`` or ``"-inf"``.
+        """
+        line = {"event": event, "time": round(time.time(), 3)}
+        if step is not None:
+            line["step"] = step
+        line.update(_plain(values))
+        if self._file is not None:
+            data = (json.dumps(line, allow_nan=False) + "\n").encode()
+            with self._explained():
+                while data:
+                    data = data[self._file.write(data) :]
+        found = {f"{event}/{key}": float(v) for key, v in line.items() if key not in _FRAME and _number(v)}
+        for sink in self._sinks if found else ():
+            sink.write(found, step)
+
+    def close(self) -> None:
+        """Close the file and the sinks; a second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = ()
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ArtifactError(
+                f"can't write the log {self.path}",
+                expected="a writable folder with room",
+                found=error.strerror or str(error),
+            ) from error
+
+
+def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a log, oldest first; a last line that was cut off is left out.
+
+    Raises:
+        ArtifactError: there is no such file, or a line in its midst is no JSON object.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ArtifactError(f"can't read the log {path}", found=error.strerror or str(error)) from error
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ArtifactError(f"line {number} of {path} is damaged", expected="a JSON object", found=repr(line[:40]))
+        yield found
+
+
+def _mend(path: Path, resume_at: int | None) -> None:
+    """Cut off what was half-written, and the lines of steps that will be run again."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    kept = data[: data.rfind(b"\n") + 1]
+    if resume_at is not None:
+        lines = kept.splitlines(keepends=True)
+        steps = [found.get("step") for found in read(path)]
+        kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step is None or step < resume_at)
+    if kept != data:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(kept)
+        temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it."""
+    if isinstance(value, torch.Tensor):
+        value = value.item() if value.numel() == 1 else value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (str, bool, int, type(None))):
+        return value
+    if isinstance(value, numbers.Real):  # numpy's too
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        return number if math.isfinite(number) else str(number)
+    return str(value)
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def tensorboard(folder: str | os.PathLike[str]) -> Sink:
+    """A sink that writes TensorBoard event files into ``folder``.
+
+    Raises:
+        ConfigError: the package ``tensorboard`` isn't installed.
+    """
+    _needed("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    class Writer:
+        def __init__(self) -> None:
+            self.writer = SummaryWriter(os.fspath(folder))
+
+        def write(self, numbers: Mapping[str, float], step: int | None) -> None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
+
+        def close(self) -> None:
+            self.writer.close()
+
+    return Writer()
+
+
+def wandb(project: str, *, config: Mapping[str, Any] | None = None, **options: Any) -> Sink:
+    """A sink that sends numbers to Weights & Biases; ``options`` go to ``wandb.init`` (``name``, ``mode``, ``id``...).
+
+    Raises:
+        ConfigError: the package ``wandb`` isn't installed.
+    """
+    package = _needed("wandb")
+
+    class Run:
+        def __init__(self) -> None:
+            self.run = package.init(project=project, config=dict(config or {}), **options)
+
+        def write(self, numbers: Mapping[str, float], step: int | None) -> None:
+            self.run.log(dict(numbers), step=step)
+
+        def close(self) -> None:
+            self.run.finish()
+
+    return Run()
+
+
+def _needed(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"logging to {package} needs the package {package}", hint=f"pip install 'mpcompile[{package}]'"
+        ) from error

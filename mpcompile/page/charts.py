@@ -1,0 +1,132 @@
+"""Charts as SVG text and pictures as data URIs: nothing to fetch, colours from the page's style sheet."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+ROW, GAP, LABEL, PLOT = 20, 6, 170, 330  # pixels: a bar, between bars, room for names, and for the bars themselves
+
+
+def escape(value: object) -> str:
+    """Text that can stand in HTML and SVG."""
+    return html.escape(str(value), quote=True)
+
+
+def svg(width: float, height: float, body: str, title: str) -> str:
+    """A picture that scales with the page; ``title`` is read aloud in its place."""
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}"'
+    return f'<svg {size} role="img" aria-label="{escape(title)}">{body}</svg>'
+
+
+def text(x: float, y: float, content: object, kind: str = "", anchor: str = "start") -> str:
+    """A line of text whose baseline is at ``y``."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(content)}</text>'
+
+
+def rect(x: float, y: float, width: float, height: float, kind: str) -> str:
+    """A filled rectangle."""
+    return f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(width, 0.5):.2f}" height="{height:.2f}" class="{kind}"/>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    """A straight line."""
+    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" class="{kind}"/>'
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a chart.
+
+    Attributes:
+        name: on its left.
+        value: its length.
+        shown: on its right.
+        kind: ``"dense"``, ``"sparse"`` or ``"other"``: its colour.
+        low, high: ends of a whisker, or None.
+        start: where it begins; 0 but for waterfalls.
+    """
+
+    name: str
+    value: float
+    shown: str
+    kind: str = "other"
+    low: float | None = None
+    high: float | None = None
+    start: float = 0.0
+
+
+def bars(found: Sequence[Bar], title: str, mark: float | None = None) -> str:
+    """Horizontal bars from zero, the longest across the plot; a line at ``mark``."""
+    longest = max((max(bar.start + bar.value, bar.high or 0, mark or 0) for bar in found), default=0) or 1.0
+    scale, body = PLOT / longest, ""
+    for number, bar in enumerate(found):
+        y = number * (ROW + GAP)
+        end = LABEL + (bar.start + bar.value) * scale
+        body += text(LABEL - 8, y + 14, _short(bar.name), anchor="end")
+        body += rect(LABEL + bar.start * scale, y, bar.value * scale, ROW, f"bar {bar.kind}")
+        if bar.low is not None and bar.high is not None:
+            left, right = LABEL + bar.low * scale, LABEL + bar.high * scale
+            body += line(left, y + ROW / 2, right, y + ROW / 2, "whisker")
+            end = max(end, right)
+        body += text(end + 6, y + 14, bar.shown)
+    height = len(found) * (ROW + GAP)
+    if mark is not None:
+        body += line(LABEL + mark * scale, -2, LABEL + mark * scale, height - GAP + 2, "mark")
+    return svg(LABEL + PLOT + 170, height, body, title)
+
+
+def _short(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f"…{name[-length + 1 :]}"
+
+
+def histogram(
+    edges: Sequence[float],
+    heights: Sequence[float],
+    curve: Sequence[tuple[float, float]],
+    spikes: Sequence[float],
+    title: str,
+    width: float = 260,
+    height: float = 110,
+) -> str:
+    """A density as columns, a law as a line over it, and single values as ticks under the axis."""
+    right = max([edges[-1], *spikes, *(x for x, _ in curve)]) or 1.0
+    top = max([*heights, *(y for _, y in curve)]) or 1.0
+    across, up = width / right, (height - 30) / top
+    floor = height - 22
+    body = "".join(
+        rect(a * across, floor - h * up, max((b - a) * across - 0.6, 0.4), h * up, "bar other")
+        for a, b, h in zip(edges[:-1], edges[1:], heights, strict=True)
+        if h > 0
+    )
+    if curve:
+        points = " ".join(f"{x * across:.1f},{floor - y * up:.1f}" for x, y in curve)
+        body += f'<polyline points="{points}" class="law"/>'
+    body += line(0, floor, width, floor, "axis")
+    body += "".join(line(x * across, floor - 7, x * across, floor + 3, "spike") for x in spikes)
+    body += text(0, height - 6, "0", "small") + text(width, height - 6, f"{right:.3g}", "small", "end")
+    return svg(width, height, body, title)
+
+
+def data_uri(pixels: np.ndarray, kind: str = "PNG") -> str:
+    """An (H, W, 3) uint8 picture as a URI that holds it; ``kind``: PNG, or JPEG for photographs."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, optimize=True, **({"quality": 88} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+_RAMP = np.array([[247, 251, 255], [158, 202, 225], [49, 130, 189], [8, 48, 107]], dtype=float)  # light to dark blue
+
+
+def heat(shares: np.ndarray) -> np.ndarray:
+    """Shares in [0, 1], (H, W) -> colours (H, W, 3) uint8, light for 0 and dark for 1."""
+    place = np.clip(shares, 0, 1) * (len(_RAMP) - 1)
+    low = np.minimum(place.astype(int), len(_RAMP) - 2)
+    part = (place - low)[..., None]
+    return ((1 - part) * _RAMP[low] + part * _RAMP[low + 1]).round().astype(np.uint8)

@@ -1,0 +1,358 @@
+"""The sections of the page: each turns sources into HTML, or returns None where it has nothing to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpcompile.graph import layers
+from mpcompile.kernels.nm_format import to_rows
+from mpcompile.page import spectra
+from mpcompile.page.charts import Bar, bars, data_uri, escape, heat
+from mpcompile.page.sources import Sources, number, records
+from mpcompile.report import BARS, COMPILED
+
+SHOWN = 12  # layers drawn at once; the others are folded away
+MAP_ROWS, MAP_COLUMNS = 24, 384  # of a density map
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        anchor: its place in links.
+        title: its heading.
+        missing: HTML that says which command gives its data.
+        render: sources -> HTML, or None.
+    """
+
+    anchor: str
+    title: str
+    missing: str
+    render: Callable[[Sources], str | None]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], best: int | None = None) -> str:
+    """An HTML table; the first column is left-aligned, row ``best`` stands out."""
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = ""
+    for place, row in enumerate(rows):
+        mark = ' class="best"' if place == best else ""
+        body += f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def folded(figures: Sequence[str], what: str) -> str:
+    """A grid of figures, those beyond the first :data:`SHOWN` behind a link."""
+    text = f'<div class="grid">{"".join(figures[:SHOWN])}</div>'
+    rest = figures[SHOWN:]
+    if rest:
+        text += f'<details><summary>{len(rest)} more {what}</summary><div class="grid">{"".join(rest)}</div></details>'
+    return text
+
+
+def _rows(sources: Sources) -> list[tuple[str, Mapping[str, Any]]]:
+    return list(records(sources.figures().get("rows")))
+
+
+def _chosen(rows: list[tuple[str, Mapping[str, Any]]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The dense model, and the build that the audit is about: the compiled one, or the last."""
+    by_name = dict(rows)
+    return rows[0][1], by_name.get(COMPILED, rows[-1][1])
+
+
+def _percent(value: Any) -> str:
+    found = number(value)
+    return "" if found is None else f"{found:.2%}"
+
+
+def _pair(value: Any, form: Callable[[float], str]) -> str:
+    """`` [low, high]``, or nothing."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or None in map(number, value):
+        return ""
+    return f" [{form(value[0])}, {form(value[1])}]"
+
+
+# --- What was gained ---
+
+
+def headline(sources: Sources) -> str | None:
+    """Cards and a row for every build."""
+    rows = _rows(sources)
+    if not rows:
+        return _size_card(sources)
+    dense, ours = _chosen(rows)
+    cards = _cards(dense, ours) + _disk(sources)
+    head = [
+        "build",
+        "top-1 [95 %]",
+        "agrees with dense",
+        "lost",
+        "won",
+        "MMAC",
+        "weights MiB",
+        "latency ms [quartiles]",
+    ]
+    body = []
+    for name, row in rows:
+        macs, size, latency = (number(row.get(key)) for key in ("macs", "weight_bytes", "latency_ms"))
+        body.append(
+            [
+                name,
+                _percent(row.get("top1")) + _pair(row.get("interval"), lambda v: f"{v:.1%}"),
+                _percent(row.get("agree")),
+                "" if row.get("lost") is None else row["lost"],
+                "" if row.get("won") is None else row["won"],
+                "" if macs is None else f"{macs / 1e6:,.1f}",
+                "" if size is None else f"{size / 2**20:,.2f}",
+                ("" if latency is None else f"{latency:.2f}") + _pair(row.get("quartiles_ms"), lambda v: f"{v:.2f}"),
+            ]
+        )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in sources.figures().get("notes") or [])
+    picked = next(i for i, (_, row) in enumerate(rows) if row is ours)
+    return f'<div class="cards">{cards}</div>{table(head, body, picked)}<ul>{notes}</ul>'
+
+
+def _card(value: str, what: str) -> str:
+    return f'<div class="card"><b>{escape(value)}</b>{escape(what)}</div>'
+
+
+def _cards(dense: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    cards = ""
+    was, now = number(dense.get("top1")), number(ours.get("top1"))
+    if was is not None and now is not None:
+        cards += _card(f"{now:.1%}", f"top-1, dense {was:.1%} ({100 * (now - was):+.1f} points)")
+    elif (agree := number(ours.get("agree"))) is not None:
+        cards += _card(f"{agree:.1%}", "of the samples: the label of the dense model")
+    was, now = number(dense.get("macs")), number(ours.get("macs"))
+    if was and now is not None:
+        cards += _card(f"−{1 - now / was:.1%}", f"multiply-accumulates: {now / 1e6:,.0f} of {was / 1e6:,.0f} M")
+    speed, latency = number(ours.get("speedup")), number(ours.get("latency_ms"))
+    if speed is not None and latency is not None:
+        word = "faster than" if speed >= 1 else "the speed of (slower than)"
+        cards += _card(f"{speed:.2f}x", f"{word} the best dense build, {latency:.2f} ms a batch")
+    return cards
+
+
+def _disk(sources: Sources) -> str:
+    if sources.size is None:
+        return ""
+    share = f", {sources.size / sources.dense_size:.1%} of its dense weights" if sources.dense_size else ""
+    return _card(f"{sources.size / 2**20:,.2f} MiB", f"on disk{share}")
+
+
+def _size_card(sources: Sources) -> str | None:
+    """Without an audit: what the artifact alone says."""
+    if sources.artifact is None:
+        return None
+    macs = sources.artifact.plan.macs
+    cards = _disk(sources)
+    if macs.dense:
+        done = f"multiply-accumulates by the plan: {macs.executed / 1e6:,.0f} of {macs.dense / 1e6:,.0f} M"
+        cards = _card(f"−{macs.reduction:.1%}", done) + cards
+    note = "Accuracy and latency aren't measured: <code>mpcompile audit MODEL --artifact FILE --record</code> does."
+    return f'<div class="cards">{cards}</div><p>{note}</p>'
+
+
+def against_dense(sources: Sources) -> str | None:
+    """Accuracy, latency and arithmetic of every build as bars."""
+    rows = _rows(sources)
+    if not rows:
+        return None
+    dense, _ = _chosen(rows)
+
+    def chart(title: str, key: str, scale: float, form: Callable[[float], str], ends: str | None = None) -> str:
+        found = []
+        for name, row in rows:
+            value = number(row.get(key))
+            if value is None:
+                continue
+            pair = row.get(ends) if ends else None
+            low, high = pair if pair is not None and _pair(pair, str) else (None, None)
+            kind = "dense" if name in BARS or name.startswith("dense") else "sparse" if name == COMPILED else "other"
+            whisker = (None, None) if low is None or high is None else (low * scale, high * scale)
+            found.append(Bar(name, value * scale, form(value * scale), kind, *whisker))
+        if not found:
+            return ""
+        mark = number(dense.get(key))
+        return f"<h3>{escape(title)}</h3>" + bars(found, title, None if mark is None else mark * scale)
+
+    text = chart("Top-1, % (whiskers: 95 % interval)", "top1", 100, lambda v: f"{v:.1f}", "interval")
+    text += chart("Latency of a batch, ms (whiskers: quartiles)", "latency_ms", 1, lambda v: f"{v:.2f}", "quartiles_ms")
+    text += chart("Multiply-accumulates a sample, millions", "macs", 1e-6, lambda v: f"{v:,.0f}")
+    return f'{text}<p class="soft">Dashed: the dense model as it is.</p>' if text else None
+
+
+# --- What the weights look like ---
+
+
+def spectrum(sources: Sources) -> str | None:
+    """Singular values of every layer, the Marchenko-Pastur law over them."""
+    found, where = spectra.spectra(sources)
+    if not found:
+        return None
+    figures = [spectra.draw(s) for s in found if len(s.values)]
+    head = ["layer", "sigma", "edge", "spikes", "fit error", "verdict"]
+    body = [
+        [s.name, *("" if v is None else f"{v:.4g}" for v in (s.sigma, s.edge)), "" if s.spikes is None else s.spikes,
+         "" if s.error is None else f"{s.error:.4f}", (s.verdict or "").replace("_", " ")]
+        for s in found
+    ]  # fmt: skip
+    law = "Line: the Marchenko–Pastur law of the fitted noise; ticks: values above its edge. Area 1 with the spikes."
+    text = f"<p>{escape(where)} {law if figures else ''}</p>" + folded(figures, "spectra")
+    return f"{text}<details><summary>All figures</summary>{table(head, body)}</details>"
+
+
+def density(sources: Sources) -> str | None:
+    """Where masks keep weights."""
+    if sources.artifact is None:
+        return None
+    figures: dict[str, str] = {}
+    for layer in layers(sources.artifact):
+        if layer.mask is None or layer.pattern is None or layer.name in figures:
+            continue
+        kept = to_rows(layer.mask.tensor).float()
+        energy = _energy_kept(sources, layer.name)
+        shares = _tiles(kept, layer.pattern.m)
+        picture = data_uri(heat(shares))
+        words = f"{layer.pattern}, {kept.mean():.0%} kept of {kept.shape[0]}x{kept.shape[1]}{energy}"
+        words += f"; columns {shares.mean(0).min():.0%} to {shares.mean(0).max():.0%}"
+        figures[layer.name] = (
+            f'<figure><img class="map" src="{picture}" alt="Kept weights of {escape(layer.name)}">'
+            f"<figcaption><code>{escape(layer.name)}</code> {escape(words)}</figcaption></figure>"
+        )
+    if not figures:
+        return None
+    key = '<p>Share of the weights that is kept: 0 <span class="ramp"></span> 1. A column is one input channel (every '
+    key += "n-th whole group where there are more than the picture is wide), a row a 24th of the output channels.</p>"
+    return key + folded(list(figures.values()), "maps")
+
+
+def _energy_kept(sources: Sources, name: str) -> str:
+    assert sources.artifact is not None  # density() has one
+    plan = sources.artifact.plan.layers.get(name)
+    energy = number((plan.notes.get("mask") or {}).get("kept_energy")) if plan is not None else None
+    return "" if energy is None else f", {energy:.1%} of the energy"
+
+
+def _tiles(kept: torch.Tensor, m: int) -> np.ndarray:
+    """Mask rows (out, K) -> shares (rows, columns) of bands of outputs at single inputs, in whole groups of ``m``."""
+    groups = kept.unflatten(1, (-1, m))
+    step = -(-groups.shape[1] * m // MAP_COLUMNS)
+    columns = groups[:, ::step].flatten(1)
+    return np.stack([band.mean(0).numpy() for band in columns.tensor_split(min(MAP_ROWS, len(columns)))])
+
+
+def merged(sources: Sources) -> str | None:
+    """Sample images with merged tokens outlined."""
+    text = ""
+    for name, steps in sources.pictures.items():
+        figures = "".join(
+            f'<figure><img src="{data_uri(pixels, "JPEG")}" alt="{escape(f"{name}, {caption}")}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            for caption, pixels in steps
+        )
+        text += f'<h3>{escape(name)}</h3><div class="strip">{figures}</div>'
+    key = "<p>Patches that have become one token are filled with their mean colour and outlined alike.</p>"
+    return key + text if text else None
+
+
+# --- What is proven, and where time goes ---
+
+
+def certificates(sources: Sources) -> str | None:
+    """Samples whose label is proven to stay."""
+    found = sources.certify or {}
+    tiers = [(name, tier) for name, tier in records(found.get("tiers")) if number(tier.get("certified")) is not None]
+    if not tiers:
+        return None
+    drawn = []
+    for name, tier in tiers:
+        samples = number(tier.get("samples")) or number(found.get("samples")) or 0
+        share = tier["certified"] / samples if samples else 0.0
+        drawn.append(Bar(name, 100 * share, f"{share:.1%}: {tier['certified']:g} of {samples:g}", "sparse"))
+    text = "<p>Share of the samples whose label is proven to be the dense model's, by tier of the proof.</p>"
+    text += bars(drawn, "Certified samples, %", 100)
+    items = [(str(s.get("kind", "")), str(s.get("text", ""))) for _, s in records(found.get("statements"))]
+    text += "<ul>" + "".join(f"<li><b>{escape(kind)}</b>: {escape(words)}</li>" for kind, words in items) + "</ul>"
+    violations = number(found.get("violations"))
+    if violations:
+        text = f"<p><b>{violations:g} bounds were exceeded by what was measured: don't rely on them.</b></p>{text}"
+    return text
+
+
+def waterfall(sources: Sources) -> str | None:
+    """Latency of masked layers, from the dense builds down to what was picked, by kind of layer."""
+    timed: list[tuple[str, float, float, str]] = []
+    for name, entry in records((sources.explain or {}).get("layers")):
+        us, dense = number(entry.get("us")), number(entry.get("dense_us"))
+        if us is not None and dense is not None:
+            timed.append((_kind(name), us, dense, str(entry.get("engine", ""))))
+    if not timed:
+        return None
+    timed.sort(key=lambda item: item[0])
+    level = total = sum(dense for _, _, dense, _ in timed) / 1e3
+    drawn, body = [Bar("dense layers", total, f"{total:.2f} ms", "dense")], []
+    for kind, group in groupby(timed, key=lambda item: item[0]):
+        members = list(group)
+        us, dense = sum(item[1] for item in members) / 1e3, sum(item[2] for item in members) / 1e3
+        after = level - (dense - us)
+        change = f"{us - dense:+.2f} ms ({len(members)} layers, {dense / us if us else 1:.2f}x)"
+        drawn.append(Bar(kind, abs(dense - us), change, "other", start=min(level, after)))
+        engines = ", ".join(sorted({item[3] for item in members}))
+        body.append([kind, len(members), f"{dense:.3f}", f"{us:.3f}", f"{dense / us if us else 1:.2f}x", engines])
+        level = after
+    drawn.append(Bar("layers as picked", level, f"{level:.2f} ms", "sparse"))
+    text = "<p>Each layer timed alone; what stays dense in the model is not in here.</p>"
+    text += bars(drawn, "Latency of masked layers by kind, ms")
+    machine = (sources.explain or {}).get("machine")
+    text += "" if machine is None else f'<p class="soft">{escape(machine)}</p>'
+    return text + table(["layers", "count", "dense ms", "picked ms", "ratio", "engine"], body)
+
+
+def _kind(name: str) -> str:
+    """``blocks.3.mlp.fc1`` -> ``mlp.fc1``: what layers of the same kind have in common."""
+    words = [word for word in name.split(".") if not word.isdigit()]
+    return ".".join(words[-2:]) or name
+
+
+def environment(sources: Sources) -> str | None:
+    """Machine, versions, where the model comes from, and the Config."""
+    rows: list[tuple[str, object]] = [
+        (str(key), value) for key, value in (sources.figures().get("environment") or {}).items()
+    ]
+    if sources.artifact is not None:
+        plan = sources.artifact.plan
+        rows += [("artifact", sources.name)] if sources.name else []
+        rows += list(_flat(plan.provenance)) + [(f"config: {k}", v) for k, v in plan.config.items()]
+    return table(["what", "is"], rows) if rows else None
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}: ")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _says(command: str) -> str:
+    return f"No data. <code>{escape(command)}</code> gives it."
+
+
+SECTIONS = (
+    Section("headline", "What was gained", _says("mpcompile audit MODEL --json audit.json"), headline),
+    Section("dense", "Against dense", _says("mpcompile audit MODEL --json audit.json"), against_dense),
+    Section("spectra", "Spectra", _says("mpcompile analyze MODEL --json analyze.json"), spectrum),
+    Section("masks", "Masks", _says("mpcompile report ARTIFACT"), density),
+    Section("tokens", "Merged tokens", _says("mpcompile report ARTIFACT --image cat.jpg"), merged),
+    Section("certificates", "Certificates", _says("mpcompile certify MODEL --json certify.json"), certificates),
+    Section("time", "Where the time goes", _says("mpcompile explain MODEL --json explain.json"), waterfall),
+    Section("environment", "Environment", _says("mpcompile audit MODEL --json audit.json"), environment),
+)

@@ -1,0 +1,129 @@
+"""Spectra of weights beside the Marchenko-Pastur law: those that ``analyze`` gives, else those of an artifact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpcompile import rmt
+from mpcompile.graph import IRModule, layers
+from mpcompile.page.charts import escape, histogram
+from mpcompile.page.sources import Sources, number, numbers, records
+
+BINS, CURVE = 40, 60  # columns of a histogram, points of the law's curve
+SMALLEST = 2  # a matrix with fewer singular values has no spectrum to draw
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One weight.
+
+    Attributes:
+        name: of its layer.
+        values: singular values, in any order; empty where only a fit is known.
+        n, m: longer and shorter side of the matrix, 0 where unknown.
+        sigma, edge: of the fitted noise, or None.
+        spikes, verdict, error: see :class:`mpcompile.rmt.Fit`; None where unknown.
+    """
+
+    name: str
+    values: np.ndarray
+    n: int
+    m: int
+    sigma: float | None
+    edge: float | None
+    spikes: int | None
+    verdict: str | None
+    error: float | None
+
+
+def spectra(sources: Sources) -> tuple[list[Spectrum], str]:
+    """All that are known, and a sentence about where they come from."""
+    given = [_given(name, entry) for name, entry in records((sources.analyze or {}).get("layers"))]
+    if any(len(s.values) for s in given):
+        return given, "Singular values of the dense weights."
+    if sources.artifact is not None:
+        computed = _computed(sources.artifact)
+        if given:
+            fits = {s.name: s for s in given}
+            text = (
+                "Fits are those of the dense weights; the columns show the weights as they are stored, after masking."
+            )
+            return [_joined(s, fits[s.name]) if s.name in fits else s for s in computed], text
+        return computed, "Singular values of the weights as they are stored: after masking and refitting."
+    return given, "Fits to the dense weights."
+
+
+def _joined(drawn: Spectrum, fit: Spectrum) -> Spectrum:
+    """The columns and law of one, the figures of the other."""
+    return replace(drawn, edge=fit.edge, spikes=fit.spikes, verdict=fit.verdict, error=fit.error)
+
+
+def _given(name: str, entry: Mapping[str, Any]) -> Spectrum:
+    shape = [int(x) for x in numbers(entry.get("shape"))]
+    sides = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
+    values = np.array(numbers(entry.get("singular_values")))
+    if not len(values) and max(sides):
+        values = np.sqrt(max(sides) * np.clip(numbers(entry.get("eigenvalues")), 0, None))
+    spikes, verdict = number(entry.get("spikes")), entry.get("verdict")
+    return Spectrum(
+        name,
+        values,
+        max(sides),
+        min(sides),
+        sigma=number(entry.get("sigma")),
+        edge=number(entry.get("edge")),
+        spikes=None if spikes is None else int(spikes),
+        verdict=None if verdict is None else str(verdict),
+        error=number(entry.get("fit_error")),
+    )
+
+
+@torch.no_grad()
+def _computed(gm: IRModule) -> list[Spectrum]:
+    """Of the masked layers of an artifact."""
+    found: dict[str, Spectrum] = {}
+    for layer in layers(gm):
+        weight = layer.weight.tensor.detach().float()
+        if layer.pattern is None or layer.name in found or min(weight.flatten(1).shape) < SMALLEST:
+            continue
+        rows = weight.flatten(1)
+        values = torch.linalg.svdvals(rows).numpy()
+        fit = rmt.fit(weight)
+        sides = max(rows.shape), min(rows.shape)
+        found[layer.name] = Spectrum(
+            layer.name, values, *sides, fit.sigma, fit.edge, fit.n_spikes, fit.verdict, fit.fit_error
+        )
+    return list(found.values())
+
+
+def draw(spectrum: Spectrum) -> str:
+    """A histogram of singular values with the law over it, as a figure."""
+    s, spikes = spectrum.values, np.array([])
+    edge = spectrum.edge
+    if edge is not None:
+        spikes = s[s > edge * 1.02]
+    bulk = s[s <= edge * 1.02] if edge is not None and (s <= edge * 1.02).any() else s
+    edges = np.linspace(0, bulk.max() * 1.0001 or 1.0, BINS + 1)
+    counts, _ = np.histogram(bulk, edges)
+    heights = counts / (len(s) * np.diff(edges))
+    curve = []
+    if spectrum.sigma and spectrum.n:
+        lowest = spectrum.sigma * (math.sqrt(spectrum.n) - math.sqrt(spectrum.m))
+        highest = spectrum.sigma * (math.sqrt(spectrum.n) + math.sqrt(spectrum.m))
+        x = np.linspace(max(lowest, highest * 1e-3), highest, CURVE)
+        # s = sqrt(N lambda), so the density of s is that of lambda times d lambda / d s = 2 s / N
+        y = rmt.mp_density(x**2 / spectrum.n, spectrum.m / spectrum.n, spectrum.sigma**2) * 2 * x / spectrum.n
+        curve = list(zip(x.tolist(), y.tolist(), strict=True))
+    words = [] if spectrum.verdict is None else [spectrum.verdict.replace("_", " ")]
+    words += [] if spectrum.spikes is None else [f"{spectrum.spikes} spikes"]
+    words += [] if edge is None else [f"edge {edge:.3g}"]
+    title = f"Singular values of {spectrum.name} and the Marchenko-Pastur law"
+    picture = histogram(edges.tolist(), heights.tolist(), curve, spikes.tolist(), title)
+    caption = f"<code>{escape(spectrum.name)}</code> {escape(', '.join(words))}"
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
