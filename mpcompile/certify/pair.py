@@ -203,7 +203,7 @@ def match(dense: Network, sparse: Network) -> Pair:
 
     ours, theirs = _calls(sparse.graph), _calls(dense.graph)
     for s, d in zip(ours, theirs, strict=False):
-        equal = (s.op, s.target) == (d.op, d.target) and same(s.args, d.args, d) and same(s.kwargs, d.kwargs, d)
+        equal = (s.op, s.target) == (d.op, d.target) and same(_arguments(s), _arguments(d), d)
         if not equal or _shape(s) != _shape(d):
             raise StructureChange(_difference(s, d, sparse, dense))
         twin[s] = d
@@ -216,6 +216,15 @@ def match(dense: Network, sparse: Network) -> Pair:
         raise StructureChange("the models return different nodes")
     new = {**dense.tensors, **values}
     return Pair(dense.graph, dense.inputs, dense.names, dense.tensors, new, list(_steps(dense, new)))
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """All arguments of a node, defaults filled in where the operator has a schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return [*node.args, node.kwargs]
+    given = {**{a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}, **node.kwargs}
+    return [given.get(a.name, a.default_value) for a in schema.arguments]
 
 
 def _shape(node: fx.Node) -> Any:
