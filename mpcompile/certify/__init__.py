@@ -153,6 +153,7 @@ class _Work:
         self.totals: list[dict[str, Change]] = []
         self.steps: list[list[StepResult]] = []
         self.violations = 0
+        self.skip: dict[int, str] = {}  # steps that can't be enclosed in one chunk aren't tried in the next
 
     def _pair(self, inputs: list[Tensor], expected: tuple[Tensor, Tensor]) -> Pair | None:
         """The pair for inputs of these shapes, made where it is new; None where the models differ in structure."""
@@ -210,7 +211,8 @@ class _Work:
         self, pair: Pair, inputs: list[Tensor], before: Tensor, after: Tensor, own: Tensor, allowance: Tensor
     ) -> dict[str, Change]:
         """Sums over the steps, and whether the label of the dense model survives them all."""
-        results = list(run_steps(pair, inputs, own, allowance, before, self.tiers, self.splits))
+        results = list(run_steps(pair, inputs, own, allowance, before, self.tiers, self.splits, self.skip))
+        self.skip |= {number: r.reason for number, r in enumerate(results) if r.reason is not None}
         self.steps.append(results)
         found = {}
         names = [ENCLOSED] * (1 in self.tiers) + [JACOBIAN, PAPER] * (2 in self.tiers)
@@ -322,6 +324,7 @@ def _tier(
         len(eta),
         int(kept.sum()),
         settled,
+        kept.tolist(),
         eta.tolist(),
         float(eta.median()),
         ce_mean,

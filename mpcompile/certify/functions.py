@@ -228,7 +228,7 @@ def normalised(x: Enclosure, eps: float) -> Enclosure:
     from both sides; the rest follows from the mean value form.
 
     Raises:
-        Unbounded: in every sample some row may be constant, so that nothing useful bounds 1 / s.
+        Unbounded: every row may be constant, so that nothing useful bounds 1 / s.
     """
     size = x.center.shape[-1]
     grow = 1 + (size + 32) * EPS
@@ -250,8 +250,8 @@ def normalised(x: Enclosure, eps: float) -> Enclosure:
     norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True) / math.sqrt(size)
     away = torch.linalg.vector_norm(reach, dim=-1, keepdim=True) / math.sqrt(size) * grow
     narrow = (norm * (1 - (size + 32) * EPS) - away).clamp(min=0)
-    if not x.exact and bool((narrow <= 0).flatten(1).any(1).all()):
-        raise Unbounded("a token may be constant on the segment, where layer norm has no useful bound")
+    if not x.exact and bool((narrow <= 0).all()):
+        raise Unbounded("every token may be constant on the segment, where layer norm has no useful bound")
     wide = (norm + away) * grow
     small, middle, large = ((t.square() + eps).sqrt() for t in (narrow, norm, wide))
     small, large = small / grow, large * grow

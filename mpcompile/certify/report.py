@@ -28,6 +28,7 @@ class Tier:
     Attributes:
         certified: samples whose label is proven to stay the dense model's.
         settled: with true labels, samples for which right or wrong is proven to stay; None without.
+        kept: for every sample, whether it is certified.
         eta: bound on the change of any logit, for every sample; infinite where there is none.
         median: of eta.
         ce_mean: mean over the samples of 2 eta, which bounds the rise of cross-entropy (the paper's B_T).
@@ -41,6 +42,7 @@ class Tier:
     samples: int
     certified: int
     settled: int | None
+    kept: list[bool]
     eta: list[float]
     median: float
     ce_mean: float

@@ -7,7 +7,7 @@ over all steps bounds the whole change (telescoping).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ from mpcompile.certify.bounds import label_kept, margins
 from mpcompile.certify.enclosure import EPS, Enclosure, widened
 from mpcompile.certify.pair import Pair, Step, evaluate
 from mpcompile.certify.rules import RULES, NoRule, Unbounded, enclose, operator_name
+
+_USELESS = 1e3  # an enclosure so many times as wide as the values in it ends a certificate
+_HOPELESS = 1e3  # bounds so many times the measured change aren't refined by cutting the segment
 
 MEASURED, ENCLOSED, JACOBIAN, PAPER = "0 measured", "1 enclosure", "2 Jacobian", "2 paper's form"
 
@@ -51,7 +54,14 @@ Env = dict[fx.Node, Any]
 
 
 def run_steps(
-    pair: Pair, inputs: Sequence[Tensor], labels: Tensor, allowance: Tensor, before: Tensor, tiers: Sequence[int], splits: int
+    pair: Pair,
+    inputs: Sequence[Tensor],
+    labels: Tensor,
+    allowance: Tensor,
+    before: Tensor,
+    tiers: Sequence[int],
+    splits: int,
+    skip: Mapping[int, str],
 ) -> Iterator[StepResult]:
     """Every step on one batch.
 
@@ -59,24 +69,30 @@ def run_steps(
         labels: the dense model's, (batch,).
         allowance: for rounding, added to each logit (batch,).
         before: logits of the dense model, (batch, classes).
-        splits: into how many parts the segment is cut, each enclosed for itself.
+        splits: into how many parts a segment is cut, each enclosed for itself, where that may prove more.
+        skip: steps that aren't enclosed, by number, and why.
     """
     env: Env = dict(zip(pair.inputs, inputs, strict=True)) | pair.sparse
     order = [n for n in pair.graph.nodes if n.op not in ("placeholder", "output")]
     place = 0
-    for step in pair.steps:
+    for number, step in enumerate(pair.steps):
         end = order.index(step.node) + 1
         first = order.index(step.nodes[0])
         for node in order[place:end]:
             env[node] = evaluate(node, env)
         place = end
         rest = _Rest(pair, step, env, order[first:end], order[end:])
-        result = StepResult(step)
+        result = StepResult(step, reason=skip.get(number))
         after = rest.measured()
         result.tiers[MEASURED] = _measured(before, after, labels, allowance)
-        if 1 in tiers or 2 in tiers:
+        if result.reason is None and (1 in tiers or 2 in tiers):
+            own = before.argmax(1)
             try:
-                result.tiers |= rest.enclosed(labels, before.argmax(1), allowance, splits, 2 in tiers)
+                found = rest.enclosed(labels, own, allowance, 1, 2 in tiers)
+                if splits > 1 and _refinable(found[ENCLOSED], result.tiers[MEASURED]):
+                    finer = rest.enclosed(labels, own, allowance, splits, 2 in tiers)
+                    found = {name: _tighter(change, finer[name]) for name, change in found.items()}
+                result.tiers |= found
             except (NoRule, Unbounded) as error:
                 result.reason = str(error)
         before = after
@@ -89,6 +105,17 @@ def _measured(before: Tensor, after: Tensor, labels: Tensor, allowance: Tensor) 
     decrease = change - change.gather(1, labels[:, None])
     fall = change - change.gather(1, own[:, None])
     return Change(change.abs().amax(1), decrease, label_kept(margins(before, own), fall, allowance))
+
+
+def _refinable(found: Change, measured: Change) -> bool:
+    """Whether cutting the segment may prove more: bounds are neither at what was measured nor far beyond it."""
+    ratio = (found.eta / measured.eta.clamp(min=1e-30)).median()
+    return 1.01 < float(ratio) < _HOPELESS
+
+
+def _tighter(a: Change, b: Change) -> Change:
+    """The better of two proofs, sample by sample."""
+    return Change(torch.minimum(a.eta, b.eta), torch.minimum(a.decrease, b.decrease), a.kept | b.kept)
 
 
 class _Rest:
@@ -111,13 +138,23 @@ class _Rest:
         for node in self.moving:
             for source in node.all_input_nodes:
                 self.last[source] = node
+        self.sizes: dict[fx.Node, Tensor] = {}
 
     def measured(self) -> Tensor:
         """Logits with this step made."""
         env = self.env | self.pair.dense
         for node in self.after:
             env[node] = evaluate(node, env)
+            if isinstance(env[node], Tensor):
+                self.sizes[node] = _largest(env[node])
         return env[self.pair.output]
+
+    def _check(self, node: fx.Node, value: Any) -> None:
+        """Give up where an enclosure is beyond use in every sample."""
+        if isinstance(value, Enclosure) and node in self.sizes:
+            useful = _largest(value.reach) <= _USELESS * self.sizes[node].clamp(min=1e-30)
+            if not bool(useful.any()):
+                raise Unbounded(f"enclosures grow on the way to the logits; {_USELESS:g} times the values at {node.name}")
 
     def _value(self, node: fx.Node, env: Env) -> Any:
         if node.op == "get_attr":
@@ -165,8 +202,7 @@ class _Rest:
             env = base | {self.step.node: start}
             for node in self.moving:
                 env[node] = self._value(node, env)
-                if not bool(torch.isfinite(_spread(env[node])).any()):
-                    raise Unbounded(f"the enclosure overflows at {operator_name(node.target)}")
+                self._check(node, env[node])
                 for source in node.all_input_nodes:
                     if self.last[source] is node and source is not self.pair.output and source not in self._head():
                         env.pop(source, None)
@@ -193,8 +229,9 @@ def _point(value: Any) -> Any:
     return tuple(_point(v) for v in value) if isinstance(value, (tuple, list)) else value
 
 
-def _spread(value: Any) -> Tensor:
-    return value.spread if isinstance(value, Enclosure) else value[0].spread
+def _largest(value: Tensor) -> Tensor:
+    """Largest magnitude in each sample."""
+    return value.abs().flatten(1).amax(1) if value.dim() > 1 else value.abs()
 
 
 def _segment(dense: Enclosure, sparse: Enclosure, part: int, splits: int, batch: int, jacobian: bool) -> Enclosure:
