@@ -12,6 +12,7 @@ if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml
 from mpcompile.artifact import load, save
 from mpcompile.audit import Report, audit
 from mpcompile.backend import refresh
+from mpcompile.certify import Certificates, certify
 from mpcompile.config import Config
 from mpcompile.errors import MPCompileError
 from mpcompile.explain import Explanation, explain
@@ -20,6 +21,7 @@ from mpcompile.plan import Plan
 from mpcompile.visualize import visualize_merging
 
 __all__ = [
+    "Certificates",
     "Config",
     "Explanation",
     "MPCompileError",
@@ -27,6 +29,7 @@ __all__ = [
     "Plan",
     "Report",
     "audit",
+    "certify",
     "explain",
     "load",
     "lower",

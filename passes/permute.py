@@ -226,6 +226,7 @@ class Permute(Pass):
             "channels": size,
             "orders": owners,
             "pattern": str(pattern),
+            "order": order.tolist(),
             "lost_before": 1 - before / len(each),
             "lost_after": 1 - after / len(each),
         }
