@@ -251,7 +251,7 @@ def _prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Config]
     """Model, random images and config, as :func:`_model_options` were given."""
     options: dict[str, Any] = {"exclude": tuple(args.exclude)} if args.exclude is not None else {}
     score = getattr(args, "score", "magnitude")
-    for name in ("pattern", "engine", "frozen", "seed"):
+    for name in ("pattern", "engine", "frozen"):
         options[name] = getattr(args, name)
     config = Config(score=score, **_merging(args), **options)
     if args.threads:
@@ -284,7 +284,7 @@ def run_audit(args: argparse.Namespace) -> int:
     """``mpcompile audit``: exit status 0 when the measurement went through, whatever it found."""
     model, images, config = _prepare(args)
     calibration = [images] if config.score == "covariance" else None
-    gm = mpcompile.transform(model, images, config, calibration)
+    gm = mpcompile.transform(model, images, config, calibration, seed=args.seed)
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": args.engine, "frozen": args.frozen})
     report = mpcompile.audit(model, compiled, images, rounds=args.rounds, progress=not args.quiet)
     random = not args.pretrained and args.checkpoint is None

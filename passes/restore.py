@@ -34,7 +34,7 @@ class Restore(Pass):
             "error_masked": sum(n["error_masked"] for n in done.values()) / max(1, len(done)),
             "error_refitted": sum(n["error_refitted"] for n in done.values()) / max(1, len(done)),
             "norms": "in sequence"
-            if ctx.config.calibrate != "dense"
+            if ctx.calibrate != "dense"
             else "after"
             if again
             else "data can be read once only",

@@ -1,0 +1,113 @@
+"""Top-1 without training at equal MACs: layer budgets by several damages, against the same density everywhere.
+
+    python -m bench.allocation DATA --model vit_tiny --targets 0.25 0.375 0.5 --images 128
+
+DATA is a folder with ``load.py``, weights and labelled images. Calibration and evaluation images are different sets. All
+choices are pruned alike (optimal brain surgeon, least squares) from the same menu; wins are images that a choice gets
+right and uniform doesn't, losses the other way round, with the exact two-sided sign test of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from bench.common import environment, save, table
+from bench.mask_ladder import Task, right, task
+from mpcompile import Config, Pipeline, transform
+from mpcompile.calibration import draw
+from mpcompile.passes.allocate import Allocate
+from mpcompile.passes.analyze import Analyze
+from mpcompile.passes.mask import Mask
+from mpcompile.passes.permute import Permute
+from mpcompile.passes.restore import Restore
+
+CHOICES = ("uniform", "calibrated", "mp", "magnitude", "seb")
+NAMES = {"magnitude": "layer-normalised magnitude", "seb": "SEB", "mp": "MP predictor"}
+
+
+def prune(job: Task, batches: list[Tensor] | None, choice: str, target: float, args: argparse.Namespace) -> Any:
+    """The pruned model under one choice."""
+    config = Config(mac_reduction=target, patterns=tuple(args.patterns), permute=False if args.no_permute else None)
+    steps = [Analyze(), Allocate(choice, compare=False), Permute(), Mask(), Restore()]
+    return transform(job.model, job.calibration[0][:2], config, batches, pipeline=Pipeline(steps))
+
+
+def kept(job: Task, batches: list[Tensor], target: float, args: argparse.Namespace) -> dict[str, Any]:
+    """What the default pass would keep, by its held-out samples."""
+    config = Config(mac_reduction=target, patterns=tuple(args.patterns), permute=False)
+    gm = transform(job.model, batches[0][:2], config, batches, pipeline=Pipeline([Allocate()]))
+    decision = gm.plan.passes[0].decision
+    return {"kept": decision["kept"], "held_out": decision["held_out"], "predicted": decision["predicted"]}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="vit_tiny", choices=["vit_tiny", "resnet20", "resnet44"])
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.25, 0.375, 0.5])
+    parser.add_argument("--images", type=int, default=128, help="calibration images; 0 prunes by magnitude, without data")
+    parser.add_argument("--evaluate", type=int, help="evaluation images (default all)")
+    parser.add_argument("--patterns", nargs="*", default=[], help="the menu (default the device's)")
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
+    parser.add_argument("--no-permute", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", help="of the JSON file in bench/results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    job = task(args.data, args.model)
+    job.evaluation = tuple(part[: args.evaluate] for part in job.evaluation)  # type: ignore[assignment]
+    x, labels = job.calibration
+    batches = list(x[draw(labels.tolist(), args.images)].split(32)) if args.images else None
+    dense = int(right(job.model, job.evaluation).sum())
+    name = args.name or f"allocation_{args.model}{'' if args.images else '_no_data'}"
+    rows: list[dict[str, Any]] = []
+    result = {"model": args.model, "images": args.images, "dense": dense, "of": len(job.evaluation[1]), "rows": rows}
+    print(f"{args.model}, dense: {dense} of {len(job.evaluation[1])}", flush=True)
+    for target in args.targets:
+        before = None
+        default = kept(job, batches, target, args) if batches else {}
+        for choice in [c for c in args.choices if batches or c != "calibrated"]:
+            start = time.process_time()
+            gm = prune(job, batches, choice, target, args)
+            row: dict[str, Any] = {"target": target, "choice": NAMES.get(choice, choice)}
+            row |= {"saved": gm.plan.macs.reduction, "cpu_seconds": time.process_time() - start}
+            hits = right(gm.eval(), job.evaluation)
+            row["right"] = int(hits.sum())
+            before = hits if choice == "uniform" else before
+            if before is not None and choice != "uniform":
+                wins, losses = int((hits & ~before).sum()), int((before & ~hits).sum())
+                row |= {"wins": wins, "losses": losses}
+                row["p"] = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+            if choice == "calibrated":
+                row |= default
+            row["patterns"] = {n: layer.pattern for n, layer in gm.plan.layers.items()}
+            rows.append(row)
+            print({k: v for k, v in row.items() if k != "patterns"}, flush=True)
+            save(name, {**result, "permute": not args.no_permute, "environment": environment(args.threads)})
+    head = ["target", "choice", "MACs saved", "right", "wins", "losses", "p", "kept by held-out samples"]
+    cells = [
+        [
+            f"{r['target']:.1%}",
+            r["choice"],
+            f"{r['saved']:.2%}",
+            r["right"],
+            r.get("wins", ""),
+            r.get("losses", ""),
+            f"{r['p']:.2g}" if "p" in r else "",
+            r.get("kept", ""),
+        ]
+        for r in rows
+    ]
+    print(table(cells, head, left=2))
+
+
+if __name__ == "__main__":
+    main()
