@@ -6,7 +6,7 @@ With data: the loss of the model's output, to second order. Without: from the we
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from mpcompile import refit, scores
 from mpcompile.allocation import lost_energy
 from mpcompile.calibration import DIAGONAL, FULL, Moments
-from mpcompile.kernels.nm_format import Pattern, to_rows
-from mpcompile.passes.project import choose
+from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
+from mpcompile.passes.project import DAMPING
 
+_STEPS = 8  # of least squares
 MARGIN = 0.1  # by which a finite random matrix may pass its edge
 SPIKE_SHARE = 3.0  # times the share of a random matrix
 
@@ -48,32 +49,92 @@ def gaussian(weight: Tensor, noise: float, patterns: Sequence[Pattern]) -> list[
     return [lost_energy(p) * noise / total for p in patterns]
 
 
-def measured(
-    weight: Tensor, moments: Moments, pattern: Pattern, score: str, output_energy: Tensor
-) -> float:
-    """½ Σ_i G_i d_i' C d_i: loss of the model's output when the layer gets ``pattern`` and all others stay dense.
+def calibrated(
+    weight: Tensor, moments: Moments, patterns: Sequence[Pattern], output_energy: Tensor, refitted: bool = True
+) -> list[float]:
+    """½ Σ_i G_i d_i' C d_i for each pattern: what the model's output loses if this layer gets it and all others stay dense.
 
-    d_i = row i of the weight minus what ``score`` makes of it, C = E[x x'] of the layer's inputs, G from
+    d_i is how row i of the weight changes, as :func:`projections` has it, C = E[x x'] of the layer's inputs, G from
     :func:`mpcompile.sensitivity.output_energy`.
     """
-    mask, values, _ = choose(weight, moments, pattern, score)
+    total = dict.fromkeys(patterns, 0.0)
     rows = to_rows(weight.detach()).float()
-    kept = to_rows(weight.detach() * mask if values is None else values).float()
-    weights = output_energy.to(rows.device).chunk(len(moments.xx))
-    total = 0.0
-    for index, (row, new, g) in enumerate(zip(rows.chunk(len(moments.xx)), kept.chunk(len(moments.xx)), weights, strict=True)):
-        if moments.kind == FULL:
-            error = refit.error(new, row, moments.xx[index].to(row))
-        else:
-            d = (new - row).double()
-            if moments.kind == DIAGONAL:
-                error = (d.square() * moments.xx[index].to(d)).sum(-1)
-            else:
-                c = moments.xx[index].to(d)
-                parts = d.unflatten(-1, (c.shape[0], -1))
-                error = torch.einsum("rgi,gij,rgj->r", parts, c, parts)
-        total += float((g * error).sum())
-    return total / 2
+    parts = rows.chunk(len(moments.x))
+    weights = output_energy.to(rows.device).chunk(len(parts))
+    for index, (part, g) in enumerate(zip(parts, weights, strict=True)):
+        for pattern, new in projections(part, moments, index, patterns, refitted):
+            total[pattern] += float((g * _error(part - new, moments, index)).sum()) / 2
+    return [total[p] for p in patterns]
+
+
+def projected(weight: Tensor, moments: Moments, pattern: Pattern, refitted: bool = True) -> Tensor:
+    """The weight as :func:`calibrated` has it under one pattern."""
+    parts = to_rows(weight.detach()).float().chunk(len(moments.x))
+    new = [next(projections(part, moments, i, [pattern], refitted))[1] for i, part in enumerate(parts)]
+    return from_rows(torch.cat(new), weight.shape).to(weight.dtype)
+
+
+def projections(
+    rows: Tensor, moments: Moments, index: int, patterns: Sequence[Pattern], refitted: bool
+) -> Iterator[tuple[Pattern, Tensor]]:
+    """Rows (R, K) of one of a layer's groups under each pattern: a cheap stand-in for the masks to come.
+
+    Within every M columns, optimal brain surgeon; one walk down from M kept values serves all N of that M. Then, with
+    full moments and if ``refitted``, a few steps of least squares on the whole row.
+    """
+    for m in dict.fromkeys(p.m for p in patterns):
+        wanted = sorted((p for p in patterns if p.m == m), key=lambda p: -p.n)
+        found = {p: torch.empty_like(rows) for p in wanted}
+        for group, block in enumerate(moments.block(m)[index].to(rows.device)):
+            columns = slice(group * m, (group + 1) * m)
+            walk = peel(rows[:, columns], block, [m - p.n for p in wanted])
+            for p, new in zip(wanted, walk, strict=True):
+                found[p][:, columns] = new
+        if refitted and moments.kind == FULL:
+            a = scores.damped(moments.xx[index].to(rows.device), DAMPING).float()
+            for p, new in found.items():
+                kept = scores.top_rows(new.abs(), p)
+                found[p] = refit.least_squares(new, rows, a, kept, _STEPS)
+        yield from found.items()
+
+
+def _error(d: Tensor, moments: Moments, index: int) -> Tensor:
+    """d C d' of each row (R, K), float64, with as much of C as there is."""
+    c, d = moments.xx[index].to(d.device), d.double()
+    if moments.kind == FULL:
+        return ((d @ c) * d).sum(-1)
+    if moments.kind == DIAGONAL:
+        return (d.square() * c).sum(-1)
+    groups = d.unflatten(-1, (len(c), -1))
+    return torch.einsum("rgi,gij,rgj->r", groups, c, groups)
+
+
+def peel(w: Tensor, c: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
+    """Optimal brain surgeon within one group: remove values one at a time, each time the one that costs least once the
+    others have moved to make up for it.
+
+    Args:
+        w: (R, M), the group's values in every row.
+        c: (M, M), second moments of its inputs.
+        counts: after how many removals to stop, rising.
+
+    Yields:
+        The values (R, M) at each stop, zero where removed.
+    """
+    p = torch.linalg.inv(scores.damped(c.double(), DAMPING)).to(w).expand(len(w), -1, -1).clone()
+    w, row = w.clone(), torch.arange(len(w), device=w.device)
+    gone = torch.zeros_like(w, dtype=torch.bool)
+    done = 0
+    for count in counts:
+        for _ in range(count - done):
+            diagonal = p.diagonal(dim1=1, dim2=2)
+            i = (w.square() / diagonal.clamp(min=1e-30)).masked_fill(gone, torch.inf).argmin(1)
+            gone[row, i] = True
+            column, pivot = p[row, :, i], diagonal[row, i].clone().clamp(min=1e-30)
+            w -= column * (w[row, i] / pivot)[:, None]
+            p.baddbmm_(column[:, :, None], (column / pivot[:, None])[:, None, :], alpha=-1)
+        done = count
+        yield w.masked_fill(gone, 0.0)
 
 
 def inadmissible(weight: Tensor, fit: Mapping[str, Any], patterns: Sequence[Pattern]) -> dict[Pattern, str]:

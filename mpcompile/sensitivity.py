@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,12 +126,19 @@ def output_energy(
 
 
 @torch.no_grad()
-def divergence(dense: fx.GraphModule, pruned: fx.GraphModule, values: Iterable[Batch]) -> float:
-    """Mean over samples of KL(dense‖pruned) in nats for logits, of the relative squared error for other outputs."""
+def divergence(
+    dense: fx.GraphModule, pruned: fx.GraphModule, values: Sequence[Batch], pruned_values: Sequence[Batch] | None = None
+) -> float:
+    """Mean over samples of KL(dense‖pruned) in nats for logits, of the relative squared error for other outputs.
+
+    Args:
+        values: inputs of the graphs, batch by batch.
+        pruned_values: those of the pruned graph, where its parameters are inputs.
+    """
     total, count = 0.0, 0
     with training_flags(dense, False), training_flags(pruned, False):
-        for batch in values:
-            wanted, found = outputs(dense(*batch)), outputs(pruned(*batch))
+        for batch, other in zip(values, values if pruned_values is None else pruned_values, strict=True):
+            wanted, found = outputs(dense(*batch)), outputs(pruned(*other))
             count += len(wanted[0])
             if is_logits(wanted):
                 p, q = (y[0].double().log_softmax(-1) for y in (wanted, found))

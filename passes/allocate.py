@@ -26,10 +26,11 @@ from mpcompile.importers import Imported
 from mpcompile.kernels.nm_format import Pattern, packed_bytes, to_rows
 from mpcompile.macs import count, node_macs
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.mask import Mask, eligible
-from mpcompile.passes.restore import Restore
-from mpcompile.plan import LayerPlan, Plan
+from mpcompile.passes.mask import eligible
+from mpcompile.passes.project import reestimate
+from mpcompile.plan import LayerPlan
 from mpcompile.sensitivity import Batch, batch_length, divergence, output_energy, samples
+from mpcompile.stream import batch_norms
 
 DAMAGES = ("calibrated", "mp", "magnitude", "seb", "uniform")
 HELD_OUT = 0.25  # share of the calibration samples that the comparison is made on
@@ -202,7 +203,7 @@ class Allocate(Pass):
             everything = list(samples(everything[0], model, max(1, batch_length(everything[0], model) // 4)))
         held = math.ceil(HELD_OUT * len(everything)) if self.compare and len(everything) > 1 else 0
         fit = everything[: len(everything) - held]
-        sizes = {name: max((p.m for p in item.options if p is not None), default=1) for item in found for name in item.names}
+        sizes = {item.names[0]: max((p.m for p in item.options if p is not None), default=1) for item in found}
         moments = collect(model, fit, sizes, ctx.memory)
         return _Data(fit, everything[len(fit) :], moments)
 
@@ -219,12 +220,9 @@ class Allocate(Pass):
             energy = output_energy(model, uses, some, ctx.seed, _PART)
             for item in tqdm(found, desc="allocate", unit="layer", disable=None):
                 weight, name = item.uses[0].weight.tensor, item.names[0]
-                item.costs = [
-                    0.0
-                    if p is None
-                    else damage.measured(weight, data.moments[name], p, ctx.config.score, energy[name])
-                    for p in item.options
-                ]
+                masks = [p for p in item.options if p is not None]
+                cost = damage.calibrated(weight, data.moments[name], masks, energy[name], ctx.refit)
+                item.costs = [0.0] * (len(item.options) - len(masks)) + cost
             return {}
         if kind == "uniform":
             for item in found:
@@ -285,29 +283,34 @@ class Allocate(Pass):
     def _compare(
         self, gm: IRModule, ctx: Context, found: list[_Layer], data: _Data, best: list[int], even: list[int]
     ) -> dict[str, Any]:
-        """What the whole model loses on held-out samples under both choices, pruned in one shot from dense moments."""
+        """What the whole model loses on held-out samples under both choices: all layers projected as the damage has it,
+        from the moments of the dense model, and BatchNorms estimated anew. Cheaper than the masks to come, alike for both."""
         model = Imported(gm, ctx.inputs, ctx.lifted, [])
         result: dict[str, Any] = {"samples": sum(batch_length(b, model) for b in data.held_out)}
-        names = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        own = [n for n in names if n.name not in ctx.lifted.tensors]
-        as_given = [{str(n.target): v for n, v in zip(names, b, strict=True) if n in own} for b in data.fit]
+        places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        own = [n.name not in ctx.lifted.tensors for n in places]
+        as_given = [{str(n.target): v for n, v, o in zip(places, b, own, strict=True) if o} for b in data.fit]
         for name, chosen in (("allocation", best), ("uniform", even)):
             trial = copy.deepcopy(gm)
-            context = replace(
-                ctx,
-                plan=Plan(),
-                patterns=_patterns(found, chosen),
-                masks={},
-                projections={},
-                norms={},
-                moments=data.moments,
-                calibrate="dense",
-                calibration=as_given,
-                statistics=None,
-            )
-            for step in (Mask(), Restore()):
-                step.run(trial, context)
-            result[name] = divergence(gm, trial, data.held_out)
+            lifted = replace(ctx.lifted, tensors=dict(ctx.lifted.tensors))
+            weights = {layer.name: layer.weight for layer in layers(trial, lifted)}
+            for item, i in zip(found, chosen, strict=True):
+                pattern, weight = item.options[i], weights[item.names[0]]
+                if pattern is None:
+                    continue
+                new = damage.projected(weight.tensor, data.moments[item.names[0]], pattern, ctx.refit)
+                if weight.node is not None and weight.node.op == "placeholder":
+                    lifted.tensors[weight.node.name] = new
+                else:
+                    weight.tensor.data.copy_(new)
+            pruned = Imported(trial, ctx.inputs, lifted, [])
+            context = replace(ctx, lifted=lifted, calibration=as_given)
+            for node, (mean, variance) in reestimate(pruned, context).items() if batch_norms(trial) else ():
+                norm: Any = trial.get_submodule(str(node.target))
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(variance)
+            values = [[lifted.tensors.get(n.name, v) for n, v in zip(places, b, strict=True)] for b in data.held_out]
+            result[name] = divergence(gm, trial, data.held_out, values)
         return result
 
     def summary(self, decision: dict[str, Any]) -> str:

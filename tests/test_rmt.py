@@ -18,6 +18,7 @@ from scipy.stats import binom
 
 from mpcompile import rmt
 from mpcompile.errors import InputError, MPCompileError
+from mpcompile.rmt.fitting import gamma
 
 
 def wishart(N: int, M: int, rng: np.random.Generator) -> np.ndarray:
@@ -183,8 +184,8 @@ def test_gamma_is_the_far_quantile_of_noise(M, draws, mean, ratio):
     errors = M * np.array([fit_error(wishart(ratio * M, M, rng), ratio * M) for _ in range(draws)])
     assert errors.mean() == pytest.approx(mean, abs=4 * 0.34 / math.sqrt(draws) + 0.02)
     far, error = errors.mean() + 4 * errors.std(), 4 * 4 * 0.34 / math.sqrt(2 * draws)
-    assert far == pytest.approx(M * rmt._gamma(M), rel=0.04, abs=0.12 + error)
-    assert (errors > M * rmt._gamma(M)).sum() <= binom.ppf(1 - 1e-4, draws, 1e-3)
+    assert far == pytest.approx(M * gamma(M), rel=0.04, abs=0.12 + error)
+    assert (errors > M * gamma(M)).sum() <= binom.ppf(1 - 1e-4, draws, 1e-3)
 
 
 @pytest.mark.parametrize("shape", [(192, 192), (64, 1000)])
@@ -232,7 +233,7 @@ def test_counts_spikes_above_the_second_edge(randn):
 
 def test_rejects_what_is_not_one_noise_level(randn):
     f = rmt.fit(randn(768, 768) * torch.exp(0.5 * randn(768, 1)))
-    assert f.verdict == "not_mp" and f.fit_error > 8 * rmt._gamma(768)
+    assert f.verdict == "not_mp" and f.fit_error > 8 * gamma(768)
     assert rmt.fit(randn(768, 768) * torch.exp(0.2 * randn(1, 768))).verdict == "not_mp"
     assert rmt.fit(torch.eye(128)).verdict == "not_mp"
     assert rmt.fit(torch.linalg.qr(randn(256, 128))[0]).verdict == "not_mp"
@@ -245,7 +246,7 @@ def test_rejects_a_lack_of_rank(randn, dtype):
     u, s, v = torch.linalg.svd(randn(512, 256).double())
     s[240:] = 0  # rank 240: only the tail that no quantile window sees
     f = rmt.fit(((u[:, :256] * s) @ v).to(dtype))
-    assert f.verdict == "not_mp" and f.fit_error < rmt._gamma(256)
+    assert f.verdict == "not_mp" and f.fit_error < gamma(256)
     assert rmt.fit(randn(512, 512).to(dtype)).verdict == "mp"  # the smallest eigenvalues of a square matrix aren't zero
 
 
