@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -61,8 +62,8 @@ def knapsack(costs: Sequence[ArrayLike], saved: Sequence[ArrayLike], target: flo
         target: in that unit.
 
     Returns:
-        The index of every layer's option, and the price: damage for one more unit saved (the dual of the linear relaxation). 0
-        where the target binds nothing.
+        The index of every layer's option, and the price: damage for one more unit saved (the dual of the linear
+        relaxation), 0 where the target binds nothing.
 
     Raises:
         InputError: a layer without options, options without a cost, or a cost that is not finite.
@@ -72,7 +73,9 @@ def knapsack(costs: Sequence[ArrayLike], saved: Sequence[ArrayLike], target: flo
     [1, 0]
     """
     cost, save = [np.asarray(c, dtype=float) for c in costs], [np.asarray(s, dtype=float) for s in saved]
-    if len(cost) != len(save) or any(c.shape != s.shape or c.ndim != 1 or not c.size for c, s in zip(cost, save)):
+    if len(cost) != len(save) or any(
+        c.shape != s.shape or c.ndim != 1 or not c.size for c, s in zip(cost, save, strict=True)
+    ):
         raise InputError("every layer needs at least one option, with a cost and a saving each")
     if not all(np.isfinite(c).all() and np.isfinite(s).all() for c, s in zip(cost, save, strict=True)):
         raise InputError("the damage of an option is not finite", expected="finite costs and savings")
@@ -94,9 +97,14 @@ def knapsack(costs: Sequence[ArrayLike], saved: Sequence[ArrayLike], target: flo
     base = float(sum(cost[i][k].min() for i, k in enumerate(kept)))
     offset = np.concatenate([np.full(len(k), cost[i][k].min()) for i, k in enumerate(kept)])
     c_unit, s_unit = float((c - offset).max()) or abs(base) or 1.0, float(np.abs(s).max()) or 1.0
-    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(s[None] / s_unit, wanted / s_unit * (1 - SLACK), np.inf)]
+    limits = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(s[None] / s_unit, wanted / s_unit * (1 - SLACK), np.inf),
+    ]
     options = {"mip_rel_gap": 0.0, "presolve": False, "time_limit": TIME_LIMIT}
-    found = milp((c - offset) / c_unit, constraints=limits, integrality=np.ones(len(c)), bounds=Bounds(0, 1), options=options)
+    found = milp(
+        (c - offset) / c_unit, constraints=limits, integrality=np.ones(len(c)), bounds=Bounds(0, 1), options=options
+    )
     if found.x is None:
         return at_hand, price
     solved = [int(k[found.x[a:b].argmax()]) for k, a, b in zip(kept, starts, starts[1:], strict=False)]
@@ -109,23 +117,23 @@ def _one_each(kept: Sequence[NDArray[np.int64]]) -> tuple[Array, NDArray[np.int6
     """The matrix that adds up the options of each layer, and where each layer's options start."""
     starts = np.cumsum([0, *(len(k) for k in kept)])
     matrix = np.zeros((len(kept), starts[-1]))
-    for row, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, (a, b) in enumerate(pairwise(starts)):
         matrix[row, a:b] = 1.0
     return matrix, starts
 
 
 def _price(cost: Sequence[Array], save: Sequence[Array], kept: Sequence[NDArray[np.int64]], wanted: float) -> float:
-    """Damage for one more unit saved, where options may be mixed: the slope of the layers' convex hulls, put in order."""
+    """Damage for one more unit saved, where options may be mixed: slopes of the layers' convex hulls, in order."""
     steps = []
     for c, s, k in zip(cost, save, kept, strict=True):
         hull = [k[0]]
         for i in k[1:]:
-            while len(hull) > 1 and (c[i] - c[hull[-1]]) * (s[hull[-1]] - s[hull[-2]]) <= (c[hull[-1]] - c[hull[-2]]) * (
-                s[i] - s[hull[-1]]
-            ):
+            while len(hull) > 1 and (c[i] - c[hull[-1]]) * (s[hull[-1]] - s[hull[-2]]) <= (
+                c[hull[-1]] - c[hull[-2]]
+            ) * (s[i] - s[hull[-1]]):
                 hull.pop()
             hull.append(i)
-        steps += [((c[b] - c[a]) / (s[b] - s[a]), s[b] - s[a]) for a, b in zip(hull, hull[1:], strict=False)]
+        steps += [((c[b] - c[a]) / (s[b] - s[a]), s[b] - s[a]) for a, b in pairwise(hull)]
     missing = wanted - sum(s[k[0]] for s, k in zip(save, kept, strict=True))
     price = 0.0
     for slope, gain in sorted(steps):

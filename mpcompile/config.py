@@ -49,9 +49,9 @@ class Config:
         pattern: ``"N:M"`` keeps N of every M consecutive input values (1 <= N <= M <= 32), ``"dense"`` masks nothing,
             and ``"auto"`` keeps half, in the widest groups that the device's engines run at full speed and that divide
             the layer's inputs (on CPUs 8:16, 4:8 or 2:4).
-        mac_reduction: the share of the model's multiply-accumulates that masks are to save, between 0 and 1. Given, each
-            layer gets a pattern of its own from ``patterns``, and ``pattern`` is not looked at. What merging saves comes
-            on top.
+        mac_reduction: the share of the model's multiply-accumulates that masks are to save, between 0 and 1. Given,
+            each layer gets a pattern of its own from ``patterns``, and ``pattern`` is not looked at. What merging saves
+            comes on top.
         patterns: with ``mac_reduction``, what a layer may become: ``"N:M"`` and ``"dense"``. Empty: what the device's
             engines run well (on CPUs 12:16 to 4:16, in narrower groups where 16 doesn't divide the layer's inputs; on
             CUDA 2:4), or dense.

@@ -30,9 +30,7 @@ def removed_energy(weight: Tensor, patterns: Sequence[Pattern]) -> list[float]:
     [5.0, 14.0]
     """
     squares = to_rows(weight.detach()).double().square()
-    by_rank = {
-        m: squares.unflatten(-1, (-1, m)).sort(-1).values.sum((0, 1)).cumsum(0) for m in {p.m for p in patterns}
-    }
+    by_rank = {m: squares.unflatten(-1, (-1, m)).sort(-1).values.sum((0, 1)).cumsum(0) for m in {p.m for p in patterns}}
     return [float(by_rank[p.m][p.m - p.n - 1]) if p.n < p.m else 0.0 for p in patterns]
 
 
@@ -52,7 +50,7 @@ def gaussian(weight: Tensor, noise: float, patterns: Sequence[Pattern]) -> list[
 def calibrated(
     weight: Tensor, moments: Moments, patterns: Sequence[Pattern], output_energy: Tensor, refitted: bool = True
 ) -> list[float]:
-    """½ Σ_i G_i d_i' C d_i for each pattern: what the model's output loses if this layer gets it and all others stay dense.
+    """½ Σ_i G_i d_i' C d_i for each pattern: what the model's output loses if this layer alone gets it.
 
     d_i is how row i of the weight changes, as :func:`projections` has it, C = E[x x'] of the layer's inputs, G from
     :func:`mpcompile.sensitivity.output_energy`.

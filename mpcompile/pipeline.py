@@ -44,7 +44,9 @@ class Pipeline:
     """
 
     def __init__(self, passes: Sequence[Pass] | None = None) -> None:
-        chosen = [Analyze(), Allocate(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
+        chosen = (
+            [Analyze(), Allocate(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
+        )
         for item in chosen:
             if not isinstance(item, Pass):
                 raise ConfigError(
@@ -230,9 +232,9 @@ def run_pipeline(
             raise ConfigError(f"{name} is negative", expected="0 or more", found=value)
     if calibrate not in CALIBRATIONS:
         raise ConfigError("calibrate has no such value", expected=f"one of {', '.join(CALIBRATIONS)}", found=calibrate)
-    if config.mac_reduction is not None and any(isinstance(p, Mask) for p in pipeline):
-        if allocated is None and not any(isinstance(p, Allocate) for p in pipeline):
-            raise ConfigError("mac_reduction needs the pass Allocate", expected="Allocate() before Mask()", found=pipeline)
+    decided = allocated is not None or any(isinstance(p, Allocate) for p in pipeline)
+    if config.mac_reduction is not None and not decided and any(isinstance(p, Mask) for p in pipeline):
+        raise ConfigError("mac_reduction needs the pass Allocate", expected="Allocate() before Mask()", found=pipeline)
     plan = Plan(config=config.to_dict(), notes=list(imported.notes))
     again = calibration is not None and iter(as_batches(calibration)) is not calibration
     if calibration is not None and not again and (calibrate != "dense" or config.mac_reduction is not None):

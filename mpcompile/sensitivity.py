@@ -38,9 +38,7 @@ def samples(batch: Batch, model: Imported, size: int) -> Iterator[Batch]:
         return
     for start in range(0, count, size):
         part = slice(start, start + size)
-        yield [
-            v[part] if own and isinstance(v, Tensor) and v.dim() else v for v, own in zip(batch, data, strict=True)
-        ]
+        yield [v[part] if own and isinstance(v, Tensor) and v.dim() else v for v, own in zip(batch, data, strict=True)]
 
 
 def batch_length(batch: Batch, model: Imported) -> int:
@@ -145,5 +143,7 @@ def divergence(
                 total += float((p.exp() * (p - q)).sum())
             else:
                 pairs = [(a.double().flatten(1), b.double().flatten(1)) for a, b in zip(wanted, found, strict=True)]
-                total += float(sum(((a - b).square().sum(1) / a.square().sum(1).clamp(min=1e-30)).sum() for a, b in pairs))
+                total += float(
+                    sum(((a - b).square().sum(1) / a.square().sum(1).clamp(min=1e-30)).sum() for a, b in pairs)
+                )
     return total / max(1, count)

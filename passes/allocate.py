@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from mpcompile import allocation, damage
@@ -23,7 +22,7 @@ from mpcompile.calibration import Moments, as_batches, batches, collect
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
 from mpcompile.graph import IRModule, LayerOp, layers
 from mpcompile.importers import Imported
-from mpcompile.kernels.nm_format import Pattern, packed_bytes, to_rows
+from mpcompile.kernels.nm_format import Pattern, packed_bytes
 from mpcompile.macs import count, node_macs
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.mask import eligible
@@ -137,12 +136,15 @@ class Allocate(Pass):
         }
         if data is not None and data.held_out and best != even:
             decision["held_out"] = self._compare(gm, ctx, found, data, best, even)
-            if decision["held_out"]["uniform"] < decision["held_out"]["allocation"]:
-                decision["kept"] = "uniform"
+            decision["kept"] = self._better(decision["held_out"])
         chosen = best if decision["kept"] == "allocation" else even
         decision["saved"] = _sum(saved, chosen) / total
         decision["layers"] = _explained(found, chosen, price, total, decision["kept"], self._unit)
         return decision
+
+    @staticmethod
+    def _better(held_out: Mapping[str, Any]) -> str:
+        return "uniform" if held_out["uniform"] < held_out["allocation"] else "allocation"
 
     @property
     def _unit(self) -> str:
@@ -191,7 +193,9 @@ class Allocate(Pass):
         """The calibration samples in two parts, and the moments of the first; None where nothing needs them."""
         if ctx.calibration is None:
             if kind == "calibrated":
-                raise ConfigError("damage='calibrated' needs calibration data", expected="calibration=...", found="None")
+                raise ConfigError(
+                    "damage='calibrated' needs calibration data", expected="calibration=...", found="None"
+                )
             return None
         if kind == "uniform" or (kind != "calibrated" and not self.compare):
             return None
@@ -251,7 +255,7 @@ class Allocate(Pass):
     def _fit(item: _Layer, ctx: Context) -> dict[str, Any]:
         entry = ctx.plan.layers.get(item.names[0])
         known = {} if entry is None else entry.notes.get("analyze", {})
-        return known or study(item.names[0], item.uses[0].weight.tensor.detach())
+        return known or study(item.names[0], item.uses[0].weight.tensor.detach()).notes()
 
     @staticmethod
     def _seb(found: list[_Layer], fits: Sequence[Mapping[str, Any]], target: float) -> list[float]:
@@ -283,8 +287,11 @@ class Allocate(Pass):
     def _compare(
         self, gm: IRModule, ctx: Context, found: list[_Layer], data: _Data, best: list[int], even: list[int]
     ) -> dict[str, Any]:
-        """What the whole model loses on held-out samples under both choices: all layers projected as the damage has it,
-        from the moments of the dense model, and BatchNorms estimated anew. Cheaper than the masks to come, alike for both."""
+        """What the whole model loses on held-out samples under both choices.
+
+        All layers are projected as the damage has it, from moments of the dense model, and BatchNorms estimated anew:
+        cheaper than the masks to come, and alike for both.
+        """
         model = Imported(gm, ctx.inputs, ctx.lifted, [])
         result: dict[str, Any] = {"samples": sum(batch_length(b, model) for b in data.held_out)}
         places = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -326,10 +333,12 @@ class Allocate(Pass):
             return f"{text}; {decision['uniform']}, as asked"
         if seen is None:
             ratio = predicted["allocation"] / (predicted["uniform"] or 1.0)
-            return f"{text}; predicted damage ({decision['damage']}) {ratio:.3g}x that of {decision['uniform']}, not compared"
+            text += f"; predicted damage ({decision['damage']}) {ratio:.3g}x that of {decision['uniform']}"
+            return f"{text}, not compared: no held-out data"
         return (
             f"{text}; {decision['kept']} kept: on {seen['samples']} held-out samples the output loses "
-            f"{seen['allocation']:.4g} by allocation ({decision['damage']}), {seen['uniform']:.4g} by {decision['uniform']}"
+            f"{seen['allocation']:.4g} by allocation ({decision['damage']}), "
+            f"{seen['uniform']:.4g} by {decision['uniform']}"
         )
 
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
@@ -370,7 +379,8 @@ def _explained(
     uniform = "uniform: better than allocation on held-out samples" if price else "uniform, as asked"
     for item, i in zip(found, chosen, strict=True):
         options = {
-            _label(p): {"damage": c, "saved": s / total} for p, c, s in zip(item.options, item.costs, item.saved, strict=True)
+            _label(p): {"damage": c, "saved": s / total}
+            for p, c, s in zip(item.options, item.costs, item.saved, strict=True)
         }
         why = _why(item, i, price, unit) if kept == "allocation" else uniform
         for name in item.names:

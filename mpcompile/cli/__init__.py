@@ -25,6 +25,7 @@ from mpcompile.errors import MPCompileError
 
 COMMANDS = (
     "demo",
+    "analyze",
     "audit",
     "explain",
     "visualize",

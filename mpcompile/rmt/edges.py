@@ -77,8 +77,8 @@ def median_sigma(eigenvalues: ArrayLike, c: float) -> float:
 def gavish_donoho(c: float, sigma: float | None = None, n_rows: int | None = None) -> float:
     """Threshold for reconstruction: singular values below it cost a low-rank estimate more than they bring.
 
-    With ``sigma`` and ``n_rows`` = N: τ = λ*(c) √N σ, λ*(c) = √(2(c + 1) + 8c / (c + 1 + √(c² + 14c + 1))), in the unit of
-    singular values. Without: ω(c) = λ*(c)/√μ_c, to be multiplied by the median singular value. τ lies above the edge.
+    With ``sigma`` and ``n_rows`` = N: τ = λ*(c) √N σ, λ*(c) = √(2(c + 1) + 8c / (c + 1 + √(c² + 14c + 1))), in the unit
+    of singular values. Without: ω(c) = λ*(c)/√μ_c, to be multiplied by their median. τ lies above the edge.
     Raises InputError: ``c`` outside (0, 1], or one of ``sigma`` and ``n_rows`` without the other.
 
     >>> round(gavish_donoho(1.0), 3), round(gavish_donoho(1.0, sigma=1.0, n_rows=1), 4)

@@ -91,6 +91,12 @@ def fit_batch(W: Tensor, separable: bool = True) -> tuple[Fit, ...]:
     >>> [f.verdict for f in fit_batch(torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1)))]
     ['mp', 'mp']
     """
+    return tuple(fitted for fitted, _ in fit_and_spectra(W, separable))
+
+
+def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]]:
+    """:func:`fit_batch`, each fit with the singular values (M,) that it describes, falling: where it is separable,
+    those of the matrix with its rows' and columns' scales taken out."""
     if not isinstance(W, Tensor) or W.ndim != 3 or W.is_complex() or W.is_meta or W.numel() == 0:
         found = f"{W.dtype} of shape {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
         raise InputError(f"expected real, non-empty matrices (B, rows, columns) that hold data; found {found}")
@@ -104,16 +110,18 @@ def fit_batch(W: Tensor, separable: bool = True) -> tuple[Fit, ...]:
     A = A / scale  # so that no square overflows or underflows
     # Zero is what rounding makes of zero: that of the entries, of variance <= (eps w)²/12 (8 bits are too coarse).
     eps = torch.finfo(W.dtype).eps if W.is_floating_point() and W.itemsize > 1 else 0.0
-    found = []
+    found: list[tuple[Fit, Array]] = []
     for a, lam, s in zip(A, _spectra(A), scale.flatten().tolist(), strict=True):
         plain, deficient = _judge(lam, a.shape[0], s, eps, shape)
-        found.append(plain)
+        result, spectrum = plain, lam
         if separable and plain.verdict == "not_mp" and not deficient:
             other = _separable(a, s, eps, shape)
             if other is not None:
-                share = min(1.0, a.numel() * (other.sigma / s) ** 2 / (float(a.square().sum()) or 1.0))
-                found[-1] = replace(other, separable=True, plain=plain, noise_share=share)
-    return tuple(found)
+                white, spectrum = other
+                share = min(1.0, a.numel() * (white.sigma / s) ** 2 / (float(a.square().sum()) or 1.0))
+                result = replace(white, separable=True, plain=plain, noise_share=share)
+        found.append((result, s * np.sqrt(a.shape[0] * spectrum)))
+    return found
 
 
 def fit_qkv(W: Tensor, parts: int = 3) -> tuple[Fit, ...]:
@@ -133,8 +141,8 @@ def fit_qkv(W: Tensor, parts: int = 3) -> tuple[Fit, ...]:
 
 
 def fit_taps(W: Tensor) -> tuple[Fit, ...]:
-    """Fit a convolution (C_out, C_in, kh, kw) tap by tap, each (C_out, C_in): neighbouring taps are correlated, which the
-    unfolded matrix is not modelled for. In the order of ``W.flatten(2)``.
+    """Fit a convolution (C_out, C_in, kh, kw) tap by tap, each (C_out, C_in), in the order of ``W.flatten(2)``:
+    neighbouring taps are correlated, which the unfolded matrix is not modelled for.
 
     Raises:
         InputError: not 4-D, and as :func:`fit` does.
@@ -150,8 +158,8 @@ def fit_taps(W: Tensor) -> tuple[Fit, ...]:
 def row_column_scales(A: Tensor) -> tuple[Tensor, Tensor]:
     """Variances r_i c_j of the entries of A (N, M), float64 -> r (N,) and c (M,), both of mean 1.
 
-    Alternately r_i and c_j are set to what makes the rows' and columns' mean squares alike, entries counting up to three
-    standard deviations, so that single entries don't make a scale. A row or column of zeros gets 0.
+    Alternately r_i and c_j are set to what makes the mean squares of rows and of columns alike, entries counting up to
+    three standard deviations, so that single entries don't make a scale. A row or column of zeros gets 0.
     """
     squares = A.square()
     r, c = squares.mean(1), squares.mean(0)
@@ -172,8 +180,9 @@ def _capped(squares: Tensor, r: Tensor, c: Tensor, level: Tensor, axis: int) -> 
     return torch.where(expected > 0, squares / expected.clamp(min=1e-300), 0.0).clamp(max=_CAP).mean(axis)
 
 
-def _separable(A: Tensor, scale: float, eps: float, shape: tuple[int, int]) -> Fit | None:
-    """The fit of A (N, M) with its rows' and columns' scales taken out, or None if that doesn't follow the law either.
+def _separable(A: Tensor, scale: float, eps: float, shape: tuple[int, int]) -> tuple[Fit, Array] | None:
+    """The fit of A (N, M) with its rows' and columns' scales taken out, and that one's eigenvalues; or None if that
+    doesn't follow the law either.
 
     Spikes make scales of their own: they are taken out of what the scales are estimated from, as far as they are found.
     """
@@ -181,9 +190,10 @@ def _separable(A: Tensor, scale: float, eps: float, shape: tuple[int, int]) -> F
     for _ in range(_ROUNDS):
         spread = torch.outer(*row_column_scales(rest)).sqrt()
         white = torch.where(spread > 0, A / spread.clamp(min=1e-300), 0.0)
-        found, _ = _judge(_spectra(white[None])[0], A.shape[0], scale, eps, shape)
+        lam = _spectra(white[None])[0]
+        found, _ = _judge(lam, A.shape[0], scale, eps, shape)
         if found.verdict == "mp":
-            return found
+            return found, lam
         if not 0 < found.n_spikes <= min(A.shape) * _MOST_SPIKES:
             return None
         _, v = torch.linalg.eigh(white.T @ white)

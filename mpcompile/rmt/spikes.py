@@ -1,9 +1,9 @@
 """What noise does to a signal: the map of Baik, Ben Arous and Péché (BBP) from a signal's singular values to observed
 ones, and back.
 
-W = S + Z, S of low rank with singular value s, Z (N, M) iid with variance σ², N >= M, c = M/N. In units of σ√N, θ = s/(σ√N)
-is seen at y = √((1 + θ²)(c + θ²))/θ if θ > c^(1/4), else at the edge 1 + √c. For c = 1 that is y = θ + 1/θ. Sources: arXiv
-2606.02608, section on the additive model; Benaych-Georges and Nadakuditi, arXiv 1103.2221.
+W = S + Z, S of low rank with singular value s, Z (N, M) iid with variance σ², N >= M, c = M/N. In units of σ√N, a
+signal θ = s/(σ√N) is seen at y = √((1 + θ²)(c + θ²))/θ if θ > c^(1/4), else at the edge 1 + √c. For c = 1, y = θ + 1/θ.
+Sources: arXiv 2606.02608, the additive model; Benaych-Georges and Nadakuditi, arXiv 1103.2221.
 """
 
 from __future__ import annotations
