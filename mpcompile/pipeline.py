@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpcompile.calibration import as_batches, peek
-from mpcompile.config import Config
+from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.graph import IRModule, layers, propagate
 from mpcompile.importers import Imported, import_model
@@ -29,8 +29,6 @@ from mpcompile.passes.merge_tokens import MergeTokens
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 from mpcompile.plan import Plan
-
-CALIBRATIONS = ("pruned", "pruned_to_dense", "dense")
 
 
 class Pipeline:
