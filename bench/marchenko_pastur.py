@@ -130,9 +130,9 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
-    parser.add_argument("--draws", type=int, help="matrices of each shape (400)")
+    parser.add_argument("--draws", type=int, help="matrices of each shape (200)")
     args = parser.parse_args()
-    fill(args, {"draws": 400}, {"draws": 5})
+    fill(args, {"draws": 200}, {"draws": 5})
     torch.set_num_threads(1)
     rows = [null(n, m, args.draws) for n, m in SHAPES]
     keys = ["shape", "draws", "edge / true", "sd", "false spikes", "fit error", "rejected"]

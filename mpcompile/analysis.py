@@ -70,7 +70,8 @@ class LayerAnalysis:
         }
         if len(fits) > 1:
             result["blocks"] = {
-                k: {"sigma": f.sigma, "edge": f.edge, "verdict": f.verdict} for k, f in self.fits.items()
+                k: {"sigma": f.sigma, "edge": f.edge, "spikes": f.n_spikes, "verdict": f.verdict}
+                for k, f in self.fits.items()
             }
         if self.taps is not None:
             result["taps"] = self.taps
@@ -263,7 +264,7 @@ def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MPCompileError("plots need matplotlib", hint="pip install 'mpcompile[report]'") from error
+        raise MPCompileError("plots need matplotlib", hint="run pip install 'mpcompile[report]'") from error
 
     panels = [
         (f"{name} {block}".rstrip(), f, layer.spectra[block])

@@ -140,30 +140,39 @@ def inadmissible(weight: Tensor, fit: Mapping[str, Any], patterns: Sequence[Patt
 
     R of a weight that is noise is noise itself, of variance rho(N:M) σ̂². So ‖R‖₂ has to stay below (1 + δ) √rho σ₊, and
     its share in the spikes' subspace, ‖U_k' R V_k‖_F / ‖R‖_F, near the k / √(NM) of a random matrix. Weights that don't
-    follow the law are not judged. Source: method section 2 (ii).
+    follow the law as they are (without scales taken out) are not judged. Source: method section 2 (ii).
 
     Args:
-        fit: ``verdict``, ``edge`` and ``spikes`` of the weight, as from :func:`mpcompile.analysis.study`.
+        fit: ``verdict``, ``separable``, ``edge``, ``spikes`` and, where there are any, ``blocks``, as from
+            :meth:`mpcompile.analysis.LayerAnalysis.notes`.
     """
-    if fit["verdict"] != "mp" or not patterns:
+    if fit["verdict"] != "mp" or fit.get("separable") or not patterns:
         return {}
     w = to_rows(weight.detach()).float()
-    k = int(fit["spikes"])
-    spaces = _top(w, k) if k else None
+    blocks = list(fit.get("blocks", {"": fit}).values())
     found: dict[Pattern, str] = {}
     for pattern in patterns:
         removed = torch.where(to_rows(scores.magnitude_mask(weight, pattern)), 0.0, w)
-        limit = (1 + MARGIN) * math.sqrt(lost_energy(pattern)) * fit["edge"]
-        largest = float(_top(removed, 1)[1][0])
-        if largest > limit:
-            found[pattern] = f"what it removes has a singular value of {largest:.3g}, noise at most {limit:.3g}"
-            continue
-        if spaces is not None:
-            u, _, v = spaces
-            share = float((u.T @ removed @ v).norm() / removed.norm().clamp(min=1e-30))
-            if share > SPIKE_SHARE * k / math.sqrt(w.numel()):
-                found[pattern] = f"what it removes holds {share:.2g} of its energy's root in the subspace of {k} spikes"
+        pairs = zip(w.chunk(len(blocks)), removed.chunk(len(blocks)), blocks, strict=True)
+        why = next((reason for part, r, block in pairs if (reason := _structure(part, r, block, pattern))), None)
+        if why:
+            found[pattern] = why
     return found
+
+
+def _structure(w: Tensor, removed: Tensor, fit: Mapping[str, Any], pattern: Pattern) -> str | None:
+    """Why what was removed from ``w`` is more than noise, or None."""
+    limit = (1 + MARGIN) * math.sqrt(lost_energy(pattern)) * fit["edge"]
+    largest = float(_top(removed, 1)[1][0])
+    if largest > limit:
+        return f"what it removes has a singular value of {largest:.3g}, noise at most {limit:.3g}"
+    k = int(fit["spikes"])
+    if k:
+        u, _, v = _top(w, k)
+        share = float((u.T @ removed @ v).norm() / removed.norm().clamp(min=1e-30))
+        if share > SPIKE_SHARE * k / math.sqrt(w.numel()):
+            return f"what it removes has {share:.2g} of its norm in the subspace of {k} spikes"
+    return None
 
 
 def _top(matrix: Tensor, k: int, steps: int = 12) -> tuple[Tensor, Tensor, Tensor]:

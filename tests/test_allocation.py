@@ -184,10 +184,10 @@ def test_with_data_it_is_compared_on_samples_it_has_not_seen():
 
 def test_a_worse_allocation_is_dropped_for_the_uniform_pattern(monkeypatch):
     monkeypatch.setattr(Allocate, "_compare", lambda *_: {"samples": 1, "allocation": 2.0, "uniform": 1.0})
-    gm = transform(mlp(), torch.randn(4, 32), Config(mac_reduction=0.4, permute=False), [torch.randn(8, 32)] * 4)
+    gm = transform(tiny_vit(), images(), Config(mac_reduction=0.3, permute=False, restore=False), data(2))
     record = next(r for r in gm.plan.passes if r.name == "allocate")
     assert record.decision["kept"] == "uniform" and "uniform kept" in record.summary
-    assert "better than allocation" in gm.plan.layers["0"].notes["allocate"]["why"]
+    assert "better than allocation" in gm.plan.layers["blocks.0.mlp.fc1"].notes["allocate"]["why"]
 
 
 def test_dense_or_2_of_4_is_a_plan_for_hardware():
