@@ -112,8 +112,9 @@ def measure(
     chosen = x[draw(labels.tolist(), count)]
     batches = list((torch.cat([chosen, chosen.flip(-1)]) if flips else chosen).split(32))
     options = {"restore": False, "permute": False, **RUNGS[rung]}
+    calibrate = options.pop("calibrate", "pruned")
     start, cpu = time.perf_counter(), time.process_time()
-    gm = transform(job.model, batches[0][:2], Config(pattern=pattern, **options), batches).eval()
+    gm = transform(job.model, batches[0][:2], Config(pattern=pattern, **options), batches, calibrate=calibrate).eval()
     row: dict[str, Any] = {"pattern": pattern, "images": count, "flips": flips, "rung": rung}
     row |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     found = predict(gm, job.evaluation[0])

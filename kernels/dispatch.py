@@ -125,6 +125,16 @@ def auto_pattern(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...
     return Pattern(8, 16), Pattern(4, 8), Pattern(2, 4)
 
 
+def auto_menu(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...]:
+    """Patterns to choose from layer by layer, where the device's engines run them well; widest groups first."""
+    if device.type == "cuda":
+        return (Pattern(2, 4),)
+    if device.type == "cpu" and multiplies_pairs(dtype):
+        return Pattern(2, 4), Pattern(1, 4)
+    wide = [Pattern(n * m // 8, m) for m in (16, 8) for n in (6, 5, 4, 3, 2)]
+    return *wide, Pattern(3, 4), Pattern(2, 4), Pattern(1, 4)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What is known of one way to run a layer: microseconds a call, or why it can't run it. Both None: not timed."""

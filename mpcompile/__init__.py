@@ -9,6 +9,7 @@ if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml
     # A checkout without symbolic links (some archives and file systems drop them): passes/ and kernels/ lie beside us.
     __path__.append(str(_root))
 
+from mpcompile.analysis import Analysis, analyze
 from mpcompile.artifact import load, save
 from mpcompile.audit import Report, audit
 from mpcompile.backend import refresh
@@ -21,6 +22,7 @@ from mpcompile.plan import Plan
 from mpcompile.visualize import visualize_merging
 
 __all__ = [
+    "Analysis",
     "Certificates",
     "Config",
     "Explanation",
@@ -28,6 +30,7 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Report",
+    "analyze",
     "audit",
     "certify",
     "explain",

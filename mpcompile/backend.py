@@ -45,6 +45,9 @@ class _State:
 
     def __init__(self) -> None:
         self.masks: Any = WeakTensorKeyDictionary()  # the user's weight -> {pattern: mask}
+        self.allocated: Any = (
+            WeakTensorKeyDictionary()
+        )  # the user's weight -> {options: its pattern, or None for dense}
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
         self.generation = 0  # optimizer steps and refreshes so far: fused optimizers bump no version counter
         self.hook: Any = None
@@ -161,11 +164,14 @@ def compiled_graphs() -> list[CompiledGraph]:
     return list(_STATE.graphs)
 
 
-def _known_masks(gm: fx.GraphModule, lifted: Lifted, config: Config) -> dict[str, Tensor]:
+def _known_masks(
+    gm: fx.GraphModule, lifted: Lifted, config: Config, allocated: Mapping[str, Pattern | None]
+) -> dict[str, Tensor]:
     known = {}
     for layer in layers(gm, lifted):
         weight = layer.weight.tensor
-        mask = _STATE.masks.get(weight, {}).get(_pattern_of(weight, config))
+        pattern = allocated.get(layer.name, _pattern_of(weight, config))
+        mask = None if pattern is None else _STATE.masks.get(weight, {}).get(pattern)
         if mask is not None:
             known[layer.name] = mask
     return known
@@ -175,17 +181,37 @@ def _pattern_of(weight: Tensor, config: Config) -> Pattern | None:
     return config.pattern_for(weight) if weight.dim() >= 2 else None
 
 
+def _budget(config: Config) -> tuple[Any, ...]:
+    """What an allocation depends on besides the weights."""
+    return (config.mac_reduction, config.patterns, config.exclude, config.include)
+
+
+def _known_patterns(gm: fx.GraphModule, lifted: Lifted, config: Config) -> dict[str, Pattern | None]:
+    """What an earlier graph of the same weights was allocated: one model has one choice, whatever its batch size."""
+    known: dict[str, Pattern | None] = {}
+    for layer in layers(gm, lifted):
+        choices = _STATE.allocated.get(layer.weight.tensor, {})
+        if config.mac_reduction is not None and _budget(config) in choices:
+            known[layer.name] = choices[_budget(config)]
+    return known
+
+
 def _transform(imported: Imported, config: Config) -> Plan:
     """Mask and merge a graph that came in dense; a transformed one is left as it is."""
     done = ops.MASKED | ops.MERGING | ops.PACKED
     gm = imported.gm
     if any(node.target in done for node in gm.graph.nodes):
         return run_pipeline(imported, config, Pipeline([]), owned=False).plan
-    masks = _known_masks(gm, imported.lifted, config)
+    allocated = _known_patterns(gm, imported.lifted, config)
+    masks = _known_masks(gm, imported.lifted, config, allocated)
     weights = {layer.name: layer.weight.tensor for layer in layers(gm, imported.lifted)}
-    plan = run_pipeline(imported, config, Pipeline(), masks=masks, owned=False).plan
+    plan = run_pipeline(imported, config, Pipeline(), masks=masks, owned=False, allocated=allocated or None).plan
     for name, mask in masks.items():
-        _STATE.masks.setdefault(weights[name], {})[_pattern_of(weights[name], config)] = mask
+        _STATE.masks.setdefault(weights[name], {})[Pattern.parse(plan.layers[name].pattern)] = mask
+    for name, entry in plan.layers.items() if config.mac_reduction is not None else ():
+        if name in weights and (entry.reason is None or "allocate" in entry.notes):
+            pattern = None if entry.pattern == "dense" else Pattern.parse(entry.pattern)
+            _STATE.allocated.setdefault(weights[name], {})[_budget(config)] = pattern
     if plan.masked:
         patterns = ", ".join(sorted({plan.layers[name].pattern for name in plan.masked}))
         _STATE.say_once(

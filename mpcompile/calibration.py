@@ -184,11 +184,14 @@ class Moments:
         return replace(self, xx=self.xx - x[..., :, None] * x[..., None, :], yx=yx)
 
     def block(self, m: int) -> Tensor:
-        """Diagonal blocks of E[x x'], (groups, K / m, m, m); of a diagonal, with zeros beside it."""
-        if self.kind == BLOCK:
+        """Diagonal blocks of E[x x'], (groups, K / m, m, m); with zeros beside the diagonal where no more is known."""
+        if self.kind == BLOCK and self.xx.shape[-1] == m:
             return self.xx
-        if self.kind == DIAGONAL:
-            return torch.diag_embed(self.xx.unflatten(-1, (-1, m)))
+        if self.kind == BLOCK and self.xx.shape[-1] % m == 0:
+            inner = self.xx.unflatten(3, (-1, m)).unflatten(2, (-1, m))
+            return inner.diagonal(dim1=2, dim2=4).movedim(-1, 2).flatten(1, 2)
+        if self.kind != FULL:
+            return torch.diag_embed(self.power.unflatten(-1, (-1, m)))
         blocks = self.xx.unflatten(2, (-1, m)).unflatten(1, (-1, m))
         return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 

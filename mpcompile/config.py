@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import ConfigError
-from mpcompile.kernels.dispatch import auto_pattern
+from mpcompile.kernels.dispatch import auto_menu, auto_pattern
 from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "wanda", "covariance", "obs")
-CALIBRATIONS = ("pruned", "pruned_to_dense", "dense")
+CALIBRATIONS = ("pruned", "pruned_to_dense", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
 SCHEDULES = ("constant", "linear")
@@ -25,6 +25,8 @@ ROLES = ("stem", "head", "depthwise")
 _WORDS = (str,)
 _TYPES: dict[str, tuple[type, ...]] = {
     "pattern": _WORDS,
+    "mac_reduction": (float, type(None)),
+    "patterns": (tuple,),
     "tome_r": (int, str, tuple),
     "tome_schedule": _WORDS,
     "tome_reduction": (float, type(None)),
@@ -32,13 +34,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "score": _WORDS,
     "permute": (bool, type(None)),
     "restore": (bool,),
-    "calibrate": _WORDS,
     "engine": _WORDS,
     "exclude": (tuple,),
     "include": (tuple,),
     "prefix_tokens": (int, type(None)),
     "frozen": (bool,),
-    "seed": (int,),
 }
 
 
@@ -50,6 +50,12 @@ class Config:
         pattern: ``"N:M"`` keeps N of every M consecutive input values (1 <= N <= M <= 32), ``"dense"`` masks nothing,
             and ``"auto"`` keeps half, in the widest groups that the device's engines run at full speed and that divide
             the layer's inputs (on CPUs 8:16, 4:8 or 2:4).
+        mac_reduction: the share of the model's multiply-accumulates that masks are to save, between 0 and 1. Given,
+            each layer gets a pattern of its own from ``patterns``, and ``pattern`` is not looked at. What merging saves
+            comes on top.
+        patterns: with ``mac_reduction``, what a layer may become: ``"N:M"`` and ``"dense"``. Empty: what the device's
+            engines run well (on CPUs 12:16 to 4:16, in narrower groups where 16 doesn't divide the layer's inputs; on
+            CUDA 2:4), or dense.
         tome_r: tokens merged away in every attention block (ToMe); 0 merges none. A list gives one number for each
             block. ``"auto"`` finds the numbers that save ``tome_reduction``.
         tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
@@ -65,9 +71,6 @@ class Config:
             calibration data.
         restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that
             lowers the error, move biases so that outputs keep their mean, and re-estimate BatchNorm statistics.
-        calibrate: ``"pruned"`` takes the statistics of a layer with all layers before it pruned already;
-            ``"pruned_to_dense"`` does too, and fits a layer to the outputs that the dense model gives there;
-            ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less accurate.
         engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights); on CUDA ``"gluon_wgmma_sp"``,
             ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and ``"triton_expand"`` (any N:M, spread
             out in registers); ``"reference"`` (packed values + bitmask, plain torch), ``"dense"`` (masked weight, dense
@@ -81,7 +84,6 @@ class Config:
             their number in the graph.
         frozen: promise that weights don't change after compilation: BatchNorm is folded into convolutions, Inductor
             folds constants and prepacks dense weights, and no call checks whether anything changed.
-        seed: seeds whatever is random.
 
     Raises:
         ConfigError: an unknown option or a value that an option can't take.
@@ -92,6 +94,8 @@ class Config:
     """
 
     pattern: str = "2:4"
+    mac_reduction: float | None = None
+    patterns: tuple[str, ...] = ()
     tome_r: int | str | tuple[int, ...] = 0
     tome_schedule: str = "constant"
     tome_reduction: float | None = None
@@ -99,16 +103,14 @@ class Config:
     score: str = "obs"
     permute: bool | None = None
     restore: bool = True
-    calibrate: str = "pruned"
     engine: str = "auto"
     exclude: tuple[str, ...] = ROLES
     include: tuple[str, ...] = ()
     prefix_tokens: int | None = None
     frozen: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("exclude", "include"):
+        for name in ("exclude", "include", "patterns"):
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)
@@ -123,7 +125,7 @@ class Config:
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
         if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
-        named = {"score": SCORES, "engine": ENGINES, "tome_schedule": SCHEDULES, "calibrate": CALIBRATIONS}
+        named = {"score": SCORES, "engine": ENGINES, "tome_schedule": SCHEDULES}
         for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
@@ -134,6 +136,30 @@ class Config:
         if self.prefix_tokens is not None and self.prefix_tokens < 0:
             raise ConfigError("option 'prefix_tokens' is negative", expected="0 or more", found=self.prefix_tokens)
         self._check_merging()
+        self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        share = self.mac_reduction
+        if share is not None and not 0 < share < 1:
+            raise ConfigError("option 'mac_reduction' is no share", expected="a number between 0 and 1", found=share)
+        if share is not None and self.pattern == "dense":
+            raise ConfigError(
+                "pattern='dense' masks nothing, so that no MACs can be saved",
+                expected="mac_reduction=None with it",
+                found=share,
+            )
+        if self.patterns and share is None:
+            raise ConfigError(
+                "option 'patterns' goes with mac_reduction",
+                expected="mac_reduction, a share between 0 and 1",
+                found="None",
+                hint="for one pattern everywhere, give pattern='N:M'",
+            )
+        for text in self.patterns:
+            if text != "dense":
+                Pattern.parse(text)
+        if self.patterns and not any(text != "dense" for text in self.patterns):
+            raise ConfigError("option 'patterns' allows dense layers alone", expected="at least one 'N:M' in it")
 
     def _check_merging(self) -> None:
         r, reduction = self.tome_r, self.tome_reduction
@@ -156,16 +182,31 @@ class Config:
                 "a list of tome_r is a schedule already", expected="tome_schedule='constant'", found=self.tome_schedule
             )
 
-    def patterns(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:
+    def choices(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:
         """The patterns that a layer may get on ``device`` in ``dtype``, preferred ones first; none for ``"dense"``."""
+        if self.mac_reduction is not None:
+            named = tuple(Pattern.parse(text) for text in self.patterns if text != "dense")
+            return named or auto_menu(device, dtype)
         if self.pattern == "dense":
             return ()
         return auto_pattern(device, dtype) if self.pattern == "auto" else (Pattern.parse(self.pattern),)
 
+    def menu(self, weight: Tensor) -> tuple[Pattern, ...]:
+        """With ``mac_reduction``, the patterns that a weight (out, in, ...) may get, densest first.
+
+        Of a menu of the device's own, those with the widest groups that divide its inputs.
+        """
+        k = group_axis(weight.shape)
+        fits = [p for p in dict.fromkeys(self.choices(weight.device, weight.dtype)) if k % p.m == 0]
+        if not self.patterns and fits:
+            widest = max(p.m for p in fits)
+            fits = [p for p in fits if p.m == widest]
+        return tuple(sorted(fits, key=lambda p: (-p.density, -p.m)))
+
     def pattern_for(self, weight: Tensor) -> Pattern | None:
         """The pattern of a weight (out, in, ...), or None if no group divides its inputs."""
         k = group_axis(weight.shape)
-        return next((p for p in self.patterns(weight.device, weight.dtype) if k % p.m == 0), None)
+        return next((p for p in self.choices(weight.device, weight.dtype) if k % p.m == 0), None)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from mpcompile.calibration import as_batches, peek
-from mpcompile.config import Config
+from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.graph import IRModule, layers, propagate
 from mpcompile.importers import Imported, import_model
+from mpcompile.kernels.nm_format import Pattern
 from mpcompile.macs import count, node_macs
+from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.fold import FoldNorm
@@ -35,13 +37,15 @@ class Pipeline:
 
     Example:
         >>> [p.name for p in Pipeline()]
-        ['analyze', 'permute', 'merge_tokens', 'mask', 'restore']
+        ['analyze', 'allocate', 'permute', 'merge_tokens', 'mask', 'restore']
         >>> [p.name for p in Pipeline([Mask(), MergeTokens()])]
         ['mask', 'merge_tokens']
     """
 
     def __init__(self, passes: Sequence[Pass] | None = None) -> None:
-        chosen = [Analyze(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
+        chosen = (
+            [Analyze(), Allocate(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
+        )
         for item in chosen:
             if not isinstance(item, Pass):
                 raise ConfigError(
@@ -106,6 +110,8 @@ def transform(
     memory: int = 2 << 30,
     prior: Mapping[str, torch.Tensor] | None = None,
     prior_weight: float = 0.1,
+    calibrate: str = "pruned",
+    seed: int = 0,
 ) -> IRModule:
     """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
 
@@ -128,6 +134,10 @@ def transform(
             what is more is kept as diagonal blocks, or written to a temporary folder.
         prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn.
         prior_weight: alpha of that Hamming prior.
+        calibrate: ``"pruned"`` takes the statistics of a layer with all layers before it pruned already;
+            ``"pruned_to_dense"`` does too, and fits a layer to the outputs that the dense model gives there;
+            ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less accurate.
+        seed: seeds whatever is random.
 
     Raises:
         MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or data doesn't fit.
@@ -161,6 +171,8 @@ def transform(
         memory=memory,
         prior=prior,
         prior_weight=prior_weight,
+        calibrate=calibrate,
+        seed=seed,
     )
 
 
@@ -209,15 +221,23 @@ def run_pipeline(
     memory: int = 2 << 30,
     prior: Mapping[str, torch.Tensor] | None = None,
     prior_weight: float = 0.1,
+    calibrate: str = "pruned",
+    seed: int = 0,
+    allocated: Mapping[str, Pattern | None] | None = None,
 ) -> IRModule:
     """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
     for name, value in (("memory", memory), ("prior_weight", prior_weight)):
         if value < 0:
             raise ConfigError(f"{name} is negative", expected="0 or more", found=value)
+    if calibrate not in CALIBRATIONS:
+        raise ConfigError("calibrate has no such value", expected=f"one of {', '.join(CALIBRATIONS)}", found=calibrate)
+    decided = allocated is not None or any(isinstance(p, Allocate) for p in pipeline)
+    if config.mac_reduction is not None and not decided and any(isinstance(p, Mask) for p in pipeline):
+        raise ConfigError("mac_reduction needs the pass Allocate", expected="Allocate() before Mask()", found=pipeline)
     plan = Plan(config=config.to_dict(), notes=list(imported.notes))
     again = calibration is not None and iter(as_batches(calibration)) is not calibration
-    if calibration is not None and not again and config.calibrate != "dense":
-        calibration, again = list(calibration), True  # held between layers anyway
+    if calibration is not None and not again and (calibrate != "dense" or config.mac_reduction is not None):
+        calibration, again = list(calibration), True  # held between layers anyway, or read more than once
     ctx = Context(
         config,
         imported.inputs,
@@ -230,6 +250,9 @@ def run_pipeline(
         memory=memory,
         prior=_checked(prior or {}, imported),
         prior_weight=prior_weight,
+        calibrate=calibrate,
+        seed=seed,
+        patterns=dict(allocated or {}),
         masks={} if masks is None else masks,
         plan=plan,
     )

@@ -64,6 +64,13 @@ class LayerPlan:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+def _why(layer: LayerPlan) -> str:
+    """Why a layer is dense, or what chose its mask; and why it was allocated its pattern."""
+    first = layer.reason or layer.notes.get("mask", {}).get("score", "")
+    budget = layer.notes.get("allocate", {}).get("why")
+    return f"{first}: {budget}" if budget else first
+
+
 @dataclass
 class PassRecord:
     """One pass: its decision (JSON values) and a sentence about it."""
@@ -153,7 +160,7 @@ class Plan:
                     f"{mp['edge']:.3g}" if mp.get("edge") is not None else "",
                     mp.get("spikes", ""),
                     mp.get("verdict", ""),
-                    layer.reason or layer.notes.get("mask", {}).get("score", ""),
+                    _why(layer),
                 ]
             )
         head = ["layer", "kind", "weight", "pattern", "density", "MMAC", "MMAC run", "MP edge", "spikes", "MP", "why"]

@@ -4,38 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpcompile.errors import InputError
+from torch import Tensor
+
+from mpcompile.analysis import study_all
 from mpcompile.graph import IRModule, layers
 from mpcompile.passes.base import Context, Pass
 from mpcompile.plan import LayerPlan
-from mpcompile.rmt import fit as fit_spectrum
 
 
 class Analyze(Pass):
-    """Noise level, spectral edge and spikes of each linear and convolution weight (convolutions unfolded)."""
+    """Noise level, spectral edge and spikes of each linear and convolution weight; see :func:`mpcompile.analyze`."""
 
     name = "analyze"
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        fits: dict[str, Any] = {}
+        weights: dict[str, Tensor] = {}
         for layer in layers(gm, ctx.lifted):
-            weight = layer.weight.tensor.detach()
-            if layer.name in fits or layer.depthwise or layer.pattern is not None:
-                continue
-            try:
-                fit = fit_spectrum(weight)
-            except InputError as error:
-                raise InputError(str(error), layer=layer.name) from error
-            fits[layer.name] = {
-                "sigma": fit.sigma,
-                "edge": fit.edge,
-                "edge_tw": fit.edge_tw,
-                "spikes": fit.n_spikes,
-                "fit_error": fit.fit_error,
-                "noise_share": fit.noise_share,
-                "verdict": fit.verdict,
-            }
-        return {"layers": fits}
+            grouped = layer.geometry is not None and layer.geometry.groups > 1
+            if not grouped and layer.pattern is None and layer.weight.tensor.dim() in (2, 4):
+                weights.setdefault(layer.name, layer.weight.tensor.detach())
+        return {"layers": {name: found.notes() for name, found in study_all(weights).items()}}
 
     def summary(self, decision: dict[str, Any]) -> str:
         verdicts = [fit["verdict"] for fit in decision["layers"].values()]

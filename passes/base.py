@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mpcompile.config import Config
 from mpcompile.graph import IRModule, LayerOp, Lifted
+from mpcompile.kernels.nm_format import Pattern
 from mpcompile.plan import PassRecord, Plan
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Context:
         prior: source masks of the Hamming prior, by layer name.
         prior_weight: alpha of that prior.
         moments: layer name -> moments of its dense inputs, where one pass over the data gathered them.
+        calibrate: where the statistics of a layer come from, as in :func:`mpcompile.transform`.
+        seed: seeds whatever is random.
+        patterns: layer name -> the pattern that was allocated to it, or None where it is to stay dense.
         masks: masks that were decided before (other graphs of the same model), by layer name.
         projections: what each masked layer became, by name.
         norms: BatchNorm node -> mean and variance of its inputs in the pruned network.
@@ -52,11 +56,20 @@ class Context:
     memory: int = 2 << 30
     prior: Mapping[str, Tensor] = field(default_factory=dict)
     prior_weight: float = 0.1
+    calibrate: str = "pruned"
+    seed: int = 0
+    patterns: dict[str, Pattern | None] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     projections: dict[str, Projection] = field(default_factory=dict)
     norms: dict[fx.Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
+
+    def pattern_for(self, layer: LayerOp) -> Pattern | None:
+        """The pattern of a layer: the one that was allocated to it, else the config's; None for dense."""
+        if layer.name in self.patterns:
+            return self.patterns[layer.name]
+        return self.config.pattern_for(layer.weight.tensor)
 
     def writable(self, layer: LayerOp) -> bool:
         """Whether the graph may change the values of the layer's weight."""

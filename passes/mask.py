@@ -1,7 +1,7 @@
 """Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph.
 
 The scores are in mpcompile/scores.py. With calibration data the layers are decided one after another along the graph,
-on the pruned prefix (``Config.calibrate``), refitted on the way if Restore follows; or all from one dense pass.
+on the pruned prefix (``calibrate``), refitted on the way if Restore follows; or all from one dense pass.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def _matches(name: str, role: str | None, words: Iterable[str]) -> bool:
     return any(word == role if word in ROLES and word != name else fnmatch.fnmatch(name, word) for word in words)
 
 
-def reason(layer: LayerOp, role: str | None, config: Config) -> str | None:
+def reason(layer: LayerOp, role: str | None, ctx: Context) -> str | None:
     """Why a layer stays dense, or None."""
+    config = ctx.config
     wanted = _matches(layer.name, role, config.include)
     if config.pattern == "dense":
         return "pattern is dense"
@@ -48,15 +49,23 @@ def reason(layer: LayerOp, role: str | None, config: Config) -> str | None:
         return "excluded"
     weight = layer.weight.tensor
     if config.pattern_for(weight) is None:
-        return f"K % {config.patterns(weight.device, weight.dtype)[-1].m} (K = {group_axis(weight.shape)})"
-    return None
+        least = min(p.m for p in config.choices(weight.device, weight.dtype))
+        return f"K % {least} (K = {group_axis(weight.shape)})"
+    return "allocated dense" if ctx.pattern_for(layer) is None else None
 
 
 def eligible(gm: IRModule, ctx: Context) -> list[str]:
     """Names of the layers that :class:`Mask` would mask."""
     role = roles(gm, ctx.lifted)
-    found = [u for u in layers(gm, ctx.lifted) if u.pattern is None and reason(u, role.get(u.name), ctx.config) is None]
+    found = [u for u in layers(gm, ctx.lifted) if u.pattern is None and reason(u, role.get(u.name), ctx) is None]
     return list(dict.fromkeys(u.name for u in found))
+
+
+def _asked(config: Config) -> str:
+    """The pattern, or the menu, as an error names it."""
+    if config.mac_reduction is None:
+        return config.pattern
+    return " or ".join(config.patterns) or "with a pattern of its own"
 
 
 class Mask(Pass):
@@ -66,7 +75,7 @@ class Mask(Pass):
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
         config, role = ctx.config, roles(gm, ctx.lifted)
-        decision: dict[str, Any] = {"pattern": config.pattern, "masked": {}, "patterns": {}, "dense": {}}
+        decision: dict[str, Any] = {"pattern": _asked(config), "masked": {}, "patterns": {}, "dense": {}}
         devices = set()
         for layer in layers(gm, ctx.lifted):
             if layer.name in decision["masked"]:
@@ -76,9 +85,9 @@ class Mask(Pass):
                 continue
             weight = layer.weight.tensor
             devices.add(weight.device)
-            why = reason(layer, role.get(layer.name), config)
+            why = reason(layer, role.get(layer.name), ctx)
             if why is None:
-                decision["patterns"][layer.name] = str(config.pattern_for(weight))
+                decision["patterns"][layer.name] = str(ctx.pattern_for(layer))
                 decision["masked"][layer.name] = "magnitude" if ctx.calibration is None else config.score
             else:
                 decision["dense"][layer.name] = why
@@ -88,9 +97,9 @@ class Mask(Pass):
         done = decision["masked"] or "already masked" in decision["dense"].values()
         if config.pattern != "dense" and not done:
             reasons = sorted({f"{v}" for v in decision["dense"].values()})
-            least = min(config.patterns(device)[-1].m for device in devices or {torch.device("cpu")})
+            least = min(p.m for device in devices or {torch.device("cpu")} for p in config.choices(device))
             raise NotEligibleError(
-                f"no layer can be masked {config.pattern}",
+                f"no layer can be masked {_asked(config)}",
                 expected=f"a linear or convolution layer whose inputs divide by {least}",
                 found=("; ".join(reasons) or "a model without linear or 2-d convolution layers"),
                 hint="choose another pattern, a narrower exclude, or pattern='dense'",
@@ -112,7 +121,7 @@ class Mask(Pass):
                 )
             if word in decision["dense"] and ctx.config.pattern != "dense":
                 raise NotEligibleError(
-                    f"this layer can't be masked {ctx.config.pattern}",
+                    f"this layer can't be masked {_asked(ctx.config)}",
                     layer=word,
                     expected="a layer that can, when include names it",
                     found=decision["dense"][word],
@@ -179,7 +188,7 @@ class Mask(Pass):
         uses = {first: [u for n in names if owner[id(weights[n])] == first for u in found[n]] for first in todo}
 
         norms = set(batch_norms(gm))
-        renormed = config.calibrate != "dense" or ctx.again
+        renormed = ctx.calibrate != "dense" or ctx.again
 
         def decide(name: str, moments: Any) -> Projection:
             source = ctx.prior.get(name)
@@ -191,7 +200,7 @@ class Mask(Pass):
 
         if ctx.calibration is None or (config.score == "magnitude" and not ctx.refit):
             result |= {name: decide(name, None) for name in todo}
-        elif config.calibrate != "dense":
+        elif ctx.calibrate != "dense":
             model = Imported(gm, ctx.inputs, ctx.lifted, [])
             projected, ctx.norms = in_sequence(model, uses, patterns, decide, ctx)
             result |= projected

@@ -202,20 +202,19 @@ class Permute(Pass):
         atoms = self.analysis.atoms
         size = atoms.size[item.atom]
         owners = 1 if item.owner is None else atoms.size[item.owner]
-        weights = {n: u.weight.tensor for n, u in item.readers.items()}
-        patterns = {n: ctx.config.pattern_for(w) for n, w in weights.items()}
+        patterns = {n: ctx.pattern_for(u) for n, u in item.readers.items()}
         pattern: Pattern | None = Counter(patterns.values()).most_common(1)[0][0]
         readers = {n: u for n, u in item.readers.items() if patterns[n] == pattern}
         if pattern is None or size % pattern.m or size // pattern.m < 2 or pattern.n == pattern.m:
             return None
         each = [_rows(u, power.get(n), owners, size) for n, u in readers.items()]
         each = [rows / rows.sum().clamp(min=1e-30) for rows in each]  # relative error of each layer counts alike
-        generator = torch.Generator().manual_seed(ctx.config.seed)
+        generator = torch.Generator().manual_seed(ctx.seed)
         share = max(32, _ROWS // len(each))
         drawn = [torch.randperm(rows.shape[1], generator=generator)[:share].to(rows.device) for rows in each]
         sample = [rows[:, places] for rows, places in zip(each, drawn, strict=True)]
         sample = [s * (rows.sum() / s.sum().clamp(min=1e-30)) for s, rows in zip(sample, each, strict=True)]
-        order = search(torch.cat(sample, 1), pattern, _STEPS, ctx.config.seed)
+        order = search(torch.cat(sample, 1), pattern, _STEPS, ctx.seed)
         before = sum(float(retained(rows, pattern).sum()) for rows in each)
         after = sum(float(retained(rows.gather(2, order[:, None].expand_as(rows)), pattern).sum()) for rows in each)
         if not after > before:

@@ -254,11 +254,13 @@ def in_sequence(
     """
     config = ctx.config
     merged = any(node.target in ops.MERGING for node in model.gm.graph.nodes)
-    two_sided = config.calibrate == "pruned_to_dense" and not merged  # merging pairs other tokens on each side
+    two_sided = ctx.calibrate == "pruned_to_dense" and not merged  # merging pairs other tokens on each side
     stream = Stream(model, as_batches(ctx.calibration), ctx.memory, two_sided)
     records = Records(ctx.statistics, "")
     if ctx.statistics is not None:
-        records.stamp = stamp(model, list(stream.inputs()), {**config.to_dict(), "memory": ctx.memory})
+        patterns_of = {name: str(pattern) for name, pattern in patterns.items()}
+        how = {"calibrate": ctx.calibrate, "seed": ctx.seed, "patterns": patterns_of}
+        records.stamp = stamp(model, list(stream.inputs()), {**config.to_dict(), "memory": ctx.memory, **how})
     shared = {name: patterns[name].m for name, nodes in uses.items() if len(nodes) > 1}
     dense = collect(model, stream.inputs(), shared, ctx.memory) if shared else {}
     layer_at = {nodes[0].node: name for name, nodes in uses.items()}

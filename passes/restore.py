@@ -33,11 +33,7 @@ class Restore(Pass):
             "skipped": skipped,
             "error_masked": sum(n["error_masked"] for n in done.values()) / max(1, len(done)),
             "error_refitted": sum(n["error_refitted"] for n in done.values()) / max(1, len(done)),
-            "norms": "in sequence"
-            if ctx.config.calibrate != "dense"
-            else "after"
-            if again
-            else "data can be read once only",
+            "norms": "in sequence" if ctx.calibrate != "dense" else "after" if again else "data can be read once only",
         }
 
     def summary(self, decision: dict[str, Any]) -> str:

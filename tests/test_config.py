@@ -49,11 +49,11 @@ def test_refusals(options, message):
 
 def test_patterns():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert Config("dense").patterns(cpu) == () and Config("dense").pattern_for(torch.ones(1, 8)) is None
+    assert Config("dense").choices(cpu) == () and Config("dense").pattern_for(torch.ones(1, 8)) is None
     assert [Config("4:8").pattern_for(torch.ones(1, k)) for k in (16, 12)] == [(4, 8), None]
     found = [Config("auto").pattern_for(torch.ones(1, k)) for k in (48, 24, 12, 6)]
     assert found == [(8, 16), (4, 8), (2, 4), None]
-    assert Config("auto").patterns(cuda) == ((2, 4),)
+    assert Config("auto").choices(cuda) == ((2, 4),)
 
 
 def test_options_must_be_a_mapping():

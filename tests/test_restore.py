@@ -191,7 +191,7 @@ def test_restore_brings_the_output_closer(score, calibrate):
         "score": {"score": score, "restore": False},
         "restore": {"score": score},
     }.items():
-        gm = transform(model, x[:2], Config("2:4", permute=False, calibrate=calibrate, **options), [x[:200], x[200:]])
+        gm = transform(model, x[:2], Config("2:4", permute=False, **options), [x[:200], x[200:]], calibrate=calibrate)
         errors[name] = relative(gm(x), model(x))
         assert not any(verify(gm).values())
     assert errors["restore"] < errors["score"] < errors["magnitude"]
@@ -204,8 +204,8 @@ def test_the_pruned_prefix_is_what_later_layers_see():
     x = torch.randn(256, 32)
     seen = {}
     for calibrate in ("pruned", "dense"):
-        config = Config("1:4", score="wanda", restore=False, permute=False, calibrate=calibrate)
-        gm = transform(mlp(), x, config, [x])
+        config = Config("1:4", score="wanda", restore=False, permute=False)
+        gm = transform(mlp(), x, config, [x], calibrate=calibrate)
         hidden = torch.nn.functional.gelu(gm.get_submodule("0")(x)) if calibrate == "pruned" else mlp()[:2](x)
         power = hidden.detach().square().mean(0)
         expected = scores.wanda_rows(mlp()[2].weight.detach(), power, Pattern(1, 4))
@@ -232,8 +232,8 @@ def test_batch_norms_are_estimated_anew(calibrate):
     model.train()(images(64, 8))  # statistics of its own
     model.eval()
     x = images(64, 8, seed=2)
-    config = Config("1:4", score="covariance", permute=False, calibrate=calibrate)
-    gm = transform(model, x[:2], config, [x[:32], x[32:]])
+    config = Config("1:4", score="covariance", permute=False)
+    gm = transform(model, x[:2], config, [x[:32], x[32:]], calibrate=calibrate)
     with torch.no_grad():
         seen: list[torch.Tensor] = []
         gm.get_submodule("7").register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))

@@ -18,6 +18,9 @@ from scipy.stats import binom
 
 from mpcompile import rmt
 from mpcompile.errors import InputError, MPCompileError
+from mpcompile.rmt import edges, fitting, law
+from mpcompile.rmt import spikes as spikes_module
+from mpcompile.rmt.fitting import gamma
 
 
 def wishart(N: int, M: int, rng: np.random.Generator) -> np.ndarray:
@@ -183,8 +186,8 @@ def test_gamma_is_the_far_quantile_of_noise(M, draws, mean, ratio):
     errors = M * np.array([fit_error(wishart(ratio * M, M, rng), ratio * M) for _ in range(draws)])
     assert errors.mean() == pytest.approx(mean, abs=4 * 0.34 / math.sqrt(draws) + 0.02)
     far, error = errors.mean() + 4 * errors.std(), 4 * 4 * 0.34 / math.sqrt(2 * draws)
-    assert far == pytest.approx(M * rmt._gamma(M), rel=0.04, abs=0.12 + error)
-    assert (errors > M * rmt._gamma(M)).sum() <= binom.ppf(1 - 1e-4, draws, 1e-3)
+    assert far == pytest.approx(M * gamma(M), rel=0.04, abs=0.12 + error)
+    assert (errors > M * gamma(M)).sum() <= binom.ppf(1 - 1e-4, draws, 1e-3)
 
 
 @pytest.mark.parametrize("shape", [(192, 192), (64, 1000)])
@@ -232,7 +235,7 @@ def test_counts_spikes_above_the_second_edge(randn):
 
 def test_rejects_what_is_not_one_noise_level(randn):
     f = rmt.fit(randn(768, 768) * torch.exp(0.5 * randn(768, 1)))
-    assert f.verdict == "not_mp" and f.fit_error > 8 * rmt._gamma(768)
+    assert f.verdict == "not_mp" and f.fit_error > 8 * gamma(768)
     assert rmt.fit(randn(768, 768) * torch.exp(0.2 * randn(1, 768))).verdict == "not_mp"
     assert rmt.fit(torch.eye(128)).verdict == "not_mp"
     assert rmt.fit(torch.linalg.qr(randn(256, 128))[0]).verdict == "not_mp"
@@ -245,7 +248,7 @@ def test_rejects_a_lack_of_rank(randn, dtype):
     u, s, v = torch.linalg.svd(randn(512, 256).double())
     s[240:] = 0  # rank 240: only the tail that no quantile window sees
     f = rmt.fit(((u[:, :256] * s) @ v).to(dtype))
-    assert f.verdict == "not_mp" and f.fit_error < rmt._gamma(256)
+    assert f.verdict == "not_mp" and f.fit_error < gamma(256)
     assert rmt.fit(randn(512, 512).to(dtype)).verdict == "mp"  # the smallest eigenvalues of a square matrix aren't zero
 
 
@@ -394,5 +397,98 @@ def test_refuses_numbers(call, says):
 def test_fit_is_frozen_and_the_examples_are_true(randn):
     with pytest.raises(dataclasses.FrozenInstanceError):
         rmt.fit(randn(4, 4)).sigma = 1.0
-    results = doctest.testmod(rmt)
-    assert (results.failed, results.attempted > 5) == (0, True)
+    for module in (law, edges, spikes_module, fitting):
+        results = doctest.testmod(module)
+        assert (results.failed, results.attempted > 0) == (0, True)
+
+
+# Other thresholds, the BBP map, and variances of rows and columns
+
+
+def test_thresholds_that_know_less(randn):
+    W = randn(400, 200).double()
+    true = math.sqrt(400) + math.sqrt(200)
+    lam = (torch.linalg.eigvalsh(W.T @ W) / 400).numpy()
+    assert rmt.median_sigma(lam, 0.5) == pytest.approx(1, abs=0.02)
+    assert rmt.shuffle_edge(W) == pytest.approx(true, rel=0.02)
+    assert rmt.shuffle_edge(W + 5) > 2 * true  # a mean is no noise, whatever the order
+    for c, omega in {1.0: 2.858, 0.5: 2.2582, 0.1: 1.6089}.items():  # Gavish and Donoho, table IV
+        assert rmt.gavish_donoho(c) == pytest.approx(omega, abs=1e-3)
+        assert rmt.gavish_donoho(c, sigma=1.0, n_rows=100) > 10 * (1 + math.sqrt(c))
+    heavy = torch.distributions.StudentT(3.0).sample((256, 256))
+    assert rmt.shuffle_edge(heavy) > rmt.fit(heavy).edge_tw  # long tails pass the edge of Gaussian noise
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    strength=strategies.floats(0, 1e3),
+    sigma=strategies.floats(1e-3, 10),
+    c=strategies.floats(0.01, 1),
+    n=strategies.just(500),
+)
+def test_bbp_map_is_inverted_above_the_edge(strength, sigma, c, n):
+    shape = (n, max(1, round(c * n)))
+    edge = sigma * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+    seen = float(rmt.bbp(strength, sigma, shape))
+    assert seen >= edge * (1 - 1e-12)
+    back = float(rmt.bbp_inverse(seen, sigma, shape))
+    if strength > 1.001 * sigma * (shape[0] * shape[1]) ** 0.25:
+        assert back == pytest.approx(strength, rel=1e-4)
+    elif strength <= sigma * (shape[0] * shape[1]) ** 0.25:
+        assert seen == pytest.approx(edge, rel=1e-9)
+
+
+def test_bbp_map_is_what_noise_does(randn):
+    planted = torch.tensor([30.0, 45.0, 70.0])
+    seen = torch.linalg.svdvals(randn(400, 200) + spikes(randn, 400, 200, planted))[:3]
+    assert rmt.bbp(planted, 1.0, (400, 200))[::-1] == pytest.approx(seen.numpy(), rel=0.02)
+    f = rmt.fit(randn(400, 200) + spikes(randn, 400, 200, planted))
+    assert f.n_spikes == 3 and f.signal == pytest.approx([70, 45, 30], rel=0.04) and f.spikes[0] > 70
+
+
+def test_40_planted_spikes_are_found(randn):
+    planted = torch.linspace(60, 300, 40)
+    f = rmt.fit(randn(768, 768) + spikes(randn, 768, 768, planted))
+    assert (f.verdict, f.separable, f.n_spikes) == ("mp", False, 40)
+    assert f.edge == pytest.approx(2 * math.sqrt(768), rel=0.01)
+    assert f.signal == pytest.approx(planted.flip(0).tolist(), rel=0.05)
+
+
+def test_scales_of_rows_and_columns_are_taken_out(randn):
+    r, c = torch.exp(0.5 * randn(256, 1)), torch.exp(0.4 * randn(1, 192))
+    W = randn(256, 192) * (r * c).sqrt()
+    f = rmt.fit(W)
+    assert f.separable and f.verdict == "mp" and f.n_spikes <= 1
+    assert f.plain is not None and f.plain.verdict == "not_mp" and f.plain.n_spikes > 3
+    assert f.sigma == pytest.approx(math.sqrt(float(r.mean() * c.mean())), rel=0.06)
+    assert rmt.fit(W, separable=False) == f.plain
+    rows, columns = rmt.row_column_scales(W.double())
+    assert np.corrcoef(rows.log(), r[:, 0].log())[0, 1] > 0.97
+    assert np.corrcoef(columns.log(), c[0].log())[0, 1] > 0.97
+    assert float(rows.mean()) == pytest.approx(1) and float(columns.mean()) == pytest.approx(1)
+    zero = W.clone()
+    zero[3], zero[:, 5] = 0, 0
+    assert rmt.row_column_scales(zero.double())[0][3] == 0
+
+
+def test_spikes_are_seen_through_scales(randn):
+    W = randn(256, 256) * torch.exp(0.5 * randn(256, 1)) + spikes(randn, 256, 256, torch.tensor([150.0, 250.0]))
+    f = rmt.fit(W)
+    assert f.separable and f.n_spikes == 2 and f.plain.n_spikes > 10
+
+
+def test_noise_is_not_called_separable(randn):
+    found = rmt.fit_batch(torch.stack([randn(128, 96) for _ in range(40)]))
+    assert not any(f.separable for f in found) and all(f.verdict == "mp" for f in found)
+
+
+def test_taps_and_batches(randn):
+    W = randn(80, 70, 3, 1)
+    assert rmt.fit_taps(W)[1] == rmt.fit(W[:, :, 1, 0])
+    assert rmt.fit_batch(W.flatten(2).permute(2, 0, 1)) == rmt.fit_taps(W)
+    for call in (lambda: rmt.fit_taps(randn(4, 4)), lambda: rmt.fit_batch(randn(4, 4)), lambda: rmt.shuffle_edge(W, 0)):
+        with pytest.raises(InputError):
+            call()
+    for call in (lambda: rmt.bbp(-1.0, 1.0, (4, 4)), lambda: rmt.bbp(1.0, 0.0, (4, 4)), lambda: rmt.gavish_donoho(2.0)):
+        with pytest.raises(InputError):
+            call()

@@ -25,6 +25,7 @@ import mpcompile
 from mpcompile.errors import MPCompileError
 
 COMMANDS = (
+    "analyze",
     "compile",
     "audit",
     "verify",

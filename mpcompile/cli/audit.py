@@ -43,13 +43,15 @@ def run(args: argparse.Namespace) -> int:
     batches: Any = images
     if args.images is not None:
         classes = getattr(model, "num_classes", 0)
-        data, seed = data_config(model), config.seed
+        data, seed = data_config(model), args.seed
         files = folder(args.images, data, samples=args.samples, batch=args.batch, classes=classes, seed=seed)
         batches = [_moved(batch, images) for batch in files]
     if args.artifact is not None:
         gm = mpcompile.load(args.artifact).to(images.device, images.dtype).eval()
     else:
-        gm = mpcompile.transform(model, images, config, [images] if config.score == "covariance" else None)
+        gm = mpcompile.transform(
+            model, images, config, [images] if config.score == "covariance" else None, seed=args.seed
+        )
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": config.engine, "frozen": config.frozen})
     report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
     _remark(report, random=not args.pretrained and args.checkpoint is None, noise=args.images is None)

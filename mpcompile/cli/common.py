@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from mpcompile.config import CALIBRATIONS, ENGINES, SCHEDULES, SCORES, Config
+from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.files import load_checkpoint, write_atomically
 
@@ -96,6 +96,11 @@ def weights_options(job: argparse.ArgumentParser) -> None:
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
 
 
+def seed_option(job: argparse.ArgumentParser) -> None:
+    """``--seed``."""
+    job.add_argument("--seed", type=at_least(0), default=0, help="seeds whatever is random (default 0)")
+
+
 def config_options(job: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
     """``--config FILE`` and an option for each field of the Config, or for those named.
 
@@ -119,6 +124,16 @@ def config_options(job: argparse.ArgumentParser, *names: str, **defaults: Any) -
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "pattern": {"metavar": "N:M", "help": "keep N of every M inputs; or auto, or dense"},
+    "mac_reduction": {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "MACs that masks are to save, 0 - 1: each layer gets a pattern of its own; --pattern isn't looked at",
+    },
+    "patterns": {
+        "nargs": "+",
+        "metavar": "N:M",
+        "help": "with --mac-reduction: what a layer may become, dense among it (default: what the device runs well)",
+    },
     "tome_r": {
         "type": tome_r,
         "metavar": "R",
@@ -134,7 +149,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "score": {"choices": SCORES, "help": "which values a group keeps"},
     "permute": {"action": argparse.BooleanOptionalAction, "help": "reorder channels first (default: with calibration)"},
     "restore": {"action": "store_false", "help": "leave kept values as they are"},
-    "calibrate": {"choices": CALIBRATIONS, "help": "what a layer's statistics are taken from"},
     "engine": {"choices": ENGINES, "help": "what runs masked layers"},
     "exclude": {"nargs": "*", "metavar": "NAME", "help": "roles, names or globs that stay dense"},
     "include": {"nargs": "*", "metavar": "NAME", "help": "names or globs that are masked all the same"},
@@ -143,7 +157,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "weights won't change any more: fold and prepack, and beat dense builds that do the same",
     },
-    "seed": {"type": at_least(0), "help": "seeds whatever is random"},
 }
 
 
@@ -188,6 +201,7 @@ def model_options(job: argparse.ArgumentParser, **defaults: Any) -> None:
     job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
     job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    seed_option(job)
     json_option(job)
     config_options(job, **{"score": "magnitude", **defaults})
 
@@ -225,7 +239,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Config]:
     config = config_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(args.seed)
     model = load_model(args)
     size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     try:

@@ -18,10 +18,11 @@ from mpcompile.cli.common import (
     config_options,
     json_option,
     load_model,
+    seed_option,
     show,
     weights_options,
 )
-from mpcompile.config import Config
+from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.errors import ConfigError
 from mpcompile.export import FORMATS, save_dense
 from mpcompile.files import sha256
@@ -51,6 +52,9 @@ def add(commands: Commands) -> None:
     )
     kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
     job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)
+    seed_option(job)
+    how = "where the statistics of a layer come from, as in mpcompile.transform (default pruned)"
+    job.add_argument("--calibrate", choices=CALIBRATIONS, default="pruned", help=how)
     json_option(job)
     config_options(job)
     job.set_defaults(run=run)
@@ -61,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(args.seed)
     model = load_model(args)
     data = data_config(model)
     try:
@@ -71,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
     calibration = None
     if args.images is not None:
-        files = folder(args.images, data, samples=args.samples, batch=args.batch, seed=config.seed)
+        files = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
         calibration = [batch.to(args.device) for batch in files]
-    gm = mpcompile.transform(model, example, config, calibration).eval().cpu()
+    how = {"calibrate": args.calibrate, "seed": args.seed}
+    gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
     gm.plan.provenance = _provenance(args, config, data, 0 if calibration is None else len(files.paths))
     if args.half:
         gm.half()
@@ -89,7 +94,7 @@ def _provenance(args: argparse.Namespace, config: Config, data: dict[str, Any], 
     """Where the artifact comes from."""
     import timm
 
-    weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {config.seed}"
+    weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {args.seed}"
     if args.checkpoint is not None:
         weights = {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)}
     return {

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import mpcompile
-from mpcompile.cli.common import Commands, command, config_of, config_options, load_model, weights_options
+from mpcompile.cli.common import Commands, command, config_of, config_options, load_model, seed_option, weights_options
 from mpcompile.images import data_config, open_image, preprocess, shown
 
 
@@ -26,7 +26,8 @@ def add(commands: Commands) -> None:
     weights_options(job)
     job.add_argument("--image", type=Path, required=True, metavar="FILE", help="any format that Pillow reads")
     job.add_argument("--out", type=Path, default=Path("merged.png"), metavar="FILE", help="(default merged.png)")
-    merging = ("tome_r", "tome_schedule", "tome_reduction", "tome_proportional", "prefix_tokens", "seed")
+    merging = ("tome_r", "tome_schedule", "tome_reduction", "tome_proportional", "prefix_tokens")
+    seed_option(job)
     config_options(job, *merging, tome_r=8)
     job.set_defaults(run=run)
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the picture is written."""
     config = dataclasses.replace(config_of(args), pattern="dense")
     picture = open_image(args.image)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(args.seed)
     model = load_model(args)
     data = data_config(model)
     image = preprocess(data)(picture)
