@@ -22,10 +22,10 @@ from tqdm import tqdm
 import mpcompile
 from mpcompile.audit import audit
 from mpcompile.backend import mpsparse
-from mpcompile.cli import write_atomically
 from mpcompile.config import Config
 from mpcompile.distill import distill, parameter_groups
 from mpcompile.errors import ArtifactError, MPCompileError
+from mpcompile.files import write_atomically
 from mpcompile.kernels.store import cache_folder
 from mpcompile.pipeline import transform
 

@@ -172,7 +172,7 @@ def read(path: Path) -> Mapping[str, Tensor] | IRModule:
         ArtifactError: the file is missing or can't be read.
     """
     from mpcompile.artifact import load
-    from mpcompile.cli import read_checkpoint
+    from mpcompile.files import read_checkpoint
 
     if path.is_file() and path.suffix not in (".pt", ".pth", ".bin"):
         from safetensors import safe_open

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mpcompile import backend as module
-from mpcompile import cli
+from mpcompile import cli, files
 from mpcompile import demo as demo_module
 
 
@@ -93,11 +93,11 @@ def test_errors_are_one_line_and_exit_2(arguments, message, tmp_path, monkeypatc
 
 
 def test_report_that_cannot_be_written_leaves_nothing(tmp_path):
-    with pytest.raises(cli.ArtifactError, match="can't write"):
-        cli.write_atomically(tmp_path / "no" / "folder.json", "{}")
+    with pytest.raises(files.ArtifactError, match="can't write"):
+        files.write_atomically(tmp_path / "no" / "folder.json", "{}")
     old = tmp_path / "old.json"
     old.write_text("old")
-    cli.write_atomically(old, "new")
+    files.write_atomically(old, "new")
     assert old.read_text() == "new" and list(tmp_path.iterdir()) == [old]
 
 
@@ -109,9 +109,9 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         self.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli.Path, "write_text", full)
-    with pytest.raises(cli.ArtifactError, match="No space left"):
-        cli.write_atomically(old, "new")
+    monkeypatch.setattr(files.Path, "write_text", full)
+    with pytest.raises(files.ArtifactError, match="No space left"):
+        files.write_atomically(old, "new")
     monkeypatch.undo()
     assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
 
@@ -124,7 +124,7 @@ def test_usage_errors_exit_2(arguments):
 
 
 def test_help_shows_an_example(capsys):
-    for job in ("demo", "audit"):
+    for job in cli.COMMANDS:
         with pytest.raises(SystemExit) as caught:
             cli.main([job, "--help"])
         assert caught.value.code == 0

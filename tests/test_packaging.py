@@ -112,7 +112,8 @@ def test_entry_points_lead_to_something(configured: Distribution):
     assert sorted(targets) == ["mpcompile.backend:mpsparse", "mpcompile.cli:main"]
     for target in targets:
         module, name = target.split(":")
-        source = ROOT / (module.replace(".", "/") + ".py")
+        folder = ROOT / module.replace(".", "/")
+        source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
         bound = {node.name for node in ast.parse(source.read_text(encoding="utf-8")).body if hasattr(node, "name")}
         assert name in bound, f"{source} defines no {name}"
 

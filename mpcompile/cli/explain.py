@@ -1,0 +1,32 @@
+"""``mpcompile explain``: every engine timed on every masked layer of a timm model."""
+
+from __future__ import annotations
+
+import argparse
+
+import mpcompile
+from mpcompile.cli.common import Commands, command, model_options, prepare
+from mpcompile.files import write_atomically
+
+
+def add(commands: Commands) -> None:
+    """Declare it."""
+    job = command(
+        commands,
+        "explain",
+        help="time every engine on every masked layer of a timm model, and say which one is picked",
+        description="Transform a timm model, time every engine on its masked layers, and say which one is picked.",
+        example="mpcompile explain vit_small_patch16_224 --pattern auto --tome-r 8 --batch 8 --dtype bf16",
+    )
+    model_options(job)
+    job.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when the layers were timed, whatever was picked."""
+    model, images, config = prepare(args)
+    explanation = mpcompile.explain(model, images, config, progress=False if args.quiet else None)
+    if args.json is not None:
+        write_atomically(args.json, explanation.to_json(indent=1))
+    print(f"{args.model}, {args.dtype}, batch {args.batch}, tome_r = {config.tome_r}\n\n{explanation}")
+    return 0
