@@ -13,6 +13,7 @@ from mpcompile.artifact import load, save
 from mpcompile.audit import Report, audit
 from mpcompile.backend import refresh
 from mpcompile.config import Config
+from mpcompile.distill import Training, distill
 from mpcompile.errors import MPCompileError
 from mpcompile.explain import Explanation, explain
 from mpcompile.pipeline import Pipeline, lower, transform
@@ -26,7 +27,9 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Report",
+    "Training",
     "audit",
+    "distill",
     "explain",
     "load",
     "lower",

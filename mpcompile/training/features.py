@@ -206,17 +206,13 @@ def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> Pair:
             hint="distil without feature matching (features=0)",
         )
     orders = channel_orders(student)
-    training = {name: module.training for name, module in student.named_modules()}
-    result = Pair(
+    return Pair(
         WithFeatures(student, blocks),
         WithFeatures(other, blocks).requires_grad_(False).eval(),
         blocks,
         [orders.get(block) for block in blocks],
         _merged_prefix(student),
     )
-    for name, module in student.named_modules():
-        module.training = training[name]
-    return result
 
 
 def _widths(features: Sequence[Feature]) -> Mapping[str, int]:

@@ -86,7 +86,9 @@ class Training:
         for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    f"option {name!r} has no such value", expected=f"one of {', '.join(allowed)}", found=getattr(self, name)
+                    f"option {name!r} has no such value",
+                    expected=f"one of {', '.join(allowed)}",
+                    found=getattr(self, name),
                 )
         for name, low, high in _RANGES:
             value = getattr(self, name)
@@ -100,8 +102,8 @@ class Training:
             )
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any] | None) -> Training:
-        """From a mapping, such as a recipe's ``train``.
+    def from_options(cls, options: Mapping[str, Any] | None, base: Training | None = None) -> Training:
+        """From a mapping, such as a recipe's ``train``; what it doesn't name is as in ``base``, or as by default.
 
         Raises:
             ConfigError: a key that is no option; the message lists the valid ones.
@@ -115,7 +117,7 @@ class Training:
                     expected=f"one of {', '.join(valid)}",
                     hint=f"did you mean {near[0]!r}?" if near else None,
                 )
-        return cls(**dict(options or {}))
+        return dataclasses.replace(base or cls(), **dict(options or {}))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
