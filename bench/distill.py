@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+import mpcompile
 from bench.common import environment, load, save, table
 from bench.mask_ladder import Task, right, task
 from mpcompile import Config, Training, distill, transform
@@ -82,7 +83,7 @@ def paired_drop(dense: Tensor, found: Tensor) -> tuple[float, float, float]:
     return (lost - won) / n, centre - width, centre + width
 
 
-def student(job: Task, name: str, method: str, pattern: str, r: int, seed: int, images: int) -> IRModule:
+def student(job: Task, method: str, pattern: str, r: int, seed: int, images: int) -> IRModule:
     """Before training."""
     x, labels = job.calibration
     if method == "ours":
@@ -99,8 +100,17 @@ def measure(job: Task, args: argparse.Namespace, method: str, pattern: str, r: i
     """One row."""
     torch.manual_seed(seed)
     start, cpu = time.perf_counter(), time.process_time()
-    gm = student(job, args.task, method, pattern, r, seed, args.calibration)
+    key = f"{args.task}-{method}-{pattern.replace(':', 'of')}-{r}-{seed}-{args.holdout}"
+    kept_at = None if args.work is None else args.work / f"{key}.mpc"
+    if kept_at is not None and kept_at.exists():
+        gm = mpcompile.load(kept_at)
+    else:
+        gm = student(job, method, pattern, r, seed, args.calibration)
+        if kept_at is not None:
+            args.work.mkdir(parents=True, exist_ok=True)
+            mpcompile.save(gm, kept_at)
     made = time.perf_counter() - start
+    print(f"{key}: transformed in {made:.0f} s", flush=True)
     dense = right(job.model, job.evaluation)
     masked = copy.deepcopy(gm).eval()
     apply_masks(masked)
@@ -109,14 +119,16 @@ def measure(job: Task, args: argparse.Namespace, method: str, pattern: str, r: i
     if method in ("sr-ste", "gradual"):
         options["method"] = method
     training = Training.from_options(
-        {k: _number(v) for k, v in options.items()} | {"epochs": args.epochs, "seed": seed}
+        {k: _number(v) for k, v in options.items()} | {"epochs": args.epochs, "seed": seed, "checkpoint_steps": 20}
     )
     x, labels = job.calibration
     kept = draw(labels.tolist(), args.train, seed) if args.train < len(x) else range(len(x))
     data = Augmented((x[list(kept)], labels[list(kept)]), AUGMENT[args.task])
     loader = DataLoader(data, BATCH[args.task], shuffle=True, drop_last=len(data) % BATCH[args.task] == 1)
     began = time.perf_counter()
-    result = distill(gm, job.model, loader, training=training, progress=False)
+    out = None if args.work is None else args.work / key
+    resume = "never" if out is None else "auto"
+    result = distill(gm, job.model, loader, training=training, out=out, resume=resume, progress=False)
     trained = time.perf_counter() - began
     after = right(gm.eval(), job.evaluation)
     drop, low, high = paired_drop(dense, after)
@@ -162,6 +174,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, metavar="N", help="calibration images")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="evaluate on N training images instead")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="other training options")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep students and checkpoints there, and go on")
     parser.add_argument("--name", default="distill", help="of the JSON file")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     from timm.optim import param_groups_weight_decay
 
     undecayed = [name for name, _ in model.named_parameters() if any(word in name for word in _UNDECAYED)]
-    return list(param_groups_weight_decay(model, weight_decay, undecayed))
+    return list(param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed))
 
 
 def distillation_loss(
