@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import nn
 import mpcompile
 from mpcompile.errors import InputError
 from mpcompile.training.masks import digest
+
+_PATIENCE = timedelta(hours=12)  # the others wait while the first rank makes the student
 
 
 def active() -> bool:
@@ -35,7 +38,7 @@ def start(device: str) -> torch.device:
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return torch.device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

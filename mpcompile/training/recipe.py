@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,21 @@ from mpcompile.training.images import Images
 from mpcompile.training.options import Training
 
 FOLDER = Path(__file__).parent / "recipes"
+_NUMBER = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 2:4 is text, not minutes and seconds (124), and 1e-5 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag not in (f"{_NUMBER}int", f"{_NUMBER}float")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_NUMBER}int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+_Loader.add_implicit_resolver(f"{_NUMBER}float", _FLOAT, list("-+.0123456789"))
+
 _PARTS = ("compile", "train", "data", "calibration")
 
 
@@ -84,7 +99,7 @@ class Recipe:
                 f"there is no recipe {str(name)!r}", expected=f"a YAML file, or one of {', '.join(cls.names())}"
             )
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not YAML", found=str(error).splitlines()[0]) from error
         if not isinstance(values, dict):
@@ -118,7 +133,7 @@ class Recipe:
             **{
                 **values,
                 "compile": Config.from_options(_tuples(values.get("compile"))),
-                "train": Training.from_options(_numbers(values.get("train"))),
+                "train": Training.from_options(values.get("train")),
                 "data": Images.from_options(values.get("data")),
                 "calibration": Calibration(**values.get("calibration", {})),
             }
@@ -153,18 +168,8 @@ def _change(values: dict[str, Any], change: str) -> None:
             raise ConfigError(
                 "a change names no part of the recipe", expected=f"one of {', '.join(_PARTS)}", found=part
             )
-    target[last] = yaml.safe_load(text)
+    target[last] = yaml.load(text, _Loader)
 
 
 def _tuples(options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()}
-
-
-def _numbers(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options in which 1e-5, which YAML 1.1 reads as text, is a number."""
-    found = dict(options or {})
-    for key, value in found.items():
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                found[key] = float(value)
-    return found
