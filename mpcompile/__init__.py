@@ -15,6 +15,7 @@ from mpcompile.audit import Report, audit
 from mpcompile.backend import refresh
 from mpcompile.certify import Certificates, certify
 from mpcompile.config import Config
+from mpcompile.distill import Training, distill
 from mpcompile.errors import MPCompileError
 from mpcompile.explain import Explanation, explain
 from mpcompile.pipeline import Pipeline, lower, transform
@@ -30,9 +31,11 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Report",
+    "Training",
     "analyze",
     "audit",
     "certify",
+    "distill",
     "explain",
     "load",
     "lower",

@@ -15,7 +15,7 @@ from mpcompile.errors import ConfigError
 from mpcompile.kernels.dispatch import auto_menu, auto_pattern
 from mpcompile.kernels.nm_format import Pattern, group_axis
 
-SCORES = ("magnitude", "wanda", "covariance", "obs")
+SCORES = ("magnitude", "wanda", "covariance", "obs", "ser")
 CALIBRATIONS = ("pruned", "pruned_to_dense", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
@@ -65,8 +65,10 @@ class Config:
             training, some models (those pretrained as masked autoencoders) keep more accuracy without.
         score: which values a group keeps: ``"magnitude"`` the largest; ``"wanda"`` the largest times their input;
             ``"covariance"`` those whose absence costs the output least; ``"obs"`` (optimal brain surgeon) likewise,
-            with the remaining values of the row moved to make up for it. All but the first need calibration data, and
-            fall back to magnitude, with a note in the Plan, when there is none.
+            with the remaining values of the row moved to make up for it; ``"ser"`` as ``"covariance"``, drawn towards a
+            source mask that prunes, trains what it removed for a short while and restores what moved furthest. All
+            but the first need calibration data, and fall back to magnitude, with a note in the Plan, when there is
+            none.
         permute: reorder channels so that the masks keep more, folded into the weights; None does so when there is
             calibration data.
         restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that

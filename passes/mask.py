@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from mpcompile.calibration import as_batches, batches, collect
 from mpcompile.config import ROLES, Config
-from mpcompile.errors import NotEligibleError
+from mpcompile.errors import InputError, NotEligibleError
 from mpcompile.graph import IRModule, LayerOp, argument, attribute, element_count, layers, set_attribute, unsupported
 from mpcompile.importers import Imported
 from mpcompile.kernels import ops
@@ -26,6 +26,7 @@ from mpcompile.passes.project import Projection, in_sequence, project
 from mpcompile.plan import LayerPlan
 from mpcompile.roles import roles
 from mpcompile.scores import covariance_mask, magnitude_mask, top_n
+from mpcompile.ser import source_masks
 from mpcompile.stream import batch_norms
 
 __all__ = ["Mask", "covariance_mask", "eligible", "magnitude_mask", "reason", "top_n", "verify"]
@@ -66,6 +67,32 @@ def _asked(config: Config) -> str:
     if config.mac_reduction is None:
         return config.pattern
     return " or ".join(config.patterns) or "with a pattern of its own"
+
+
+def sources(gm: IRModule, uses: list[LayerOp], ctx: Context) -> dict[str, Tensor]:
+    """The source masks of ``score="ser"``, by layer name.
+
+    Raises:
+        InputError: the calibration data can be read once only, or the graph takes its weights as inputs.
+    """
+    if not ctx.again or ctx.lifted.tensors:
+        raise InputError(
+            "score='ser' trains on the calibration data",
+            expected="data that can be read again, and a graph that owns its weights",
+            found="an iterator" if not ctx.again else "lifted weights",
+            hint="give a list or a DataLoader, and transform the module itself",
+        )
+    names = {use.weight.name: use.name for use in uses}
+    edges = {}
+    for use in uses:
+        fit = ctx.plan.layers[use.name].notes.get("analyze") if use.name in ctx.plan.layers else None
+        edges[use.weight.name] = float((fit or {}).get("edge") or 0.0)
+    known = [edge for edge in edges.values() if edge]
+    usual = sum(known) / len(known) if known else 1.0
+    data = batches(Imported(gm, ctx.inputs, ctx.lifted, []), as_batches(ctx.calibration))
+    weights = {use.weight.name: use.weight.tensor for use in uses}
+    kept = source_masks(gm, weights, {name: edge or usual for name, edge in edges.items()}, data)
+    return {names[name]: mask for name, mask in kept.items()}
 
 
 class Mask(Pass):
@@ -189,14 +216,21 @@ class Mask(Pass):
 
         norms = set(batch_norms(gm))
         renormed = ctx.calibrate != "dense" or ctx.again
+        measure = "covariance" if config.score == "ser" else config.score
+        prior_masks = ctx.prior
+        if config.score == "ser" and ctx.calibration is not None:
+            prior_masks = {**sources(gm, [found[name][0] for name in todo], ctx), **ctx.prior}
 
         def decide(name: str, moments: Any) -> Projection:
-            source = ctx.prior.get(name)
+            source = prior_masks.get(name)
             prior = None if source is None else (source.to(weights[name].device), ctx.prior_weight)
             refitted = ctx.refit and ctx.writable(found[name][0])
             bias = _bias(gm, uses[name]) if refitted else None
             free = bias is not None or (refitted and renormed and _normed(uses[name], norms))
-            return project(weights[name], moments, patterns[name], config.score, refitted, prior, bias, free)
+            result = project(weights[name], moments, patterns[name], measure, refitted, prior, bias, free)
+            if config.score == "ser" and result.score == measure:
+                result.score = "ser"
+            return result
 
         if ctx.calibration is None or (config.score == "magnitude" and not ctx.refit):
             result |= {name: decide(name, None) for name in todo}

@@ -220,7 +220,7 @@ class Permute(Pass):
         if not after > before:
             return None
         self.found.append((item, order))
-        return {
+        entry: dict[str, Any] = {
             "layers": list(readers),
             "channels": size,
             "orders": owners,
@@ -229,6 +229,18 @@ class Permute(Pass):
             "lost_before": 1 - before / len(each),
             "lost_after": 1 - after / len(each),
         }
+        writers = self._writers(item)
+        if len(writers) > 1:  # channels of a residual stream, which others may want to compare with the original's
+            entry |= {"writers": writers, "order": order[0].tolist()}
+        return entry
+
+    def _writers(self, item: ChannelClass) -> list[str]:
+        """Layers whose outputs are the channels of a class that has one order."""
+        if item.owner is not None:
+            return []
+        expand = self.analysis.atoms.expand
+        weights = [(name, dims) for name, dims in self.analysis.dims.items() if len(dims) > 1]
+        return [name.removesuffix(".weight") for name, dims in weights if expand(dims[0]) == [item.atom]]
 
     def summary(self, decision: dict[str, Any]) -> str:
         if not decision["requested"]:

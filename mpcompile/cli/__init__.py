@@ -31,6 +31,7 @@ COMMANDS = (
     "verify",
     "explain",
     "visualize",
+    "distill",
     "export",
     "report",
     "demo",

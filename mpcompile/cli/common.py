@@ -206,14 +206,14 @@ def model_options(job: argparse.ArgumentParser, **defaults: Any) -> None:
     config_options(job, **{"score": "magnitude", **defaults})
 
 
-def create(name: str, pretrained: bool) -> nn.Module:
+def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_', maxsplit=1)[0]}*")[:5]
         raise ConfigError(f"timm has no model {name!r}", expected=", ".join(near) or "a name from timm.list_models()")
     try:
-        return timm.create_model(name, pretrained=pretrained)
+        return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         raise InputError(
             f"timm can't make {name!r}: {str(error).splitlines()[0]}",

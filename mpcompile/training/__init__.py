@@ -1,0 +1,1 @@
+"""What distillation is made of: losses, features, masks in training, checkpoints, ranks, data, recipes."""

@@ -1,0 +1,223 @@
+"""Images from a folder, a Hugging Face dataset or WebDataset shards, through timm's readers, transforms and loader."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import ImageDataset, create_dataset, create_loader, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from mpcompile.calibration import draw
+from mpcompile.errors import ConfigError, InputError
+from mpcompile.training import ranks
+
+
+@dataclass(frozen=True)
+class Images:
+    """How images are read and augmented; the ``data`` of a recipe.
+
+    Attributes:
+        batch: images an optimiser step, over all ranks.
+        size: pixels of each side, or None for the model's own.
+        auto_augment: timm's name of a policy, such as ``"rand-m9-mstd0.5-inc1"``, or None.
+        reprob: probability of random erasing.
+        color_jitter: strength, or None; a policy takes its place.
+        scale: smallest and largest share of an image that a random crop takes.
+        hflip: probability of mirroring.
+        augment: False shows every image as in evaluation (needed for cached logits).
+        workers: processes that read images.
+
+    Raises:
+        ConfigError: a batch without images.
+    """
+
+    batch: int = 32
+    size: int | None = None
+    auto_augment: str | None = None
+    reprob: float = 0.0
+    color_jitter: float | None = None
+    scale: tuple[float, float] = (0.08, 1.0)
+    hflip: float = 0.5
+    augment: bool = True
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(self.scale))
+        if self.batch < 1 or self.workers < 0:
+            raise ConfigError("data needs a batch of at least 1 image, and workers from 0 on", found=self)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Images:
+        """From a mapping.
+
+        Raises:
+            ConfigError: a key that is no option.
+        """
+        valid = [f.name for f in dataclasses.fields(cls)]
+        for key in options or {}:
+            if key not in valid:
+                raise ConfigError(f"data has no option {key!r}", expected=f"one of {', '.join(valid)}")
+        return cls(**dict(options or {}))
+
+
+class Readable(ImageDataset):
+    """timm's dataset, except that an image that can't be read is an error that names it, and items are numbered.
+
+    Items are (image, label, number).
+    """
+
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
+        from PIL import Image
+
+        try:
+            source, label, *_ = self.reader[index]
+            image = Image.open(source).convert(self.input_img_mode)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(
+                f"image {self.reader.filename(index)} can't be read",
+                expected="a whole image file",
+                found=str(error).split(" <")[0] or type(error).__name__,
+                hint="replace or remove it",
+            ) from error
+        return (image if self.transform is None else self.transform(image)), -1 if label is None else int(label), index
+
+
+def dataset(root: str, split: str, training: bool, reader: str = "", batch: int = 1, seed: int = 0) -> Any:
+    """A dataset of labelled images.
+
+    Args:
+        root: folder of an image folder (its sub-folder ``split`` where there is one) or of shards, or a cache.
+        split: name of the split.
+        training: shuffle a streamed dataset.
+        reader: ``""`` for folders, ``"hfds/NAME"`` (Hugging Face datasets), ``"hfids/NAME"`` (streamed), ``"wds/NAME"``
+            (WebDataset), as timm spells them.
+        batch: images a batch, for streamed ones.
+        seed: of a streamed dataset's shuffling.
+
+    Raises:
+        InputError: nothing is there, or what it takes to read it isn't installed.
+    """
+    try:
+        found = create_dataset(reader, root, split=split, is_training=training, batch_size=batch, seed=seed)
+    except (ImportError, AssertionError) as error:
+        package = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}.get(reader.partition("/")[0])
+        raise InputError(
+            f"data {reader!r} can't be read: {str(error) or type(error).__name__}",
+            hint=f"pip install {package}" if package else None,
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"there are no images of split {split!r} in {root}",
+            expected="a folder with one sub-folder of images a class, itself or in a sub-folder named like the split",
+            found=str(error).splitlines()[0],
+        ) from error
+    if isinstance(found, ImageDataset):
+        found = Readable(root, reader=found.reader)
+    return found
+
+
+def _labels(source: Any) -> list[int] | None:
+    samples = getattr(getattr(source, "reader", None), "samples", None)
+    return None if samples is None else [int(label) for _, label in samples]
+
+
+def check_classes(source: Any, classes: int) -> None:
+    """The dataset has no more classes than the model.
+
+    Raises:
+        InputError: it has.
+    """
+    named = getattr(getattr(source, "reader", None), "class_to_idx", None)
+    labels = _labels(source)
+    count = len(named) if named else 1 + max(labels) if labels else 0
+    if count > classes:
+        raise InputError(
+            "the data has more classes than the model",
+            expected=f"at most {classes}",
+            found=count,
+            hint="use a model that was trained on these classes",
+        )
+
+
+def loader(source: Any, model: nn.Module, images: Images, training: bool, accumulate: int = 1) -> Any:
+    """Batches of a dataset, this rank's share.
+
+    Args:
+        source: from :func:`dataset`.
+        model: whose size, mean and interpolation count (timm's data configuration).
+        images: how they are augmented.
+        training: shuffled, augmented batches of equal size; else all images in order, once.
+        accumulate: batches an optimiser step.
+
+    Raises:
+        ConfigError: the batch doesn't divide by ranks and accumulated batches.
+    """
+    parts = ranks.world() * accumulate
+    if training and images.batch % parts:
+        raise ConfigError(
+            "the batch doesn't divide evenly",
+            expected=f"a multiple of {parts} ({ranks.world()} ranks, {accumulate} accumulated batches)",
+            found=images.batch,
+        )
+    if not training and ranks.active() and not isinstance(source, IterableDataset):
+        source = torch.utils.data.Subset(source, range(ranks.rank(), len(source), ranks.world()))
+    config = _config(model, images)
+    augmented = training and images.augment
+    found = create_loader(
+        source,
+        batch_size=max(1, images.batch // parts),
+        is_training=training,
+        no_aug=not augmented,
+        use_prefetcher=False,
+        auto_augment=images.auto_augment if augmented else None,
+        re_prob=images.reprob if augmented else 0.0,
+        color_jitter=images.color_jitter,
+        scale=images.scale,
+        hflip=images.hflip,
+        num_workers=images.workers,
+        persistent_workers=False,  # their random numbers would depend on the epochs before
+        distributed=training and ranks.active(),
+        **{k: config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
+    )
+    if not augmented:
+        (source.dataset if isinstance(source, torch.utils.data.Subset) else source).transform = _plain(config)
+    return found
+
+
+def _config(model: nn.Module, images: Images) -> dict[str, Any]:
+    config = dict(resolve_model_data_config(model))
+    if images.size is not None:
+        config["input_size"] = (config["input_size"][0], images.size, images.size)
+    return config
+
+
+def _plain(config: Mapping[str, Any]) -> Any:
+    """The transform of evaluation."""
+    return create_transform(**{**config, "is_training": False})
+
+
+def calibration(source: Any, model: nn.Module, images: Images, count: int, batch: int, seed: int = 0) -> list[Tensor]:
+    """Class-balanced images of a dataset, as in evaluation, in batches.
+
+    Raises:
+        InputError: there are fewer images.
+    """
+    transform = _plain(_config(model, images))
+    if isinstance(source, IterableDataset):
+        source.transform = transform
+        drawn: Iterable[Any] = itertools.islice(iter(source), count)
+    else:
+        labels = _labels(source)
+        chosen = draw(labels if labels is not None else [0] * len(source), count, seed)
+        source.transform = transform
+        drawn = (source[index] for index in chosen)
+    pixels = [item[0] for item in drawn]
+    if len(pixels) < count:
+        raise InputError("there are too few images to calibrate on", expected=count, found=len(pixels))
+    return list(torch.stack(pixels).split(batch))

@@ -1,0 +1,147 @@
+"""Several processes: who writes, and whether all of them train the same thing with the same code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import mpcompile
+from mpcompile.errors import InputError
+from mpcompile.training.masks import digest
+
+_PATIENCE = timedelta(hours=12)  # the others wait while the first rank makes the student
+
+
+def active() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def start(device: str) -> torch.device:
+    """Join the other processes if torchrun started this one; returns the device to use."""
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return torch.device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(device)
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if active():
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """One value of every rank, on every rank."""
+    if not active():
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def broadcast(value: Any) -> Any:
+    """The first rank's value, on every rank."""
+    if not active():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def total(*values: float, device: torch.device) -> list[float]:
+    """Sums over all ranks."""
+    if not active():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    sha = hashlib.sha256()
+    for root in mpcompile.__path__:
+        for path in sorted(Path(root).rglob("*.py")):
+            sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def code() -> dict[str, str]:
+    """Versions that have to be equal on all ranks."""
+    import timm
+
+    versions = {"mpcompile": mpcompile.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    return {**versions, "sources": _sources()}
+
+
+def _differing(found: list[Any]) -> str:
+    return "; ".join(f"rank {i}: {value}" for i, value in enumerate(found) if value != found[0] or i == 0)
+
+
+def check_code() -> None:
+    """Raise on every rank if any runs other code.
+
+    Raises:
+        InputError: names what differs, and where.
+    """
+    found = gather(code())
+    keys = [key for key in found[0] if len({other[key] for other in found}) > 1]
+    if keys:
+        different = _differing([", ".join(f"{key} {other[key]}" for key in keys) for other in found])
+        raise InputError(
+            "the processes run different code",
+            expected="the same versions on every rank",
+            found=different,
+            hint="install the same version on every machine",
+        )
+
+
+def check_masks(student: nn.Module) -> None:
+    """Raise on every rank if the masks aren't identical everywhere.
+
+    Raises:
+        InputError: names the ranks.
+    """
+    found = [value[:12] for value in gather(digest(student))]
+    if len(set(found)) > 1:
+        raise InputError(
+            "the masks differ between processes",
+            expected="identical masks on every rank",
+            found=_differing(found),
+            hint="transform on one rank and send the student to the others (mpcompile distill does)",
+        )
+
+
+def check_equal(name: str, value: Any) -> None:
+    """Raise on every rank if a value isn't the same everywhere."""
+    found = gather(value)
+    if any(other != found[0] for other in found):
+        raise InputError(
+            f"{name} differs between processes", expected="the same on every rank", found=_differing(found)
+        )

@@ -1,0 +1,175 @@
+"""Recipes: what is made of which model, how, on what data: one YAML file each, a row of the paper or your own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor, nn
+
+from mpcompile.config import Config
+from mpcompile.errors import ConfigError
+from mpcompile.graph import IRModule
+from mpcompile.pipeline import transform
+from mpcompile.training.images import Images
+from mpcompile.training.options import Training
+
+FOLDER = Path(__file__).parent / "recipes"
+_NUMBER = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 2:4 is text, not minutes and seconds (124), and 1e-5 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag not in (f"{_NUMBER}int", f"{_NUMBER}float")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_NUMBER}int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+_Loader.add_implicit_resolver(f"{_NUMBER}float", _FLOAT, list("-+.0123456789"))
+
+_PARTS = ("compile", "train", "data", "calibration")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How many training images decide masks and orders, and by how many at a time."""
+
+    images: int = 256
+    batch: int = 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way from a dense model to a distilled one.
+
+    Attributes:
+        name: of the recipe.
+        model: timm's name, with the tag of its weights.
+        compile: what the model becomes.
+        train: how it is distilled.
+        data: how images are read.
+        calibration: images for masks and orders.
+        prior_weight: pull of the source mask with ``score="ser"``.
+        macs: multiply-accumulates to expect: ``dense`` in G, ``executed`` and ``paper`` as percent saved.
+        source: where it comes from, and what was decided where sources disagree.
+
+    Example:
+        >>> recipe = Recipe.load("deit_tiny_2of4_tome8")
+        >>> recipe.compile.pattern, recipe.train.epochs
+        ('2:4', 3)
+    """
+
+    name: str
+    model: str
+    compile: Config = field(default_factory=Config)
+    train: Training = field(default_factory=Training)
+    data: Images = field(default_factory=Images)
+    calibration: Calibration = field(default_factory=Calibration)
+    prior_weight: float = 0.1
+    macs: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
+
+    @staticmethod
+    def names() -> list[str]:
+        """Recipes that come with mpcompile."""
+        return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+    @classmethod
+    def load(cls, name: str | Path, changes: Sequence[str] = ()) -> Recipe:
+        """A recipe by its name, or from a YAML file.
+
+        Args:
+            name: one of :meth:`names`, or a path that ends in ``.yaml`` or ``.yml``.
+            changes: ``"part.option=value"``, values as in YAML, such as ``"train.lr=3e-4"``.
+
+        Raises:
+            ConfigError: no such recipe, not YAML, or an option that isn't known.
+        """
+        path = Path(name) if Path(name).suffix in (".yaml", ".yml") else FOLDER / f"{name}.yaml"
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no recipe {str(name)!r}", expected=f"a YAML file, or one of {', '.join(cls.names())}"
+            )
+        try:
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not YAML", found=str(error).splitlines()[0]) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds no recipe", expected="keys such as model and compile", found=type(values))
+        return cls.from_dict({"name": path.stem, **values}, changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
+        """A recipe from plain values.
+
+        Raises:
+            ConfigError: an option that isn't known, or can't have this value.
+        """
+        values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+        for change in changes:
+            _change(values, change)
+        valid = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in valid:
+                raise ConfigError(f"a recipe has no part {key!r}", expected=f"one of {', '.join(valid)}")
+        for key in ("name", "model"):
+            if not isinstance(values.get(key), str):
+                raise ConfigError(f"the recipe names no {key}", expected=f"{key}: NAME", found=values.get(key))
+        for part in _PARTS:
+            if not isinstance(values.get(part, {}), Mapping):
+                raise ConfigError(f"{part} has the wrong type", expected="options by name", found=values[part])
+        known = {f.name for f in dataclasses.fields(Calibration)}
+        for key in set(values.get("calibration", {})) - known:
+            raise ConfigError(f"calibration has no option {key!r}", expected=f"one of {', '.join(sorted(known))}")
+        return cls(
+            **{
+                **values,
+                "compile": Config.from_options(_tuples(values.get("compile"))),
+                "train": Training.from_options(values.get("train")),
+                "data": Images.from_options(values.get("data")),
+                "calibration": Calibration(**values.get("calibration", {})),
+            }
+        )
+
+    def student(self, teacher: nn.Module, calibration: Iterable[Tensor]) -> IRModule:
+        """The teacher, masked and merged as the recipe says: not trained yet.
+
+        Args:
+            teacher: the dense model.
+            calibration: batches of images that can be read again.
+
+        Raises:
+            MPCompileError: as :func:`mpcompile.transform`.
+        """
+        return transform(teacher, None, self.compile, calibration, prior_weight=self.prior_weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_dict` takes them back."""
+        return {**dataclasses.asdict(self), "compile": self.compile.to_dict(), "macs": dict(self.macs)}
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    path, equals, text = change.partition("=")
+    *parts, last = path.split(".")
+    if not equals or len(parts) > 1 or not last:
+        raise ConfigError("a change has the wrong form", expected="part.option=value", found=change)
+    target = values
+    for part in parts:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ConfigError(
+                "a change names no part of the recipe", expected=f"one of {', '.join(_PARTS)}", found=part
+            )
+    target[last] = yaml.load(text, _Loader)
+
+
+def _tuples(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()}

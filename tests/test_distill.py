@@ -1,0 +1,339 @@
+"""Distillation: the loss, the masks, what comes back after an interruption, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mpcompile
+from mpcompile.distill import Training, distill, evaluate
+from mpcompile.errors import ArtifactError, ConfigError, InputError
+from mpcompile.training import checkpoint
+from mpcompile.training.features import pair
+from mpcompile.training.losses import distillation_loss, parameter_groups
+from mpcompile.training.masks import digest, masked_weights
+from tests.helpers import convolutional, images, tiny_vit
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
+
+
+def data(count: int = 48, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 16, generator=generator)
+    return TensorDataset(x, torch.randint(0, 5, (count,), generator=generator))
+
+
+def loader(batch: int = 8, **kwargs) -> DataLoader:
+    return DataLoader(data(), batch, shuffle=True, **kwargs)
+
+
+def student(model: nn.Module, config: mpcompile.Config | None = None) -> nn.Module:
+    return mpcompile.transform(model.eval(), torch.randn(2, 16), config or mpcompile.Config(score="magnitude"))
+
+
+def run(model: nn.Module, **kwargs) -> nn.Module:
+    gm = student(model)
+    kwargs = {"lr": 1e-2, "progress": False, **kwargs}
+    distill(gm, model, kwargs.pop("train", None) or loader(), **kwargs)
+    return gm
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+class Stop(Exception):
+    pass
+
+
+class Breaking:
+    """A loader that breaks off after so many batches in all."""
+
+    def __init__(self, inner: DataLoader, count: int) -> None:
+        self.inner, self.left = inner, count
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self):
+        for batch in self.inner:
+            if not self.left:
+                raise Stop
+            self.left -= 1
+            yield batch
+
+
+def test_the_loss_is_the_one_of_the_paper():
+    torch.manual_seed(0)
+    s, t, y = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    target = torch.full((4, 5), 0.1 / 5)
+    target[torch.arange(4), y] += 0.9
+    hard = -(target * s.log_softmax(-1)).sum(-1).mean()
+    p = (t / 2).softmax(-1)
+    soft = (p * (p.log() - (s / 2).log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(distillation_loss(s, t, y, 0.5, 2.0, 0.1), 0.5 * hard + 0.5 * 4 * soft)
+    torch.testing.assert_close(distillation_loss(s, t, None, 1.0, 2.0, 0.1), 4 * soft)
+
+
+def test_what_decays():
+    model = tiny_vit()
+    decayed, rest = sorted(parameter_groups(model, 0.1), key=lambda group: -group["weight_decay"])
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert rest["weight_decay"] == 0
+    assert {names[id(p)] for p in decayed["params"]} == {
+        n for n, p in model.named_parameters() if p.dim() >= 2 and n not in ("cls_token", "pos_embed")
+    }
+
+
+def test_masks_hold_after_every_step_and_training_lowers_the_loss():
+    model = mlp()
+    gm = student(model)
+    before = digest(gm)
+    found = distill(gm, model, loader(), epochs=8, lr=1e-2, weight_decay=0.1, progress=False)
+    assert found.losses[-1] < found.losses[0] and found.steps == 48 and found.images == 8 * 48
+    assert digest(gm) == before
+    assert all(bool((w[~m] == 0).all()) for w, m, _ in masked_weights(gm).values())
+    assert not gm.training
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"ema": 0.9, "accumulate": 4}, {"precision": "bf16"}])
+def test_options_train_and_keep_masks(options):
+    model = mlp()
+    dense = copy.deepcopy(model)
+    gm = run(model, epochs=2, clip=1.0, **options)
+    assert all(bool((w[~m] == 0).all()) for w, m, _ in masked_weights(gm).values())
+    assert not same(gm, student(model)) and same(model, dense)
+
+
+def test_accumulated_batches_are_one_large_batch():
+    model = mlp()
+    model[2] = nn.Identity()
+    x, y = data()[:]
+    whole = run(model, train=[(x[i : i + 16], y[i : i + 16]) for i in (0, 16)], epochs=2)
+    parts = run(model, train=[(x[i : i + 4], y[i : i + 4]) for i in range(0, 32, 4)], epochs=2, accumulate=4)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "gradual"])
+def test_moving_masks_end_legal_and_removed_weights_come_back(method):
+    model = mlp()
+    gm = student(model)
+    gm.load_state_dict(model.state_dict(), strict=False)
+    before = digest(gm)
+    distill(gm, model, loader(), epochs=4, lr=3e-2, method=method, progress=False)
+    for weight, mask, pattern in masked_weights(gm).values():
+        assert bool((weight[~mask] == 0).all())
+        assert bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all())
+    assert digest(gm) != before
+    x = data()[:4][0]
+    expected = gm(x)
+    gm = copy.deepcopy(gm)  # nothing of the method is left in the layers
+    torch.testing.assert_close(gm(x), expected)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "accumulate": 2}, {"method": "gradual"}])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, stop, options):
+    model = mlp()
+    options = {"epochs": 3, "lr": 1e-2, "checkpoint_steps": 2, "progress": False, **options}
+    gm = student(model)
+    whole = distill(gm, model, loader(), data_val(), out=tmp_path / "whole", **options)
+    broken = student(model)
+    with pytest.raises(Stop):
+        distill(broken, model, Breaking(loader(), stop), data_val(), out=tmp_path / "run", **options)
+    broken = student(model)
+    found = distill(broken, model, loader(), data_val(), out=tmp_path / "run", resume="auto", **options)
+    assert same(broken, gm)
+    assert (found.losses, found.accuracy, found.images) == (whole.losses, whole.accuracy, whole.images)
+
+
+def data_val() -> list:
+    x, y = data(20, 1)[:]
+    return list(zip(x.split(7), y.split(7), strict=True))
+
+
+def test_a_finished_run_resumes_to_its_result(tmp_path):
+    model = mlp()
+    gm = student(model)
+    distill(gm, model, loader(), out=tmp_path, epochs=1, progress=False)
+    again = student(model)
+    found = distill(again, model, loader(), out=tmp_path, epochs=1, resume="auto", progress=False)
+    assert same(again, gm) and found.resumed == found.steps == 6
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    model = mlp()
+    torch.manual_seed(3)
+    run(model, epochs=1)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    student(model)  # draws example inputs
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_features_compare_reordered_channels_with_their_own():
+    model, x = tiny_vit(), images(8)
+    passes = list(mpcompile.Pipeline())[:2]  # reordered, not masked
+    gm = mpcompile.transform(model, x, mpcompile.Config(permute=True), [x], pipeline=mpcompile.Pipeline(passes))
+    assert any("order" in entry for entry in gm.plan.passes[-1].decision["classes"])
+    both = pair(gm, model, [x])
+    assert both.blocks == ["blocks.0", "blocks.1"]
+    with torch.no_grad():
+        (ours, found), (theirs, wanted) = both.student(x), both.teacher(x)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert float(both.loss(found, wanted)) < 1e-9
+    both.orders = [None, None]
+    assert float(both.loss(found, wanted)) > 0.1
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_feature_matching_brings_block_outputs_closer(r):
+    model, x = tiny_vit(), images(16)
+    gm = mpcompile.transform(model, x, mpcompile.Config(score="magnitude", tome_r=r))
+    measure = pair(gm, model, [x])
+    with torch.no_grad():
+        before = float(measure.loss(measure.student(x)[1], measure.teacher(x)[1]))
+    distill(gm, model, [(x, torch.zeros(16).long())] * 4, epochs=2, lr=3e-3, features=1.0, progress=False)
+    with torch.no_grad():
+        after = float(measure.loss(measure.student(x)[1], measure.teacher(x)[1]))
+    assert after < 0.9 * before
+    assert all(bool((w[~m] == 0).all()) for w, m, _ in masked_weights(gm).values())
+
+
+def test_batchnorm_is_estimated_anew():
+    model, x = convolutional("resnet10t"), images(16, 32)
+    gm = mpcompile.transform(model, x, mpcompile.Config(score="magnitude"))
+    batches = [(x, torch.zeros(16).long())]
+    distill(gm, model, batches, epochs=1, lr=1e-9, bn_batches=1, progress=False)
+    first = next(m for m in gm.modules() if isinstance(m, nn.BatchNorm2d))
+    stem = next(n for n in gm.graph.nodes if n.op == "call_module" and gm.get_submodule(n.target) is first)
+    inputs = torch.fx.Interpreter(gm, garbage_collect_values=False)
+    inputs.run(x)
+    expected = inputs.env[stem.args[0]].mean((0, 2, 3))
+    torch.testing.assert_close(first.running_mean, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_cached_logits_change_nothing_and_spare_the_teacher():
+    class Counting(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.calls = inner, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x)
+
+    model = mlp()
+    x, y = data()[:]
+    dataset = TensorDataset(x, y, torch.arange(len(x)))
+    results, calls = [], []
+    for cache in (False, True):
+        teacher = Counting(model)
+        gm = student(model)
+        distill(gm, teacher, DataLoader(dataset, 8, shuffle=True), epochs=3, cache=cache, progress=False)
+        results.append(gm)
+        calls.append(teacher.calls)
+    for a, b in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert calls[0] == 18 and calls[1] <= 12
+
+
+def refused(error, match, model=None, gm=None, **kwargs):
+    model = model or mlp()
+    with pytest.raises(error, match=match):
+        distill(gm or student(model), kwargs.pop("teacher", model), progress=False, **{"train": loader(), **kwargs})
+
+
+def test_bad_input_is_refused():
+    x, y = data()[:]
+    refused(InputError, "label is out of range.*0 to 4.*found 9", train=[(x, y), (x, torch.full_like(y, 9))])
+    refused(InputError, "out of range.*found -1", train=[(x, torch.full_like(y, -1))])
+    refused(InputError, "different classes", teacher=nn.Linear(16, 7))
+    refused(InputError, "no masks", gm=mlp())
+    refused(InputError, "nothing to train on", train=[])
+    refused(InputError, "no length", train=iter([(x, y)]))
+    refused(InputError, "no labels", train=[x])
+    refused(InputError, "labels have the wrong", train=[(x, y.float())])
+    refused(InputError, "cache=True needs", cache=True)
+    refused(ConfigError, "no option 'epoch'.*did you mean 'epochs'", epoch=3)
+    refused(ConfigError, "out of range", alpha=2.0)
+    refused(ConfigError, "wrong type", epochs="3")
+    refused(ConfigError, "needs a folder", resume="auto")
+    refused(ConfigError, "fsdp", sharding="fsdp", ema=0.9)
+
+
+def test_a_loader_that_yields_less_than_it_says(tmp_path):
+    class Short(Breaking):
+        def __iter__(self):
+            return itertools.islice(iter(self.inner), self.left)
+
+    refused(InputError, "yields nothing", train=Short(loader(), 0))
+    refused(InputError, "fewer batches", train=Short(loader(), 2), out=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tmp_path):
+    x, y = data()[:]
+    bad = [(x, y), (x, y), (x * float("nan"), y)]
+    refused(
+        InputError, "step 2 is not finite.*checkpoint is .*checkpoint.pt", train=bad, out=tmp_path, checkpoint_steps=1
+    )
+    assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 2
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    model = mlp()
+    calls = []
+
+    def full(state, file):
+        calls.append(1)
+        if len(calls) > 1:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        return save(state, file)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    refused(ArtifactError, "No space left.*is whole", model=model, out=tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 6
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+    gm = student(model)
+    assert distill(gm, model, loader(), out=tmp_path, resume="auto", progress=False).resumed == 6
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    refused_by = {"epochs": 1, "out": tmp_path}
+    model = mlp()
+    distill(student(model), model, loader(), progress=False, **refused_by)
+    refused(ArtifactError, "earlier run", model=model, **refused_by)
+    refused(ArtifactError, "expected lr=0.0001, found lr=0.1", model=model, resume="auto", lr=0.1, **refused_by)
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[:1000])
+    refused(ArtifactError, "can't be read as a checkpoint", model=model, resume="auto", **refused_by)
+
+
+def test_evaluation_counts_right_answers():
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+        model.bias.zero_()
+    batches = [(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])), (torch.eye(2)[:1], torch.tensor([0]))]
+    assert evaluate(model, batches) == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate(model, [])
+
+
+def test_training_options_round_trip():
+    training = Training(lr=3e-4, features=1.0)
+    assert Training.from_options(training.to_dict()) == training
+    assert Training(warmup=500).warmup_steps(100) == 99 and Training(warmup=0.1).warmup_steps(100) == 10
