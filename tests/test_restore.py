@@ -252,7 +252,7 @@ def test_the_bias_puts_the_mean_right(calibrate):
     torch.manual_seed(0)
     x = torch.randn(400, 32) @ torch.randn(32, 32) * 0.3 + 1
     model = mlp()
-    gm = transform(model, x[:2], Config("1:4", permute=False, calibrate=calibrate), [x[:200], x[200:]])
+    gm = transform(model, x[:2], Config("1:4", permute=False), [x[:200], x[200:]], calibrate=calibrate)
     before = x if calibrate == "dense" else None
     first = gm.get_submodule("0")
     with torch.no_grad():
