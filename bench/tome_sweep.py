@@ -106,7 +106,8 @@ def small_side(model: nn.Module) -> int:
     if embeds:  # pixels a token, convolutions in front included
         patch = embeds[0].img_size[0] // embeds[0].grid_size[0]
     else:
-        patch = sizes[0][0] if sizes else 16
+        patch = sizes[0] if sizes else 16
+        patch = patch[0] if isinstance(patch, (tuple, list)) else patch
     pooled = next((m.pooling_kernel_size for m in modules if hasattr(m, "pooling_kernel_size")), 1)
     return int(patch * -(-SMALL // pooled) * pooled)
 
