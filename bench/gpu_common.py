@@ -112,12 +112,13 @@ def versions(device: torch.device) -> dict[str, Any]:
     except ImportError:
         found["triton"] = None
     if device.type == "cuda":
-        from mpcompile.kernels.nm_linear import cusparselt
+        from mpcompile.kernels.nm_linear import cusparselt, gpu_cubin, gpu_launch
 
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         found |= {"processors": properties.multi_processor_count, "cuda": torch.version.cuda}
         found["cusparselt"] = cusparselt.version()
+        found["cubins"] = os.environ.get(gpu_cubin.VARIABLE) if gpu_launch.from_cubins() else None
     return found
 
 

@@ -254,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + args.budget
     first = gpu_common.run_worker("bench.gpu_e2e", {**base, "candidate": "smoke"}, "sparse", given, 120)
     print(f"smoke test: Inductor {first.get('inductor')}, kernels {first.get('kernels')}", first.get("error", ""))
+    if first.get("versions", {}).get("cubins"):
+        print(f"sparse tensor-core kernels come from cubins: {first['versions']['cubins']}")
     builds = list(args.builds)
     if first.get("inductor") != "ok":
         builds = ["2:4 graph" if name == "2:4" else name for name in builds if name != "2:4 tome"]

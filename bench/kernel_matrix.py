@@ -41,6 +41,7 @@ except ImportError:  # run as a file
     import common
 
 SPILL = 16
+LAUNCH = ("ptx", "cubin", "function", "parameters", "scratch_bytes")  # of a record, what only a launch needs
 PART = 24  # builds between two looks at the clock
 KERNELS = ("gluon_mma_conv", "gluon_mma_sp", "gluon_wgmma_sp")
 WIDTHS = {"ViT-S": 384, "ViT-B": 768, "ViT-L": 1024}
@@ -77,13 +78,14 @@ def compiled(
     """
     left, deadline = [build for build in wanted if build not in found], time.monotonic() + args.seconds
     order = {build: number for number, build in enumerate(wanted)}
+    stamp = time.strftime("%Y%m%d-%H%M%S")  # an earlier run's folder stays as it is
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(left), desc="compile", unit="build") as bar:
         for number, start in enumerate(range(0, len(left), PART)):
             if time.monotonic() > deadline:
                 break
-            folder = args.keep or Path(scratch) / str(number)
+            folder = (args.keep or Path(scratch)) / f"{stamp}-{number}"
             for build, record in compile_all(left[start : start + PART], folder, args.triton, args.jobs):
-                found[build] = {k: v for k, v in record.items() if args.keep or k not in ("ptx", "cubin")}
+                found[build] = {k: v for k, v in record.items() if k not in LAUNCH}
                 bar.update()
             records = sorted(found, key=lambda build: order.get(build, len(order)))
             common.save(where.stem, [found[build] for build in records], where.parent)
@@ -144,7 +146,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="(all)")
     parser.add_argument("--epilogues", nargs="+", choices=EPILOGUES, default=list(EPILOGUES), help="(all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the records go (bench/results/)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep cubins and PTX there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep cubins there, for MPCOMPILE_CUBINS")
     parser.add_argument("--triton", type=Path, metavar="FOLDER", help="a newer Triton, where the installed one is old")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then; another run goes on (never)")

@@ -14,7 +14,8 @@ otherwise after another rounding; it may be at most 1.5 times that of the transf
 the build is called WRONG and the exit status is 1.
 
 ``--parts`` times what merging adds to a block instead: matching and merge, and attention with log(size) as a bias, as
-an extra key channel, written out, and without any.
+an extra key channel, written out, and without any; and what fewer tokens save in its linear layers alone: the time
+that they take at the token counts of all blocks, over what it would be if it went with the tokens.
 
 With ``--threads 1`` the clock is the processor time of that thread, which holds on a machine that others use as well.
 
@@ -41,6 +42,7 @@ import mpcompile
 from mpcompile.kernels import ops
 from mpcompile.kernels.token_merge import reference
 from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.token_schedule import counts
 
 try:
     from bench import common
@@ -50,6 +52,7 @@ except ImportError:  # run as a file
     from cpu_e2e import Built, create, dense_builds, keep, title
 
 NAME, PARTS = "tome_e2e", "tome_parts"
+BLOCKS = 12  # of the models whose linear layers --parts times
 FORMS = ("eager", "compile", "compile freezing")
 
 
@@ -141,6 +144,21 @@ def attention_variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[T
     }
 
 
+def linear_scaling(module: nn.Module, x: Tensor, tokens: list[int], args: argparse.Namespace) -> float:
+    """Time of a block's linear layers at each number of tokens, over that at the first number times the share kept."""
+    layers = [module.attn.qkv, module.attn.proj, module.mlp.fc1, module.mlp.fc2]
+    given = {layer: torch.randn(*x.shape[:2], layer.in_features, dtype=x.dtype) for layer in layers}
+
+    def run(count: int) -> None:
+        for layer in layers:
+            layer(given[layer][:, :count].contiguous())
+
+    calls = {str(count): functools.partial(run, count) for count in tokens}
+    seconds = common.interleave(calls, args.rounds, args.warmup, clock=args.clock)
+    medians = {count: common.quartiles(seconds[str(count)])["median"] for count in tokens}
+    return sum(medians[count] for count in tokens) / (medians[tokens[0]] * sum(tokens) / tokens[0])
+
+
 def parts(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
     """Time what merging adds to one block, compiled, beside the whole dense block."""
     model, images = create(argparse.Namespace(**{**vars(args), "depth": 1}), batch, dtype)
@@ -175,11 +193,15 @@ def parts(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
     whole = min(ms["block"]["median"], ms["block, eager"]["median"])
     share = (ms["addition, merge and norm"]["median"] - ms["addition and norm"]["median"]) / whole
     key = {"model": args.model, "depth": args.depth, "batch": batch, "dtype": dtype, "threads": args.threads}
+    scaling = {str(r): linear_scaling(module, x, counts(tokens, 1, [r] * BLOCKS)[:-1], args) for r in args.tome_r}
     print(f"\n{title(key)}: matching and merge take {share:.2%} of a block's time")
+    text = ", ".join(f"{value:.3f} at r = {r}" for r, value in scaling.items())
+    print(f"linear layers at the tokens of {BLOCKS} blocks, over time in proportion to tokens: {text}")
     print(
         common.table([[n, f"{t['median']:.2f} [{t['q1']:.2f}, {t['q3']:.2f}]"] for n, t in ms.items()], ["part", "ms"])
     )
-    return {**key, "tome_r": args.tome_r[0], "merge_share": share, "environment": common.environment(), "ms": ms}
+    found = {"tome_r": args.tome_r[0], "merge_share": share, "linear_scaling": scaling, "ms": ms}
+    return {**key, **found, "environment": common.environment()}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

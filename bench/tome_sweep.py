@@ -55,7 +55,8 @@ SMALL = 8  # patches a side of the images whose outputs are compared
 
 def build(name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
     """An architecture at depth 2 if its family takes a depth; and the arguments it was made with."""
-    for extra in ({"depth": 2, **kwargs}, {"depth": 2}):
+    grouped = {"depth": 2, "num_heads": 8, "num_kv_heads": (8, 4)}  # for families that name heads block by block
+    for extra in ({"depth": 2, **kwargs}, {"depth": 2}, {**grouped, **kwargs}):
         try:
             return timm.create_model(name, **extra).eval(), extra
         except Exception:  # families say in many ways that they take no depth, or not this size
@@ -97,14 +98,26 @@ def blocks(model: nn.Module, sites: int) -> list[nn.Module]:
     return found[-sites:]
 
 
+def small_side(model: nn.Module) -> int:
+    """Side, in pixels, of an image of about ``SMALL`` x ``SMALL`` tokens."""
+    modules = list(model.modules())
+    embeds = [m for m in modules if getattr(m, "img_size", None) and getattr(m, "grid_size", None)]
+    sizes = [m.patch_size for m in modules if hasattr(m, "patch_size")]
+    if embeds:  # pixels a token, convolutions in front included
+        patch = embeds[0].img_size[0] // embeds[0].grid_size[0]
+    else:
+        patch = sizes[0] if sizes else 16
+        patch = patch[0] if isinstance(patch, (tuple, list)) else patch
+    pooled = next((m.pooling_kernel_size for m in modules if hasattr(m, "pooling_kernel_size")), 1)
+    return int(patch * -(-SMALL // pooled) * pooled)
+
+
 def compare(name: str, model: nn.Module) -> dict[str, Any]:
     """Transform an architecture, given on the meta device, with weights on small images; compare with the reference."""
-    embed = getattr(model, "patch_embed", None)
-    size, grid = (getattr(embed, key, None) for key in ("img_size", "grid_size"))
-    patch = size[0] // grid[0] if size and grid else 16  # pixels a token, convolutions in front included
+    side = small_side(model)
     torch.manual_seed(0)
-    model, used = build(name, img_size=SMALL * patch)
-    size = SMALL * patch if "img_size" in used else model.default_cfg["input_size"][-1]
+    model, used = build(name, img_size=side)
+    size = side if "img_size" in used else model.default_cfg["input_size"][-1]
     helpers.randomise(model)
     images = torch.randn(2, 3, size, size)
     gm, traced = merge(model, images)
@@ -173,7 +186,7 @@ def sweep(args: argparse.Namespace) -> None:
 def short(reason: str) -> str:
     """A reason without what differs from variant to variant."""
     reason = re.sub(r"^[\w.]+: ", "", reason)
-    reason = reason.split(". Use ")[0].split("; expected")[0] + "".join(re.findall(r", found (.*?)\. Use ", reason)[:0])
+    reason = reason.split(". Use ")[0].split("; expected")[0]
     return re.sub(r"\(\d[\d, ]*\)", "(...)", reason)
 
 

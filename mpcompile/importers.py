@@ -229,14 +229,14 @@ def _import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Impor
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise for the first weight that isn't finite.
+    """Raise for the first weight that isn't finite; a single number may be infinite (the bound of a clamp).
 
     Raises:
         InputError: names the tensor, and how many of its values are NaN or infinite.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.device.type != "meta":
-            bad = int((~torch.isfinite(tensor)).sum())
+            bad = int((~torch.isfinite(tensor) if tensor.dim() else tensor.isnan()).sum())
             if bad:
                 raise InputError(
                     "the weight is not finite",

@@ -105,23 +105,20 @@ class FoldScale(Pass):
     def _fold(self, gm: IRModule, layer: LayerOp, ctx: Context) -> None:
         graph, node, weight = gm.graph, layer.node, layer.weight.tensor.detach()
         factor, bias = self._behind(gm, layer, ctx), parameter(gm, layer.bias, ctx.lifted)
-        assert factor is not None and layer.pattern is not None  # as plan() found them
+        idle, product = follow(gm, node)
+        assert factor is not None and product is not None and layer.pattern is not None  # as plan() found them
         rows = factor.detach().double().reshape(-1)
         scaled = (weight.double() * rows.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
-        idle, product = follow(gm, node)
-        assert product is not None
         with graph.inserting_before(node):
-            values = self._keep(gm, f"{FOLDED}.{layer.name}", "weight", scaled)
-            shift = None
+            values, shift = self._keep(gm, f"{FOLDED}.{layer.name}", "weight", scaled), None
             if bias is not None:
-                shift = (bias.detach().double() * rows).to(bias.dtype)
-                shift = self._keep(gm, f"{FOLDED}_bias.{layer.name}", "bias", shift)
+                moved = (bias.detach().double() * rows).to(bias.dtype)
+                shift = self._keep(gm, f"{FOLDED}_bias.{layer.name}", "bias", moved)
             mask = graph.get_attr(f"{layer.name}.mask") if node.op == "call_module" else node.args[2]
             head = (argument(node, 0, "input"), values, mask, shift)
-            if layer.geometry is None:
+            if (g := layer.geometry) is None:
                 new = graph.call_function(ops.masked_linear, (*head, *layer.pattern))
             else:
-                g = layer.geometry
                 axes = (g.stride, g.padding, g.dilation, g.groups)
                 new = graph.call_function(ops.masked_conv2d, (*head, *axes, *layer.pattern))
         new.meta = dict(product.meta)

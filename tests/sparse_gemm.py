@@ -105,7 +105,7 @@ class EmulatedKernel:
 def emulated(kernel: EmulatedKernel) -> Any:
     """Launches of gpu_launch reach the kernel."""
     with (
-        mock.patch.object(gpu_launch, "_kernel", lambda name: kernel),
+        mock.patch.object(gpu_launch, "_kernel", lambda name, device: kernel),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
     ):
         yield

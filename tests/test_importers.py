@@ -268,6 +268,23 @@ def test_non_finite_weights_are_refused_by_name(value):
         transform(model, images())
 
 
+class Bounded(nn.Module):
+    def __init__(self, upper):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("upper", torch.tensor(upper))
+
+    def forward(self, x):
+        return torch.clamp(self.layer(x), max=self.upper)
+
+
+def test_a_bound_may_be_infinite_but_not_nan():
+    model, x = Bounded(float("inf")), torch.randn(2, 4)
+    assert torch.equal(transform(model, x, DENSE)(x), model(x))
+    with pytest.raises(InputError, match=r"^upper: the weight is not finite"):
+        transform(Bounded(float("nan")), x, DENSE)
+
+
 def test_config_of_the_wrong_type():
     with pytest.raises(MPCompileError, match="config has the wrong type"):
         transform(mlp(), torch.randn(2, 32), {"pattern": "2:4"})

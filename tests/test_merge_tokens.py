@@ -425,6 +425,21 @@ def test_tables_whose_tokens_stand_before_the_heads():
         assert relative(model(x), expected) > 1e-3
 
 
+class Aliased(Block):
+    """``aten.alias``, as export leaves it behind an attention that doesn't drop anything."""
+
+    def forward(self, x):
+        return self.head(torch.ops.aten.alias.default(nn.functional.gelu(self.attend(x))).mean(1))
+
+
+def test_follows_an_alias():
+    torch.manual_seed(0)
+    model, x = Aliased().eval(), torch.randn(2, 8, 8)
+    gm = merged(model, x, 3)
+    with torch.no_grad():
+        assert relative(gm(x), merging_reference.forward(model, x, 3, 0, [model])) < 1e-5
+
+
 class Opaque(nn.Module):
     def __init__(self):
         super().__init__()

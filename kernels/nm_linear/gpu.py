@@ -48,7 +48,10 @@ class TensorCoreEngine:
         self.layout, self.name = layout, gpu_launch.KERNELS[layout]
 
     def supports(self, spec: LayerSpec) -> str | None:
-        return unsupported(spec, self.layout) or gpu_launch.missing(spec.device.index, self.layout)
+        why = unsupported(spec, self.layout) or gpu_launch.missing(spec.device.index, self.layout)
+        if why is None and spec.shape[0] % 16 and gpu_launch.from_cubins():
+            return f"{spec.shape[0]} outputs don't divide by 16, for which cubins are compiled"
+        return why
 
     def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         values, index = sparse24.pack(weight, mask, self.layout)

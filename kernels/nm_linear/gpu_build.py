@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear.gpu_launch import old_triton
 from mpcompile.kernels.nm_linear.gpu_tiles import Tile, tiles_of
+from mpcompile.kernels.nm_linear.gpu_triton import old_triton
 
 _SPARSE = {"mma": r"\bHMMA\.SP\.16832\.F32", "wgmma": r"\bHGMMA\.SP\.64x\d+x32\.F32"}
 _TYPED = {"fp16": r"(?!\.BF16)\b", "bf16": r"\.BF16\b"}
@@ -146,13 +146,19 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def entry_parameters(ptx: str) -> list[str]:
+    """What the entry of a PTX module takes, in order: ``"map"`` (a tensor map), ``"u64"`` or ``"u32"``."""
+    signature = ptx[ptx.index(".entry") :].split(")", 1)[0]
+    return ["map" if bits == "b8" else f"u{bits[1:]}" for bits in re.findall(r"\.param .*?\.([ub]\d+)\b", signature)]
+
+
 def record_of(build: Build, folder: Path) -> dict[str, Any]:
     """Compile a build into ``folder``, and say what it takes.
 
     Returns:
         The fields of the build, ``source`` (see :func:`digest`), ``triton``, ``registers``, ``spill_bytes`` (of a
         thread's stack), ``smem_bytes``, ``sparse_instructions``, ``branches`` and other instruction counts,
-        ``threads``, ``seconds``; or ``error``.
+        ``threads``, ``seconds``, and ``function``, ``parameters``, ``scratch_bytes`` for a launch; or ``error``.
     """
     import triton
 
@@ -170,6 +176,9 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", str(cubin))))
     opcodes = collections.Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", sass, re.M))
     record |= {
+        "function": made.metadata.name,
+        "parameters": entry_parameters(made.asm["ptx"]),
+        "scratch_bytes": made.metadata.global_scratch_size + made.metadata.profile_scratch_size,
         "threads": int(re.search(r"\.reqntid (\d+)", made.asm["ptx"])[1]),  # type: ignore[index]
         "registers": int(usage["REG"]),
         "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),

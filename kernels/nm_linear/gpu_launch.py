@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear import gpu_model, packed, sparse24
+from mpcompile.kernels.nm_linear import gpu_cubin, gpu_model, packed, sparse24
 from mpcompile.kernels.nm_linear.gpu_tiles import CONV_CHANNELS, Tile, family
+from mpcompile.kernels.nm_linear.gpu_triton import old_triton
 from mpcompile.kernels.nm_linear.sparse24 import MMA_SP, WGMMA_SP
 
 KERNELS = {MMA_SP: "gluon_mma_sp", WGMMA_SP: "gluon_wgmma_sp"}
@@ -38,20 +39,18 @@ def missing(index: int | None, layout: int = MMA_SP) -> str | None:
         return f"{name}: sparse tensor cores begin with 8.0"
     if layout == WGMMA_SP and arch != 90:
         return f"{name}: wgmma is of 9.0"
-    return old_triton()
+    cubins = gpu_cubin.given()
+    if cubins is None or not from_cubins():
+        return old_triton()
+    if arch // 10 != capability[0]:
+        return f"{name}: a cubin runs on the generation that it was compiled for"
+    kernels = [KERNELS[layout]] if layout == WGMMA_SP else [KERNELS[layout], "gluon_mma_conv"]
+    return next((lack for kernel in kernels if (lack := cubins.lacks(kernel, arch)) is not None), None)
 
 
-@functools.cache
-def old_triton() -> str | None:
-    """Why the installed Triton can't compile the kernels, or None."""
-    try:
-        import triton
-        from triton.experimental.gluon import language
-    except ImportError as error:
-        return f"no Triton with Gluon ({error})"
-    if not hasattr(language, "inline_asm"):
-        return f"Triton {triton.__version__}: the kernels need gl.inline_asm, which came with 3.9"
-    return None
+def from_cubins() -> bool:
+    """Whether the kernels come from cubins: they are given, and the installed Triton can't compile them."""
+    return old_triton() is not None and gpu_cubin.given() is not None
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,14 +63,22 @@ def _device(index: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _kernel(name: str) -> Any:
+def _kernel(name: str, device: torch.device) -> Any:
+    """The kernel's module, or, where Triton can't compile it, what launches its cubins."""
+    cubins = gpu_cubin.given()
+    if cubins is not None and from_cubins():
+        arch, _ = _device(torch.cuda.current_device() if device.index is None else device.index)
+        return gpu_cubin.Kernel(name, arch, cubins)
     return importlib.import_module(f"mpcompile.kernels.nm_linear.{name}")
 
 
-@functools.cache
-def _box_layout() -> Any:
+def _box(kernel: Any, matrix: Tensor, shape: list[int]) -> Any:
+    """A matrix that is read in boxes with the 128-byte swizzle, as the kernel takes it."""
+    if isinstance(kernel, gpu_cubin.Kernel):
+        return gpu_cubin.Box(matrix, shape)
     language = importlib.import_module("triton.experimental.gluon.language")
-    return language.NVMMASharedLayout(128, 16, 2)
+    descriptor = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
+    return descriptor.from_tensor(matrix, shape, language.NVMMASharedLayout(128, 16, 2))
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -140,7 +147,8 @@ def launch(
     words, res_stride = index.view(torch.int32), 0 if residual is None else residual.stride(0)
     options = {"num_warps": tile.warps, "enable_fp_fusion": True}
     common = {"STAGES": tile.stages, "ACT": activation, "DT": _DTYPES[x.dtype], **options}
-    kernel = _kernel(KERNELS[layout]).gemm[grid]
+    source = _kernel(KERNELS[layout], x.device)
+    kernel = source.gemm[grid]
     steps = columns // tile.k
     with torch.cuda.device(x.device):
         if layout == MMA_SP:
@@ -150,9 +158,8 @@ def launch(
                 BN=tile.n, BM=tile.m, BK=tile.k, WN=tile.warps_n, WM=tile.warps_m, **common,
             )  # fmt: skip
             return
-        descriptor = importlib.import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
-        weights = descriptor.from_tensor(values.view(rows, columns // 2), [tile.n, 64], _box_layout())
-        tokens = descriptor.from_tensor(x, [tile.m, 64], _box_layout())
+        weights = _box(source, values.view(rows, columns // 2), [tile.n, 64])
+        tokens = _box(source, x, [tile.m, 64])
         kernel(
             weights, tokens, words, bias, scale, residual, y, m, n, steps, n, res_stride,
             GROUPS=tile.warps // 4, **common,
@@ -261,7 +268,7 @@ def convolution(
     if tile is None:
         tile = tile_of("gluon_mma_conv", m, out, channels * kh * kw, x.device)
     _fits_tile(tile, sparse24.padded(shape)[0])
-    kernel = _kernel("gluon_mma_conv").gemm[(-(-out // tile.n) * -(-m // tile.m),)]
+    kernel = _kernel("gluon_mma_conv", x.device).gemm[(-(-out // tile.n) * -(-m // tile.m),)]
     with torch.cuda.device(x.device):
         kernel(
             values.view(torch.int32), index.view(torch.int32), pixels.view(torch.int32),

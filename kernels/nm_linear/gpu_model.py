@@ -70,7 +70,7 @@ def step_clocks(tile: Tile, chip: Chip) -> tuple[float, float, float]:
     Example:
         >>> from mpcompile.kernels.nm_linear.gpu_tiles import TILES
         >>> [round(clocks) for clocks in step_clocks(TILES[0], CHIPS[0])]
-        [1024, 1040, 832]
+        [1024, 1040, 870]
     """
     values, tokens = tile.n * tile.k, tile.m * tile.k * 2
     if tile.kernel == "gluon_mma_sp":

@@ -1,0 +1,18 @@
+"""Whether the installed Triton can compile the sparse tensor-core kernels."""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def old_triton() -> str | None:
+    """Why the installed Triton can't compile the kernels, or None."""
+    try:
+        import triton
+        from triton.experimental.gluon import language
+    except ImportError as error:
+        return f"no Triton with Gluon ({error})"
+    if not hasattr(language, "inline_asm"):
+        return f"Triton {triton.__version__}: the kernels need gl.inline_asm, which came with 3.9"
+    return None
