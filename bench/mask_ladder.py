@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench.common import RESULTS, environment, load, save
@@ -137,25 +136,6 @@ def compare(rows: list[dict[str, Any]]) -> None:
             }
 
 
-def tables(result: dict[str, Any]) -> str:
-    """A Markdown table for each pattern: images right, and wins and losses against the rung below, by sample size."""
-    texts = []
-    for pattern in dict.fromkeys(row["pattern"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["pattern"] == pattern and not row["flips"]]
-        counts = sorted({row["images"] for row in rows})
-        lines = []
-        for rung in (name for name in RUNGS if any(row["rung"] == name for row in rows)):
-            cells = [rung]
-            for count in counts:
-                row = next((r for r in rows if r["rung"] == rung and r["images"] == count), None)
-                paired = "" if row is None or "wins" not in row else f"+{row['wins']} -{row['losses']}"
-                cells += ["", ""] if row is None else [f"{row['right']:,}", paired]
-            lines.append(cells)
-        head = [pattern, *(text for count in counts for text in (f"{count} images", "paired"))]
-        texts.append(tabulate(lines, headers=head, tablefmt="github", disable_numparse=True))
-    return "\n\n".join([f"{result['model']}, dense {result['dense']:,} of {result['of']:,}", *texts])
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,7 +165,6 @@ def main() -> None:
         rows.append({**row, "hits": np.packbits(hits.numpy()).tobytes().hex()})
         compare(rows)
         save(name, {**result, "environment": environment()}, args.out)
-    print(tables(result))
 
 
 if __name__ == "__main__":
