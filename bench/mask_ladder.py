@@ -127,7 +127,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
     found = {(r["pattern"], r["images"], r["flips"], r["rung"]): r for r in rows}
     for (pattern, images, flips, rung), row in found.items():
         below = found.get((pattern, images, flips, BELOW.get(rung, "")))
-        if below is not None:
+        if below is not None and "hits" in row and "hits" in below:
             ours, theirs = int(row["hits"], 16), int(below["hits"], 16)
             row |= {
                 "against": BELOW[rung],
@@ -151,17 +151,20 @@ def main() -> None:
     job = task(args.data, args.model)
     name = args.name or f"mask_ladder_{args.model}"
     dense = predict(job.model, job.evaluation[0])
-    right = int((dense.argmax(1) == job.evaluation[1]).sum())
-    print(f"dense: {right} of {len(dense)}", flush=True)
+    correct = int((dense.argmax(1) == job.evaluation[1]).sum())
+    print(f"dense: {correct} of {len(dense)}", flush=True)
     result = load(name, args.out) or {"rows": []}
-    result |= {"model": args.model, "dense": right, "of": len(dense)}
+    result |= {"model": args.model, "dense": correct, "of": len(dense)}
     rows = result["rows"]
     for pattern, count, rung in itertools.product(args.patterns, args.images, args.rungs):
         asked = {"pattern": pattern, "images": count, "flips": args.flips, "rung": rung}
-        if any(asked.items() <= row.items() for row in rows):
+        same = [row for row in rows if asked.items() <= row.items()]
+        if any("hits" in row for row in same):
             continue
         row, hits = measure(job, dense, pattern, count, rung, args.flips)
         print(row, flush=True)
+        for old in same:  # of a code that kept no hits
+            rows.remove(old)
         rows.append({**row, "hits": np.packbits(hits.numpy()).tobytes().hex()})
         compare(rows)
         save(name, {**result, "environment": environment()}, args.out)
