@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench.common import RESULTS, environment, load, save
@@ -129,32 +128,13 @@ def compare(rows: list[dict[str, Any]]) -> None:
     found = {(r["pattern"], r["images"], r["flips"], r["rung"]): r for r in rows}
     for (pattern, images, flips, rung), row in found.items():
         below = found.get((pattern, images, flips, BELOW.get(rung, "")))
-        if below is not None:
+        if below is not None and "hits" in row and "hits" in below:
             ours, theirs = int(row["hits"], 16), int(below["hits"], 16)
             row |= {
                 "against": BELOW[rung],
                 "wins": (ours & ~theirs).bit_count(),
                 "losses": (theirs & ~ours).bit_count(),
             }
-
-
-def tables(result: dict[str, Any]) -> str:
-    """A Markdown table for each pattern: images right, and wins and losses against the rung below, by sample size."""
-    texts = []
-    for pattern in dict.fromkeys(row["pattern"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["pattern"] == pattern and not row["flips"]]
-        counts = sorted({row["images"] for row in rows})
-        lines = []
-        for rung in (name for name in RUNGS if any(row["rung"] == name for row in rows)):
-            cells = [rung]
-            for count in counts:
-                row = next((r for r in rows if r["rung"] == rung and r["images"] == count), None)
-                paired = "" if row is None or "wins" not in row else f"+{row['wins']} -{row['losses']}"
-                cells += ["", ""] if row is None else [f"{row['right']:,}", paired]
-            lines.append(cells)
-        head = [pattern, *(text for count in counts for text in (f"{count} images", "paired"))]
-        texts.append(tabulate(lines, headers=head, tablefmt="github", disable_numparse=True))
-    return "\n\n".join([f"{result['model']}, dense {result['dense']:,} of {result['of']:,}", *texts])
 
 
 def main() -> None:
@@ -172,21 +152,23 @@ def main() -> None:
     job = task(args.data, args.model)
     name = args.name or f"mask_ladder_{args.model}"
     dense = predict(job.model, job.evaluation[0])
-    right = int((dense.argmax(1) == job.evaluation[1]).sum())
-    print(f"dense: {right} of {len(dense)}", flush=True)
+    correct = int((dense.argmax(1) == job.evaluation[1]).sum())
+    print(f"dense: {correct} of {len(dense)}", flush=True)
     result = load(name, args.out) or {"rows": []}
-    result |= {"model": args.model, "dense": right, "of": len(dense)}
+    result |= {"model": args.model, "dense": correct, "of": len(dense)}
     rows = result["rows"]
     for pattern, count, rung in itertools.product(args.patterns, args.images, args.rungs):
         asked = {"pattern": pattern, "images": count, "flips": args.flips, "rung": rung}
-        if any(asked.items() <= row.items() for row in rows):
+        same = [row for row in rows if asked.items() <= row.items()]
+        if any("hits" in row for row in same):
             continue
         row, hits = measure(job, dense, pattern, count, rung, args.flips)
         print(row, flush=True)
+        for old in same:  # of a code that kept no hits
+            rows.remove(old)
         rows.append({**row, "hits": np.packbits(hits.numpy()).tobytes().hex()})
         compare(rows)
         save(name, {**result, "environment": environment()}, args.out)
-    print(tables(result))
 
 
 if __name__ == "__main__":
