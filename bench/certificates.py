@@ -5,8 +5,8 @@
 
 A case is one sample, one set of replaced layers and one pattern. The check runs the pruned network itself, in fp32 and
 in float64, and networks between the dense and the pruned one: no label that a tier certifies may differ, no logit move
-further than its bound, and cross-entropy not rise beyond the sharp bound. A control runs the same check with a rule that
-is unsound (ReLU enclosed by its chord alone), which has to be caught.
+further than its bound, and cross-entropy not rise beyond the sharp bound. A control runs the same check with an unsound
+rule (ReLU enclosed by its chord alone), which has to be caught.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def network(kind: str, rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
 
 def prunable(model: nn.Module, pattern: Pattern) -> list[str]:
     """Layers whose inputs divide by M, but the last."""
-    found = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and not m.weight.shape[1] % pattern.m]
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    found = [n for n, m in layers if not m.weight.shape[1] % pattern.m]
     return found[:-1] if len(found) > 1 else found
 
 
@@ -175,7 +176,10 @@ def check(dense: nn.Module, sparse: nn.Module, x: Tensor, report: Certificates, 
     return found
 
 
-def cases(seed: int, kind: str, samples: int) -> Iterator[tuple[str, str, nn.Module, nn.Module, Tensor, tuple[float, ...]]]:
+Case = tuple[str, str, nn.Module, nn.Module, Tensor, tuple[float, ...]]
+
+
+def cases(seed: int, kind: str, samples: int) -> Iterator[Case]:
     """One random network with every pattern: each layer alone, all at once, and all with kept values moved."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -193,7 +197,7 @@ def cases(seed: int, kind: str, samples: int) -> Iterator[tuple[str, str, nn.Mod
         yield text, "all, moved", dense, pruned(dense, names, pattern, 0.05), x, ()
 
 
-def soundness(least: int, samples: int, seed: int = 0, splits: int = 4, say: bool = True) -> dict[tuple[str, str, str], Found]:
+def soundness(least: int, samples: int, seed: int = 0, splits: int = 4) -> dict[tuple[str, str, str], Found]:
     """At least so many cases: (kind of network, pattern, which layers) -> what was found."""
     found: dict[tuple[str, str, str], Found] = {}
     total = 0
@@ -205,11 +209,9 @@ def soundness(least: int, samples: int, seed: int = 0, splits: int = 4, say: boo
             found.setdefault((kind, pattern, depth), Found()).add(one)
             total += one.cases
         seed += 1
-        if say:
-            wrong = sum(f.contradictions for f in found.values())
-            print(f"\r{total} cases, {wrong} contradictions", end="", file=sys.stderr, flush=True)
-    if say:
-        print(file=sys.stderr)
+        wrong = sum(f.contradictions for f in found.values())
+        print(f"\r{total} cases, {wrong} contradictions", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return found
 
 
@@ -319,7 +321,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
     parser.add_argument("--cases", type=int, help="at least so many (100000)")
-    parser.add_argument("--batch", type=int, help="samples for each network (256)")
+    parser.add_argument("--batch", type=int, help="samples for each network (1024)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="weights and images, with load.py: real models too")
     parser.add_argument("--models", nargs="*", default=["resnet20", "vit_tiny"])
     parser.add_argument("--patterns", nargs="*", default=["12:16"], help="of the real models")
@@ -328,7 +330,7 @@ def main() -> int:
     parser.add_argument("--splits", type=int, default=4)
     parser.add_argument("--only-real", action="store_true", help="keep the random networks of the last run")
     args = parser.parse_args()
-    fill(args, {"cases": 100_000, "batch": 256, "samples": 100}, {"cases": 2_000, "batch": 64, "samples": 4})
+    fill(args, {"cases": 100_000, "batch": 1024, "samples": 100}, {"cases": 2_000, "batch": 64, "samples": 4})
     result: dict[str, Any] = (load("certificates", args.out) if args.only_real else None) or {}
     if not args.only_real:
         rows = coverage(soundness(args.cases, args.batch, splits=args.splits))
@@ -344,7 +346,8 @@ def main() -> int:
             for pattern in args.patterns:
                 for score in args.scores:
                     models[name, pattern, score] = real(args.data, name, pattern, args.samples, score, args.splits)
-                    save("certificates", {**result, "models": list(models.values()), "environment": environment()}, args.out)
+                    result["models"] = list(models.values())
+                    save("certificates", result, args.out)
     result |= {"models": list(models.values()), "environment": environment()}
     save("certificates", result, args.out)
     figure(result.get("coverage", []), result["models"], args.out)

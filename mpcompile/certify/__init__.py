@@ -24,7 +24,6 @@ from mpcompile.certify.pair import (
     double,
     match,
     replay_orders,
-    run,
     trace,
 )
 from mpcompile.certify.report import (
@@ -38,7 +37,7 @@ from mpcompile.certify.report import (
 )
 from mpcompile.certify.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, StepResult, run_steps
 from mpcompile.errors import ConfigError, GraphError, InputError
-from mpcompile.graph import IRModule, training_flags
+from mpcompile.graph import training_flags
 
 __all__ = ["Certificates", "Layer", "Statement", "Tier", "certify"]
 
@@ -98,19 +97,15 @@ def certify(
     """
     _check_arguments(dense, sparse, tiers, splits, confidence, l1, l2)
     chunks = read(dense, batches, labels)
-    notes: list[Statement] = []
-    models = [getattr(m, "_orig_mod", m) for m in (dense, sparse)]
-    work = _Work(dense, sparse, *models, tiers, splits)
+    work = _Work(dense, sparse, tiers, splits)
     with torch.no_grad():
-        size = chunk_size(double(models[0]), next(iter(chunks(1)))[0])
+        size = chunk_size(work.modules[0], next(iter(chunks(1)))[0])
         for inputs, known in tqdm(list(chunks(size)), desc="certify", unit="chunk", disable=None if progress else True):
             work.add(inputs, known)
-    return _report(work, notes, l1, l2, confidence)
+    return _report(work, l1, l2, confidence)
 
 
-def _check_arguments(
-    dense: Any, sparse: Any, tiers: Any, splits: Any, confidence: float, l1: float, l2: float
-) -> None:
+def _check_arguments(dense: Any, sparse: Any, tiers: Any, splits: Any, confidence: float, l1: float, l2: float) -> None:
     for name, model in (("dense", dense), ("sparse", sparse)):
         if not isinstance(model, nn.Module):
             raise InputError(f"{name} is not a model", expected="a torch.nn.Module", found=type(model).__name__)
@@ -128,17 +123,9 @@ def _check_arguments(
 class _Work:
     """Both models, and what was found on the chunks so far."""
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        sparse: nn.Module,
-        inner_dense: nn.Module,
-        inner_sparse: nn.Module,
-        tiers: Sequence[int] | None,
-        splits: int,
-    ) -> None:
-        self.run_as_given = (dense, sparse)
-        self.modules = [double(inner_dense), double(inner_sparse)]
+    def __init__(self, dense: nn.Module, sparse: nn.Module, tiers: Sequence[int] | None, splits: int) -> None:
+        self.given = (dense, sparse)  # what torch.compile made runs as it is, and is certified as the module inside
+        self.modules = [double(getattr(m, "_orig_mod", m)) for m in self.given]
         self.asked = tiers
         self.tiers = (0, 1, 2) if tiers is None else tuple(tiers)
         self.splits = splits
@@ -160,7 +147,8 @@ class _Work:
         key = tuple(v.shape for v in inputs)
         if self.structure is None and key not in self.pairs:
             if not self.pairs:
-                self.modules[0], self.moved = replay_orders(*self.modules, inputs)
+                dense, sparse = self.modules
+                self.modules[0], self.moved = replay_orders(dense, sparse, inputs)
             networks = [trace(module, inputs) for module in self.modules]
             try:
                 pair = match(*networks)
@@ -180,7 +168,7 @@ class _Work:
 
     def add(self, inputs: list[Tensor], labels: Tensor | None) -> None:
         """One chunk."""
-        ran = [_logits(model, inputs) for model in self.run_as_given]
+        ran = [_logits(model, inputs) for model in self.given]
         exact = [value.double() for value in inputs]
         before, after = (_logits(module, exact) for module in self.modules)
         if before.shape != after.shape:
@@ -197,13 +185,10 @@ class _Work:
         if pair is not None and not {1, 2}.isdisjoint(self.tiers):
             found |= self._steps(pair, exact, before, after, own, allowance)
         self.disagreements += int((ran[0].argmax(1) != ran[1].argmax(1)).sum())
-        for store, value in (
-            (self.logits, before),
-            (self.after, after),
-            (self.allowances, allowance),
-            (self.totals, found),
-        ):
-            store.append(value)  # type: ignore[attr-defined]
+        self.logits.append(before)
+        self.after.append(after)
+        self.allowances.append(allowance)
+        self.totals.append(found)
         if labels is not None:
             self.labels.append(labels)
 
@@ -255,7 +240,7 @@ def _logits(model: nn.Module, inputs: list[Tensor]) -> Tensor:
     return found.detach().double().cpu()
 
 
-def _report(work: _Work, notes: list[Statement], l1: float, l2: float, confidence: float) -> Certificates:
+def _report(work: _Work, l1: float, l2: float, confidence: float) -> Certificates:
     before, after = torch.cat(work.logits), torch.cat(work.after)
     allowance = torch.cat(work.allowances)
     labels = torch.cat(work.labels) if work.labels else None
@@ -282,7 +267,7 @@ def _report(work: _Work, notes: list[Statement], l1: float, l2: float, confidenc
         l2,
         tiers,
         layers,
-        notes,
+        [],
         ce,
         work.violations,
     )
@@ -376,14 +361,17 @@ def _statements(found: Certificates, work: _Work, confidence: float) -> Iterator
             )
             yield Statement(DETERMINISTIC if good else NONE, text)
     if found.ce_change is not None:
-        yield Statement(DETERMINISTIC, f"mean cross-entropy on these samples changed by {found.ce_change:+.4g} (measured)")
+        text = f"mean cross-entropy on these samples changed by {found.ce_change:+.4g} (measured)"
+        yield Statement(DETERMINISTIC, text)
     yield Statement(
         DETERMINISTIC,
         f"rounding: logits of the models as they ran differ from float64 by at most {found.allowance:.1e} in all; "
-        "every margin leaves twice that. Tier 1 and 2 round outward behind the replaced layer; its input is taken as computed",
+        "every margin leaves twice that. Tiers 1 and 2 round outward from a replaced layer on; what it reads is taken "
+        "as it was computed",
     )
     if work.moved:
-        yield Statement(DETERMINISTIC, f"{work.moved} orders of channels were replayed on the dense model, whose function stays")
+        text = f"{work.moved} orders of channels were replayed on the dense model, whose function stays"
+        yield Statement(DETERMINISTIC, text)
     rate = bounds.upper_rate(found.disagreements, n, confidence)
     drawn = "if these samples are drawn at random from the population and were not used to make the sparse model"
     yield Statement(
@@ -393,14 +381,13 @@ def _statements(found: Certificates, work: _Work, confidence: float) -> Iterator
     )
     for tier in found.tiers:
         rate = bounds.upper_rate(n - tier.certified, n, confidence)
-        yield Statement(
-            PROBABLE,
-            f"tier {tier.name} fails to certify unseen samples at a rate of at most {rate:.3%} ({confidence:.0%}), {drawn}",
-        )
+        text = f"tier {tier.name} fails to certify unseen samples at a rate of at most {rate:.3%} ({confidence:.0%})"
+        yield Statement(PROBABLE, f"{text}, {drawn}")
     if work.structure is not None:
         yield Statement(NONE, f"tiers 1 and 2: the models differ in more than weights: {work.structure}")
     for layer in found.layers:
         if layer.reason:
             yield Statement(NONE, f"tiers 1 and 2 at {layer.name}: {layer.reason}")
     if found.violations:
-        yield Statement(NONE, f"{found.violations} measured changes exceed their bound: the bounds above are WRONG, report this")
+        text = f"{found.violations} measured changes exceed their bounds: the bounds above are wrong; report this"
+        yield Statement(NONE, text)

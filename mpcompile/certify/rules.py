@@ -88,7 +88,7 @@ def _view(function: Callable[..., Tensor]) -> Rule:
     return lambda x, *args, **kwargs: moved(x, lambda t: function(t, *args, **kwargs))
 
 
-for _name, _function in {
+_VIEWS: dict[str, Callable[..., Tensor]] = {
     "reshape": Tensor.reshape,
     "view": Tensor.reshape,
     "_unsafe_view": Tensor.reshape,
@@ -106,7 +106,8 @@ for _name, _function in {
     "roll": Tensor.roll,
     "flip": Tensor.flip,
     "pixel_unshuffle": F.pixel_unshuffle,
-}.items():
+}
+for _name, _function in _VIEWS.items():
     RULES[_name] = _view(_function)
 
 
@@ -114,7 +115,7 @@ def _identity(x: Enclosure, *args: Any, **kwargs: Any) -> Enclosure:
     return x
 
 
-for _name in ("contiguous", "clone", "detach", "alias", "lift_fresh", "view_as_identity"):
+for _name in ("contiguous", "clone", "detach", "alias", "lift_fresh"):
     RULES[_name] = _identity
 
 
@@ -378,8 +379,9 @@ def _reciprocal(x: Enclosure) -> Enclosure:
 
 
 @rule("linalg_vector_norm")
-def _vector_norm(x: Enclosure, order: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Enclosure:
+def _vector_norm(x: Enclosure, order: float = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Enclosure:
     _refuse(f"a norm of order {order}", order != 2)
+    _refuse("a norm that casts", kwargs.get("dtype") not in (None, torch.float64))
     return fn.vector_norm(x, _axes(x, dim), keepdim)
 
 

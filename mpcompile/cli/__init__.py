@@ -29,6 +29,7 @@ COMMANDS = (
     "explain",
     "visualize",
     "verify",
+    "certify",
 )
 
 
