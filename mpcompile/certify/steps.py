@@ -352,5 +352,8 @@ class _Pairs:
     def _through(self, weight: Tensor, radius: Tensor) -> Tensor:
         """\\|w_p - w_j\\| r for each sample: (batch, classes)."""
         grow = 1 + (weight.shape[1] + 8) * EPS
-        rows = [(weight[p] - weight).abs() @ r for p, r in zip(self.labels.tolist(), radius, strict=True)]
-        return torch.stack(rows) * grow
+        found = torch.empty(len(radius), len(weight), dtype=radius.dtype)
+        for label in self.labels.unique().tolist():
+            here = self.labels == label
+            found[here] = radius[here] @ (weight[label] - weight).abs().T
+        return found * grow
