@@ -312,9 +312,14 @@ class _Pairs:
         itself: where j = p.
     """
 
+    start: tuple[Tensor, Tensor]
+    lowest: Tensor
+    decrease: Tensor
+    itself: Tensor
+
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
-        self.start: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
+        self.parts = 0
         self.jacobian: Any = 0
 
     def add(self, z: Enclosure, head: list[Enclosure]) -> None:
@@ -339,7 +344,8 @@ class _Pairs:
             tangents = sums(z.tangents[0]) if z.tangents else None
         radius = widened(radius, sums(z.magnitude), terms=4)
         low = center - slope.abs() - radius
-        if not self.start:
+        self.parts += 1
+        if self.parts == 1:
             self.start = (center - slope - radius, center - slope + radius)
             self.itself = torch.zeros_like(center, dtype=torch.bool).scatter(1, self.labels[:, None], True)
             self.lowest, self.decrease = low, self.start[1] - low
