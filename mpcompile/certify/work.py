@@ -120,7 +120,7 @@ def _logits(model: nn.Module, inputs: list[Tensor]) -> Tensor:
     try:
         with training_flags(model, False):
             found = model(*place)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise InputError(
             f"the model rejects a batch: {str(error).splitlines()[0]}",
             expected="inputs that both models accept",
