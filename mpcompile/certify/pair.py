@@ -125,7 +125,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
             graph = tracing(state, *inputs).graph
     except Exception as error:
         raise GraphError(
-            f"{type(module).__name__} can't be traced in float64: {str(error).splitlines()[0]}",
+            f"{type(module).__name__} can't be traced in float64: {(str(error) or type(error).__name__).splitlines()[0]}",
             expected="a module without data-dependent control flow that runs in float64",
         ) from error
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]

@@ -122,7 +122,7 @@ def _logits(model: nn.Module, inputs: list[Tensor]) -> Tensor:
             found = model(*place)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise InputError(
-            f"the model rejects a batch: {str(error).splitlines()[0]}",
+            f"the model rejects a batch: {(str(error) or type(error).__name__).splitlines()[0]}",
             expected="inputs that both models accept",
             found=", ".join(str(tuple(v.shape)) for v in inputs),
         ) from error
