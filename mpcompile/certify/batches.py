@@ -15,7 +15,7 @@ from mpcompile.errors import InputError, MPCompileError
 
 _BYTES = 1 << 29  # of float64 activations that a chunk may hold at once
 _COPIES = 6  # an enclosure has up to five parts, beside the value itself
-_MOST = 64  # samples a chunk; small models gain nothing from more
+_MOST = 256  # samples a chunk; small models gain nothing from more
 
 Chunk = tuple[list[Tensor], Tensor | None]
 

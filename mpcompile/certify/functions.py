@@ -82,7 +82,9 @@ def _tanh_gelu_derivative(x: Tensor) -> Tensor:
 
 
 # Largest slopes and curvatures, rounded up; tests/test_certify_enclosure.py samples them.
-GELU = Smooth(F.gelu, _gelu_derivative, _constant(1.1290), _constant(0.7980), (-0.7517915246935, -0.16997120747991), 1.0)
+GELU = Smooth(
+    F.gelu, _gelu_derivative, _constant(1.1290), _constant(0.7980), (-0.7517915246935, -0.16997120747991), 1.0
+)
 TANH_GELU = Smooth(
     lambda x: F.gelu(x, approximate="tanh"),
     _tanh_gelu_derivative,
@@ -96,7 +98,13 @@ TANH = Smooth(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2, _constant(1.0), _con
 SIGMOID = Smooth(
     torch.sigmoid, lambda x: torch.sigmoid(x) * (1 - torch.sigmoid(x)), _constant(0.25), _constant(0.09623)
 )
-EXP = Smooth(torch.exp, torch.exp, lambda low, high: high.exp() * (1 + 1024 * EPS), lambda low, high: high.exp() * 1.01, cancels=0.0)
+EXP = Smooth(
+    torch.exp,
+    torch.exp,
+    lambda low, high: high.exp() * (1 + 1024 * EPS),
+    lambda low, high: high.exp() * 1.01,
+    cancels=0.0,
+)
 SQRT = Smooth(
     torch.sqrt,
     lambda x: 0.5 / x.sqrt(),
@@ -149,7 +157,7 @@ def _range(low: Tensor, high: Tensor, f: Smooth) -> Enclosure:
 
 
 def relu(x: Enclosure) -> Enclosure:
-    """max(x, 0): exact where the sign is settled; elsewhere the line of slope high / (high - low), or the box [0, high].
+    """max(x, 0): exact where the sign is settled, elsewhere a line of slope high / (high - low) or the box [0, high].
 
     Source of the line: Singh et al., Fast and effective robustness certification, NeurIPS 2018 (DeepZ).
     """
@@ -310,7 +318,9 @@ def softmax(x: Enclosure, axis: int) -> Enclosure:
     slope = None if x.slope is None else p * (x.slope - total(p * x.slope))
     first = p * (total(p * x.spread) + (1 - 2 * p) * x.spread)
     rest = change * reach + change * total(most * reach) + p * total(change * reach)
-    sizes = [p] if slope is None else [p, p * (x.slope.abs() + total(p * x.slope.abs()))]  # type: ignore[union-attr]
+    sizes = [p]
+    if x.slope is not None:
+        sizes.append(p * (x.slope.abs() + total(p * x.slope.abs())))
     radius = widened((first.clamp(min=0) + rest) * (1 + 2 * rounding), *sizes, terms=size + _ULPS)
     return replace(chosen(Enclosure(p, slope, radius), box), tangents=tangents)
 

@@ -87,9 +87,9 @@ class StructureChange(Exception):
 
 
 def _first(value: Any) -> fx.Node:
-    return _first(value[0] if isinstance(value, (tuple, list)) else next(iter(value.values()))) if not isinstance(
-        value, fx.Node
-    ) else value
+    while not isinstance(value, fx.Node):
+        value = value[0] if isinstance(value, (tuple, list)) else next(iter(value.values()))
+    return value
 
 
 def double(module: nn.Module) -> nn.Module:
@@ -125,7 +125,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
             graph = tracing(state, *inputs).graph
     except Exception as error:
         raise GraphError(
-            f"{type(module).__name__} can't be traced in float64: {str(error).splitlines()[0]}",
+            f"{type(module).__name__} can't be traced in float64: {(str(error) or type(error).__name__).splitlines()[0]}",
             expected="a module without data-dependent control flow that runs in float64",
         ) from error
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -153,7 +153,8 @@ def _functionalise(graph: fx.Graph) -> None:
         if target is None or not isinstance(source, fx.Node):
             continue
         node.target = target
-        source.replace_all_uses_with(node, delete_user_cb=lambda user, after=node: user > after)
+        for user in [user for user in source.users if user > node]:
+            user.replace_input_with(source, node)
     graph.lint()
 
 
@@ -255,11 +256,11 @@ def _steps(network: Network, new: dict[fx.Node, Tensor]) -> Iterator[Step]:
         weights = [n for n in moved if network.tensors[n].dim() > 1]
         name = _layer(network.names[(weights or moved)[0]])
         sources = [n for n in node.all_input_nodes if n not in network.tensors]
-        if open_step is not None and sources == [open_step.node] and list(open_step.node.users) == [node]:
-            if not weights:
-                open_step.nodes.append(node)
-                open_step.name += f" + {name.rpartition('.')[2]}"
-                continue
+        behind = open_step is not None and sources == [open_step.node] and list(open_step.node.users) == [node]
+        if open_step is not None and behind and not weights:
+            open_step.nodes.append(node)
+            open_step.name += f" + {name.rpartition('.')[2]}"
+            continue
         if open_step is not None:
             yield open_step
         open_step = Step([node], name, weights)
@@ -288,7 +289,9 @@ def evaluate(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def check_values(pair: Pair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor], expected: Tensor, which: str) -> None:
+def check_values(
+    pair: Pair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor], expected: Tensor, which: str
+) -> None:
     """Compare the graph with the module that it stands for, on values.
 
     Raises:

@@ -154,7 +154,8 @@ class _Rest:
         if isinstance(value, Enclosure) and node in self.sizes:
             useful = _largest(value.reach) <= _USELESS * self.sizes[node].clamp(min=1e-30)
             if not bool(useful.any()):
-                raise Unbounded(f"enclosures grow on the way to the logits; {_USELESS:g} times the values at {node.name}")
+                times = f"{_USELESS:g} times the values at {node.name}"
+                raise Unbounded(f"enclosures grow on the way to the logits: {times}")
 
     def _value(self, node: fx.Node, env: Env) -> Any:
         if node.op == "get_attr":
@@ -179,7 +180,9 @@ class _Rest:
     def _around(self) -> set[fx.Node]:
         return {source for node in self.step.nodes for source in node.all_input_nodes}
 
-    def enclosed(self, labels: Tensor, own: Tensor, allowance: Tensor, splits: int, jacobian: bool) -> dict[str, Change]:
+    def enclosed(
+        self, labels: Tensor, own: Tensor, allowance: Tensor, splits: int, jacobian: bool
+    ) -> dict[str, Change]:
         """Tier 1, and tier 2 where asked for.
 
         Raises:
@@ -270,7 +273,7 @@ class _Sums:
         away = widened((z.center - origin).abs() + z.reach + first.spread, z.center, origin, z.reach, terms=4)
         self.eta = torch.maximum(torch.as_tensor(self.eta), away.amax(1))
         if z.tangents:
-            self.jacobian, self.paper = (old + t for old, t in zip((self.jacobian, self.paper), z.tangents, strict=True))
+            self.jacobian, self.paper = self.jacobian + z.tangents[0], self.paper + z.tangents[1]
         parts = [env[n] for n in head]
         for pairs in self.pairs:
             pairs.add(z, parts)
@@ -309,9 +312,14 @@ class _Pairs:
         itself: where j = p.
     """
 
+    start: tuple[Tensor, Tensor]
+    lowest: Tensor
+    decrease: Tensor
+    itself: Tensor
+
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
-        self.start: tuple[Tensor, Tensor] | None = None
+        self.parts = 0
         self.jacobian: Any = 0
 
     def add(self, z: Enclosure, head: list[Enclosure]) -> None:
@@ -336,7 +344,8 @@ class _Pairs:
             tangents = sums(z.tangents[0]) if z.tangents else None
         radius = widened(radius, sums(z.magnitude), terms=4)
         low = center - slope.abs() - radius
-        if self.start is None:
+        self.parts += 1
+        if self.parts == 1:
             self.start = (center - slope - radius, center - slope + radius)
             self.itself = torch.zeros_like(center, dtype=torch.bool).scatter(1, self.labels[:, None], True)
             self.lowest, self.decrease = low, self.start[1] - low
@@ -349,5 +358,8 @@ class _Pairs:
     def _through(self, weight: Tensor, radius: Tensor) -> Tensor:
         """\\|w_p - w_j\\| r for each sample: (batch, classes)."""
         grow = 1 + (weight.shape[1] + 8) * EPS
-        rows = [(weight[p] - weight).abs() @ r for p, r in zip(self.labels.tolist(), radius, strict=True)]
-        return torch.stack(rows) * grow
+        found = torch.empty(len(radius), len(weight), dtype=radius.dtype)
+        for label in self.labels.unique().tolist():
+            here = self.labels == label
+            found[here] = radius[here] @ (weight[label] - weight).abs().T
+        return found * grow

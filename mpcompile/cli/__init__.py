@@ -31,6 +31,7 @@ COMMANDS = (
     "verify",
     "explain",
     "visualize",
+    "certify",
     "distill",
     "export",
     "report",
