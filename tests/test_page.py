@@ -97,7 +97,7 @@ def whole(artifact, tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     pictures = {path.name: page.pictures(artifact, path)}
-    sources = Sources(AUDIT, EXPLAIN, analyze(), CERTIFY, artifact, "tiny.mpc", 12345, pictures)
+    sources = Sources(AUDIT, EXPLAIN, analyze(), CERTIFY, artifact, "tiny.mpc", 12345, 20000, pictures)
     return page.render(sources)
 
 

@@ -114,7 +114,8 @@ def headline(sources: Sources) -> str | None:
                 ("" if latency is None else f"{latency:.2f}") + _pair(row.get("quartiles_ms"), lambda v: f"{v:.2f}"),
             ]
         )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in sources.figures().get("notes") or [])
+    said = sources.figures().get("notes")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in said) if isinstance(said, list) else ""
     picked = next(i for i, (_, row) in enumerate(rows) if row is ours)
     return f'<div class="cards">{cards}</div>{table(head, body, picked)}<ul>{notes}</ul>'
 
@@ -324,9 +325,8 @@ def _kind(name: str) -> str:
 
 def environment(sources: Sources) -> str | None:
     """Machine, versions, where the model comes from, and the Config."""
-    rows: list[tuple[str, object]] = [
-        (str(key), value) for key, value in (sources.figures().get("environment") or {}).items()
-    ]
+    found = sources.figures().get("environment")
+    rows: list[tuple[str, object]] = list(_flat(found)) if isinstance(found, Mapping) else []
     if sources.artifact is not None:
         plan = sources.artifact.plan
         rows += [("artifact", sources.name)] if sources.name else []
