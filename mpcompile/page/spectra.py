@@ -121,7 +121,7 @@ def draw(spectrum: Spectrum) -> str:
         y = rmt.mp_density(x**2 / spectrum.n, spectrum.m / spectrum.n, spectrum.sigma**2) * 2 * x / spectrum.n
         curve = list(zip(x.tolist(), y.tolist(), strict=True))
     words = [] if spectrum.verdict is None else [spectrum.verdict.replace("_", " ")]
-    words += [] if spectrum.spikes is None else [f"{spectrum.spikes} spikes"]
+    words += [] if spectrum.spikes is None else [f"{spectrum.spikes} spike{'' if spectrum.spikes == 1 else 's'}"]
     words += [] if edge is None else [f"edge {edge:.3g}"]
     title = f"Singular values of {spectrum.name} and the Marchenko-Pastur law"
     picture = histogram(edges.tolist(), heights.tolist(), curve, spikes.tolist(), title)
