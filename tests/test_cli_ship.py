@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mpcompile
-from mpcompile import Config, cli, export, transform
+from mpcompile import Config, Pipeline, cli, export, transform
 from mpcompile.cli import common
 from mpcompile.cli.common import config_of
 from mpcompile.errors import ConfigError, GraphError
+from mpcompile.passes.mask import Mask
 from tests.helpers import convolutional, images, relative, tiny_vit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +85,10 @@ def test_dense_masked_loads_into_plain_timm(folder, pruned, tmp_path, capsys):
 def test_dense_state_computes_the_same(name):
     model, size = (tiny_vit(), 32) if name == "vit" else (convolutional(name), 64)
     x = images(2, size)
-    gm = transform(model, x, Config(pattern="2:4"), [x])  # permuted and refitted
+    if name == "vit":
+        gm = transform(model, x, Config(pattern="2:4"), [x])  # permuted and refitted
+    else:
+        gm = transform(model, x, Config(pattern="2:4"), pipeline=Pipeline([Mask()]))
     twin = tiny_vit() if name == "vit" else convolutional(name)
     twin.load_state_dict(export.dense_state(gm))
     with torch.no_grad():
