@@ -44,7 +44,9 @@ class Spectrum:
 
 def spectra(sources: Sources) -> tuple[list[Spectrum], str]:
     """All that are known, and a sentence about where they come from."""
-    given = [_given(name, entry) for name, entry in records((sources.analyze or {}).get("layers"))]
+    analyzed = sources.analyze or {}
+    given = [_given(name, entry) for name, entry in records(analyzed.get("layers", analyzed))]
+    given = [s for s in given if len(s.values) or s.edge is not None]
     if any(len(s.values) for s in given):
         return given, "Singular values of the dense weights."
     if sources.artifact is not None:
