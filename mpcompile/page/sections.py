@@ -359,12 +359,7 @@ SECTIONS = (
     Section("spectra", "Spectra", _says("mpcompile analyze MODEL --json analyze.json"), spectrum),
     Section("masks", "Masks", _says("mpcompile report ARTIFACT"), density),
     Section("tokens", "Merged tokens", _says("mpcompile report ARTIFACT --image cat.jpg"), merged),
-    Section(
-        "certificates",
-        "Certificates",
-        _says("mpcompile certify MODEL --json certify.json"),
-        certificates,
-    ),
+    Section("certificates", "Certificates", _says("mpcompile certify MODEL --json certify.json"), certificates),
     Section("time", "Where the time goes", _says("mpcompile explain MODEL --json explain.json"), waterfall),
     Section("environment", "Environment", _says("mpcompile audit MODEL --json audit.json"), environment),
 )
