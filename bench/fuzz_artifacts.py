@@ -11,6 +11,7 @@ counts as a failure and is kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -130,9 +131,9 @@ def main() -> None:
         raise TimeoutError("the load took too long")
 
     signal.signal(signal.SIGALRM, stop)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):  # then: what was done so far
         files, path = samples(Path(folder)), Path(folder) / "changed.mpc"
-        for number in tqdm(range(args.rounds), unit="header"):
+        for number in tqdm(range(args.rounds), unit="header", mininterval=5):
             forge(path, *changed(draw.choice(files), draw))
             start = time.thread_time()
             signal.setitimer(signal.ITIMER_REAL, 10 * args.limit)  # wall time, on a machine that may be busy
@@ -140,15 +141,15 @@ def main() -> None:
                 outcome = "loaded" if isinstance(load(path), IRModule) else "something else"
             except ArtifactError:
                 outcome = "refused"
-            except BaseException as error:
-                outcome = f"{type(error).__name__}"
+            except (Exception, SystemExit) as error:
+                outcome = type(error).__name__
                 kept.append(f"round {number}: {type(error).__name__}: {error}"[:300])
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             slowest = max(slowest, time.thread_time() - start)
             outcomes[outcome] += 1
     failures = {name: count for name, count in outcomes.items() if name not in ("loaded", "refused")}
-    found = {"rounds": args.rounds, "seed": args.seed, "outcomes": dict(outcomes), "slowest_s": round(slowest, 3)}
+    found = {"rounds": outcomes.total(), "seed": args.seed, "outcomes": dict(outcomes), "slowest_s": round(slowest, 3)}
     print(json.dumps({**found, "failures": kept[:20]}, indent=1))
     if args.json is not None:
         args.json.write_text(json.dumps({**found, "failures": kept[:20]}, indent=1) + "\n")

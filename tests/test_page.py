@@ -97,7 +97,7 @@ def whole(artifact, tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     pictures = {path.name: page.pictures(artifact, path)}
-    sources = Sources(AUDIT, EXPLAIN, analyze(), CERTIFY, artifact, "tiny.mpc", 12345, pictures)
+    sources = Sources(AUDIT, EXPLAIN, analyze(), CERTIFY, artifact, "tiny.mpc", 12345, 20000, pictures)
     return page.render(sources)
 
 
@@ -168,7 +168,9 @@ def test_spectra_of_an_artifact_without_an_analysis(artifact):
     assert [s.name for s in found] == list(artifact.plan.masked) and "stored" in where
     weight = artifact.get_submodule(found[0].name).weight.detach()
     assert np.allclose(np.sort(found[0].values), np.sort(torch.linalg.svdvals(weight).numpy()), rtol=1e-4, atol=1e-5)
-    fits = {"layers": {found[0].name: {"edge": 1.5, "spikes": 4, "verdict": "not_mp"}}}
+    fits = {found[0].name: {"edge": 1.5, "spikes": 4, "verdict": "not_mp"}}
+    for analysis in ({"layers": fits}, {**fits, "head": {"reason": "head"}}):
+        assert [(s.name, s.spikes) for s in spectra(Sources(analyze=analysis))[0]] == [(found[0].name, 4)]
     joined, _ = spectra(Sources(analyze=fits, artifact=artifact))
     assert joined[0].spikes == 4 and len(joined[0].values) and joined[1].spikes == found[1].spikes
 

@@ -62,9 +62,9 @@ class Bar:
     start: float = 0.0
 
 
-def bars(found: Sequence[Bar], title: str, mark: float | None = None) -> str:
-    """Horizontal bars from zero, the longest across the plot; a line at ``mark``."""
-    longest = max((max(bar.start + bar.value, bar.high or 0, mark or 0) for bar in found), default=0) or 1.0
+def bars(found: Sequence[Bar], title: str, mark: float | None = None, longest: float = 0.0) -> str:
+    """Horizontal bars from zero, the longest (or ``longest``) across the plot; a line at ``mark``."""
+    longest = max([longest, *(max(bar.start + bar.value, bar.high or 0, mark or 0) for bar in found)]) or 1.0
     scale, body = PLOT / longest, ""
     for number, bar in enumerate(found):
         y = number * (ROW + GAP)

@@ -72,6 +72,10 @@ def _percent(value: Any) -> str:
     return "" if found is None else f"{found:.2%}"
 
 
+def _millions(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _pair(value: Any, form: Callable[[float], str]) -> str:
     """`` [low, high]``, or nothing."""
     if not isinstance(value, (list, tuple)) or len(value) != 2 or None in map(number, value):
@@ -92,7 +96,7 @@ def headline(sources: Sources) -> str | None:
     head = [
         "build",
         "top-1 [95 %]",
-        "agrees with dense",
+        "agrees",
         "lost",
         "won",
         "MMAC",
@@ -114,7 +118,8 @@ def headline(sources: Sources) -> str | None:
                 ("" if latency is None else f"{latency:.2f}") + _pair(row.get("quartiles_ms"), lambda v: f"{v:.2f}"),
             ]
         )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in sources.figures().get("notes") or [])
+    said = sources.figures().get("notes")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in said) if isinstance(said, list) else ""
     picked = next(i for i, (_, row) in enumerate(rows) if row is ours)
     return f'<div class="cards">{cards}</div>{table(head, body, picked)}<ul>{notes}</ul>'
 
@@ -132,7 +137,9 @@ def _cards(dense: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         cards += _card(f"{agree:.1%}", "of the samples: the label of the dense model")
     was, now = number(dense.get("macs")), number(ours.get("macs"))
     if was and now is not None:
-        cards += _card(f"−{1 - now / was:.1%}", f"multiply-accumulates: {now / 1e6:,.0f} of {was / 1e6:,.0f} M")
+        cards += _card(
+            f"−{1 - now / was:.1%}", f"multiply-accumulates: {_millions(now / 1e6)} of {_millions(was / 1e6)} M"
+        )
     speed, latency = number(ours.get("speedup")), number(ours.get("latency_ms"))
     if speed is not None and latency is not None:
         word = "faster than" if speed >= 1 else "the speed of (slower than)"
@@ -154,7 +161,7 @@ def _size_card(sources: Sources) -> str | None:
     macs = sources.artifact.plan.macs
     cards = _disk(sources)
     if macs.dense:
-        done = f"multiply-accumulates by the plan: {macs.executed / 1e6:,.0f} of {macs.dense / 1e6:,.0f} M"
+        done = f"multiply-accumulates: {_millions(macs.executed / 1e6)} of {_millions(macs.dense / 1e6)} M, by the plan"
         cards = _card(f"−{macs.reduction:.1%}", done) + cards
     note = "Accuracy and latency aren't measured: <code>mpcompile audit MODEL --artifact FILE --record</code> does."
     return f'<div class="cards">{cards}</div><p>{note}</p>'
@@ -185,7 +192,7 @@ def against_dense(sources: Sources) -> str | None:
 
     text = chart("Top-1, % (whiskers: 95 % interval)", "top1", 100, lambda v: f"{v:.1f}", "interval")
     text += chart("Latency of a batch, ms (whiskers: quartiles)", "latency_ms", 1, lambda v: f"{v:.2f}", "quartiles_ms")
-    text += chart("Multiply-accumulates a sample, millions", "macs", 1e-6, lambda v: f"{v:,.0f}")
+    text += chart("Multiply-accumulates a sample, millions", "macs", 1e-6, _millions)
     return f'{text}<p class="soft">Dashed: the dense model as it is.</p>' if text else None
 
 
@@ -278,7 +285,7 @@ def certificates(sources: Sources) -> str | None:
         share = tier["certified"] / samples if samples else 0.0
         drawn.append(Bar(name, 100 * share, f"{share:.1%}: {tier['certified']:g} of {samples:g}", "sparse"))
     text = "<p>Share of the samples whose label is proven to be the dense model's, by tier of the proof.</p>"
-    text += bars(drawn, "Certified samples, %", 100)
+    text += bars(drawn, "Certified samples, %", longest=100)
     items = [(str(s.get("kind", "")), str(s.get("text", ""))) for _, s in records(found.get("statements"))]
     text += "<ul>" + "".join(f"<li><b>{escape(kind)}</b>: {escape(words)}</li>" for kind, words in items) + "</ul>"
     violations = number(found.get("violations"))
@@ -324,14 +331,14 @@ def _kind(name: str) -> str:
 
 def environment(sources: Sources) -> str | None:
     """Machine, versions, where the model comes from, and the Config."""
-    rows: list[tuple[str, object]] = [
-        (str(key), value) for key, value in (sources.figures().get("environment") or {}).items()
-    ]
+    found = sources.figures().get("environment")
+    rows: list[tuple[str, object]] = list(_flat(found)) if isinstance(found, Mapping) else []
     if sources.artifact is not None:
         plan = sources.artifact.plan
         rows += [("artifact", sources.name)] if sources.name else []
-        rows += list(_flat(plan.provenance)) + [(f"config: {k}", v) for k, v in plan.config.items()]
-    return table(["what", "is"], rows) if rows else None
+        rows += [*_flat(plan.provenance), *_flat({"config": plan.config})]
+    rows = [(key, "" if value is None else value) for key, value in rows]
+    return f'<div class="words">{table(["what", "is"], rows)}</div>' if rows else None
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
@@ -339,7 +346,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, obj
         if isinstance(item, Mapping):
             yield from _flat(item, f"{prefix}{key}: ")
         else:
-            yield f"{prefix}{key}", item
+            yield f"{prefix}{key}", ", ".join(map(str, item)) if isinstance(item, list) else item
 
 
 def _says(command: str) -> str:

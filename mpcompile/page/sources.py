@@ -22,7 +22,7 @@ class Sources:
     Attributes:
         audit: ``mpcompile audit --json``: ``rows`` (see :class:`mpcompile.report.Row`), ``environment``, ``notes``.
         explain: ``mpcompile explain --json``: ``layers`` with ``name``, ``engine``, ``us``, ``dense_us``.
-        analyze: ``mpcompile analyze --json``: ``layers``, by name or as a list with ``name``; of each ``sigma``,
+        analyze: ``mpcompile analyze --json``: layers by name, or ``layers`` as a list with ``name``; of each ``sigma``,
             ``edge``, ``spikes``, ``verdict``, ``fit_error``, ``shape``, and ``singular_values`` (or ``eigenvalues`` of
             W^T W / N) to draw.
         certify: ``mpcompile certify --json``: ``samples``, ``tiers`` with ``name``, ``certified``, ``samples``,

@@ -44,7 +44,9 @@ class Spectrum:
 
 def spectra(sources: Sources) -> tuple[list[Spectrum], str]:
     """All that are known, and a sentence about where they come from."""
-    given = [_given(name, entry) for name, entry in records((sources.analyze or {}).get("layers"))]
+    analyzed = sources.analyze or {}
+    given = [_given(name, entry) for name, entry in records(analyzed.get("layers", analyzed))]
+    given = [s for s in given if len(s.values) or s.edge is not None]
     if any(len(s.values) for s in given):
         return given, "Singular values of the dense weights."
     if sources.artifact is not None:
@@ -121,7 +123,7 @@ def draw(spectrum: Spectrum) -> str:
         y = rmt.mp_density(x**2 / spectrum.n, spectrum.m / spectrum.n, spectrum.sigma**2) * 2 * x / spectrum.n
         curve = list(zip(x.tolist(), y.tolist(), strict=True))
     words = [] if spectrum.verdict is None else [spectrum.verdict.replace("_", " ")]
-    words += [] if spectrum.spikes is None else [f"{spectrum.spikes} spikes"]
+    words += [] if spectrum.spikes is None else [f"{spectrum.spikes} spike{'' if spectrum.spikes == 1 else 's'}"]
     words += [] if edge is None else [f"edge {edge:.3g}"]
     title = f"Singular values of {spectrum.name} and the Marchenko-Pastur law"
     picture = histogram(edges.tolist(), heights.tolist(), curve, spikes.tolist(), title)

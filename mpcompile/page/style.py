@@ -22,6 +22,7 @@ nav { margin: .8rem 0 0; font-size: .92em } nav a { margin-right: .9rem } a { co
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums }
 th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0 } th { color: var(--soft); font-weight: 600 }
+.words td, .words th { text-align: left; white-space: normal }
 tr.best td { font-weight: 600 }
 .none { background: var(--panel); border: 1px dashed var(--rule); border-radius: 8px; padding: .7rem .9rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(264px, 1fr)); gap: 1rem }
@@ -38,6 +39,7 @@ img { max-width: 100%; display: block } img.map { width: 100%; height: 72px; ima
 .ramp { display: inline-block; width: 8rem; height: .7rem; vertical-align: middle; border: 1px solid var(--rule);
   background: linear-gradient(90deg, #f7fbff, #9ecae1, #3182bd, #08306b) }
 .strip { display: flex; flex-wrap: wrap; gap: .6rem; margin: .6rem 0 } .strip figure { width: 11.5rem }
+.strip img { width: 100% }
 details > summary { cursor: pointer; color: var(--sparse); margin: .8rem 0 }
 @media print { body { max-width: none } details { display: block } nav { display: none } }
 """
