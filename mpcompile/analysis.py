@@ -123,7 +123,7 @@ def study_all(weights: Mapping[str, Tensor], progress: bool | None = None) -> di
     gain little from a second one."""
     threads = torch.get_num_threads()
     hidden = None if progress is None else not progress
-    bar = {"desc": "analyze", "unit": "layer", "total": len(weights), "disable": hidden}
+    bar: dict[str, Any] = {"desc": "analyze", "unit": "layer", "total": len(weights), "disable": hidden}
     if threads == 1 or any(w.device.type != "cpu" for w in weights.values()):
         return {name: study(name, weight) for name, weight in tqdm(weights.items(), **bar)}
     largest = sorted(weights, key=lambda name: -weights[name].numel())  # first, so that none is left over at the end
@@ -170,7 +170,7 @@ class Analysis:
                         shape,
                         f"{f.sigma:.3g}",
                         f"{f.edge:.3g}",
-                        f.n_spikes,
+                        str(f.n_spikes),
                         f"{f.spikes[0] / f.edge:.2f}" if f.spikes and f.edge else "",
                         f"{f.fit_error:.3f}",
                         f"{f.noise_share:.1%}",
