@@ -26,6 +26,7 @@ from mpcompile.rmt.fitting import fit_and_spectra
 
 __all__ = ["Analysis", "LayerAnalysis", "analyze", "study"]
 
+MOST_TAPS = 49  # of a kernel, to fit each: patch embeddings have hundreds, none of which another one overlaps
 _WORST = ("mp", "low_confidence", "not_mp")
 _QKV = re.compile(r"(^|[._])(qkv|in_proj)([._]|$)")
 
@@ -38,7 +39,7 @@ class LayerAnalysis:
         shape: of the weight.
         fits: by block: ``""`` for the whole weight (a convolution unfolded); ``"q"``, ``"k"`` and ``"v"`` where one
             layer holds all three.
-        taps: of a convolution with several taps, fitted tap by tap: ``edge`` and ``sigma`` (medians), ``mp`` (how many
+        taps: of a convolution with 2 to 49 taps, fitted tap by tap: ``edge`` and ``sigma`` (medians), ``mp`` (how many
             follow the law) and ``of``.
         reason: why it was not fitted, or None.
         spectra: singular values that each fit describes, falling; not part of the JSON.
@@ -102,7 +103,7 @@ def study(name: str, weight: Tensor) -> LayerAnalysis:
             rmt.fit(weight)  # says what is wrong
         matrices = weight.flatten(1).reshape(len(blocks), len(weight) // len(blocks), -1)
         found = fit_and_spectra(matrices)
-        taps = rmt.fit_taps(weight) if weight.dim() == 4 and weight[0, 0].numel() > 1 else ()
+        taps = rmt.fit_taps(weight) if weight.dim() == 4 and 1 < weight[0, 0].numel() <= MOST_TAPS else ()
     except InputError as error:
         raise InputError(str(error), layer=name) from error
     result = LayerAnalysis(tuple(weight.shape))
