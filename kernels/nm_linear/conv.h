@@ -89,11 +89,12 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
   const int64_t plane = g.plane(), pixels = g.out_h() * g.out_w(), tokens = g.images * pixels, sets = (g.channels + W - 1) / W;
   float* planes = laid.need(g.images * g.channels * plane + W);  // copies into a tile read up to W floats past a run
   memset(planes + g.images * g.channels * plane, 0, W * sizeof(float));
-  const Panels panels(tokens, WIDEST, threads);
   const int taps = g.kernel_h * g.kernel_w, wide = w.m * std::max(1, CONV_CHANNELS / w.m);
   const int parts = (taps * wide + CONV_COLUMNS - 1) / CONV_COLUMNS, some = (taps + parts - 1) / parts;
-  const int rows = rows_per_task(w.outputs, panels.count, threads), chunks = (w.outputs + rows - 1) / rows;
-  const int64_t tasks = panels.count * chunks;
+  const Split cut = split(tokens, WIDEST, w.outputs, threads);
+  const Panels panels = cut.panels;
+  const int rows = cut.rows;
+  const int64_t tasks = panels.count * ceil_div(w.outputs, rows);
   const Input<float> in{x, last ? ROWS : PLANES, tokens, pixels};
   const Output<float> out{residual, y, in.format};
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -105,11 +106,12 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) {
-      const int64_t p = task / chunks, first = panels.first(p);
-      const int n0 = (int)(task % chunks) * rows, n1 = std::min(w.outputs, n0 + rows);
+      const int64_t p = task % panels.count, first = panels.first(p);
+      const int n0 = (int)(task / panels.count) * rows, n1 = std::min(w.outputs, n0 + rows);
       with_width(panels.width(p), [&](auto v) {
         constexpr int V = decltype(v)::value, P = V * W;
         const std::vector<Run> pieces = runs(g, first, tokens, P);
+        auto sweep = half_used<V>(first, tokens) ? sweep_rows<V, HALVES, float> : sweep_rows<V, false, float>;
         const float* start = w.start();
         float* c = scratch().sums.need((size_t)rows * P);
         float* tile = scratch().tile.need((size_t)(std::max(CONV_COLUMNS, wide)) * P + W);
@@ -129,7 +131,7 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
                   for (int i = 0; i < piece.length; i += W) store(row + piece.lane + i, load(from + piece.place + i));
               }
             const int entries = w.entries(here * count);
-            sweep_rows<V>(tile, w.values + offset, w.index + offset, entries, n0, n1, c, begun ? nullptr : start);
+            sweep(tile, w.values + offset, w.index + offset, entries, n0, n1, c, begun ? nullptr : start);
             begun = true;
             offset += (size_t)w.outputs * entries;
           }

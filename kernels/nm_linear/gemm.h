@@ -4,16 +4,21 @@
 #include <omp.h>
 
 #include <cstdlib>
+#include <functional>
+#include <map>
 #include <new>
+#include <tuple>
 #include <type_traits>
 
 #include "sweep.h"
 #include "tiles.h"
 
 enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2, LAYOUT_OCTS = 3 };  // as in layouts.py
-constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96, RING_ROWS = 4;
+constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96;
 constexpr int WIDEST = 4;       // vectors in a panel
 constexpr int MOST_ROWS = 768;  // output rows of a task: their sums stay in the second-level cache
+constexpr int FEWEST_ROWS = 128;
+constexpr int MANY_TASKS = 16;  // for each thread: with more than that, how they are cut makes no difference
 
 // Memory that a thread keeps from call to call.
 template <class T> class Scratch {
@@ -42,7 +47,7 @@ struct ThreadScratch {
   Scratch<uint16_t> channels, hidden;
   Scratch<unsigned char> joined;
 };
-inline ThreadScratch& scratch() {
+static ThreadScratch& scratch() {
   static thread_local ThreadScratch own;
   return own;
 }
@@ -78,20 +83,75 @@ template <class X> struct Input {
   int64_t tokens, pixels;  // pixels of an image, for PLANES
 };
 
-// Tokens cut into panels of up to `widest` vectors, as even as they come and, where there are many, as many for every
-// thread.
+// Tokens cut into panels, as even as they come.
 struct Panels {
   int64_t vectors;
   int64_t count;
 
-  Panels(int64_t tokens, int widest, int threads) {
-    vectors = (tokens + W - 1) / W;
-    count = (vectors + widest - 1) / widest;
-    if (count > threads) count = std::min(vectors, (count + threads - 1) / threads * threads);
-  }
   int width(int64_t p) const { return (int)(vectors / count + (p < vectors % count)); }
   int64_t first(int64_t p) const { return (vectors / count * p + std::min<int64_t>(p, vectors % count)) * W; }
 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t vectors_of(int64_t tokens) { return ceil_div(tokens, W); }
+
+// As few panels of up to `widest` vectors as there are for every thread as many.
+inline Panels even_panels(int64_t tokens, int widest, int threads) {
+  const int64_t vectors = vectors_of(tokens), least = ceil_div(vectors, widest);
+  return {vectors, least > threads ? std::min(vectors, ceil_div(least, threads) * threads) : least};
+}
+
+// What a product is cut into: panels of tokens, and chunks of that many output rows. A task is one of each.
+struct Split {
+  Panels panels;
+  int rows;
+};
+
+// When threads that take the next task as they get free are all done. A row of a task takes its vectors and the reading
+// of its weights; filling the tiles takes as long as some more rows.
+inline double makespan(const Split& s, int outputs, int threads) {
+  std::vector<double> busy(threads, 0.0);  // a heap, the thread that is free first in front
+  for (int n = 0; n < outputs; n += s.rows)
+    for (int64_t p = 0; p < s.panels.count; p++) {
+      std::pop_heap(busy.begin(), busy.end(), std::greater<>());
+      busy.back() += (s.panels.width(p) + 0.3) * (std::min(s.rows, outputs - n) + 64);
+      std::push_heap(busy.begin(), busy.end(), std::greater<>());
+    }
+  return *std::max_element(busy.begin(), busy.end());
+}
+
+// The cut that keeps all threads at work with as little repeated as possible.
+inline Split best_split(int64_t tokens, int widest, int outputs, int threads) {
+  const int64_t vectors = vectors_of(tokens);
+  const int least = (int)ceil_div(outputs, MOST_ROWS), most = std::max(least, outputs / FEWEST_ROWS);
+  auto cut = [&](Panels panels, int chunks) { return Split{panels, (int)ceil_div(ceil_div(outputs, chunks), 16) * 16}; };
+  const Split even = cut(even_panels(tokens, widest, threads), least);
+  if (threads == 1 || even.panels.count * least > MANY_TASKS * threads) return even;
+  Split best = even;
+  double done = makespan(even, outputs, threads);
+  for (Panels panels : {even.panels, Panels{vectors, ceil_div(vectors, widest)}})
+    for (int chunks = least; chunks <= most && panels.count * (chunks - 1) < MANY_TASKS * threads; chunks++) {
+      const Split other = cut(panels, chunks);
+      const double end = makespan(other, outputs, threads);
+      if (end < done) best = other, done = end;
+    }
+  return best;
+}
+
+// The same, remembered: a model asks again and again for a few shapes.
+static Split split(int64_t tokens, int widest, int outputs, int threads) {
+  static thread_local std::map<std::tuple<int64_t, int, int, int>, Split> known;
+  const auto key = std::make_tuple(tokens, widest, outputs, threads);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  if (known.size() > 1000) known.clear();
+  return known[key] = best_split(tokens, widest, outputs, threads);
+}
+
+// Whether of a panel of V vectors the last is used in its lower half alone.
+template <int V> static bool half_used(int64_t first, int64_t tokens) {
+  return HALVES && first + V * W - tokens >= W / 2;
+}
 
 template <class F> static void with_width(int v, F f) {
   switch (v) {
@@ -140,6 +200,7 @@ template <int V>
 static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::vector<Segment>& where, int64_t first,
                              int n0, int n1, float* c) {
   constexpr int P = V * W;
+  const bool half = half_used<V>(first, in.tokens);
   const float* start = w.start();
   Pair* tile = scratch().pairs.need((size_t)OCTS_BLOCK * 2 * P)  /* as many as PAIRS_BLOCK * 3 */;
   const Pair* values = (const Pair*)w.values;
@@ -150,24 +211,14 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
     const int k0 = b * wide, count = std::min(wide, w.inputs - k0);
     fill_pairs<V>(w, in, where, first, k0, count, tile);
     foresee_block(w, in, first, P, k0 + count);
-    float* sums = c;
+    const float* from = b ? nullptr : start;
     if (w.layout == LAYOUT_RING) {
-      for (int n = n0; n < n1; n += RING_ROWS, sums += RING_ROWS * P) {
-        int32_t at[2];
-        memcpy(at, w.index + ((size_t)b * fours + n / RING_ROWS) * 4, 8);
-        ring_block<V>(tile, values + at[0], index + at[0], (at[1] - at[0]) / RING_ROWS, sums, b ? nullptr : start + n);
-      }
+      const uint8_t* begin = w.index + (size_t)b * fours * 4;
+      (half ? sweep_ring<V, HALVES> : sweep_ring<V, false>)(tile, values, index, begin, n0, n1, c, from);
       continue;
     }
-    constexpr int R = V >= 3 ? 2 : V == 2 ? 4 : 8;
     const int entries = w.entries(count);
-    int n = n0;
-    const Pair* v = values + offset + (size_t)n0 * entries;
-    const uint8_t* i = index + offset + (size_t)n0 * entries;
-    for (; n + R <= n1; n += R, v += R * entries, i += R * entries, sums += R * P)
-      pairs_block<V, R>(tile, v, i, entries, sums, b ? nullptr : start + n);
-    for (; n < n1; n++, v += entries, i += entries, sums += P)
-      pairs_block<V, 1>(tile, v, i, entries, sums, b ? nullptr : start + n);
+    (half ? sweep_pairs<V, HALVES> : sweep_pairs<V, false>)(tile, values + offset, index + offset, entries, n0, n1, c, from);
     offset += (size_t)w.outputs * entries;
   }
 }
@@ -184,6 +235,7 @@ static void accumulate(const Weight<X>& w, const Input<X>& in, const float* pane
     if (w.layout != LAYOUT_ROWS) return accumulate_pairs<V>(w, in, where, first, n0, n1, c);
   }
 #endif
+  auto sweep = half_used<V>(first, in.tokens) ? sweep_rows<V, HALVES, X> : sweep_rows<V, false, X>;
   const float* start = w.start();
   float* own = panel ? nullptr : scratch().tile.need((size_t)w.block() * P);
   size_t offset = 0;
@@ -192,7 +244,7 @@ static void accumulate(const Weight<X>& w, const Input<X>& in, const float* pane
     if (!panel) fill_tile<V>(in.x, in.format, where, first, in.tokens, in.pixels, w.inputs, k0, count, own);
     if (!panel) foresee_block(w, in, first, P, k0 + count);
     const float* tile = panel ? panel + (size_t)k0 * P : own;
-    sweep_rows<V>(tile, w.values + offset, w.index + offset, entries, n0, n1, c, k0 ? nullptr : start);
+    sweep(tile, w.values + offset, w.index + offset, entries, n0, n1, c, k0 ? nullptr : start);
     offset += (size_t)w.outputs * entries;
   }
 }
@@ -213,23 +265,17 @@ static void finish(const Output<X>& out, const float* c, int lanes, int64_t firs
   write_rows(c, lanes, n0, n1, activation, place, out.residual, out.y, outputs);
 }
 
-// Rows of a task: fewer where there are few panels for many threads.
-inline int rows_per_task(int outputs, int64_t panels, int threads) {
-  int64_t wanted = threads > 1 ? (4 * threads + panels - 1) / panels : 1;
-  int rows = (int)((outputs + wanted - 1) / wanted);
-  rows = std::min(MOST_ROWS, std::max(rows, std::min(outputs, 128)));
-  return (rows + 15) / 16 * 16;
-}
-
 template <class X>
 static void gemm(const Weight<X>& w, const Input<X>& in, const Output<X>& out, int activation, int threads) {
-  const Panels panels(in.tokens, w.widest(), threads);
-  const int rows = rows_per_task(w.outputs, panels.count, threads), chunks = (w.outputs + rows - 1) / rows;
-  const int64_t tasks = panels.count * chunks;
+  const Split cut = split(in.tokens, w.widest(), w.outputs, threads);
+  const Panels panels = cut.panels;
+  const int rows = cut.rows;
+  const int64_t tasks = panels.count * ceil_div(w.outputs, rows);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && tasks > 1)
   for (int64_t task = 0; task < tasks; task++) {
-    const int64_t p = task / chunks, first = panels.first(p);
-    const int n0 = (int)(task % chunks) * rows, n1 = std::min(w.outputs, n0 + rows);
+    // Panel after panel over the same rows: their weights stay in the cache.
+    const int64_t p = task % panels.count, first = panels.first(p);
+    const int n0 = (int)(task / panels.count) * rows, n1 = std::min(w.outputs, n0 + rows);
     with_width(panels.width(p), [&](auto v) {
       constexpr int V = decltype(v)::value;
       std::vector<Segment> where;
@@ -245,7 +291,7 @@ static void gemm(const Weight<X>& w, const Input<X>& in, const Output<X>& out, i
 template <class X>
 static void mlp(const Weight<X>& one, const Weight<X>& two, const Input<X>& in, const Output<X>& out, int activation,
                 int threads) {
-  const Panels panels(in.tokens, std::min(one.widest(), two.widest()), threads);
+  const Panels panels = even_panels(in.tokens, std::min(one.widest(), two.widest()), threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && panels.count > 1)
   for (int64_t p = 0; p < panels.count; p++) {
     const int64_t first = panels.first(p);

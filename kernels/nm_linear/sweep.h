@@ -9,12 +9,16 @@
 
 // --- ROWS layout: a kept value and the number of its column ---
 
-template <int V, int R, class Weight>
+// HALF: of the last of V vectors only the lower half is in use.
+template <int V, bool HALF, int R, class Weight>
 NM_INLINE void rows_block(const float* tile, const Weight* values, const uint8_t* index, int entries, float* c, const float* start) {
-  constexpr int P = V * W;
+  constexpr int P = V * W, FULL = V - HALF;
   vf acc[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) acc[r][v] = start ? splat(start[r]) : load(c + r * P + v * W);
+  vl last[R];
+  for (int r = 0; r < R; r++) {
+    for (int v = 0; v < FULL; v++) acc[r][v] = start ? splat(start[r]) : load(c + r * P + v * W);
+    if (HALF) last[r] = start ? low(splat(start[r])) : load_low(c + r * P + FULL * W);
+  }
   for (int e = 0; e < entries; e += 4) {
     Four weights[R];
     uint32_t columns[R];
@@ -27,7 +31,8 @@ NM_INLINE void rows_block(const float* tile, const Weight* values, const uint8_t
   _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {         \
     vf w = pick<Q>(weights[r]);                                 \
     const float* x = tile + ((columns[r] >> (8 * Q)) & 255) * P; \
-    _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) acc[r][v] = fma(w, load(x + v * W), acc[r][v]); \
+    _Pragma("GCC unroll 8") for (int v = 0; v < FULL; v++) acc[r][v] = fma(w, load(x + v * W), acc[r][v]); \
+    if (HALF) last[r] = fma(low(w), load_low(x + FULL * W), last[r]); \
   }
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "a little-endian machine is needed"
@@ -35,23 +40,30 @@ NM_INLINE void rows_block(const float* tile, const Weight* values, const uint8_t
     NM_STEP(0) NM_STEP(1) NM_STEP(2) NM_STEP(3)
 #undef NM_STEP
   }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) store(c + r * P + v * W, acc[r][v]);
+  for (int r = 0; r < R; r++) {
+    for (int v = 0; v < FULL; v++) store(c + r * P + v * W, acc[r][v]);
+    if (HALF) store_low(c + r * P + FULL * W, last[r]);
+  }
 }
 
+// How many rows go through a block together: enough independent sums to hide the latency of a multiplication.
+constexpr int rows_together(int vectors) { return vectors >= 3 ? 2 : vectors == 2 ? 4 : 8; }
+
 // Output rows [n0, n1) of one block. `start`: what the sums begin with (first block), or null to go on from c.
-template <int V, class Weight>
+template <int V, bool HALF, class Weight>
 static void sweep_rows(const float* tile, const Weight* values, const uint8_t* index, int entries, int n0, int n1, float* c,
                        const float* start) {
-  constexpr int P = V * W, R = V >= 3 ? 2 : V == 2 ? 4 : 8;  // enough independent sums to hide the latency of an FMA
+  constexpr int P = V * W, R = rows_together(V);
   values += (size_t)n0 * entries;
   index += (size_t)n0 * entries;
   int n = n0;
   for (; n + R <= n1; n += R, values += R * entries, index += R * entries, c += R * P)
-    rows_block<V, R>(tile, values, index, entries, c, start ? start + n : nullptr);
+    rows_block<V, HALF, R>(tile, values, index, entries, c, start ? start + n : nullptr);
   for (; n < n1; n++, values += entries, index += entries, c += P)
-    rows_block<V, 1>(tile, values, index, entries, c, start ? start + n : nullptr);
+    rows_block<V, HALF, 1>(tile, values, index, entries, c, start ? start + n : nullptr);
 }
+
+constexpr int RING_ROWS = 4;
 
 // --- QUADS, OCTS and RING layouts: two kept bf16 values and the number of a pair of columns ---
 
@@ -60,20 +72,40 @@ static void sweep_rows(const float* tile, const Weight* values, const uint8_t* i
 
 typedef uint32_t Pair;  // bf16 of one column in the low half, of the other in the high half
 
-template <int V, int R>
+// Sums of R rows, of whose V vectors the last may be used in its lower half alone.
+template <int V, bool HALF, int R> struct PairSums {
+  static constexpr int P = V * W, FULL = V - HALF;
+  __m512 whole[R][V];
+  __m256 half[R];
+
+  inline __attribute__((always_inline)) void begin(const float* c, const float* start) {
+    for (int r = 0; r < R; r++) {
+      for (int v = 0; v < FULL; v++) whole[r][v] = start ? _mm512_set1_ps(start[r]) : _mm512_loadu_ps(c + r * P + v * W);
+      if (HALF) half[r] = start ? _mm256_set1_ps(start[r]) : _mm256_loadu_ps(c + r * P + FULL * W);
+    }
+  }
+  inline __attribute__((always_inline)) void add(int r, __m512 weight, const Pair* x) {
+    const __m512bh w = (__m512bh)weight;
+#pragma GCC unroll 8
+    for (int v = 0; v < FULL; v++) whole[r][v] = _mm512_dpbf16_ps(whole[r][v], w, (__m512bh)_mm512_load_si512(x + v * W));
+    if (HALF)
+      half[r] = _mm256_dpbf16_ps(half[r], (__m256bh)_mm512_castps512_ps256(weight),
+                                 (__m256bh)_mm256_load_si256((const __m256i*)(x + FULL * W)));
+  }
+  inline __attribute__((always_inline)) void end(float* c) const {
+    for (int r = 0; r < R; r++) {
+      for (int v = 0; v < FULL; v++) _mm512_storeu_ps(c + r * P + v * W, whole[r][v]);
+      if (HALF) _mm256_storeu_ps(c + r * P + FULL * W, half[r]);
+    }
+  }
+};
+
+template <int V, bool HALF, int R>
 NM_INLINE void pairs_block(const Pair* tile, const Pair* values, const uint8_t* index, int entries, float* c,
                            const float* start) {
   constexpr int P = V * W;
-  __m512 acc[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) acc[r][v] = start ? _mm512_set1_ps(start[r]) : _mm512_loadu_ps(c + r * P + v * W);
-#define NM_MULTIPLY(WEIGHT, NUMBER)                                                                           \
-  {                                                                                                           \
-    __m512bh w = (__m512bh)(WEIGHT);                                                                          \
-    const Pair* x = tile + (NUMBER) * P;                                                                      \
-    _Pragma("GCC unroll 8") for (int v = 0; v < V; v++)                                                       \
-        acc[r][v] = _mm512_dpbf16_ps(acc[r][v], w, (__m512bh)_mm512_load_si512(x + v * W));                   \
-  }
+  PairSums<V, HALF, R> sums;
+  sums.begin(c, start);
   int e = 0;
   for (; e + 4 <= entries; e += 4) {
 #pragma GCC unroll 8
@@ -82,10 +114,10 @@ NM_INLINE void pairs_block(const Pair* tile, const Pair* values, const uint8_t* 
           _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(values + r * entries + e))));
       uint32_t numbers;
       memcpy(&numbers, index + r * entries + e, 4);
-      NM_MULTIPLY(_mm512_permute_ps(weights, 0x00), numbers & 255)
-      NM_MULTIPLY(_mm512_permute_ps(weights, 0x55), (numbers >> 8) & 255)
-      NM_MULTIPLY(_mm512_permute_ps(weights, 0xaa), (numbers >> 16) & 255)
-      NM_MULTIPLY(_mm512_permute_ps(weights, 0xff), numbers >> 24)
+      sums.add(r, _mm512_permute_ps(weights, 0x00), tile + (numbers & 255) * P);
+      sums.add(r, _mm512_permute_ps(weights, 0x55), tile + ((numbers >> 8) & 255) * P);
+      sums.add(r, _mm512_permute_ps(weights, 0xaa), tile + ((numbers >> 16) & 255) * P);
+      sums.add(r, _mm512_permute_ps(weights, 0xff), tile + (numbers >> 24) * P);
     }
   }
   for (; e < entries; e++)
@@ -93,43 +125,56 @@ NM_INLINE void pairs_block(const Pair* tile, const Pair* values, const uint8_t* 
     for (int r = 0; r < R; r++) {
       int pair;
       memcpy(&pair, values + r * entries + e, 4);
-      NM_MULTIPLY(_mm512_set1_epi32(pair), (uint32_t)index[r * entries + e])
+      sums.add(r, _mm512_castsi512_ps(_mm512_set1_epi32(pair)), tile + index[r * entries + e] * P);
     }
-#undef NM_MULTIPLY
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) _mm512_storeu_ps(c + r * P + v * W, acc[r][v]);
+  sums.end(c);
 }
 
 // RING: four rows, two entries of each after the other.
-template <int V>
+template <int V, bool HALF>
 NM_INLINE void ring_block(const Pair* tile, const Pair* values, const uint8_t* index, int entries, float* c,
                           const float* start) {
-  constexpr int P = V * W, R = 4;
-  __m512 acc[R][V];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) acc[r][v] = start ? _mm512_set1_ps(start[r]) : _mm512_loadu_ps(c + r * P + v * W);
+  constexpr int P = V * W, R = RING_ROWS;
+  PairSums<V, HALF, R> sums;
+  sums.begin(c, start);
   for (int e = 0; e < entries; e += 2, values += 2 * R, index += 2 * R) {
     uint64_t numbers;
     memcpy(&numbers, index, 8);
 #pragma GCC unroll 2
     for (int h = 0; h < R; h += 2) {
       __m512 weights = _mm512_castsi512_ps(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(values + 2 * h))));
-#define NM_RING(ROW, PICK, NUMBER)                                                          \
-  {                                                                                         \
-    __m512bh w = (__m512bh)_mm512_permute_ps(weights, PICK);                                \
-    const Pair* x = tile + (NUMBER) * P;                                                    \
-    _Pragma("GCC unroll 8") for (int v = 0; v < V; v++)                                     \
-        acc[ROW][v] = _mm512_dpbf16_ps(acc[ROW][v], w, (__m512bh)_mm512_load_si512(x + v * W)); \
-  }
-      NM_RING(h, 0x00, (numbers >> (16 * h)) & 255)
-      NM_RING(h + 1, 0xaa, (numbers >> (16 * h + 16)) & 255)
-      NM_RING(h, 0x55, (numbers >> (16 * h + 8)) & 255)
-      NM_RING(h + 1, 0xff, (numbers >> (16 * h + 24)) & 255)
-#undef NM_RING
+      sums.add(h, _mm512_permute_ps(weights, 0x00), tile + ((numbers >> (16 * h)) & 255) * P);
+      sums.add(h + 1, _mm512_permute_ps(weights, 0xaa), tile + ((numbers >> (16 * h + 16)) & 255) * P);
+      sums.add(h, _mm512_permute_ps(weights, 0x55), tile + ((numbers >> (16 * h + 8)) & 255) * P);
+      sums.add(h + 1, _mm512_permute_ps(weights, 0xff), tile + ((numbers >> (16 * h + 24)) & 255) * P);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) _mm512_storeu_ps(c + r * P + v * W, acc[r][v]);
+  sums.end(c);
+}
+
+// As sweep_rows, for QUADS and OCTS.
+template <int V, bool HALF>
+static void sweep_pairs(const Pair* tile, const Pair* values, const uint8_t* index, int entries, int n0, int n1, float* c,
+                        const float* start) {
+  constexpr int P = V * W, R = rows_together(V);
+  values += (size_t)n0 * entries;
+  index += (size_t)n0 * entries;
+  int n = n0;
+  for (; n + R <= n1; n += R, values += R * entries, index += R * entries, c += R * P)
+    pairs_block<V, HALF, R>(tile, values, index, entries, c, start ? start + n : nullptr);
+  for (; n < n1; n++, values += entries, index += entries, c += P)
+    pairs_block<V, HALF, 1>(tile, values, index, entries, c, start ? start + n : nullptr);
+}
+
+// As sweep_rows, for RING: begin[i] tells where the entries of the i-th four rows begin.
+template <int V, bool HALF>
+static void sweep_ring(const Pair* tile, const Pair* values, const uint8_t* index, const uint8_t* begin, int n0, int n1, float* c,
+                       const float* start) {
+  for (int n = n0; n < n1; n += RING_ROWS, c += RING_ROWS * V * W) {
+    int32_t at[2];
+    memcpy(at, begin + n / RING_ROWS * 4, 8);
+    ring_block<V, HALF>(tile, values + at[0], index + at[0], (at[1] - at[0]) / RING_ROWS, c, start ? start + n : nullptr);
+  }
 }
 
 // Sixteen tokens of the pairs of channels 0-1, 2-3, ... of `count` channels -> a[0], a[1], ...; zeros behind them.

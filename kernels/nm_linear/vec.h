@@ -70,6 +70,24 @@ NM_INLINE vf fma(vf a, vf b, vf c) {
   return a * b + c;
 #endif
 }
+
+// Half a vector, for a last one that is at most half full. Only where it costs less than a whole one does anybody ask
+// for it: a processor that computes 16 lanes in two halves.
+#if NM_AVX512
+constexpr bool HALVES = true;
+typedef float vl __attribute__((vector_size(W * 2)));
+typedef float vl_mem __attribute__((vector_size(W * 2), aligned(4), may_alias));
+NM_INLINE vl low(vf x) { return (vl)_mm512_castps512_ps256((__m512)x); }
+NM_INLINE vl fma(vl a, vl b, vl c) { return (vl)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+constexpr bool HALVES = false;
+typedef vf vl;
+typedef vf_mem vl_mem;
+NM_INLINE vl low(vf x) { return x; }
+#endif
+NM_INLINE vl load_low(const float* p) { return *(const vl_mem*)p; }
+NM_INLINE void store_low(float* p, vl v) { *(vl_mem*)p = v; }
+
 // NaN in x comes through, as torch's activations have it.
 NM_INLINE vf clamp(vf x, float low, float high) {
   x = x < splat(low) ? splat(low) : x;
