@@ -56,6 +56,18 @@ def test_patterns():
     assert Config("auto").choices(cuda) == ((2, 4),)
 
 
+def test_menus():
+    names = lambda config, k: [str(p) for p in config.menu(torch.ones(1, k))]  # noqa: E731
+    config = Config(mac_reduction=0.4)
+    assert names(config, 48) == ["12:16", "10:16", "8:16", "6:16", "4:16"]
+    assert names(config, 24) == ["6:8", "5:8", "4:8", "3:8", "2:8"] and names(config, 12) == ["3:4", "2:4", "1:4"]
+    assert names(config, 6) == [] and config.pattern_for(torch.ones(1, 6)) is None
+    assert config.choices(torch.device("cuda")) == ((2, 4),)
+    named = Config(mac_reduction=0.4, patterns=["2:4", "dense", "8:16", "6:8"])
+    assert names(named, 48) == ["6:8", "8:16", "2:4"] and names(named, 4) == ["2:4"]
+    assert Config.from_options(json.loads(json.dumps(named.to_dict()))) == named
+
+
 def test_options_must_be_a_mapping():
     with pytest.raises(ConfigError, match="not a mapping"):
         Config.from_options(["pattern"])
