@@ -26,6 +26,7 @@ from mpcompile.rmt.fitting import fit_and_spectra
 
 __all__ = ["Analysis", "LayerAnalysis", "analyze", "study"]
 
+MOST_TAPS = 49  # of a kernel, to fit each: patch embeddings have hundreds, none of which another one overlaps
 _WORST = ("mp", "low_confidence", "not_mp")
 _QKV = re.compile(r"(^|[._])(qkv|in_proj)([._]|$)")
 
@@ -38,7 +39,7 @@ class LayerAnalysis:
         shape: of the weight.
         fits: by block: ``""`` for the whole weight (a convolution unfolded); ``"q"``, ``"k"`` and ``"v"`` where one
             layer holds all three.
-        taps: of a convolution with several taps, fitted tap by tap: ``edge`` and ``sigma`` (medians), ``mp`` (how many
+        taps: of a convolution with 2 to 49 taps, fitted tap by tap: ``edge`` and ``sigma`` (medians), ``mp`` (how many
             follow the law) and ``of``.
         reason: why it was not fitted, or None.
         spectra: singular values that each fit describes, falling; not part of the JSON.
@@ -102,7 +103,7 @@ def study(name: str, weight: Tensor) -> LayerAnalysis:
             rmt.fit(weight)  # says what is wrong
         matrices = weight.flatten(1).reshape(len(blocks), len(weight) // len(blocks), -1)
         found = fit_and_spectra(matrices)
-        taps = rmt.fit_taps(weight) if weight.dim() == 4 and weight[0, 0].numel() > 1 else ()
+        taps = rmt.fit_taps(weight) if weight.dim() == 4 and 1 < weight[0, 0].numel() <= MOST_TAPS else ()
     except InputError as error:
         raise InputError(str(error), layer=name) from error
     result = LayerAnalysis(tuple(weight.shape))
@@ -123,7 +124,7 @@ def study_all(weights: Mapping[str, Tensor], progress: bool | None = None) -> di
     gain little from a second one."""
     threads = torch.get_num_threads()
     hidden = None if progress is None else not progress
-    bar = {"desc": "analyze", "unit": "layer", "total": len(weights), "disable": hidden}
+    bar: dict[str, Any] = {"desc": "analyze", "unit": "layer", "total": len(weights), "disable": hidden}
     if threads == 1 or any(w.device.type != "cpu" for w in weights.values()):
         return {name: study(name, weight) for name, weight in tqdm(weights.items(), **bar)}
     largest = sorted(weights, key=lambda name: -weights[name].numel())  # first, so that none is left over at the end
@@ -170,7 +171,7 @@ class Analysis:
                         shape,
                         f"{f.sigma:.3g}",
                         f"{f.edge:.3g}",
-                        f.n_spikes,
+                        str(f.n_spikes),
                         f"{f.spikes[0] / f.edge:.2f}" if f.spikes and f.edge else "",
                         f"{f.fit_error:.3f}",
                         f"{f.noise_share:.1%}",

@@ -107,7 +107,7 @@ def output_energy(
                     if not found:
                         raise InputError("the model returns no floating-point tensor, so that layers can't be weighed")
                     kind = is_logits(found)
-                    loss = sum((y * _direction(y, kind, generator)).sum() for y in found)
+                    loss = torch.stack([(y * _direction(y, kind, generator)).sum() for y in found]).sum()
                     grads = torch.autograd.grad(loss, [p for _, p in runner.probes], allow_unused=True)
                 except RuntimeError as error:
                     text = str(error).splitlines()[0]

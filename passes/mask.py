@@ -184,7 +184,7 @@ class Mask(Pass):
             ctx.projections[name] = projection
             energy = weight.detach().square()  # before the masked values are set to zero
             kept = float((energy * mask).sum() / energy.sum().clamp(min=1e-30))
-            if projection.weight is not None:
+            if projection.weight is not None and ctx.writable(uses[0]):
                 weight.copy_(projection.weight.masked_fill(~mask, 0))
             bias = _bias(gm, uses)
             if bias is not None and projection.bias is not None:

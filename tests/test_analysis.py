@@ -1,5 +1,6 @@
 """The analysis of a whole model: its rows, its files, its plot, and the command."""
 
+import doctest
 import json
 import math
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mpcompile import Analysis, MPCompileError, analyze, cli
+from mpcompile import Analysis, MPCompileError, analysis, analyze, cli
 from mpcompile.analysis import study, study_all
 from mpcompile.errors import ArtifactError, InputError
 from tests.helpers import tiny_vit
@@ -141,3 +142,8 @@ def test_without_matplotlib_it_says_what_to_install(found, monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MPCompileError, match=r"pip install 'mpcompile\[report\]'"):
         found.plot(tmp_path / "a.png")
+
+
+def test_examples():
+    results = doctest.testmod(analysis)
+    assert (results.failed, results.attempted > 4) == (0, True)

@@ -28,7 +28,7 @@ def test_options_round_trip_through_json():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patern": "2:4"}, r"unknown option 'patern'; expected one of pattern, tome_r.*did you mean|Did you mean"),
+        ({"patern": "2:4"}, r"unknown option 'patern'; expected one of pattern, mac_reduction.*did you mean|Did you mean"),
         ({"pattern": "5:4"}, "1 <= N <= M"),
         ({"pattern": "two"}, "not an N:M pattern"),
         ({"pattern": 24}, "wrong type"),
@@ -54,6 +54,18 @@ def test_patterns():
     found = [Config("auto").pattern_for(torch.ones(1, k)) for k in (48, 24, 12, 6)]
     assert found == [(8, 16), (4, 8), (2, 4), None]
     assert Config("auto").choices(cuda) == ((2, 4),)
+
+
+def test_menus():
+    names = lambda config, k: [str(p) for p in config.menu(torch.ones(1, k))]  # noqa: E731
+    config = Config(mac_reduction=0.4)
+    assert names(config, 48) == ["12:16", "10:16", "8:16", "6:16", "4:16"]
+    assert names(config, 24) == ["6:8", "5:8", "4:8", "3:8", "2:8"] and names(config, 12) == ["3:4", "2:4", "1:4"]
+    assert names(config, 6) == [] and config.pattern_for(torch.ones(1, 6)) is None
+    assert config.choices(torch.device("cuda")) == ((2, 4),)
+    named = Config(mac_reduction=0.4, patterns=["2:4", "dense", "8:16", "6:8"])
+    assert names(named, 48) == ["6:8", "8:16", "2:4"] and names(named, 4) == ["2:4"]
+    assert Config.from_options(json.loads(json.dumps(named.to_dict()))) == named
 
 
 def test_options_must_be_a_mapping():

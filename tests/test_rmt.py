@@ -234,9 +234,9 @@ def test_counts_spikes_above_the_second_edge(randn):
 
 
 def test_rejects_what_is_not_one_noise_level(randn):
-    f = rmt.fit(randn(768, 768) * torch.exp(0.5 * randn(768, 1)))
+    f = rmt.fit(randn(768, 768) * torch.exp(0.5 * randn(768, 1)), separable=False)
     assert f.verdict == "not_mp" and f.fit_error > 8 * gamma(768)
-    assert rmt.fit(randn(768, 768) * torch.exp(0.2 * randn(1, 768))).verdict == "not_mp"
+    assert rmt.fit(randn(768, 768) * torch.exp(0.2 * randn(1, 768)), separable=False).verdict == "not_mp"
     assert rmt.fit(torch.eye(128)).verdict == "not_mp"
     assert rmt.fit(torch.linalg.qr(randn(256, 128))[0]).verdict == "not_mp"
 
@@ -277,7 +277,7 @@ def test_queries_keys_and_values_apart(randn):
     assert [f.verdict for f in (q, k, v)] == ["mp"] * 3
     assert [f.sigma for f in (q, k, v)] == pytest.approx([1.0, 0.5, 2.0], rel=4 * 0.0044)
     assert k == rmt.fit(W[192:384])
-    assert rmt.fit(W).verdict == "not_mp"
+    assert rmt.fit(W, separable=False).verdict == "not_mp"
     assert rmt.fit_qkv(W, parts=1) == (rmt.fit(W),)
 
 
@@ -412,8 +412,10 @@ def test_thresholds_that_know_less(randn):
     assert rmt.median_sigma(lam, 0.5) == pytest.approx(1, abs=0.02)
     assert rmt.shuffle_edge(W) == pytest.approx(true, rel=0.02)
     assert rmt.shuffle_edge(W + 5) > 2 * true  # a mean is no noise, whatever the order
-    for c, omega in {1.0: 2.858, 0.5: 2.2582, 0.1: 1.6089}.items():  # Gavish and Donoho, table IV
-        assert rmt.gavish_donoho(c) == pytest.approx(omega, abs=1e-3)
+    assert rmt.gavish_donoho(1.0) == pytest.approx(2.858, abs=1e-3)
+    for c in (0.1, 0.3, 0.7):
+        cubic = 0.56 * c**3 - 0.95 * c**2 + 1.82 * c + 1.43  # Gavish and Donoho's own, good to 0.02
+        assert rmt.gavish_donoho(c) == pytest.approx(cubic, abs=0.02)
         assert rmt.gavish_donoho(c, sigma=1.0, n_rows=100) > 10 * (1 + math.sqrt(c))
     heavy = torch.distributions.StudentT(3.0).sample((256, 256))
     assert rmt.shuffle_edge(heavy) > rmt.fit(heavy).edge_tw  # long tails pass the edge of Gaussian noise
@@ -441,7 +443,7 @@ def test_bbp_map_is_inverted_above_the_edge(strength, sigma, c, n):
 def test_bbp_map_is_what_noise_does(randn):
     planted = torch.tensor([30.0, 45.0, 70.0])
     seen = torch.linalg.svdvals(randn(400, 200) + spikes(randn, 400, 200, planted))[:3]
-    assert rmt.bbp(planted, 1.0, (400, 200))[::-1] == pytest.approx(seen.numpy(), rel=0.02)
+    assert rmt.bbp(planted, 1.0, (400, 200))[::-1] == pytest.approx(seen.numpy(), abs=3)  # sd about 1
     f = rmt.fit(randn(400, 200) + spikes(randn, 400, 200, planted))
     assert f.n_spikes == 3 and f.signal == pytest.approx([70, 45, 30], rel=0.04) and f.spikes[0] > 70
 
@@ -474,7 +476,8 @@ def test_scales_of_rows_and_columns_are_taken_out(randn):
 def test_spikes_are_seen_through_scales(randn):
     W = randn(256, 256) * torch.exp(0.5 * randn(256, 1)) + spikes(randn, 256, 256, torch.tensor([150.0, 250.0]))
     f = rmt.fit(W)
-    assert f.separable and f.n_spikes == 2 and f.plain.n_spikes > 10
+    assert f.separable and 2 <= f.n_spikes <= 3 and f.plain.n_spikes > 10  # one in ten has a false one
+    assert f.spikes[1] > 1.5 * f.edge > 1.4 * (f.spikes[2] if f.n_spikes > 2 else 0)
 
 
 def test_noise_is_not_called_separable(randn):

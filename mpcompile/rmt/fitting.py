@@ -98,8 +98,8 @@ def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]
     """:func:`fit_batch`, each fit with the singular values (M,) that it describes, falling: where it is separable,
     those of the matrix with its rows' and columns' scales taken out."""
     if not isinstance(W, Tensor) or W.ndim != 3 or W.is_complex() or W.is_meta or W.numel() == 0:
-        found = f"{W.dtype} of shape {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
-        raise InputError(f"expected real, non-empty matrices (B, rows, columns) that hold data; found {found}")
+        given = f"{W.dtype} of shape {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
+        raise InputError(f"expected real, non-empty matrices (B, rows, columns) that hold data; found {given}")
     A = (W if W.device.type in ("cpu", "cuda") else W.cpu()).detach().to(torch.float64)  # MPS lacks float64
     if bad := int((~torch.isfinite(A)).sum()):
         raise InputError(f"weight is not finite: {bad} of {A.numel()} entries are NaN or inf")
