@@ -141,7 +141,7 @@ def test_moving_masks_end_legal_and_removed_weights_come_back(method):
     torch.testing.assert_close(gm(x), expected)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("stop", [1, 6, 13])
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9, "accumulate": 2}, {"method": "gradual"}])
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, stop, options):
     model = mlp()
