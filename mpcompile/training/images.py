@@ -105,17 +105,17 @@ def dataset(root: str, split: str, training: bool, reader: str = "", batch: int 
     """
     try:
         found = create_dataset(reader, root, split=split, is_training=training, batch_size=batch, seed=seed)
-    except (ImportError, AssertionError) as error:
+    except ImportError as error:
         package = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}.get(reader.partition("/")[0])
         raise InputError(
-            f"data {reader!r} can't be read: {str(error) or type(error).__name__}",
+            f"data {reader!r} can't be read: {error}",
             hint=f"pip install {package}" if package else None,
         ) from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
             f"there are no images of split {split!r} in {root}",
             expected="a folder with one sub-folder of images a class, itself or in a sub-folder named like the split",
-            found=str(error).splitlines()[0],
+            found=str(error).splitlines()[0] if str(error) else "no such folder",
         ) from error
     if isinstance(found, ImageDataset):
         found = Readable(root, reader=found.reader)
