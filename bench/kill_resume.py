@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    fill(args, {"kills": 20, "epochs": 16}, {"kills": 3, "epochs": 4})
+    fill(args, {"kills": 20, "epochs": 24}, {"kills": 3, "epochs": 5})
     torch.set_num_threads(1)  # so that processes can be forked off
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:

@@ -166,7 +166,7 @@ def test_rooms_import_without_links_and_uninstalled(in_place_of_links: str, tmp_
 
 def test_imports_are_declared(configured: Distribution):
     """What the package imports is a dependency; what only an extra brings is imported inside a function."""
-    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
     required = {requirement.split(">=")[0].strip() for requirement in configured.install_requires}
     extras = {line.split(">=")[0] for lines in configured.extras_require.values() for line in lines}
     for path in package_files().values():
