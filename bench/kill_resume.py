@@ -3,7 +3,7 @@
     python -m bench.kill_resume --kills 20
 
 A two-block transformer with dropout is distilled on random images, with a checkpoint after every step. The run is
-forked off, killed with SIGKILL after a random time, and taken up again; at the end all weights are compared bit by
+forked off, killed with SIGKILL at a random moment, and taken up again; at the end all weights are compared bit by
 bit.
 """
 
@@ -50,33 +50,47 @@ def models() -> tuple[nn.Module, Any]:
     return dense, mpcompile.transform(dense, torch.randn(1, 3, 32, 32), config)
 
 
-def train(folder: Path, epochs: int) -> None:
+def train(folder: Path, epochs: int, dense: nn.Module, student: Any) -> None:
     """One run, or the rest of one; leaves its weights in ``folder/final.pt``."""
-    dense, student = models()
     loader = DataLoader(Noise(96), 16, shuffle=True)
     options = {"epochs": epochs, "lr": 1e-3, "ema": 0.99, "features": 0.5, "accumulate": 2, "checkpoint_steps": 1}
     mpcompile.distill(student, dense, loader, out=folder, resume="auto", progress=False, **options)
     torch.save(student.state_dict(), folder / "final.pt")
 
 
-def forked(folder: Path, epochs: int, seconds: float) -> bool:
-    """Run in a process of its own, killed after so many seconds; True if it came to its end before."""
+def forked(folder: Path, epochs: int, made: tuple[nn.Module, Any], writes: float, moment: float) -> bool:
+    """Run in a process of its own, killed some time after so many checkpoints; True if it came to its end before.
+
+    Args:
+        writes: checkpoints that are let through.
+        moment: how long after the last of them, as a share of the time between two.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            train(folder, epochs)
+            train(folder, epochs, *made)
             code = 0
         finally:
             os._exit(code)
-    end = time.monotonic() + seconds
+    path, seen, start = folder / checkpoint.NAME, 0, time.monotonic()
+    last = path.stat().st_ino if path.exists() else None
+    end = start + 0.2 * moment if writes == 0 else float("inf")
+    times = [start]
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             if status:
                 raise SystemExit("a run failed of itself, without being killed")
             return True
-        time.sleep(0.002)
+        found = path.stat().st_ino if path.exists() else None
+        if found != last:
+            last, seen = found, seen + 1
+            times.append(time.monotonic())
+            if seen == writes:
+                between = times[-1] - times[-2]
+                end = times[-1] + moment * between
+        time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return False
@@ -90,20 +104,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    fill(args, {"kills": 20, "epochs": 12}, {"kills": 3, "epochs": 3})
+    fill(args, {"kills": 20, "epochs": 24}, {"kills": 3, "epochs": 5})
     torch.set_num_threads(1)  # so that processes can be forked off
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         whole, broken = Path(name) / "whole", Path(name) / "broken"
-        start = time.monotonic()
-        forked(whole, args.epochs, 1e9)
-        seconds = time.monotonic() - start
+        made = models()
+        forked(whole, args.epochs, made, float("inf"), 0.0)
         expected = torch.load(whole / "final.pt", weights_only=True)
         kills, steps, done = 0, [], False
         while not done:
-            # Long enough to get on in the mean, and never again once there were enough.
-            wait = draw.uniform(0, 2.5 * seconds / args.kills) if kills < args.kills else 1e9
-            done = forked(broken, args.epochs, wait)
+            writes = draw.randrange(4) if kills < args.kills else float("inf")
+            done = forked(broken, args.epochs, made, writes, draw.random())
             if not done:
                 kills += 1
                 path = broken / checkpoint.NAME
@@ -117,7 +129,7 @@ def main() -> None:
     )
     result = {"kills": kills, "steps at kills": steps, "equal": equal, "left": left, "environment": environment(1)}
     save("kill_resume", result, args.out)
-    raise SystemExit(0 if equal and not left else 1)
+    raise SystemExit(0 if equal and not left and kills == args.kills and steps[-1] else 1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mpcompile.training import checkpoint
 from mpcompile.training.features import pair
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.masks import digest, masked_weights
-from tests.helpers import convolutional, images, tiny_vit
+from tests.helpers import images, tiny_vit
 
 
 def mlp() -> nn.Sequential:
@@ -141,7 +141,7 @@ def test_moving_masks_end_legal_and_removed_weights_come_back(method):
     torch.testing.assert_close(gm(x), expected)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("stop", [1, 6, 13])
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9, "accumulate": 2}, {"method": "gradual"}])
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, stop, options):
     model = mlp()
@@ -203,24 +203,26 @@ def test_feature_matching_brings_block_outputs_closer(r):
     measure = pair(gm, model, [x])
     with torch.no_grad():
         before = float(measure.loss(measure.student(x)[1], measure.teacher(x)[1]))
-    distill(gm, model, [(x, torch.zeros(16).long())] * 4, epochs=2, lr=3e-3, features=1.0, progress=False)
+    batches = [(x, torch.zeros(16).long())] * 4
+    distill(gm, model, batches, lr=3e-3, alpha=1.0, features=30.0, progress=False)
     with torch.no_grad():
         after = float(measure.loss(measure.student(x)[1], measure.teacher(x)[1]))
-    assert after < 0.9 * before
+    assert after < 0.6 * before
     assert all(bool((w[~m] == 0).all()) for w, m, _ in masked_weights(gm).values())
 
 
 def test_batchnorm_is_estimated_anew():
-    model, x = convolutional("resnet10t"), images(16, 32)
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
+    model = nn.Sequential(first, nn.BatchNorm2d(16), nn.ReLU(), second, nn.BatchNorm2d(16), nn.ReLU(), *tail).eval()
+    x = images(16, 12)
     gm = mpcompile.transform(model, x, mpcompile.Config(score="magnitude"))
     batches = [(x, torch.zeros(16).long())]
     distill(gm, model, batches, epochs=1, lr=1e-9, bn_batches=1, progress=False)
-    first = next(m for m in gm.modules() if isinstance(m, nn.BatchNorm2d))
-    stem = next(n for n in gm.graph.nodes if n.op == "call_module" and gm.get_submodule(n.target) is first)
-    inputs = torch.fx.Interpreter(gm, garbage_collect_values=False)
-    inputs.run(x)
-    expected = inputs.env[stem.args[0]].mean((0, 2, 3))
-    torch.testing.assert_close(first.running_mean, expected, atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        expected = gm.get_submodule("0")(x).mean((0, 2, 3))
+    torch.testing.assert_close(gm.get_submodule("1").running_mean, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_cached_logits_change_nothing_and_spare_the_teacher():
@@ -265,7 +267,7 @@ def test_bad_input_is_refused():
     refused(InputError, "no labels", train=[x])
     refused(InputError, "labels have the wrong", train=[(x, y.float())])
     refused(InputError, "cache=True needs", cache=True)
-    refused(ConfigError, "no option 'epoch'.*did you mean 'epochs'", epoch=3)
+    refused(ConfigError, "no option 'epoch'.*Did you mean 'epochs'", epoch=3)
     refused(ConfigError, "out of range", alpha=2.0)
     refused(ConfigError, "wrong type", epochs="3")
     refused(ConfigError, "needs a folder", resume="auto")

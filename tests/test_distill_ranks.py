@@ -22,7 +22,8 @@ from mpcompile.training.masks import masked_weights
 from tests.helpers import tiny_vit
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = {"epochs": 2, "lr": 1e-3, "weight_decay": 0.05, "progress": False}
+# Not AdamW, which makes whole steps of rounding errors where a gradient is zero (biases of keys).
+OPTIONS = {"epochs": 2, "optimizer": "sgd", "lr": 1e-3, "weight_decay": 0.05, "progress": False}
 
 
 def batches(rank: int, world: int) -> list:
@@ -54,7 +55,7 @@ def worker(rank: int, folder: str) -> None:
         found[name] = [result.losses, result.accuracy, result.images, result.resumed]
 
     trained("ddp", accumulate=2, ema=0.9)
-    trained("features", features=1.0)
+    trained("features", features=1.0, optimizer="adamw")
     trained("fsdp", sharding="fsdp", checkpoint_steps=3)
     trained("fsdp", sharding="fsdp", resume="auto")
     refused = {}

@@ -50,8 +50,9 @@ def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state
     """
     seed_everything(seed, epoch, rank)
     for target in (train, getattr(train, "sampler", None), getattr(train, "dataset", None)):
-        if hasattr(target, "set_epoch"):
-            target.set_epoch(epoch)
+        tell = getattr(target, "set_epoch", None)
+        if tell is not None:
+            tell(epoch)
     seen, iterator = 0, None
     while True:
         try:
@@ -110,8 +111,7 @@ def unpack(item: Any, need_labels: bool) -> Batch:
         raise InputError(
             "a training batch has no labels", expected="(images, labels)", found="images", hint="train with alpha=1"
         )
-    images, labels, index = (*parts, None, None)[:3]
-    return Batch(images, labels, index)
+    return Batch(parts[0], parts[1] if len(parts) > 1 else None, parts[2] if len(parts) > 2 else None)
 
 
 def check_labels(labels: Tensor, batch: int, classes: int) -> None:
@@ -160,7 +160,8 @@ class Teacher:
     """The dense model's outputs, from the model or, for images seen before, from memory."""
 
     def __init__(self, module: nn.Module, cache: bool) -> None:
-        self.module, self.rows = module, {} if cache else None
+        self.module = module
+        self.rows: dict[int, Tensor] | None = {} if cache else None
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     @torch.no_grad()

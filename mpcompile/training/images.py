@@ -105,17 +105,17 @@ def dataset(root: str, split: str, training: bool, reader: str = "", batch: int 
     """
     try:
         found = create_dataset(reader, root, split=split, is_training=training, batch_size=batch, seed=seed)
-    except (ImportError, AssertionError) as error:
+    except ImportError as error:
         package = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}.get(reader.partition("/")[0])
         raise InputError(
-            f"data {reader!r} can't be read: {str(error) or type(error).__name__}",
+            f"data {reader!r} can't be read: {error}",
             hint=f"pip install {package}" if package else None,
         ) from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
             f"there are no images of split {split!r} in {root}",
             expected="a folder with one sub-folder of images a class, itself or in a sub-folder named like the split",
-            found=str(error).splitlines()[0],
+            found=str(error).splitlines()[0] if str(error) else "no such folder",
         ) from error
     if isinstance(found, ImageDataset):
         found = Readable(root, reader=found.reader)
@@ -165,6 +165,7 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
             expected=f"a multiple of {parts} ({ranks.world()} ranks, {accumulate} accumulated batches)",
             found=images.batch,
         )
+    whole = source
     if not training and ranks.active() and not isinstance(source, IterableDataset):
         source = torch.utils.data.Subset(source, range(ranks.rank(), len(source), ranks.world()))
     config = _config(model, images)
@@ -177,7 +178,7 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
         use_prefetcher=False,
         auto_augment=images.auto_augment if augmented else None,
         re_prob=images.reprob if augmented else 0.0,
-        color_jitter=images.color_jitter,
+        color_jitter=images.color_jitter or 0.0,
         scale=images.scale,
         hflip=images.hflip,
         num_workers=images.workers,
@@ -186,7 +187,7 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
         **{k: config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
     )
     if not augmented:
-        (source.dataset if isinstance(source, torch.utils.data.Subset) else source).transform = _plain(config)
+        whole.transform = _plain(config)
     return found
 
 
@@ -209,13 +210,13 @@ def calibration(source: Any, model: nn.Module, images: Images, count: int, batch
         InputError: there are fewer images.
     """
     transform = _plain(_config(model, images))
+    source.transform = transform
+    drawn: Iterable[Any]
     if isinstance(source, IterableDataset):
-        source.transform = transform
-        drawn: Iterable[Any] = itertools.islice(iter(source), count)
+        drawn = itertools.islice(iter(source), count)
     else:
         labels = _labels(source)
         chosen = draw(labels if labels is not None else [0] * len(source), count, seed)
-        source.transform = transform
         drawn = (source[index] for index in chosen)
     pixels = [item[0] for item in drawn]
     if len(pixels) < count:

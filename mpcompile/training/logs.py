@@ -44,7 +44,7 @@ class Log:
 
                     self.run = wandb.init(dir=str(folder or "."), resume="allow")
             except ImportError as error:
-                raise ConfigError(f"{name} isn't installed", hint=f"pip install {name}") from error
+                raise ConfigError(f"{name} isn't installed", hint="pip install 'mpcompile[trackers]'") from error
 
     def add(self, event: str, step: int, **values: Any) -> None:
         """Add a record: ``{"event", "step", "seconds", ...}``."""
