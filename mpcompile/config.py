@@ -64,7 +64,7 @@ class Config:
         permute: reorder channels so that the masks keep more, folded into the weights; None does so when there is
             calibration data.
         restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that
-            lowers the error, move biases so that outputs keep their mean, and re-estimate BatchNorm statistics.
+            lowers the error, and re-estimate BatchNorm statistics.
         calibrate: ``"pruned"`` takes the statistics of a layer with all layers before it pruned already;
             ``"pruned_to_dense"`` does too, and fits a layer to the outputs that the dense model gives there;
             ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less accurate.

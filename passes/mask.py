@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mpcompile.calibration import as_batches, batches, collect
 from mpcompile.config import ROLES, Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import IRModule, LayerOp, argument, attribute, element_count, layers, set_attribute, unsupported
+from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, set_attribute, unsupported
 from mpcompile.importers import Imported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
@@ -26,7 +26,6 @@ from mpcompile.passes.project import Projection, in_sequence, project
 from mpcompile.plan import LayerPlan
 from mpcompile.roles import roles
 from mpcompile.scores import covariance_mask, magnitude_mask, top_n
-from mpcompile.stream import batch_norms
 
 __all__ = ["Mask", "covariance_mask", "eligible", "magnitude_mask", "reason", "top_n", "verify"]
 
@@ -150,9 +149,6 @@ class Mask(Pass):
             kept = float((energy * mask).sum() / energy.sum().clamp(min=1e-30))
             if projection.weight is not None:
                 weight.copy_(projection.weight * mask)
-            bias = _bias(gm, uses)
-            if bias is not None and projection.bias is not None:
-                bias.copy_(projection.bias)
             for use in uses:
                 self._mask_use(gm, use, mask, pattern, ctx)
             entry = ctx.plan.layers.setdefault(name, LayerPlan(uses[0].kind, tuple(weight.shape)))
@@ -178,16 +174,11 @@ class Mask(Pass):
         todo = [name for name in names if name not in result and owner[id(weights[name])] == name]
         uses = {first: [u for n in names if owner[id(weights[n])] == first for u in found[n]] for first in todo}
 
-        norms = set(batch_norms(gm))
-        renormed = config.calibrate != "dense" or ctx.again
-
         def decide(name: str, moments: Any) -> Projection:
             source = ctx.prior.get(name)
             prior = None if source is None else (source.to(weights[name].device), ctx.prior_weight)
             refitted = ctx.refit and ctx.writable(found[name][0])
-            bias = _bias(gm, uses[name]) if refitted else None
-            free = bias is not None or (refitted and renormed and _normed(uses[name], norms))
-            return project(weights[name], moments, patterns[name], config.score, refitted, prior, bias, free)
+            return project(weights[name], moments, patterns[name], config.score, refitted, prior)
 
         if ctx.calibration is None or (config.score == "magnitude" and not ctx.refit):
             result |= {name: decide(name, None) for name in todo}
@@ -239,24 +230,6 @@ class Mask(Pass):
         gm.graph.erase_node(node)
         if ctx.owned and use.weight.node is not None and use.weight.node.op == "get_attr":
             use.weight.tensor.mul_(mask)
-
-
-def _bias(gm: IRModule, uses: list[LayerOp]) -> Tensor | None:
-    """The bias of a layer, if the graph holds it and nothing else reads it."""
-    bias = uses[0].bias if len(uses) == 1 else None
-    if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
-        same = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == bias.target]
-        bias = attribute(gm, str(bias.target)) if len(same) == 1 else None
-    if not isinstance(bias, Tensor):
-        return None
-    holders = sum(value is bias for module in gm.modules() for value in module._parameters.values())
-    return bias if holders == 1 else None
-
-
-def _normed(uses: list[LayerOp], norms: set[fx.Node]) -> bool:
-    """Whether a BatchNorm among ``norms``, and nothing else, reads what the layer gives without a bias."""
-    (use, *others) = uses
-    return not others and use.bias is None and len(use.node.users) == 1 and next(iter(use.node.users)) in norms
 
 
 def verify(gm: IRModule, lifted: Any = None) -> dict[str, int]:
