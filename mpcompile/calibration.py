@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -171,17 +171,6 @@ class Moments:
         xx, x = tensors["xx"], tensors["x"]
         kind = DIAGONAL if xx.shape == x.shape else FULL if xx.dim() == 3 else BLOCK
         return cls(int(tensors["count"]), kind, xx, x, tensors.get("yx"), tensors.get("y"))
-
-    def centred(self) -> Moments:
-        """The same about the means, which stay: covariances."""
-        if self.kind == DIAGONAL:
-            return replace(self, xx=self.xx - self.x.square())
-        x = self.x.unflatten(-1, (-1, self.xx.shape[-1])) if self.kind == BLOCK else self.x
-        yx = self.yx
-        if yx is not None and self.y is not None:
-            means = self.x.repeat_interleave(len(self.y) // len(self.x), 0)  # (out, K)
-            yx = yx - self.y[:, None] * means
-        return replace(self, xx=self.xx - x[..., :, None] * x[..., None, :], yx=yx)
 
     def block(self, m: int) -> Tensor:
         """Diagonal blocks of E[x x'], (groups, K / m, m, m); with zeros beside the diagonal where no more is known."""

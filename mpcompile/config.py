@@ -72,7 +72,7 @@ class Config:
         permute: reorder channels so that the masks keep more, folded into the weights; None does so when there is
             calibration data.
         restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that
-            lowers the error, move biases so that outputs keep their mean, and re-estimate BatchNorm statistics.
+            lowers the error, and re-estimate BatchNorm statistics.
         engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights); on CUDA ``"gluon_wgmma_sp"``,
             ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and ``"triton_expand"`` (any N:M, spread
             out in registers); ``"reference"`` (packed values + bitmask, plain torch), ``"dense"`` (masked weight, dense

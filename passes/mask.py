@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mpcompile.calibration import as_batches, batches, collect
 from mpcompile.config import ROLES, Config
 from mpcompile.errors import InputError, NotEligibleError
-from mpcompile.graph import IRModule, LayerOp, argument, attribute, element_count, layers, set_attribute, unsupported
+from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, set_attribute, unsupported
 from mpcompile.importers import Imported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
@@ -27,7 +27,6 @@ from mpcompile.plan import LayerPlan
 from mpcompile.roles import roles
 from mpcompile.scores import covariance_mask, magnitude_mask, top_n
 from mpcompile.ser import source_masks
-from mpcompile.stream import batch_norms
 
 __all__ = ["Mask", "covariance_mask", "eligible", "magnitude_mask", "reason", "top_n", "verify"]
 
@@ -186,9 +185,6 @@ class Mask(Pass):
             kept = float((energy * mask).sum() / energy.sum().clamp(min=1e-30))
             if projection.weight is not None and ctx.writable(uses[0]):
                 weight.copy_(projection.weight.masked_fill(~mask, 0))
-            bias = _bias(gm, uses)
-            if bias is not None and projection.bias is not None:
-                bias.copy_(projection.bias)
             for use in uses:
                 self._mask_use(gm, use, mask, pattern, ctx)
             entry = ctx.plan.layers.setdefault(name, LayerPlan(uses[0].kind, tuple(weight.shape)))
@@ -214,8 +210,6 @@ class Mask(Pass):
         todo = [name for name in names if name not in result and owner[id(weights[name])] == name]
         uses = {first: [u for n in names if owner[id(weights[n])] == first for u in found[n]] for first in todo}
 
-        norms = set(batch_norms(gm))
-        renormed = ctx.calibrate != "dense" or ctx.again
         measure = "covariance" if config.score == "ser" else config.score
         prior_masks = ctx.prior
         if config.score == "ser" and ctx.calibration is not None:
@@ -225,9 +219,7 @@ class Mask(Pass):
             source = prior_masks.get(name)
             prior = None if source is None else (source.to(weights[name].device), ctx.prior_weight)
             refitted = ctx.refit and ctx.writable(found[name][0])
-            bias = _bias(gm, uses[name]) if refitted else None
-            free = bias is not None or (refitted and renormed and _normed(uses[name], norms))
-            result = project(weights[name], moments, patterns[name], measure, refitted, prior, bias, free)
+            result = project(weights[name], moments, patterns[name], measure, refitted, prior)
             if config.score == "ser" and result.score == measure:
                 result.score = "ser"
             return result
@@ -282,24 +274,6 @@ class Mask(Pass):
         gm.graph.erase_node(node)
         if ctx.owned and use.weight.node is not None and use.weight.node.op == "get_attr":
             use.weight.tensor.masked_fill_(~mask, 0)
-
-
-def _bias(gm: IRModule, uses: list[LayerOp]) -> Tensor | None:
-    """The bias of a layer, if the graph holds it and nothing else reads it."""
-    bias = uses[0].bias if len(uses) == 1 else None
-    if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
-        same = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == bias.target]
-        bias = attribute(gm, str(bias.target)) if len(same) == 1 else None
-    if not isinstance(bias, Tensor):
-        return None
-    holders = sum(value is bias for module in gm.modules() for value in module._parameters.values())
-    return bias if holders == 1 else None
-
-
-def _normed(uses: list[LayerOp], norms: set[fx.Node]) -> bool:
-    """Whether a BatchNorm among ``norms``, and nothing else, reads what the layer gives without a bias."""
-    (use, *others) = uses
-    return not others and use.bias is None and len(use.node.users) == 1 and next(iter(use.node.users)) in norms
 
 
 def verify(gm: IRModule, lifted: Any = None) -> dict[str, int]:

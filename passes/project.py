@@ -37,16 +37,13 @@ class Projection:
         mask: boolean, of the weight's shape.
         weight: refitted values, zero outside the mask; None where the weight keeps its own.
         score: what chose the mask.
-        bias: (out,), under which the mean of the outputs is what it was; None where the bias stays.
         notes: what the refit did: ``error_masked`` and ``error_refitted``, mean squared error of the outputs over
-            their mean square (variances where the mean is put right), on the calibration data; or ``skipped``, why
-            there was none.
+            their mean square, on the calibration data; or ``skipped``, why there was none.
     """
 
     mask: Tensor
     weight: Tensor | None
     score: str
-    bias: Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -145,32 +142,13 @@ def project(
     score: str,
     refitted: bool,
     prior: tuple[Tensor, float] | None = None,
-    bias: Tensor | None = None,
-    free: bool = False,
 ) -> Projection:
-    """Mask one weight by a score and, if ``refitted``, restore it.
-
-    Args:
-        bias: (out,), that of the layer, if it may move.
-        free: the mean of the outputs costs nothing to put right, by the bias or a BatchNorm behind: mask and values are
-            then chosen by the variance of the error alone.
-    """
-    inner = moments.centred() if moments is not None and free else moments
-    mask, values, used = choose(weight, inner, pattern, score, prior)
+    """Mask one weight by a score and, if ``refitted``, restore it."""
+    mask, values, used = choose(weight, moments, pattern, score, prior)
     notes: dict[str, Any] = {}
     if refitted:
-        mask, values, notes = restore(weight, mask, values, inner, pattern)
-    moved = None
-    if refitted and free and bias is not None and moments is not None:
-        wanted = _at_mean(weight, moments.x) if moments.y is None else moments.y.to(weight.device)
-        moved = bias.double() + wanted - _at_mean(weight * mask if values is None else values, moments.x)
-    return Projection(mask.contiguous(), values, used, moved, notes)
-
-
-def _at_mean(weight: Tensor, x: Tensor) -> Tensor:
-    """What a layer without bias makes of the mean of its inputs: x (groups, K) -> (out,), float64."""
-    parts = zip(to_rows(weight.detach()).double().chunk(len(x)), x.to(weight.device), strict=True)
-    return torch.cat([rows @ mean for rows, mean in parts])
+        mask, values, notes = restore(weight, mask, values, moments, pattern)
+    return Projection(mask.contiguous(), values, used, notes)
 
 
 class Records:
@@ -285,7 +263,7 @@ def in_sequence(
         weight = layer.weight.tensor.detach()
         new = weight * projection.mask if projection.weight is None else projection.weight.to(weight.dtype)
         for use in uses[name]:
-            stream.replace(use, new, use.bias if projection.bias is None else projection.bias.to(weight.dtype))
+            stream.replace(use, new, use.bias)
     return found, norms
 
 

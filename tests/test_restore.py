@@ -247,60 +247,6 @@ def test_batch_norms_are_estimated_anew(calibrate):
     assert relative(gm(x), model(x)) < relative(plain(x), model(x))
 
 
-@pytest.mark.parametrize("calibrate", ["pruned", "pruned_to_dense", "dense"])
-def test_the_bias_puts_the_mean_right(calibrate):
-    torch.manual_seed(0)
-    x = torch.randn(400, 32) @ torch.randn(32, 32) * 0.3 + 1
-    model = mlp()
-    gm = transform(model, x[:2], Config("1:4", permute=False), [x[:200], x[200:]], calibrate=calibrate)
-    before = x if calibrate == "dense" else None
-    first = gm.get_submodule("0")
-    with torch.no_grad():
-        assert relative(first(x).mean(0), model[0](x).mean(0)) < 1e-4
-        if before is None:  # later layers are fitted to what the pruned ones before them give
-            hidden = gm.get_submodule("1")(first(x))
-            wanted = model[2](hidden if calibrate == "pruned" else model[:2](x))
-            assert relative(gm.get_submodule("2")(hidden).mean(0), wanted.mean(0)) < 1e-4
-        spread = relative((first(x) - model[0](x)).std(0), model[0](x).std(0))
-    assert spread > 1e-3
-    assert not torch.equal(first.bias, model[0].bias)
-    kept = transform(model, x[:2], Config("1:4", permute=False, restore=False), [x])
-    assert torch.equal(kept.get_submodule("0").bias, model[0].bias)
-
-
-def test_a_bias_that_others_read_stays():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
-            self.b.bias = self.a.bias
-
-        def forward(self, x):
-            return self.head(self.b(self.a(x).relu()).relu())
-
-    model, x = Shared().eval(), torch.randn(64, 16) + 1
-    gm = transform(model, x, Config("2:4", permute=False), [x])
-    assert gm.get_submodule("a").bias is gm.get_submodule("b").bias
-    assert torch.equal(gm.get_submodule("a").bias, model.a.bias)
-
-
-@pytest.mark.parametrize("budget", ["full", "block", "diagonal"])
-def test_centred_moments_are_covariances(budget):
-    x, y = torch.randn(500, 24).double() + 2, torch.randn(500, 6).double() - 1
-    xx, mean = x.T @ x / 500, x.mean(0)
-    blocks = torch.stack([xx[i : i + 4, i : i + 4] for i in range(0, 24, 4)])
-    given = {"full": xx[None], "block": blocks[None], "diagonal": xx.diagonal()[None]}[budget]
-    yx = y.T @ x / 500 if budget == "full" else None
-    found = Moments(500, budget, given, mean[None], yx, y.mean(0)).centred()
-    wanted = x.T.cov(correction=0)
-    assert relative(found.power[0], wanted.diagonal()) < 1e-9
-    if budget != "diagonal":
-        assert relative(found.block(4)[0][1], wanted[4:8, 4:8]) < 1e-9
-    if budget == "full":
-        both = torch.cat([y, x], 1).T.cov(correction=0)
-        assert relative(found.xx[0], wanted) < 1e-9 and relative(found.yx, both[:6, 6:]) < 1e-9
-
-
 def test_masks_are_the_same_every_run_and_with_another_thread_count():
     data, config = [images(16, seed=s) for s in range(2)], Config("8:16", score="obs", permute=False)
     states = []
