@@ -124,8 +124,9 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
             tracing = make_fx(call, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
             graph = tracing(state, *inputs).graph
     except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GraphError(
-            f"{type(module).__name__} can't be traced in float64: {(str(error) or type(error).__name__).splitlines()[0]}",
+            f"{type(module).__name__} can't be traced in float64: {reason}",
             expected="a module without data-dependent control flow that runs in float64",
         ) from error
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
