@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mpcompile import events
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.graph import IRModule, training_flags
 from mpcompile.training import batches as data
 from mpcompile.training import checkpoint, features, masks, ranks
-from mpcompile.training.logs import Log
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.masks import apply_masks
 from mpcompile.training.options import Training
@@ -31,6 +31,7 @@ from mpcompile.training.options import Training
 __all__ = ["Distilled", "Training", "apply_masks", "distill", "distillation_loss", "evaluate", "parameter_groups"]
 
 RESUME = ("never", "auto")
+LOG = "log.jsonl"
 
 
 @dataclass
@@ -164,6 +165,7 @@ class _Run:
     ) -> None:
         self.original, self.train, self.val, self.options, self.folder = student, train, val, training, folder
         self.progress = progress and ranks.rank() == 0
+        self.sinks = events.trackers(trackers, folder) if ranks.rank() == 0 else ()
         self.device = _device(student)
         if not masks.masked_weights(student) and not _merges(student):
             raise InputError(
@@ -184,7 +186,6 @@ class _Run:
                 Path(str(folder)).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ArtifactError(f"can't make the folder {folder}", found=error.strerror or str(error)) from error
-        self.log = Log(folder if self.writes else None, trackers if ranks.rank() == 0 else ())
         self._build(student, teacher)
 
     def _build(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -236,10 +237,14 @@ class _Run:
     def all(self, resume: str) -> Distilled:
         """Every epoch that is left, and what comes after the last."""
         step, state = self._resume(resume)
-        while step < self.steps:
-            step, state = self._epoch(step, state), None
-        self._finish()
-        self.log.close()
+        path = self.folder / LOG if self.writes and self.folder is not None else None
+        resume_at = step + 1 if state is not None else None
+        with events.EventLog(path, resume_at=resume_at, sinks=self.sinks) as self.log:
+            if state is not None:
+                self.log.write("resume", step=step)
+            while step < self.steps:
+                step, state = self._epoch(step, state), None
+            self._finish()
         return self.result
 
     def _epoch(self, step: int, state: Any) -> int:
@@ -274,7 +279,7 @@ class _Run:
         if self.val is not None and not self.sharded:
             self.result.accuracy.append(evaluate(self.student if self.ema is None else self.ema.module, self.val))
             record["accuracy"] = self.result.accuracy[-1]
-        self.log.add("epoch", step, **record)
+        self.log.write("epoch", step=step, **record)
         self._save(step)
         return step
 
@@ -303,7 +308,7 @@ class _Run:
             self.ema.update(self.student, step=step + 1)
         self.result.steps = step + 1
         lr = self.optimizer.param_groups[0]["lr"]
-        self.log.add("step", step + 1, loss=loss_sum, lr=lr, images=self.result.images)
+        self.log.write("step", step=step + 1, loss=loss_sum, lr=lr, images=self.result.images)
         return loss_sum
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -358,7 +363,9 @@ class _Run:
         if self.val is not None and (self.sharded or self.options.bn_batches):
             self.result.accuracy.append(evaluate(self.original, self.val))
         ranks.check_masks(self.original)
-        self.log.add("end", self.result.steps, **{k: v for k, v in self.result.to_dict().items() if k != "steps"})
+        self.log.write(
+            "end", step=self.result.steps, **{k: v for k, v in self.result.to_dict().items() if k != "steps"}
+        )
 
     # Checkpoints.
 
@@ -424,7 +431,6 @@ class _Run:
         self._load(state)
         self.result = Distilled(**{**state["result"], "resumed": state["step"]})
         self.loss_sum = state["loss_sum"]
-        self.log.add("resume", state["step"])
         return int(state["step"]), state
 
     def _load(self, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
@@ -216,6 +216,23 @@ def wandb(project: str, *, config: Mapping[str, Any] | None = None, **options: A
             self.run.finish()
 
     return Run()
+
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+def trackers(names: Sequence[str], folder: Path | None) -> tuple[Sink, ...]:
+    """Sinks by name, which keep what they write in ``folder`` (None: the working folder).
+
+    Raises:
+        ConfigError: no such tracker, or its package isn't installed.
+    """
+    place, made = str(folder or "."), []
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError("there is no such tracker", expected=f"one of {', '.join(TRACKERS)}", found=repr(name))
+        made.append(tensorboard(place) if name == "tensorboard" else wandb("mpcompile", dir=place, resume="allow"))
+    return tuple(made)
 
 
 def _needed(package: str) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 import mpcompile
 from mpcompile.cli.common import Commands, at_least, command, create, json_option
 from mpcompile.errors import ArtifactError, ConfigError, InputError
+from mpcompile.events import TRACKERS
 from mpcompile.files import load_checkpoint, write_atomically
 
 
@@ -49,7 +50,7 @@ def add(commands: Commands) -> None:
     job.add_argument("--num-classes", type=at_least(1), metavar="N", help="of the model (default: its own)")
     job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
-    job.add_argument("--tracker", action="append", default=[], choices=("tensorboard", "wandb"), help="log there too")
+    job.add_argument("--tracker", action="append", default=[], choices=TRACKERS, help="log there too")
     json_option(job)
     job.set_defaults(run=run)
 
