@@ -115,12 +115,19 @@ def program(
     inputs = (example.expand(max(2, len(example)), *example.shape[1:]).contiguous() if dynamic_batch else example,)
     try:
         with torch.no_grad():
-            return torch.export.export(lowered, inputs, dynamic_shapes=shapes)
+            found = torch.export.export(lowered, inputs, dynamic_shapes=shapes)
+            return found.run_decompositions(_own_decompositions()) if engine == "dense" else found
     except Exception as error:
         raise GraphError(
             f"torch.export refuses the graph: {_first_line(error)}",
             hint="leave the batch size fixed" if dynamic_batch else "run it through torch.compile instead",
         ) from error
+
+
+def _own_decompositions() -> dict[Any, Any]:
+    """What our composite operators stand for, in torch's own; its operators stay as they are."""
+    table = torch.export.default_decompositions().items()
+    return {target: rule for target, rule in table if target.namespace == ops.NAMESPACE}
 
 
 def _first_line(error: BaseException) -> str:
@@ -182,15 +189,26 @@ def save_onnx(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], *, d
 
 
 def run_exported(path: Path, kind: str, example: Tensor) -> Tensor | None:
-    """The outputs of an exported file, for a check; None where what runs it (onnxruntime) isn't installed."""
-    with torch.no_grad():
-        if kind == "pt2":
-            return torch.export.load(path).module()(example)
-        if kind == "aoti":
-            result = torch._inductor.aoti_load_package(str(path))(example)
-            return result[0] if isinstance(result, (tuple, list)) else result
-    if importlib.util.find_spec("onnxruntime") is None:
+    """The outputs of an exported file, for a check; None where what runs it (onnxruntime) isn't installed.
+
+    Raises:
+        GraphError: it can't be run.
+    """
+    if kind == "onnx" and importlib.util.find_spec("onnxruntime") is None:
         return None
+    try:
+        with torch.no_grad():
+            return _run(path, kind, example)
+    except Exception as error:
+        raise GraphError(f"{path} is written, but does not run: {_first_line(error)}") from error
+
+
+def _run(path: Path, kind: str, example: Tensor) -> Tensor:
+    if kind == "pt2":
+        return torch.export.load(path).module()(example)
+    if kind == "aoti":
+        result = torch._inductor.aoti_load_package(str(path))(example)
+        return result[0] if isinstance(result, (tuple, list)) else result
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
