@@ -7,7 +7,7 @@ DATA is a folder with ``load.py``, weights and labelled images. Training and cal
 images another, never looked at before the end. Methods: ``ours`` (masks by OBS, restored and permuted), ``magnitude``
 (masks by magnitude, then the same distillation), ``sr-ste`` and ``gradual`` (dense weights under moving masks, the same
 distillation). Rows that the JSON file holds already are not measured again; ``--holdout N`` keeps N training images out
-and evaluates on them instead, which is how the options were chosen.
+and evaluates on them instead, to choose options by.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mpcompile.distill import apply_masks
 from mpcompile.graph import IRModule
 
 METHODS = ("ours", "magnitude", "sr-ste", "gradual")
-# Chosen on training images held out of calibration and training alike; see docs/distillation.md.
+# Set beforehand, not tuned: choose others with --holdout, never on the evaluation images.
 OPTIONS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"lr": 3e-4, "alpha": 1.0, "features": 10.0, "weight_decay": 0.01, "precision": "bf16"},
     "resnet20": {"lr": 1e-3, "alpha": 1.0, "features": 1.0, "weight_decay": 1e-4, "bn_batches": 20},
