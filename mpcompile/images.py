@@ -107,3 +107,50 @@ def folder(
     labelled = classes and len(names) == classes and all(p.parent != path for p in paths)
     labels = [names.index(p.relative_to(path).parts[0]) for p in paths] if labelled else None
     return Images(paths, data, batch, labels)
+
+
+def read_images(
+    path: Path, data: Mapping[str, Any], *, samples: int, classes: int = 0, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """``samples`` images, or all where there are fewer, at once: (N, 3, H, W), and labels (N,) where they are known.
+
+    Args:
+        path: a folder, as in :func:`folder`, or an .npz file with uint8 ``images`` (N, H, W, 3) and, if they are known,
+            ``labels`` (N).
+
+    Raises:
+        InputError: nothing there, or no images.
+    """
+    if path.suffix != ".npz":
+        batches = list(folder(path, data, samples=samples, classes=classes, seed=seed))
+        if isinstance(batches[0], Tensor):
+            return torch.cat(batches), None
+        pixels, labels = zip(*batches, strict=True)
+        return torch.cat(pixels), torch.cat(labels)
+    items, numbers = _archive(path)
+    chosen, transform = (
+        sorted(random.Random(seed).sample(range(len(items)), min(samples, len(items)))),
+        preprocess(data),
+    )
+    pictures = torch.stack([transform(_picture(items[i])) for i in chosen])
+    return pictures, None if numbers is None else torch.tensor([int(numbers[i]) for i in chosen])
+
+
+def _picture(pixels: np.ndarray) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+def _archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    expected = "an .npz file with uint8 'images' (N, H, W, 3) and, if known, 'labels' (N)"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file.get("labels")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"can't read {path}", expected=expected, found=str(error).splitlines()[0]) from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise InputError(f"{path} holds other images", expected=expected, found=f"{images.dtype} {images.shape}")
+    if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
+        raise InputError(f"{path} holds other labels", expected=expected, found=f"{labels.dtype} {labels.shape}")
+    return images, labels

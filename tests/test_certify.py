@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from scipy.stats import binomtest
 from torch import nn
 
 import mpcompile
 from bench import certificates as bench
 from mpcompile import Config, certify, cli, errors, transform
-from mpcompile.certify import bounds, images, rules
+from mpcompile.certify import bounds, rules
 from tests.helpers import mlp, tiny_vit
 
 
@@ -235,35 +234,6 @@ def test_other_structures_and_lowered_models_are_refused():
     lowered = mpcompile.lower(gm, x, Config(engine="reference"))
     with pytest.raises(errors.GraphError, match="the module is lowered"):
         certify(model, lowered, x, progress=False)
-
-
-def test_images_of_folders_and_files(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a").mkdir()
-    for number, name in enumerate(("a/1.png", "b/2.png", "b/3.jpg")):
-        Image.new("RGB", (4, 4), (50 * number,) * 3).save(tmp_path / name)
-
-    def transform(picture):
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
-
-    x, labels = images.read_images(tmp_path, transform, 10, 0, classes=2)
-    assert x.shape == (3, 3, 4, 4) and sorted(labels.tolist()) == [0, 1, 1]
-    assert images.read_images(tmp_path, transform, 10, 0, classes=1000)[1] is None
-    file = tmp_path / "set.npz"
-    np.savez(file, images=np.zeros((5, 4, 4, 3), np.uint8), labels=np.arange(5))
-    x, labels = images.read_images(file, transform, 2, 0, None)
-    assert x.shape == (2, 3, 4, 4) and len(set(labels.tolist())) == 2
-    np.savez(file, images=np.zeros((5, 4, 4), np.float32))
-    for path, message in (
-        (file, "holds other images"),
-        (tmp_path / "none", "there is no"),
-        (tmp_path / "a/1.png", "can't read"),
-    ):
-        with pytest.raises(errors.InputError, match=message):
-            images.read_images(path, transform, 2, 0, None)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(errors.InputError, match="holds no images"):
-        images.read_images(tmp_path / "empty", transform, 2, 0, None)
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

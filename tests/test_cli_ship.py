@@ -1,5 +1,6 @@
 """compile, export, audit of an artifact, YAML configs, --json, --quiet and --verbose: through the command line."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -203,10 +204,12 @@ def test_patterns_in_yaml_need_no_quotes(text, tmp_path):
 
 def test_every_field_has_an_option():
     """The same fields in Python, YAML and on the command line."""
-    arguments = ["--tome-schedule", "linear", "--no-proportional", "--calibrate", "dense", "--include", "a", "b"]
-    arguments += ["--exclude", "--prefix-tokens", "2", "--seed", "7", "--engine", "cpu", "--permute", "--frozen"]
+    arguments = ["--tome-schedule", "linear", "--no-proportional", "--include", "a", "b", "--mac-reduction", "0.3"]
+    arguments += ["--exclude", "--prefix-tokens", "2", "--engine", "cpu", "--permute", "--frozen", "--patterns", "1:4"]
     arguments += ["--pattern", "1:4", "--tome-r", "2", "--score", "obs", "--no-restore"]
-    expected = Config("1:4", 2, "linear", None, False, "obs", True, False, "dense", "cpu", (), ("a", "b"), 2, True, 7)
+    values = ("1:4", 0.3, ("1:4",), 2, "linear", None, False, "obs", True, False, "cpu", (), ("a", "b"), 2, True)
+    assert len(values) == len(dataclasses.fields(Config))
+    expected = Config(*values)
     assert parsed(*arguments) == expected
     assert parsed("--tome-r", "auto", "--tome-reduction", "0.3").tome_reduction == 0.3
 

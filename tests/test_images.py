@@ -69,3 +69,23 @@ def test_the_data_config_of_a_model_is_json():
 
     found = images.data_config(tiny_vit())
     assert json.loads(json.dumps(found)) == found and len(found["input_size"]) == 3
+
+
+def test_all_at_once_from_folders_and_archives(tmp_path):
+    for name in ("a/1.png", "b/2.png", "b/3.jpg"):
+        write(tmp_path / "set" / name)
+    x, labels = images.read_images(tmp_path / "set", DATA, samples=10, classes=2)
+    assert x.shape == (3, 3, 32, 32) and labels.tolist() == [0, 1, 1]
+    assert images.read_images(tmp_path / "set", DATA, samples=10, classes=1000)[1] is None
+    file = tmp_path / "set.npz"
+    np.savez(file, images=np.zeros((5, 4, 4, 3), np.uint8), labels=np.arange(5))
+    x, labels = images.read_images(file, DATA, samples=2)
+    assert x.shape == (2, 3, 32, 32) and len(set(labels.tolist())) == 2
+    np.savez(file, images=np.zeros((5, 4, 4), np.float32))
+    for path, message in (
+        (file, "holds other images"),
+        (tmp_path / "none.npz", "can't read"),
+        (tmp_path / "x", "no images in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            images.read_images(path, DATA, samples=2)

@@ -53,8 +53,8 @@ def recipe(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(
         "model: test_resnet\n"
-        'compile: {pattern: "2:4", score: wanda, permute: false, restore: false, calibrate: dense}\n'
-        "calibration: {images: 6, batch: 3}\n"
+        'compile: {pattern: "2:4", score: wanda, permute: false, restore: false}\n'
+        "calibration: {images: 6, batch: 3, calibrate: dense}\n"
         "train: {epochs: 2, lr: 1e-4, warmup: 0, bn_batches: 2}\n"
         "data: {batch: 6, size: 32, workers: 0, auto_augment: rand-m9-mstd0.5-inc1, reprob: 0.25}\n"
     )

@@ -73,6 +73,6 @@ def test_refusals():
     gm = import_model(mlp(), x).gm
     with pytest.raises(InputError, match="calibration is empty"):
         source_masks(gm, {"0.weight": gm.get_parameter("0.weight")}, {"0.weight": 1.0}, [])
-    config = mpcompile.Config(score="ser", calibrate="dense")
+    config = mpcompile.Config(score="ser")
     with pytest.raises(InputError, match="read again"):
-        mpcompile.transform(mlp(), x, config, iter([x]))
+        mpcompile.transform(mlp(), x, config, iter([x]), calibrate="dense")

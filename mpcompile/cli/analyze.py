@@ -10,9 +10,9 @@ import torch
 
 import mpcompile
 from mpcompile import verify as verifier
-from mpcompile.cli.common import Commands, at_least, command, create, json_option
+from mpcompile.cli.common import Commands, at_least, command, create, json_option, show
 from mpcompile.errors import ConfigError
-from mpcompile.files import load_checkpoint, write_atomically
+from mpcompile.files import load_checkpoint
 
 
 def add(commands: Commands) -> None:
@@ -55,11 +55,8 @@ def run(args: argparse.Namespace) -> int:
         if args.checkpoint is not None:
             load_checkpoint(source, args.checkpoint)
     found = mpcompile.analyze(source, progress=False if args.quiet else None)
-    if args.json is not None:
-        write_atomically(args.json, found.to_json(indent=1))
     if args.plot is not None:
         found.plot(args.plot)
-    print(f"{args.target}\n\n{found}")
-    if random:
-        print("note: random weights, which are noise by construction")
+    note = "\nnote: random weights, which are noise by construction" if random else ""
+    show(args, f"{args.target}\n\n{found}{note}", found.to_json(indent=1))
     return 0

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.certify.images import read_images
-from mpcompile.cli.common import Commands, at_least, command, create, json_option, weights_options
+from mpcompile.cli.common import Commands, at_least, command, create, json_option, show, weights_options
 from mpcompile.errors import ArtifactError, InputError
-from mpcompile.files import load_checkpoint, write_atomically
+from mpcompile.files import load_checkpoint
+from mpcompile.images import data_config, read_images
 
 
 def add(commands: Commands) -> None:
@@ -72,8 +72,6 @@ def _pruned(path: Path, name: str) -> nn.Module:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the certificates were computed, whatever they say."""
-    from timm.data import create_transform, resolve_model_data_config
-
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -83,11 +81,9 @@ def run(args: argparse.Namespace) -> int:
     elif not args.pretrained:
         raise InputError("the dense weights are missing", expected="--checkpoint FILE or --pretrained", found="neither")
     sparse = _pruned(args.artifact, args.model)
-    transform = create_transform(**resolve_model_data_config(dense), is_training=False)
-    images, labels = read_images(args.images, transform, args.samples, args.seed, getattr(dense, "num_classes", None))
+    classes = getattr(dense, "num_classes", 0)
+    images, labels = read_images(args.images, data_config(dense), samples=args.samples, classes=classes, seed=args.seed)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
     report = mpcompile.certify(dense, sparse, images, labels, progress=not args.quiet, **options)
-    if args.json is not None:
-        write_atomically(args.json, report.to_json(indent=1))
-    print(f"{args.model}, {len(images)} images of {args.images}\n\n{report}")
+    show(args, f"{args.model}, {len(images)} images of {args.images}\n\n{report}", report.to_json(indent=1))
     return 0

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.cli.common import Commands, at_least, command, create, json_option
+from mpcompile.cli.common import Commands, at_least, command, create, json_option, show
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.events import TRACKERS
 from mpcompile.files import load_checkpoint, write_atomically
+from mpcompile.images import data_config
 
 
 def add(commands: Commands) -> None:
@@ -110,13 +111,12 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
         summary = {"recipe": recipe.to_dict(), "result": result.to_dict(), "macs": vars(student.plan.macs)}
         text = json.dumps(summary, indent=1)
         write_atomically(args.out / "result.json", text)
-        if args.json is not None:
-            write_atomically(args.json, text)
         accuracy = f", top-1 {result.accuracy[-1]:.2%}" if result.accuracy else ""
-        print(f"{recipe.name}: loss {' -> '.join(f'{loss:.4f}' for loss in result.losses)}{accuracy}")
-        print(f"{result.steps} steps, {result.images} images; written: {args.out / 'distilled.mpc'}")
+        told = f"{recipe.name}: loss {' -> '.join(f'{loss:.4f}' for loss in result.losses)}{accuracy}\n"
+        told += f"{result.steps} steps, {result.images} images; written: {args.out / 'distilled.mpc'}"
         if not args.pretrained and args.checkpoint is None:
-            print("note: the dense model has random weights, so accuracy means nothing")
+            told += "\nnote: the dense model has random weights, so accuracy means nothing"
+        show(args, told, text)
     return 0
 
 
@@ -148,6 +148,7 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
                 drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch)
                 device = next(teacher.parameters()).device
                 student = recipe.student(teacher, [part.to(device) for part in drawn])
+                student.plan.provenance = {"model": recipe.model, "recipe": recipe.name, "data": data_config(teacher)}
                 mpcompile.save(student.eval(), path)
                 write_atomically(path.with_suffix(".stamp"), stamp)
         except Exception as error:  # the other ranks are waiting

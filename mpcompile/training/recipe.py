@@ -40,10 +40,11 @@ _PARTS = ("compile", "train", "data", "calibration")
 
 @dataclass(frozen=True)
 class Calibration:
-    """How many training images decide masks and orders, and by how many at a time."""
+    """How many training images decide masks and orders, by how many at a time, and ``calibrate`` as in transform."""
 
     images: int = 256
     batch: int = 32
+    calibrate: str = "pruned"
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ class Recipe:
         Raises:
             MPCompileError: as :func:`mpcompile.transform`.
         """
-        return transform(teacher, None, self.compile, calibration, prior_weight=self.prior_weight)
+        how = {"prior_weight": self.prior_weight, "calibrate": self.calibration.calibrate, "seed": self.train.seed}
+        return transform(teacher, None, self.compile, calibration, **how)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_dict` takes them back."""
