@@ -53,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Exit status 0: done; 1: the command found something wrong (``verify``: a
     violation); 2: something the user can mend; 130: interrupted."""
     args = parser().parse_args(argv)
-    level = logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("mpcompile").setLevel(level)
+    log = logging.getLogger("mpcompile")
+    before = log.level
+    log.setLevel(logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING)
     try:
         status: int = args.run(args)
         return status
@@ -67,3 +68,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mpcompile: interrupted", file=sys.stderr)
         return 130
+    finally:
+        log.setLevel(before)  # whoever calls this from Python has levels of their own
