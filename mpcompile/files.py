@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,18 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         ArtifactError: the folder is missing or not writable, or the disk is full; an older file is untouched.
     """
+    replace_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a temporary file beside ``path``, then put it in its place.
+
+    Raises:
+        ArtifactError: as :func:`write_atomically`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        write(temporary)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

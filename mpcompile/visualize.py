@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, fx, nn
 
 from mpcompile.config import Config
-from mpcompile.errors import ArtifactError, InputError, NotEligibleError
+from mpcompile.errors import InputError, NotEligibleError
+from mpcompile.files import replace_atomically
 from mpcompile.graph import IRModule
 from mpcompile.kernels import ops
 from mpcompile.passes.merge_tokens import MergeTokens
@@ -179,17 +180,5 @@ def visualize_merging(
         left, top = number % columns * wide, number // columns * high
         draw.text((left + 4, top + 4), title, fill="black")
         sheet.paste(Image.fromarray(pixels), (left, top + MARGIN))
-    _save(sheet, Path(path))
+    replace_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG"))
     return tokens
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        sheet.save(temporary, format="PNG")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"can't write {path}", expected="a writable folder with room", found=error.strerror or str(error)
-        ) from error

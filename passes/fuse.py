@@ -237,7 +237,7 @@ class Fuse(Pass):
         >>> from mpcompile import Pipeline
         >>> from mpcompile.passes.lower import Lower
         >>> Pipeline([*Pipeline(), Lower(), Fuse()])
-        Pipeline([analyze, permute, mask, restore, merge_tokens, lower, fuse])
+        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, lower, fuse])
     """
 
     name = "fuse"

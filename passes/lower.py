@@ -100,7 +100,7 @@ class Lower(Pass):
     Example:
         >>> from mpcompile import Pipeline
         >>> Pipeline([*Pipeline(), Lower()])
-        Pipeline([analyze, permute, mask, restore, merge_tokens, lower])
+        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, lower])
     """
 
     name = "lower"

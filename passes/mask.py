@@ -190,6 +190,8 @@ class Mask(Pass):
             entry = ctx.plan.layers.setdefault(name, LayerPlan(uses[0].kind, tuple(weight.shape)))
             entry.pattern, entry.density, entry.reason = str(pattern), pattern.density, None
             entry.notes["mask"] = {"score": projection.score, "kept_energy": kept}
+        for name in found:  # in the graph's order, whatever passes before told of a layer first
+            ctx.plan.layers[name] = ctx.plan.layers.pop(name)
         return bool(decision["masked"])
 
     def _projections(
