@@ -231,7 +231,7 @@ class Permute(Pass):
         }
         writers = self._writers(item)
         if len(writers) > 1:  # channels of a residual stream, which others may want to compare with the original's
-            entry |= {"writers": writers, "order": order[0].tolist()}
+            entry["writers"] = writers
         return entry
 
     def _writers(self, item: ChannelClass) -> list[str]:

@@ -113,7 +113,7 @@ def channel_orders(student: nn.Module) -> dict[str, Tensor]:
                 for writer in entry.get("writers", ()):
                     block = _block(f"{writer}.")
                     if block is not None:
-                        found[block] = torch.tensor(entry["order"])
+                        found[block] = torch.tensor(entry["order"][0])
     return found
 
 
