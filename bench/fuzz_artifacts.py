@@ -14,11 +14,11 @@ import argparse
 import contextlib
 import copy
 import functools
-import hashlib
 import json
 import operator
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +32,10 @@ from tqdm import tqdm
 from mpcompile import Config, load, lower, save, transform
 from mpcompile.errors import ArtifactError
 from mpcompile.graph import IRModule
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.forging import forge, parts
 
 TEXTS = ("graph", "modules", "tensors", "plan")
 JUNK: list[Any] = [
@@ -50,26 +54,6 @@ def samples(folder: Path) -> list[Path]:
     save(gm, folder / "masked.mpc")
     save(lower(gm, x, Config(engine="reference")), folder / "lowered.mpc")
     return [folder / "masked.mpc", folder / "lowered.mpc"]
-
-
-def parts(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and data."""
-    raw = path.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8:end]), raw[end:]
-
-
-def forge(path: Path, header: dict[str, Any], data: bytes) -> None:
-    """A file with a valid checksum over whatever it says."""
-
-    def framed() -> bytes:
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    header["__metadata__"]["sha256"] = "0" * 64
-    header["__metadata__"]["sha256"] = hashlib.sha256(framed() + data).hexdigest()
-    path.write_bytes(framed() + data)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -42,6 +42,23 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+def only_fields(cls: type, options: Mapping[str, Any], complaint: str) -> None:
+    """Every option is a field of a dataclass.
+
+    Raises:
+        ConfigError: one isn't; ``complaint`` and its name, the fields, and the one it may stand for.
+    """
+    valid = [f.name for f in dataclasses.fields(cls)]
+    for key in options:
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, n=1)
+            raise ConfigError(
+                f"{complaint} {key!r}",
+                expected=f"one of {', '.join(valid)}",
+                hint=f"did you mean {near[0]!r}?" if near else None,
+            )
+
+
 @dataclass(frozen=True)
 class Config:
     """Options of :func:`mpcompile.transform` and of the ``mpsparse`` backend.
@@ -220,15 +237,7 @@ class Config:
         if options is not None and not isinstance(options, Mapping):
             raise ConfigError("options are not a mapping", expected="a dict of option names", found=repr(options))
         options = dict(options or {})
-        valid = [f.name for f in dataclasses.fields(cls)]
-        for key in options:
-            if key not in valid:
-                near = difflib.get_close_matches(str(key), valid, n=1)
-                raise ConfigError(
-                    f"unknown option {key!r}",
-                    expected=f"one of {', '.join(valid)}",
-                    hint=f"did you mean {near[0]!r}?" if near else None,
-                )
+        only_fields(cls, options, "unknown option")
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import json
 import operator
 import os
@@ -22,27 +21,7 @@ from mpcompile.graph import IRModule
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedLinear
 from mpcompile.plan import LayerPlan, Plan
-
-
-def parts(path: Path) -> tuple[dict, bytes]:
-    """Header and data of a safetensors file."""
-    raw = path.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8:end]), raw[end:]
-
-
-def forge(path: Path, header: dict, data: bytes) -> Path:
-    """A file with a valid checksum over whatever it says."""
-
-    def framed() -> bytes:
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    header["__metadata__"]["sha256"] = "0" * 64
-    header["__metadata__"]["sha256"] = hashlib.sha256(framed() + data).hexdigest()
-    path.write_bytes(framed() + data)
-    return path
+from tests.forging import forge, parts
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
       with_width(panels.width(p), [&](auto v) {
         constexpr int V = decltype(v)::value, P = V * W;
         const std::vector<Run> pieces = runs(g, first, tokens, P);
-        auto sweep = half_used<V>(first, tokens) ? sweep_rows<V, HALVES, float> : sweep_rows<V, false, float>;
+        auto sweep = half_used<V>(first, tokens) ? sweep_rows<V, HALVES, float, float> : sweep_rows<V, false, float, float>;
         const float* start = w.start();
         float* c = scratch().sums.need((size_t)rows * P);
         float* tile = scratch().tile.need((size_t)(std::max(CONV_COLUMNS, wide)) * P + W);

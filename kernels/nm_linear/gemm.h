@@ -218,7 +218,8 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
       continue;
     }
     const int entries = w.entries(count);
-    (half ? sweep_pairs<V, HALVES> : sweep_pairs<V, false>)(tile, values + offset, index + offset, entries, n0, n1, c, from);
+    auto sweep = half ? sweep_rows<V, HALVES, Pair, Pair> : sweep_rows<V, false, Pair, Pair>;
+    sweep(tile, values + offset, index + offset, entries, n0, n1, c, from);
     offset += (size_t)w.outputs * entries;
   }
 }
@@ -235,7 +236,7 @@ static void accumulate(const Weight<X>& w, const Input<X>& in, const float* pane
     if (w.layout != LAYOUT_ROWS) return accumulate_pairs<V>(w, in, where, first, n0, n1, c);
   }
 #endif
-  auto sweep = half_used<V>(first, in.tokens) ? sweep_rows<V, HALVES, X> : sweep_rows<V, false, X>;
+  auto sweep = half_used<V>(first, in.tokens) ? sweep_rows<V, HALVES, float, X> : sweep_rows<V, false, float, X>;
   const float* start = w.start();
   float* own = panel ? nullptr : scratch().tile.need((size_t)w.block() * P);
   size_t offset = 0;

@@ -49,20 +49,6 @@ NM_INLINE void rows_block(const float* tile, const Weight* values, const uint8_t
 // How many rows go through a block together: enough independent sums to hide the latency of a multiplication.
 constexpr int rows_together(int vectors) { return vectors >= 3 ? 2 : vectors == 2 ? 4 : 8; }
 
-// Output rows [n0, n1) of one block. `start`: what the sums begin with (first block), or null to go on from c.
-template <int V, bool HALF, class Weight>
-static void sweep_rows(const float* tile, const Weight* values, const uint8_t* index, int entries, int n0, int n1, float* c,
-                       const float* start) {
-  constexpr int P = V * W, R = rows_together(V);
-  values += (size_t)n0 * entries;
-  index += (size_t)n0 * entries;
-  int n = n0;
-  for (; n + R <= n1; n += R, values += R * entries, index += R * entries, c += R * P)
-    rows_block<V, HALF, R>(tile, values, index, entries, c, start ? start + n : nullptr);
-  for (; n < n1; n++, values += entries, index += entries, c += P)
-    rows_block<V, HALF, 1>(tile, values, index, entries, c, start ? start + n : nullptr);
-}
-
 constexpr int RING_ROWS = 4;
 
 // --- QUADS, OCTS and RING layouts: two kept bf16 values and the number of a pair of columns ---
@@ -101,8 +87,8 @@ template <int V, bool HALF, int R> struct PairSums {
 };
 
 template <int V, bool HALF, int R>
-NM_INLINE void pairs_block(const Pair* tile, const Pair* values, const uint8_t* index, int entries, float* c,
-                           const float* start) {
+NM_INLINE void rows_block(const Pair* tile, const Pair* values, const uint8_t* index, int entries, float* c,
+                          const float* start) {
   constexpr int P = V * W;
   PairSums<V, HALF, R> sums;
   sums.begin(c, start);
@@ -150,20 +136,6 @@ NM_INLINE void ring_block(const Pair* tile, const Pair* values, const uint8_t* i
     }
   }
   sums.end(c);
-}
-
-// As sweep_rows, for QUADS and OCTS.
-template <int V, bool HALF>
-static void sweep_pairs(const Pair* tile, const Pair* values, const uint8_t* index, int entries, int n0, int n1, float* c,
-                        const float* start) {
-  constexpr int P = V * W, R = rows_together(V);
-  values += (size_t)n0 * entries;
-  index += (size_t)n0 * entries;
-  int n = n0;
-  for (; n + R <= n1; n += R, values += R * entries, index += R * entries, c += R * P)
-    pairs_block<V, HALF, R>(tile, values, index, entries, c, start ? start + n : nullptr);
-  for (; n < n1; n++, values += entries, index += entries, c += P)
-    pairs_block<V, HALF, 1>(tile, values, index, entries, c, start ? start + n : nullptr);
 }
 
 // As sweep_rows, for RING: begin[i] tells where the entries of the i-th four rows begin.
@@ -245,3 +217,18 @@ static void spread_ring(const __m512i* a, int step, int count, Pair* tile, int P
 #else
 #define NM_PAIRS 0
 #endif
+
+// Output rows [n0, n1) of one block: of a tile of floats (ROWS), or of pairs (QUADS, OCTS). `start`: what the sums begin
+// with (first block), or null to go on from c.
+template <int V, bool HALF, class Tile, class Weight>
+static void sweep_rows(const Tile* tile, const Weight* values, const uint8_t* index, int entries, int n0, int n1, float* c,
+                       const float* start) {
+  constexpr int P = V * W, R = rows_together(V);
+  values += (size_t)n0 * entries;
+  index += (size_t)n0 * entries;
+  int n = n0;
+  for (; n + R <= n1; n += R, values += R * entries, index += R * entries, c += R * P)
+    rows_block<V, HALF, R>(tile, values, index, entries, c, start ? start + n : nullptr);
+  for (; n < n1; n++, values += entries, index += entries, c += P)
+    rows_block<V, HALF, 1>(tile, values, index, entries, c, start ? start + n : nullptr);
+}

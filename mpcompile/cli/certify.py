@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.cli.common import Commands, at_least, command, create, json_option, show, weights_options
+from mpcompile.cli.common import Commands, at_least, command, create, json_option, load_model, show, weights_options
 from mpcompile.errors import ArtifactError, InputError
 from mpcompile.files import load_checkpoint
 from mpcompile.images import data_config, read_images
@@ -75,11 +75,9 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    dense = create(args.model, args.pretrained).eval()
-    if args.checkpoint is not None:
-        load_checkpoint(dense, args.checkpoint)
-    elif not args.pretrained:
+    if args.checkpoint is None and not args.pretrained:
         raise InputError("the dense weights are missing", expected="--checkpoint FILE or --pretrained", found="neither")
+    dense = load_model(args)
     sparse = _pruned(args.artifact, args.model)
     classes = getattr(dense, "num_classes", 0)
     images, labels = read_images(args.images, data_config(dense), samples=args.samples, classes=classes, seed=args.seed)

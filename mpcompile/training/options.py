@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mpcompile.config import only_fields
 from mpcompile.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -108,15 +108,7 @@ class Training:
         Raises:
             ConfigError: a key that is no option; the message lists the valid ones.
         """
-        valid = [f.name for f in dataclasses.fields(cls)]
-        for key in options or {}:
-            if key not in valid:
-                near = difflib.get_close_matches(str(key), valid, n=1)
-                raise ConfigError(
-                    f"distillation has no option {key!r}",
-                    expected=f"one of {', '.join(valid)}",
-                    hint=f"did you mean {near[0]!r}?" if near else None,
-                )
+        only_fields(cls, options or {}, "distillation has no option")
         return dataclasses.replace(base or cls(), **dict(options or {}))
 
     def to_dict(self) -> dict[str, Any]:
