@@ -69,6 +69,9 @@ def forked(folder: Path, epochs: int, made: tuple[nn.Module, Any], writes: float
     if pid == 0:
         code = 1
         try:
+            # The first call after a fork renews PyTorch's thread pool. Made here, before autograd starts its threads:
+            # two threads that make it at once can find no pool at all, and PyTorch aborts.
+            torch.set_num_threads(1)
             train(folder, epochs, *made)
             code = 0
         finally:
