@@ -140,7 +140,7 @@ def test_any_safetensors_reader_opens_the_file(saved):
         assert torch.equal(tensors[f"{name}.values"].flatten(), expected[name][expected[name] != 0])
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["format_version"] == "2" and metadata["torch"] == torch.__version__
+    assert metadata["format_version"] == "3" and metadata["torch"] == torch.__version__
     assert json.loads(metadata["plan"]) == json.loads(gm.plan.to_json())
 
 

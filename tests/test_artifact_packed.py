@@ -1,10 +1,12 @@
 """Packed weights in artifacts: size, every pattern, what can't be packed, forged masks, and the folder form."""
 
+import itertools
 import json
 import logging
-import zlib
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mpcompile import Config, load, save, transform
+from mpcompile.artifact import combinations
 from mpcompile.artifact.opset import Refusal
 from mpcompile.artifact.packing import pack_tensors, unpack_tensors
 from mpcompile.errors import ArtifactError
@@ -62,9 +65,21 @@ def test_every_pattern_comes_back_bit_for_bit(data):
     assert whole["layer.weight"].stride() == gm.layer.weight.stride()
 
 
-@pytest.mark.parametrize(("pattern", "most"), [("2:4", 0.548), ("4:8", 0.562), ("8:16", 0.565)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (2, 4), (3, 8), (5, 5), (8, 11)])
+def test_the_masks_of_a_group_are_numbered_from_0(n, m):
+    """The code of one group is its rank: every number below C(M, N) once, and nothing else is a mask."""
+    numbers = set()
+    for places in itertools.combinations(range(m), n):
+        kept = np.isin(np.arange(m), places)[None]
+        code = combinations.encode(kept, n)
+        numbers.add(int.from_bytes(code.tobytes(), "little"))
+        assert np.array_equal(combinations.decode(code, 1, n, m), kept)
+    assert numbers == set(range(math.comb(m, n)))
+
+
+@pytest.mark.parametrize(("pattern", "most"), [("2:4", 0.543), ("4:8", 0.55), ("8:16", 0.556)])
 def test_half_of_the_weights_take_at_most_57_percent(pattern, most, tmp_path):
-    """Values 50 %, one bit a weight 6.25 % of fp16, deflated: C(4, 2) = 6 masks need only log2(6) of 4 bits."""
+    """Values 50 %, and of fp16 log2(C(M, N)) / 16 M: 4.04 %, 4.79 % and 5.33 %, to within .07 %; and the graph."""
     layer = layer_of((512, 2048), Pattern.parse(pattern), torch.float16)
     save(module_of(layer), tmp_path / "file")
     assert (tmp_path / "file").stat().st_size / (512 * 2048 * 2) < most
@@ -117,12 +132,10 @@ def packed_parts(n=2, m=4, rows=4, k=16):
     return kinds, pack_tensors(gm, kinds, {"layer.weight": gm.layer.weight, "layer.mask": gm.layer.mask})
 
 
-def deflated(raw):
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return torch.frombuffer(bytearray(deflate.compress(raw) + deflate.flush()), dtype=torch.uint8)
+def code(*values):
+    return torch.tensor(values, dtype=torch.uint8)
 
 
-BOMB = deflated(bytes(10**8))
 FORGED = [
     ({"n": 0}, {}, "malformed"),
     ({"n": 5}, {}, "malformed"),
@@ -134,12 +147,14 @@ FORGED = [
     ({"shape": [10**9, 16]}, {}, "make no 2:4 weight"),
     ({"shape": [16, 4]}, {}, "make no 2:4 weight"),
     ({"n": 1}, {}, "make no 1:4 weight"),
-    ({}, {"mask": BOMB}, "another length"),
-    ({}, {"mask": deflated(b"\x33" * 7)}, "another length"),
-    ({}, {"mask": torch.full((3,), 255, dtype=torch.uint8)}, "can't be inflated"),
-    ({}, {"mask": torch.zeros(0, dtype=torch.uint8)}, "another length"),
-    ({}, {"mask": deflated(b"\xff" * 8)}, "does not keep as many"),
-    ({}, {"mask": deflated(b"\x31" * 8)}, "does not keep as many"),
+    ({}, {"mask": code()}, "another length"),
+    ({}, {"mask": code(*[1] * 5)}, "another length"),
+    ({}, {"mask": code(*[1] * 7)}, "another length"),
+    ({}, {"mask": code(*[1] * 6).view(1, 6)}, "make no 2:4 weight"),
+    ({}, {"mask": torch.ones(6)}, "make no 2:4 weight"),
+    ({}, {"mask": code(*[255] * 5, 15)}, "none of the 6"),  # above 6 ** 17
+    ({}, {"mask": code(*[0] * 5, 4)}, "none of the 6"),  # a 17th group, of 16
+    ({}, {"mask": code(*[0] * 5, 16)}, "beyond its last group"),  # bit 44 of 44
     ({}, {"values": torch.ones(4, 8, dtype=torch.int32)}, "make no 2:4 weight"),
 ]
 
@@ -150,14 +165,6 @@ def test_forged_parts_are_refused(spec, tensors, message):
     kinds["layer.weight"]["packed"].update(spec)
     stored.update({f"layer.weight.{name}": tensor for name, tensor in tensors.items()})
     with pytest.raises(Refusal, match=f"packed weight layer.weight: .*{message}"):
-        unpack_tensors(kinds, stored)
-
-
-def test_bits_beyond_the_last_column_are_refused():
-    kinds, stored = packed_parts(1, 3, 1, 3)  # two groups share a byte; here the second is none
-    assert unpack_tensors(kinds, stored)
-    stored["layer.weight.mask"] = deflated(b"\x09")
-    with pytest.raises(Refusal, match="beyond its last column"):
         unpack_tensors(kinds, stored)
 
 
@@ -186,7 +193,7 @@ def test_a_folder_holds_weights_and_a_plan_to_read(saved):
     folder, gm = saved
     assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "plan.json"]
     plan = json.loads((folder / "plan.json").read_text())
-    assert plan["format_version"] == "2" and plan["torch"] == torch.__version__ and len(plan["sha256"]) == 64
+    assert plan["format_version"] == "3" and plan["torch"] == torch.__version__ and len(plan["sha256"]) == 64
     assert plan["plan"]["provenance"] == {"model": "mlp"} and plan["plan"]["figures"] == gm.plan.figures
     assert plan["plan"]["config"]["pattern"] == "2:4"
     for place in (folder, folder / "model.safetensors"):

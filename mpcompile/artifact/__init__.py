@@ -41,7 +41,7 @@ from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear import layouts
 from mpcompile.plan import Plan
 
-KIND, VERSION = "mpcompile", 2
+KIND, VERSION = "mpcompile", 3
 WEIGHTS, PLAN = "model.safetensors", "plan.json"  # of an artifact that is a folder
 _TEXTS = ("graph", "modules", "tensors", "plan")
 _BLANK = "0" * 64  # where the checksum will stand
