@@ -83,7 +83,7 @@ def test_files_of_other_kinds(tmp_path):
 def test_newer_format(small, tmp_path):
     header, data = parts(small)
     header["__metadata__"] |= {"format_version": "4", "mpcompile": "9.9"}
-    with pytest.raises(ArtifactError, match=r"expected format version 2 .*, found '3', of mpcompile '9.9'. Load it"):
+    with pytest.raises(ArtifactError, match=r"expected format version 3 .*, found '4', of mpcompile '9.9'. Load it"):
         load(forge(tmp_path / "file", header, data))
 
 
