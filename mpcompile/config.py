@@ -88,8 +88,8 @@ class Config:
             none.
         permute: reorder channels so that the masks keep more, folded into the weights; None does so when there is
             calibration data.
-        restore: with calibration data, refit kept values by least squares, exchange kept for removed ones where that
-            lowers the error, and re-estimate BatchNorm statistics.
+        restore: with calibration data, refit kept values by least squares, and exchange kept for removed ones where
+            that lowers the error. (BatchNorm statistics are then taken anew in any case.)
         engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights); on CUDA ``"gluon_wgmma_sp"``,
             ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and ``"triton_expand"`` (any N:M, spread
             out in registers); ``"reference"`` (packed values + bitmask, plain torch), ``"dense"`` (masked weight, dense

@@ -238,6 +238,7 @@ def run_pipeline(
     again = calibration is not None and iter(as_batches(calibration)) is not calibration
     if calibration is not None and not again and (calibrate != "dense" or config.mac_reduction is not None):
         calibration, again = list(calibration), True  # held between layers anyway, or read more than once
+    restores = any(isinstance(p, Restore) for p in pipeline)
     ctx = Context(
         config,
         imported.inputs,
@@ -246,7 +247,8 @@ def run_pipeline(
         calibration,
         again=again,
         statistics=statistics,
-        refit=config.restore and any(isinstance(p, Restore) for p in pipeline),
+        refit=config.restore and restores,
+        renorm=restores and owned and calibration is not None,
         memory=memory,
         prior=_checked(prior or {}, imported),
         prior_weight=prior_weight,

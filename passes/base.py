@@ -33,6 +33,7 @@ class Context:
         again: whether the calibration data can be read more than once.
         statistics: a folder that keeps the moments of layers, or None.
         refit: whether a later pass asks for refitted values.
+        renorm: whether a later pass asks for BatchNorm statistics of the pruned network.
         memory: bytes that calibration statistics, and again held activations, may take.
         prior: source masks of the Hamming prior, by layer name.
         prior_weight: alpha of that prior.
@@ -53,6 +54,7 @@ class Context:
     again: bool = False
     statistics: Path | None = None
     refit: bool = False
+    renorm: bool = False
     memory: int = 2 << 30
     prior: Mapping[str, Tensor] = field(default_factory=dict)
     prior_weight: float = 0.1

@@ -228,7 +228,7 @@ def in_sequence(
         decide: name and moments -> what the layer becomes.
 
     Returns:
-        The projections, and new means and variances of the BatchNorm nodes behind them (if ``ctx.refit``).
+        The projections, and new means and variances of the BatchNorm nodes behind them (if ``ctx.renorm``).
     """
     config = ctx.config
     merged = any(node.target in ops.MERGING for node in model.gm.graph.nodes)
@@ -242,7 +242,7 @@ def in_sequence(
     shared = {name: patterns[name].m for name, nodes in uses.items() if len(nodes) > 1}
     dense = collect(model, stream.inputs(), shared, ctx.memory) if shared else {}
     layer_at = {nodes[0].node: name for name, nodes in uses.items()}
-    norm_at = set(batch_norms(model.gm)) if ctx.refit else set()
+    norm_at = set(batch_norms(model.gm)) if ctx.renorm else set()
     found: dict[str, Projection] = {}
     norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
     stops = [n for n in model.gm.graph.nodes if n in layer_at or n in norm_at]
