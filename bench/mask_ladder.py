@@ -32,8 +32,8 @@ RUNGS: dict[str, dict[str, Any]] = {
     "obs": {"score": "obs"},
     "covariance+restore": {"score": "covariance", "restore": True},
     "obs+restore": {"score": "obs", "restore": True},
-    "obs+restore, dense targets": {"score": "obs", "restore": True, "calibrate": "pruned_to_dense"},
-    "obs+restore+permute": {"score": "obs", "restore": True, "permute": True},
+    "obs+restore+targets": {"score": "obs", "restore": True, "calibrate": "pruned_to_dense"},
+    "obs+restore+targets+permute": {"score": "obs", "restore": True, "calibrate": "pruned_to_dense", "permute": True},
 }
 BELOW = {
     "wanda": "magnitude",
@@ -41,8 +41,8 @@ BELOW = {
     "obs": "covariance",
     "covariance+restore": "covariance",
     "obs+restore": "obs",
-    "obs+restore, dense targets": "obs+restore",
-    "obs+restore+permute": "obs+restore",
+    "obs+restore+targets": "obs+restore",
+    "obs+restore+targets+permute": "obs+restore+targets",
 }
 
 

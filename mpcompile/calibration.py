@@ -150,7 +150,6 @@ class Moments:
         xx: E[x x'], (groups, K, K); or its diagonal blocks (groups, K / m, m, m); or its diagonal (groups, K).
         x: E[x], (groups, K).
         yx: E[y x'], (out, K), where y is not what the weight makes of these x; else None.
-        y: E[y], (out,), likewise.
     """
 
     count: int
@@ -158,11 +157,10 @@ class Moments:
     xx: Tensor
     x: Tensor
     yx: Tensor | None = None
-    y: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors, for a file."""
-        found = {"count": torch.tensor(self.count), "xx": self.xx, "x": self.x, "yx": self.yx, "y": self.y}
+        found = {"count": torch.tensor(self.count), "xx": self.xx, "x": self.x, "yx": self.yx}
         return {k: v.contiguous() for k, v in found.items() if v is not None}
 
     @classmethod
@@ -170,7 +168,7 @@ class Moments:
         """Inverse of :meth:`tensors`."""
         xx, x = tensors["xx"], tensors["x"]
         kind = DIAGONAL if xx.shape == x.shape else FULL if xx.dim() == 3 else BLOCK
-        return cls(int(tensors["count"]), kind, xx, x, tensors.get("yx"), tensors.get("y"))
+        return cls(int(tensors["count"]), kind, xx, x, tensors.get("yx"))
 
     def block(self, m: int) -> Tensor:
         """Diagonal blocks of E[x x'], (groups, K / m, m, m); with zeros beside the diagonal where no more is known."""
@@ -218,7 +216,6 @@ class Accumulator:
             wanted = output_rows(y, self.layer, taken)
             pairs = zip(wanted.chunk(len(rows), 1), rows, strict=True)
             self._add("yx", torch.cat([part.T @ r for part, r in pairs]))
-            self._add("y", wanted.sum(0))
 
     def result(self) -> Moments:
         """The means.
@@ -235,7 +232,7 @@ class Accumulator:
                 found="NaN or infinity",
                 hint="calibrate in fp32, and with the transform of inference",
             )
-        return Moments(self.count, self.kind, means["xx"], means["x"], means.get("yx"), means.get("y"))
+        return Moments(self.count, self.kind, means["xx"], means["x"], means.get("yx"))
 
 
 def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:

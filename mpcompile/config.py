@@ -16,7 +16,7 @@ from mpcompile.kernels.dispatch import auto_menu, auto_pattern
 from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "wanda", "covariance", "obs", "ser")
-CALIBRATIONS = ("pruned", "pruned_to_dense", "dense")  # values of the argument calibrate of mpcompile.transform
+CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
 SCHEDULES = ("constant", "linear")

@@ -110,7 +110,7 @@ def transform(
     memory: int = 2 << 30,
     prior: Mapping[str, torch.Tensor] | None = None,
     prior_weight: float = 0.1,
-    calibrate: str = "pruned",
+    calibrate: str = "pruned_to_dense",
     seed: int = 0,
 ) -> IRModule:
     """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
@@ -134,9 +134,11 @@ def transform(
             what is more is kept as diagonal blocks, or written to a temporary folder.
         prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn.
         prior_weight: alpha of that Hamming prior.
-        calibrate: ``"pruned"`` takes the statistics of a layer with all layers before it pruned already;
-            ``"pruned_to_dense"`` does too, and fits a layer to the outputs that the dense model gives there;
-            ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less accurate.
+        calibrate: ``"pruned_to_dense"`` takes the statistics of a layer with all layers before it pruned already, and
+            fits it towards the outputs that the dense model gives there: all the way in models with BatchNorm, whose
+            statistics are then taken anew, else half of it, and not at all on graphs that merge tokens; ``"pruned"``
+            fits each layer to what its own weights make of the pruned inputs; ``"dense"`` takes all statistics from
+            one pass over the dense model, which is faster and less accurate.
         seed: seeds whatever is random.
 
     Raises:
@@ -221,7 +223,7 @@ def run_pipeline(
     memory: int = 2 << 30,
     prior: Mapping[str, torch.Tensor] | None = None,
     prior_weight: float = 0.1,
-    calibrate: str = "pruned",
+    calibrate: str = "pruned_to_dense",
     seed: int = 0,
     allocated: Mapping[str, Pattern | None] | None = None,
 ) -> IRModule:

@@ -92,14 +92,15 @@ class Stream:
             given to :meth:`replace`.
         calibration: an iterable of batches; read once, when the stream is made.
         budget: bytes of activations to hold in memory; what is more goes to a temporary folder.
-        dense: keep the dense side too, whose outputs layers can be fitted to.
+        towards: how far the outputs that layers are to be fitted to lie from those of their own weights on pruned
+            inputs (0) towards those of the dense model (1). Above 0 the dense side is kept too.
 
     Raises:
         InputError: no batch, or one of another shape or type than the example inputs.
     """
 
     def __init__(
-        self, model: Imported, calibration: Iterable[Any], budget: float = math.inf, dense: bool = False
+        self, model: Imported, calibration: Iterable[Any], budget: float = math.inf, towards: float = 0.0
     ) -> None:
         self.gm = model.gm
         self.runner = _Runner(model.gm)
@@ -109,12 +110,12 @@ class Stream:
         self.layers: dict[fx.Node, tuple[LayerOp, Tensor, Any]] = {}
         self.tensors: dict[fx.Node, dict[str, Tensor]] = {}
         self.changed: set[fx.Node] = set()
-        self.two_sided = dense
+        self.towards, self.two_sided = towards, towards > 0
         self.shelf = _Shelf(budget)
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
         for values in batches(model, calibration):
             env = dict(zip(placeholders, values, strict=True))
-            self.shelf.append((env, dict(env) if dense else env))
+            self.shelf.append((env, dict(env) if self.two_sided else env))
         if not len(self.shelf):
             raise InputError("calibration is empty", expected="at least one batch", found="none")
 
@@ -183,7 +184,7 @@ class Stream:
 
     @torch.no_grad()
     def moments(self, layer: LayerOp, m: int, budget: float) -> Moments:
-        """Moments of the layer's pruned inputs; with a dense side, also with the outputs that it gives there."""
+        """Moments of the layer's pruned inputs; with a dense side, also with the outputs that are wanted."""
         self.advance(layer.node)
         kind, _ = kind_for(layer, m, budget)
         accumulator = Accumulator(layer, m, kind)
@@ -192,7 +193,7 @@ class Stream:
             dense, pruned = self.shelf[index]
             x, wanted = pruned[layer.input], None
             if kind == FULL and self.two_sided and layer.input in self.changed:
-                wanted = _apply(layer, dense[layer.input], weight)
+                wanted = _apply(layer, torch.lerp(x, dense[layer.input], self.towards), weight)
             accumulator.add(x, wanted)
         return accumulator.result()
 

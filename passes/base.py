@@ -58,7 +58,7 @@ class Context:
     memory: int = 2 << 30
     prior: Mapping[str, Tensor] = field(default_factory=dict)
     prior_weight: float = 0.1
-    calibrate: str = "pruned"
+    calibrate: str = "pruned_to_dense"
     seed: int = 0
     patterns: dict[str, Pattern | None] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)

@@ -53,8 +53,8 @@ def add(commands: Commands) -> None:
     kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
     job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)
     seed_option(job)
-    how = "where the statistics of a layer come from, as in mpcompile.transform (default pruned)"
-    job.add_argument("--calibrate", choices=CALIBRATIONS, default="pruned", help=how)
+    how = "where the statistics of a layer come from, as in mpcompile.transform (default pruned_to_dense)"
+    job.add_argument("--calibrate", choices=CALIBRATIONS, default="pruned_to_dense", help=how)
     json_option(job)
     config_options(job)
     job.set_defaults(run=run)

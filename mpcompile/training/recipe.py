@@ -44,7 +44,7 @@ class Calibration:
 
     images: int = 256
     batch: int = 32
-    calibrate: str = "pruned"
+    calibrate: str = "pruned_to_dense"
 
 
 @dataclass(frozen=True)
