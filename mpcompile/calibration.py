@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -150,6 +150,7 @@ class Moments:
         xx: E[x x'], (groups, K, K); or its diagonal blocks (groups, K / m, m, m); or its diagonal (groups, K).
         x: E[x], (groups, K).
         yx: E[y x'], (out, K), where y is not what the weight makes of these x; else None.
+        y: E[y], (out,), likewise.
     """
 
     count: int
@@ -157,10 +158,11 @@ class Moments:
     xx: Tensor
     x: Tensor
     yx: Tensor | None = None
+    y: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors, for a file."""
-        found = {"count": torch.tensor(self.count), "xx": self.xx, "x": self.x, "yx": self.yx}
+        found = {"count": torch.tensor(self.count), "xx": self.xx, "x": self.x, "yx": self.yx, "y": self.y}
         return {k: v.contiguous() for k, v in found.items() if v is not None}
 
     @classmethod
@@ -168,7 +170,7 @@ class Moments:
         """Inverse of :meth:`tensors`."""
         xx, x = tensors["xx"], tensors["x"]
         kind = DIAGONAL if xx.shape == x.shape else FULL if xx.dim() == 3 else BLOCK
-        return cls(int(tensors["count"]), kind, xx, x, tensors.get("yx"))
+        return cls(int(tensors["count"]), kind, xx, x, tensors.get("yx"), tensors.get("y"))
 
     def block(self, m: int) -> Tensor:
         """Diagonal blocks of E[x x'], (groups, K / m, m, m); with zeros beside the diagonal where no more is known."""
@@ -181,6 +183,26 @@ class Moments:
             return torch.diag_embed(self.power.unflatten(-1, (-1, m)))
         blocks = self.xx.unflatten(2, (-1, m)).unflatten(1, (-1, m))
         return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+    def centred(self, m: int) -> Moments:
+        """The same about the means: what counts where constant parts of the outputs are taken off again.
+
+        Args:
+            m: the group size, which says which diagonal blocks are held.
+        """
+        x = self.x
+        if self.kind == FULL:
+            outer = x[:, :, None] * x[:, None, :]
+        elif self.kind == BLOCK:
+            h = x.unflatten(-1, (-1, m))
+            outer = h[..., :, None] * h[..., None, :]
+        else:
+            outer = x.square()
+        yx = self.yx
+        if yx is not None and self.y is not None:
+            means = zip(self.y.chunk(len(x)), x, strict=True)
+            yx = yx - torch.cat([part[:, None] * mean[None, :] for part, mean in means])
+        return replace(self, xx=self.xx - outer, yx=yx)
 
     @property
     def power(self) -> Tensor:
@@ -216,6 +238,7 @@ class Accumulator:
             wanted = output_rows(y, self.layer, taken)
             pairs = zip(wanted.chunk(len(rows), 1), rows, strict=True)
             self._add("yx", torch.cat([part.T @ r for part, r in pairs]))
+            self._add("y", wanted.sum(0))
 
     def result(self) -> Moments:
         """The means.
@@ -232,7 +255,7 @@ class Accumulator:
                 found="NaN or infinity",
                 hint="calibrate in fp32, and with the transform of inference",
             )
-        return Moments(self.count, self.kind, means["xx"], means["x"], means.get("yx"))
+        return Moments(self.count, self.kind, means["xx"], means["x"], means.get("yx"), means.get("y"))
 
 
 def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:

@@ -250,6 +250,11 @@ def in_sequence(
     layer_at = {nodes[0].node: name for name, nodes in uses.items()}
     found: dict[str, Projection] = {}
     norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+
+    def renormed(layer: LayerOp) -> bool:
+        """Whether a BatchNorm takes the means off this layer's outputs, and nothing else reads them."""
+        return len(layer.node.users) == 1 and next(iter(layer.node.users)) in norm_at
+
     stops = [n for n in model.gm.graph.nodes if n in layer_at or n in norm_at]
     for node in tqdm(stops, desc="prune", unit="layer", disable=None):
         if node in norm_at:
@@ -264,6 +269,8 @@ def in_sequence(
         if moments is None:
             moments = stream.moments(layer, patterns[name].m, ctx.memory)
             records.put(name, moments)
+        if renormed(layer):
+            moments = moments.centred(patterns[name].m)
         found[name] = projection = decide(name, moments)
         weight = layer.weight.tensor.detach()
         new = weight * projection.mask if projection.weight is None else projection.weight.to(weight.dtype)

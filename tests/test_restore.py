@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 
 from mpcompile import Config, Pipeline, scores, transform
-from mpcompile.calibration import Moments, draw
+from mpcompile.calibration import Accumulator, Moments, draw
 from mpcompile.config import SCORES
 from mpcompile.errors import InputError
+from mpcompile.graph import layers
 from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.mask import Mask, verify
 from mpcompile.passes.project import choose, project
@@ -246,6 +247,31 @@ def test_batch_norms_are_estimated_anew(calibrate, options):
     assert "BatchNorms re-estimated" in next(r for r in gm.plan.passes if r.name == "restore").summary
     alone = transform(model, x[:2], config, [x], pipeline=Pipeline([Mask()])).get_submodule("7")
     assert torch.equal(alone.running_var, model[7].running_var)  # nobody asked for others
+
+
+@pytest.mark.parametrize("kind", ["full", "block", "diagonal"])
+def test_centred_moments_are_those_of_centred_inputs(kind):
+    layer = layers(fx.symbolic_trace(nn.Sequential(nn.Linear(8, 6))))[0]
+    x, y = torch.randn(500, 8) @ torch.randn(8, 8) + 2, torch.randn(500, 6) - 1
+    found = []
+    for inputs, outputs in ((x, y), (x - x.mean(0), y - y.mean(0))):
+        accumulator = Accumulator(layer, 4, kind)
+        accumulator.add(inputs, outputs)
+        found.append(accumulator.result())
+    centred = found[0].centred(4)
+    assert relative(centred.xx, found[1].xx) < 1e-5 and relative(centred.yx, found[1].yx) < 1e-5
+    assert relative(centred.xx, found[0].xx) > 0.1
+
+
+def test_a_constant_before_batch_norm_costs_nothing():
+    """A channel that is always the same is removed first, however large it is, where a BatchNorm follows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(64, 4, 4, 4)
+    x[:, 1] = 9.0
+    config = Config("3:4", score="wanda", permute=False, restore=False, exclude=())
+    masks = [transform(model[:end], x[:2], config, [x]).get_submodule("0").mask for end in (1, 2)]
+    assert masks[0][:, 1].all() and not masks[1][:, 1].any()
 
 
 def test_masks_are_the_same_every_run_and_with_another_thread_count():
