@@ -136,9 +136,9 @@ def transform(
         prior_weight: alpha of that Hamming prior.
         calibrate: ``"pruned_to_dense"`` takes the statistics of a layer with all layers before it pruned already, and
             fits it towards the outputs that the dense model gives there: all the way in models with BatchNorm, whose
-            statistics are then taken anew, else a quarter of it, and not at all on graphs that merge tokens;
-            ``"pruned"`` fits each layer to what its own weights make of the pruned inputs; ``"dense"`` takes all
-            statistics from one pass over the dense model, which is faster and less accurate.
+            statistics are then taken anew, else a quarter of it; ``"pruned"`` fits each layer to what its own weights
+            make of the pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which is
+            faster and less accurate.
         seed: seeds whatever is random.
 
     Raises:

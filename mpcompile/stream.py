@@ -22,6 +22,7 @@ from mpcompile.calibration import FULL, Accumulator, Moments, batches, kind_for
 from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, training_flags
 from mpcompile.importers import Imported
+from mpcompile.kernels import ops
 
 _IN_PLACE = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv})
 
@@ -153,13 +154,20 @@ class Stream:
                     pruned[source] = dense[source].clone()
         try:
             if self.two_sided or not changed:
-                dense[node] = self.runner.on(node, dense)
+                dense[node] = self.runner.on(node, self._paired(node, dense, pruned))
             pruned[node] = self._pruned(node, pruned) if changed else dense[node]
         except RuntimeError as error:
             raise InputError(f"the model rejects a calibration batch: {str(error).splitlines()[0]}") from error
         for source in self.last_use.get(node, ()):
             dense.pop(source, None)
             pruned.pop(source, None)
+
+    def _paired(self, node: fx.Node, dense: Env, pruned: Env) -> Env:
+        """What the dense side computes from: where tokens merge, they pair as they do on the pruned side."""
+        if node.target is not ops.token_merge:
+            return dense
+        keys: Any = node.args[1]
+        return {**dense, keys: pruned[keys]}
 
     def _writes(self, node: fx.Node) -> bool:
         """Whether the node may change what it is given."""

@@ -21,7 +21,6 @@ from mpcompile.calibration import DIAGONAL, FULL, Moments, as_batches, collect
 from mpcompile.errors import ArtifactError
 from mpcompile.graph import LayerOp
 from mpcompile.importers import Imported
-from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.base import Context
 from mpcompile.stream import Stream, batch_norms
@@ -234,10 +233,9 @@ def in_sequence(
         The projections, and new means and variances of the BatchNorm nodes behind them (if ``ctx.renorm``).
     """
     config = ctx.config
-    merged = any(node.target in ops.MERGING for node in model.gm.graph.nodes)
     norm_at = set(batch_norms(model.gm)) if ctx.renorm else set()
     towards = 0.0
-    if ctx.calibrate == "pruned_to_dense" and not merged:  # merging pairs other tokens on each side
+    if ctx.calibrate == "pruned_to_dense":
         towards = 1.0 if norm_at else TOWARDS_DENSE
     stream = Stream(model, as_batches(ctx.calibration), ctx.memory, towards)
     records = Records(ctx.statistics, "")

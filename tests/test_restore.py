@@ -14,10 +14,13 @@ from mpcompile.calibration import Accumulator, Moments, draw
 from mpcompile.config import SCORES
 from mpcompile.errors import InputError
 from mpcompile.graph import layers
+from mpcompile.importers import import_model
+from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.mask import Mask, verify
 from mpcompile.passes.project import choose, project
 from mpcompile.refit import error, exchange_sweep, least_squares, refit
+from mpcompile.stream import Stream
 from tests.helpers import images, mlp, relative, tiny_vit
 
 
@@ -272,6 +275,32 @@ def test_a_constant_before_batch_norm_costs_nothing():
     config = Config("3:4", score="wanda", permute=False, restore=False, exclude=())
     masks = [transform(model[:end], x[:2], config, [x]).get_submodule("0").mask for end in (1, 2)]
     assert masks[0][:, 1].all() and not masks[1][:, 1].any()
+
+
+def test_the_dense_side_merges_what_the_pruned_side_merges(monkeypatch):
+    """Or there would be no outputs to fit to. Alone, the dense model pairs other tokens."""
+    x = images(4)
+    imported = import_model(transform(tiny_vit(), x, Config("dense", tome_r=3)), [x])
+    first = next(layer for layer in layers(imported.gm) if layer.name == "blocks.0.attn.qkv")
+    places: list[list[torch.Tensor]] = []
+    for towards in (1.0, 0.0):
+        stream, seen = Stream(imported, [x], towards=towards), []
+        if towards:
+            stream.replace(first, torch.randn(first.weight.tensor.shape), first.bias)
+
+        def run(node, env, run=stream.runner.on, seen=seen):
+            result = run(node, env)
+            if node.target is ops.token_merge:
+                seen.append(result[2])
+            return result
+
+        monkeypatch.setattr(stream.runner, "on", run)
+        stream.advance(list(imported.gm.graph.nodes)[-1])
+        places.append(seen)
+    both, alone = places
+    assert len(both) == 2 * len(alone) > 0
+    assert all(torch.equal(one, other) for one, other in zip(both[::2], both[1::2], strict=True))
+    assert not torch.equal(both[0], alone[0])
 
 
 def test_masks_are_the_same_every_run_and_with_another_thread_count():
