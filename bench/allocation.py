@@ -4,7 +4,8 @@
 
 DATA is a folder with ``load.py``, weights and labelled images. Calibration and evaluation images are different sets.
 All choices are pruned alike (optimal brain surgeon, least squares) from the same menu; wins are images that a choice
-gets right and uniform doesn't, losses the other way round, with the exact two-sided sign test of that.
+gets right and uniform doesn't, losses the other way round, with the exact two-sided sign test of that; divergence is
+the mean Kullback-Leibler divergence from the dense model's predictions, in nats.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from bench.common import environment, save, table
-from bench.mask_ladder import Task, right, task
+from bench.mask_ladder import Task, predict, task
 from mpcompile import Config, Pipeline, transform
 from mpcompile.calibration import draw
 from mpcompile.graph import IRModule
@@ -32,6 +33,7 @@ from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 
 CHOICES = ("uniform", "calibrated", "mp", "magnitude", "seb")
+COMPARED = ("calibrated", "mp")  # with uniform, on samples held out from calibration
 NAMES = {"magnitude": "layer-normalised magnitude", "seb": "SEB", "mp": "MP predictor"}
 
 
@@ -41,7 +43,7 @@ class Once(Allocate):
     memory: ClassVar[dict[str, Any]] = {}
 
     def _data(self, gm: IRModule, ctx: Context, found: list[_Layer], kind: str) -> _Data | None:
-        if kind != "calibrated":
+        if kind not in COMPARED:
             return None
         if "data" not in self.memory:
             self.memory["data"] = super()._data(gm, ctx, found, kind)
@@ -92,7 +94,8 @@ def main() -> None:
     job.evaluation = tuple(part[: args.evaluate] for part in job.evaluation)  # type: ignore[assignment]
     x, labels = job.calibration
     batches = list(x[draw(labels.tolist(), args.images)].split(32)) if args.images else None
-    dense = int(right(job.model, job.evaluation).sum())
+    expected, truth = predict(job.model, job.evaluation[0]), job.evaluation[1]
+    dense = int((expected.argmax(1) == truth).sum())
     name = args.name or f"allocation_{args.model}{'' if args.images else '_no_data'}"
     rows: list[dict[str, Any]] = []
     result = {"model": args.model, "images": args.images, "dense": dense, "of": len(job.evaluation[1]), "rows": rows}
@@ -104,28 +107,31 @@ def main() -> None:
             gm = prune(job, batches, choice, target, args)
             row: dict[str, Any] = {"target": target, "choice": NAMES.get(choice, choice)}
             row |= {"saved": gm.plan.macs.reduction, "cpu_seconds": time.process_time() - start}
-            hits = right(gm.eval(), job.evaluation)
+            found = predict(gm.eval(), job.evaluation[0])
+            hits = found.argmax(1) == truth
             row["right"] = int(hits.sum())
+            row["divergence"] = float((expected.exp() * (expected - found)).sum(-1).mean())
             before = hits if choice == "uniform" else before
             if before is not None and choice != "uniform":
                 wins, losses = int((hits & ~before).sum()), int((before & ~hits).sum())
                 row |= {"wins": wins, "losses": losses}
                 row["p"] = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-            if choice == "calibrated":
-                decision = gm.plan.passes[1].decision
-                row |= {"kept": Once.memory.get("kept"), "held_out": decision["held_out"]}
+            decision = gm.plan.passes[1].decision
+            if choice in COMPARED and decision["held_out"] is not None:
+                row |= {"kept": Once.memory["kept"], "held_out": decision["held_out"]}
                 row["predicted"] = decision["predicted"]
             row["patterns"] = {n: layer.pattern for n, layer in gm.plan.layers.items()}
             rows.append(row)
             print({k: v for k, v in row.items() if k != "patterns"}, flush=True)
             save(name, {**result, "permute": not args.no_permute, "environment": environment(args.threads)})
-    head = ["target", "choice", "MACs saved", "right", "wins", "losses", "p", "kept by held-out samples"]
+    head = ["target", "choice", "MACs saved", "right", "divergence", "wins", "losses", "p", "kept by held-out samples"]
     cells = [
         [
             f"{r['target']:.1%}",
             r["choice"],
             f"{r['saved']:.2%}",
             r["right"],
+            f"{r['divergence']:.3f}",
             r.get("wins", ""),
             r.get("losses", ""),
             f"{r['p']:.2g}" if "p" in r else "",
