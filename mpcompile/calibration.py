@@ -20,6 +20,7 @@ from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, layers, shape_of, training_flags
 from mpcompile.importers import Imported
 
+_BLOCKS = 4  # of columns, in large second moments
 _VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
 FULL, BLOCK, DIAGONAL = "full", "block", "diagonal"
 
@@ -212,6 +213,19 @@ class Moments:
         return self.xx.diagonal(dim1=-2, dim2=-1).flatten(1)
 
 
+def _gram(rows: Tensor) -> Tensor:
+    """X' X, (groups, rows, K) -> (groups, K, K). It is symmetric: blocks of columns below the diagonal are mirrored."""
+    k = rows.shape[-1]
+    step = -(-k // _BLOCKS) if k >= 256 else k
+    result = rows.new_empty((len(rows), k, k))
+    for start in range(0, k, step):
+        block = slice(start, min(k, start + step))
+        above = rows[:, :, : block.stop].transpose(1, 2) @ rows[:, :, block]
+        result[:, : block.stop, block] = above
+        result[:, block, :start] = above[:, :start].transpose(1, 2)
+    return result
+
+
 class Accumulator:
     """Adds up the moments of one layer batch by batch."""
 
@@ -226,16 +240,18 @@ class Accumulator:
         """Input of the layer, and the output it should give, both as the graph has them."""
         rows, taken = input_rows(x, self.layer)
         self.count += rows.shape[1]
+        # In float64: in which order threads add must not decide between masks.
+        rows = rows.double()
         self._add("x", rows.sum(1))
         if self.kind == FULL:
-            self._add("xx", rows.transpose(1, 2) @ rows)
+            self._add("xx", _gram(rows))
         elif self.kind == BLOCK:
             h = rows.unflatten(-1, (-1, self.m)).transpose(1, 2)
             self._add("xx", h.transpose(-1, -2) @ h)
         else:
             self._add("xx", rows.square().sum(1))
         if y is not None:
-            wanted = output_rows(y, self.layer, taken)
+            wanted = output_rows(y, self.layer, taken).double()
             pairs = zip(wanted.chunk(len(rows), 1), rows, strict=True)
             self._add("yx", torch.cat([part.T @ r for part, r in pairs]))
             self._add("y", wanted.sum(0))

@@ -65,11 +65,16 @@ class _State:
         step = max(1, _CHUNK // (self.m * self.m * self.scores.shape[-1]))
         for p, i, j in zip(problem.split(step), a.split(step), b.split(step), strict=True):
             left, right = (p[:, None], i), (p[:, None], j)
-            into_a = torch.maximum(self.limit[left][:, :, None], self.scores[right][:, None]).sum(-1)
-            into_b = torch.maximum(self.limit[right][:, None], self.scores[left][:, :, None]).sum(-1)
-            lost_a, lost_b = self.worth[left].sum(-1), self.worth[right].sum(-1)
-            parts.append(into_a + into_b - lost_a[:, :, None] - lost_b[:, None, :])
+            into_a = _summed(torch.maximum(self.limit[left][:, :, None], self.scores[right][:, None]))
+            into_b = _summed(torch.maximum(self.limit[right][:, None], self.scores[left][:, :, None]))
+            lost_a, lost_b = _summed(self.worth[left]), _summed(self.worth[right])
+            parts.append((into_a + into_b - lost_a[:, :, None] - lost_b[:, None, :]).float())
         return torch.cat(parts)
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Sums over the rows in float64: in which order threads add them must not decide between exchanges."""
+    return x.sum(-1, dtype=torch.float64)
 
 
 def search(scores: Tensor, pattern: Pattern, steps: int = 400, seed: int = 0, start: float = 0.25) -> Tensor:
@@ -106,7 +111,7 @@ def search(scores: Tensor, pattern: Pattern, steps: int = 400, seed: int = 0, st
         a, b = state.groups[problem, pa], state.groups[problem, pb]
         gain = state.gains(problem, a, b).flatten(1)
         if step == 0:
-            spread = float(gain.std())
+            spread = float(gain.double().std())
         heat = spread * start * (1 - step / (0.9 * steps)) ** 2 if step < 0.9 * steps else 0.0
         if heat > 0:
             noise = torch.rand(len(gain), gain.shape[1] + 1, generator=generator).to(gain).clamp_(1e-12, 1 - 1e-7)

@@ -142,6 +142,11 @@ def fold(gm: nn.Module, analysis: Analysis, orders: Orders) -> None:
             tensor.copy_(_reorder(view, flat, orders, analysis.atoms).reshape(tensor.shape))
 
 
+def _total(scores: Tensor) -> float:
+    """Their sum in float64: in which order threads add must not decide between orders."""
+    return max(float(scores.sum(dtype=torch.float64)), 1e-30)
+
+
 def _rows(layer: LayerOp, power: Tensor | None, owners: int, size: int) -> Tensor:
     """Squared weights, times the power of their inputs, as (owners or 1, rows, size)."""
     weight = layer.weight.tensor.detach().float().square()
@@ -208,12 +213,12 @@ class Permute(Pass):
         if pattern is None or size % pattern.m or size // pattern.m < 2 or pattern.n == pattern.m:
             return None
         each = [_rows(u, power.get(n), owners, size) for n, u in readers.items()]
-        each = [rows / rows.sum().clamp(min=1e-30) for rows in each]  # relative error of each layer counts alike
+        each = [rows / _total(rows) for rows in each]  # relative error of each layer counts alike
         generator = torch.Generator().manual_seed(ctx.seed)
         share = max(32, _ROWS // len(each))
         drawn = [torch.randperm(rows.shape[1], generator=generator)[:share].to(rows.device) for rows in each]
         sample = [rows[:, places] for rows, places in zip(each, drawn, strict=True)]
-        sample = [s * (rows.sum() / s.sum().clamp(min=1e-30)) for s, rows in zip(sample, each, strict=True)]
+        sample = [s * (_total(rows) / _total(s)) for s, rows in zip(sample, each, strict=True)]
         order = search(torch.cat(sample, 1), pattern, _STEPS, ctx.seed)
         before = sum(float(retained(rows, pattern).sum()) for rows in each)
         after = sum(float(retained(rows.gather(2, order[:, None].expand_as(rows)), pattern).sum()) for rows in each)

@@ -303,8 +303,9 @@ def test_the_dense_side_merges_what_the_pruned_side_merges(monkeypatch):
     assert not torch.equal(both[0], alone[0])
 
 
-def test_masks_are_the_same_every_run_and_with_another_thread_count():
-    data, config = [images(16, seed=s) for s in range(2)], Config("8:16", score="obs", permute=False)
+@pytest.mark.parametrize("permute", [False, True])
+def test_masks_are_the_same_every_run_and_with_another_thread_count(permute):
+    data, config = [images(16, seed=s) for s in range(2)], Config("8:16", score="obs", permute=permute)
     states = []
     threads = torch.get_num_threads()
     try:
