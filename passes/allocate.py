@@ -61,17 +61,32 @@ class _Data:
     moments: dict[str, Moments]
 
 
+@dataclass
+class _Choice:
+    """What one kind of damage chooses (``best``), and the uniform choice (``even``), as places in the layers' menus."""
+
+    kind: str
+    found: list[_Layer]
+    costs: list[list[float]]
+    saved: list[list[float]]
+    best: list[int]
+    even: list[int]
+    price: float
+    inadmissible: dict[str, str]
+
+
 class Allocate(Pass):
     """A pattern for each layer, for :attr:`Config.mac_reduction`.
 
     Args:
-        damage: ``"calibrated"`` predicts the loss of the model's output from the inputs and gradients of the layers
-            (the default with calibration data); ``"mp"`` takes weights for noise and structure as the Marchenko-Pastur
-            fit has them, noise being lost as rho(N:M) (the default without); ``"magnitude"`` is the energy of the
+        damage: ``"calibrated"`` predicts the loss of the model's output from the inputs and gradients of the layers;
+            ``"mp"`` takes weights for noise and structure as the Marchenko-Pastur fit has them, noise being lost as
+            rho(N:M). None: with calibration data both, and what loses least on held-out samples is kept; without,
+            ``"mp"``. ``"magnitude"`` is the energy of the
             removed weights over the mean square of the layer; ``"seb"`` over the square of the weights of Spectral Edge
             Budgeting (arXiv 2606.02608). ``"uniform"`` predicts nothing: one density for all, or two mixed evenly.
         bytes_reduction: share of the bytes of all parameters to save, in place of multiply-accumulates.
-        compare: with data, compare with the uniform pattern and keep the better one.
+        compare: with data, compare with the uniform pattern on held-out samples and keep the better one.
 
     Raises:
         ConfigError: an unknown damage, both targets, or ``"calibrated"`` without data.
@@ -116,31 +131,46 @@ class Allocate(Pass):
                 found=f"{target:.2%}",
                 hint="give a denser or a sparser pattern in Config(patterns=...), or include more layers",
             )
-        kind = self.damage or ("mp" if ctx.calibration is None else "calibrated")
-        data = self._data(gm, ctx, found, kind)
-        inadmissible = self._predict(gm, ctx, found, kind, data, target * total)
-        costs, saved = [item.costs for item in found], [item.saved for item in found]
-        even = allocation.even_mix([item.density for item in found], saved, target * total)
-        best, price = (even, 0.0) if kind == "uniform" else allocation.knapsack(costs, saved, target * total)
+        kinds = [self.damage] if self.damage else ["mp"] if ctx.calibration is None else ["calibrated", "mp"]
+        data = self._data(gm, ctx, found, kinds[0])
+        compared = data is not None and bool(data.held_out)
+        choices = [self._choose(gm, ctx, kind, data, target * total) for kind in kinds[: None if compared else 1]]
+        lost: dict[str, float] = {}
+        if data is not None and compared and any(c.best != c.even for c in choices):
+            lost = {c.kind: self._lost(gm, ctx, c.found, data, c.best) for c in choices}
+        c = min(choices, key=lambda choice: lost.get(choice.kind, 0.0))
         decision: dict[str, Any] = {
             "requested": True,
-            "damage": kind,
+            "damage": c.kind,
             "unit": self._unit,
             "target": target,
             "reachable": [low, high],
-            "predicted": {"allocation": _sum(costs, best), "uniform": _sum(costs, even)},
-            "uniform": _described(found, even),
+            "predicted": {"allocation": _sum(c.costs, c.best), "uniform": _sum(c.costs, c.even)},
+            "uniform": _described(c.found, c.even),
             "held_out": None,
-            "kept": "uniform" if kind == "uniform" else "allocation",
-            "inadmissible": inadmissible,
+            "kept": "uniform" if c.kind == "uniform" else "allocation",
+            "inadmissible": c.inadmissible,
         }
-        if data is not None and data.held_out and best != even:
-            decision["held_out"] = self._compare(gm, ctx, found, data, best, even)
+        if data is not None and lost:
+            model = Imported(gm, ctx.inputs, ctx.lifted, [])
+            held_out: dict[str, Any] = {"samples": sum(batch_length(b, model) for b in data.held_out)}
+            held_out |= {"allocation": lost[c.kind], "uniform": self._lost(gm, ctx, c.found, data, c.even)}
+            decision["held_out"] = {**held_out, "tried": lost}
             decision["kept"] = self._better(decision["held_out"])
-        chosen = best if decision["kept"] == "allocation" else even
-        decision["saved"] = _sum(saved, chosen) / total
-        decision["layers"] = _explained(found, chosen, price, total, decision["kept"], self._unit)
+        chosen = c.best if decision["kept"] == "allocation" else c.even
+        decision["saved"] = _sum(c.saved, chosen) / total
+        decision["layers"] = _explained(c.found, chosen, c.price, total, decision["kept"], self._unit)
         return decision
+
+    def _choose(self, gm: IRModule, ctx: Context, kind: str, data: _Data | None, target: float) -> _Choice:
+        """What one kind of damage chooses for a target, and the uniform choice from the same menu."""
+        found = self._layers(gm, ctx)
+        self._savings(gm, ctx, found)
+        inadmissible = self._predict(gm, ctx, found, kind, data, target)
+        costs, saved = [item.costs for item in found], [item.saved for item in found]
+        even = allocation.even_mix([item.density for item in found], saved, target)
+        best, price = (even, 0.0) if kind == "uniform" else allocation.knapsack(costs, saved, target)
+        return _Choice(kind, found, costs, saved, best, even, price, inadmissible)
 
     @staticmethod
     def _better(held_out: Mapping[str, Any]) -> str:
@@ -284,41 +314,35 @@ class Allocate(Pass):
             item.saved, item.costs = [item.saved[i] for i in places], [item.costs[i] for i in places]
         return refused
 
-    def _compare(
-        self, gm: IRModule, ctx: Context, found: list[_Layer], data: _Data, best: list[int], even: list[int]
-    ) -> dict[str, Any]:
-        """What the whole model loses on held-out samples under both choices.
+    def _lost(self, gm: IRModule, ctx: Context, found: list[_Layer], data: _Data, chosen: list[int]) -> float:
+        """What the whole model loses on held-out samples under a choice.
 
         All layers are projected as the damage has it, from moments of the dense model, and BatchNorms estimated anew:
-        cheaper than the masks to come, and alike for both.
+        cheaper than the masks to come, and alike for all choices.
         """
-        model = Imported(gm, ctx.inputs, ctx.lifted, [])
-        result: dict[str, Any] = {"samples": sum(batch_length(b, model) for b in data.held_out)}
         places = [n for n in gm.graph.nodes if n.op == "placeholder"]
         own = [n.name not in ctx.lifted.tensors for n in places]
         as_given = [{str(n.target): v for n, v, o in zip(places, b, own, strict=True) if o} for b in data.fit]
-        for name, chosen in (("allocation", best), ("uniform", even)):
-            trial = copy.deepcopy(gm)
-            lifted = replace(ctx.lifted, tensors=dict(ctx.lifted.tensors))
-            weights = {layer.name: layer.weight for layer in layers(trial, lifted)}
-            for item, i in zip(found, chosen, strict=True):
-                pattern, weight = item.options[i], weights[item.names[0]]
-                if pattern is None:
-                    continue
-                new = damage.projected(weight.tensor, data.moments[item.names[0]], pattern, ctx.refit)
-                if weight.node is not None and weight.node.op == "placeholder":
-                    lifted.tensors[weight.node.name] = new
-                else:
-                    weight.tensor.data.copy_(new)
-            pruned = Imported(trial, ctx.inputs, lifted, [])
-            context = replace(ctx, lifted=lifted, calibration=as_given)
-            for node, (mean, variance) in reestimate(pruned, context).items() if batch_norms(trial) else ():
-                norm: Any = trial.get_submodule(str(node.target))
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(variance)
-            values = [[lifted.tensors.get(n.name, v) for n, v in zip(places, b, strict=True)] for b in data.held_out]
-            result[name] = divergence(gm, trial, data.held_out, values)
-        return result
+        trial = copy.deepcopy(gm)
+        lifted = replace(ctx.lifted, tensors=dict(ctx.lifted.tensors))
+        weights = {layer.name: layer.weight for layer in layers(trial, lifted)}
+        for item, i in zip(found, chosen, strict=True):
+            pattern, weight = item.options[i], weights[item.names[0]]
+            if pattern is None:
+                continue
+            new = damage.projected(weight.tensor, data.moments[item.names[0]], pattern, ctx.refit)
+            if weight.node is not None and weight.node.op == "placeholder":
+                lifted.tensors[weight.node.name] = new
+            else:
+                weight.tensor.data.copy_(new)
+        pruned = Imported(trial, ctx.inputs, lifted, [])
+        context = replace(ctx, lifted=lifted, calibration=as_given)
+        for node, (mean, variance) in reestimate(pruned, context).items() if batch_norms(trial) else ():
+            norm: Any = trial.get_submodule(str(node.target))
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+        values = [[lifted.tensors.get(n.name, v) for n, v in zip(places, b, strict=True)] for b in data.held_out]
+        return divergence(gm, trial, data.held_out, values)
 
     def summary(self, decision: dict[str, Any]) -> str:
         if not decision["requested"]:
@@ -335,10 +359,10 @@ class Allocate(Pass):
             ratio = predicted["allocation"] / (predicted["uniform"] or 1.0)
             text += f"; predicted damage ({decision['damage']}) {ratio:.3g}x that of {decision['uniform']}"
             return f"{text}, not compared: no held-out data"
+        tried = ", ".join(f"{kind} {lost:.4g}" for kind, lost in seen["tried"].items())
         return (
             f"{text}; {decision['kept']} kept: on {seen['samples']} held-out samples the output loses "
-            f"{seen['allocation']:.4g} by allocation ({decision['damage']}), "
-            f"{seen['uniform']:.4g} by {decision['uniform']}"
+            f"{seen['allocation']:.4g} by allocation ({tried}), {seen['uniform']:.4g} by {decision['uniform']}"
         )
 
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:

@@ -183,7 +183,9 @@ def test_with_data_it_is_compared_on_samples_it_has_not_seen():
     gm = transform(tiny_vit(), images(), Config(mac_reduction=0.3, permute=False), data())
     record = next(r for r in gm.plan.passes if r.name == "allocate")
     held_out = record.decision["held_out"]
-    assert held_out["samples"] == 8 and record.decision["damage"] == "calibrated"
+    assert held_out["samples"] == 8 and set(held_out["tried"]) == {"calibrated", "mp"}
+    assert record.decision["damage"] == min(held_out["tried"], key=held_out["tried"].__getitem__)
+    assert held_out["allocation"] == min(held_out["tried"].values())
     better = min(("allocation", "uniform"), key=held_out.__getitem__)
     assert record.decision["kept"] == better and better in record.summary
     assert min(held_out["allocation"], held_out["uniform"]) > 0
@@ -191,10 +193,12 @@ def test_with_data_it_is_compared_on_samples_it_has_not_seen():
 
 
 def test_a_worse_allocation_is_dropped_for_the_uniform_pattern(monkeypatch):
-    monkeypatch.setattr(Allocate, "_compare", lambda *_: {"samples": 1, "allocation": 2.0, "uniform": 1.0})
+    losses = iter([3.0, 2.0, 1.0])  # of the two allocations, and of uniform
+    monkeypatch.setattr(Allocate, "_lost", lambda *_: next(losses))
     gm = transform(tiny_vit(), images(), Config(mac_reduction=0.3, permute=False, restore=False), data(2))
     record = next(r for r in gm.plan.passes if r.name == "allocate")
     assert record.decision["kept"] == "uniform" and "uniform kept" in record.summary
+    assert record.decision["damage"] == "mp" and "calibrated 3" in record.summary
     assert "better than allocation" in gm.plan.layers["blocks.0.mlp.fc1"].notes["allocate"]["why"]
 
 
