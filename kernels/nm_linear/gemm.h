@@ -69,6 +69,9 @@ template <class X> struct Weight {
   int block() const { return layout == LAYOUT_ROWS ? ROWS_BLOCK / m * m : layout == LAYOUT_OCTS ? OCTS_BLOCK : PAIRS_BLOCK; }
   int widest() const { return layout == LAYOUT_RING || layout == LAYOUT_OCTS ? 2 : WIDEST; }
 
+  // As many rows take the time of filling a tile: the fewer entries a row has, the more.
+  int fill() const { return layout == LAYOUT_ROWS ? 32 * m / n : 64; }
+
   // The bias as floats, zeros where there is none and behind it.
   const float* start() const {
     float* s = scratch().start.need(outputs + RING_ROWS);
@@ -108,44 +111,44 @@ struct Split {
 };
 
 // When threads that take the next task as they get free are all done. A row of a task takes its vectors and the reading
-// of its weights; filling the tiles takes as long as some more rows.
-inline double makespan(const Split& s, int outputs, int threads) {
+// of its weights; filling the tiles takes as long as `fill` more rows.
+inline double makespan(const Split& s, int outputs, int fill, int threads) {
   std::vector<double> busy(threads, 0.0);  // a heap, the thread that is free first in front
   for (int n = 0; n < outputs; n += s.rows)
     for (int64_t p = 0; p < s.panels.count; p++) {
       std::pop_heap(busy.begin(), busy.end(), std::greater<>());
-      busy.back() += (s.panels.width(p) + 0.3) * (std::min(s.rows, outputs - n) + 64);
+      busy.back() += (s.panels.width(p) + 0.3) * (std::min(s.rows, outputs - n) + fill);
       std::push_heap(busy.begin(), busy.end(), std::greater<>());
     }
   return *std::max_element(busy.begin(), busy.end());
 }
 
 // The cut that keeps all threads at work with as little repeated as possible.
-inline Split best_split(int64_t tokens, int widest, int outputs, int threads) {
+inline Split best_split(int64_t tokens, int widest, int outputs, int fill, int threads) {
   const int64_t vectors = vectors_of(tokens);
   const int least = (int)ceil_div(outputs, MOST_ROWS), most = std::max(least, outputs / FEWEST_ROWS);
   auto cut = [&](Panels panels, int chunks) { return Split{panels, (int)ceil_div(ceil_div(outputs, chunks), 16) * 16}; };
   const Split even = cut(even_panels(tokens, widest, threads), least);
   if (threads == 1 || even.panels.count * least > MANY_TASKS * threads) return even;
   Split best = even;
-  double done = makespan(even, outputs, threads);
+  double done = makespan(even, outputs, fill, threads);
   for (Panels panels : {even.panels, Panels{vectors, ceil_div(vectors, widest)}})
     for (int chunks = least; chunks <= most && panels.count * (chunks - 1) < MANY_TASKS * threads; chunks++) {
       const Split other = cut(panels, chunks);
-      const double end = makespan(other, outputs, threads);
+      const double end = makespan(other, outputs, fill, threads);
       if (end < done) best = other, done = end;
     }
   return best;
 }
 
 // The same, remembered: a model asks again and again for a few shapes.
-static Split split(int64_t tokens, int widest, int outputs, int threads) {
-  static thread_local std::map<std::tuple<int64_t, int, int, int>, Split> known;
-  const auto key = std::make_tuple(tokens, widest, outputs, threads);
+static Split split(int64_t tokens, int widest, int outputs, int fill, int threads) {
+  static thread_local std::map<std::tuple<int64_t, int, int, int, int>, Split> known;
+  const auto key = std::make_tuple(tokens, widest, outputs, fill, threads);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   if (known.size() > 1000) known.clear();
-  return known[key] = best_split(tokens, widest, outputs, threads);
+  return known[key] = best_split(tokens, widest, outputs, fill, threads);
 }
 
 // Whether of a panel of V vectors the last is used in its lower half alone.
@@ -268,7 +271,7 @@ static void finish(const Output<X>& out, const float* c, int lanes, int64_t firs
 
 template <class X>
 static void gemm(const Weight<X>& w, const Input<X>& in, const Output<X>& out, int activation, int threads) {
-  const Split cut = split(in.tokens, w.widest(), w.outputs, threads);
+  const Split cut = split(in.tokens, w.widest(), w.outputs, w.fill(), threads);
   const Panels panels = cut.panels;
   const int rows = cut.rows;
   const int64_t tasks = panels.count * ceil_div(w.outputs, rows);
