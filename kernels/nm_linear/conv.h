@@ -91,7 +91,7 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
   memset(planes + g.images * g.channels * plane, 0, W * sizeof(float));
   const int taps = g.kernel_h * g.kernel_w, wide = w.m * std::max(1, CONV_CHANNELS / w.m);
   const int parts = (taps * wide + CONV_COLUMNS - 1) / CONV_COLUMNS, some = (taps + parts - 1) / parts;
-  const Split cut = split(tokens, WIDEST, w.outputs, 64, threads);
+  const Split cut = split(tokens, WIDEST, w.outputs, w.fill(), threads);
   const Panels panels = cut.panels;
   const int rows = cut.rows;
   const int64_t tasks = panels.count * ceil_div(w.outputs, rows);
