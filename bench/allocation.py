@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from bench.common import environment, save, table
-from bench.mask_ladder import Task, predict, task
+from bench.mask_ladder import Task, divergence, predict, task
 from mpcompile import Config, Pipeline, transform
 from mpcompile.calibration import draw
 from mpcompile.graph import IRModule
@@ -110,7 +110,7 @@ def main() -> None:
             found = predict(gm.eval(), job.evaluation[0])
             hits = found.argmax(1) == truth
             row["right"] = int(hits.sum())
-            row["divergence"] = float((expected.exp() * (expected - found)).sum(-1).mean())
+            row["divergence"] = divergence(expected, found)
             before = hits if choice == "uniform" else before
             if before is not None and choice != "uniform":
                 wins, losses = int((hits & ~before).sum()), int((before & ~hits).sum())

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bench.common import common_arguments, environment, fill, load, save, table
 from bench.distill import paired_drop
-from bench.mask_ladder import right
+from bench.mask_ladder import packed, right, unpacked
 from mpcompile import Config, distill, transform
-from mpcompile.demo import FOLDS, HELD_OUT, Batches, Demo, load_data, train_dense
+from mpcompile.demo import FOLDS, Batches, Demo, load_data, split, train_dense
 
 SCANS = 1797
 
@@ -76,7 +76,7 @@ def main() -> None:
             counts = {name: int(hits.sum()) for name, hits in found.items()}
             part = {"seed": seed, "fold": fold, "of": len(found["dense"]), "macs saved": saved, **counts}
             print(part, flush=True)
-            part["hits"] = {name: hits.int().tolist() for name, hits in found.items()}
+            part["hits"] = {name: packed(hits) for name, hits in found.items()}
             result["parts"].append(part)
             save("digits", {**result, "environment": environment(args.threads)}, args.out)
     summarise(result, args)
@@ -87,13 +87,12 @@ def summarise(result: dict[str, Any], args: argparse.Namespace) -> None:
     rows, drops = [], []
     for seed in args.seeds:
         parts = sorted((p for p in result["parts"] if p["seed"] == seed), key=lambda p: p["fold"])
-        order = torch.randperm(SCANS, generator=torch.Generator().manual_seed(seed))
-        order = torch.cat([order[p["fold"] * HELD_OUT :][: p["of"]] for p in parts])
-        hits = {n: torch.tensor([h for p in parts for h in p["hits"][n]]).bool() for n in parts[0]["hits"]}
-        of = len(order)
+        places = torch.cat([split(SCANS, seed, p["fold"])[1] for p in parts])
+        hits = {n: torch.cat([unpacked(p["hits"][n], p["of"]) for p in parts]) for n in parts[0]["hits"]}
         drop, low, high = paired_drop(hits["dense"], hits["distilled"])
-        rows.append([seed, of, *(f"{float(h.double().mean()):.2%}" for h in hits.values()), _points(drop, low, high)])
-        drops.append(torch.zeros(SCANS).index_put((order,), hits["dense"].float() - hits["distilled"].float()))
+        shares = [f"{float(h.double().mean()):.2%}" for h in hits.values()]
+        rows.append([seed, len(places), *shares, _points(drop, low, high)])
+        drops.append(torch.zeros(SCANS).index_put((places,), hits["dense"].float() - hits["distilled"].float()))
     if not args.quick:
         result["drop"] = over_seeds(torch.stack(drops))
         rows.append(["all", SCANS, "", "", "", _points(*result["drop"])])

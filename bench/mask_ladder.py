@@ -95,6 +95,22 @@ def predict(model: nn.Module, x: Tensor, batch: int = 50) -> Tensor:
     return torch.cat([model(part).log_softmax(-1) for part in x.split(batch)])
 
 
+def divergence(dense: Tensor, found: Tensor) -> float:
+    """Mean Kullback-Leibler divergence from the dense model's predictions, in nats; both as :func:`predict` gives."""
+    return float((dense.exp() * (dense - found)).sum(-1).mean())
+
+
+def packed(hits: Tensor) -> str:
+    """Which images are right, boolean, one bit an image in hex."""
+    return np.packbits(hits.numpy()).tobytes().hex()
+
+
+def unpacked(text: str, count: int) -> Tensor:
+    """Inverse of :func:`packed`."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count)
+    return torch.from_numpy(bits).bool()
+
+
 def right(model: nn.Module, data: tuple[Tensor, Tensor], batch: int = 50) -> Tensor:
     """Which images the model gets right."""
     return predict(model, data[0], batch).argmax(1) == data[1]
@@ -103,10 +119,7 @@ def right(model: nn.Module, data: tuple[Tensor, Tensor], batch: int = 50) -> Ten
 def measure(
     job: Task, dense: Tensor, pattern: str, count: int, rung: str, flips: bool
 ) -> tuple[dict[str, Any], Tensor]:
-    """One row of the table, and which images the model gets right; ``dense`` are the dense model's log-probabilities.
-
-    ``divergence`` is the mean Kullback-Leibler divergence from the dense model's predictions, in nats.
-    """
+    """One row, and which images the model gets right; ``dense`` are the dense model's log-probabilities."""
     x, labels = job.calibration
     chosen = x[draw(labels.tolist(), count)]
     batches = list((torch.cat([chosen, chosen.flip(-1)]) if flips else chosen).split(32))
@@ -118,8 +131,7 @@ def measure(
     row |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     found = predict(gm, job.evaluation[0])
     hits = found.argmax(1) == job.evaluation[1]
-    divergence = float((dense.exp() * (dense - found)).sum(-1).mean())
-    row |= {"right": int(hits.sum()), "of": len(hits), "divergence": round(divergence, 5)}
+    row |= {"right": int(hits.sum()), "of": len(hits), "divergence": round(divergence(dense, found), 5)}
     return row | {"masked": len(gm.plan.masked)}, hits
 
 
@@ -166,7 +178,7 @@ def main() -> None:
         print(row, flush=True)
         for old in same:  # of a code that kept no hits
             rows.remove(old)
-        rows.append({**row, "hits": np.packbits(hits.numpy()).tobytes().hex()})
+        rows.append({**row, "hits": packed(hits)})
         compare(rows)
         save(name, {**result, "environment": environment()}, args.out)
 

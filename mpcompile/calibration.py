@@ -20,7 +20,7 @@ from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, layers, shape_of, training_flags
 from mpcompile.importers import Imported
 
-_BLOCKS = 4  # of columns, in large second moments
+_COLUMNS = 512  # of second moments, computed together
 _VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
 FULL, BLOCK, DIAGONAL = "full", "block", "diagonal"
 
@@ -185,17 +185,13 @@ class Moments:
         blocks = self.xx.unflatten(2, (-1, m)).unflatten(1, (-1, m))
         return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
-    def centred(self, m: int) -> Moments:
-        """The same about the means: what counts where constant parts of the outputs are taken off again.
-
-        Args:
-            m: the group size, which says which diagonal blocks are held.
-        """
+    def centred(self) -> Moments:
+        """The same about the means: what counts where constant parts of the outputs are taken off again."""
         x = self.x
         if self.kind == FULL:
             outer = x[:, :, None] * x[:, None, :]
         elif self.kind == BLOCK:
-            h = x.unflatten(-1, (-1, m))
+            h = x.unflatten(-1, (-1, self.xx.shape[-1]))
             outer = h[..., :, None] * h[..., None, :]
         else:
             outer = x.square()
@@ -216,10 +212,9 @@ class Moments:
 def _gram(rows: Tensor) -> Tensor:
     """X' X, (groups, rows, K) -> (groups, K, K). It is symmetric: blocks of columns below the diagonal are mirrored."""
     k = rows.shape[-1]
-    step = -(-k // _BLOCKS) if k >= 256 else k
     result = rows.new_empty((len(rows), k, k))
-    for start in range(0, k, step):
-        block = slice(start, min(k, start + step))
+    for start in range(0, k, _COLUMNS):
+        block = slice(start, min(k, start + _COLUMNS))
         above = rows[:, :, : block.stop].transpose(1, 2) @ rows[:, :, block]
         result[:, : block.stop, block] = above
         result[:, block, :start] = above[:, :start].transpose(1, 2)

@@ -64,6 +64,13 @@ class Digits:
     test: tuple[Tensor, Tensor]
 
 
+def split(count: int, seed: int, fold: int = 0) -> tuple[Tensor, Tensor]:
+    """Places of the training and of the held-out scans among ``count``."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    start, end = fold * HELD_OUT, (fold + 1) * HELD_OUT
+    return torch.cat([order[:start], order[end:]]), order[start:end]
+
+
 def load_data(seed: int, fold: int = 0) -> Digits:
     """The digits, shuffled under ``seed``, and of ``FOLDS`` parts number ``fold`` held out."""
     try:
@@ -76,9 +83,7 @@ def load_data(seed: int, fold: int = 0) -> Digits:
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     images = F.interpolate(images, size=32, mode="bilinear", align_corners=False)
     labels = torch.tensor(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    test = order[fold * HELD_OUT : (fold + 1) * HELD_OUT]
-    train = torch.cat([order[: fold * HELD_OUT], order[(fold + 1) * HELD_OUT :]])
+    train, test = split(len(images), seed, fold)
     images = (images - images[train].mean()) / images[train].std()
     return Digits((images[train], labels[train]), (images[test], labels[test]))
 

@@ -82,9 +82,9 @@ class Allocate(Pass):
         damage: ``"calibrated"`` predicts the loss of the model's output from the inputs and gradients of the layers;
             ``"mp"`` takes weights for noise and structure as the Marchenko-Pastur fit has them, noise being lost as
             rho(N:M). None: with calibration data both, and what loses least on held-out samples is kept; without,
-            ``"mp"``. ``"magnitude"`` is the energy of the
-            removed weights over the mean square of the layer; ``"seb"`` over the square of the weights of Spectral Edge
-            Budgeting (arXiv 2606.02608). ``"uniform"`` predicts nothing: one density for all, or two mixed evenly.
+            ``"mp"``. ``"magnitude"`` is the energy of the removed weights over the mean square of the layer; ``"seb"``
+            over the square of the weights of Spectral Edge Budgeting (arXiv 2606.02608). ``"uniform"`` predicts
+            nothing: one density for all, or two mixed evenly.
         bytes_reduction: share of the bytes of all parameters to save, in place of multiply-accumulates.
         compare: with data, compare with the uniform pattern on held-out samples and keep the better one.
 
@@ -133,10 +133,11 @@ class Allocate(Pass):
             )
         kinds = [self.damage] if self.damage else ["mp"] if ctx.calibration is None else ["calibrated", "mp"]
         data = self._data(gm, ctx, found, kinds[0])
-        compared = data is not None and bool(data.held_out)
-        choices = [self._choose(gm, ctx, kind, data, target * total) for kind in kinds[: None if compared else 1]]
+        if data is None or not data.held_out:
+            kinds = kinds[:1]
+        choices = [self._choose(gm, ctx, found, kind, data, target * total) for kind in kinds]
         lost: dict[str, float] = {}
-        if data is not None and compared and any(c.best != c.even for c in choices):
+        if data is not None and data.held_out and any(c.best != c.even for c in choices):
             lost = {c.kind: self._lost(gm, ctx, c.found, data, c.best) for c in choices}
         c = min(choices, key=lambda choice: lost.get(choice.kind, 0.0))
         decision: dict[str, Any] = {
@@ -162,10 +163,11 @@ class Allocate(Pass):
         decision["layers"] = _explained(c.found, chosen, c.price, total, decision["kept"], self._unit)
         return decision
 
-    def _choose(self, gm: IRModule, ctx: Context, kind: str, data: _Data | None, target: float) -> _Choice:
+    def _choose(
+        self, gm: IRModule, ctx: Context, found: list[_Layer], kind: str, data: _Data | None, target: float
+    ) -> _Choice:
         """What one kind of damage chooses for a target, and the uniform choice from the same menu."""
-        found = self._layers(gm, ctx)
-        self._savings(gm, ctx, found)
+        found = [replace(item) for item in found]  # each kind has costs and a menu of its own
         inadmissible = self._predict(gm, ctx, found, kind, data, target)
         costs, saved = [item.costs for item in found], [item.saved for item in found]
         even = allocation.even_mix([item.density for item in found], saved, target)

@@ -241,18 +241,13 @@ def in_sequence(
     records = Records(ctx.statistics, "")
     if ctx.statistics is not None:
         patterns_of = {name: str(pattern) for name, pattern in patterns.items()}
-        how = {"towards": towards, "calibrate": ctx.calibrate, "seed": ctx.seed, "patterns": patterns_of}
+        how = {"towards": towards, "seed": ctx.seed, "patterns": patterns_of}
         records.stamp = stamp(model, list(stream.inputs()), {**config.to_dict(), "memory": ctx.memory, **how})
     shared = {name: patterns[name].m for name, nodes in uses.items() if len(nodes) > 1}
     dense = collect(model, stream.inputs(), shared, ctx.memory) if shared else {}
     layer_at = {nodes[0].node: name for name, nodes in uses.items()}
     found: dict[str, Projection] = {}
     norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
-
-    def renormed(layer: LayerOp) -> bool:
-        """Whether a BatchNorm takes the means off this layer's outputs, and nothing else reads them."""
-        return len(layer.node.users) == 1 and next(iter(layer.node.users)) in norm_at
-
     stops = [n for n in model.gm.graph.nodes if n in layer_at or n in norm_at]
     for node in tqdm(stops, desc="prune", unit="layer", disable=None):
         if node in norm_at:
@@ -267,8 +262,8 @@ def in_sequence(
         if moments is None:
             moments = stream.moments(layer, patterns[name].m, ctx.memory)
             records.put(name, moments)
-        if renormed(layer):
-            moments = moments.centred(patterns[name].m)
+        if len(uses[name]) == 1 and len(norm_at.intersection(node.users)) == len(node.users) == 1:
+            moments = moments.centred()  # a BatchNorm alone reads the outputs, and takes their means off
         found[name] = projection = decide(name, moments)
         weight = layer.weight.tensor.detach()
         new = weight * projection.mask if projection.weight is None else projection.weight.to(weight.dtype)

@@ -7,15 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import nn
 
 from mpcompile import Config, Pipeline, scores, transform
-from mpcompile.calibration import Accumulator, Moments, draw
+from mpcompile.calibration import Moments, draw
 from mpcompile.config import SCORES
 from mpcompile.errors import InputError
-from mpcompile.graph import layers
-from mpcompile.importers import import_model
-from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.mask import Mask, verify
 from mpcompile.passes.project import choose, project
@@ -252,20 +249,6 @@ def test_batch_norms_are_estimated_anew(calibrate, options):
     assert torch.equal(alone.running_var, model[7].running_var)  # nobody asked for others
 
 
-@pytest.mark.parametrize("kind", ["full", "block", "diagonal"])
-def test_centred_moments_are_those_of_centred_inputs(kind):
-    layer = layers(fx.symbolic_trace(nn.Sequential(nn.Linear(8, 6))))[0]
-    x, y = torch.randn(500, 8) @ torch.randn(8, 8) + 2, torch.randn(500, 6) - 1
-    found = []
-    for inputs, outputs in ((x, y), (x - x.mean(0), y - y.mean(0))):
-        accumulator = Accumulator(layer, 4, kind)
-        accumulator.add(inputs, outputs)
-        found.append(accumulator.result())
-    centred = found[0].centred(4)
-    assert relative(centred.xx, found[1].xx) < 1e-5 and relative(centred.yx, found[1].yx) < 1e-5
-    assert relative(centred.xx, found[0].xx) > 0.1
-
-
 def test_a_constant_before_batch_norm_costs_nothing():
     """A channel that is always the same is removed first, however large it is, where a BatchNorm follows."""
     torch.manual_seed(0)
@@ -275,32 +258,6 @@ def test_a_constant_before_batch_norm_costs_nothing():
     config = Config("3:4", score="wanda", permute=False, restore=False, exclude=())
     masks = [transform(model[:end], x[:2], config, [x]).get_submodule("0").mask for end in (1, 2)]
     assert masks[0][:, 1].all() and not masks[1][:, 1].any()
-
-
-def test_the_dense_side_merges_what_the_pruned_side_merges(monkeypatch):
-    """Or there would be no outputs to fit to. Alone, the dense model pairs other tokens."""
-    x = images(4)
-    imported = import_model(transform(tiny_vit(), x, Config("dense", tome_r=3)), [x])
-    first = next(layer for layer in layers(imported.gm) if layer.name == "blocks.0.attn.qkv")
-    places: list[list[torch.Tensor]] = []
-    for towards in (1.0, 0.0):
-        stream, seen = Stream(imported, [x], towards=towards), []
-        if towards:
-            stream.replace(first, torch.randn(first.weight.tensor.shape), first.bias)
-
-        def run(node, env, run=stream.runner.on, seen=seen):
-            result = run(node, env)
-            if node.target is ops.token_merge:
-                seen.append(result[2])
-            return result
-
-        monkeypatch.setattr(stream.runner, "on", run)
-        stream.advance(list(imported.gm.graph.nodes)[-1])
-        places.append(seen)
-    both, alone = places
-    assert len(both) == 2 * len(alone) > 0
-    assert all(torch.equal(one, other) for one, other in zip(both[::2], both[1::2], strict=True))
-    assert not torch.equal(both[0], alone[0])
 
 
 @pytest.mark.parametrize("permute", [False, True])
@@ -320,7 +277,6 @@ def test_masks_are_the_same_every_run_and_with_another_thread_count(permute):
 
 
 def test_statistics_on_disk_are_used_again(tmp_path, monkeypatch):
-    from mpcompile.stream import Stream
 
     data, config = [images(4)], Config("2:4", score="obs", permute=False)
     first = transform(tiny_vit(), images(2), config, data, statistics=tmp_path / "moments")
