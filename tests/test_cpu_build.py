@@ -25,6 +25,7 @@ import json, os, pathlib, re, sys, torch
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear import build, layouts
 build.FLAGS = build.FLAGS.replace("-O3", "-O0")
+build.operators = lambda: None  # built as the kernels are, but for longer
 torch.set_num_threads(1)  # packing starts no threads then
 mask = (torch.arange(64) % 4 < 2).expand(256, 64)
 weight, x = torch.randn(256, 64), torch.randn(2000, 64)
@@ -56,11 +57,15 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_SAID", set())
     monkeypatch.setattr(build, "FLAGS", FLAGS)
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
-    for cache in CACHES:
-        cache.cache_clear()
+
+    def forget():
+        for cache in CACHES:
+            cache.cache_clear()
+        native.use(None)
+
+    forget()
     yield
-    for cache in CACHES:
-        cache.cache_clear()
+    forget()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""Builds the CPU kernels on the machine that runs them, once, and keeps the library.
+"""Builds the CPU kernels and the operators that call them on the machine that runs them, once, and keeps the libraries.
 
-The library's name holds a checksum of source, compiler, flags and instruction set, so that a changed one is another
+A library's name holds a checksum of source, compiler, flags and instruction set, so that a changed one is another
 file. It is written under a name of its own and renamed: processes that build at the same time do no harm. Behind the
 library's own bytes stands their checksum, since loading half a library can kill the process (SIGBUS).
 """
@@ -35,6 +35,8 @@ ISAS = {
 }
 # No -ffast-math: it takes products and sums apart again, and NaN with them.
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
+OPERATOR_SOURCES = ("ops.cpp",)
+OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -shared"
 SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 _SECONDS = 300
 _CHECKSUM = hashlib.sha256().digest_size
@@ -44,6 +46,18 @@ class Kernels(ctypes.CDLL):
     """The library; ``isa`` is one of :data:`ISAS`."""
 
     isa: str
+
+
+class Operators(ctypes.CDLL):
+    """What torch calls (``ops.cpp``), above the kernels."""
+
+    def use(self, kernels: Kernels | None) -> None:
+        """Call these kernels from now on; with None, the operators in Python."""
+        if kernels is None:
+            self.nm_use(None, None, 0)
+            return
+        linear, mlp = (ctypes.cast(f, ctypes.c_void_p) for f in (kernels.nm_linear, kernels.nm_mlp))
+        self.nm_use(linear, mlp, kernels.nm_pairs())
 
 
 class Unavailable(Exception):
@@ -162,14 +176,20 @@ def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
     Raises:
         Unavailable: no compiler, no folder that can be written, or a failed build.
     """
-    command = compiler()
     flags = [*shlex.split(FLAGS), *shlex.split(ISAS[isa]), *(shlex.split(SANITIZE) if sanitize else [])]
+    return _built(f"nm-{isa}", SOURCES, flags, [], again)
+
+
+def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: list[str], again: bool) -> Path:
+    """Path of a library of ``sources``, of which the first is compiled and the others are included."""
+    command = compiler()
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for part in [*(here.joinpath(name).read_bytes() for name in SOURCES), " ".join([*command, *flags]).encode()]:
+    asked = " ".join([*command, *flags, *libraries])
+    for part in [*(here.joinpath(name).read_bytes() for name in sources), asked.encode()]:
         digest.update(part)
     digest.update(_version(tuple(command)).encode())
-    name = f"nm-{isa}-{digest.hexdigest()[:20]}.so"
+    name = f"{stem}-{digest.hexdigest()[:20]}.so"
     folders = _folders()
     found = None if again else _find(name, folders)
     if found is not None:
@@ -184,7 +204,7 @@ def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as private:
             made = Path(private) / name
             subprocess.run(
-                [*command, *flags, str(here / "cpu.cpp"), "-o", str(made)],
+                [*command, *flags, str(here / sources[0]), "-o", str(made), *libraries],
                 capture_output=True,
                 text=True,
                 timeout=_SECONDS,
@@ -199,8 +219,29 @@ def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
         raise _Rejected(f"{command[0]} can't build the CPU kernels: {said}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} can't build the CPU kernels: {error}") from error
-    log.info("built the CPU kernels for %s in %.1f s", isa, time.perf_counter() - start)
+    log.info("built %s in %.1f s", name, time.perf_counter() - start)
     return folder / name
+
+
+@functools.cache
+def operators() -> Operators | None:
+    """The operators in C++ (``ops.cpp``), or None where this machine can't build them: Python's do the same, later.
+
+    They are built against the headers of the torch that is installed, and belong to its version. Once loaded they are
+    what torch calls, until the process ends.
+    """
+    folder = Path(torch.__file__).parent
+    flags = [*shlex.split(OPERATOR_FLAGS), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    flags += ["-isystem", str(folder / "include")]
+    libraries = ["-L", str(folder / "lib"), "-ltorch_cpu", "-lc10"]
+    try:
+        loaded = Operators(str(_built(f"ops-{torch.__version__}", OPERATOR_SOURCES, flags, libraries, False)))
+    except (Unavailable, OSError) as error:
+        log.info("mpcompile: the CPU operators stay in Python: %s", error)
+        return None
+    loaded.nm_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    loaded.nm_use.restype = None
+    return loaded
 
 
 def library() -> Kernels:

@@ -1,8 +1,10 @@
 """The native operators as torch sees them: schema, CPU kernel, fake, gradient.
 
-They are registered by ``Library.define`` and ``impl`` with as little Python as possible on the way to the kernel. Where
-no kernel can be had (no compiler, or a layout made for another processor), the plain torch of packed.py runs instead,
-slowly. Gradients come from the masked dense weight that the layout holds, through packed.py as well.
+Each comes twice. ``nm_gemm``, ``nm_mlp`` and ``nm_conv`` are what graphs hold. Once the kernels are built, C++
+(``ops.cpp``) stands behind them on CPUs: it takes what is plain straight to a kernel, and all else to
+``nm_gemm_general`` and its like. Those are the Python of this file, which stands behind both names where C++ can't be
+built. Where no kernel can be had (no compiler, or a layout made for another processor), the plain torch of packed.py
+runs instead, slowly. Gradients come from the masked dense weight that the layout holds, through packed.py as well.
 """
 
 from __future__ import annotations
@@ -30,19 +32,31 @@ _SCHEMAS = {
 }
 _NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
+GENERAL = "_general"  # behind the name of an operator in Python, which C++ falls back on
 _TOKENS, _PLANES = 0, 1  # formats of activations, as in tiles.h
 
 
 @functools.cache
 def kernels() -> Any:
-    """The library, or None where there is none."""
-    return build.library() if build.unavailable() is None else None
+    """The library, or None where there is none. The operators call it from now on."""
+    lib = build.library() if build.unavailable() is None else None
+    use(lib)
+    return lib
+
+
+def use(lib: build.Kernels | None) -> None:
+    """Have the operators in C++ call these kernels, or none."""
+    if lib is None and not build.operators.cache_info().currsize:
+        return  # nothing to take them from
+    operators = build.operators()
+    if operators is not None:
+        operators.use(lib)
 
 
 def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
     """Whether the kernels take these tensors on this processor."""
     lib = kernels()
-    if lib is None or x.dtype not in _HALF or values.dtype is not x.dtype:
+    if lib is None or not x.is_cpu or x.dtype not in _HALF or values.dtype is not x.dtype:
         return False
     if any(layout in sparse24.NAMES for layout in layouts):
         return False
@@ -297,11 +311,13 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], 
 
 def define(library: Library) -> None:
     """Define the operators in ``library``."""
-    for name, (kernel, fake, formula) in _IMPLEMENTATIONS.items():
-        library.define(name + _SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
-        library.impl(name, kernel, "CPU")
-        library.impl(name, gpu_launch.IMPLEMENTATIONS[name], "CUDA")
-        qualified = f"{library.ns}::{name}"
-        torch.library.register_fake(qualified, fake, lib=library)
-        backward, setup_context = _gradient(formula)
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
+    for short, (kernel, fake, formula) in _IMPLEMENTATIONS.items():
+        for name in (short, short + GENERAL):
+            library.define(name + _SCHEMAS[short], tags=(torch.Tag.needs_fixed_stride_order,))
+            # Not for CPU by name: C++ takes that place when it is loaded.
+            library.impl(name, kernel, "CompositeExplicitAutograd")
+            library.impl(name, gpu_launch.IMPLEMENTATIONS[short], "CUDA")
+            qualified = f"{library.ns}::{name}"
+            torch.library.register_fake(qualified, fake, lib=library)
+            backward, setup_context = _gradient(formula)
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
