@@ -2,6 +2,7 @@
 
     python -m bench.cpu_gemm                    # the matrix products of ViT-B/16 (or: python bench/cpu_gemm.py)
     python -m bench.cpu_gemm --conv             # convolutions of ResNet-50
+    python -m bench.cpu_gemm --layers tiny --tokens 2 --no-autotune --out /tmp   # what a call costs
 
 Matrix products: qkv, proj, fc1 and fc2 of ViT-B/16, with bias, at 197 tokens (one image) and 1576 (eight). Dense
 candidates are eager ``F.linear``, the weight prepacked for oneDNN and (fp32) for MKL, ``torch.compile``, and
@@ -41,6 +42,7 @@ except ImportError:  # run as a file
     import common
 
 LAYERS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
+ASKED = {"tiny": (16, 16)}  # whose time is that of a call; timed where it is asked for
 CONVS = {  # in, out, kernel, side of the image
     **{f"3x3 {c}->{c} @{side}": (c, c, 3, side) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))},
     **{
@@ -158,8 +160,9 @@ def linear_row(
 ) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    layer = nn.Linear(*LAYERS[name]).to(common.DTYPES[dtype]).eval()
-    x = torch.randn(tokens, LAYERS[name][0]).to(common.DTYPES[dtype])
+    shape = (LAYERS | ASKED)[name]
+    layer = nn.Linear(*shape).to(common.DTYPES[dtype]).eval()
+    x = torch.randn(tokens, shape[0]).to(common.DTYPES[dtype])
     weight, bias = layer.weight.detach(), layer.bias.detach()
     rounds = args.rounds * (3 if tokens < FEW else 1)
     label = f"{threads} threads, {dtype}, {tokens} tokens, {name}"
@@ -218,7 +221,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--patterns", nargs="+", metavar="N:M", help="(2:4 8:16 1:4 12:16; with --conv 8:16)")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="T", help="rows of the products (197 1576)")
     parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="images, with --conv (1 8)")
-    parser.add_argument("--layers", nargs="+", metavar="NAME", help=f"({', '.join(LAYERS)}; with --conv, all)")
+    parser.add_argument("--layers", nargs="+", metavar="NAME", help=f"({', '.join(LAYERS)}; with --conv, all; also: tiny)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed calls each (21; three times that at few tokens)")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="calls before those (%(default)s)")
     parser.add_argument(
@@ -228,16 +231,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     common.common_arguments(parser)
     args = parser.parse_args(argv)
-    shapes = CONVS if args.conv else LAYERS
+    shapes: dict[str, Any] = CONVS if args.conv else LAYERS
     full: dict[str, Any] = {"threads": [1, 2], "tokens": [197, 1576], "batch": [1, 8], "rounds": 21, "autotune": True}
     full |= {"dtype": ["fp32"] if args.conv else ["fp32", "bf16"], "layers": list(shapes)}
     full |= {"patterns": ["8:16"] if args.conv else ["2:4", "8:16", "1:4", "12:16"]}
     quick: dict[str, Any] = {"threads": [2], "tokens": [64], "batch": [1], "rounds": 5, "autotune": False}
     quick |= {"layers": list(shapes)[3::4] if args.conv else ["proj"]}
     common.fill(args, full, quick)
-    unknown = [name for name in args.layers if name not in shapes]
+    known = shapes if args.conv else shapes | ASKED
+    unknown = [name for name in args.layers if name not in known]
     if unknown:
-        parser.error(f"no such layer: {', '.join(unknown)}; there are: {', '.join(map(repr, shapes))}")
+        parser.error(f"no such layer: {', '.join(unknown)}; there are: {', '.join(map(repr, known))}")
     return args
 
 
