@@ -73,8 +73,8 @@ class _State:
 
 
 def _summed(x: Tensor) -> Tensor:
-    """Sums over the rows in float64: in which order threads add them must not decide between exchanges."""
-    return x.sum(-1, dtype=torch.float64)
+    """Sums over the rows: contiguous, so that each is one thread's, and how many there are doesn't decide on exchanges."""
+    return x.contiguous().sum(-1).double()
 
 
 def search(scores: Tensor, pattern: Pattern, steps: int = 400, seed: int = 0, start: float = 0.25) -> Tensor:
