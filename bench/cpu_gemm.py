@@ -221,7 +221,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--patterns", nargs="+", metavar="N:M", help="(2:4 8:16 1:4 12:16; with --conv 8:16)")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="T", help="rows of the products (197 1576)")
     parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="images, with --conv (1 8)")
-    parser.add_argument("--layers", nargs="+", metavar="NAME", help=f"({', '.join(LAYERS)}; with --conv, all; also: tiny)")
+    names = f"({', '.join(LAYERS)}; also tiny; with --conv, all)"
+    parser.add_argument("--layers", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--rounds", type=int, metavar="N", help="timed calls each (21; three times that at few tokens)")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="calls before those (%(default)s)")
     parser.add_argument(

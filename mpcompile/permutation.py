@@ -73,7 +73,7 @@ class _State:
 
 
 def _summed(x: Tensor) -> Tensor:
-    """Sums over the rows: contiguous, so that each is one thread's, and how many there are doesn't decide on exchanges."""
+    """Sums over the rows, contiguous: each is one thread's, so that the number of threads decides on no exchange."""
     return x.contiguous().sum(-1).double()
 
 
