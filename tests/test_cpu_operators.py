@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile.errors import InputError
 from mpcompile.kernels import ops
@@ -146,6 +147,38 @@ def test_tensors_that_do_not_fit_are_refused_and_not_read(dtype, inputs):
             ops.nm_gemm(x, values, index, x.new_zeros(19), *good[1:])
         with pytest.raises(InputError, match="packed weights don't fit"):
             ops.nm_gemm(x, values, index, None, None, 200, n, m, layout, "none")
+
+
+@pytest.mark.parametrize("name", ["nm_gemm", "nm_gemm_general"])
+def test_tensors_of_another_kind_are_refused_and_not_read(name):
+    values, index = pack((48, 32), torch.float32, ROWS)
+    x, rest = torch.randn(5, 32), (None, None, 48, 8, 16, ROWS, "none")
+    few = torch.ones(1).expand(len(values))
+    apart = torch.stack([values, values], 1)[:, 0]
+    for bad in (few, apart):
+        with pytest.raises(InputError, match="contiguous, on the CPU"):
+            getattr(GENERAL, name)(x, bad, index, *rest)
+
+
+def test_two_weights_of_one_product_have_one_dtype():
+    one, two = pack((32, 64), torch.float32, ROWS), pack((48, 32), torch.bfloat16, ROWS)
+    args = (torch.randn(2000, 64), *one, None, *two, None, None, 32, 48, 8, 16, 8, 16, ROWS, ROWS, "gelu")
+    for op in (ops.nm_mlp, GENERAL.nm_mlp_general):
+        with pytest.raises(InputError, match="contiguous, on the CPU"):
+            op(*args)
+
+
+def test_graphs_hold_the_operator_that_was_called(no_python):
+    values, index = pack((48, 32), torch.float32, ROWS)
+    x, bias = torch.randn(5, 32), torch.randn(48, requires_grad=True)
+
+    def call(x, values, index, bias):
+        return ops.nm_gemm(x, values, index, bias, None, 48, 8, 16, ROWS, "gelu")
+
+    traced = make_fx(call, tracing_mode="fake")(x, values, index, bias)
+    assert ops.nm_gemm in {node.target for node in traced.graph.nodes}
+    # A gradient is asked for, and yet the product is not Python's.
+    assert call(x, values, index, bias).grad_fn is not None
 
 
 def test_without_kernels_plain_torch_runs(monkeypatch):

@@ -8,9 +8,10 @@ from torch import nn
 
 import mpcompile
 from mpcompile import Config, transform
-from mpcompile.artifact import ArtifactError
+from mpcompile.artifact import ArtifactError, opset
 from mpcompile.backend import mpsparse
 from mpcompile.kernels import ops
+from mpcompile.kernels.nm_linear.native import GENERAL
 from tests.helpers import convolutional, images, mlp, relative, tiny_vit
 
 
@@ -71,6 +72,13 @@ def test_a_file_can_not_lead_a_kernel_outside(tmp_path):
     mpcompile.save(lowered, tmp_path / "bad.mpc")
     with pytest.raises(ArtifactError, match="outside its block"):
         mpcompile.load(tmp_path / "bad.mpc")
+
+
+def test_a_file_can_not_call_what_stands_behind_an_operator():
+    """Its arguments aren't checked: only the operator's are."""
+    for name in ("nm_gemm", "nm_mlp", "nm_conv"):
+        assert opset.function_of(f"mpcompile.{name}.default") is getattr(ops, name)
+        assert opset.function_of(f"mpcompile.{name}{GENERAL}.default") is None
 
 
 def test_layers_whose_names_differ_in_a_dot():

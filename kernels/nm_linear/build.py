@@ -223,6 +223,15 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
     return folder / name
 
 
+def _binary(path: Path) -> str:
+    """What tells one build of a library from another of the same version."""
+    try:
+        found = path.stat()
+    except OSError:
+        return "unknown"
+    return f"{found.st_size:x}{found.st_mtime_ns:x}"
+
+
 @functools.cache
 def operators() -> Operators | None:
     """The operators in C++ (``ops.cpp``), or None where this machine can't build them: Python's do the same, later.
@@ -234,11 +243,20 @@ def operators() -> Operators | None:
     flags = [*shlex.split(OPERATOR_FLAGS), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     flags += ["-isystem", str(folder / "include")]
     libraries = ["-L", str(folder / "lib"), "-ltorch_cpu", "-lc10"]
+    stem = f"ops-{torch.__version__}-{_binary(folder / 'lib' / 'libtorch_cpu.so')}"
+    loaded: Operators | None = None
     try:
-        loaded = Operators(str(_built(f"ops-{torch.__version__}", OPERATOR_SOURCES, flags, libraries, False)))
+        for again in (False, True):
+            try:
+                loaded = Operators(str(_built(stem, OPERATOR_SOURCES, flags, libraries, again)))
+                break
+            except OSError:  # another system's
+                if again:
+                    raise
     except (Unavailable, OSError) as error:
         log.info("mpcompile: the CPU operators stay in Python: %s", error)
         return None
+    assert loaded is not None
     loaded.nm_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     loaded.nm_use.restype = None
     return loaded

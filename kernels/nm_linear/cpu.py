@@ -42,7 +42,10 @@ class CpuEngine:
                 return "grouped convolution"
             if spec.dtype is torch.bfloat16 and not native.pointwise(spec.shape):
                 return "bf16 convolution other than 1x1"
-        return build.unavailable()
+        reason = build.unavailable()
+        if reason is None:
+            native.kernels()  # the operators are built now and not in the first call
+        return reason
 
     def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         values, index = layouts.pack(weight, mask, *spec.pattern, layout_of(spec))

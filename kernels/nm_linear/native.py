@@ -10,11 +10,13 @@ runs instead, slowly. Gradients come from the masked dense weight that the layou
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch.library import Library
 
 from mpcompile.errors import InputError
@@ -32,6 +34,7 @@ _SCHEMAS = {
 }
 _NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
+_FIRST_USE = threading.RLock()
 GENERAL = "_general"  # behind the name of an operator in Python, which C++ falls back on
 _TOKENS, _PLANES = 0, 1  # formats of activations, as in tiles.h
 
@@ -39,9 +42,10 @@ _TOKENS, _PLANES = 0, 1  # formats of activations, as in tiles.h
 @functools.cache
 def kernels() -> Any:
     """The library, or None where there is none. The operators call it from now on."""
-    lib = build.library() if build.unavailable() is None else None
-    use(lib)
-    return lib
+    with _FIRST_USE:
+        lib = build.library() if build.unavailable() is None else None
+        use(lib)
+        return lib
 
 
 def use(lib: build.Kernels | None) -> None:
@@ -63,9 +67,16 @@ def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
     return all(layout == ROWS for layout in layouts) or (lib.nm_pairs() == 1 and x.dtype is torch.bfloat16)
 
 
-def _fits(values: Tensor, index: Tensor, shape: tuple[int, ...], n: int, m: int, layout: int) -> None:
-    """The kernels read by index: tensors of another size would lead them outside."""
-    if not layouts.fits(values.numel(), index.numel(), shape, n, m, layout) or index.dtype is not torch.uint8:
+def _fits(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...], n: int, m: int, layout: int) -> None:
+    """The kernels read by address and index: tensors of another kind or size would lead them outside."""
+    whole = all(t.is_cpu and t.is_contiguous() for t in (values, index))
+    if not whole or values.dtype is not x.dtype or index.dtype is not torch.uint8:
+        raise InputError(
+            f"packed weights don't fit a weight {shape} {n}:{m}",
+            expected=f"values in {x.dtype} and an index in uint8, contiguous, on the CPU",
+            found=", ".join(f"{t.dtype} on {t.device}, strides {t.stride()}" for t in (values, index)),
+        )
+    if not layouts.fits(values.numel(), index.numel(), shape, n, m, layout):
         raise InputError(
             f"packed weights don't fit a weight {shape} {n}:{m}",
             expected=f"what layouts.pack makes of it in layout {layouts.NAMES.get(layout, layout)}",
@@ -82,7 +93,11 @@ def _added(residual: Tensor | None, y: Tensor) -> Tensor | None:
 
 
 def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    if not tensor.is_cpu:
+        raise InputError("a bias or residual lies elsewhere", expected="the CPU", found=tensor.device)
+    return tensor.data_ptr()
 
 
 def _checked(failed: int) -> None:
@@ -107,7 +122,7 @@ def _gemm(
     y = x.new_empty((*x.shape[:-1], out))
     k = x.shape[-1]
     if y.numel():
-        _fits(values, index, (out, k), n, m, layout)
+        _fits(x, values, index, (out, k), n, m, layout)
         x, bias, residual = x.contiguous(), packed.row(bias, out, x.dtype), _added(residual, y)
         tokens = y.numel() // out
         _checked(
@@ -164,8 +179,8 @@ def _mlp(
     if y.numel():
         x, bias1, bias2 = x.contiguous(), packed.row(bias1, hidden, x.dtype), packed.row(bias2, out, x.dtype)
         residual = _added(residual, y)
-        _fits(values1, index1, (hidden, x.shape[-1]), n1, m1, layout1)
-        _fits(values2, index2, (out, hidden), n2, m2, layout2)
+        _fits(x, values1, index1, (hidden, x.shape[-1]), n1, m1, layout1)
+        _fits(x, values2, index2, (out, hidden), n2, m2, layout2)
         _checked(
             kernels().nm_mlp(
                 _HALF[x.dtype],
@@ -237,7 +252,7 @@ def _conv(
         x = x[:, :, :: stride[0], :: stride[1]]
     x, bias = x.contiguous(memory_format=order), packed.row(bias, shape[0], x.dtype)
     residual = _added(residual, y)
-    _fits(values, index, tuple(shape), n, m, layout)
+    _fits(x, values, index, tuple(shape), n, m, layout)
     threads, lib = torch.get_num_threads(), kernels()
     head = (x.data_ptr(), values.data_ptr(), index.data_ptr(), _at(bias), _at(residual), y.data_ptr())
     if flat:
@@ -317,7 +332,10 @@ def define(library: Library) -> None:
             # Not for CPU by name: C++ takes that place when it is loaded.
             library.impl(name, kernel, "CompositeExplicitAutograd")
             library.impl(name, gpu_launch.IMPLEMENTATIONS[short], "CUDA")
-            qualified = f"{library.ns}::{name}"
-            torch.library.register_fake(qualified, fake, lib=library)
-            backward, setup_context = _gradient(formula)
-            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
+            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        # Both have the autograd of the first, so that graphs hold the first whichever was called, and a training
+        # step's forward runs in C++.
+        first = getattr(getattr(torch.ops, library.ns), short).default
+        above = make_autograd_impl(first, Info(*_gradient(formula)))
+        for name in (short, short + GENERAL):
+            library.impl(name, above, "Autograd", with_keyset=True)

@@ -4,14 +4,18 @@
 // native.py defines. Built by build.py against the headers of the torch that is installed.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <climits>
 #include <optional>
+#include <string>
 #include <utility>
 
 namespace {
@@ -26,9 +30,12 @@ using Linear = int(int, const void*, const void*, const void*, const void*, cons
                    int, int, int, int, int);
 using Mlp = int(int, const void*, const void*, const void*, const void*, const void*, const void*, const void*, const void*,
                 void*, int64_t, int, int, int, int, int, int, int, int, int, int, int);
-std::atomic<Linear*> linear{nullptr};
-std::atomic<Mlp*> mlp{nullptr};
-std::atomic<bool> pairs{false};
+struct Kernels {
+  Linear* linear;
+  Mlp* mlp;
+  bool pairs;
+};
+std::atomic<const Kernels*> in_use{nullptr};  // never freed: a call may still be reading it
 
 enum Layout { ROWS = 0, QUADS = 1, RING = 2, OCTS = 3 };  // as in layouts.py, and so are these
 constexpr int64_t ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96, RING_ROWS = 4, MAX_M = 32;
@@ -47,7 +54,8 @@ int number(Text name) {
 
 // layouts.fits for a matrix: whether the kernels find in both tensors what they will read.
 bool fits(const Tensor& values, const Tensor& index, int64_t outputs, int64_t inputs, int64_t n, int64_t m, int64_t layout) {
-  if (n < 1 || m < n || m > MAX_M || outputs < 1 || inputs < 1 || outputs > INT_MAX || inputs > INT_MAX) return false;
+  constexpr int64_t most = INT_MAX - 1024;  // the kernels count in int, a few rows further
+  if (n < 1 || m < n || m > MAX_M || outputs < 1 || inputs < 1 || outputs > most || inputs > most) return false;
   const int64_t wide = layout == ROWS ? ROWS_BLOCK / m * m : layout == OCTS ? OCTS_BLOCK : PAIRS_BLOCK;
   const int64_t blocks = ceil_div(inputs, wide), held = values.numel(), named = index.numel();
   if (layout == RING) return named - held / 2 == 4 * (blocks * ceil_div(outputs, RING_ROWS) + 1);
@@ -64,7 +72,7 @@ bool held(const Tensor& t, c10::ScalarType type) { return t.is_cpu() && t.scalar
 
 // Whether the kernels take activations and a weight as they are.
 bool ready(const Tensor& x, const Tensor& values, const Tensor& index, const Maybe& bias, int64_t outputs, int64_t inputs,
-           int64_t n, int64_t m, int64_t layout) {
+           int64_t n, int64_t m, int64_t layout, bool pairs) {
   const auto type = x.scalar_type();
   if (!x.is_cpu() || (type != at::kFloat && type != at::kBFloat16)) return false;
   if (layout != ROWS && (layout < ROWS || layout > OCTS || type != at::kBFloat16 || !pairs)) return false;
@@ -82,19 +90,20 @@ using Gemm = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, c
 
 Tensor gemm(const Tensor& x, const Tensor& values, const Tensor& index, const Maybe& bias, const Maybe& residual, int64_t out,
             int64_t n, int64_t m, int64_t layout, Text activation) {
-  const auto run = linear.load();
+  const Kernels* const run = in_use.load();
   const int epilogue = number(activation);
-  if (run && epilogue >= 0 && x.dim() && x.is_contiguous() && ready(x, values, index, bias, out, x.size(-1), n, m, layout)) {
+  if (run && epilogue >= 0 && x.dim() && x.is_contiguous() && ready(x, values, index, bias, out, x.size(-1), n, m, layout, run->pairs)) {
     auto sizes = x.sizes().vec();
     sizes.back() = out;
     Tensor y = at::empty(sizes, x.options());
     if (!y.numel()) return y;
     if (!residual || (held(*residual, y.scalar_type()) && residual->sizes() == y.sizes()))
-      if (!run(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
+      if (!run->linear(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
                at(residual), y.data_ptr(), y.numel() / out, 1, (int)x.size(-1), (int)out, (int)n, (int)m, (int)layout, epilogue,
                /*format, tokens*/ 0, at::get_num_threads()))
         return y;
   }
+  const at::AutoDispatchBelowADInplaceOrView below;  // whose autograd leads back here
   static const auto otherwise = general<Gemm>("mpcompile::nm_gemm_general");
   return otherwise.call(x, values, index, bias, residual, out, n, m, layout, activation);
 }
@@ -105,7 +114,7 @@ using Two = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, co
 Tensor two(const Tensor& x, const Tensor& values1, const Tensor& index1, const Maybe& bias1, const Tensor& values2,
            const Tensor& index2, const Maybe& bias2, const Maybe& residual, int64_t hidden, int64_t out, int64_t n1, int64_t m1,
            int64_t n2, int64_t m2, int64_t layout1, int64_t layout2, Text activation) {
-  const auto run = mlp.load();
+  const Kernels* const run = in_use.load();
   const int between = number(activation), threads = at::get_num_threads();
   const int64_t tokens = x.dim() && x.size(-1) ? x.numel() / x.size(-1) : 0;
   // One thread takes a whole panel through both products, which few panels would leave idle threads.
@@ -114,18 +123,19 @@ Tensor two(const Tensor& x, const Tensor& values1, const Tensor& index1, const M
     return gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none");
   }
   if (run && between >= 0 && between < 5 && x.dim() && x.is_contiguous() &&
-      ready(x, values1, index1, bias1, hidden, x.size(-1), n1, m1, layout1) &&
-      ready(x, values2, index2, bias2, out, hidden, n2, m2, layout2)) {
+      ready(x, values1, index1, bias1, hidden, x.size(-1), n1, m1, layout1, run->pairs) &&
+      ready(x, values2, index2, bias2, out, hidden, n2, m2, layout2, run->pairs)) {
     auto sizes = x.sizes().vec();
     sizes.back() = out;
     Tensor y = at::empty(sizes, x.options());
     if (!y.numel()) return y;
     if (!residual || (held(*residual, y.scalar_type()) && residual->sizes() == y.sizes()))
-      if (!run(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values1.const_data_ptr(), index1.const_data_ptr(), at(bias1),
+      if (!run->mlp(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values1.const_data_ptr(), index1.const_data_ptr(), at(bias1),
                values2.const_data_ptr(), index2.const_data_ptr(), at(bias2), at(residual), y.data_ptr(), tokens, (int)x.size(-1),
                (int)hidden, (int)out, (int)n1, (int)m1, (int)layout1, (int)n2, (int)m2, (int)layout2, between, threads))
         return y;
   }
+  const at::AutoDispatchBelowADInplaceOrView below;  // whose autograd leads back here
   static const auto otherwise = general<Two>("mpcompile::nm_mlp_general");
   return otherwise.call(x, values1, index1, bias1, values2, index2, bias2, residual, hidden, out, n1, m1, n2, m2, layout1, layout2,
                         activation);
@@ -136,7 +146,7 @@ using Conv = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, c
 
 Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Maybe& bias, const Maybe& residual, Ints stride,
             Ints padding, Ints dilation, int64_t n, int64_t m, Ints shape, int64_t layout, Text activation) {
-  const auto run = linear.load();
+  const Kernels* const run = in_use.load();
   const int epilogue = number(activation);
   const bool flat = shape.size() == 4 && shape[2] == 1 && shape[3] == 1 && stride == Ints{1, 1} && padding == Ints{0, 0} &&
                     dilation == Ints{1, 1};
@@ -144,18 +154,19 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Ma
     // Where both orders fit, the plain one counts.
     const bool last = !x.is_contiguous();
     const auto order = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    if (x.is_contiguous(order) && ready(x, values, index, bias, shape[0], shape[1], n, m, layout)) {
+    if (x.is_contiguous(order) && ready(x, values, index, bias, shape[0], shape[1], n, m, layout, run->pairs)) {
       Tensor y = at::empty({x.size(0), shape[0], x.size(2), x.size(3)}, x.options().memory_format(order));
       if (!y.numel()) return y;
       const int64_t pixels = x.size(2) * x.size(3);
       if (!residual || (residual->is_cpu() && residual->scalar_type() == y.scalar_type() && residual->sizes() == y.sizes() &&
                         residual->is_contiguous(order)))
-        if (!run(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
+        if (!run->linear(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
                  at(residual), y.data_ptr(), x.size(0) * pixels, pixels, (int)shape[1], (int)shape[0], (int)n, (int)m, (int)layout,
                  epilogue, /*format, tokens or planes*/ last ? 0 : 1, at::get_num_threads()))
           return y;
     }
   }
+  const at::AutoDispatchBelowADInplaceOrView below;  // whose autograd leads back here
   static const auto otherwise = general<Conv>("mpcompile::nm_conv_general");
   return otherwise.call(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation);
 }
@@ -202,8 +213,6 @@ TORCH_LIBRARY_IMPL(mpcompile, AutogradCPU, m) {
 }
 
 // The kernels to call from now on, and whether they multiply pairs; null for none: all goes the general way.
-extern "C" void nm_use(Linear* one, Mlp* both, int multiplies_pairs) {
-  linear = one;
-  mlp = both;
-  pairs = multiplies_pairs != 0;
+extern "C" void nm_use(Linear* one, Mlp* both, int pairs) {
+  in_use = one ? new Kernels{one, both, pairs != 0} : nullptr;
 }

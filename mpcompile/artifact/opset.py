@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.kernels import ops as _ops  # noqa: F401  defines torch.ops.mpcompile
+from mpcompile.kernels.nm_linear.native import GENERAL
 
 LISTED = "something on the lists in mpcompile/artifact/"
 
@@ -204,6 +205,8 @@ def function_of(name: object) -> Callable[..., Any] | None:
     if match is None:
         return functions().get(name)
     space, packet, overload = match.groups()
+    if packet.endswith(GENERAL):  # what stands behind an operator; never in a graph
+        return None
     if space in _PACKETS and not _listed(packet, _PACKETS[space]):
         return None
     found = getattr(getattr(getattr(torch.ops, space), packet, None), overload, None)
