@@ -277,7 +277,6 @@ def test_masks_are_the_same_every_run_and_with_another_thread_count(permute):
 
 
 def test_statistics_on_disk_are_used_again(tmp_path, monkeypatch):
-
     data, config = [images(4)], Config("2:4", score="obs", permute=False)
     first = transform(tiny_vit(), images(2), config, data, statistics=tmp_path / "moments")
     assert len(list((tmp_path / "moments").glob("*.safetensors"))) == 8

@@ -18,7 +18,9 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -26,7 +28,7 @@ from mpcompile.kernels.store import cache_folder, say_once
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("cpu.cpp", "conv.h", "gemm.h", "sweep.h", "tiles.h", "vec.h")
+SOURCES = ("cpu.cpp", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
 ISAS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -35,7 +37,7 @@ ISAS = {
 }
 # No -ffast-math: it takes products and sums apart again, and NaN with them.
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
-OPERATOR_SOURCES = ("ops.cpp",)
+OPERATOR_SOURCES = ("ops.cpp", "layouts.h")
 OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -shared"
 SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 _SECONDS = 300
@@ -58,6 +60,9 @@ class Operators(ctypes.CDLL):
             return
         linear, mlp = (ctypes.cast(f, ctypes.c_void_p) for f in (kernels.nm_linear, kernels.nm_mlp))
         self.nm_use(linear, mlp, kernels.nm_pairs())
+
+
+_Library = TypeVar("_Library", Kernels, Operators)
 
 
 class Unavailable(Exception):
@@ -223,6 +228,19 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
     return folder / name
 
 
+def _opened(kind: type[_Library], built: Callable[[bool], Path]) -> _Library:
+    """A library loaded; one that can't be, such as another system's, is built again first."""
+    path = built(False)
+    try:
+        return kind(str(path))
+    except OSError:
+        say_once(f"mpcompile: {path} can't be loaded and is built again")
+    try:
+        return kind(str(built(True)))
+    except OSError as error:
+        raise Unavailable(f"the CPU kernels can't be loaded: {error}") from error
+
+
 def _binary(path: Path) -> str:
     """What tells one build of a library from another of the same version."""
     try:
@@ -244,19 +262,11 @@ def operators() -> Operators | None:
     flags += ["-isystem", str(folder / "include")]
     libraries = ["-L", str(folder / "lib"), "-ltorch_cpu", "-lc10"]
     stem = f"ops-{torch.__version__}-{_binary(folder / 'lib' / 'libtorch_cpu.so')}"
-    loaded: Operators | None = None
     try:
-        for again in (False, True):
-            try:
-                loaded = Operators(str(_built(stem, OPERATOR_SOURCES, flags, libraries, again)))
-                break
-            except OSError:  # another system's
-                if again:
-                    raise
-    except (Unavailable, OSError) as error:
+        loaded = _opened(Operators, lambda again: _built(stem, OPERATOR_SOURCES, flags, libraries, again))
+    except Unavailable as error:
         log.info("mpcompile: the CPU operators stay in Python: %s", error)
         return None
-    assert loaded is not None
     loaded.nm_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     loaded.nm_use.restype = None
     return loaded
@@ -295,15 +305,8 @@ def load(isa: str, sanitize: bool = False) -> Kernels:
     Raises:
         Unavailable: it can't be built or loaded.
     """
-    path = build(isa, sanitize)
-    try:
-        loaded = Kernels(str(path))  # torch is imported: its OpenMP runtime serves this library too
-    except OSError:
-        say_once(f"mpcompile: {path} can't be loaded and is built again")  # another system's
-        try:
-            loaded = Kernels(str(build(isa, sanitize, again=True)))
-        except OSError as error:
-            raise Unavailable(f"the CPU kernels can't be loaded: {error}") from error
+    # torch is imported: its OpenMP runtime serves this library too
+    loaded = _opened(Kernels, lambda again: build(isa, sanitize, again=again))
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     loaded.nm_linear.argtypes = [number, *[pointer] * 6, long, long, *[number] * 8]
     loaded.nm_mlp.argtypes = [number, *[pointer] * 9, long, *[number] * 11]

@@ -10,11 +10,10 @@
 #include <tuple>
 #include <type_traits>
 
+#include "layouts.h"
 #include "sweep.h"
 #include "tiles.h"
 
-enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2, LAYOUT_OCTS = 3 };  // as in layouts.py
-constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96;
 constexpr int WIDEST = 4;       // vectors in a panel
 constexpr int MOST_ROWS = 768;  // output rows of a task: their sums stay in the second-level cache
 constexpr int FEWEST_ROWS = 128;
@@ -59,14 +58,8 @@ template <class X> struct Weight {
   const X* bias;
   int inputs, outputs, n, m, layout;
 
-  // How many entries a row has in a ROWS, QUADS or OCTS block of `count` columns.
-  int entries(int count) const {
-    if (layout == LAYOUT_QUADS) return (count + 3) / 4;
-    if (layout == LAYOUT_OCTS) return (count + 7) / 8;
-    int kept = count / m * n + std::min(n, count % m);
-    return (kept + 3) / 4 * 4;
-  }
-  int block() const { return layout == LAYOUT_ROWS ? ROWS_BLOCK / m * m : layout == LAYOUT_OCTS ? OCTS_BLOCK : PAIRS_BLOCK; }
+  int entries(int count) const { return block_entries(layout, count, n, m); }
+  int block() const { return block_columns(layout, m); }
   int widest() const { return layout == LAYOUT_RING || layout == LAYOUT_OCTS ? 2 : WIDEST; }
 
   // As many rows take the time of filling a tile: the fewer entries a row has, the more.

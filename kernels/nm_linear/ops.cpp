@@ -18,6 +18,8 @@
 #include <string>
 #include <utility>
 
+#include "layouts.h"
+
 namespace {
 
 using at::Tensor;
@@ -37,8 +39,7 @@ struct Kernels {
 };
 std::atomic<const Kernels*> in_use{nullptr};  // never freed: a call may still be reading it
 
-enum Layout { ROWS = 0, QUADS = 1, RING = 2, OCTS = 3 };  // as in layouts.py, and so are these
-constexpr int64_t ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96, RING_ROWS = 4, MAX_M = 32;
+constexpr int64_t MAX_M = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -56,26 +57,37 @@ int number(Text name) {
 bool fits(const Tensor& values, const Tensor& index, int64_t outputs, int64_t inputs, int64_t n, int64_t m, int64_t layout) {
   constexpr int64_t most = INT_MAX - 1024;  // the kernels count in int, a few rows further
   if (n < 1 || m < n || m > MAX_M || outputs < 1 || inputs < 1 || outputs > most || inputs > most) return false;
-  const int64_t wide = layout == ROWS ? ROWS_BLOCK / m * m : layout == OCTS ? OCTS_BLOCK : PAIRS_BLOCK;
-  const int64_t blocks = ceil_div(inputs, wide), held = values.numel(), named = index.numel();
-  if (layout == RING) return named - held / 2 == 4 * (blocks * ceil_div(outputs, RING_ROWS) + 1);
+  const int64_t wide = block_columns((int)layout, (int)m), blocks = ceil_div(inputs, wide);
+  const int64_t held = values.numel(), named = index.numel();
+  if (layout == LAYOUT_RING) return named - held / 2 == 4 * (blocks * ceil_div(outputs, RING_ROWS) + 1);
   int64_t entries = 0;
-  for (int64_t k = 0; k < inputs; k += wide) {
-    const int64_t width = std::min(wide, inputs - k);
-    if (layout == ROWS) entries += ceil_div(width / m * n + std::min(n, width % m), 4) * 4;
-    else entries += ceil_div(width, layout == OCTS ? 8 : 4);
-  }
-  return named == outputs * entries && held == named * (layout == ROWS ? 1 : 2);
+  for (int64_t k = 0; k < inputs; k += wide)
+    entries += block_entries((int)layout, (int)std::min(wide, inputs - k), (int)n, (int)m);
+  return named == outputs * entries && held == named * (layout == LAYOUT_ROWS ? 1 : 2);
 }
 
-bool held(const Tensor& t, c10::ScalarType type) { return t.is_cpu() && t.scalar_type() == type && t.is_contiguous(); }
+bool held(const Tensor& t, c10::ScalarType type, at::MemoryFormat order = at::MemoryFormat::Contiguous) {
+  return t.is_cpu() && t.scalar_type() == type && t.is_contiguous(order);
+}
+
+// Whether a residual lies as the outputs do.
+bool alike(const Maybe& residual, const Tensor& y, at::MemoryFormat order = at::MemoryFormat::Contiguous) {
+  return !residual || (held(*residual, y.scalar_type(), order) && residual->sizes() == y.sizes());
+}
+
+// Outputs for tokens x (..., inputs).
+Tensor outputs_for(const Tensor& x, int64_t out) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = out;
+  return at::empty(sizes, x.options());
+}
 
 // Whether the kernels take activations and a weight as they are.
 bool ready(const Tensor& x, const Tensor& values, const Tensor& index, const Maybe& bias, int64_t outputs, int64_t inputs,
            int64_t n, int64_t m, int64_t layout, bool pairs) {
   const auto type = x.scalar_type();
   if (!x.is_cpu() || (type != at::kFloat && type != at::kBFloat16)) return false;
-  if (layout != ROWS && (layout < ROWS || layout > OCTS || type != at::kBFloat16 || !pairs)) return false;
+  if (layout != LAYOUT_ROWS && (layout < LAYOUT_ROWS || layout > LAYOUT_OCTS || type != at::kBFloat16 || !pairs)) return false;
   if (bias && !(held(*bias, type) && bias->dim() == 1 && bias->numel() == outputs)) return false;
   return held(values, type) && held(index, at::kByte) && fits(values, index, outputs, inputs, n, m, layout);
 }
@@ -93,12 +105,10 @@ Tensor gemm(const Tensor& x, const Tensor& values, const Tensor& index, const Ma
   const Kernels* const run = in_use.load();
   const int epilogue = number(activation);
   if (run && epilogue >= 0 && x.dim() && x.is_contiguous() && ready(x, values, index, bias, out, x.size(-1), n, m, layout, run->pairs)) {
-    auto sizes = x.sizes().vec();
-    sizes.back() = out;
-    Tensor y = at::empty(sizes, x.options());
+    Tensor y = outputs_for(x, out);
     if (!y.numel()) return y;
-    if (!residual || (held(*residual, y.scalar_type()) && residual->sizes() == y.sizes()))
-      if (!run->linear(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
+    if (alike(residual, y) &&
+        !run->linear(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
                at(residual), y.data_ptr(), y.numel() / out, 1, (int)x.size(-1), (int)out, (int)n, (int)m, (int)layout, epilogue,
                /*format, tokens*/ 0, at::get_num_threads()))
         return y;
@@ -118,19 +128,17 @@ Tensor two(const Tensor& x, const Tensor& values1, const Tensor& index1, const M
   const int between = number(activation), threads = at::get_num_threads();
   const int64_t tokens = x.dim() && x.size(-1) ? x.numel() / x.size(-1) : 0;
   // One thread takes a whole panel through both products, which few panels would leave idle threads.
-  if ((tokens < 64 * 4 * threads && threads > 1) || (layout1 == ROWS) != (layout2 == ROWS)) {
+  if ((tokens < 64 * 4 * threads && threads > 1) || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS)) {
     const Tensor h = gemm(x, values1, index1, bias1, std::nullopt, hidden, n1, m1, layout1, activation);
     return gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none");
   }
   if (run && between >= 0 && between < 5 && x.dim() && x.is_contiguous() &&
       ready(x, values1, index1, bias1, hidden, x.size(-1), n1, m1, layout1, run->pairs) &&
       ready(x, values2, index2, bias2, out, hidden, n2, m2, layout2, run->pairs)) {
-    auto sizes = x.sizes().vec();
-    sizes.back() = out;
-    Tensor y = at::empty(sizes, x.options());
+    Tensor y = outputs_for(x, out);
     if (!y.numel()) return y;
-    if (!residual || (held(*residual, y.scalar_type()) && residual->sizes() == y.sizes()))
-      if (!run->mlp(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values1.const_data_ptr(), index1.const_data_ptr(), at(bias1),
+    if (alike(residual, y) &&
+        !run->mlp(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values1.const_data_ptr(), index1.const_data_ptr(), at(bias1),
                values2.const_data_ptr(), index2.const_data_ptr(), at(bias2), at(residual), y.data_ptr(), tokens, (int)x.size(-1),
                (int)hidden, (int)out, (int)n1, (int)m1, (int)layout1, (int)n2, (int)m2, (int)layout2, between, threads))
         return y;
@@ -158,9 +166,8 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Ma
       Tensor y = at::empty({x.size(0), shape[0], x.size(2), x.size(3)}, x.options().memory_format(order));
       if (!y.numel()) return y;
       const int64_t pixels = x.size(2) * x.size(3);
-      if (!residual || (residual->is_cpu() && residual->scalar_type() == y.scalar_type() && residual->sizes() == y.sizes() &&
-                        residual->is_contiguous(order)))
-        if (!run->linear(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
+      if (alike(residual, y, order) &&
+          !run->linear(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
                  at(residual), y.data_ptr(), x.size(0) * pixels, pixels, (int)shape[1], (int)shape[0], (int)n, (int)m, (int)layout,
                  epilogue, /*format, tokens or planes*/ last ? 0 : 1, at::get_num_threads()))
           return y;

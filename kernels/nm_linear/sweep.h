@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "layouts.h"
 #include "vec.h"
 
 // --- ROWS layout: a kept value and the number of its column ---
@@ -48,8 +49,6 @@ NM_INLINE void rows_block(const float* tile, const Weight* values, const uint8_t
 
 // How many rows go through a block together: enough independent sums to hide the latency of a multiplication.
 constexpr int rows_together(int vectors) { return vectors >= 3 ? 2 : vectors == 2 ? 4 : 8; }
-
-constexpr int RING_ROWS = 4;
 
 // --- QUADS, OCTS and RING layouts: two kept bf16 values and the number of a pair of columns ---
 
