@@ -84,14 +84,14 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
     from mpcompile.training import images, ranks
 
     teacher = _teacher(args, recipe).to(device)
-    batch, seed = recipe.data.batch, recipe.train.seed
-    train = images.dataset(args.data, args.train_split, True, args.reader, batch, seed)
+    seed = recipe.train.seed
+    train = images.dataset(args.data, args.train_split, True, args.reader, seed)
     classes = getattr(teacher, "num_classes", 0)
     images.check_classes(train, classes)
     student = _student(args, recipe, teacher, train).to(device)
     val = None
     if args.val_split != "none":
-        source = images.dataset(args.data, args.val_split, False, args.reader, batch, seed)
+        source = images.dataset(args.data, args.val_split, False, args.reader, seed)
         images.check_classes(source, classes)
         val = images.loader(source, teacher, recipe.data, training=False)
     batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate)

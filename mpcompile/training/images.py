@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 import torch
 from timm.data import ImageDataset, create_dataset, create_loader, create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from mpcompile.calibration import draw
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.training import ranks
+from mpcompile.training.streamed import Streamed
+
+READERS = ("hfds", "hfids", "wds")
 
 
 @dataclass(frozen=True)
@@ -88,38 +89,52 @@ class Readable(ImageDataset):
         return (image if self.transform is None else self.transform(image)), -1 if label is None else int(label), index
 
 
-def dataset(root: str, split: str, training: bool, reader: str = "", batch: int = 1, seed: int = 0) -> Any:
+def dataset(root: str, split: str, training: bool, reader: str = "", seed: int = 0) -> Any:
     """A dataset of labelled images.
 
     Args:
         root: folder of an image folder (its sub-folder ``split`` where there is one) or of shards, or a cache.
-        split: name of the split.
+        split: name of the split; ``"NAME|COUNT"`` says how many images a streamed Hugging Face split has.
         training: shuffle a streamed dataset.
         reader: ``""`` for folders, ``"hfds/NAME"`` (Hugging Face datasets), ``"hfids/NAME"`` (streamed), ``"wds/NAME"``
             (WebDataset), as timm spells them.
-        batch: images a batch, for streamed ones.
         seed: of a streamed dataset's shuffling.
 
     Raises:
         InputError: nothing is there, or what it takes to read it isn't installed.
+        ConfigError: no such reader.
     """
+    kind = reader.partition("/")[0].lower()
+    if kind and kind not in READERS:
+        expected = "hfds/NAME, hfids/NAME, wds/NAME, or none: a folder"
+        raise ConfigError(f"there is no reader {reader!r}", expected=expected)
+    options: dict[str, Any] = {"is_training": training, "seed": seed}
+    name = split
+    if kind == "hfids":
+        name, _, count = split.partition("|")
+        options["num_samples"] = int(count) if count.isdecimal() else None
     try:
-        found = create_dataset(reader, root, split=split, is_training=training, batch_size=batch, seed=seed)
-    except ImportError as error:
-        package = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}.get(reader.partition("/")[0])
-        raise InputError(
-            f"data {reader!r} can't be read: {error}",
-            hint=f"pip install {package}" if package else None,
-        ) from error
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"there are no images of split {split!r} in {root}",
-            expected="a folder with one sub-folder of images a class, itself or in a sub-folder named like the split",
-            found=str(error).splitlines()[0] if str(error) else "no such folder",
-        ) from error
+        found = create_dataset(reader, root, split=name, **options)
+    except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
+        raise _unreadable(root, name, reader, error) from error
     if isinstance(found, ImageDataset):
-        found = Readable(root, reader=found.reader)
-    return found
+        return Readable(root, reader=found.reader)
+    return Streamed(found.reader, training, seed)
+
+
+def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
+    """What to say where timm's reader gave up."""
+    told = str(error).splitlines()[0] if str(error) else "no such folder"
+    if isinstance(error, ImportError) or "install webdataset" in told:
+        package = "webdataset" if reader.startswith("wds") else error.name if isinstance(error, ImportError) else None
+        return InputError(f"{reader} can't be read without {package}", hint="pip install 'mpcompile[streams]'")
+    if "length is unknown" in told:
+        hint = f"say it: '{split}|50000'; or take hfds, which fetches all data first"
+        return InputError(f"it isn't known how many images split {split!r} of {reader} has", hint=hint)
+    expected = "shards and timm's _info.json" if reader.startswith("wds") else "a split of this name"
+    if not reader:
+        expected = "a folder with one sub-folder of images a class, itself or in a sub-folder named like the split"
+    return InputError(f"there are no images of split {split!r} in {root}", expected=expected, found=told)
 
 
 def _labels(source: Any) -> list[int] | None:
@@ -166,13 +181,16 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
             found=images.batch,
         )
     whole = source
-    if not training and ranks.active() and not isinstance(source, IterableDataset):
+    size, workers = max(1, images.batch // parts), images.workers
+    if isinstance(source, Streamed):
+        workers = source.prepare(size, workers)
+    elif not training and ranks.active():
         source = torch.utils.data.Subset(source, range(ranks.rank(), len(source), ranks.world()))
     config = _config(model, images)
     augmented = training and images.augment
     found = create_loader(
         source,
-        batch_size=max(1, images.batch // parts),
+        batch_size=size,
         is_training=training,
         no_aug=not augmented,
         use_prefetcher=False,
@@ -181,7 +199,7 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
         color_jitter=images.color_jitter or 0.0,
         scale=images.scale,
         hflip=images.hflip,
-        num_workers=images.workers,
+        num_workers=workers,
         persistent_workers=False,  # their random numbers would depend on the epochs before
         distributed=training and ranks.active(),
         **{k: config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
@@ -209,16 +227,24 @@ def calibration(source: Any, model: nn.Module, images: Images, count: int, batch
     Raises:
         InputError: there are fewer images.
     """
+    available = source.samples if isinstance(source, Streamed) else len(source)
+    if count > available:
+        raise InputError(
+            "there are too few images to calibrate on",
+            expected=count,
+            found=available,
+            hint=f"calibration.images={available}",
+        )
     transform = _plain(_config(model, images))
     source.transform = transform
     drawn: Iterable[Any]
-    if isinstance(source, IterableDataset):
-        drawn = itertools.islice(iter(source), count)
+    if isinstance(source, Streamed):
+        drawn = source.drawn(count)
     else:
         labels = _labels(source)
         chosen = draw(labels if labels is not None else [0] * len(source), count, seed)
         drawn = (source[index] for index in chosen)
     pixels = [item[0] for item in drawn]
-    if len(pixels) < count:
+    if len(pixels) < count:  # shards that hold fewer than they say
         raise InputError("there are too few images to calibrate on", expected=count, found=len(pixels))
     return list(torch.stack(pixels).split(batch))
