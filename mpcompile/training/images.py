@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import ImageDataset, create_dataset, create_loader, create_transform, resolve_model_data_config
+from timm.data import ImageDataset, create_dataset, create_loader
 from torch import Tensor, nn
 
 from mpcompile.calibration import draw
 from mpcompile.errors import ConfigError, InputError
+from mpcompile.images import data_config, preprocess
 from mpcompile.training import ranks
 from mpcompile.training.streamed import Streamed
 
@@ -187,6 +188,7 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
     elif not training and ranks.active():
         source = torch.utils.data.Subset(source, range(ranks.rank(), len(source), ranks.world()))
     config = _config(model, images)
+    shape: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     augmented = training and images.augment
     found = create_loader(
         source,
@@ -202,23 +204,18 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
         num_workers=workers,
         persistent_workers=False,  # their random numbers would depend on the epochs before
         distributed=training and ranks.active(),
-        **{k: config[k] for k in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
+        **shape,
     )
     if not augmented:
-        whole.transform = _plain(config)
+        whole.transform = preprocess(config)  # of evaluation
     return found
 
 
 def _config(model: nn.Module, images: Images) -> dict[str, Any]:
-    config = dict(resolve_model_data_config(model))
+    config = data_config(model)
     if images.size is not None:
-        config["input_size"] = (config["input_size"][0], images.size, images.size)
+        config["input_size"] = [config["input_size"][0], images.size, images.size]
     return config
-
-
-def _plain(config: Mapping[str, Any]) -> Any:
-    """The transform of evaluation."""
-    return create_transform(**{**config, "is_training": False})
 
 
 def calibration(source: Any, model: nn.Module, images: Images, count: int, batch: int, seed: int = 0) -> list[Tensor]:
@@ -235,7 +232,7 @@ def calibration(source: Any, model: nn.Module, images: Images, count: int, batch
             found=available,
             hint=f"calibration.images={available}",
         )
-    transform = _plain(_config(model, images))
+    transform = preprocess(_config(model, images))
     source.transform = transform
     drawn: Iterable[Any]
     if isinstance(source, Streamed):
