@@ -14,7 +14,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
@@ -43,6 +43,7 @@ class EventLog:
             aren't the first).
         resume_at: the step at which a resumed run goes on: lines of this step and later ones are taken out, so that
             the log reads like that of a run that was never interrupted. None keeps all lines.
+        again: events of the step before that will be written again: their lines are taken out too.
         sinks: see :func:`tensorboard` and :func:`wandb`.
 
     Raises:
@@ -58,7 +59,12 @@ class EventLog:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, *, resume_at: int | None = None, sinks: tuple[Sink, ...] = ()
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        resume_at: int | None = None,
+        again: Collection[str] = (),
+        sinks: tuple[Sink, ...] = (),
     ) -> None:
         self.path = None if path is None else Path(path)
         self._sinks = sinks
@@ -66,7 +72,7 @@ class EventLog:
         if self.path is not None:
             with self._explained():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                _mend(self.path, resume_at)
+                _mend(self.path, resume_at, again)
                 self._file = self.path.open("ab", buffering=0)
 
     def write(self, event: str, *, step: int | None = None, **values: Any) -> None:
@@ -138,7 +144,7 @@ def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def _mend(path: Path, resume_at: int | None) -> None:
+def _mend(path: Path, resume_at: int | None, again: Collection[str]) -> None:
     """Cut off what was half-written, and the lines of steps that will be run again."""
     if not path.exists():
         return
@@ -146,8 +152,13 @@ def _mend(path: Path, resume_at: int | None) -> None:
     kept = data[: data.rfind(b"\n") + 1]
     if resume_at is not None:
         lines = kept.splitlines(keepends=True)
-        steps = [found.get("step") for found in read(path)]
-        kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step is None or step < resume_at)
+
+        def stays(found: Mapping[str, Any]) -> bool:
+            step = found.get("step")
+            repeated = found.get("event") in again and step == resume_at - 1
+            return step is None or (step < resume_at and not repeated)
+
+        kept = b"".join(line for line, found in zip(lines, read(path), strict=True) if stays(found))
     if kept != data:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(kept)

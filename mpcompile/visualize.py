@@ -79,7 +79,14 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
     if not (isinstance(gm, IRModule) and any(n.target is ops.token_merge for n in gm.graph.nodes)):
         gm = transform(model, image, config or Config(pattern="dense", tome_r=8), pipeline=Pipeline([MergeTokens()]))
     recorder = _Recorder(gm)
-    recorder.run(image)
+    try:
+        recorder.run(image)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            "the model doesn't take this image",
+            expected="an image of the size that it was made for",
+            found=f"{tuple(image.shape)}: {str(error).splitlines()[0]}",
+        ) from error
     if not recorder.places:
         raise NotEligibleError("no tokens merge here", expected="tome_r of 1 or more", hint="give a config with tome_r")
     grid = _grid(len(recorder.places[0]) - recorder.prefix, *image.shape[-2:])

@@ -51,7 +51,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-class Stop(Exception):
+class Stop(BaseException):
     pass
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mpcompile.cli import main
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training import images, ranks
+from mpcompile.training import datasets, images, ranks
 from mpcompile.training.batches import epoch_batches
 
 CLASSES, COUNTS, SHARDS = 3, {"train": 24, "validation": 9}, 2
@@ -68,7 +68,7 @@ def opened(request, root, tmp_path, monkeypatch):
     where = root / "shards" if request.param == "wds" else tmp_path / "cache"
     reader = "wds/x" if request.param == "wds" else f"{request.param}/{root / 'folders'}"
     ending = "|{}" if request.param == "hfids" else ""
-    return lambda split: images.dataset(
+    return lambda split: datasets.dataset(
         str(where), split + ending.format(COUNTS[split]), split == "train", reader, seed=3
     )
 
@@ -110,7 +110,7 @@ def test_evaluation_sees_every_image_once_on_two_ranks(opened, model, workers, m
 
 
 def test_workers_share_shards(root, model):
-    source = images.dataset(str(root / "shards"), "train", True, "wds/x")
+    source = datasets.dataset(str(root / "shards"), "train", True, "wds/x")
     images.calibration(source, model, images.Images(batch=4, size=32), 3, 4)
     options = images.Images(batch=4, size=32, workers=3, augment=False)
     with pytest.warns(UserWarning, match="2 shards keep 2 workers a process busy"):
@@ -121,7 +121,7 @@ def test_workers_share_shards(root, model):
 
 def test_fewer_shards_than_processes_are_refused(root, model, monkeypatch):
     monkeypatch.setattr(ranks, "world", lambda: 3)
-    source = images.dataset(str(root / "shards"), "train", True, "wds/x")
+    source = datasets.dataset(str(root / "shards"), "train", True, "wds/x")
     with pytest.raises(InputError, match=r"fewer shards than processes.*at least 3 shards.*2"):
         images.loader(source, model, images.Images(batch=6, size=32), training=True)
 
@@ -143,11 +143,11 @@ def test_the_command_takes_shards_and_resumes(root, tmp_path):
 
 def test_readers_that_can_not_be_used(root, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no images of split 'test'"):
-        images.dataset(str(root / "shards"), "test", True, "wds/x")
+        datasets.dataset(str(root / "shards"), "test", True, "wds/x")
     with pytest.raises(ConfigError, match=r"no reader 'zip/x'.*hfds/NAME"):
-        images.dataset(str(root / "shards"), "train", True, "zip/x")
+        datasets.dataset(str(root / "shards"), "train", True, "zip/x")
     with pytest.raises(InputError, match=r"isn't known how many images split 'train'.*'train\|50000'"):
-        images.dataset(str(tmp_path / "cache"), "train", True, f"hfids/{root / 'folders'}")
+        datasets.dataset(str(tmp_path / "cache"), "train", True, f"hfids/{root / 'folders'}")
     monkeypatch.setattr("timm.data.readers.reader_wds.wds", None)
     with pytest.raises(InputError, match=r"wds/x can't be read without webdataset.*mpcompile\[streams\]"):
-        images.dataset(str(root / "shards"), "train", True, "wds/x")
+        datasets.dataset(str(root / "shards"), "train", True, "wds/x")

@@ -14,7 +14,7 @@ from torch import nn
 import mpcompile
 from mpcompile.cli import main
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training import images
+from mpcompile.training import datasets, images
 from mpcompile.training.checkpoint import seed_everything
 from mpcompile.training.recipe import Recipe
 
@@ -110,7 +110,7 @@ def test_files_that_are_no_recipe(tmp_path):
 
 def test_images_of_a_folder(folder):
     model = timm.create_model("resnet10t", num_classes=3)
-    source = images.dataset(str(folder), "train", True)
+    source = datasets.dataset(str(folder), "train", True)
     options = images.Images(batch=4, size=32, workers=0)
     batches = images.loader(source, model, options, training=True)
     seed_everything(0, 0, 0)
@@ -122,7 +122,7 @@ def test_images_of_a_folder(folder):
     assert sorted(torch.cat([index for _, _, index in first]).tolist()) == list(range(24))
     drawn = images.calibration(source, model, options, 6, 4)
     assert [len(part) for part in drawn] == [4, 2]
-    plain = images.loader(images.dataset(str(folder), "validation", False), model, options, training=False)
+    plain = images.loader(datasets.dataset(str(folder), "validation", False), model, options, training=False)
     labels = torch.cat([batch[1] for batch in plain])
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     fixed = images.loader(source, model, images.Images(batch=4, size=32, workers=0, augment=False), training=True)
@@ -132,11 +132,11 @@ def test_images_of_a_folder(folder):
 
 def test_data_that_can_not_be_used(folder, tmp_path):
     with pytest.raises(InputError, match="no images of split 'train' in"):
-        images.dataset(str(tmp_path / "nowhere"), "train", True)
-    with pytest.raises(InputError, match=r"at most 2, found 3"):
-        images.check_classes(images.dataset(str(folder), "train", True), 2)
+        datasets.dataset(str(tmp_path / "nowhere"), "train", True)
+    with pytest.raises(InputError, match=r"different classes; expected 2, as the model, found 3"):
+        datasets.check_classes(datasets.dataset(str(folder), "train", True), 2)
     with pytest.raises(ConfigError, match="multiple of 4"):
-        images.loader(images.dataset(str(folder), "train", True), nn.Linear(1, 1), images.Images(batch=6), True, 4)
+        images.loader(datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.Images(batch=6), True, 4)
 
 
 def test_the_command_runs_a_recipe_and_goes_on(folder, recipe, tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 import mpcompile
 from mpcompile.backend import mpsparse
 from mpcompile.cli.common import Commands, at_least, command, model_options, prepare, show
+from mpcompile.errors import ConfigError, InputError
 from mpcompile.graph import IRModule
 from mpcompile.images import data_config, folder
 from mpcompile.report import Report
@@ -38,16 +39,18 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the measurement went through, whatever it found."""
     if args.record and args.artifact is None:
-        raise mpcompile.errors.ConfigError("--record needs --artifact", hint="it says where the figures go")
-    model, images, config = prepare(args)
+        raise ConfigError("--record needs --artifact", hint="it says where the figures go")
+    saved = None if args.artifact is None else mpcompile.load(args.artifact)
+    model, images, config = prepare(args, None if saved is None else saved.plan.provenance)
     batches: Any = images
     if args.images is not None:
         classes = getattr(model, "num_classes", 0)
         data, seed = data_config(model), args.seed
         files = folder(args.images, data, samples=args.samples, batch=args.batch, classes=classes, seed=seed)
         batches = [_moved(batch, images) for batch in files]
-    if args.artifact is not None:
-        gm = mpcompile.load(args.artifact).to(images.device, images.dtype).eval()
+    if saved is not None:
+        gm = saved.to(images.device, images.dtype).eval()
+        _check_takes(gm, images, args.artifact)
     else:
         gm = mpcompile.transform(
             model, images, config, [images] if config.score == "covariance" else None, seed=args.seed
@@ -62,6 +65,18 @@ def run(args: argparse.Namespace) -> int:
     what = args.artifact or f"{config.pattern}, tome_r = {config.tome_r}"
     show(args, f"{args.model}, {what}\n\n{report}\n\n{gm.plan}", report.to_json(indent=1))
     return 0
+
+
+@torch.no_grad()
+def _check_takes(gm: IRModule, images: torch.Tensor, path: Path) -> None:
+    try:
+        gm(images[:1])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"{path} doesn't take the images of this model",
+            expected="the artifact of the model named",
+            found=f"{tuple(images.shape[1:])}: {str(error).splitlines()[0]}",
+        ) from error
 
 
 def _moved(batch: Any, like: torch.Tensor) -> Any:

@@ -9,9 +9,19 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.cli.common import Commands, at_least, command, create, json_option, load_model, show, weights_options
+from mpcompile.cli.common import (
+    Commands,
+    at_least,
+    command,
+    create_sized,
+    json_option,
+    load_model,
+    show,
+    weights_options,
+)
 from mpcompile.errors import ArtifactError, InputError
 from mpcompile.files import load_checkpoint
+from mpcompile.graph import IRModule
 from mpcompile.images import data_config, read_images
 
 
@@ -57,7 +67,7 @@ def add(commands: Commands) -> None:
     job.set_defaults(run=run)
 
 
-def _pruned(path: Path, name: str) -> nn.Module:
+def _pruned(path: Path, name: str, classes: int | None) -> nn.Module:
     """What mpcompile.save wrote, or the timm model with weights of a checkpoint."""
     if path.suffix not in (".pt", ".pth"):
         try:
@@ -65,7 +75,7 @@ def _pruned(path: Path, name: str) -> nn.Module:
         except ArtifactError:
             if path.suffix != ".safetensors" or not path.is_file():
                 raise
-    model = create(name, False).eval()
+    model = create_sized(name, False, None, classes).eval()
     load_checkpoint(model, path)
     return model
 
@@ -77,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     if args.checkpoint is None and not args.pretrained:
         raise InputError("the dense weights are missing", expected="--checkpoint FILE or --pretrained", found="neither")
-    dense = load_model(args)
-    sparse = _pruned(args.artifact, args.model)
+    sparse = _pruned(args.artifact, args.model, args.num_classes)
+    dense = load_model(args, sparse.plan.provenance if isinstance(sparse, IRModule) else None)
     classes = getattr(dense, "num_classes", 0)
     images, labels = read_images(args.images, data_config(dense), samples=args.samples, classes=classes, seed=args.seed)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}

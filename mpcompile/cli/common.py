@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import yaml
 from torch import nn
 
+import mpcompile
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.files import load_checkpoint, write_atomically
+from mpcompile.files import load_checkpoint, sha256, write_atomically
+from mpcompile.images import data_config
+from mpcompile.yaml_options import parse
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what add(commands) is given
 
@@ -94,6 +97,14 @@ def weights_options(job: argparse.ArgumentParser) -> None:
     weights = job.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
+    classes_option(job)
+
+
+def classes_option(job: argparse.ArgumentParser) -> None:
+    """``--num-classes``."""
+    job.add_argument(
+        "--num-classes", type=at_least(1), metavar="N", help="of the model (default: timm's, or the file's)"
+    )
 
 
 def seed_option(job: argparse.ArgumentParser) -> None:
@@ -180,17 +191,15 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        found = parse(path.read_text(encoding="utf-8"), f"the config {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"can't read the config {path}", expected="a YAML file", found=reason) from error
     if found is None:
         return {}
     if not isinstance(found, dict):
         what = f"a {type(found).__name__}"
         raise ConfigError(f"{path} is no config", expected="lines such as 'pattern: \"2:4\"'", found=what)
-    if isinstance(found.get("pattern"), int):  # YAML 1.1 reads 8:16 as a number to the base 60
-        found["pattern"] = "{}:{}".format(*divmod(found["pattern"], 60))
     return found
 
 
@@ -221,26 +230,77 @@ def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
         ) from error
 
 
-def load_model(args: argparse.Namespace) -> nn.Module:
+def create_sized(name: str, pretrained: bool, size: Sequence[int] | None, classes: int | None) -> nn.Module:
+    """A timm model for images of a size and a number of classes of one's own; None leaves timm's.
+
+    Its data configuration says the size, too.
+    """
+    import timm
+
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    usual = timm.get_pretrained_cfg(name)
+    if size is None or (usual is not None and tuple(size) == tuple(usual.input_size)):
+        return create(name, pretrained, **options)
+    try:
+        model = create(name, pretrained, img_size=tuple(size[-2:]), **options)
+    except InputError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        model = create(name, pretrained, **options)  # takes images of any size
+    model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(size)}  # type: ignore[assignment]
+    return model
+
+
+def load_model(args: argparse.Namespace, like: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of :func:`weights_options`, in eval mode.
+
+    Args:
+        args: what was typed.
+        like: provenance of an artifact, whose image size and classes count where nothing else was typed.
 
     Raises:
         ConfigError: timm has no such model.
         ArtifactError: the checkpoint can't be read or doesn't fit.
     """
-    model = create(args.model, args.pretrained).eval()
+    like = like or {}
+    classes = like.get("num_classes") if args.num_classes is None else args.num_classes
+    model = create_sized(args.model, args.pretrained, like.get("data", {}).get("input_size"), classes).eval()
     if args.checkpoint is not None:
         load_checkpoint(model, args.checkpoint)
     return model
 
 
-def prepare(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Config]:
-    """Model, random images and config, as :func:`model_options` were given."""
+def provenance(
+    args: argparse.Namespace, name: str, model: nn.Module, calibration_images: int, seed: int
+) -> dict[str, Any]:
+    """Where an artifact comes from: model, weights, classes, data configuration, calibration, versions."""
+    import timm
+
+    weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {seed}"
+    if args.checkpoint is not None:
+        weights = {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)}
+    return {
+        "model": name,
+        "weights": weights,
+        "num_classes": getattr(model, "num_classes", None),
+        "data": data_config(model),
+        "calibration_images": calibration_images,
+        "versions": {
+            "mpcompile": mpcompile.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def prepare(args: argparse.Namespace, like: Mapping[str, Any] | None = None) -> tuple[nn.Module, torch.Tensor, Config]:
+    """Model, random images and config, as :func:`model_options` were given; ``like`` as for :func:`load_model`."""
     config = config_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = load_model(args)
+    model = load_model(args, like)
     size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     try:
         device = torch.device(args.device)

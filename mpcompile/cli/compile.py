@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,14 +16,14 @@ from mpcompile.cli.common import (
     config_options,
     json_option,
     load_model,
+    provenance,
     seed_option,
     show,
     weights_options,
 )
-from mpcompile.config import CALIBRATIONS, Config
+from mpcompile.config import CALIBRATIONS
 from mpcompile.errors import ConfigError
 from mpcompile.export import FORMATS, save_dense
-from mpcompile.files import sha256
 from mpcompile.images import data_config, folder
 
 
@@ -79,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         calibration = [batch.to(args.device) for batch in files]
     how = {"calibrate": args.calibrate, "seed": args.seed}
     gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
-    gm.plan.provenance = _provenance(args, config, data, 0 if calibration is None else len(files.paths))
+    used = 0 if calibration is None else len(files.paths)
+    gm.plan.provenance = provenance(args, args.model, model, used, args.seed)
     if args.half:
         gm.half()
     if args.format == "mpc":
@@ -88,27 +87,6 @@ def run(args: argparse.Namespace) -> int:
         save_dense(gm, args.out)
     show(args, f"{gm.plan}\n\n{_size(args.out)}", gm.plan.to_json(indent=1))
     return 0
-
-
-def _provenance(args: argparse.Namespace, config: Config, data: dict[str, Any], images: int) -> dict[str, Any]:
-    """Where the artifact comes from."""
-    import timm
-
-    weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {args.seed}"
-    if args.checkpoint is not None:
-        weights = {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)}
-    return {
-        "model": args.model,
-        "weights": weights,
-        "data": data,
-        "calibration_images": images,
-        "versions": {
-            "mpcompile": mpcompile.__version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
-    }
 
 
 def _size(path: Path) -> str:

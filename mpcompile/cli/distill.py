@@ -12,11 +12,19 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.cli.common import Commands, at_least, command, create, json_option, show
+from mpcompile.cli.common import (
+    Commands,
+    at_least,
+    classes_option,
+    command,
+    create_sized,
+    json_option,
+    provenance,
+    show,
+)
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.events import TRACKERS
 from mpcompile.files import load_checkpoint, write_atomically
-from mpcompile.images import data_config
 
 
 def add(commands: Commands) -> None:
@@ -48,7 +56,9 @@ def add(commands: Commands) -> None:
     weights = job.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict of the model")
-    job.add_argument("--num-classes", type=at_least(1), metavar="N", help="of the model (default: its own)")
+    classes_option(job)
+    named = "the model's classes in their order, one folder name a line (default: folders in the order of their names)"
+    job.add_argument("--class-map", type=Path, metavar="FILE", help=named)
     job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
     job.add_argument("--tracker", action="append", default=[], choices=TRACKERS, help="log there too")
@@ -62,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
     from mpcompile.training.recipe import Recipe
 
     if args.list:
-        for name in Recipe.names():
-            found = Recipe.load(name)
-            print(f"{name:24} {found.model}, {found.compile.pattern}, tome_r = {found.compile.tome_r}")
+        recipes = [Recipe.load(name) for name in Recipe.names()]
+        lines = [f"{r.name:24} {r.model}, {r.compile.pattern}, tome_r = {r.compile.tome_r}" for r in recipes]
+        show(args, "\n".join(lines), json.dumps([r.to_dict() for r in recipes], indent=1))
         return 0
     missing = [name for name in ("recipe", "data", "out") if not getattr(args, name)]
     if missing:
@@ -76,25 +86,41 @@ def run(args: argparse.Namespace) -> int:
     try:
         device = ranks.start(args.device)
         return _distill(args, recipe, device)
+    except RuntimeError as error:
+        if not ranks.lost(error):
+            raise
+        raise InputError(
+            "another process is gone, so that this one can't go on", hint="its message says why"
+        ) from error
     finally:
         ranks.stop()
 
 
 def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
-    from mpcompile.training import images, ranks
+    from mpcompile.training import checkpoint, datasets, images, ranks
 
-    teacher = _teacher(args, recipe).to(device)
-    seed = recipe.train.seed
-    train = images.dataset(args.data, args.train_split, True, args.reader, seed)
-    classes = getattr(teacher, "num_classes", 0)
-    images.check_classes(train, classes)
-    student = _student(args, recipe, teacher, train).to(device)
-    val = None
+    if args.resume == "never" and (args.out / checkpoint.NAME).exists():
+        raise checkpoint.in_the_way(args.out / checkpoint.NAME)
+    torch.manual_seed(recipe.train.seed)
+    size = None if recipe.data.size is None else (3, recipe.data.size, recipe.data.size)
+    teacher = create_sized(recipe.model, args.pretrained, size, args.num_classes).eval()
+    if args.checkpoint is not None:
+        load_checkpoint(teacher, args.checkpoint)
+    teacher.to(device)
+    seed, count = recipe.train.seed, getattr(teacher, "num_classes", 0)
+    names = None if args.class_map is None else datasets.read_class_map(args.class_map)
+    train = datasets.dataset(args.data, args.train_split, True, args.reader, seed, names)
+    datasets.check_classes(train, count)
+    held = None
     if args.val_split != "none":
-        source = images.dataset(args.data, args.val_split, False, args.reader, seed)
-        images.check_classes(source, classes)
-        val = images.loader(source, teacher, recipe.data, training=False)
-    batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate)
+        names = datasets.class_names(train)
+        held = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names)
+    # Both are made before the student, which takes minutes: what is wrong with them is said at once.
+    batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate, seed)
+    val = None if held is None else images.loader(held, teacher, recipe.data, training=False)
+    transform = train.transform
+    student = _student(args, recipe, teacher, train).to(device)
+    train.transform = transform  # calibration looks at images as in evaluation
     result = mpcompile.distill(
         student,
         teacher,
@@ -103,10 +129,12 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
         recipe.train,
         out=args.out,
         resume=args.resume,
+        fingerprint=_fingerprint(args, recipe, teacher, train),
         trackers=args.tracker,
         progress=not args.quiet,
     )
     if ranks.rank() == 0:
+        student.plan.figures = {"distillation": result.to_dict()}
         mpcompile.save(student.eval(), args.out / "distilled.mpc")
         summary = {"recipe": recipe.to_dict(), "result": result.to_dict(), "macs": vars(student.plan.macs)}
         text = json.dumps(summary, indent=1)
@@ -120,37 +148,15 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
     return 0
 
 
-def _teacher(args: argparse.Namespace, recipe: Any) -> nn.Module:
-    torch.manual_seed(recipe.train.seed)
-    options = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    if recipe.data.size is not None and "vit" in recipe.model:
-        options["img_size"] = recipe.data.size
-    model = create(recipe.model, args.pretrained, **options).eval()
-    if args.checkpoint is not None:
-        load_checkpoint(model, args.checkpoint)
-    return model
-
-
 def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any) -> Any:
     """Made on the first rank, or read from an earlier run with the same recipe; the others are sent it."""
-    from mpcompile.training import images, ranks
+    from mpcompile.training import ranks
 
     path = args.out / "student.mpc"
     failed: Exception | None = None
     if ranks.rank() == 0:
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            stamp = _stamp(args, recipe, teacher)
-            if args.resume == "auto" and path.exists() and _read(path.with_suffix(".stamp")) == stamp:
-                mpcompile.load(path)  # whole, or it raises
-            else:
-                calibration = recipe.calibration
-                drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch)
-                device = next(teacher.parameters()).device
-                student = recipe.student(teacher, [part.to(device) for part in drawn])
-                student.plan.provenance = {"model": recipe.model, "recipe": recipe.name, "data": data_config(teacher)}
-                mpcompile.save(student.eval(), path)
-                write_atomically(path.with_suffix(".stamp"), stamp)
+            _made(args, recipe, teacher, train, path)
         except Exception as error:  # the other ranks are waiting
             failed = error
     told = ranks.broadcast(None if failed is None else str(failed))
@@ -172,18 +178,51 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
         copy.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, path: Path) -> None:
+    """Leave the student of this recipe at ``path``, with a stamp beside it: an earlier run's if it is the same."""
+    from mpcompile.training import checkpoint, images
+
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"can't make the folder {args.out}", found=error.strerror or str(error)) from error
+    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, train)
+    checkpoint.left_behind(args.out)
+    if args.resume == "auto" and path.exists():
+        if mark.exists() and mark.read_text() == stamp:
+            mpcompile.load(path)  # whole, or it raises
+            return
+        if (args.out / checkpoint.NAME).exists():
+            raise ArtifactError(
+                f"{args.out} holds a run of another student",
+                expected="the same recipe, dense weights and training images",
+                found="others",
+                hint="take up that run as it was started, or choose a new folder",
+            )
+    calibration = recipe.calibration
+    drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch)
+    device = next(teacher.parameters()).device
+    student = recipe.student(teacher, [part.to(device) for part in drawn])
+    found = provenance(args, recipe.model, teacher, calibration.images, recipe.train.seed)
+    student.plan.provenance = {**found, "recipe": recipe.name}
+    mpcompile.save(student.eval(), path)
+    write_atomically(mark, stamp)
 
 
-def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module) -> str:
+def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any) -> str:
     """What the student depends on."""
-    sha = hashlib.sha256()
-    parts = {
-        k: v for k, v in recipe.to_dict().items() if k in ("model", "compile", "calibration", "prior_weight", "data")
-    }
-    sha.update(json.dumps([parts, args.data, args.reader, args.train_split], sort_keys=True).encode())
-    for name, tensor in sorted(teacher.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    from mpcompile.training import checkpoint, datasets
+
+    parts = ("model", "compile", "calibration", "prior_weight")
+    made = {key: value for key, value in recipe.to_dict().items() if key in parts}
+    text = json.dumps([made, recipe.data.size, recipe.train.seed, args.reader, args.train_split], sort_keys=True)
+    return hashlib.sha256(f"{text} {datasets.fingerprint(train)} {checkpoint.digest(teacher)}".encode()).hexdigest()
+
+
+def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any) -> str:
+    """What the training batches depend on; not where they lie, nor how many workers read them."""
+    from mpcompile.training import datasets, images
+
+    how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}
+    text = json.dumps([how, images.data_config_of(teacher, recipe.data), args.train_split], sort_keys=True)
+    return hashlib.sha256(f"{text} {datasets.fingerprint(train)}".encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import InputError, MPCompileError
+from mpcompile.training import ranks
 from mpcompile.training.checkpoint import seed_everything, set_random_state
 
 
@@ -53,21 +55,8 @@ def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state
         tell = getattr(target, "set_epoch", None)
         if tell is not None:
             tell(epoch)
-    seen, iterator = 0, None
-    while True:
-        try:
-            iterator = iter(train) if iterator is None else iterator
-            batch = next(iterator)
-        except StopIteration:
-            break
-        except MPCompileError as error:
-            raise InputError(f"{error}. {where}") from error
-        except (OSError, ValueError, RuntimeError, EOFError) as error:
-            last = str(error).strip().splitlines()
-            raise InputError(
-                f"batch {seen} of epoch {epoch + 1} can't be read: {last[-1] if last else type(error).__name__}",
-                hint=where,
-            ) from error
+    seen = 0
+    for batch in read(train, f"epoch {epoch + 1}", where):
         seen += 1
         if seen == skip and state is not None:
             set_random_state(state)
@@ -80,6 +69,62 @@ def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state
             found="none in this epoch",
             hint="give a list or a DataLoader, which can be read again every epoch",
         )
+
+
+def read(source: Iterable[Any], what: str, where: str | None = None) -> Iterator[Any]:
+    """Batches of a loader; whatever goes wrong in it is said in one line.
+
+    Args:
+        source: the loader.
+        what: what is being read, for the error.
+        where: a hint for the error.
+
+    Raises:
+        InputError: a batch can't be read.
+    """
+    count, iterator = 0, None
+    while True:
+        try:
+            iterator = iter(source) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            told = _said(error)
+            if not isinstance(error, MPCompileError):
+                told = f"batch {count} of {what} can't be read: {told}"
+            raise InputError(f"{told}. {where}" if where else told) from error
+        count += 1
+        yield batch
+
+
+def _said(error: Exception) -> str:
+    """An error's own words, without the traceback that a DataLoader's worker puts around them."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if not lines[0].startswith("Caught "):
+        return lines[0]
+    return re.sub(r"^[\w.]*mpcompile\.errors\.\w+: ", "", lines[-1])
+
+
+def forward(module: Any, images: Tensor, who: str) -> Any:
+    """What a model returns for a batch.
+
+    Raises:
+        InputError: it can't take the batch, or there isn't enough memory for it.
+    """
+    try:
+        return module(images)
+    except torch.OutOfMemoryError as error:
+        hint = "a smaller batch; accumulate=N makes one step of N of them"
+        raise InputError(f"there is too little memory for {len(images)} images", hint=hint) from error
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        if ranks.lost(error):
+            raise
+        raise InputError(
+            f"the {who} can't take a batch",
+            expected="images as those that it was made for",
+            found=f"{tuple(images.shape)}, {images.dtype}: {_said(error)}",
+        ) from error
 
 
 def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -103,14 +148,16 @@ def unpack(item: Any, need_labels: bool) -> Batch:
     parts = [item] if isinstance(item, Tensor) else list(item) if isinstance(item, (tuple, list)) else []
     if not 1 <= len(parts) <= 3 or not all(isinstance(part, Tensor) for part in parts):
         raise InputError(
-            "a training batch has the wrong type",
+            "a batch has the wrong type",
             expected="(images, labels) or (images, labels, index), as tensors",
             found=type(item).__name__ if not parts else ", ".join(type(part).__name__ for part in parts),
         )
     if len(parts) == 1 and need_labels:
         raise InputError(
-            "a training batch has no labels", expected="(images, labels)", found="images", hint="train with alpha=1"
+            "a batch has no labels", expected="(images, labels)", found="images", hint="train with alpha=1"
         )
+    if not parts[0].numel():
+        raise InputError("a batch is empty", expected="at least one image", found=f"shape {tuple(parts[0].shape)}")
     return Batch(parts[0], parts[1] if len(parts) > 1 else None, parts[2] if len(parts) > 2 else None)
 
 
@@ -130,7 +177,7 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
     if low < 0 or high >= classes:
         raise InputError(
             "a label is out of range",
-            expected=f"0 to {classes - 1}, the classes of the teacher",
+            expected=f"0 to {classes - 1}, the classes of the model",
             found=low if low < 0 else high,
             hint="check the order of classes, and that data and model have the same ones",
         )
@@ -172,7 +219,7 @@ class Teacher:
             InputError: logits are to be kept, but the batch doesn't number its images.
         """
         if self.rows is None:
-            return self.module(batch.images)
+            return forward(self.module, batch.images, "teacher")
         if batch.index is None:
             raise InputError(
                 "cache=True needs to know which image is which",
@@ -182,6 +229,6 @@ class Teacher:
             )
         numbers = batch.index.tolist()
         if not all(number in self.rows for number in numbers):
-            for number, row in zip(numbers, self.module(batch.images).cpu(), strict=True):
+            for number, row in zip(numbers, forward(self.module, batch.images, "teacher").cpu(), strict=True):
                 self.rows[number] = row
         return torch.stack([self.rows[number] for number in numbers]).to(batch.images.device)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from mpcompile.errors import ArtifactError
 
 NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def random_state() -> dict[str, Any]:
@@ -49,6 +52,26 @@ def seed_everything(seed: int, epoch: int, rank: int) -> None:
     torch.manual_seed(int(words[2]))
 
 
+def digest(module: nn.Module) -> str:
+    """A checksum of a module's weights and buffers, by name."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def in_the_way(path: Path) -> ArtifactError:
+    """What to say where a new run finds the checkpoint of an earlier one."""
+    return ArtifactError(
+        f"{path.parent} holds the checkpoint of an earlier run",
+        expected="a new folder, or resume='auto'",
+        found=path,
+        hint="remove the checkpoint to start again",
+    )
+
+
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint through a temporary file, on the disk before it takes the place of the last one.
 
@@ -56,9 +79,11 @@ def write(path: Path, state: dict[str, Any]) -> None:
         ArtifactError: the folder can't be written or the disk is full; the last checkpoint is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    noting = None
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            noting = _Noting(file)
+            torch.save({"format": FORMAT, **state}, cast(IO[bytes], noting))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -67,15 +92,34 @@ def write(path: Path, state: dict[str, Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        cause = error if noting is None or noting.error is None else noting.error
         kept = f"the last checkpoint, {path}, is whole" if path.exists() else "there was none before"
         raise ArtifactError(
             f"can't write the checkpoint {path}",
             expected="a writable folder with room",
-            found=getattr(error, "strerror", None) or str(error).splitlines()[0],
+            found=getattr(cause, "strerror", None) or str(cause).splitlines()[0],
             hint=f"{kept}; make room and resume",
         ) from error
+
+
+class _Noting:
+    """A file that keeps the error of a write: torch's writer makes something else of a full disk."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -88,10 +132,13 @@ def read(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["format"]
     except Exception as error:
+        found = getattr(error, "strerror", None)
+        if found is None:
+            found = "something else in it" if zipfile.is_zipfile(path) else "a damaged file"
         raise ArtifactError(
             f"{path} can't be read as a checkpoint",
-            expected="a file that mpcompile.distill wrote",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            expected="a whole file that mpcompile.distill wrote",
+            found=found,
             hint="remove it to start again",
         ) from error
     if version != FORMAT:

@@ -1,23 +1,25 @@
-"""Images from a folder, a Hugging Face dataset or WebDataset shards, through timm's readers, transforms and loader."""
+"""How training images are read: options, augmentation by timm, batches for each rank, images to calibrate on."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import ImageDataset, create_dataset, create_loader
+from timm.data import create_loader, create_transform
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 
 from mpcompile.calibration import draw
+from mpcompile.config import only_fields
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.images import data_config, preprocess
 from mpcompile.training import ranks
+from mpcompile.training.datasets import labels_of
+from mpcompile.training.options import check_fields
 from mpcompile.training.streamed import Streamed
-
-READERS = ("hfds", "hfids", "wds")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Images:
         workers: processes that read images.
 
     Raises:
-        ConfigError: a batch without images.
+        ConfigError: an unknown option or a value that an option can't take.
     """
 
     batch: int = 32
@@ -50,9 +52,26 @@ class Images:
     workers: int = 2
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            ("batch", 1, math.inf),
+            ("size", 1, math.inf),
+            ("reprob", 0, 1),
+            ("color_jitter", 0, math.inf),
+            ("hflip", 0, 1),
+            ("workers", 0, math.inf),
+        )
         object.__setattr__(self, "scale", tuple(self.scale))
-        if self.batch < 1 or self.workers < 0:
-            raise ConfigError("data needs a batch of at least 1 image, and workers from 0 on", found=self)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError("option 'scale' is out of range", expected="0 < low <= high <= 1", found=self.scale)
+        try:
+            create_transform(32, is_training=True, auto_augment=self.auto_augment)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise ConfigError(
+                "timm knows no such augmentation",
+                expected="auto_augment such as rand-m9-mstd0.5-inc1, augmix-m3 or original",
+                found=repr(self.auto_augment),
+            ) from error
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Images:
@@ -61,107 +80,43 @@ class Images:
         Raises:
             ConfigError: a key that is no option.
         """
-        valid = [f.name for f in dataclasses.fields(cls)]
-        for key in options or {}:
-            if key not in valid:
-                raise ConfigError(f"data has no option {key!r}", expected=f"one of {', '.join(valid)}")
+        only_fields(cls, options or {}, "data has no option")
         return cls(**dict(options or {}))
 
 
-class Readable(ImageDataset):
-    """timm's dataset, except that an image that can't be read is an error that names it, and items are numbered.
+class Order(Sampler[int]):
+    """A new order every epoch, cut into batches that are dealt to the ranks in turn.
 
-    Items are (image, label, number).
-    """
-
-    def __getitem__(self, index: int) -> tuple[Any, int, int]:
-        from PIL import Image
-
-        try:
-            source, label, *_ = self.reader[index]
-            image = Image.open(source).convert(self.input_img_mode)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(
-                f"image {self.reader.filename(index)} can't be read",
-                expected="a whole image file",
-                found=str(error).split(" <")[0] or type(error).__name__,
-                hint="replace or remove it",
-            ) from error
-        return (image if self.transform is None else self.transform(image)), -1 if label is None else int(label), index
-
-
-def dataset(root: str, split: str, training: bool, reader: str = "", seed: int = 0) -> Any:
-    """A dataset of labelled images.
+    The images of a step are then the same on one process and on many.
 
     Args:
-        root: folder of an image folder (its sub-folder ``split`` where there is one) or of shards, or a cache.
-        split: name of the split; ``"NAME|COUNT"`` says how many images a streamed Hugging Face split has.
-        training: shuffle a streamed dataset.
-        reader: ``""`` for folders, ``"hfds/NAME"`` (Hugging Face datasets), ``"hfids/NAME"`` (streamed), ``"wds/NAME"``
-            (WebDataset), as timm spells them.
-        seed: of a streamed dataset's shuffling.
-
-    Raises:
-        InputError: nothing is there, or what it takes to read it isn't installed.
-        ConfigError: no such reader.
+        count: items there are.
+        batch: items a batch of one rank.
+        seed: of the order.
+        dealt: batches that make a step, over all ranks; an epoch is a whole number of steps.
     """
-    kind = reader.partition("/")[0].lower()
-    if kind and kind not in READERS:
-        expected = "hfds/NAME, hfids/NAME, wds/NAME, or none: a folder"
-        raise ConfigError(f"there is no reader {reader!r}", expected=expected)
-    options: dict[str, Any] = {"is_training": training, "seed": seed}
-    name = split
-    if kind == "hfids":
-        name, _, count = split.partition("|")
-        options["num_samples"] = int(count) if count.isdecimal() else None
-    try:
-        found = create_dataset(reader, root, split=name, **options)
-    except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
-        raise _unreadable(root, name, reader, error) from error
-    if isinstance(found, ImageDataset):
-        return Readable(root, reader=found.reader)
-    return Streamed(found.reader, training, seed)
+
+    def __init__(self, count: int, batch: int, seed: int, dealt: int) -> None:
+        self.count, self.batch, self.seed, self.epoch = count, batch, seed, 0
+        self.steps = count // (batch * dealt)
+        self.mine = self.steps * dealt // ranks.world() * batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which order the next pass has."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.mine
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.count, generator=generator)[: self.mine * ranks.world()]
+        return iter(order.view(-1, self.batch)[ranks.rank() :: ranks.world()].flatten().tolist())
 
 
-def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
-    """What to say where timm's reader gave up."""
-    told = str(error).splitlines()[0] if str(error) else "no such folder"
-    if isinstance(error, ImportError) or "install webdataset" in told:
-        package = "webdataset" if reader.startswith("wds") else error.name if isinstance(error, ImportError) else None
-        return InputError(f"{reader} can't be read without {package}", hint="pip install 'mpcompile[streams]'")
-    if "length is unknown" in told:
-        hint = f"say it: '{split}|50000'; or take hfds, which fetches all data first"
-        return InputError(f"it isn't known how many images split {split!r} of {reader} has", hint=hint)
-    expected = "shards and timm's _info.json" if reader.startswith("wds") else "a split of this name"
-    if not reader:
-        expected = "a folder with one sub-folder of images a class, itself or in a sub-folder named like the split"
-    return InputError(f"there are no images of split {split!r} in {root}", expected=expected, found=told)
-
-
-def _labels(source: Any) -> list[int] | None:
-    samples = getattr(getattr(source, "reader", None), "samples", None)
-    return None if samples is None else [int(label) for _, label in samples]
-
-
-def check_classes(source: Any, classes: int) -> None:
-    """The dataset has no more classes than the model.
-
-    Raises:
-        InputError: it has.
-    """
-    named = getattr(getattr(source, "reader", None), "class_to_idx", None)
-    labels = _labels(source)
-    count = len(named) if named else 1 + max(labels) if labels else 0
-    if count > classes:
-        raise InputError(
-            "the data has more classes than the model",
-            expected=f"at most {classes}",
-            found=count,
-            hint="use a model that was trained on these classes",
-        )
-
-
-def loader(source: Any, model: nn.Module, images: Images, training: bool, accumulate: int = 1) -> Any:
+def loader(
+    source: Any, model: nn.Module, images: Images, training: bool, accumulate: int = 1, seed: int = 0
+) -> DataLoader[Any]:
     """Batches of a dataset, this rank's share.
 
     Args:
@@ -170,9 +125,11 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
         images: how they are augmented.
         training: shuffled, augmented batches of equal size; else all images in order, once.
         accumulate: batches an optimiser step.
+        seed: of the order.
 
     Raises:
         ConfigError: the batch doesn't divide by ranks and accumulated batches.
+        InputError: the data makes no batch.
     """
     parts = ranks.world() * accumulate
     if training and images.batch % parts:
@@ -181,16 +138,22 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
             expected=f"a multiple of {parts} ({ranks.world()} ranks, {accumulate} accumulated batches)",
             found=images.batch,
         )
-    whole = source
+    streamed = isinstance(source, Streamed)
+    count = source.samples if streamed else len(source)
+    if training and count < images.batch:
+        raise InputError(
+            "there are fewer training images than make a batch",
+            expected=f"at least {images.batch}",
+            found=count,
+            hint=f"data.batch={count}",
+        )
     size, workers = max(1, images.batch // parts), images.workers
-    if isinstance(source, Streamed):
+    if streamed:
         workers = source.prepare(size, workers)
-    elif not training and ranks.active():
-        source = torch.utils.data.Subset(source, range(ranks.rank(), len(source), ranks.world()))
-    config = _config(model, images)
+    config = data_config_of(model, images)
     shape: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     augmented = training and images.augment
-    found = create_loader(
+    made = create_loader(  # for the transform it gives the dataset
         source,
         batch_size=size,
         is_training=training,
@@ -201,17 +164,29 @@ def loader(source: Any, model: nn.Module, images: Images, training: bool, accumu
         color_jitter=images.color_jitter or 0.0,
         scale=images.scale,
         hflip=images.hflip,
-        num_workers=workers,
-        persistent_workers=False,  # their random numbers would depend on the epochs before
-        distributed=training and ranks.active(),
         **shape,
     )
     if not augmented:
-        whole.transform = preprocess(config)  # of evaluation
-    return found
+        source.transform = preprocess(config)  # of evaluation
+    order: Any = None
+    if training and not streamed:
+        order = Order(count, size, seed, parts)
+    elif ranks.active() and not streamed:
+        order = range(ranks.rank(), count, ranks.world())
+    return DataLoader(
+        source,
+        size,
+        sampler=order,
+        num_workers=workers,
+        worker_init_fn=made.worker_init_fn,
+        collate_fn=made.collate_fn,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=training,
+    )  # no persistent workers: their random numbers would depend on the epochs before
 
 
-def _config(model: nn.Module, images: Images) -> dict[str, Any]:
+def data_config_of(model: nn.Module, images: Images) -> dict[str, Any]:
+    """The model's data configuration, at the size that ``images`` asks for."""
     config = data_config(model)
     if images.size is not None:
         config["input_size"] = [config["input_size"][0], images.size, images.size]
@@ -232,13 +207,13 @@ def calibration(source: Any, model: nn.Module, images: Images, count: int, batch
             found=available,
             hint=f"calibration.images={available}",
         )
-    transform = preprocess(_config(model, images))
+    transform = preprocess(data_config_of(model, images))
     source.transform = transform
     drawn: Iterable[Any]
     if isinstance(source, Streamed):
         drawn = source.drawn(count)
     else:
-        labels = _labels(source)
+        labels = labels_of(source)
         chosen = draw(labels if labels is not None else [0] * len(source), count, seed)
         drawn = (source[index] for index in chosen)
     pixels = [item[0] for item in drawn]

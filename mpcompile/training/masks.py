@@ -72,9 +72,12 @@ class Frozen:
         """Called after the optimiser's step."""
         apply_masks(self.student)
 
-    def finish(self) -> None:
-        """Called once at the end: what is masked is zero."""
-        apply_masks(self.student)
+    def finish(self, model: nn.Module) -> None:
+        """Make the student, or a copy of it, what the result would be now: what is masked is zero."""
+        apply_masks(model)
+
+    def leave(self) -> None:
+        """Called when the run is over, however it ended: nothing of the policy stays with the student."""
 
 
 class _Through(torch.autograd.Function):
@@ -92,23 +95,32 @@ class _Through(torch.autograd.Function):
         return gradients[0] + ctx.decay * weight * ~mask, None, None
 
 
+def _masked_layers(student: nn.Module) -> list[MaskedLinear | MaskedConv2d]:
+    return [module for module in student.modules() if isinstance(module, (MaskedLinear, MaskedConv2d))]
+
+
+@torch.no_grad()
+def _choose(student: nn.Module) -> None:
+    """Masks that keep the largest weights."""
+    for layer in _masked_layers(student):
+        layer.mask.copy_(magnitude_mask(layer.weight, layer.pattern))
+
+
 class Moving(Frozen):
     """Masks follow the magnitude of dense weights; subclasses say what removed weights still do."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
-        self.layers: list[MaskedLinear | MaskedConv2d] = []
-        for module in student.modules():
-            if isinstance(module, (MaskedLinear, MaskedConv2d)):
-                self.layers.append(module)
-                module.forward = types.MethodType(self._forward, module)  # type: ignore[method-assign]
-        if len(self.layers) != len(masked_weights(student)):
+        layers = _masked_layers(student)
+        if len(layers) != len(masked_weights(student)):
             raise InputError(
                 "moving masks need masked layers that are modules",
                 expected="a student that mpcompile.transform made from a module",
                 found="masked layers inside the graph",
                 hint="use method='frozen'",
             )
+        for layer in layers:
+            layer.forward = types.MethodType(self._forward, layer)  # type: ignore[method-assign]
 
     def weight(self, layer: MaskedLinear | MaskedConv2d) -> Tensor:
         """What the layer multiplies with."""
@@ -120,21 +132,23 @@ class Moving(Frozen):
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         return F.conv2d(x, self.weight(layer), layer.bias, *geometry)
 
-    def _choose(self) -> None:
-        for layer in self.layers:
-            layer.mask.copy_(magnitude_mask(layer.weight, layer.pattern))
-
     def before_step(self, progress: float) -> None:
-        self._choose()
+        _choose(self.student)
 
     def after_step(self) -> None:
         pass
 
-    def finish(self) -> None:
-        self._choose()
-        for layer in self.layers:
-            del layer.forward
-        apply_masks(self.student)
+    def finish(self, model: nn.Module) -> None:
+        _choose(model)
+        self._settle(model)
+
+    def leave(self) -> None:
+        self._settle(self.student)
+
+    def _settle(self, model: nn.Module) -> None:
+        for layer in _masked_layers(model):
+            vars(layer).pop("forward", None)
+        apply_masks(model)
 
 
 class SrSte(Moving):
@@ -159,15 +173,13 @@ class Gradual(Moving):
     def before_step(self, progress: float) -> None:
         self.factor = max(0.0, 1 - progress / _FADED)
         if self.factor:
-            self._choose()
+            _choose(self.student)
 
     def weight(self, layer: MaskedLinear | MaskedConv2d) -> Tensor:
         return layer.weight * torch.where(layer.mask, 1.0, self.factor)
 
-    def finish(self) -> None:
-        for layer in self.layers:
-            del layer.forward
-        apply_masks(self.student)
+    def finish(self, model: nn.Module) -> None:
+        self._settle(model)
 
 
 def policy(method: str, student: nn.Module, sr_ste_decay: float) -> Frozen:

@@ -80,8 +80,7 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
+        check_fields(self, *_RANGES)
         named = {"optimizer": OPTIMIZERS, "precision": PRECISIONS, "method": METHODS, "sharding": SHARDINGS}
         for name, allowed in named.items():
             if getattr(self, name) not in allowed:
@@ -90,10 +89,6 @@ class Training:
                     expected=f"one of {', '.join(allowed)}",
                     found=getattr(self, name),
                 )
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"option {name!r} is out of range", expected=f"{low:g} to {high:g}", found=value)
         if self.sharding == "fsdp" and (self.method != "frozen" or self.features or self.ema is not None):
             raise ConfigError(
                 "sharding='fsdp' has no feature matching, moving average or moving masks",
@@ -141,7 +136,33 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def _check_type(name: str, wanted: str, value: Any) -> None:
+def check_fields(options: Any, *ranges: tuple[str, float, float]) -> None:
+    """The fields of a dataclass have the types they are declared with, and lie within (name, low, high).
+
+    Raises:
+        ConfigError: the first that doesn't.
+    """
+    for field in dataclasses.fields(options):
+        check_type(field.name, str(field.type), getattr(options, field.name))
+    for name, low, high in ranges:
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"option {name!r} is out of range", expected=f"{low:g} to {high:g}", found=value)
+
+
+def check_type(name: str, wanted: str, value: Any) -> None:
+    """A value is of a type written like ``"int"``, ``"float | None"`` or ``"tuple[float, float]"``.
+
+    Raises:
+        ConfigError: it isn't.
+    """
+    if wanted.startswith("tuple["):
+        parts = wanted.removeprefix("tuple[").removesuffix("]").split(", ")
+        if not isinstance(value, (tuple, list)) or len(value) != len(parts):
+            raise ConfigError(f"option {name!r} has the wrong type", expected=f"{len(parts)} values", found=repr(value))
+        for part, item in zip(parts, value, strict=True):
+            check_type(name, part, item)
+        return
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     allowed = tuple(kind for part in wanted.split(" | ") if part != "None" for kind in kinds[part])
     if value is None and wanted.endswith("None"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 import mpcompile
-from mpcompile.errors import InputError
+from mpcompile.errors import ConfigError, InputError
 from mpcompile.training.masks import digest
 
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 _PATIENCE = timedelta(hours=12)  # the others wait while the first rank makes the student
 
 
@@ -34,7 +36,15 @@ def world() -> int:
 
 
 def start(device: str) -> torch.device:
-    """Join the other processes if torchrun started this one; returns the device to use."""
+    """Join the other processes if torchrun started this one; returns the device to use.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from error
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return torch.device(device)
     if not dist.is_initialized():
@@ -81,6 +91,19 @@ def total(*values: float, device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """The first rank's BatchNorm statistics and other floating buffers on all ranks, which saw different images."""
+    if active():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, src=0)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, and nothing about this one."""
+    return isinstance(error, RuntimeError) and active() and _LOST.search(str(error)) is not None
 
 
 @lru_cache(maxsize=1)

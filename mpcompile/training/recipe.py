@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
-from mpcompile.config import Config
+from mpcompile.config import CALIBRATIONS, Config, only_fields
 from mpcompile.errors import ConfigError
 from mpcompile.graph import IRModule
 from mpcompile.pipeline import transform
 from mpcompile.training.images import Images
-from mpcompile.training.options import Training
+from mpcompile.training.options import Training, check_fields, check_type
+from mpcompile.yaml_options import parse
 
 FOLDER = Path(__file__).parent / "recipes"
-_NUMBER = "tag:yaml.org,2002:"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 2:4 is text, not minutes and seconds (124), and 1e-5 is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag not in (f"{_NUMBER}int", f"{_NUMBER}float")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(f"{_NUMBER}int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-_Loader.add_implicit_resolver(f"{_NUMBER}float", _FLOAT, list("-+.0123456789"))
-
 _PARTS = ("compile", "train", "data", "calibration")
 
 
@@ -45,6 +30,15 @@ class Calibration:
     images: int = 256
     batch: int = 32
     calibrate: str = "pruned_to_dense"
+
+    def __post_init__(self) -> None:
+        check_fields(self, ("images", 1, math.inf), ("batch", 1, math.inf))
+        if self.calibrate not in CALIBRATIONS:
+            raise ConfigError(
+                "option 'calibrate' has no such value",
+                expected=f"one of {', '.join(CALIBRATIONS)}",
+                found=self.calibrate,
+            )
 
 
 @dataclass(frozen=True)
@@ -78,6 +72,17 @@ class Recipe:
     macs: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
 
+    def __post_init__(self) -> None:
+        check_type("prior_weight", "float", self.prior_weight)
+        if self.prior_weight < 0:
+            raise ConfigError("option 'prior_weight' is out of range", expected="0 or more", found=self.prior_weight)
+        if self.train.cache and self.data.augment:
+            raise ConfigError(
+                "train.cache keeps one row of logits an image, but augmentation shows another image every epoch",
+                expected="data.augment=false with train.cache=true",
+                found="data.augment=true",
+            )
+
     @staticmethod
     def names() -> list[str]:
         """Recipes that come with mpcompile."""
@@ -100,9 +105,9 @@ class Recipe:
                 f"there is no recipe {str(name)!r}", expected=f"a YAML file, or one of {', '.join(cls.names())}"
             )
         try:
-            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not YAML", found=str(error).splitlines()[0]) from error
+            values = parse(path.read_text(encoding="utf-8"), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} can't be read", expected="a YAML file", found=error) from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds no recipe", expected="keys such as model and compile", found=type(values))
         return cls.from_dict({"name": path.stem, **values}, changes)
@@ -117,23 +122,18 @@ class Recipe:
         values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
         for change in changes:
             _change(values, change)
-        valid = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in valid:
-                raise ConfigError(f"a recipe has no part {key!r}", expected=f"one of {', '.join(valid)}")
+        only_fields(cls, values, "a recipe has no part")
         for key in ("name", "model"):
             if not isinstance(values.get(key), str):
                 raise ConfigError(f"the recipe names no {key}", expected=f"{key}: NAME", found=values.get(key))
         for part in _PARTS:
             if not isinstance(values.get(part, {}), Mapping):
                 raise ConfigError(f"{part} has the wrong type", expected="options by name", found=values[part])
-        known = {f.name for f in dataclasses.fields(Calibration)}
-        for key in set(values.get("calibration", {})) - known:
-            raise ConfigError(f"calibration has no option {key!r}", expected=f"one of {', '.join(sorted(known))}")
+        only_fields(Calibration, values.get("calibration", {}), "calibration has no option")
         return cls(
             **{
                 **values,
-                "compile": Config.from_options(_tuples(values.get("compile"))),
+                "compile": Config.from_options(values.get("compile")),
                 "train": Training.from_options(values.get("train")),
                 "data": Images.from_options(values.get("data")),
                 "calibration": Calibration(**values.get("calibration", {})),
@@ -170,8 +170,4 @@ def _change(values: dict[str, Any], change: str) -> None:
             raise ConfigError(
                 "a change names no part of the recipe", expected=f"one of {', '.join(_PARTS)}", found=part
             )
-    target[last] = yaml.load(text, _Loader)
-
-
-def _tuples(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()}
+    target[last] = parse(text, f"the value in {change!r}")

@@ -1,0 +1,45 @@
+"""What a model gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpcompile.errors import InputError
+from mpcompile.graph import training_flags
+from mpcompile.training import batches as data
+from mpcompile.training import ranks
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, val: Iterable[Any]) -> float:
+    """Share of labelled batches (images, labels, ...) that the model gets right, over the shards of all ranks.
+
+    Raises:
+        InputError: nothing to evaluate on, batches without labels, labels out of range, or images that the model
+            doesn't take.
+    """
+    device = device_of(model)
+    right = seen = 0.0
+    with training_flags(model, False):
+        for item in data.read(val, "evaluation"):
+            batch = data.unpack(item, need_labels=True)
+            assert batch.labels is not None
+            logits = data.forward(model, batch.images.to(device), "model")
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                raise InputError("the model doesn't return logits", expected="a tensor (batch, classes)")
+            data.check_labels(batch.labels, len(batch.images), logits.shape[1])
+            right += float((logits.argmax(1).cpu() == batch.labels.cpu()).sum())
+            seen += len(batch.labels)
+    right, seen = ranks.total(right, seen, device=device)
+    if not seen:
+        raise InputError("there is nothing to evaluate on", expected="at least one batch", found="none")
+    return right / seen
