@@ -13,6 +13,7 @@ import json
 import math
 import numbers
 import os
+import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -185,8 +186,8 @@ def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def tensorboard(folder: str | os.PathLike[str]) -> Sink:
-    """A sink that writes TensorBoard event files into ``folder``.
+def tensorboard(folder: str | os.PathLike[str], resume_at: int | None = None) -> Sink:
+    """A sink that writes TensorBoard event files into ``folder``; with ``resume_at``, later steps there are void.
 
     Raises:
         ConfigError: the package ``tensorboard`` isn't installed.
@@ -196,7 +197,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Sink:
 
     class Writer:
         def __init__(self) -> None:
-            self.writer = SummaryWriter(os.fspath(folder))
+            self.writer = SummaryWriter(os.fspath(folder), purge_step=resume_at)
 
         def write(self, numbers: Mapping[str, float], step: int | None) -> None:
             for name, value in numbers.items():
@@ -232,8 +233,13 @@ def wandb(project: str, *, config: Mapping[str, Any] | None = None, **options: A
 TRACKERS = ("tensorboard", "wandb")
 
 
-def trackers(names: Sequence[str], folder: Path | None) -> tuple[Sink, ...]:
+def trackers(names: Sequence[str], folder: Path | None, resume_at: int | None = None) -> tuple[Sink, ...]:
     """Sinks by name, which keep what they write in ``folder`` (None: the working folder).
+
+    Args:
+        names: of :data:`TRACKERS`.
+        folder: also says which Weights & Biases run is gone on with, in ``wandb.id``.
+        resume_at: the step at which a resumed run goes on.
 
     Raises:
         ConfigError: no such tracker, or its package isn't installed.
@@ -242,7 +248,14 @@ def trackers(names: Sequence[str], folder: Path | None) -> tuple[Sink, ...]:
     for name in names:
         if name not in TRACKERS:
             raise ConfigError("there is no such tracker", expected=f"one of {', '.join(TRACKERS)}", found=repr(name))
-        made.append(tensorboard(place) if name == "tensorboard" else wandb("mpcompile", dir=place, resume="allow"))
+        if name == "tensorboard":
+            made.append(tensorboard(place, resume_at))
+        else:
+            mark = Path(place) / "wandb.id"
+            known = resume_at is not None and mark.exists()
+            found = mark.read_text() if known else secrets.token_hex(8)
+            made.append(wandb("mpcompile", dir=place, id=found, resume="allow"))
+            mark.write_text(found)
     return tuple(made)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import resource
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpcompile
+from mpcompile import events
 from mpcompile.distill import Training, distill, evaluate
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.training import checkpoint
@@ -53,6 +56,19 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 class Stop(BaseException):
     pass
+
+
+class Raising(list):
+    """A loader that says it has three batches, and raises when it is read, or yields nothing."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__([None] * 3)
+        self.error = error
+
+    def __iter__(self):
+        if self.error is not None:
+            raise self.error
+        return iter(())
 
 
 class Breaking:
@@ -266,12 +282,31 @@ def test_bad_input_is_refused():
     refused(InputError, "no length", train=iter([(x, y)]))
     refused(InputError, "no labels", train=[x])
     refused(InputError, "labels have the wrong", train=[(x, y.float())])
+    refused(InputError, "batch is empty", train=[(x[:0], y[:0])])
+    refused(InputError, r"can't take a batch.*\(48, 4\)", train=[(x[:, :4], y)])
+    refused(InputError, "can't take a batch.*uint8", train=[(x.byte(), y)])
+    refused(InputError, "batch 0 of epoch 1 can't be read: 'gone'", train=Raising(KeyError("gone")))
+    refused(InputError, "yields nothing", train=Raising(None), features=1.0)
+    refused(InputError, "batch 0 of epoch 1 can't be read: lost", train=Raising(OSError("lost")), features=1.0)
+    refused(InputError, "val can't be.*no batch", val=[])
+    refused(InputError, "val can't be.*read once", val=iter([(x, y)]))
+    refused(InputError, "evaluation failed.*out of range.*found 9", val=[(x, torch.full_like(y, 9))], epochs=1)
+    refused(InputError, "0.weight: weights in half.*float32, found torch.float16", gm=student(mlp()).half())
+    refused(InputError, "no parameter.*can be trained", gm=student(mlp()).requires_grad_(False))
     refused(InputError, "cache=True needs", cache=True)
     refused(ConfigError, "no option 'epoch'.*Did you mean 'epochs'", epoch=3)
     refused(ConfigError, "out of range", alpha=2.0)
     refused(ConfigError, "wrong type", epochs="3")
     refused(ConfigError, "needs a folder", resume="auto")
     refused(ConfigError, "fsdp", sharding="fsdp", ema=0.9)
+
+
+def test_labels_do_not_count_where_the_teacher_alone_is_learnt_from():
+    x, y = data()[:]
+    model, weights = mlp(), []
+    for labels in (y, torch.full_like(y, -1), y.float()):
+        weights.append(run(model, train=[(x, labels)], alpha=1.0, epochs=1))
+    assert same(weights[0], weights[1]) and same(weights[0], weights[2])
 
 
 def test_a_loader_that_yields_less_than_it_says(tmp_path):
@@ -292,20 +327,91 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tmp_path):
     assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 2
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, clip):
     model = mlp()
-    calls = []
+    gm, calls = student(model), []
 
-    def full(state, file):
+    def poison(grad):
         calls.append(1)
-        if len(calls) > 1:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        return save(state, file)
+        return grad * float("nan") if len(calls) == 3 else grad
 
-    save = torch.save
-    monkeypatch.setattr(torch, "save", full)
-    refused(ArtifactError, "No space left.*is whole", model=model, out=tmp_path)
+    next(gm.parameters()).register_hook(poison)
+    refused(
+        InputError,
+        "gradient of step 2 is not finite.*last good checkpoint",
+        model,
+        gm=gm,
+        out=tmp_path,
+        checkpoint_steps=1,
+        clip=clip,
+    )
+    assert all(bool(torch.isfinite(p).all()) for p in gm.parameters())
+    assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 2
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_weights_that_blow_up_are_no_good_checkpoint(tmp_path, lr):
+    """The loss was finite; what the last step made of the weights is not, or gives outputs that aren't."""
+    x, y = data()[:]
+    options = {"epochs": 1, "lr": lr, "warmup": 0, "optimizer": "sgd", "out": tmp_path}
+    refused(InputError, "after step 1 the student's weights or outputs are not finite", train=[(x, y)], **options)
+    assert not (tmp_path / checkpoint.NAME).exists()
+
+
+def test_an_evaluation_that_fails_costs_no_epoch(tmp_path):
+    model, val = mlp(), data_val()
+    options = {"epochs": 2, "lr": 1e-2, "progress": False}
+    whole = student(model)
+    wanted = distill(whole, model, loader(), val, out=tmp_path / "whole", **options)
+    gm = student(model)
+    with pytest.raises(
+        InputError, match=r"evaluation failed: batch 0 of evaluation can't be read: gone.*checkpoint.pt"
+    ):
+        distill(gm, model, loader(), Raising(OSError("gone")), out=tmp_path / "run", **options)
+    gm = student(model)
+    found = distill(gm, model, loader(), val, out=tmp_path / "run", resume="auto", **options)
+    assert found.resumed == 6 and same(gm, whole)
+    assert (found.losses, found.accuracy) == (wanted.losses, wanted.accuracy)
+    logs = [events.read(tmp_path / name / "log.jsonl") for name in ("whole", "run")]
+    told = [[(e["event"], e["step"]) for e in log if e["event"] != "resume"] for log in logs]
+    assert told[0] == told[1]
+    again = student(model)  # of a finished run
+    distill(again, model, loader(), val, out=tmp_path / "run", resume="auto", **options)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines].count("end") == 1 and same(again, whole)
+
+
+@pytest.mark.parametrize("options", [{"method": "sr-ste"}, {"method": "gradual"}, {"method": "sr-ste", "ema": 0.9}])
+def test_accuracy_with_moving_masks_is_of_what_the_result_would_be(options):
+    model, val = mlp(), data_val()
+    gm = student(model)
+    gm.load_state_dict(model.state_dict(), strict=False)
+    found = distill(gm, model, loader(), val, epochs=2, lr=3e-2, progress=False, **options)
+    assert found.accuracy[-1] == evaluate(gm, val)
+    broken = student(model)
+    broken.load_state_dict(model.state_dict(), strict=False)
+    with pytest.raises(Stop):
+        distill(broken, model, Breaking(loader(), 7), progress=False, epochs=2, lr=3e-2, **options)
+    assert not any("forward" in vars(module) for module in broken.modules())  # nothing of the method is left
+    assert all(bool((weight[~mask] == 0).all()) for weight, mask, _ in masked_weights(broken).values())
+
+
+def test_a_file_that_can_not_grow_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """The operating system refuses a write in the midst of the second checkpoint, as it does on a full disk."""
+    model = mlp()
+    write, limits = checkpoint.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(path, state):
+        most = (path.stat().st_size // 2, limits[1]) if path.exists() else limits
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        try:
+            write(path, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(checkpoint, "write", limited)
+    refused(ArtifactError, "room, found File too large.*is whole", model=model, out=tmp_path)
     monkeypatch.undo()
     assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 6
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
@@ -321,7 +427,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     refused(ArtifactError, "expected lr=0.0001, found lr=0.1", model=model, resume="auto", lr=0.1, **refused_by)
     path = tmp_path / checkpoint.NAME
     path.write_bytes(path.read_bytes()[:1000])
-    refused(ArtifactError, "can't be read as a checkpoint", model=model, resume="auto", **refused_by)
+    refused(ArtifactError, "can't be read as a checkpoint.*a damaged file", model=model, resume="auto", **refused_by)
+
+
+def test_other_images_or_another_teacher_are_another_run(tmp_path):
+    model = mlp()
+    options = {"epochs": 1, "out": tmp_path}
+    distill(student(model), model, loader(), fingerprint="photos", progress=False, **options)
+    refused(
+        ArtifactError,
+        "expected images photos, found images other",
+        model,
+        resume="auto",
+        fingerprint="other",
+        **options,
+    )
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].bias += 1
+    options |= {"fingerprint": "photos", "resume": "auto"}
+    refused(ArtifactError, "another run.*teacher", model, teacher=other, **options)
 
 
 def test_evaluation_counts_right_answers():

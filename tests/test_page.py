@@ -228,7 +228,9 @@ def test_command(artifact, tmp_path, capsys):
         (["--image", "cat.jpg", "--audit", "good.json"], "--image needs an artifact"),
         (["--audit", "none.json"], "can't read none.json"),
         (["--audit", "bad.json"], "bad.json is no JSON"),
-        (["--audit", "list.json"], "not what a command wrote"),
+        (["--audit", "list.json"], "list.json is not what mpcompile audit wrote"),
+        (["--explain", "good.json"], "good.json is not what mpcompile explain wrote"),
+        (["--analyze", "good.json"], "good.json is not what mpcompile analyze wrote"),
         (["none.mpc"], "can't be loaded"),
     ],
 )
@@ -241,9 +243,9 @@ def test_bad_calls(arguments, message, tmp_path, monkeypatch, capsys):
 
 
 def test_errors_of_sources(tmp_path):
-    assert read_json(None) is None
+    assert read_json(None, "audit") is None
     with pytest.raises(ArtifactError):
-        read_json(tmp_path)
+        read_json(tmp_path, "audit")
     gm = transform(mlp(), torch.ones(1, 32))
     gm.plan.provenance["data"] = DATA
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

@@ -1,22 +1,21 @@
-"""Recipes, images from folders, and the command that puts them together."""
+"""Recipes, and images from folders."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import nn
 
-import mpcompile
-from mpcompile.cli import main
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training import datasets, images
+from mpcompile.training import datasets, images, ranks
 from mpcompile.training.checkpoint import seed_everything
 from mpcompile.training.recipe import Recipe
+from tests.helpers import labelled_images
 
 ROWS = {
     "convnextv2_base_12of16": ("12:16", 0),
@@ -34,31 +33,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two splits of three classes of small images."""
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for split, count in (("train", 8), ("validation", 3)):
-        for number, name in enumerate(("ant", "bee", "cat")):
-            place = root / split / name
-            place.mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 80, (40, 48, 3), dtype=np.uint8)
-                pixels[:, :, number] += 150
-                Image.fromarray(pixels).save(place / f"{index}.png")
-    return root
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    """A small one, as YAML."""
-    path = tmp_path / "small.yaml"
-    path.write_text(
-        "model: test_resnet\n"
-        'compile: {pattern: "2:4", score: wanda, permute: false, restore: false}\n'
-        "calibration: {images: 6, batch: 3, calibrate: dense}\n"
-        "train: {epochs: 2, lr: 1e-4, warmup: 0, bn_batches: 2}\n"
-        "data: {batch: 6, size: 32, workers: 0, auto_augment: rand-m9-mstd0.5-inc1, reprob: 0.25}\n"
-    )
-    return path
+    return labelled_images(tmp_path_factory.mktemp("data"))
 
 
 def test_every_row_of_the_paper_has_a_recipe():
@@ -91,6 +66,18 @@ def test_a_recipe_can_be_changed():
         (["train.lr"], "wrong form"),
         (["model.a=1"], "names no part"),
         (["train=3"], "wrong type"),
+        (["train.lr=["], "'train.lr=\\['.* is not YAML"),
+        (["data.batch=abc"], "'batch' has the wrong type"),
+        (["data.scale=5"], "'scale' has the wrong type; expected 2 values"),
+        (["data.scale=[0.5, 0.2]"], "'scale' is out of range"),
+        (["data.workers=1.5"], "'workers' has the wrong type"),
+        (["data.hflip=7"], "'hflip' is out of range"),
+        (["data.auto_augment=foo"], "timm knows no such augmentation.*found 'foo'"),
+        (["calibration.images=abc"], "'images' has the wrong type"),
+        (["calibration.batch=0"], "'batch' is out of range"),
+        (["calibration.calibrate=x"], "'calibrate' has no such value"),
+        (["prior_weight=abc"], "'prior_weight' has the wrong type"),
+        (["train.cache=true"], "augment=false with train.cache=true"),
     ],
 )
 def test_wrong_recipes_are_refused(changes, match):
@@ -130,54 +117,77 @@ def test_images_of_a_folder(folder):
     assert all(torch.equal(seen[0][i], seen[1][i]) for i in range(24))
 
 
+def test_splits_are_what_they_are_called(folder, tmp_path):
+    assert len(datasets.dataset(str(folder), "val", False)) == 9  # validation/ by another name
+    assert len(datasets.dataset(str(folder / "train"), "train", True)) == 24  # a folder of classes
+    with pytest.raises(InputError, match=r"no images of split 'trian'.*found train, validation"):
+        datasets.dataset(str(folder), "trian", True)
+    with pytest.raises(InputError, match=r"no images of split 'test'.*--val-split none"):
+        datasets.dataset(str(folder), "test", False)
+    with pytest.raises(InputError, match=r"split 'validation'.*no splits.*--val-split none"):
+        datasets.dataset(str(folder / "train"), "validation", False)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(InputError, match=r"no images of split 'train'.*one sub-folder of images a class"):
+        datasets.dataset(str(tmp_path), "train", True)
+
+
+def test_classes_of_all_splits_are_numbered_alike(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    shutil.rmtree(data / "validation" / "bee")
+    train = datasets.dataset(str(data), "train", True)
+    names = datasets.class_names(train)
+    val = datasets.dataset(str(data), "validation", False, classes=names)
+    assert datasets.labels_of(val) == [0] * 3 + [2] * 3
+    (data / "validation" / "cat").rename(data / "validation" / "dog")
+    with pytest.raises(InputError, match=r"split 'validation' has classes.*ant, bee, cat.*dog"):
+        datasets.dataset(str(data), "validation", False, classes=names)
+    for count in (2, 4):
+        with pytest.raises(
+            InputError, match=rf"different classes; expected {count}, as the model, found 3.*--class-map"
+        ):
+            datasets.check_classes(train, count)
+
+
+def test_a_class_map_numbers_the_classes(folder, tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("cat\nant\n\ndog\nbee\n")
+    names = datasets.read_class_map(path)
+    train = datasets.dataset(str(folder), "train", True, classes=names)
+    assert datasets.labels_of(train) == [1] * 8 + [3] * 8 + [0] * 8
+    datasets.check_classes(train, 4)
+    for text, match in (("", "an empty file"), ("a\nb\na\n", "'a' twice")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=match):
+            datasets.read_class_map(path)
+    with pytest.raises(InputError, match="can't read the class map"):
+        datasets.read_class_map(tmp_path / "none.txt")
+
+
+def test_a_step_has_the_same_images_on_one_process_and_on_many(monkeypatch):
+    """Whatever the number of processes and of batches that make a step."""
+
+    def steps(world: int, accumulate: int, epoch: int = 0) -> list[list[int]]:
+        parts, found = world * accumulate, []
+        monkeypatch.setattr(ranks, "world", lambda: world)
+        for rank in range(world):
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            order = images.Order(50, 12 // parts, seed=3, dealt=parts)
+            order.set_epoch(epoch)
+            mine = list(order)
+            assert len(mine) == len(order) == 48 // world
+            found.append([mine[i : i + 12 // world] for i in range(0, len(mine), 12 // world)])
+        return [sorted(itertools.chain(*step)) for step in zip(*found, strict=True)]
+
+    alone = steps(1, 1)
+    assert len(alone) == 4 and len(set(itertools.chain(*alone))) == 48
+    assert steps(2, 1) == steps(3, 2) == steps(1, 4) == alone != steps(1, 1, epoch=1)
+
+
 def test_data_that_can_not_be_used(folder, tmp_path):
     with pytest.raises(InputError, match="no images of split 'train' in"):
         datasets.dataset(str(tmp_path / "nowhere"), "train", True)
-    with pytest.raises(InputError, match=r"different classes; expected 2, as the model, found 3"):
-        datasets.check_classes(datasets.dataset(str(folder), "train", True), 2)
+    with pytest.raises(InputError, match=r"fewer training images than make a batch; expected at least 25, found 24"):
+        images.loader(datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.Images(batch=25), True)
     with pytest.raises(ConfigError, match="multiple of 4"):
         images.loader(datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.Images(batch=6), True, 4)
-
-
-def test_the_command_runs_a_recipe_and_goes_on(folder, recipe, tmp_path, capsys):
-    out = tmp_path / "run"
-    command = ["distill", str(recipe), "--data", str(folder), "--out", str(out), "--num-classes", "3", "--quiet"]
-    assert main([*command, "--set", "train.checkpoint_steps=1"]) == 0
-    said = capsys.readouterr().out
-    assert "8 steps, 48 images" in said and "random weights" in said
-    assert {p.name for p in out.iterdir()} >= {
-        "student.mpc",
-        "distilled.mpc",
-        "result.json",
-        "log.jsonl",
-        "checkpoint.pt",
-    }
-    result = json.loads((out / "result.json").read_text())
-    assert len(result["result"]["accuracy"]) == 3 and result["recipe"]["model"] == "test_resnet"
-    weights = mpcompile.load(out / "distilled.mpc").state_dict()
-    assert main([*command, "--set", "train.checkpoint_steps=1"]) == 2
-    assert "earlier run" in capsys.readouterr().err
-    assert main([*command, "--set", "train.checkpoint_steps=1", "--resume", "auto"]) == 0
-    again = mpcompile.load(out / "distilled.mpc").state_dict()
-    assert all(torch.equal(weights[k], again[k]) for k in weights)
-
-
-def test_a_corrupt_image_is_named(folder, recipe, tmp_path, capsys):
-    import shutil
-
-    data = tmp_path / "data"
-    shutil.copytree(folder, data)
-    whole = data / "train" / "bee" / "3.png"
-    out = tmp_path / "run"
-    command = ["distill", str(recipe), "--data", str(data), "--out", str(out), "--num-classes", "3", "--quiet"]
-    whole.write_bytes(whole.read_bytes()[:200])
-    assert main([*command, "--set", "calibration.images=1", "--val-split", "none"]) == 2
-    said = capsys.readouterr().err
-    assert "bee/3.png can't be read" in said and "checkpoint" in said
-
-
-def test_the_command_says_what_is_missing(capsys):
-    assert main(["distill", "resnet50_2of4"]) == 2
-    assert "no ['--data', '--out']" in capsys.readouterr().err
-    assert main(["distill", "--list"]) == 0
-    assert "vit_large_8of16" in capsys.readouterr().out

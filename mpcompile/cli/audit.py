@@ -98,5 +98,5 @@ def _record(path: Path, report: Report) -> None:
     """The figures go into the artifact's plan; weights stay as they are."""
     saved: IRModule = mpcompile.load(path)
     figures = report.to_dict()
-    saved.plan.figures = {key: figures[key] for key in ("rows", "environment", "notes", "fell_back")}
+    saved.plan.figures |= {key: figures[key] for key in ("rows", "environment", "notes", "fell_back")}
     mpcompile.save(saved, path)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the page is written."""
     from mpcompile import page
 
-    audit, explain, analyze, certify = (read_json(getattr(args, name)) for name in READ)
+    audit, explain, analyze, certify = (read_json(getattr(args, name), name) for name in READ)
     if args.artifact is None and not any((audit, explain, analyze, certify)):
         raise ConfigError("there is nothing to report", hint="give an artifact, or --audit FILE")
     if args.image and args.artifact is None:

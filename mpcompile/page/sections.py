@@ -336,7 +336,9 @@ def environment(sources: Sources) -> str | None:
     if sources.artifact is not None:
         plan = sources.artifact.plan
         rows += [("artifact", sources.name)] if sources.name else []
+        trained = plan.figures.get("distillation")
         rows += [*_flat(plan.provenance), *_flat({"config": plan.config})]
+        rows += _flat({"distillation": trained}) if isinstance(trained, Mapping) else ()
     rows = [(key, "" if value is None else value) for key, value in rows]
     return f'<div class="words">{table(["what", "is"], rows)}</div>' if rows else None
 

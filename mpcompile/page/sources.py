@@ -51,11 +51,14 @@ class Sources:
         return self.artifact.plan.figures if self.artifact is not None else {}
 
 
-def read_json(path: Path | None) -> dict[str, Any] | None:
-    """A JSON object from a file; None without one.
+_MARKS = {"audit": "rows", "explain": "layers", "certify": "tiers"}
+
+
+def read_json(path: Path | None, command: str) -> dict[str, Any] | None:
+    """What a command wrote with ``--json``; None without a file.
 
     Raises:
-        ArtifactError: the file is missing, or holds no JSON object.
+        ArtifactError: the file is missing, or holds something else.
     """
     if path is None:
         return None
@@ -65,9 +68,18 @@ def read_json(path: Path | None) -> dict[str, Any] | None:
         raise ArtifactError(f"can't read {path}", found=error.strerror or str(error)) from error
     except ValueError as error:
         raise ArtifactError(f"{path} is no JSON", found=str(error)[:80]) from error
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path} is not what a command wrote", expected="a JSON object", found=type(found).__name__)
-    return found
+    if command == "analyze":  # layers by name
+        right = isinstance(found, dict) and any(isinstance(v, dict) and "fits" in v for v in found.values())
+    else:
+        right = isinstance(found, dict) and isinstance(found.get(_MARKS[command]), list)
+    if not right:
+        keys = f"keys {', '.join(list(found)[:5])}" if isinstance(found, dict) else type(found).__name__
+        raise ArtifactError(
+            f"{path} is not what mpcompile {command} wrote",
+            expected=f"what mpcompile {command} MODEL --json {path.name} writes",
+            found=keys,
+        )
+    return dict(found)
 
 
 def number(value: Any) -> float | None:

@@ -149,6 +149,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def left_behind(folder: Path) -> None:
-    """Remove temporary files that a killed run left."""
-    for path in folder.glob(f".{NAME}.*.tmp"):
-        path.unlink(missing_ok=True)
+    """Remove temporary files that a killed run left, of checkpoints and of what else it writes."""
+    for pattern in (".*.tmp", ".student.*.mpc"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)

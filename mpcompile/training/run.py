@@ -71,7 +71,7 @@ class Run:
     ) -> None:
         self.original, self.train, self.val, self.options, self.folder = student, train, val, training, folder
         self.fingerprint, self.progress = fingerprint, progress and ranks.rank() == 0
-        self.sinks = events.trackers(trackers, folder) if ranks.rank() == 0 else ()
+        self.trackers = trackers if ranks.rank() == 0 else ()
         self.device = device_of(student)
         _check(student, val)
         ranks.check_code()
@@ -152,7 +152,8 @@ class Run:
             path = self.folder / LOG if self.writes and self.folder is not None else None
             told = {"end"} if state is None or state["evaluated"] else {"end", "epoch"}  # what will be said again
             resume_at = None if state is None else step + 1
-            with events.EventLog(path, resume_at=resume_at, again=told, sinks=self.sinks) as self.log:
+            sinks = events.trackers(self.trackers, self.folder, resume_at)
+            with events.EventLog(path, resume_at=resume_at, again=told, sinks=sinks) as self.log:
                 if state is not None:
                     self.log.write("resume", step=step)
                     if not state["evaluated"]:
