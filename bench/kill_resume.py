@@ -1,10 +1,12 @@
 """Does a run that is killed again and again end with the weights of an undisturbed one?
 
     python -m bench.kill_resume --kills 20
+    python -m bench.kill_resume --kills 20 --command
 
 A two-block transformer with dropout is distilled on random images, with a checkpoint after every step. The run is
 forked off, killed with SIGKILL at a random moment, and taken up again; at the end all weights are compared bit by
-bit.
+bit, and what the logs tell. With ``--command`` it is ``mpcompile distill`` on a folder of images, with workers and
+augmentation, killed at any moment from its start on: while it makes the student, too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import argparse
 import os
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,11 +24,13 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import mpcompile
-from bench.common import common_arguments, environment, fill, save
+from bench.common import common_arguments, environment, fill, load, save
+from mpcompile import events
 from mpcompile.training import checkpoint
 
 
@@ -54,7 +60,8 @@ def train(folder: Path, epochs: int, dense: nn.Module, student: Any) -> None:
     """One run, or the rest of one; leaves its weights in ``folder/final.pt``."""
     loader = DataLoader(Noise(96), 16, shuffle=True)
     options = {"epochs": epochs, "lr": 1e-3, "ema": 0.99, "features": 0.5, "accumulate": 2, "checkpoint_steps": 1}
-    mpcompile.distill(student, dense, loader, out=folder, resume="auto", progress=False, **options)
+    val = [(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(8))]
+    mpcompile.distill(student, dense, loader, val, out=folder, resume="auto", progress=False, **options)
     torch.save(student.state_dict(), folder / "final.pt")
 
 
@@ -99,40 +106,130 @@ def forked(folder: Path, epochs: int, made: tuple[nn.Module, Any], writes: float
     return False
 
 
+RECIPE = """
+model: test_resnet
+compile: {pattern: "2:4", score: magnitude}
+calibration: {images: 16, batch: 8}
+train: {epochs: 3, lr: 1e-3, ema: 0.9, bn_batches: 2, checkpoint_steps: 2}
+data: {batch: 8, size: 64, workers: 2, auto_augment: rand-m9-mstd0.5-inc1, reprob: 0.25}
+"""
+
+
+def pictures(root: Path) -> None:
+    """An image folder: two splits, two classes."""
+    for split, count in (("train", 24), ("validation", 8)):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.effect_noise((80, 72), 40 + index).convert("RGB").save(root / split / name / f"{index}.png")
+
+
+def run_command(root: Path, out: Path, seconds: float) -> bool:
+    """``mpcompile distill``, killed with all its workers after so many seconds; True if it came to its end before."""
+    command = [sys.executable, "-m", "mpcompile", "distill", str(root / "recipe.yaml"), "--data", str(root / "images")]
+    command += ["--num-classes", "2", "--threads", "1", "--quiet", "--out", str(out), "--resume", "auto"]
+    with (root / "said").open("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return False
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"a run failed of itself, without being killed: {said.read()}")
+    return True
+
+
+def by_command(root: Path, kills: int, draw: random.Random) -> tuple[Path, Path, list[int]]:
+    """A whole run, a broken one, and the steps at its kills."""
+    pictures(root / "images")
+    (root / "recipe.yaml").write_text(RECIPE)
+    whole, broken, steps = root / "whole", root / "broken", []
+    start = time.monotonic()
+    run_command(root, whole, 3600)
+    duration, done = time.monotonic() - start, False
+    while not done:
+        # A short time can end before there is anything; a long one comes to the end, and the last kills then have none.
+        done = run_command(root, broken, duration * draw.random() if len(steps) < kills else 3600)
+        if done and len(steps) < kills:
+            (broken / "distilled.mpc").unlink()
+            (broken / checkpoint.NAME).unlink()
+            (broken / "log.jsonl").unlink()
+            done = False
+        elif not done:
+            path = broken / checkpoint.NAME
+            steps.append(int(checkpoint.read(path)["step"]) if path.exists() else 0)
+            print(f"kill {len(steps)}: the checkpoint is at step {steps[-1]}", flush=True)
+    return whole, broken, steps
+
+
+def by_fork(root: Path, kills: int, epochs: int, draw: random.Random) -> tuple[Path, Path, list[int]]:
+    """The same without the command."""
+    whole, broken, steps = root / "whole", root / "broken", []
+    made = models()
+    forked(whole, epochs, made, float("inf"), 0.0)
+    done = False
+    while not done:
+        writes = draw.randrange(4) if len(steps) < kills else float("inf")
+        done = forked(broken, epochs, made, writes, draw.random())
+        if not done:
+            path = broken / checkpoint.NAME
+            steps.append(int(checkpoint.read(path)["step"]) if path.exists() else 0)
+            print(f"kill {len(steps)}: the checkpoint is at step {steps[-1]}", flush=True)
+    return whole, broken, steps
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """What a run ended with."""
+    if (folder / "final.pt").exists():
+        return dict(torch.load(folder / "final.pt", weights_only=True))
+    return dict(mpcompile.load(folder / "distilled.mpc").state_dict())
+
+
+def epochs_told(folder: Path) -> list[Any]:
+    """What the log says of epochs and steps, without times."""
+    return [
+        {key: value for key, value in line.items() if key != "time"}
+        for line in events.read(folder / "log.jsonl")
+        if line["event"] in ("step", "epoch")
+    ]
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
     parser.add_argument("--kills", type=int)
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, help="without --command")
+    parser.add_argument("--command", action="store_true", help="kill the command, not a function")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     fill(args, {"kills": 20, "epochs": 24}, {"kills": 3, "epochs": 5})
     torch.set_num_threads(1)  # so that processes can be forked off
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
-        whole, broken = Path(name) / "whole", Path(name) / "broken"
-        made = models()
-        forked(whole, args.epochs, made, float("inf"), 0.0)
-        expected = torch.load(whole / "final.pt", weights_only=True)
-        kills, steps, done = 0, [], False
-        while not done:
-            writes = draw.randrange(4) if kills < args.kills else float("inf")
-            done = forked(broken, args.epochs, made, writes, draw.random())
-            if not done:
-                kills += 1
-                path = broken / checkpoint.NAME
-                steps.append(int(checkpoint.read(path)["step"]) if path.exists() else 0)
-                print(f"kill {kills}: the checkpoint is at step {steps[-1]}", flush=True)
-        found = torch.load(broken / "final.pt", weights_only=True)
+        if args.command:
+            whole, broken, steps = by_command(Path(name), args.kills, draw)
+        else:
+            whole, broken, steps = by_fork(Path(name), args.kills, args.epochs, draw)
+        expected, found = weights(whole), weights(broken)
         left = [p.name for p in broken.iterdir() if p.name.endswith(".tmp")]
+        told = epochs_told(whole) == epochs_told(broken)
     equal = expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
     print(
-        f"{kills} kills; final weights {'equal bit by bit' if equal else 'DIFFER'}; files left behind: {left or 'none'}"
+        f"{len(steps)} kills; final weights {'equal bit by bit' if equal else 'DIFFER'}, logs "
+        f"{'alike' if told else 'DIFFER'}; files left behind: {left or 'none'}"
     )
-    result = {"kills": kills, "steps at kills": steps, "equal": equal, "left": left, "environment": environment(1)}
-    save("kill_resume", result, args.out)
-    raise SystemExit(0 if equal and not left and kills == args.kills and steps[-1] else 1)
+    row = {"kills": len(steps), "steps at kills": steps, "equal": equal, "logs alike": told, "left": left}
+    kept = load("kill_resume", args.out) or {}
+    save(
+        "kill_resume",
+        {**kept, "command" if args.command else "function": {**row, "environment": environment(1)}},
+        args.out,
+    )
+    raise SystemExit(0 if equal and told and not left and len(steps) == args.kills and max(steps) else 1)
 
 
 if __name__ == "__main__":

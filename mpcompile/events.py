@@ -23,6 +23,7 @@ import torch
 
 from mpcompile.errors import ArtifactError, ConfigError
 
+TRACKERS = ("tensorboard", "wandb")
 _FRAME = ("event", "time", "step")
 
 
@@ -230,7 +231,16 @@ def wandb(project: str, *, config: Mapping[str, Any] | None = None, **options: A
     return Run()
 
 
-TRACKERS = ("tensorboard", "wandb")
+def check_trackers(names: Sequence[str]) -> None:
+    """Trackers can be had, before anything is computed.
+
+    Raises:
+        ConfigError: no such tracker, or its package isn't installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError("there is no such tracker", expected=f"one of {', '.join(TRACKERS)}", found=repr(name))
+        _needed(name)
 
 
 def trackers(names: Sequence[str], folder: Path | None, resume_at: int | None = None) -> tuple[Sink, ...]:
@@ -244,10 +254,9 @@ def trackers(names: Sequence[str], folder: Path | None, resume_at: int | None = 
     Raises:
         ConfigError: no such tracker, or its package isn't installed.
     """
+    check_trackers(names)
     place, made = str(folder or "."), []
     for name in names:
-        if name not in TRACKERS:
-            raise ConfigError("there is no such tracker", expected=f"one of {', '.join(TRACKERS)}", found=repr(name))
         if name == "tensorboard":
             made.append(tensorboard(place, resume_at))
         else:

@@ -21,6 +21,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(f"{_NUMBER}int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_constructor(f"{_NUMBER}int", lambda loader, node: int(loader.construct_scalar(node)))  # 010 is ten
 _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _Loader.add_implicit_resolver(f"{_NUMBER}float", _FLOAT, list("-+.0123456789"))
 
@@ -41,5 +42,5 @@ def parse(text: str, where: object) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where} is not YAML", found=" ".join(str(error).split())) from error

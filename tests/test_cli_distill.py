@@ -146,6 +146,8 @@ def test_what_belongs_to_another_run_is_left_alone(command, folder, tmp_path, ca
         (["--out", "run", "--device", "foo"], "device 'foo' can't be used"),
         (["--out", "run", "--val-split", "test"], "no images of split 'test'"),
         (["--out", "run", "--num-classes", "5"], "different classes"),
+        (["--out", "run", "--set", "model=test_resnet.foo"], "timm can't make 'test_resnet.foo'"),
+        (["--out", "run", "--class-map", "none.txt"], "can't read the class map none.txt"),
         (["--out", "run", "--set", "data.batch=64"], "fewer training images than make a batch; expected at least 64"),
     ],
 )

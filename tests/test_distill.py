@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import mpcompile
 from mpcompile import events
 from mpcompile.distill import Training, distill, evaluate
-from mpcompile.errors import ArtifactError, ConfigError, InputError
+from mpcompile.errors import ArtifactError, ConfigError, GraphError, InputError
 from mpcompile.training import checkpoint
 from mpcompile.training.features import pair
 from mpcompile.training.losses import distillation_loss, parameter_groups
@@ -241,6 +241,24 @@ def test_batchnorm_is_estimated_anew():
     torch.testing.assert_close(gm.get_submodule("1").running_mean, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_batchnorm_of_a_locked_graph_is_estimated_too():
+    """A model that takes other paths in training than in evaluation is traced for one of them."""
+
+    class Locked(nn.Sequential):
+        def forward(self, x):
+            x = super().forward(x)
+            return (x + x) / 2 if self.training else x
+
+    torch.manual_seed(0)
+    model = Locked(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 5)).eval()
+    gm = student(model)
+    with pytest.raises(GraphError):
+        gm.train()
+    distill(gm, model, loader(), epochs=1, bn_batches=2, progress=False)
+    norm = next(module for module in gm.modules() if isinstance(module, nn.BatchNorm1d))
+    assert norm.num_batches_tracked == 2 and norm.momentum == 0.1 and not norm.training
+
+
 def test_cached_logits_change_nothing_and_spare_the_teacher():
     class Counting(nn.Module):
         def __init__(self, inner):
@@ -283,8 +301,8 @@ def test_bad_input_is_refused():
     refused(InputError, "no labels", train=[x])
     refused(InputError, "labels have the wrong", train=[(x, y.float())])
     refused(InputError, "batch is empty", train=[(x[:0], y[:0])])
-    refused(InputError, r"can't take a batch.*\(48, 4\)", train=[(x[:, :4], y)])
-    refused(InputError, "can't take a batch.*uint8", train=[(x.byte(), y)])
+    refused(InputError, r"teacher fails on a batch: mat1.*\(48, 4\)", train=[(x[:, :4], y)])
+    refused(InputError, "fails on a batch.*uint8", train=[(x.byte(), y)])
     refused(InputError, "batch 0 of epoch 1 can't be read: 'gone'", train=Raising(KeyError("gone")))
     refused(InputError, "yields nothing", train=Raising(None), features=1.0)
     refused(InputError, "batch 0 of epoch 1 can't be read: lost", train=Raising(OSError("lost")), features=1.0)

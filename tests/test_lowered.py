@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile import Config, transform
+from mpcompile import Config, export, transform
 from mpcompile.artifact import ArtifactError, opset
 from mpcompile.backend import mpsparse
 from mpcompile.kernels import ops
@@ -144,9 +144,8 @@ def test_fullgraph_and_export(tmp_path):
 
 
 def test_aot_inductor(tmp_path):
-    lowered = mpcompile.lower(mlp(), torch.randn(2, 32), Config("8:16", engine="cpu"))
-    x = torch.randn(2, 32)
+    gm, x = transform(mlp(), torch.randn(2, 32), Config("8:16", score="magnitude")), torch.randn(2, 32)
+    export.save_aoti(gm, x, tmp_path / "model.pt2", engine="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
     with torch.no_grad():
-        program = torch.export.export(lowered, (x,))
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        assert relative(torch._inductor.aoti_load_package(path)(x), lowered(x)) < 1e-6
+        assert relative(export.run_exported(tmp_path / "model.pt2", "aoti", x), gm(x)) < 1e-6

@@ -49,9 +49,17 @@ def test_every_row_of_the_paper_has_a_recipe():
 def test_a_recipe_can_be_changed():
     found = Recipe.load(
         "resnet50_8of16",
-        ["train.lr=1e-4", "compile.exclude=[stem]", "compile.pattern=2:4", "data.batch=16", "model=resnet18"],
+        [
+            "train.lr=1e-4",
+            "train.epochs=08",
+            "compile.exclude=[stem]",
+            "compile.pattern=2:4",
+            "data.batch=16",
+            "model=resnet18",
+        ],
     )
     assert found.compile.pattern == "2:4"
+    assert found.train.epochs == 8
     assert (found.train.lr, found.compile.exclude, found.data.batch, found.model) == (1e-4, ("stem",), 16, "resnet18")
 
 
@@ -77,6 +85,8 @@ def test_a_recipe_can_be_changed():
         (["calibration.batch=0"], "'batch' is out of range"),
         (["calibration.calibrate=x"], "'calibrate' has no such value"),
         (["prior_weight=abc"], "'prior_weight' has the wrong type"),
+        (["train.epochs=09x"], "'epochs' has the wrong type"),
+        (["train.seed=-1"], "'seed' is out of range"),
         (["train.cache=true"], "augment=false with train.cache=true"),
     ],
 )
@@ -126,9 +136,15 @@ def test_splits_are_what_they_are_called(folder, tmp_path):
         datasets.dataset(str(folder), "test", False)
     with pytest.raises(InputError, match=r"split 'validation'.*no splits.*--val-split none"):
         datasets.dataset(str(folder / "train"), "validation", False)
-    (tmp_path / "train").mkdir()
+    named = tmp_path / "named"  # a class that is called like a split
+    shutil.copytree(folder / "train", named)
+    (named / "ant").rename(named / "train")
+    assert set(datasets.class_names(datasets.dataset(str(named), "train", True))) == {"bee", "cat", "train"}
+    with pytest.raises(InputError, match=r"is a file.*--reader wds/NAME"):
+        datasets.dataset(str(folder / "train" / "bee" / "0.png"), "train", True)
+    (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(InputError, match=r"no images of split 'train'.*one sub-folder of images a class"):
-        datasets.dataset(str(tmp_path), "train", True)
+        datasets.dataset(str(tmp_path / "empty"), "train", True)
 
 
 def test_classes_of_all_splits_are_numbered_alike(folder, tmp_path):

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     path, random = Path(args.target), False
     source: Any
-    if path.suffix or path.exists():
+    if path.suffix in (".mpc", ".safetensors", ".pt", ".pth") or path.exists():
         if args.pretrained or args.checkpoint is not None:
             raise ConfigError(
                 "a file brings its own weights", expected="--pretrained and --checkpoint with a timm model"

@@ -14,7 +14,7 @@ from torch import nn
 
 import mpcompile
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
-from mpcompile.errors import ConfigError, InputError
+from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.files import load_checkpoint, sha256, write_atomically
 from mpcompile.images import data_config
 from mpcompile.yaml_options import parse
@@ -235,11 +235,8 @@ def create_sized(name: str, pretrained: bool, size: Sequence[int] | None, classe
 
     Its data configuration says the size, too.
     """
-    import timm
-
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    usual = timm.get_pretrained_cfg(name)
-    if size is None or (usual is not None and tuple(size) == tuple(usual.input_size)):
+    if size is None or tuple(size) == _usual_size(name):
         return create(name, pretrained, **options)
     try:
         model = create(name, pretrained, img_size=tuple(size[-2:]), **options)
@@ -247,7 +244,48 @@ def create_sized(name: str, pretrained: bool, size: Sequence[int] | None, classe
         if not isinstance(error.__cause__, TypeError):
             raise
         model = create(name, pretrained, **options)  # takes images of any size
+    _say_size(model, size)
+    return model
+
+
+def _usual_size(name: str) -> tuple[int, ...] | None:
+    import timm
+
+    try:
+        usual = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag: `create` says so
+        return None
+    return None if usual is None else tuple(usual.input_size)
+
+
+def _say_size(model: nn.Module, size: Sequence[int]) -> None:
     model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(size)}  # type: ignore[assignment]
+
+
+def create_with(
+    name: str, pretrained: bool, checkpoint: Path | None, size: Sequence[int] | None, classes: int | None
+) -> nn.Module:
+    """:func:`create_sized` in eval mode, with the weights of a checkpoint file where one is given.
+
+    Position embeddings for the model's usual size are resampled, if timm can do that.
+
+    Raises:
+        ConfigError: timm has no such model.
+        ArtifactError: the checkpoint can't be read or doesn't fit.
+    """
+    model = create_sized(name, pretrained, size, classes).eval()
+    if checkpoint is None:
+        return model
+    try:
+        load_checkpoint(model, checkpoint)
+    except ArtifactError:
+        if size is None or tuple(size) == _usual_size(name) or not hasattr(model, "set_input_size"):
+            raise
+        usual: Any = create_sized(name, False, None, classes).eval()
+        load_checkpoint(usual, checkpoint)
+        usual.set_input_size(img_size=tuple(size[-2:]))
+        _say_size(usual, size)
+        return usual
     return model
 
 
@@ -262,12 +300,14 @@ def load_model(args: argparse.Namespace, like: Mapping[str, Any] | None = None) 
         ConfigError: timm has no such model.
         ArtifactError: the checkpoint can't be read or doesn't fit.
     """
-    like = like or {}
-    classes = like.get("num_classes") if args.num_classes is None else args.num_classes
-    model = create_sized(args.model, args.pretrained, like.get("data", {}).get("input_size"), classes).eval()
-    if args.checkpoint is not None:
-        load_checkpoint(model, args.checkpoint)
-    return model
+    data = (like or {}).get("data")
+    size, classes = data.get("input_size") if isinstance(data, Mapping) else None, (like or {}).get("num_classes")
+    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
+        size = None  # anyone can have written it
+    if not (isinstance(classes, int) and classes > 0):
+        classes = None
+    wanted = args.num_classes if args.num_classes is not None else classes
+    return create_with(args.model, args.pretrained, args.checkpoint, size, wanted)
 
 
 def provenance(

@@ -17,14 +17,14 @@ from mpcompile.cli.common import (
     at_least,
     classes_option,
     command,
-    create_sized,
+    create_with,
     json_option,
     provenance,
     show,
 )
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.events import TRACKERS
-from mpcompile.files import load_checkpoint, write_atomically
+from mpcompile.events import TRACKERS, check_trackers
+from mpcompile.files import write_atomically
 
 
 def add(commands: Commands) -> None:
@@ -99,17 +99,19 @@ def run(args: argparse.Namespace) -> int:
 def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
     from mpcompile.training import checkpoint, datasets, images, ranks
 
+    check_trackers(args.tracker)
     if args.resume == "never" and (args.out / checkpoint.NAME).exists():
         raise checkpoint.in_the_way(args.out / checkpoint.NAME)
     torch.manual_seed(recipe.train.seed)
     size = None if recipe.data.size is None else (3, recipe.data.size, recipe.data.size)
-    teacher = create_sized(recipe.model, args.pretrained, size, args.num_classes).eval()
-    if args.checkpoint is not None:
-        load_checkpoint(teacher, args.checkpoint)
-    teacher.to(device)
+    teacher = create_with(recipe.model, args.pretrained, args.checkpoint, size, args.num_classes).to(device)
     seed, count = recipe.train.seed, getattr(teacher, "num_classes", 0)
     names = None if args.class_map is None else datasets.read_class_map(args.class_map)
     train = datasets.dataset(args.data, args.train_split, True, args.reader, seed, names)
+    if args.class_map is not None and not datasets.class_names(train):
+        raise ConfigError(
+            "--class-map needs data that names its classes", expected="a folder or hfds/NAME", found=args.reader
+        )
     datasets.check_classes(train, count)
     held = None
     if args.val_split != "none":
@@ -199,11 +201,12 @@ def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any,
                 found="others",
                 hint="take up that run as it was started, or choose a new folder",
             )
-    calibration = recipe.calibration
-    drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch)
+    mark.unlink(missing_ok=True)  # killed from here on, nobody takes the one for the other's
+    calibration, seed = recipe.calibration, recipe.train.seed
+    drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch, seed)
     device = next(teacher.parameters()).device
     student = recipe.student(teacher, [part.to(device) for part in drawn])
-    found = provenance(args, recipe.model, teacher, calibration.images, recipe.train.seed)
+    found = provenance(args, recipe.model, teacher, calibration.images, seed)
     student.plan.provenance = {**found, "recipe": recipe.name}
     mpcompile.save(student.eval(), path)
     write_atomically(mark, stamp)
@@ -224,5 +227,6 @@ def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, trai
     from mpcompile.training import datasets, images
 
     how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}
-    text = json.dumps([how, images.data_config_of(teacher, recipe.data), args.train_split], sort_keys=True)
+    read = [images.data_config_of(teacher, recipe.data), args.reader, args.train_split]
+    text = json.dumps([how, read], sort_keys=True)
     return hashlib.sha256(f"{text} {datasets.fingerprint(train)}".encode()).hexdigest()

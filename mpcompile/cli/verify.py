@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when every weight meets the pattern that it is held to, else 1."""
     path = Path(args.target)
     source: Any
-    if path.suffix or path.exists():
+    if path.suffix in (".mpc", ".safetensors", ".pt", ".pth") or path.exists():
         source = verifier.read(path)
     else:
         source = create(args.target, args.pretrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,13 @@ def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state
         InputError: an item can't be read, or the loader yields nothing.
     """
     seed_everything(seed, epoch, rank)
-    for target in (train, getattr(train, "sampler", None), getattr(train, "dataset", None)):
+    batches = getattr(train, "batch_sampler", None)
+    parts = (train, getattr(train, "sampler", None), batches, getattr(batches, "sampler", None))
+    told: list[Any] = []
+    for target in (*parts, getattr(train, "dataset", None)):
+        if any(target is other for other in told):
+            continue
+        told.append(target)
         tell = getattr(target, "set_epoch", None)
         if tell is not None:
             tell(epoch)
@@ -106,24 +113,36 @@ def _said(error: Exception) -> str:
     return re.sub(r"^[\w.]*mpcompile\.errors\.\w+: ", "", lines[-1])
 
 
+@contextlib.contextmanager
+def enough_memory(images: int) -> Iterator[None]:
+    """Says how to go on where a device has too little memory for a batch.
+
+    Raises:
+        InputError: it has.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        hint = "take a smaller batch; accumulate=N makes one step of N of them"
+        raise InputError(f"there is too little memory for {images} images", hint=hint) from error
+
+
 def forward(module: Any, images: Tensor, who: str) -> Any:
     """What a model returns for a batch.
 
     Raises:
-        InputError: it can't take the batch, or there isn't enough memory for it.
+        InputError: its forward pass fails, or there isn't enough memory for it.
     """
     try:
-        return module(images)
-    except torch.OutOfMemoryError as error:
-        hint = "a smaller batch; accumulate=N makes one step of N of them"
-        raise InputError(f"there is too little memory for {len(images)} images", hint=hint) from error
+        with enough_memory(len(images)):
+            return module(images)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         if ranks.lost(error):
             raise
         raise InputError(
-            f"the {who} can't take a batch",
-            expected="images as those that it was made for",
-            found=f"{tuple(images.shape)}, {images.dtype}: {_said(error)}",
+            f"the {who} fails on a batch: {_said(error)}",
+            expected="images as the model takes them",
+            found=f"{tuple(images.shape)}, {images.dtype}",
         ) from error
 
 

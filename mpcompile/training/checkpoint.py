@@ -29,7 +29,7 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state()
+        found["cuda"] = torch.cuda.get_rng_state_all()
     return found
 
 
@@ -40,8 +40,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     name, values, *rest = state["numpy"]
     np.random.set_state((name, np.array(values, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])
 
 
 def seed_everything(seed: int, epoch: int, rank: int) -> None:
@@ -94,12 +94,14 @@ def write(path: Path, state: dict[str, Any]) -> None:
             os.close(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        cause = error if noting is None or noting.error is None else noting.error
+        cause = noting.error if noting is not None and noting.error is not None else error
+        if not isinstance(cause, OSError):
+            raise
         kept = f"the last checkpoint, {path}, is whole" if path.exists() else "there was none before"
         raise ArtifactError(
             f"can't write the checkpoint {path}",
             expected="a writable folder with room",
-            found=getattr(cause, "strerror", None) or str(cause).splitlines()[0],
+            found=cause.strerror or str(cause),
             hint=f"{kept}; make room and resume",
         ) from error
 
@@ -150,6 +152,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def left_behind(folder: Path) -> None:
     """Remove temporary files that a killed run left, of checkpoints and of what else it writes."""
-    for pattern in (".*.tmp", ".student.*.mpc"):
+    written = (NAME, "log.jsonl", "result.json", "student.stamp")
+    for pattern in (*(f".{name}.*.tmp" for name in written), ".mpcompile-*.tmp", ".student.*.mpc"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

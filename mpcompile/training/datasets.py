@@ -29,7 +29,7 @@ class Readable(ImageDataset):
         try:
             source, label, *_ = self.reader[index]
             image = Image.open(source).convert(self.input_img_mode)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(
                 f"image {self.reader.filename(index)} can't be read",
                 expected="a whole image file",
@@ -76,8 +76,9 @@ def dataset(
         root = split_folder(root, split, training)
     try:
         found = create_dataset(reader, root, split=name, **options)
-        if classes and class_names(found):
-            _check_names(class_names(found), classes, name)
+        names = class_names(found)
+        if names and classes and names != dict(classes):
+            _check_names(names, classes, name)
             found = create_dataset(reader, root, split=name, class_map=dict(classes), **options)
     except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
         raise _unreadable(root, name, reader, error) from error
@@ -98,14 +99,18 @@ def split_folder(root: str, split: str, training: bool) -> str:
         InputError: there is no such split.
     """
     place = Path(root)
+    if place.is_file():
+        raise InputError(
+            f"{root} is a file",
+            expected="a folder",
+            hint="unpack it, or cut it into shards and read them with --reader wds/NAME",
+        )
     alike = next((names for names in _SPLITS if split in names), set())
     for name in [split, *sorted(alike - {split})]:
-        if (place / name).is_dir():
+        if _folders(place / name):  # else it may be a class that is called like a split
             return str(place / name)
-    if training and place.is_file():  # a tar file, which timm reads
-        return root
-    there = sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
-    splits = [name for name in there if any(name in names for names in _SPLITS)]
+    there = _folders(place)
+    splits = [name for name in there if any(name in names for names in _SPLITS) and _folders(place / name)]
     if training and there and not splits:
         return root
     raise InputError(
@@ -114,6 +119,10 @@ def split_folder(root: str, split: str, training: bool) -> str:
         found=", ".join(splits) or ("no splits" if there else "no sub-folders" if place.is_dir() else "no such folder"),
         hint=None if training else "--val-split none trains without evaluation",
     )
+
+
+def _folders(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
 
 
 def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
@@ -188,7 +197,7 @@ def check_classes(source: Any, classes: int) -> None:
 
 
 def fingerprint(source: Any) -> str:
-    """A checksum of what a dataset holds, wherever it lies: the names of its files, and labels where they are known."""
+    """A checksum of what a dataset holds, wherever it lies: names of its files and classes, and labels, if known."""
     reader = source.reader
     names = getattr(reader, "samples", None)
     if names is not None:
@@ -196,4 +205,4 @@ def fingerprint(source: Any) -> str:
     elif hasattr(reader, "split_info"):
         names = [os.path.basename(str(name)) for name in getattr(reader.split_info, "filenames", None) or ()]
     count = source.samples if isinstance(source, Streamed) else len(source)
-    return hashlib.sha256(json.dumps([count, names]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([count, names, class_names(source)]).encode()).hexdigest()

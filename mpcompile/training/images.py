@@ -17,6 +17,7 @@ from mpcompile.config import only_fields
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.images import data_config, preprocess
 from mpcompile.training import ranks
+from mpcompile.training.batches import read
 from mpcompile.training.datasets import labels_of
 from mpcompile.training.options import check_fields
 from mpcompile.training.streamed import Streamed
@@ -216,7 +217,7 @@ def calibration(source: Any, model: nn.Module, images: Images, count: int, batch
         labels = labels_of(source)
         chosen = draw(labels if labels is not None else [0] * len(source), count, seed)
         drawn = (source[index] for index in chosen)
-    pixels = [item[0] for item in drawn]
+    pixels = [item[0] for item in read(drawn, "calibration")]
     if len(pixels) < count:  # shards that hold fewer than they say
         raise InputError("there are too few images to calibrate on", expected=count, found=len(pixels))
     return list(torch.stack(pixels).split(batch))

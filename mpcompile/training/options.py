@@ -133,6 +133,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("bn_batches", 0, math.inf),
     ("sr_ste_decay", 0, math.inf),
     ("checkpoint_steps", 0, math.inf),
+    ("seed", 0, 2**63 - 1),
 )
 
 

@@ -18,7 +18,7 @@ import mpcompile
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.training.masks import digest
 
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
+_LOST = re.compile(r"closed by peer|reset by peer|connection (closed|reset|refused)|broken pipe|remote process", re.I)
 _PATIENCE = timedelta(hours=12)  # the others wait while the first rank makes the student
 
 
@@ -41,17 +41,20 @@ def start(device: str) -> torch.device:
     Raises:
         ConfigError: there is no such device.
     """
+    alone = "RANK" not in os.environ or "MASTER_ADDR" not in os.environ
+    if device == "cuda" and not alone:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from error
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
-        return torch.device(device)
-    if not dist.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(torch.device(device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"device {device!r} can't be used: {str(error).splitlines()[0]}",
+            hint=None if alone else "start as many processes as there are devices",
+        ) from error
+    if not alone and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(device)
 
 
@@ -98,7 +101,17 @@ def share_buffers(model: nn.Module) -> None:
     if active():
         for buffer in model.buffers():
             if buffer.is_floating_point():
-                dist.broadcast(buffer, src=0)
+                part = buffer.contiguous()
+                dist.broadcast(part, src=0)
+                if part is not buffer and 0 not in buffer.stride():
+                    buffer.copy_(part)
+
+
+def average(tensor: torch.Tensor) -> None:
+    """The mean over all ranks, in place."""
+    if active():
+        dist.all_reduce(tensor)
+        tensor /= world()
 
 
 def lost(error: BaseException) -> bool:

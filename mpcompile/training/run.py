@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Run:
         self.fingerprint, self.progress = fingerprint, progress and ranks.rank() == 0
         self.trackers = trackers if ranks.rank() == 0 else ()
         self.device = device_of(student)
+        events.check_trackers(trackers)
         _check(student, val)
         ranks.check_code()
         ranks.check_masks(student)
@@ -151,7 +152,8 @@ class Run:
             step = 0 if state is None else int(state["step"])
             path = self.folder / LOG if self.writes and self.folder is not None else None
             told = {"end"} if state is None or state["evaluated"] else {"end", "epoch"}  # what will be said again
-            resume_at = None if state is None else step + 1
+            # A run that was killed before its first checkpoint starts again, and so does its log.
+            resume_at = step + 1 if state is not None else 0 if resume else None
             sinks = events.trackers(self.trackers, self.folder, resume_at)
             with events.EventLog(path, resume_at=resume_at, again=told, sinks=sinks) as self.log:
                 if state is not None:
@@ -242,12 +244,14 @@ class Run:
                 mean, bad = ranks.total(float(loss.detach()), float(not torch.isfinite(loss)), device=self.device)
                 if bad:
                     raise self._diverged(f"the loss of step {step} is not finite")
-                loss.backward()
+                with data.enough_memory(len(self.last) if self.last is not None else 0):
+                    loss.backward()
             loss_sum += mean / ranks.world()
         norm = self._clipped_norm()
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient of step {step} is not finite")
-        self.optimizer.step()
+        with data.enough_memory(len(self.last) if self.last is not None else 0):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.after_step()
         if self.ema is not None:
@@ -444,8 +448,13 @@ def _check(student: nn.Module, val: Iterable[Any] | None) -> None:
                 found=parameter.dtype,
                 hint="student.float(); precision='bf16' computes in bf16 all the same",
             )
+    try:
+        count = None if val is None else len(val)  # type: ignore[arg-type]
+    except TypeError:  # of a stream
+        count = None
+    counts = ranks.gather(count)  # a small set leaves some ranks without any
     once = isinstance(val, Iterator)
-    if once or (isinstance(val, Sized) and len(val) == 0):
+    if once or (None not in counts and not sum(counts)):
         raise InputError(
             "val can't be evaluated on after every epoch",
             expected="a list of batches or a DataLoader",
@@ -465,14 +474,18 @@ def _told(differing: dict[str, tuple[Any, Any]], side: int) -> str:
 
 
 def _reestimate(model: nn.Module, stream: Iterator[Any], device: torch.device) -> None:
-    """BatchNorm statistics as plain averages over a few batches, averaged over all ranks."""
-    from torch.optim.swa_utils import update_bn
-
-    update_bn((data.unpack(item, need_labels=False).images for item in stream), model, device=device)
-    if ranks.active():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                for tensor in (module.running_mean, module.running_var):
-                    assert tensor is not None
-                    torch.distributed.all_reduce(tensor)
-                    tensor /= ranks.world()
+    """BatchNorm statistics as plain averages over a few batches, averaged over all ranks; all else as in evaluation."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    with training_flags(model, False), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True
+        for item in stream:
+            data.forward(model, data.unpack(item, need_labels=False).images.to(device), "student")
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        for tensor in (norm.running_mean, norm.running_var):
+            assert tensor is not None
+            ranks.average(tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mpcompile.errors import InputError
 from mpcompile.training import ranks
+
+log = logging.getLogger(__name__)
 
 
 class Streamed(IterableDataset):
@@ -55,8 +57,18 @@ class Streamed(IterableDataset):
         Raises:
             InputError: there are fewer shards than ranks.
         """
+        most = self._shards() if self.training else None
+        if most is not None and workers > most:
+            log.warning("shards keep %d workers a process busy: data.workers is %d, not %d", most, most, workers)
+            workers = most
+        self.reader.batch_size = batch
+        self.reader.set_loader_cfg(num_workers=max(1, workers))
+        return workers
+
+    def _shards(self) -> int | None:
+        """Shards that each rank reads, or None if that isn't known."""
         files = getattr(getattr(self.reader, "split_info", None), "filenames", None)
-        if self.training and files is not None:  # Hugging Face datasets share out images where shards don't suffice
+        if files is not None:
             if len(files) < ranks.world():
                 raise InputError(
                     "there are fewer shards than processes",
@@ -64,14 +76,12 @@ class Streamed(IterableDataset):
                     found=len(files),
                     hint="cut the data into more shards, or start fewer processes",
                 )
-            most = len(files) // ranks.world()
-            if workers > most:
-                told = f"{len(files)} shards keep {most} workers a process busy: data.workers is {most}, not {workers}"
-                warnings.warn(told, stacklevel=3)
-                workers = most
-        self.reader.batch_size = batch
-        self.reader.set_loader_cfg(num_workers=workers)
-        return workers
+            return len(files) // ranks.world()
+        if not hasattr(self.reader, "builder"):
+            return None
+        count = int(self.reader.builder.as_streaming_dataset(split=self.reader.split).num_shards)
+        # Every rank reads all shards, and leaves out the others' images, where shards can't be dealt evenly.
+        return count if count % ranks.world() else count // ranks.world()
 
     def __len__(self) -> int:
         """Images this rank reads in a pass."""
@@ -87,7 +97,7 @@ class Streamed(IterableDataset):
         """Shuffled images of all shards, at most ``count``, whatever the number of ranks."""
         reader = self._copy()
         reader.dist_rank, reader.dist_num_replicas = 0, 1
-        reader.set_loader_cfg(num_workers=0)
+        reader.set_loader_cfg(num_workers=1)
         return itertools.islice(self._read(reader), min(count, self.samples))
 
     def _copy(self) -> Any:
