@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,22 @@ class Images:
 
 
 def folder(
-    path: Path, data: Mapping[str, Any], *, samples: int | None = None, batch: int = 32, classes: int = 0, seed: int = 0
+    path: Path,
+    data: Mapping[str, Any],
+    *,
+    samples: int | None = None,
+    batch: int = 32,
+    classes: int = 0,
+    names: Sequence[str] = (),
+    seed: int = 0,
 ) -> Images:
     """The images below a folder, or ``samples`` of them drawn by ``seed``.
 
     Args:
-        path: holds images, or one folder of images for each class: then, if there are ``classes`` of them, their sorted
-            order gives the labels (the ImageFolder convention).
+        path: holds images, or one folder of images for each class: then, if there are ``classes`` of them, their order
+            gives the labels: 2 before 10, as timm's readers count.
         classes: classes that the model tells apart; 0 wants no labels.
+        names: of the classes in the model's order, where they are known: labels go by them, and some may be missing.
 
     Raises:
         InputError: there is no such folder, or no image in it.
@@ -101,16 +109,20 @@ def folder(
     if not paths:
         found = "no image" if path.is_dir() else "no such folder"
         raise InputError(f"there are no images in {path}", expected=" ".join(sorted(SUFFIXES)), found=found)
-    names = sorted(p.name for p in path.iterdir() if p.is_dir())
+    from timm.utils.misc import natural_key
+
+    there = sorted((p.name for p in path.iterdir() if p.is_dir()), key=natural_key)
+    known = list(names) if names and set(there) <= set(names) else there
     if samples is not None and samples < len(paths):
         paths = sorted(random.Random(seed).sample(paths, samples))
-    labelled = classes and len(names) == classes and all(p.parent != path for p in paths)
-    labels = [names.index(p.relative_to(path).parts[0]) for p in paths] if labelled else None
+    labelled = classes and len(known) == classes and there and all(p.parent != path for p in paths)
+    number = {name: label for label, name in enumerate(known)}
+    labels = [number[p.relative_to(path).parts[0]] for p in paths] if labelled else None
     return Images(paths, data, batch, labels)
 
 
 def read_images(
-    path: Path, data: Mapping[str, Any], *, samples: int, classes: int = 0, seed: int = 0
+    path: Path, data: Mapping[str, Any], *, samples: int, classes: int = 0, names: Sequence[str] = (), seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """``samples`` images, or all where there are fewer, at once: (N, 3, H, W), and labels (N,) where they are known.
 
@@ -122,7 +134,7 @@ def read_images(
         InputError: nothing there, or no images.
     """
     if path.suffix != ".npz":
-        batches = list(folder(path, data, samples=samples, classes=classes, seed=seed))
+        batches = list(folder(path, data, samples=samples, classes=classes, names=names, seed=seed))
         if isinstance(batches[0], Tensor):
             return torch.cat(batches), None
         pixels, labels = zip(*batches, strict=True)

@@ -1,4 +1,4 @@
-"""Folders of images as batches, labelled by the ImageFolder convention; files that are no images are named."""
+"""Folders of images as batches, labelled by the folders they are in; files that are no images are named."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from PIL import Image
 
 from mpcompile import images
 from mpcompile.errors import InputError
+from mpcompile.training import datasets
 from tests.helpers import tiny_vit
 
 DATA = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
@@ -40,6 +41,19 @@ def test_labels_are_the_order_of_the_folders(tmp_path):
     assert images.folder(tmp_path, DATA).labels is None
     (tmp_path / "bat").mkdir()  # a class without images counts
     assert images.folder(tmp_path, DATA, classes=4).labels == [1, 2, 3]
+
+
+def test_labels_count_as_those_of_training_do(tmp_path):
+    for name in ("1", "2", "10"):
+        write(tmp_path / name / "a.png")
+    trained = datasets.dataset(str(tmp_path), "train", True)
+    found = images.folder(tmp_path, DATA, classes=3)
+    assert [path.parent.name for path in found.paths] == ["1", "10", "2"] and found.labels == [0, 2, 1]
+    assert datasets.class_names(trained) == {"1": 0, "2": 1, "10": 2}
+    named = images.folder(tmp_path, DATA, classes=4, names=["x", "10", "2", "1"])
+    assert named.labels == [3, 1, 2]
+    assert images.folder(tmp_path, DATA, classes=4).labels is None
+    assert images.folder(tmp_path, DATA, classes=3, names=["a", "b", "c"]).labels == [0, 2, 1]  # other folders
 
 
 def test_samples_are_drawn_by_the_seed(tmp_path):

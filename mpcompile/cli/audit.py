@@ -10,7 +10,7 @@ import torch
 
 import mpcompile
 from mpcompile.backend import mpsparse
-from mpcompile.cli.common import Commands, at_least, command, model_options, prepare, show
+from mpcompile.cli.common import Commands, at_least, class_names, command, model_options, prepare, show
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.graph import IRModule
 from mpcompile.images import data_config, folder
@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     if args.images is not None:
         classes = getattr(model, "num_classes", 0)
         data, seed = data_config(model), args.seed
-        files = folder(args.images, data, samples=args.samples, batch=args.batch, classes=classes, seed=seed)
+        names = () if saved is None else class_names(saved.plan.provenance)
+        drawn = {"samples": args.samples, "batch": args.batch, "seed": seed}
+        files = folder(args.images, data, classes=classes, names=names, **drawn)
         batches = [_moved(batch, images) for batch in files]
     if saved is not None:
         gm = saved.to(images.device, images.dtype).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ import mpcompile
 from mpcompile.cli.common import (
     Commands,
     at_least,
+    class_names,
     command,
     create_sized,
     json_option,
@@ -90,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
     sparse = _pruned(args.artifact, args.model, args.num_classes)
     dense = load_model(args, sparse.plan.provenance if isinstance(sparse, IRModule) else None)
     classes = getattr(dense, "num_classes", 0)
-    images, labels = read_images(args.images, data_config(dense), samples=args.samples, classes=classes, seed=args.seed)
+    names = class_names(sparse.plan.provenance) if isinstance(sparse, IRModule) else ()
+    how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": names, "seed": args.seed}
+    images, labels = read_images(args.images, data_config(dense), **how)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
     report = mpcompile.certify(dense, sparse, images, labels, progress=not args.quiet, **options)
     show(args, f"{args.model}, {len(images)} images of {args.images}\n\n{report}", report.to_json(indent=1))

@@ -310,6 +310,12 @@ def load_model(args: argparse.Namespace, like: Mapping[str, Any] | None = None) 
     return create_with(args.model, args.pretrained, args.checkpoint, size, wanted)
 
 
+def class_names(found: Mapping[str, Any]) -> list[str]:
+    """The classes of an artifact in the order of its outputs, where its provenance names them."""
+    names = found.get("class_names")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
 def provenance(
     args: argparse.Namespace, name: str, model: nn.Module, calibration_images: int, seed: int
 ) -> dict[str, Any]:

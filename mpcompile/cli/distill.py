@@ -182,7 +182,7 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
 
 def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, path: Path) -> None:
     """Leave the student of this recipe at ``path``, with a stamp beside it: an earlier run's if it is the same."""
-    from mpcompile.training import checkpoint, images
+    from mpcompile.training import checkpoint, datasets, images
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,8 @@ def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any,
     device = next(teacher.parameters()).device
     student = recipe.student(teacher, [part.to(device) for part in drawn])
     found = provenance(args, recipe.model, teacher, calibration.images, seed)
-    student.plan.provenance = {**found, "recipe": recipe.name}
+    numbers = datasets.class_names(train)
+    student.plan.provenance = {**found, "recipe": recipe.name, "class_names": sorted(numbers, key=lambda n: numbers[n])}
     mpcompile.save(student.eval(), path)
     write_atomically(mark, stamp)
 
