@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 import mpcompile
-from mpcompile.distill import distill
+from mpcompile.distill import distill, evaluate
 from mpcompile.errors import InputError
 from mpcompile.training import ranks
 from mpcompile.training.masks import masked_weights
@@ -39,23 +40,33 @@ def models() -> tuple:
     return dense, gm
 
 
+def normed() -> tuple:
+    """A network with BatchNorm, which sees other images on each rank."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(3072, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    return dense, mpcompile.transform(dense, torch.randn(2, 3, 32, 32), mpcompile.Config(score="magnitude"))
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     out = Path(folder)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
-    dense, fresh = models()
+    made = models()
+    dense, fresh = made
     val = batches(0, 1)[:1]
     found = {}
 
-    def trained(name: str, **options):
-        gm = copy.deepcopy(fresh)
+    def trained(name: str, pair: tuple = made, **options):
+        dense, gm = copy.deepcopy(pair)
         mine = [(x[rank::2], y[rank::2]) for x, y in val]
         result = distill(gm, dense, batches(rank, 2), mine, out=out / name, **{**OPTIONS, **options})
         torch.save(gm.state_dict(), out / f"{name}.{rank}.pt")
-        found[name] = [result.losses, result.accuracy, result.images, result.resumed]
+        found[name] = [result.losses, result.accuracy, result.images, result.resumed, evaluate(gm, mine)]
 
     trained("ddp", accumulate=2, ema=0.9)
     trained("features", features=1.0, optimizer="adamw")
+    trained("norms", normed(), ema=0.5)
+    trained("averaged", normed(), bn_batches=2)
     trained("fsdp", sharding="fsdp", checkpoint_steps=3)
     trained("fsdp", sharding="fsdp", resume="auto")
     refused = {}
@@ -91,7 +102,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(two, name, options):
     folder, (first, _), (second, _) = two
     dense, gm = models()
     alone = distill(gm, dense, batches(0, 1), batches(0, 1)[:1], **{**OPTIONS, **options})
-    losses, accuracy, seen, _ = first[name]
+    losses, accuracy, seen, *_ = first[name]
     assert losses == second[name][0] and accuracy[-1] == alone.accuracy[-1]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone.losses), atol=1e-4, rtol=1e-4)
     assert seen == alone.images
@@ -99,6 +110,15 @@ def test_two_processes_train_as_one_with_the_whole_batch(two, name, options):
     for key, value in gm.state_dict().items():
         assert torch.equal(weights[0][key], weights[1][key])
         torch.testing.assert_close(weights[0][key], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["norms", "averaged"])
+def test_batchnorm_statistics_end_alike_and_accuracy_is_of_the_result(two, name):
+    folder, (first, _), (second, _) = two
+    weights = [torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert any("running" in key for key in weights[0])
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert first[name][1] == second[name][1] and first[name][1][-1] == first[name][4] == second[name][4]
 
 
 def test_features_match_on_two_processes(two):
