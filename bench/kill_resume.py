@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,43 +143,51 @@ def run_command(root: Path, out: Path, seconds: float) -> bool:
     return True
 
 
+def killed(attempt: Callable[[bool], bool], broken: Path, kills: int) -> list[int]:
+    """Try again and again; returns the step of the checkpoint after each kill.
+
+    Args:
+        attempt: one try, killed unless it is told that it is the last; True if it came to its end.
+        broken: the folder of the run.
+        kills: how many before the last try.
+    """
+    steps: list[int] = []
+    while not attempt(len(steps) >= kills):
+        path = broken / checkpoint.NAME
+        steps.append(int(checkpoint.read(path)["step"]) if path.exists() else 0)
+        print(f"kill {len(steps)}: the checkpoint is at step {steps[-1]}", flush=True)
+    return steps
+
+
 def by_command(root: Path, kills: int, draw: random.Random) -> tuple[Path, Path, list[int]]:
     """A whole run, a broken one, and the steps at its kills."""
     pictures(root / "images")
     (root / "recipe.yaml").write_text(RECIPE)
-    whole, broken, steps = root / "whole", root / "broken", []
+    whole, broken = root / "whole", root / "broken"
     start = time.monotonic()
     run_command(root, whole, 3600)
-    duration, done = time.monotonic() - start, False
-    while not done:
-        # A short time can end before there is anything; a long one comes to the end, and the last kills then have none.
-        done = run_command(root, broken, duration * draw.random() if len(steps) < kills else 3600)
-        if done and len(steps) < kills:
-            (broken / "distilled.mpc").unlink()
-            (broken / checkpoint.NAME).unlink()
-            (broken / "log.jsonl").unlink()
-            done = False
-        elif not done:
-            path = broken / checkpoint.NAME
-            steps.append(int(checkpoint.read(path)["step"]) if path.exists() else 0)
-            print(f"kill {len(steps)}: the checkpoint is at step {steps[-1]}", flush=True)
-    return whole, broken, steps
+    duration = time.monotonic() - start
+
+    def attempt(last: bool) -> bool:
+        while run_command(root, broken, 3600 if last else duration * draw.random()):
+            if last:
+                return True
+            for name in ("distilled.mpc", checkpoint.NAME, "log.jsonl"):  # its end came first: from the start again
+                (broken / name).unlink()
+        return False
+
+    return whole, broken, killed(attempt, broken, kills)
 
 
 def by_fork(root: Path, kills: int, epochs: int, draw: random.Random) -> tuple[Path, Path, list[int]]:
     """The same without the command."""
-    whole, broken, steps = root / "whole", root / "broken", []
-    made = models()
+    whole, broken, made = root / "whole", root / "broken", models()
     forked(whole, epochs, made, float("inf"), 0.0)
-    done = False
-    while not done:
-        writes = draw.randrange(4) if len(steps) < kills else float("inf")
-        done = forked(broken, epochs, made, writes, draw.random())
-        if not done:
-            path = broken / checkpoint.NAME
-            steps.append(int(checkpoint.read(path)["step"]) if path.exists() else 0)
-            print(f"kill {len(steps)}: the checkpoint is at step {steps[-1]}", flush=True)
-    return whole, broken, steps
+
+    def attempt(last: bool) -> bool:
+        return forked(broken, epochs, made, float("inf") if last else draw.randrange(4), draw.random())
+
+    return whole, broken, killed(attempt, broken, kills)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from mpcompile.errors import InputError
-from mpcompile.graph import LayerOp, layers, shape_of, training_flags
+from mpcompile.graph import LayerOp, device_of, layers, shape_of, training_flags
 from mpcompile.importers import Imported
 
 _COLUMNS = 512  # of second moments, computed together
@@ -277,7 +277,7 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
     """
     placeholders = [n for n in model.gm.graph.nodes if n.op == "placeholder"]
     data = [n for n in placeholders if n.name not in model.lifted.tensors]
-    device = next((p.device for p in model.gm.parameters()), torch.device("cpu"))
+    device = device_of(model.gm)
     for index, batch in enumerate(calibration):
         values = model_inputs(batch, [str(n.target) for n in data])
         if len(values) != len(data):

@@ -40,6 +40,18 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """A folder and those it lies in, where they aren't there yet.
+
+    Raises:
+        ArtifactError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"can't make the folder {path}", found=error.strerror or str(error)) from error
+
+
 def sha256(path: Path) -> str:
     """The checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()

@@ -189,6 +189,11 @@ def hint(size: Any) -> Any:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 @contextlib.contextmanager
 def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
     """Every submodule in one mode for a while; afterwards each as it was, also where they differed."""

@@ -27,12 +27,17 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return {key: list(found[key]) if isinstance(found[key], tuple) else found[key] for key in _KEPT if key in found}
 
 
-def preprocess(data: Mapping[str, Any]) -> Any:
-    """timm's evaluation transform for a :func:`data_config`: a PIL image -> (3, H, W)."""
+def preprocess(data: Mapping[str, Any], **augmentation: Any) -> Any:
+    """timm's transform for a :func:`data_config`: a PIL image -> (3, H, W).
+
+    Args:
+        data: size, mean, deviation and crop.
+        augmentation: options of timm's training transform; without any it is that of evaluation.
+    """
     from timm.data import create_transform
 
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return create_transform(**options, is_training=False)
+    return create_transform(**options, is_training=bool(augmentation), **augmentation)
 
 
 def open_image(path: Path) -> Any:

@@ -10,9 +10,17 @@ import torch
 
 import mpcompile
 from mpcompile import verify as verifier
-from mpcompile.cli.common import Commands, at_least, command, create, json_option, show
+from mpcompile.cli.common import (
+    Commands,
+    at_least,
+    command,
+    create_with,
+    json_option,
+    names_file,
+    show,
+    source_options,
+)
 from mpcompile.errors import ConfigError
-from mpcompile.files import load_checkpoint
 
 
 def add(commands: Commands) -> None:
@@ -26,9 +34,7 @@ def add(commands: Commands) -> None:
         "mpcompile analyze checkpoint.safetensors",
     )
     job.add_argument("target", help="name of a timm model, or a .mpc, .safetensors, .pt or .pth file")
-    weights = job.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for the timm model")
+    source_options(job)
     job.add_argument("--plot", type=Path, metavar="FILE", help="draw all spectra on one page: .png, .pdf or .svg")
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
     job.add_argument("--seed", type=at_least(0), default=0, help="seeds weights that aren't loaded (default 0)")
@@ -41,19 +47,17 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    path, random = Path(args.target), False
+    random = False
     source: Any
-    if path.suffix in (".mpc", ".safetensors", ".pt", ".pth") or path.exists():
+    if names_file(args.target):
         if args.pretrained or args.checkpoint is not None:
             raise ConfigError(
                 "a file brings its own weights", expected="--pretrained and --checkpoint with a timm model"
             )
-        source = verifier.read(path)
+        source = verifier.read(Path(args.target))
     else:
-        source = create(args.target, args.pretrained)
+        source = create_with(args.target, args.pretrained, args.checkpoint, None, None)
         random = not args.pretrained and args.checkpoint is None
-        if args.checkpoint is not None:
-            load_checkpoint(source, args.checkpoint)
     found = mpcompile.analyze(source, progress=False if args.quiet else None)
     if args.plot is not None:
         found.plot(args.plot)

@@ -11,10 +11,11 @@ import torch
 import mpcompile
 from mpcompile.backend import mpsparse
 from mpcompile.cli.common import Commands, at_least, class_names, command, model_options, prepare, show
-from mpcompile.errors import ConfigError, InputError
+from mpcompile.errors import ConfigError
 from mpcompile.graph import IRModule
 from mpcompile.images import data_config, folder
 from mpcompile.report import Report
+from mpcompile.training.batches import forward
 
 
 def add(commands: Commands) -> None:
@@ -41,18 +42,19 @@ def run(args: argparse.Namespace) -> int:
     if args.record and args.artifact is None:
         raise ConfigError("--record needs --artifact", hint="it says where the figures go")
     saved = None if args.artifact is None else mpcompile.load(args.artifact)
-    model, images, config = prepare(args, None if saved is None else saved.plan.provenance)
+    made = {} if saved is None else saved.plan.provenance
+    model, images, config = prepare(args, made)
     batches: Any = images
     if args.images is not None:
         classes = getattr(model, "num_classes", 0)
         data, seed = data_config(model), args.seed
-        names = () if saved is None else class_names(saved.plan.provenance)
         drawn = {"samples": args.samples, "batch": args.batch, "seed": seed}
-        files = folder(args.images, data, classes=classes, names=names, **drawn)
+        files = folder(args.images, data, classes=classes, names=class_names(made), **drawn)
         batches = [_moved(batch, images) for batch in files]
     if saved is not None:
         gm = saved.to(images.device, images.dtype).eval()
-        _check_takes(gm, images, args.artifact)
+        with torch.no_grad():
+            forward(gm, images[:1], f"artifact {args.artifact}")  # an artifact of another model says so
     else:
         gm = mpcompile.transform(
             model, images, config, [images] if config.score == "covariance" else None, seed=args.seed
@@ -67,18 +69,6 @@ def run(args: argparse.Namespace) -> int:
     what = args.artifact or f"{config.pattern}, tome_r = {config.tome_r}"
     show(args, f"{args.model}, {what}\n\n{report}\n\n{gm.plan}", report.to_json(indent=1))
     return 0
-
-
-@torch.no_grad()
-def _check_takes(gm: IRModule, images: torch.Tensor, path: Path) -> None:
-    try:
-        gm(images[:1])
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"{path} doesn't take the images of this model",
-            expected="the artifact of the model named",
-            found=f"{tuple(images.shape[1:])}: {str(error).splitlines()[0]}",
-        ) from error
 
 
 def _moved(batch: Any, like: torch.Tensor) -> Any:

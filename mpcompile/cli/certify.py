@@ -15,14 +15,13 @@ from mpcompile.cli.common import (
     at_least,
     class_names,
     command,
-    create_sized,
+    create_with,
     json_option,
     load_model,
     show,
     weights_options,
 )
 from mpcompile.errors import ArtifactError, InputError
-from mpcompile.files import load_checkpoint
 from mpcompile.graph import IRModule
 from mpcompile.images import data_config, read_images
 
@@ -77,9 +76,7 @@ def _pruned(path: Path, name: str, classes: int | None) -> nn.Module:
         except ArtifactError:
             if path.suffix != ".safetensors" or not path.is_file():
                 raise
-    model = create_sized(name, False, None, classes).eval()
-    load_checkpoint(model, path)
-    return model
+    return create_with(name, False, path, None, classes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     if args.checkpoint is None and not args.pretrained:
         raise InputError("the dense weights are missing", expected="--checkpoint FILE or --pretrained", found="neither")
     sparse = _pruned(args.artifact, args.model, args.num_classes)
-    dense = load_model(args, sparse.plan.provenance if isinstance(sparse, IRModule) else None)
+    made = sparse.plan.provenance if isinstance(sparse, IRModule) else {}
+    dense = load_model(args, made)
     classes = getattr(dense, "num_classes", 0)
-    names = class_names(sparse.plan.provenance) if isinstance(sparse, IRModule) else ()
-    how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": names, "seed": args.seed}
+    how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": class_names(made), "seed": args.seed}
     images, labels = read_images(args.images, data_config(dense), **how)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
     report = mpcompile.certify(dense, sparse, images, labels, progress=not args.quiet, **options)

@@ -94,10 +94,21 @@ def tome_r(text: str) -> int | str | tuple[int, ...]:
 def weights_options(job: argparse.ArgumentParser) -> None:
     """A timm model and where its weights come from."""
     job.add_argument("model", help="name of a timm model, such as vit_base_patch16_224")
+    source_options(job)
+    classes_option(job)
+
+
+def source_options(job: argparse.ArgumentParser) -> None:
+    """``--pretrained`` or ``--checkpoint FILE``."""
     weights = job.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict")
-    classes_option(job)
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="the model's: safetensors file or state dict")
+
+
+def names_file(target: str) -> bool:
+    """Whether what can be a timm model's name or a file of weights is a file."""
+    path = Path(target)
+    return path.suffix in (".mpc", ".safetensors", ".pt", ".pth") or path.exists()
 
 
 def classes_option(job: argparse.ArgumentParser) -> None:

@@ -21,10 +21,12 @@ from mpcompile.cli.common import (
     json_option,
     provenance,
     show,
+    source_options,
 )
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.events import TRACKERS, check_trackers
-from mpcompile.files import write_atomically
+from mpcompile.files import make_folder, write_atomically
+from mpcompile.graph import device_of
 
 
 def add(commands: Commands) -> None:
@@ -53,9 +55,7 @@ def add(commands: Commands) -> None:
     job.add_argument("--out", type=Path, metavar="FOLDER", help="for everything the run writes")
     job.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: train.lr=3e-4")
     job.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: go on where a run broke off")
-    weights = job.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors file or state dict of the model")
+    source_options(job)
     classes_option(job)
     named = "the model's classes in their order, one folder name a line (default: folders in the order of their names)"
     job.add_argument("--class-map", type=Path, metavar="FILE", help=named)
@@ -120,9 +120,8 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
     # Both are made before the student, which takes minutes: what is wrong with them is said at once.
     batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate, seed)
     val = None if held is None else images.loader(held, teacher, recipe.data, training=False)
-    transform = train.transform
-    student = _student(args, recipe, teacher, train).to(device)
-    train.transform = transform  # calibration looks at images as in evaluation
+    holds = datasets.fingerprint(train)
+    student = _student(args, recipe, teacher, train, holds).to(device)
     result = mpcompile.distill(
         student,
         teacher,
@@ -131,7 +130,7 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
         recipe.train,
         out=args.out,
         resume=args.resume,
-        fingerprint=_fingerprint(args, recipe, teacher, train),
+        fingerprint=_fingerprint(args, recipe, teacher, holds),
         trackers=args.tracker,
         progress=not args.quiet,
     )
@@ -150,7 +149,7 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
     return 0
 
 
-def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any) -> Any:
+def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str) -> Any:
     """Made on the first rank, or read from an earlier run with the same recipe; the others are sent it."""
     from mpcompile.training import ranks
 
@@ -158,7 +157,7 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
     failed: Exception | None = None
     if ranks.rank() == 0:
         try:
-            _made(args, recipe, teacher, train, path)
+            _made(args, recipe, teacher, train, holds, path)
         except Exception as error:  # the other ranks are waiting
             failed = error
     told = ranks.broadcast(None if failed is None else str(failed))
@@ -180,15 +179,12 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
         copy.unlink(missing_ok=True)
 
 
-def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, path: Path) -> None:
+def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str, path: Path) -> None:
     """Leave the student of this recipe at ``path``, with a stamp beside it: an earlier run's if it is the same."""
     from mpcompile.training import checkpoint, datasets, images
 
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"can't make the folder {args.out}", found=error.strerror or str(error)) from error
-    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, train)
+    make_folder(args.out)
+    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, holds)
     checkpoint.left_behind(args.out)
     if args.resume == "auto" and path.exists():
         if mark.exists() and mark.read_text() == stamp:
@@ -204,8 +200,7 @@ def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any,
     mark.unlink(missing_ok=True)  # killed from here on, nobody takes the one for the other's
     calibration, seed = recipe.calibration, recipe.train.seed
     drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch, seed)
-    device = next(teacher.parameters()).device
-    student = recipe.student(teacher, [part.to(device) for part in drawn])
+    student = recipe.student(teacher, [part.to(device_of(teacher)) for part in drawn])
     found = provenance(args, recipe.model, teacher, calibration.images, seed)
     numbers = datasets.class_names(train)
     student.plan.provenance = {**found, "recipe": recipe.name, "class_names": sorted(numbers, key=lambda n: numbers[n])}
@@ -213,21 +208,21 @@ def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any,
     write_atomically(mark, stamp)
 
 
-def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any) -> str:
+def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
     """What the student depends on."""
-    from mpcompile.training import checkpoint, datasets
+    from mpcompile.training import checkpoint
 
     parts = ("model", "compile", "calibration", "prior_weight")
     made = {key: value for key, value in recipe.to_dict().items() if key in parts}
     text = json.dumps([made, recipe.data.size, recipe.train.seed, args.reader, args.train_split], sort_keys=True)
-    return hashlib.sha256(f"{text} {datasets.fingerprint(train)} {checkpoint.digest(teacher)}".encode()).hexdigest()
+    return hashlib.sha256(f"{text} {holds} {checkpoint.digest(teacher)}".encode()).hexdigest()
 
 
-def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any) -> str:
+def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
     """What the training batches depend on; not where they lie, nor how many workers read them."""
-    from mpcompile.training import datasets, images
+    from mpcompile.training import images
 
     how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}
     read = [images.data_config_of(teacher, recipe.data), args.reader, args.train_split]
     text = json.dumps([how, read], sort_keys=True)
-    return hashlib.sha256(f"{text} {datasets.fingerprint(train)}".encode()).hexdigest()
+    return hashlib.sha256(f"{text} {holds}".encode()).hexdigest()

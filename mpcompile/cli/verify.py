@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcompile import verify as verifier
-from mpcompile.cli.common import Commands, command, create, json_option, show
+from mpcompile.cli.common import Commands, command, create, json_option, names_file, show
 from mpcompile.errors import ConfigError
 
 
@@ -31,10 +31,9 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when every weight meets the pattern that it is held to, else 1."""
-    path = Path(args.target)
     source: Any
-    if path.suffix in (".mpc", ".safetensors", ".pt", ".pth") or path.exists():
-        source = verifier.read(path)
+    if names_file(args.target):
+        source = verifier.read(Path(args.target))
     else:
         source = create(args.target, args.pretrained)
     found = verifier.verify(source, args.pattern)

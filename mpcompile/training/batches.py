@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,9 @@ def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state
     """
     seed_everything(seed, epoch, rank)
     batches = getattr(train, "batch_sampler", None)
-    parts = (train, getattr(train, "sampler", None), batches, getattr(batches, "sampler", None))
-    told: list[Any] = []
-    for target in (*parts, getattr(train, "dataset", None)):
-        if any(target is other for other in told):
-            continue
-        told.append(target)
+    targets = [train, batches, getattr(batches, "sampler", None)]
+    targets += [getattr(train, name, None) for name in ("sampler", "dataset")]
+    for target in {id(target): target for target in targets}.values():
         tell = getattr(target, "set_epoch", None)
         if tell is not None:
             tell(epoch)
@@ -114,8 +111,8 @@ def _said(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def enough_memory(images: int) -> Iterator[None]:
-    """Says how to go on where a device has too little memory for a batch.
+def enough_memory(images: Sized) -> Iterator[None]:
+    """Says how to go on where a device has too little memory for a batch of images.
 
     Raises:
         InputError: it has.
@@ -124,7 +121,7 @@ def enough_memory(images: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         hint = "take a smaller batch; accumulate=N makes one step of N of them"
-        raise InputError(f"there is too little memory for {images} images", hint=hint) from error
+        raise InputError(f"there is too little memory for {len(images)} images", hint=hint) from error
 
 
 def forward(module: Any, images: Tensor, who: str) -> Any:
@@ -134,7 +131,7 @@ def forward(module: Any, images: Tensor, who: str) -> Any:
         InputError: its forward pass fails, or there isn't enough memory for it.
     """
     try:
-        with enough_memory(len(images)):
+        with enough_memory(images):
             return module(images)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         if ranks.lost(error):
@@ -202,6 +199,17 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
         )
 
 
+def check_are_logits(value: Any, who: str) -> None:
+    """A model returned logits (B, classes).
+
+    Raises:
+        InputError: it didn't.
+    """
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"the {who} doesn't return logits", expected="a tensor (batch, classes)", found=found)
+
+
 def check_logits(student: Any, teacher: Any) -> int:
     """Both models give logits (B, classes) of the same classes; returns how many.
 
@@ -209,9 +217,7 @@ def check_logits(student: Any, teacher: Any) -> int:
         InputError: they don't.
     """
     for name, value in (("student", student), ("teacher", teacher)):
-        if not isinstance(value, Tensor) or value.dim() != 2:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"the {name} doesn't return logits", expected="a tensor (batch, classes)", found=found)
+        check_are_logits(value, name)
     if student.shape != teacher.shape:
         raise InputError(
             "student and teacher have different classes",
@@ -228,7 +234,6 @@ class Teacher:
     def __init__(self, module: nn.Module, cache: bool) -> None:
         self.module = module
         self.rows: dict[int, Tensor] | None = {} if cache else None
-        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -148,6 +149,38 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} has another format", expected=FORMAT, found=version, hint="resume with the version that wrote it"
         )
     return dict(state)
+
+
+def check_same(path: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A checkpoint is of the run that goes on.
+
+    Args:
+        path: of the checkpoint.
+        kept: what the run was started with, as the checkpoint has it.
+        now: what this run is started with.
+
+    Raises:
+        ArtifactError: they differ; says in what.
+    """
+    differing = {key: (value, now[key]) for key, value in kept.items() if value != now.get(key)}
+    if differing:
+        raise ArtifactError(
+            f"{path} belongs to another run",
+            expected=_told(differing, 0),
+            found=_told(differing, 1),
+            hint="take up that run as it was started, or choose a new folder",
+        )
+
+
+def _told(differing: dict[str, tuple[Any, Any]], side: int) -> str:
+    """The values of one side that differ, options one by one."""
+    parts = []
+    for key, values in differing.items():
+        if key == "options":
+            parts += [f"{k}={values[side][k]}" for k in values[side] if values[0].get(k) != values[1].get(k)]
+        else:
+            parts.append(f"{key} {str(values[side])[:12]}")
+    return ", ".join(parts)
 
 
 def left_behind(folder: Path) -> None:

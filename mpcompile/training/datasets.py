@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def read_class_map(path: Path) -> dict[str, int]:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"can't read the class map {path}", expected="one name a line", found=error) from error
-    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None or not names:
         found = "an empty file" if not names else f"{twice!r} twice"
         raise InputError(f"{path} is no class map", expected="every class once, one name a line", found=found)
@@ -201,7 +202,7 @@ def fingerprint(source: Any) -> str:
     reader = source.reader
     names = getattr(reader, "samples", None)
     if names is not None:
-        names = [(os.path.relpath(name, reader.root), label) for name, label in names]
+        names = [(name.removeprefix(str(reader.root)).lstrip(os.sep), label) for name, label in names]
     elif hasattr(reader, "split_info"):
         names = [os.path.basename(str(name)) for name in getattr(reader.split_info, "filenames", None) or ()]
     count = source.samples if isinstance(source, Streamed) else len(source)

@@ -6,17 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpcompile.errors import InputError
-from mpcompile.graph import training_flags
+from mpcompile.graph import device_of, training_flags
 from mpcompile.training import batches as data
 from mpcompile.training import ranks
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -34,8 +29,7 @@ def evaluate(model: nn.Module, val: Iterable[Any]) -> float:
             batch = data.unpack(item, need_labels=True)
             assert batch.labels is not None
             logits = data.forward(model, batch.images.to(device), "model")
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
-                raise InputError("the model doesn't return logits", expected="a tensor (batch, classes)")
+            data.check_are_logits(logits, "model")
             data.check_labels(batch.labels, len(batch.images), logits.shape[1])
             right += float((logits.argmax(1).cpu() == batch.labels.cpu()).sum())
             seen += len(batch.labels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import create_loader, create_transform
+from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -99,8 +99,7 @@ class Order(Sampler[int]):
 
     def __init__(self, count: int, batch: int, seed: int, dealt: int) -> None:
         self.count, self.batch, self.seed, self.epoch = count, batch, seed, 0
-        self.steps = count // (batch * dealt)
-        self.mine = self.steps * dealt // ranks.world() * batch
+        self.mine = count // (batch * dealt) * dealt // ranks.world() * batch
 
     def set_epoch(self, epoch: int) -> None:
         """Which order the next pass has."""
@@ -151,24 +150,16 @@ def loader(
     size, workers = max(1, images.batch // parts), images.workers
     if streamed:
         workers = source.prepare(size, workers)
-    config = data_config_of(model, images)
-    shape: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    augmented = training and images.augment
-    made = create_loader(  # for the transform it gives the dataset
-        source,
-        batch_size=size,
-        is_training=training,
-        no_aug=not augmented,
-        use_prefetcher=False,
-        auto_augment=images.auto_augment if augmented else None,
-        re_prob=images.reprob if augmented else 0.0,
-        color_jitter=images.color_jitter or 0.0,
-        scale=images.scale,
-        hflip=images.hflip,
-        **shape,
-    )
-    if not augmented:
-        source.transform = preprocess(config)  # of evaluation
+    augmentation: dict[str, Any] = {}
+    if training and images.augment:
+        augmentation = {
+            "auto_augment": images.auto_augment,
+            "re_prob": images.reprob,
+            "color_jitter": images.color_jitter or 0.0,
+            "scale": images.scale,
+            "hflip": images.hflip,
+        }
+    source.transform = preprocess(data_config_of(model, images), **augmentation)
     order: Any = None
     if training and not streamed:
         order = Order(count, size, seed, parts)
@@ -179,8 +170,6 @@ def loader(
         size,
         sampler=order,
         num_workers=workers,
-        worker_init_fn=made.worker_init_fn,
-        collate_fn=made.collate_fn,
         pin_memory=torch.cuda.is_available(),
         drop_last=training,
     )  # no persistent workers: their random numbers would depend on the epochs before
@@ -208,8 +197,6 @@ def calibration(source: Any, model: nn.Module, images: Images, count: int, batch
             found=available,
             hint=f"calibration.images={available}",
         )
-    transform = preprocess(data_config_of(model, images))
-    source.transform = transform
     drawn: Iterable[Any]
     if isinstance(source, Streamed):
         drawn = source.drawn(count)
@@ -217,7 +204,11 @@ def calibration(source: Any, model: nn.Module, images: Images, count: int, batch
         labels = labels_of(source)
         chosen = draw(labels if labels is not None else [0] * len(source), count, seed)
         drawn = (source[index] for index in chosen)
-    pixels = [item[0] for item in read(drawn, "calibration")]
+    before, source.transform = source.transform, preprocess(data_config_of(model, images))
+    try:
+        pixels = [item[0] for item in read(drawn, "calibration")]
+    finally:
+        source.transform = before
     if len(pixels) < count:  # shards that hold fewer than they say
         raise InputError("there are too few images to calibrate on", expected=count, found=len(pixels))
     return list(torch.stack(pixels).split(batch))

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from mpcompile import events
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.graph import IRModule, training_flags
+from mpcompile.files import make_folder
+from mpcompile.graph import IRModule, device_of, training_flags
 from mpcompile.training import batches as data
-from mpcompile.training import checkpoint, features, masks, ranks, sharding
-from mpcompile.training.evaluate import device_of, evaluate
+from mpcompile.training import checkpoint, features, masks, norms, ranks, sharding
+from mpcompile.training.evaluate import evaluate
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.options import Training
 
@@ -82,15 +83,12 @@ class Run:
         self.updates = -(-self.batches // training.accumulate)  # optimiser steps an epoch
         self.steps = self.updates * training.epochs
         self.result, self.loss_sum, self.classes = Distilled(), 0.0, 0
-        self.last: Tensor | None = None  # images of the last step
+        self.last = torch.empty(0)  # images of the last step
         self.writes = folder is not None and ranks.rank() == 0
         if self.writes:
-            try:
-                Path(str(folder)).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ArtifactError(f"can't make the folder {folder}", found=error.strerror or str(error)) from error
-        self.teacher_digest = "" if folder is None else checkpoint.digest(teacher)
+            make_folder(Path(str(folder)))
         self._build(student, teacher)
+        self.identity = {} if folder is None else self._identity(teacher)
 
     def _build(self, student: nn.Module, teacher: nn.Module) -> None:
         from timm.scheduler import CosineLRScheduler
@@ -187,6 +185,7 @@ class Run:
                 if step == (epoch + 1) * self.updates:
                     break
                 if training.checkpoint_steps and step % training.checkpoint_steps == 0:
+                    self._check_sound()
                     self._save(step)
         if step != (epoch + 1) * self.updates:
             raise InputError(
@@ -195,6 +194,7 @@ class Run:
                 found=f"the data ended at step {step - epoch * self.updates} of {self.updates}",
                 hint=self.where,
             )
+        self._check_sound()
         self.result.losses.append(self.loss_sum / self.updates)
         if self._evaluates:
             self._save(step, evaluated=False)  # an epoch isn't lost to an evaluation image that can't be read
@@ -244,13 +244,13 @@ class Run:
                 mean, bad = ranks.total(float(loss.detach()), float(not torch.isfinite(loss)), device=self.device)
                 if bad:
                     raise self._diverged(f"the loss of step {step} is not finite")
-                with data.enough_memory(len(self.last) if self.last is not None else 0):
+                with data.enough_memory(self.last):
                     loss.backward()
             loss_sum += mean / ranks.world()
         norm = self._clipped_norm()
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient of step {step} is not finite")
-        with data.enough_memory(len(self.last) if self.last is not None else 0):
+        with data.enough_memory(self.last):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.after_step()
@@ -265,10 +265,10 @@ class Run:
         """The norm of the whole gradient, which is clipped if it is too large."""
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         if self.options.clip is None:
-            norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         else:
             norm = nn.utils.clip_grad_norm_(parameters, self.options.clip)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return float(sharding.whole(norm))
 
     def _diverged(self, what: str) -> InputError:
         hint = f"lower the learning rate (now {self.options.lr:g}) or clip gradients. {self.where}"
@@ -277,9 +277,8 @@ class Run:
     @torch.no_grad()
     def _check_sound(self) -> None:
         """Weights are finite, and logits of the last images too: what is about to be kept can be gone on with."""
-        local = [p.to_local() if hasattr(p, "to_local") else p for p in self.student.parameters()]
-        bad = not all(bool(torch.isfinite(p).all()) for p in local)
-        if self.last is not None:
+        bad = not all(bool(torch.isfinite(sharding.local(p)).all()) for p in self.student.parameters())
+        if len(self.last):
             with training_flags(self.student, False), self._autocast():
                 bad |= not bool(torch.isfinite(self.student(self.last)).all())
         if ranks.total(float(bad), device=self.device)[0]:
@@ -335,7 +334,7 @@ class Run:
             stream = data.epoch_batches(
                 self.train, self.options.seed, self.options.epochs, ranks.rank(), 0, None, self.where
             )
-            _reestimate(self.original, itertools.islice(stream, self.options.bn_batches), self.device)
+            norms.reestimate(self.original, itertools.islice(stream, self.options.bn_batches), self.device)
         if self.val is not None and (self.sharded or self.options.bn_batches):
             self.result.accuracy.append(self._accuracy(self.original))
         ranks.check_masks(self.original)
@@ -345,21 +344,20 @@ class Run:
 
     # Checkpoints.
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, teacher: nn.Module) -> dict[str, Any]:
         """What has to be the same when a run is taken up again."""
         trained = {k: v for k, v in self.options.to_dict().items() if k != "checkpoint_steps"}
         frozen = masks.digest(self.original) if self.options.method == "frozen" else ""
         return {
             "options": trained,
             "masks": frozen,
-            "teacher": self.teacher_digest,
+            "teacher": checkpoint.digest(teacher),
             "images": self.fingerprint,
             "batches": self.batches,
             "world": ranks.world(),
         }
 
     def _save(self, step: int, evaluated: bool = True) -> None:
-        self._check_sound()
         if self.folder is None:
             return
         random = ranks.gather(checkpoint.random_state())
@@ -369,7 +367,7 @@ class Run:
             student, optimizer = self.student.state_dict(), self.optimizer.state_dict()
         if self.writes:
             state = {
-                "identity": self._identity(),
+                "identity": self.identity,
                 "step": step,
                 "evaluated": evaluated,
                 "loss_sum": self.loss_sum,
@@ -402,15 +400,7 @@ class Run:
         if self.writes:
             checkpoint.left_behind(self.folder)
         state = checkpoint.read(path)
-        identity = self._identity()
-        differing = {k: (v, identity[k]) for k, v in state["identity"].items() if v != identity.get(k)}
-        if differing:
-            raise ArtifactError(
-                f"{path} belongs to another run",
-                expected=_told(differing, 0),
-                found=_told(differing, 1),
-                hint="take up that run as it was started, or choose a new folder",
-            )
+        checkpoint.check_same(path, state["identity"], self.identity)
         self._load(state)
         self.result = Distilled(**{**state["result"], "resumed": state["step"]})
         self.loss_sum = state["loss_sum"]
@@ -460,32 +450,3 @@ def _check(student: nn.Module, val: Iterable[Any] | None) -> None:
             expected="a list of batches or a DataLoader",
             found="an iterator, which can be read once" if once else "no batch",
         )
-
-
-def _told(differing: dict[str, tuple[Any, Any]], side: int) -> str:
-    """The values of one side that differ, options one by one."""
-    parts = []
-    for key, values in differing.items():
-        if key == "options":
-            parts += [f"{k}={values[side][k]}" for k in values[side] if values[0].get(k) != values[1].get(k)]
-        else:
-            parts.append(f"{key} {str(values[side])[:12]}")
-    return ", ".join(parts)
-
-
-def _reestimate(model: nn.Module, stream: Iterator[Any], device: torch.device) -> None:
-    """BatchNorm statistics as plain averages over a few batches, averaged over all ranks; all else as in evaluation."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.running_mean is not None]
-    momenta = [norm.momentum for norm in norms]
-    with training_flags(model, False), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True
-        for item in stream:
-            data.forward(model, data.unpack(item, need_labels=False).images.to(device), "student")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        for tensor in (norm.running_mean, norm.running_var):
-            assert tensor is not None
-            ranks.average(tensor)

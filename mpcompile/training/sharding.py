@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mpcompile.training import masks
 
@@ -18,6 +19,16 @@ def shard(student: nn.Module) -> nn.Module:
             fully_shard(module)
     fully_shard(student)
     return student
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, which is all of one that isn't spread."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_weights(student: nn.Module) -> dict[str, Any]:
