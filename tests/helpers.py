@@ -66,6 +66,19 @@ def convolutional(name: str) -> nn.Module:
     return model.eval()
 
 
+def tied_keys(batch: int, heads: int, tokens: int, depth: int, kinds: int) -> Tensor:
+    """Keys (batch, heads, tokens, depth) of which all tokens of a kind hold the same: every match is a tie."""
+    kind = torch.randint(kinds, (batch, 1, tokens, 1)).expand(-1, heads, -1, depth)
+    return torch.randn(batch, heads, kinds, depth).gather(2, kind)
+
+
+def an_ulp_off(x: Tensor) -> Tensor:
+    """Each number moved to the next one above, the next one below, or not at all."""
+    return torch.stack([torch.nextafter(x, torch.full_like(x, end)) for end in (-torch.inf, torch.inf)] + [x]).gather(
+        0, torch.randint(3, (1, *x.shape))
+    )[0]
+
+
 def images(batch: int = 3, size: int = 32, seed: int = 1) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
 

@@ -15,7 +15,7 @@ from mpcompile.kernels.nm_linear import expand
 from mpcompile.kernels.nm_linear.reference import nm_linear
 from mpcompile.kernels.token_merge import fused, reference
 from mpcompile.passes.mask import top_n
-from tests.helpers import relative
+from tests.helpers import an_ulp_off, relative, tied_keys
 
 PATTERNS = [(2, 4), (8, 16), (12, 16), (6, 12), (1, 4), (3, 5), (1, 2), (16, 32), (31, 32), (7, 7)]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -49,17 +49,20 @@ def merged() -> dict[str, dict[str, float]]:
     for tokens, r, prefix, heads, dtype in (
         (17, 3, 1, 2, torch.float32),
         (17, 8, 0, 3, torch.float32),
+        (81, 11, 1, 3, torch.float32),
         (40, 40, 2, 1, torch.float32),
         (70, 13, 5, 2, torch.float16),
+        (31, 6, 1, 2, torch.float32),
         (9, 0, 1, 1, torch.float32),
     ):
         torch.manual_seed(tokens + r)
         x = torch.randn(2, tokens, 24).to(dtype)
         keys = torch.randn(2, tokens, heads, 20).to(dtype).transpose(1, 2)
         size = torch.randint(1, 4, (2, tokens, 1)).to(dtype)
-        if r == 8:
-            keys[:] = keys[:, :, :1]  # every score alike: ties
-        y, new, place = fused.launch(x, keys, size, r, prefix, plain)
+        keys = {8: tied_keys(2, heads, tokens, 20, 1), 11: tied_keys(2, heads, tokens, 20, 3)}.get(r, keys)
+        if r == 6:
+            keys[0, 1, 4, 5], keys[1, 0, 7, 3] = torch.nan, torch.inf
+        y, new, place = fused.launch(x, an_ulp_off(keys) if r in (8, 11) else keys, size, r, prefix, plain)
         want, sizes, places = reference.token_merge(x.float(), keys, size, r, prefix)
         same = y.shape == want.shape and new.shape == sizes.shape and torch.equal(place, places)
         found[f"{tokens} {r} {prefix}"] = {

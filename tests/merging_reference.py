@@ -3,6 +3,9 @@
 The model runs as it is, under a function mode that knows which input tokens every token stands for: it merges them
 where a block adds its attention to its input, one token at a time in Python, and gives attention, mean pooling and
 tables of one value per input token what they need. Slow and plain.
+
+Similarities that differ by at most ``EQUAL`` count as equal, and the lower index goes first. Where one lies so close to
+that bound that rounding decides, the right answer isn't known, and ``Undecided`` asks for other inputs.
 """
 
 from __future__ import annotations
@@ -19,6 +22,18 @@ from torch.overrides import TorchFunctionMode
 Members = list[list[int]]  # of one sample: for every token, the input tokens that it stands for
 ADD = ("add", "add_", "__add__", "__radd__", "__iadd__")
 MUL = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
+EQUAL = 1 / 4096
+ROUNDING = 2e-6  # more than keys of a few blocks in fp32 move a similarity
+
+
+class Undecided(Exception):
+    """Rounding decides which tokens merge."""
+
+
+def _decided(differences: Iterable[float]) -> None:
+    nearest = min(abs(difference - EQUAL) for difference in differences)
+    if nearest < ROUNDING:
+        raise Undecided(f"a similarity lies {nearest:.1g} from where two count as equal; choose another seed")
 
 
 def merge_one(
@@ -29,15 +44,20 @@ def merge_one(
     r = min(r, (count - prefix) // 2)
     if r <= 0:
         return x, members
-    metric = metric / metric.norm(dim=-1, keepdim=True)
-    scores = (metric @ metric.T).tolist()
+    unit = F.normalize(metric.double(), dim=-1)
+    scores = (unit @ unit.T).tolist()
     sources = [i for i in range(prefix, count) if i % 2 == 0]
     targets = [i for i in range(prefix, count) if i % 2 == 1]
     edges = []
     for a in sources:
-        b = max(targets, key=lambda t: (scores[a][t], -t))
-        edges.append((scores[a][b], a, b))
-    chosen = {a: b for _, a, b in sorted(edges, key=lambda edge: (-edge[0], edge[1]))[:r]}
+        best = max(scores[a][t] for t in targets)
+        _decided(best - scores[a][t] for t in targets)
+        edges.append((best, a, next(t for t in targets if best - scores[a][t] <= EQUAL)))
+    last = sorted((best for best, _, _ in edges), reverse=True)[r - 1]
+    _decided(abs(best - last) for best, _, _ in edges)
+    above = [(a, b) for best, a, b in edges if best - last > EQUAL]
+    level = [(a, b) for best, a, b in edges if abs(best - last) <= EQUAL]
+    chosen = dict([*above, *level][:r])
     order = [*range(prefix), *[a for a in sources if a not in chosen], *targets]
     rows, stand_for = [], []
     for token in order:

@@ -41,7 +41,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_eager_reference(family):
     name, size, kwargs, prefix = FAMILIES[family]
-    model, x = transformer(name, size, **kwargs), images(8, size)
+    model, x = transformer(name, size, **kwargs), images(8, size, seed=2)
     with torch.no_grad():
         dense = model(x)
         for r in (1, 8, 13, 16, 25):

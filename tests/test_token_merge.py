@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from mpcompile.kernels import ops
 from mpcompile.kernels.token_merge import reference
 from mpcompile.kernels.token_merge.reference import merged_count, token_merge
-from tests.helpers import relative
-from tests.merging_reference import merge_one
+from tests.helpers import an_ulp_off, relative, tied_keys
+from tests.merging_reference import Undecided, merge_one
 
 
 @settings(max_examples=60, deadline=None)
@@ -27,7 +27,10 @@ def test_equals_merging_one_token_at_a_time(tokens, prefix, r, batch, seed):
     merged, size, place = token_merge(x, keys, torch.ones(batch, tokens, 1), r, prefix)
     for sample in range(batch):
         members = [[i] for i in range(tokens)]
-        expected, members = merge_one(x[sample], members, [1.0] * tokens, keys[sample].mean(0), r, prefix)
+        try:
+            expected, members = merge_one(x[sample], members, [1.0] * tokens, keys[sample].mean(0), r, prefix)
+        except Undecided:
+            reject()
         assert torch.allclose(merged[sample], expected, atol=1e-6)
         assert size[sample, :, 0].tolist() == [len(group) for group in members]
         assert all(int(place[sample, i]) == new for new, group in enumerate(members) for i in group)
@@ -54,6 +57,77 @@ def test_ties_go_to_the_lower_index(dtype):
     # tokens 2, 4, 6 all match 1, 3 and 5 equally well: 2 and 4 go into 1
     assert merged.flatten().tolist() == [0, 6, pytest.approx(7 / 3, rel=1e-2), 3, 5]
     assert size.flatten().tolist() == [1, 1, 3, 1, 1]
+
+
+@pytest.mark.parametrize(("tokens", "heads", "depth"), [(17, 3, 20), (50, 12, 64), (66, 1, 5), (40, 2, 256)])
+@pytest.mark.parametrize("kinds", [1, 2, 5])
+def test_rounding_does_not_break_ties(tokens, heads, depth, kinds):
+    """Equal keys merge by index alone, also if they are an ulp apart or their products are added in another order."""
+    torch.manual_seed(tokens + kinds)
+    x, size = torch.randn(2, tokens, 6), torch.ones(2, tokens, 1)
+    keys = tied_keys(2, heads, tokens, depth, kinds)
+    for r in (1, tokens // 4, tokens // 2):
+        place = token_merge(x, keys, size, r, 1)[2]
+        for sample in range(2):
+            members = [[i] for i in range(tokens)]
+            _, members = merge_one(x[sample], members, [1.0] * tokens, keys[sample].mean(0), r, 1)
+            assert all(int(place[sample, i]) == new for new, group in enumerate(members) for i in group)
+        for _ in range(5):
+            assert torch.equal(token_merge(x, an_ulp_off(keys), size, r, 1)[2], place)
+            assert torch.equal(token_merge(x, keys[..., torch.randperm(depth)], size, r, 1)[2], place)
+
+
+def test_rounding_does_not_break_ties_of_compiled_code():
+    torch.manual_seed(0)
+    x, size, keys = torch.randn(2, 37, 6), torch.ones(2, 37, 1), tied_keys(2, 3, 37, 20, 3)
+    place = token_merge(x, keys, size, 7, 1)[2]
+    compiled = torch.compile(ops.token_merge, dynamic=False)
+    for _ in range(10):
+        assert torch.equal(compiled(x, an_ulp_off(keys), size, 7, 1)[2], place)
+
+
+def test_rounded_scores_keep_the_order_of_indices():
+    torch.manual_seed(0)
+    best = torch.tensor([0.9, 0.5, 0.9, 0.7, 0.5, 0.9, 0.7, 0.5])
+    for r, merged in enumerate([[0], [0, 2], [0, 2, 5], [0, 2, 3, 5], [0, 2, 3, 5, 6], [0, 1, 2, 3, 5, 6]], 1):
+        for _ in range(20):
+            place, listed = reference._split(an_ulp_off(best)[None], r)
+            assert listed[0, -r:].tolist() == merged
+            assert listed[0, place[0]].tolist() == list(range(8))
+
+
+def test_similarities_within_the_tolerance_go_by_index():
+    """The first within the tolerance of the highest is chosen, however many smaller steps lead there."""
+    step = 0.75 * reference.TIE
+    cosines = torch.tensor([1 - 4 * step, 1 - 3 * step, 1 - 2 * step, 1 - step, 1.0])
+    b = torch.stack([cosines, (1 - cosines**2).sqrt()], -1)
+    keys = torch.stack([torch.tensor([1.0, 0.0]).expand(5, 2), b], 1).reshape(1, 1, 10, 2)
+    assert reference._match(keys, 0, 1)[1].tolist() == [[3] * 5]
+    places = [reference._split(cosines[None], r)[1][0, -r:].tolist() for r in (1, 2, 3)]
+    assert places == [[3], [2, 3], [1, 2, 4]]
+
+
+def test_autocast_does_not_reach_the_matching():
+    torch.manual_seed(0)
+    x, keys, size = torch.randn(2, 41, 6), torch.randn(2, 3, 41, 16), torch.ones(2, 41, 1)
+    whole = ops.token_merge(x, keys, size, 9, 1)
+    table = ops.token_follow(torch.randn(41, 8), whole[2], size, whole[1], 0, -2, 3)
+    assert table.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_enabled("cpu")
+        for found, wanted in zip(ops.token_merge(x, keys, size, 9, 1), whole, strict=True):
+            assert torch.equal(found, wanted)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_key_that_is_not_a_number_resembles_nothing():
+    x, keys, size = torch.randn(1, 8, 3), torch.zeros(1, 2, 8, 2), torch.ones(1, 8, 1)
+    keys[..., 0] = 1.0
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        keys[0, 0, 2, 0], keys[0, 1, 1, 1] = broken, broken  # of A and of B
+        place = token_merge(x, keys, size, 3, 0)[2]
+        # 0, 4 and 6 match 3, the first of B that is as good as any; 2 stays
+        assert place.tolist() == [[2, 1, 0, 2, 2, 3, 2, 4]]
 
 
 def test_hidden_tokens_weigh_nothing():

@@ -52,9 +52,9 @@ def launch(
         keys, unit, tokens, heads, *keys.stride()[:3], D=depth, BD=wide, BN=32
     )
     wrap(merge_kernels.match)[(-(-na // 32), batch)](
-        unit, best, target, tokens, na, nb, even, odd, D=depth, BD=wide, BA=32, BB=32
+        unit, best, target, tokens, na, nb, even, odd, TIE=reference.TIE, D=depth, BD=wide, BA=32, BB=32
     )
-    wrap(merge_kernels.rank)[(batch,)](best, target, place, na, r, BA=_power(na))
+    wrap(merge_kernels.rank)[(batch,)](best, target, place, na, r, TIE=reference.TIE, BA=_power(na))
     block = min(1024, _power(channels))
     wrap(merge_kernels.merge)[(tokens, batch, -(-channels // block))](
         x, size.contiguous(), target, place, y, new_size, tokens, channels, na, r, prefix, even, odd,

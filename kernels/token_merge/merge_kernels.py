@@ -2,7 +2,8 @@
 
 ``metric``: keys averaged over heads and normalised. ``match``: for every token of A the most similar one of B, block by
 block of B, as attention does it. ``rank``: which tokens of A merge, and where the others go. ``merge``: one program a
-token, which copies it, or adds up what merges into it. Conventions and results are those of ``reference.token_merge``.
+token, which copies it, or adds up what merges into it. Conventions, ties included, and results are those of
+``reference.token_merge``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -25,16 +26,32 @@ def metric(K, U, N, heads, sb, sh, sn, D: tl.constexpr, BD: tl.constexpr, BN: tl
         k = tl.load(K + b * sb + h * sh + n.to(tl.int64)[:, None] * sn + d[None, :], mask=inside, other=0.0)
         mean += k.to(tl.float32)
     mean = mean / heads
-    norm = tl.maximum(tl.sqrt(tl.sum(mean * mean, 1)), 1e-12)
-    tl.store(U + (b * N + n)[:, None] * D + d[None, :], mean / norm[:, None], mask=inside)
+    square = tl.sum(mean * mean, 1)
+    unit = mean / tl.maximum(tl.sqrt(square), 1e-12)[:, None]
+    unit = tl.where((square < float("inf"))[:, None], unit, 0.0)  # false of NaN, which tl.maximum would drop
+    tl.store(U + (b * N + n)[:, None] * D + d[None, :], unit, mask=inside)
+
+
+@triton.jit
+def _products(left, rows, j0, odd, nb, D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr):
+    """Of some tokens of A with BB tokens of B from number j0 on; -inf behind the last."""
+    j = j0 + tl.arange(0, BB)
+    d = tl.arange(0, BD)
+    there = (j < nb)[:, None] & (d < D)[None, :]
+    right = tl.load(rows + (odd + 2 * j)[:, None] * D + d[None, :], mask=there, other=0.0)
+    scores = tl.dot(left, tl.trans(right), input_precision="ieee")
+    return tl.where((j < nb)[None, :], scores, float("-inf"))
 
 
 @triton.jit
 def match(
     S, best, target, N, na, nb, even, odd,
-    D: tl.constexpr, BD: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
+    TIE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """S (B, N, D) -> best, target (B, na): the highest product of a token of A with one of B, and which that is."""
+    """S (B, N, D) -> best, target (B, na): the highest product of a token of A with one of B, and the first within TIE.
+
+    What is within TIE of the highest is known only once that is, so that products are formed twice.
+    """
     b = tl.program_id(1).to(tl.int64)
     a = tl.program_id(0) * BA + tl.arange(0, BA)
     d = tl.arange(0, BD)
@@ -43,32 +60,37 @@ def match(
         rows + (even + 2 * a)[:, None] * D + d[None, :], mask=(a < na)[:, None] & (d < D)[None, :], other=0.0
     )
     top = tl.full((BA,), float("-inf"), tl.float32)
-    where = tl.zeros((BA,), tl.int32)
     for j0 in range(0, nb, BB):
+        scores = _products(left, rows, j0, odd, nb, D, BD, BB)
+        top = tl.maximum(top, tl.max(scores, 1))
+    where = tl.full((BA,), 2147483647, tl.int32)
+    for j0 in range(0, nb, BB):
+        scores = _products(left, rows, j0, odd, nb, D, BD, BB)
         j = j0 + tl.arange(0, BB)
-        there = (j < nb)[:, None] & (d < D)[None, :]
-        right = tl.load(rows + (odd + 2 * j)[:, None] * D + d[None, :], mask=there, other=0.0)
-        scores = tl.dot(left, tl.trans(right), input_precision="ieee")
-        scores = tl.where((j < nb)[None, :], scores, float("-inf"))
-        high = tl.max(scores, 1)
-        first = tl.min(tl.where(scores == high[:, None], j[None, :], 2147483647), 1)  # ties go to the lower index
-        where = tl.where(high > top, first, where)
-        top = tl.maximum(top, high)
+        near = tl.where(scores >= (top - TIE)[:, None], j[None, :], 2147483647)
+        where = tl.minimum(where, tl.min(near, 1))
     tl.store(best + b * na + a, top, mask=a < na)
     tl.store(target + b * na + a, where, mask=a < na)
 
 
 @triton.jit
-def rank(best, target, place, na, r, BA: tl.constexpr):
-    """Per image: target (B, na) becomes -1 where a token stays; place (B, na): its number among those that stay."""
+def rank(best, target, place, na, r, TIE: tl.constexpr, BA: tl.constexpr):
+    """Per image: target (B, na) becomes -1 where a token stays; place (B, na): its number among those that stay.
+
+    The r-th highest is the cut: what exceeds it by more than TIE merges, and the first of what is within TIE of it.
+    """
     b = tl.program_id(0).to(tl.int64)
     a = tl.arange(0, BA)
     mine = tl.load(best + b * na + a, mask=a < na, other=float("-inf"))
-    before = tl.zeros((BA,), tl.int32)
+    higher = tl.zeros((BA,), tl.int32)
     for i in range(na):
-        other = tl.load(best + b * na + i)
-        before += ((other > mine) | ((other == mine) & (i < a))).to(tl.int32)
-    stays = (before >= r) & (a < na)
+        higher += (tl.load(best + b * na + i) > mine).to(tl.int32)
+    cut = tl.min(tl.where((higher < r) & (a < na), mine, float("inf")), 0)
+    sure = mine > cut + TIE
+    near = (mine >= cut - TIE) & (mine <= cut + TIE)
+    room = r - tl.sum(sure.to(tl.int32), 0)
+    stays = (mine < cut - TIE) | (near & (tl.cumsum(near.to(tl.int32), 0) > room))
+    stays = stays & (a < na)
     number = tl.cumsum(stays.to(tl.int32), 0) - 1
     t = tl.load(target + b * na + a, mask=a < na, other=0)
     tl.store(target + b * na + a, tl.where(stays, -1, t), mask=a < na)

@@ -3,18 +3,54 @@
 Conventions: the first ``prefix`` tokens (class, distillation, registers) stay first, in their order, and neither merge
 nor receive. The others alternate by their index in the whole sequence: even indices form A, odd ones B. The ``r``
 tokens of A that are most similar to a token of B are averaged into it. New order: prefix, the rest of A ascending, B
-ascending. Ties go to the lower index. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 3.
+ascending. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 3.
+
+Similarities are cosines of keys summed over heads. Equal keys have similarities that differ in the last bits, depending
+on the order in which a processor adds products. So that ties go by index alone on every processor and in every engine,
+similarities that differ by at most ``TIE`` count as equal:
+
+- A token of A is matched with the first token of B whose similarity is within ``TIE`` of its highest.
+- The r-th highest of these highest similarities is the cut. Tokens of A above it by more than ``TIE`` merge; of those
+  within ``TIE`` of it, the first ones merge, until there are r.
+
+Both rules measure from one value that does not depend on the order of comparisons, so "equal" need not be transitive.
+Similarities are not rounded to a grid instead, because two that differ in the last bit can fall on either side of a
+grid's edge. A key with NaN or infinity has similarity 0 to every token.
 
 Tokens that took no part come out bit for bit as they went in. Nothing here adds with atomics, so that two runs agree.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# In fp32, the order of addition changes a cosine over D channels by at most 4 D 2^-24: 2^-14 for 256 channels, 2^-12 for
+# 1024. Keys in bf16 only resolve about 2^-9, so that nothing a model relies on is lost.
+TIE = 2.0**-12
 CHANNELS = 8  # keys grow by so many channels where they carry log(size): flash attention reads multiples of 8
+
+
+_Operator = TypeVar("_Operator", bound=Callable[..., Any])
+
+
+def _without_autocast(operator: _Operator) -> _Operator:
+    """Run an operator without autocast, whose products in half precision differ by more than ``TIE``."""
+
+    @functools.wraps(operator)
+    def run(x: Tensor, *args: Any) -> Any:
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return operator(x, *args)
+        with torch.autocast(device, enabled=False):
+            return operator(x, *args)
+
+    return run  # type: ignore[return-value]
 
 
 def token_size(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -51,6 +87,7 @@ def merged_count(tokens: int, r: int, prefix: int) -> int:
     return tokens - max(0, min(r, (tokens - prefix) // 2))
 
 
+@_without_autocast
 def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` tokens of x.
 
@@ -69,8 +106,7 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
     if r <= 0:
         return x.clone(), size.clone(), torch.arange(tokens, device=x.device).expand(batch, -1).clone()
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
-    metric = F.normalize(keys.float().mean(1), dim=-1)
-    best, target = (metric[:, even::2] @ metric[:, odd::2].transpose(-1, -2)).max(-1)  # (B, A) each
+    best, target = _match(keys, even, odd)
     of_a, listed = _split(best, r)
     sources, rest = even + 2 * listed[:, -r:, None], even + 2 * listed[:, :-r, None]
 
@@ -90,26 +126,44 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """x (B, N, C), index (B, n, 1) -> (B, n, C)."""
-    return x.gather(1, index.expand(-1, -1, x.shape[-1]))
+    first = x.shape[1] * torch.arange(x.shape[0], device=x.device).view(-1, 1, 1)
+    return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape[:2])
+
+
+def _match(keys: Tensor, even: int, odd: int) -> tuple[Tensor, Tensor]:
+    """The highest similarity of each token of A, and the token of B that it is matched with; both (B, A)."""
+    # Head by head: Tensor.sum adds some columns in another order, and equal keys would differ where heads cancel.
+    total = functools.reduce(torch.add, keys.float().unbind(1))
+    metric = F.normalize(total, dim=-1)
+    metric = torch.where(metric == metric, metric, 0.0)  # false of NaN
+    scores = metric[:, even::2] @ metric[:, odd::2].transpose(-1, -2)
+    best = scores.amax(-1, keepdim=True)
+    index = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float32)
+    first = torch.where(scores >= best - TIE, index, scores.shape[-1]).amin(-1)
+    return best.squeeze(-1), first.long()
 
 
 def _split(best: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Put the ``r`` highest of each row behind the others, which keep their order.
+    """Put the ``r`` tokens of A that merge behind the others; both parts keep their order.
 
-    Places come from comparing and counting, with no sort: under Inductor that is two small fused loops.
+    The cut comes from comparing and counting, with no sort: under Inductor that is a small fused loop.
 
     Args:
-        best: (B, A).
+        best: (B, A), finite.
 
     Returns:
         The place of each item, and the items in their new order; both (B, A) int64.
     """
+    higher = (best.unsqueeze(-2) > best.unsqueeze(-1)).sum(-1)
+    cut = torch.where(higher < r, best, 2.0).amin(-1, keepdim=True)
+    sure = best > cut + TIE
+    near = (best >= cut - TIE) & ~sure
+    sure_so_far, near_so_far = torch.stack([sure, near]).cumsum(-1)
+    room = r - sure_so_far[:, -1:]
+    merged = sure | (near & (near_so_far <= room))
+    merged_so_far = sure_so_far + near_so_far.minimum(room)
     index = torch.arange(best.shape[1], device=best.device)
-    earlier = index < index.view(-1, 1)
-    mine, others = best.unsqueeze(-1), best.unsqueeze(-2)
-    rank = ((others > mine) | ((others == mine) & earlier)).sum(-1)
-    stays = rank >= r
-    place = torch.where(stays, (stays.unsqueeze(-2) & earlier).sum(-1), best.shape[1] - r + rank)
+    place = torch.where(merged, best.shape[1] - r - 1 + merged_so_far, index - merged_so_far)
     return place, torch.zeros_like(place).scatter(1, place, index.expand_as(place))
 
 
@@ -139,6 +193,7 @@ def token_mean(x: Tensor, size: Tensor, start: int, dim: int, keepdim: bool) -> 
     return mean.to(x.dtype)
 
 
+@_without_autocast
 def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, start: int, dim: int, rank: int) -> Tensor:
     """Bring a value per input token (a position embedding, a rotary table) to merged tokens, as their mean.
 
