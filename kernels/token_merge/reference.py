@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# In fp32, the order of addition changes a cosine over D channels by at most 4 D 2^-24: 2^-14 for 256 channels, 2^-12 for
-# 1024. Keys in bf16 only resolve about 2^-9, so that nothing a model relies on is lost.
+# In fp32, the order of addition changes a cosine over D channels by at most 4 D 2^-24: 2^-14 for 256 channels, 2^-12
+# for 1024. Keys in bf16 only resolve about 2^-9, so that nothing a model relies on is lost.
 TIE = 2.0**-12
 CHANNELS = 8  # keys grow by so many channels where they carry log(size): flash attention reads multiples of 8
 
