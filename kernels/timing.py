@@ -113,6 +113,7 @@ def machine_key() -> str:
     import mpcompile
 
     parts = [cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__, mpcompile.__version__]
+    parts += [os.environ.get(name, "") for name in ("MPCOMPILE_CPU_ISA", "ONEDNN_MAX_CPU_ISA")]
     if torch.version.cuda is not None:
         parts += [torch.version.cuda, triton_version()]
     key = hashlib.sha256("\n".join(parts).encode())
