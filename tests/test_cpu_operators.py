@@ -186,6 +186,8 @@ def test_without_kernels_plain_torch_runs(monkeypatch):
     x = torch.randn(5, 32)
     fast = ops.nm_gemm(x, values, index, None, None, 48, 8, 16, ROWS, "gelu")
     monkeypatch.setattr(native, "kernels", lambda: None)
+    answers, runs = [], native.runs
+    monkeypatch.setattr(native, "runs", lambda *args: answers.append(runs(*args)) or answers[-1])
     native.use(None)
     try:
         slow = ops.nm_gemm(x, values, index, None, None, 48, 8, 16, ROWS, "gelu")
@@ -193,4 +195,4 @@ def test_without_kernels_plain_torch_runs(monkeypatch):
         monkeypatch.undo()
         native.use(native.kernels())
     torch.testing.assert_close(fast, slow)
-    assert not torch.equal(fast, slow)  # another order of addition: it was not the kernel
+    assert answers == [False]  # by the operator in Python, which didn't find the kernel
