@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.library import Library
 
-from mpcompile.kernels.nm_linear import native, reference
+from mpcompile.errors import InputError
+from mpcompile.kernels.nm_linear import checks, native, reference
 from mpcompile.kernels.token_merge import fused
 from mpcompile.kernels.token_merge import reference as merging
 
@@ -93,13 +94,17 @@ PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
 MERGING = frozenset({token_size, token_bias, token_merge, token_mean, token_follow, token_attention})
 
 
-def packed_arguments(node: fx.Node) -> list[tuple[Any, Any, Any, Any]]:
-    """Values, index, M and layout of each packed weight that a node of a native operator takes; none of another."""
-    a = node.args
-    if node.target is nm_gemm:
-        return [(a[1], a[2], a[7], a[8])]
-    if node.target is nm_conv:
-        return [(a[1], a[2], a[9], a[11])]
-    if node.target is nm_mlp:
-        return [(a[1], a[2], a[11], a[14]), (a[4], a[5], a[13], a[15])]
-    return []
+def packed_arguments(node: fx.Node) -> list[checks.PackedWeight]:
+    """The packed weights that a node of a native operator takes; none of another.
+
+    Raises:
+        InputError: no input can fit the numbers on the node.
+    """
+    if node.target not in NATIVE:
+        return []
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.keys() != set(names):
+        raise InputError(f"{target} lacks arguments", expected=", ".join(names), found=", ".join(given))
+    return checks.stored(target._schema.name.rpartition("::")[2], given)

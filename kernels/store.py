@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
+import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 _SAID: set[str] = set()
+_MOST_BYTES = 64 << 20  # of a JSON file
 
 
 def say_once(text: str) -> None:
@@ -21,21 +25,44 @@ def say_once(text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """``$MPCOMPILE_CACHE``, or ``mpcompile`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It need not exist yet."""
+    """``$MPCOMPILE_CACHE``, or ``mpcompile`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It need not exist yet.
+
+    A user without a home has this user's folder among temporary files.
+    """
     given = os.environ.get("MPCOMPILE_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpcompile"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base and os.path.isabs(base):
+        return Path(base) / "mpcompile"
+    home = os.path.expanduser("~")
+    return Path(home) / ".cache" / "mpcompile" if os.path.isabs(home) else temporary_folder()
+
+
+def temporary_folder() -> Path:
+    """This user's own among temporary files."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    return Path(tempfile.gettempdir()) / f"mpcompile-{user}"
+
+
+def _text(path: Path) -> str:
+    """A regular file's text. A pipe isn't waited for, and nothing without an end is read."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+            raise OSError("it is no regular file, or a very large one")
+        return file.read(_MOST_BYTES).decode("utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where the file is missing or damaged (which is said once)."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(_text(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        say_once(f"mpcompile: {path} can't be read and is ignored: {error}")
+    except (OSError, ValueError, RecursionError) as error:
+        say_once(f"mpcompile: {path} can't be read and is ignored: {str(error)[:200]}")
         return {}
     if not isinstance(data, dict):
         say_once(f"mpcompile: {path} can't be read and is ignored: it holds no JSON object")
@@ -45,12 +72,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, update: dict[str, Any]) -> None:
     """Add the keys of ``update`` to a JSON file; a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**read_json(path), **update}, indent=0), encoding="utf-8")
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps({**read_json(path), **update}, indent=0))
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         say_once(f"mpcompile: {path} can't be written, so nothing is kept for the next run: {error}")
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def positive(value: Any) -> float | None:
+    """``value`` as a float where it is a positive, finite number, else None: what a file may hold for a duration."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) and number > 0 else None

@@ -118,10 +118,15 @@ def machine_key() -> str:
         parts += [torch.version.cuda, triton_version()]
     key = hashlib.sha256("\n".join(parts).encode())
     here = Path(__file__)
-    sources = [p for p in sorted((here.parent / "nm_linear").iterdir()) if p.suffix in (".py", ".cpp", ".h")]
-    for path in [here, *sources]:
-        key.update(path.name.encode() + path.read_bytes())
+    for path in [here, *sources(here.parent / "nm_linear")]:
+        key.update(path.relative_to(here.parent).as_posix().encode() + path.read_bytes())
     return key.hexdigest()[:16]
+
+
+def sources(folder: Path) -> list[Path]:
+    """The kernels' source files in a folder and all folders below it."""
+    found = (Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in found if path.suffix in (".py", ".cpp", ".h"))
 
 
 def cache_file() -> Path:
@@ -160,8 +165,8 @@ def _valid(entry: Any) -> dict[str, float]:
     """An entry of the file if it is what was once written there, else nothing."""
     if not isinstance(entry, dict):
         return {}
-    sound = all(isinstance(us, (int, float)) and math.isfinite(us) and us > 0 for us in entry.values())
-    return {str(name): float(us) for name, us in entry.items()} if sound else {}
+    times = {name: us for name, value in entry.items() if (us := store.positive(value)) is not None}
+    return times if len(times) == len(entry) else {}
 
 
 @contextlib.contextmanager

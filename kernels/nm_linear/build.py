@@ -3,6 +3,9 @@
 A library's name holds a checksum of source, compiler, flags and instruction set, so that a changed one is another
 file. It is written under a name of its own and renamed: processes that build at the same time do no harm. Behind the
 library's own bytes stands their checksum, since loading half a library can kill the process (SIGBUS).
+
+Loading a library runs its code. A library is loaded, or stored, only where nobody but this user and root can have
+written: the file, its folder, and every folder above are checked (:func:`others_can_write`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -24,7 +28,7 @@ from typing import TypeVar
 
 import torch
 
-from mpcompile.kernels.store import cache_folder, say_once
+from mpcompile.kernels.store import cache_folder, say_once, temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +135,7 @@ def _version(command: tuple[str, ...]) -> str:
 
 def _folders() -> list[Path]:
     """Where the library may lie: the cache, else a folder of this user's among temporary files."""
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    return [cache_folder() / "kernels", Path(tempfile.gettempdir()) / f"mpcompile-{user}"]
+    return [cache_folder() / "kernels", temporary_folder()]
 
 
 def _usable(folder: Path) -> bool:
@@ -148,7 +151,71 @@ def _usable(folder: Path) -> bool:
 
 
 def _own(folder: Path) -> bool:
-    return not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
+    """Whether nobody else can put files into a folder; if not, that is said once."""
+    reason = others_can_write(folder, stat.S_ISDIR)
+    if reason is not None:
+        say_once(f"mpcompile: libraries in {folder} are not used: {reason}")
+    return reason is None
+
+
+def others_can_write(path: Path, kind: Callable[[int], bool]) -> str | None:
+    """Who else than this user and root could have put what stands at a path, or None.
+
+    Args:
+        kind: what it has to be, as a test of its mode. A link is neither file nor folder here.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    place = Path(os.path.abspath(path))
+    if not kind(place.lstat().st_mode):
+        return f"{place} is a link, or of another kind"
+    for last, part in [(True, place), *((False, parent) for parent in place.parents)]:
+        found = part.lstat()
+        if stat.S_ISLNK(found.st_mode):  # on the way: what it leads to is looked at as well
+            target = Path(os.path.realpath(part, strict=True))
+            reason = _other_owner(part, found, last) or others_can_write(target, stat.S_ISDIR)
+        else:
+            reason = _other_owner(part, found, last) or _other_writer(part, found, last)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _other_owner(path: Path, found: os.stat_result, last: bool) -> str | None:
+    # In a container, folders of a user from outside show a number that stands for all of those.
+    unknown = () if last else (_overflow_user(),)
+    return None if found.st_uid in (os.getuid(), 0, *unknown) else f"{path} belongs to user {found.st_uid}"
+
+
+def _other_writer(path: Path, found: os.stat_result, last: bool) -> str | None:
+    shared = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _private_group(found.st_gid))
+    if not shared or (not last and found.st_mode & stat.S_ISVTX):  # as in /tmp, where nobody renames another's files
+        return None
+    return f"others can write to {path} (mode {stat.S_IMODE(found.st_mode):o})"
+
+
+@functools.cache
+def _overflow_user() -> int:
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+@functools.cache
+def _private_group(number: int) -> bool:
+    """Whether nobody but this user, or root, is in a group, as where every user has a group of their own."""
+    import grp
+    import pwd
+
+    try:
+        name, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(number)
+    except KeyError:
+        return False
+    return number in (0, os.getgid()) and group.gr_name in (name, "root") and set(group.gr_mem) <= {name, "root"}
 
 
 def _whole(path: Path) -> bool:
@@ -161,12 +228,17 @@ def _find(name: str, folders: list[Path]) -> Path | None:
     for folder in folders:
         path = folder / name
         try:
-            # Among temporary files, somebody else could have put one there.
-            if not path.is_file() or (folder != folders[0] and not _own(folder)):
+            if not stat.S_ISREG(path.lstat().st_mode) or not _own(folder):
                 continue
-            if _whole(path):
+            reason = others_can_write(path, stat.S_ISREG)
+            if reason is not None:
+                say_once(f"mpcompile: {path} is built again: {reason}")
+            elif _whole(path):
                 return path
-            say_once(f"mpcompile: {path} is damaged and is built again")
+            else:
+                say_once(f"mpcompile: {path} is damaged and is built again")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except OSError as error:
             say_once(f"mpcompile: {path} can't be read and is built again: {error}")
     return None
@@ -203,7 +275,7 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
     if folder is None:
         raise Unavailable(f"no folder for the CPU kernels can be written: tried {', '.join(map(str, folders))}")
     if folder != folders[0]:
-        say_once(f"mpcompile: {folders[0]} can't be written; the CPU kernels are kept in {folder}")
+        say_once(f"mpcompile: {folders[0]} can't be written safely; the CPU kernels are kept in {folder}")
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(dir=folder) as private:
@@ -218,6 +290,7 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
             data = made.read_bytes()
             with made.open("ab") as file:  # what loads a library ignores bytes behind its last section
                 file.write(hashlib.sha256(data).digest())
+            made.chmod(0o700)  # whatever the umask lets others do
             os.replace(made, folder / name)
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip()[-400:] or f"exit status {error.returncode}"

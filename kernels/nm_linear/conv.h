@@ -114,7 +114,7 @@ static void convolve(const Convolution& g, const Weight<float>& w, const float* 
         auto sweep = half_used<V>(first, tokens) ? sweep_rows<V, HALVES, float, float> : sweep_rows<V, false, float, float>;
         const float* start = w.start();
         float* c = scratch().sums.need((size_t)rows * P);
-        float* tile = scratch().tile.need((size_t)(std::max(CONV_COLUMNS, wide)) * P + W);
+        float* tile = scratch().tile.need((size_t)TILE_ROWS * P + W, true);  // whole vectors are copied, and the last may begin late
         size_t offset = 0;
         bool begun = false;
         for (int c0 = 0; c0 < w.inputs; c0 += wide) {

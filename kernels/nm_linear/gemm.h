@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <new>
@@ -23,13 +24,15 @@ constexpr int MANY_TASKS = 16;  // for each thread: with more than that, how the
 template <class T> class Scratch {
  public:
   ~Scratch() { free(data_); }
-  T* need(size_t count) {
+  // `clean`: zeros where nothing has been written since.
+  T* need(size_t count, bool clean = false) {
     if (count > size_) {
       free(data_);
       size_ = 0;
       size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
       data_ = (T*)aligned_alloc(4096, bytes);
       if (!data_) throw std::bad_alloc();
+      if (clean) memset(data_, 0, bytes);
       size_ = count;
     }
     return data_;
@@ -198,10 +201,12 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
   constexpr int P = V * W;
   const bool half = half_used<V>(first, in.tokens);
   const float* start = w.start();
-  Pair* tile = scratch().pairs.need((size_t)OCTS_BLOCK * 2 * P)  /* as many as PAIRS_BLOCK * 3 */;
+  Pair* tile = scratch().pairs.need((size_t)TILE_ROWS * P, true);
   const Pair* values = (const Pair*)w.values;
   const int fours = (w.outputs + RING_ROWS - 1) / RING_ROWS, wide = w.block(), blocks = (w.inputs + wide - 1) / wide;
   const uint8_t* index = w.index + (w.layout == LAYOUT_RING ? ((size_t)blocks * fours + 1) * 4 : 0);
+  int32_t held = 0;  // entries of RING: the caller has compared their number with what there is
+  if (w.layout == LAYOUT_RING) memcpy(&held, w.index + (size_t)blocks * fours * 4, 4);
   size_t offset = 0;
   for (int b = 0; b < blocks; b++) {
     const int k0 = b * wide, count = std::min(wide, w.inputs - k0);
@@ -210,7 +215,7 @@ static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const
     const float* from = b ? nullptr : start;
     if (w.layout == LAYOUT_RING) {
       const uint8_t* begin = w.index + (size_t)b * fours * 4;
-      (half ? sweep_ring<V, HALVES> : sweep_ring<V, false>)(tile, values, index, begin, n0, n1, c, from);
+      (half ? sweep_ring<V, HALVES> : sweep_ring<V, false>)(tile, values, index, begin, held, n0, n1, c, from);
       continue;
     }
     const int entries = w.entries(count);
@@ -229,12 +234,14 @@ static void accumulate(const Weight<X>& w, const Input<X>& in, const float* pane
   constexpr int P = V * W;
 #if NM_PAIRS
   if constexpr (std::is_same<X, bf16>::value) {
-    if (w.layout != LAYOUT_ROWS) return accumulate_pairs<V>(w, in, where, first, n0, n1, c);
+    if (w.layout != LAYOUT_ROWS && w.inputs) return accumulate_pairs<V>(w, in, where, first, n0, n1, c);
   }
 #endif
   auto sweep = half_used<V>(first, in.tokens) ? sweep_rows<V, HALVES, float, X> : sweep_rows<V, false, float, X>;
   const float* start = w.start();
-  float* own = panel ? nullptr : scratch().tile.need((size_t)w.block() * P);
+  if (!w.inputs)  // no block, so nothing below begins the sums
+    for (int n = n0; n < n1; n++) std::fill_n(c + (size_t)(n - n0) * P, P, start[n]);
+  float* own = panel ? nullptr : scratch().tile.need((size_t)TILE_ROWS * P, true);
   size_t offset = 0;
   for (int k0 = 0; k0 < w.inputs; k0 += w.block()) {
     const int count = std::min(w.block(), w.inputs - k0), entries = w.entries(count);
@@ -298,7 +305,7 @@ static void mlp(const Weight<X>& one, const Weight<X>& two, const Input<X>& in, 
       const int hidden = one.outputs;
       float* panel = nullptr;
       X* half = nullptr;
-      if (two.layout == LAYOUT_ROWS) panel = scratch().panel.need((size_t)(hidden + RING_ROWS) * P);
+      if (two.layout == LAYOUT_ROWS) panel = scratch().panel.need((size_t)(hidden + TILE_ROWS) * P, true);
       else half = (X*)scratch().hidden.need((size_t)hidden * P);
       for (int n0 = 0; n0 < hidden; n0 += MOST_ROWS) {
         const int n1 = std::min(hidden, n0 + MOST_ROWS);

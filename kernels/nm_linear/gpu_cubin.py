@@ -100,6 +100,24 @@ def driver() -> Any:
     return Driver()
 
 
+def _records(path: Path) -> list[dict[str, Any]]:
+    """What a ``records.json`` lists.
+
+    Raises:
+        InputError: it isn't as gpu_build.py writes it.
+    """
+    kinds = {field.name: {"str": str, "int": int, "bool": bool}[str(field.type)] for field in fields(Build)}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if all(type(record[name]) is kind for record in records for name, kind in kinds.items()):
+            return list(records)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # said below
+    raise InputError(
+        f"{path} is damaged", expected="what python -m bench.kernel_matrix --keep writes", hint="compile them again"
+    )
+
+
 @dataclass
 class Cubins:
     """The builds in a folder.
@@ -122,7 +140,7 @@ class Cubins:
         found = cls(folder)
         names = [f.name for f in fields(Build)]
         for path in sorted(folder.rglob("records.json")):
-            for record in json.loads(path.read_text(encoding="utf-8")):
+            for record in _records(path):
                 build = Build(**{name: record[name] for name in names})
                 if "error" in record or record.get("scratch_bytes"):
                     continue

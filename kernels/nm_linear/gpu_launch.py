@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear import gpu_cubin, gpu_model, packed, sparse24
+from mpcompile.kernels.nm_linear import checks, gpu_cubin, gpu_model, packed, sparse24
+from mpcompile.kernels.nm_linear.checks import PackedWeight
 from mpcompile.kernels.nm_linear.gpu_tiles import CONV_CHANNELS, Tile, family
 from mpcompile.kernels.nm_linear.gpu_triton import old_triton
 from mpcompile.kernels.nm_linear.sparse24 import MMA_SP, WGMMA_SP
@@ -210,8 +211,10 @@ def _runs(x: Tensor, layout: int) -> bool:
 
 
 def _gemm(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *rest: Any) -> Tensor:
-    out, _, _, layout, activation = rest
+    out, n, m, layout, activation = rest
+    checks.weight_numbers((out, x.shape[-1] if x.dim() else 0), n, m, layout)
     if not _runs(x, layout):
+        checks.gemm(x, PackedWeight(values, index, (out, x.shape[-1]), n, m, layout), bias, residual, activation)
         return packed.nm_gemm(x, values, index, bias, residual, *rest)
     return product(x, values, index, bias, residual, out, layout, activation)
 
@@ -283,9 +286,9 @@ def convolution(
 
 def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *rest: Any) -> Tensor:
     """1x1 convolutions are products over the pixels of a channels-last batch; others gather their pixels."""
-    stride, padding, dilation, _, _, shape, layout, activation = rest
-    if x.dim() != 4 or x.shape[1] != shape[1]:
-        raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
+    stride, padding, dilation, n, m, shape, layout, activation = rest
+    weight = PackedWeight(values, index, tuple(shape), n, m, layout)
+    checks.conv(x, weight, bias, residual, (stride, padding, dilation), activation)
     order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
     pointwise = list(shape[2:]) == [1, 1]
     if not _runs(x, layout) or not (pointwise or direct(shape, layout)):

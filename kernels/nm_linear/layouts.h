@@ -8,6 +8,10 @@ enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2, LAYOUT_OCTS = 
 constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96;
 constexpr int RING_ROWS = 4;  // of RING, that share one number of entries
 
+// Rows of every tile: as many as an index byte can name. No index, wherever it comes from, leads outside; rows that no
+// block fills stay untouched and take no cache.
+constexpr int TILE_ROWS = 256;
+
 // Columns of a full block of a matrix whose groups are m long.
 inline int block_columns(int layout, int m) {
   return layout == LAYOUT_ROWS ? ROWS_BLOCK / m * m : layout == LAYOUT_OCTS ? OCTS_BLOCK : PAIRS_BLOCK;

@@ -21,6 +21,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,29 +55,64 @@ def channel_block(m: int) -> int:
     return m * max(1, CONV_CHANNELS // m)
 
 
-def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
-    """Columns of each block, as indices into the execution layout (see nm_format).
+class Cut(NamedTuple):
+    """How a weight's columns are cut into blocks: up to ``wide`` channels at up to ``some`` taps each.
 
-    A matrix is cut into runs of columns. A convolution is cut into channels first and taps second, so that a block
-    reads few channels; inside a block the taps are outermost.
+    A matrix has one tap. A convolution is cut into channels first and taps second, so that a block reads few channels;
+    inside a block the taps are outermost. Packing, the checks of operators and the loading of files all go by this, and
+    conv.h and layouts.h do the same.
     """
-    if len(shape) == 2 or tuple(shape[2:]) == (1, 1):
-        return list(torch.arange(shape[1]).split(block_columns(layout, m)))
-    taps = torch.arange(shape[2] * shape[3])
-    channels = torch.arange(shape[1])
-    wide = channel_block(m)
-    some = -(-len(taps) // -(-len(taps) * wide // CONV_COLUMNS))
+
+    channels: int
+    wide: int
+    taps: int
+    some: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], layout: int, m: int) -> Cut:
+        """The cut of a weight of ``shape``."""
+        taps = math.prod(shape[2:])
+        if taps <= 1:
+            return cls(shape[1], block_columns(layout, m), taps, 1)
+        wide = channel_block(m)
+        parts = -(-taps * wide // CONV_COLUMNS)
+        return cls(shape[1], wide, taps, -(-taps // parts))
+
+    def widths(self) -> list[tuple[int, int]]:
+        """Columns of a block, and how many blocks have so many: up to four pairs."""
+        (parts, rest), (times, left) = divmod(self.channels, self.wide), divmod(self.taps, self.some)
+        found = [(self.wide * self.some, parts * times), (self.wide * left, parts)]
+        found += [(rest * self.some, times), (rest * left, 1)]
+        return [(width, count) for width, count in found if width and count]
+
+
+def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
+    """Columns of each block, as indices into the execution layout (see nm_format)."""
+    cut = Cut.of(shape, layout, m)
+    if not cut.channels * cut.taps:
+        return []
     return [
-        (chosen[:, None] * shape[1] + part[None]).flatten()
-        for part in channels.split(wide)
-        for chosen in taps.split(some)
+        (chosen[:, None] * cut.channels + part[None]).flatten()
+        for part in torch.arange(cut.channels).split(cut.wide)
+        for chosen in torch.arange(cut.taps).split(cut.some)
     ]
 
 
 def row_entries(width: int, n: int, m: int) -> int:
     """Entries of a row in a ROWS block of ``width`` columns: its kept values, padded to a multiple of four."""
-    kept = sum(min(n, width - start) for start in range(0, width, m))
-    return -(-kept // 4) * 4
+    return -(-(width // m * n + min(n, width % m)) // 4) * 4
+
+
+def block_entries(layout: int, width: int, n: int, m: int) -> int:
+    """Entries of a row in a block of ``width`` columns of any layout but ``RING``."""
+    if layout == ROWS:
+        return row_entries(width, n, m)
+    return -(-width // (8 if layout == OCTS else 4))
+
+
+def index_bound(layout: int, width: int) -> int:
+    """What every number in the index of a block of ``width`` columns is below."""
+    return {ROWS: width, QUADS: -(-width // 4) * 6, RING: width * REACH, OCTS: -(-width // 8) * 16}[layout]
 
 
 def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Tensor, Tensor]:
@@ -94,11 +130,14 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
         InputError: the mask doesn't keep exactly ``n`` of every ``m``.
     """
     rows, kept = to_rows(weight), to_rows(mask)
-    bad = int(((kept.unflatten(-1, (-1, m)).sum(-1, dtype=torch.uint8)) != n).sum()) if weight.shape[1] % m == 0 else -1
+    bad = -1 if weight.shape[1] % m else 0
+    if not bad and kept.numel():
+        bad = int((kept.unflatten(-1, (-1, m)).sum(-1, dtype=torch.uint8) != n).sum())
     if bad:
         found = f"{bad} groups with another count" if bad > 0 else f"{weight.shape[1]} inputs"
         raise InputError(f"the mask is not {n}:{m}", expected=f"exactly {n} of every {m} kept", found=found)
-    parts = []
+    nothing = rows.new_empty(0), torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
+    parts = [nothing]
     for columns in blocks(weight.shape, layout, m):
         block, chosen = rows[:, columns], kept[:, columns]
         if layout == ROWS:
@@ -126,16 +165,24 @@ def fits(values: int, index: int, shape: tuple[int, ...], n: int, m: int, layout
     """Whether tensors of so many values and index bytes can hold a weight of ``shape`` in a layout."""
     if layout in sparse24.NAMES:
         return (n, m) == (2, 4) and sparse24.fits(values, index, shape)
-    widths = [len(columns) for columns in blocks(shape, layout, m)]
-    if layout == ROWS:
-        return values == index == shape[0] * sum(row_entries(width, n, m) for width in widths)
+    widths = Cut.of(shape, layout, m).widths()
     if layout == RING:
-        return index - values // 2 == 4 * (len(widths) * -(-shape[0] // RING_ROWS) + 1)
-    return values == 2 * index == 2 * shape[0] * sum(-(-width // (8 if layout == OCTS else 4)) for width in widths)
+        return index - values // 2 == table_bytes(shape, m)
+    entries = shape[0] * sum(block_entries(layout, width, n, m) * count for width, count in widths)
+    return index == entries and values == (entries if layout == ROWS else 2 * entries)
 
 
-def check(values: Tensor, index: Tensor, m: int, layout: int) -> None:
-    """Make sure that an index, wherever it comes from, names nothing outside the kernels' tiles.
+def table_bytes(shape: Sequence[int], m: int) -> int:
+    """Bytes of the table in front of the index of a ``RING`` weight of ``shape``."""
+    parts = sum(count for _, count in Cut.of(shape, RING, m).widths())
+    return 4 * (parts * -(-shape[0] // RING_ROWS) + 1)
+
+
+def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[int] | None = None) -> None:
+    """Make sure that an index, wherever it comes from, names nothing outside its weight's blocks.
+
+    Args:
+        shape: of the weight; without one, a matrix of any size.
 
     Raises:
         InputError: it does, or it isn't of the layout at all.
@@ -159,7 +206,8 @@ def check(values: Tensor, index: Tensor, m: int, layout: int) -> None:
         steps = starts.diff()
         if starts[0] != 0 or starts[-1] > len(numbers) or bool((steps < 0).any()) or bool((steps % 8 != 0).any()):
             raise InputError("the table of packed weights is damaged", hint="pack or save them again")
-    bound = {ROWS: max(ROWS_BLOCK // m * m, m), QUADS: 96, RING: PAIRS_BLOCK * REACH, OCTS: OCTS_BLOCK * 2}[layout]
+    widths = [block_columns(layout, m)] if shape is None else [w for w, _ in Cut.of(shape, layout, m).widths()]
+    bound = index_bound(layout, max(widths, default=1))
     if len(numbers) and int(numbers.max()) >= bound:
         found = int(numbers.max())
         raise InputError("an index of packed weights lies outside its block", expected=f"below {bound}", found=found)
@@ -266,7 +314,7 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
             steps = torch.arange(RING_ROWS).repeat_interleave(2).repeat(int(each.sum()) // 2)
             row = torch.arange(four).repeat_interleave(each * RING_ROWS) * RING_ROWS + steps
         else:
-            entries = row_entries(width, n, m) if layout == ROWS else -(-width // (8 if layout == OCTS else 4))
+            entries = block_entries(layout, width, n, m)
             end = start + out * entries
             row = torch.arange(out).repeat_interleave(entries)
         number = index[start:end].long()

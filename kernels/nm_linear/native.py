@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.library import Library
 
-from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear import build, gpu_launch, layouts, packed, sparse24
+from mpcompile.kernels.nm_linear import build, checks, gpu_launch, packed, sparse24
+from mpcompile.kernels.nm_linear.checks import PackedWeight
 from mpcompile.kernels.nm_linear.layouts import ROWS
 
 _SCHEMAS = {
@@ -67,23 +67,6 @@ def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
     return all(layout == ROWS for layout in layouts) or (lib.nm_pairs() == 1 and x.dtype is torch.bfloat16)
 
 
-def _fits(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...], n: int, m: int, layout: int) -> None:
-    """The kernels read by address and index: tensors of another kind or size would lead them outside."""
-    whole = all(t.is_cpu and t.is_contiguous() for t in (values, index))
-    if not whole or values.dtype is not x.dtype or index.dtype is not torch.uint8:
-        raise InputError(
-            f"packed weights don't fit a weight {shape} {n}:{m}",
-            expected=f"values in {x.dtype} and an index in uint8, contiguous, on the CPU",
-            found=", ".join(f"{t.dtype} on {t.device}, strides {t.stride()}" for t in (values, index)),
-        )
-    if not layouts.fits(values.numel(), index.numel(), shape, n, m, layout):
-        raise InputError(
-            f"packed weights don't fit a weight {shape} {n}:{m}",
-            expected=f"what layouts.pack makes of it in layout {layouts.NAMES.get(layout, layout)}",
-            found=f"{values.numel()} values, {index.numel()} index bytes",
-        )
-
-
 def _added(residual: Tensor | None, y: Tensor) -> Tensor | None:
     """The residual as the kernels read it: of the output's shape and dtype, in its memory order."""
     if residual is None:
@@ -93,11 +76,7 @@ def _added(residual: Tensor | None, y: Tensor) -> Tensor | None:
 
 
 def _at(tensor: Tensor | None) -> int | None:
-    if tensor is None:
-        return None
-    if not tensor.is_cpu:
-        raise InputError("a bias or residual lies elsewhere", expected="the CPU", found=tensor.device)
-    return tensor.data_ptr()
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _checked(failed: int) -> None:
@@ -117,12 +96,12 @@ def _gemm(
     layout: int,
     activation: str,
 ) -> Tensor:
-    if not runs(x, values, layout):
+    k = x.shape[-1] if x.dim() else 0
+    checks.gemm(x, PackedWeight(values, index, (out, k), n, m, layout), bias, residual, activation)
+    if not runs(x, values, layout) or not k:
         return packed.nm_gemm(x, values, index, bias, residual, out, n, m, layout, activation)
     y = x.new_empty((*x.shape[:-1], out))
-    k = x.shape[-1]
     if y.numel():
-        _fits(x, values, index, (out, k), n, m, layout)
         x, bias, residual = x.contiguous(), packed.row(bias, out, x.dtype), _added(residual, y)
         tokens = y.numel() // out
         _checked(
@@ -168,19 +147,22 @@ def _mlp(
     layout2: int,
     activation: str,
 ) -> Tensor:
+    k = x.shape[-1] if x.dim() else 0
+    one = PackedWeight(values1, index1, (hidden, k), n1, m1, layout1)
+    two = PackedWeight(values2, index2, (out, hidden), n2, m2, layout2)
+    checks.mlp(x, (one, two), (bias1, bias2), residual, activation)
     threads = torch.get_num_threads()
     tokens = x.numel() // max(1, x.shape[-1])
     # One thread takes a whole panel through both products, which few panels would leave idle threads.
     few = tokens < 64 * 4 * threads and threads > 1
-    if few or (layout1 == ROWS) != (layout2 == ROWS) or not runs(x, values1, layout1, layout2):
+    apart = few or (layout1 == ROWS) != (layout2 == ROWS) or not k * hidden
+    if apart or not runs(x, values1, layout1, layout2) or values2.dtype is not x.dtype:
         h = _gemm(x, values1, index1, bias1, None, hidden, n1, m1, layout1, activation)
         return _gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none")
     y = x.new_empty((*x.shape[:-1], out))
     if y.numel():
         x, bias1, bias2 = x.contiguous(), packed.row(bias1, hidden, x.dtype), packed.row(bias2, out, x.dtype)
         residual = _added(residual, y)
-        _fits(x, values1, index1, (hidden, x.shape[-1]), n1, m1, layout1)
-        _fits(x, values2, index2, (out, hidden), n2, m2, layout2)
         _checked(
             kernels().nm_mlp(
                 _HALF[x.dtype],
@@ -210,12 +192,23 @@ def _mlp(
     return y
 
 
+def _of_nothing(
+    x: Tensor, sizes: tuple[int, ...], bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    """A convolution of no channels: its bias everywhere."""
+    order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
+    y = torch.zeros(sizes, dtype=x.dtype, device=x.device)
+    y = y if bias is None else y + bias.to(x.dtype)[:, None, None]
+    return packed.finish(y, residual, activation).contiguous(memory_format=order)
+
+
 def pointwise(shape: Sequence[int]) -> bool:
     """Whether a convolution is a matrix product over pixels."""
     return shape[2] == shape[3] == 1
 
 
 def _sizes(x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[Any]:
+    """Of the output; sizes may be symbols here."""
     edges = zip(x.shape[2:], shape[2:], stride, padding, dilation, strict=True)
     return [x.shape[0], shape[0], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in edges)]
 
@@ -235,15 +228,17 @@ def _conv(
     layout: int,
     activation: str,
 ) -> Tensor:
+    axes = (stride, padding, dilation)
+    sizes = checks.conv(x, PackedWeight(values, index, tuple(shape), n, m, layout), bias, residual, axes, activation)
     flat = pointwise(shape)
-    if x.dim() != 4 or x.shape[1] != shape[1] or min(*stride, *dilation) < 1 or min(padding) < 0:
-        raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
+    if not shape[1]:
+        return _of_nothing(x, sizes, bias, residual, activation)
     if not runs(x, values, layout) or (x.dtype is not torch.float32 and not flat):
         y = packed.nm_conv(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation)
         return y.contiguous(memory_format=torch.channels_last if packed.runs_last(x) else torch.contiguous_format)
     last = packed.runs_last(x)
     order = torch.channels_last if last else torch.contiguous_format
-    y = torch.empty(_sizes(x, shape, stride, padding, dilation), dtype=x.dtype, memory_format=order)
+    y = torch.empty(sizes, dtype=x.dtype, memory_format=order)
     if not y.numel():
         return y
     if flat and any(padding):
@@ -252,7 +247,6 @@ def _conv(
         x = x[:, :, :: stride[0], :: stride[1]]
     x, bias = x.contiguous(memory_format=order), packed.row(bias, shape[0], x.dtype)
     residual = _added(residual, y)
-    _fits(x, values, index, tuple(shape), n, m, layout)
     threads, lib = torch.get_num_threads(), kernels()
     head = (x.data_ptr(), values.data_ptr(), index.data_ptr(), _at(bias), _at(residual), y.data_ptr())
     if flat:
@@ -274,7 +268,9 @@ def _conv(
             )
         )
     else:
-        numbers = (*x.shape, shape[0], *shape[2:], *stride, *padding, *dilation)
+        # A longer stride takes no other pixels than one as long as the padded image, and no more memory for its phases.
+        steps = (min(s, size + 2 * p) for s, size, p in zip(stride, x.shape[2:], padding, strict=True))
+        numbers = (*x.shape, shape[0], *shape[2:], *steps, *padding, *dilation)
         geometry = (build.ctypes.c_int64 * 13)(*numbers)
         _checked(lib.nm_conv(*head, build.ctypes.addressof(geometry), n, m, _NUMBER[activation], int(last), threads))
     return y

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <climits>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <utility>
@@ -53,16 +54,21 @@ int number(Text name) {
   return -1;
 }
 
-// layouts.fits for a matrix: whether the kernels find in both tensors what they will read.
+// checks.held for a matrix: whether the kernels find in both tensors what they will read.
 bool fits(const Tensor& values, const Tensor& index, int64_t outputs, int64_t inputs, int64_t n, int64_t m, int64_t layout) {
   constexpr int64_t most = INT_MAX - 1024;  // the kernels count in int, a few rows further
   if (n < 1 || m < n || m > MAX_M || outputs < 1 || inputs < 1 || outputs > most || inputs > most) return false;
   const int64_t wide = block_columns((int)layout, (int)m), blocks = ceil_div(inputs, wide);
   const int64_t held = values.numel(), named = index.numel();
-  if (layout == LAYOUT_RING) return named - held / 2 == 4 * (blocks * ceil_div(outputs, RING_ROWS) + 1);
-  int64_t entries = 0;
-  for (int64_t k = 0; k < inputs; k += wide)
-    entries += block_entries((int)layout, (int)std::min(wide, inputs - k), (int)n, (int)m);
+  if (layout == LAYOUT_RING) {
+    const int64_t end = 4 * (blocks * ceil_div(outputs, RING_ROWS) + 1);
+    if (named - held / 2 != end) return false;
+    int32_t entries;  // where the table ends: the kernel reads as many
+    memcpy(&entries, (const uint8_t*)index.const_data_ptr() + end - 4, 4);
+    return entries >= 0 && entries <= held / 2;
+  }
+  const int64_t entries = inputs / wide * block_entries((int)layout, (int)wide, (int)n, (int)m) +
+                          block_entries((int)layout, (int)(inputs % wide), (int)n, (int)m);
   return named == outputs * entries && held == named * (layout == LAYOUT_ROWS ? 1 : 2);
 }
 
@@ -128,11 +134,12 @@ Tensor two(const Tensor& x, const Tensor& values1, const Tensor& index1, const M
   const int between = number(activation), threads = at::get_num_threads();
   const int64_t tokens = x.dim() && x.size(-1) ? x.numel() / x.size(-1) : 0;
   // One thread takes a whole panel through both products, which few panels would leave idle threads.
-  if ((tokens < 64 * 4 * threads && threads > 1) || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS)) {
+  const bool known = between >= 0 && between < 5;
+  if (known && ((tokens < 64 * 4 * threads && threads > 1) || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS))) {
     const Tensor h = gemm(x, values1, index1, bias1, std::nullopt, hidden, n1, m1, layout1, activation);
     return gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none");
   }
-  if (run && between >= 0 && between < 5 && x.dim() && x.is_contiguous() &&
+  if (run && known && x.dim() && x.is_contiguous() &&
       ready(x, values1, index1, bias1, hidden, x.size(-1), n1, m1, layout1, run->pairs) &&
       ready(x, values2, index2, bias2, out, hidden, n2, m2, layout2, run->pairs)) {
     Tensor y = outputs_for(x, out);

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpcompile.kernels.nm_format import from_rows, groups_per_word
+from mpcompile.errors import InputError
+from mpcompile.kernels.nm_format import MAX_M, from_rows, groups_per_word, word_count, word_dtype
 
 
 def _popcount(x: Tensor) -> Tensor:
@@ -19,12 +20,29 @@ def _popcount(x: Tensor) -> Tensor:
     return (x * 0x01010101) >> 24
 
 
+def _check(values: Tensor, words: Tensor, n: int, m: int, k: int) -> None:
+    """That values and words are those of a weight with ``k`` columns.
+
+    Raises:
+        InputError: they aren't.
+    """
+    good = 1 <= n <= m <= MAX_M and k >= 0 and k % m == 0 and values.dim() == words.dim() == 2
+    good = good and words.dtype is word_dtype(m) and values.shape[0] == words.shape[0]
+    if not good or values.shape[1] != k // m * n or words.shape[1] != word_count(k, m):
+        raise InputError(
+            f"packed weights don't fit {str(k)[:20]} inputs {str(n)[:20]}:{str(m)[:20]}",
+            expected="what nm_format.pack makes",
+            found=f"values {tuple(values.shape)}, words {tuple(words.shape)} {words.dtype}",
+        )
+
+
 def unpack_rows(values: Tensor, words: Tensor, n: int, m: int, k: int) -> Tensor:
     """(values, words) of :func:`mpcompile.kernels.nm_format.pack` -> dense rows (out, k).
 
     Column ``j`` holds ``values[group * n + rank]`` where ``rank`` counts the kept columns before it in its group. All
     of it is elementwise but one gather, so that Inductor makes one loop of it.
     """
+    _check(values, words, n, m, k)
     span = groups_per_word(m) * m
     j = torch.arange(k, device=values.device, dtype=torch.int32)
     place = j % span  # of column j in its word
@@ -58,5 +76,8 @@ def nm_conv2d(
     shape: list[int],
 ) -> Tensor:
     """x (B, C, H, W) convolved with the packed weight of ``shape`` (out, C/groups, kh, kw)."""
+    if len(shape) != 4 or min(shape) < 0 or values.shape[:1] != (shape[0],):
+        found = f"a weight {str(shape)[:60]}"
+        raise InputError("packed weights don't fit a convolution", expected=f"{len(values)} rows", found=found)
     rows = unpack_rows(values, words, n, m, shape[1] * shape[2] * shape[3])
     return torch.nn.functional.conv2d(x, from_rows(rows, shape), bias, stride, padding, dilation, groups)

@@ -137,14 +137,17 @@ NM_INLINE void ring_block(const Pair* tile, const Pair* values, const uint8_t* i
   sums.end(c);
 }
 
-// As sweep_rows, for RING: begin[i] tells where the entries of the i-th four rows begin.
+// As sweep_rows, for RING: begin[i] tells where the entries of the i-th four rows begin, of `held` in all. Whatever it
+// tells, nothing else than those is read.
 template <int V, bool HALF>
-static void sweep_ring(const Pair* tile, const Pair* values, const uint8_t* index, const uint8_t* begin, int n0, int n1, float* c,
-                       const float* start) {
+static void sweep_ring(const Pair* tile, const Pair* values, const uint8_t* index, const uint8_t* begin, int held,
+                       int n0, int n1, float* c, const float* start) {
   for (int n = n0; n < n1; n += RING_ROWS, c += RING_ROWS * V * W) {
     int32_t at[2];
     memcpy(at, begin + n / RING_ROWS * 4, 8);
-    ring_block<V, HALF>(tile, values + at[0], index + at[0], (at[1] - at[0]) / RING_ROWS, c, start ? start + n : nullptr);
+    const int first = std::clamp(at[0], 0, held), last = std::clamp(at[1], first, held);
+    const int entries = (last - first) / (2 * RING_ROWS) * 2;  // two of each row at a time
+    ring_block<V, HALF>(tile, values + first, index + first, entries, c, start ? start + n : nullptr);
   }
 }
 

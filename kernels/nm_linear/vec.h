@@ -1,12 +1,17 @@
 // One vector of floats on whatever the compiler targets: AVX-512 (16 lanes), AVX2 (8) or anything else (4, by the
 // compiler's vector extensions: SSE2, NEON). All arithmetic above this file is written once, in terms of it.
+// -DMPCOMPILE_LANES=4, 8 or 16 sets the number of lanes by hand and takes no instructions of a processor's own: so are
+// the sizes that another processor works with tested on any.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#if defined(MPCOMPILE_LANES)
+static_assert(MPCOMPILE_LANES == 4 || MPCOMPILE_LANES == 8 || MPCOMPILE_LANES == 16, "MPCOMPILE_LANES: 4, 8 or 16");
+constexpr int W = MPCOMPILE_LANES;
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define NM_AVX512 1
 constexpr int W = 16;
@@ -79,6 +84,16 @@ typedef float vl __attribute__((vector_size(W * 2)));
 typedef float vl_mem __attribute__((vector_size(W * 2), aligned(4), may_alias));
 NM_INLINE vl low(vf x) { return (vl)_mm512_castps512_ps256((__m512)x); }
 NM_INLINE vl fma(vl a, vl b, vl c) { return (vl)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(MPCOMPILE_LANES) && MPCOMPILE_LANES == 16
+constexpr bool HALVES = true;
+typedef float vl __attribute__((vector_size(W * 2)));
+typedef float vl_mem __attribute__((vector_size(W * 2), aligned(4), may_alias));
+NM_INLINE vl low(vf x) {
+  vl half;
+  memcpy(&half, &x, sizeof half);
+  return half;
+}
+NM_INLINE vl fma(vl a, vl b, vl c) { return a * b + c; }
 #else
 constexpr bool HALVES = false;
 typedef vf vl;
@@ -111,9 +126,10 @@ NM_INLINE Four four(const bf16* p) {
   return spread(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16)));
 }
 #else
-typedef vf Four;
-NM_INLINE Four four(const float* p) { return load(p); }
-NM_INLINE Four four(const bf16* p) { return load(p); }
+typedef float Four __attribute__((vector_size(16)));
+typedef float Four_mem __attribute__((vector_size(16), aligned(4), may_alias));
+NM_INLINE Four four(const float* p) { return *(const Four_mem*)p; }
+NM_INLINE Four four(const bf16* p) { return Four{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 template <int Q> NM_INLINE vf pick(Four w) { return splat(w[Q]); }
 #endif
 

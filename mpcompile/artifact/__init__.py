@@ -32,13 +32,12 @@ from torch import Tensor, fx, nn
 from mpcompile import __version__
 from mpcompile.artifact.codec import decode_nodes, decode_signature, encode_nodes, encode_signature, is_guard
 from mpcompile.artifact.leaves import Tree, compare, restore_modules, restore_tensors
+from mpcompile.artifact.native_nodes import check_packed
 from mpcompile.artifact.opset import Refusal, identifier, module_path, shown
 from mpcompile.artifact.packing import pack_tensors, unpack_tensors
-from mpcompile.errors import ArtifactError, GraphError, InputError
+from mpcompile.errors import ArtifactError, GraphError
 from mpcompile.files import write_atomically
-from mpcompile.graph import IRModule, attribute
-from mpcompile.kernels import ops
-from mpcompile.kernels.nm_linear import layouts
+from mpcompile.graph import IRModule
 from mpcompile.plan import Plan
 
 KIND, VERSION = "mpcompile", 3
@@ -225,7 +224,7 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
         if type(graph["locked"]) not in (bool, type(None)):
             raise Refusal("the mode that the graph stands for is malformed", found=shown(graph["locked"]))
         gm.locked_mode = graph["locked"]
-        _check_packed(gm)
+        check_packed(gm)
         if texts["plan"] != "null":
             gm.plan = Plan.from_json(texts["plan"])
     except Refusal:
@@ -234,21 +233,6 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise Refusal(f"its parts make no module ({reason})", expected="what mpcompile.save writes") from error
     return gm
-
-
-def _check_packed(gm: IRModule) -> None:
-    """Native kernels read by index: a file may not lead them outside their tiles."""
-    for node in gm.graph.nodes:
-        for values, index, m, layout in ops.packed_arguments(node):
-            if getattr(values, "op", None) != "get_attr" or getattr(index, "op", None) != "get_attr":
-                raise Refusal(f"node {node.name} computes its packed weights", expected="tensors of the file")
-            held, numbers = (attribute(gm, str(n.target)) for n in (values, index))
-            if held.device.type == "meta":  # of describe(): the structure alone
-                continue
-            try:
-                layouts.check(held, numbers, m, layout)
-            except InputError as error:
-                raise Refusal(f"node {node.name}: {error}", hint="save the module again") from error
 
 
 # --- The file ---

@@ -24,6 +24,7 @@ from mpcompile.artifact.opset import (
     ATTRIBUTES,
     LISTED,
     Refusal,
+    call_of,
     function_name,
     function_of,
     identifier,
@@ -184,9 +185,11 @@ def _target(root: nn.Module, op: object, target: Any, args: tuple[Any, ...], kwa
     elif op == "get_attr":
         allowed = isinstance(_lookup(root, module_path(target)), torch.Tensor)
     elif op == "call_method":
-        allowed = is_method(target) and on_node
+        allowed = is_method(target, kwargs) and on_node
     elif op == "call_function" and (function := function_of(target)) is not None:
-        if function is not getattr or (on_node and len(args) == 2 and args[1] in ATTRIBUTES and not kwargs):
+        if function is not getattr:
+            return call_of(function, args, kwargs)
+        if on_node and len(args) == 2 and args[1] in ATTRIBUTES and not kwargs:
             return function
         raise Refusal(
             f"getattr with {shown(args[1:])} is not allowed", expected=f"one of {', '.join(sorted(ATTRIBUTES))}"

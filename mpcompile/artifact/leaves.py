@@ -342,6 +342,9 @@ def _fill(module: nn.Module, path: str, entry: dict[str, Any], tensors: Mapping[
         )
         if expected != found or module._buffers.keys() != buffers.keys():
             raise Refusal(f"layer {path}: the tensors don't fit its class", expected=expected, found=found)
+        dtypes = {t.dtype for t in parameters.values() if t is not None}
+        if len(dtypes) > 1:  # some layers look at the first one's alone
+            raise Refusal(f"layer {path} has parameters of several dtypes", found=", ".join(sorted(map(str, dtypes))))
         module._buffers.update(buffers)
         module._non_persistent_buffers_set = set(entry["transient"])
         for key, parameter in parameters.items():

@@ -1,7 +1,8 @@
 """What a saved graph may call: operators, methods and attributes by name. Everything else is refused.
 
 A file is data from somewhere. Nothing in it is imported or looked up by a path of its own: a name stands for something
-only if it is in a list below. None of the listed operators reads or writes files, starts processes, or takes code.
+only if it is in a list below. None of the listed operators reads or writes files, starts processes, or takes code, and
+none reads or writes outside its tensors: what torch doesn't check about an operator is checked by guards.py.
 Layers have a list of their own in :mod:`mpcompile.artifact.leaves`.
 """
 
@@ -12,14 +13,14 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from mpcompile.kernels import ops as _ops  # noqa: F401  defines torch.ops.mpcompile
-from mpcompile.kernels.nm_linear.native import GENERAL
+from mpcompile.artifact import guards
+from mpcompile.kernels import ops as _ops
 
 LISTED = "something on the lists in mpcompile/artifact/"
 
@@ -161,7 +162,9 @@ _HOMES: tuple[tuple[str, Any, frozenset[str]], ...] = (
     ("torch.linalg", torch.linalg, words("matrix_norm norm vector_norm")),
     ("torch.fft", torch.fft, words("fft fft2 fftn ifft ifft2 ifftn rfft rfft2 rfftn irfft irfft2 irfftn")),
 )
-_PACKETS = {"aten": ATEN}
+_OWN = frozenset(op._schema.name.rpartition("::")[2] for op in _ops.MASKED | _ops.PACKED | _ops.MERGING)
+_PACKETS = {"aten": ATEN, "mpcompile": _OWN}
+_WITHOUT_TENSORS = words("_assert_scalar")  # the other overloads on numbers and lists alone are TorchScript's
 _OVERLOAD = re.compile(r"(aten|mpcompile)\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 
 
@@ -188,9 +191,10 @@ def _names() -> dict[Any, str]:
 
 def function_name(target: Any) -> str | None:
     """The name that stands for an operator in a file, or None where it isn't listed."""
+    target = guards.original(target)
     if isinstance(target, torch._ops.OpOverload):
         name = f"{target._schema.name.replace('::', '.')}.{target._overloadname}"
-        return name if function_of(name) is target else None
+        return name if guards.original(function_of(name)) is target else None
     try:
         return _names().get(target)
     except TypeError:  # not hashable
@@ -198,21 +202,70 @@ def function_name(target: Any) -> str | None:
 
 
 def function_of(name: object) -> Callable[..., Any] | None:
-    """Inverse of :func:`function_name`: None for a name that isn't listed."""
+    """Inverse of :func:`function_name`: None for a name that isn't listed. Some come with a guard in front of them."""
     if not isinstance(name, str):
         return None
     match = _OVERLOAD.fullmatch(name)
-    if match is None:
-        return functions().get(name)
-    space, packet, overload = match.groups()
-    if packet.endswith(GENERAL):  # what stands behind an operator; never in a graph
-        return None
-    if space in _PACKETS and not _listed(packet, _PACKETS[space]):
+    found = functions().get(name) if match is None else _overload(*match.groups())
+    return None if found is None else guards.GUARDED.get(found, found)
+
+
+def _overload(space: str, packet: str, overload: str) -> Callable[..., Any] | None:
+    if not _listed(packet, _PACKETS[space]):
         return None
     found = getattr(getattr(getattr(torch.ops, space), packet, None), overload, None)
-    return found if isinstance(found, torch._ops.OpOverload) else None
+    if not isinstance(found, torch._ops.OpOverload):
+        return None
+    arguments = found._schema.arguments
+    if any(argument.is_out for argument in arguments):  # it resizes a tensor of the caller's
+        return None
+    kinds = " ".join(str(part.type) for part in (*arguments, *found._schema.returns))
+    return found if "Tensor" in kinds or packet in _WITHOUT_TENSORS else None
 
 
-def is_method(name: object) -> bool:
-    """Whether a graph may call this method of a tensor."""
-    return isinstance(name, str) and _listed(name, METHODS) and hasattr(Tensor, name)
+def call_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """What a graph calls for a listed function with these arguments.
+
+    Raises:
+        Refusal: an argument that torch takes without a look and goes wrong by.
+    """
+    _check_arguments(function, args, kwargs)
+    mode = kwargs.get("rounding_mode")
+    if mode is None or mode == "floor":
+        return function
+    if function in guards.TRUNCATING and isinstance(mode, str):
+        return guards.TRUNCATING[function]
+    expected = "'floor', or 'trunc' in torch.div"
+    raise Refusal(f"{function_name(function)} has the rounding mode {shown(mode)}", expected=expected)
+
+
+def _check_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    if "out" in kwargs:
+        raise Refusal("an operator is given an output to write to", expected="operators that return their result")
+    function = guards.original(function)
+    if not isinstance(function, torch._ops.OpOverload):
+        return
+    arguments = function._schema.arguments
+    given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+    for argument in arguments:
+        # A dispatcher call takes a number for an enumerator, whether there is one of that number or not.
+        kind = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
+        value = given.get(argument.name)
+        if value is not None and kind in _ENUMERATORS and not isinstance(value, _ENUMERATORS[kind]):
+            attribute = isinstance(value, fx.Node) and value.target is getattr and value.args[1] == argument.name
+            if not attribute:
+                raise Refusal(f"{function} is given {shown(value)} for {argument.name}", expected=f"a {kind}")
+
+
+_ENUMERATORS: dict[str, Any] = {
+    "ScalarType": torch.dtype,
+    "MemoryFormat": torch.memory_format,
+    "Layout": torch.layout,
+}
+
+
+def is_method(name: object, kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether a graph may call this method of a tensor, with these arguments by name."""
+    rounding = (kwargs or {}).get("rounding_mode")  # see call_of; a method has no guard
+    listed = isinstance(name, str) and _listed(name, METHODS) and hasattr(Tensor, name)
+    return listed and (rounding is None or rounding == "floor")

@@ -1,0 +1,306 @@
+"""What the native operators accept: every number and tensor that a kernel relies on, checked before anything is sized.
+
+``nm_gemm``, ``nm_mlp`` and ``nm_conv`` call this first, on CPUs and GPUs. On its short path ops.cpp makes the same
+checks and sends everything that fails one here. The loader of artifacts makes the checks that need no input
+(:func:`stored`). Python's integers have no width, so nothing wraps around before it becomes a C ``int``.
+
+The contents of an index are not inspected in a call: a tile has as many rows as a byte can name (layouts.h), and the
+table of a ``RING`` weight is read within its bounds (sweep.h).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import InputError
+from mpcompile.kernels.nm_format import MAX_M
+from mpcompile.kernels.nm_linear import layouts, packed, sparse24
+from mpcompile.kernels.nm_linear.layouts import RING
+
+COUNT = 2**31 - 1024  # rows and columns of a weight: the kernels count in int, and a few further
+NUMBER = 2**31 - 1  # a stride, padding, dilation or kernel size
+BYTES = 2**47  # of a tensor: what a process can address
+FREE = 2**28  # elements that padding, or a weight without columns, may call for whatever the input's size
+TIMES = 64  # ... and beyond that, so many times the input's
+LAYOUTS = (*layouts.NAMES, *sparse24.NAMES)
+
+
+class PackedWeight(NamedTuple):
+    """A packed weight as an operator is given it.
+
+    ``values`` and ``index`` are tensors, or nodes of a graph; in a graph the columns of a matrix are not known: None.
+    """
+
+    values: Any
+    index: Any
+    shape: tuple[Any, ...]
+    n: Any
+    m: Any
+    layout: Any
+
+    @property
+    def title(self) -> str:
+        return f"packed weights don't fit a weight {tuple(self.shape)} {self.n}:{self.m}"
+
+
+def weights(name: str, given: Mapping[str, Any], columns: int | None = None) -> list[PackedWeight]:
+    """The packed weights among an operator's arguments.
+
+    Args:
+        name: ``nm_gemm``, ``nm_mlp`` or ``nm_conv``.
+        given: arguments by the names of the operator's schema.
+        columns: features of the input.
+    """
+    g = given
+    if name == "nm_gemm":
+        return [PackedWeight(g["values"], g["index"], (g["out"], columns), g["n"], g["m"], g["layout"])]
+    if name == "nm_conv":
+        return [PackedWeight(g["values"], g["index"], tuple(g["shape"]), g["n"], g["m"], g["layout"])]
+    return [
+        PackedWeight(g[f"values{i}"], g[f"index{i}"], (out, k), g[f"n{i}"], g[f"m{i}"], g[f"layout{i}"])
+        for i, out, k in ((1, g["hidden"], columns), (2, g["out"], g["hidden"]))
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _can_be(shape: tuple[int, ...], n: int, m: int, layout: int) -> bool:
+    good = len(shape) in (2, 4) and min(shape) >= 0 and min(shape[2:], default=1) >= 1
+    good = good and 1 <= n <= m <= MAX_M and layout in LAYOUTS
+    return good and shape[0] <= COUNT and math.prod(shape[1:]) <= COUNT
+
+
+def weight_numbers(shape: tuple[int, ...], n: int, m: int, layout: int) -> None:
+    """A shape, pattern and layout that a packed weight can have.
+
+    Raises:
+        InputError: they aren't.
+    """
+    if not all(type(number) is int for number in (*shape, n, m, layout)) or not _can_be(shape, n, m, layout):
+        raise InputError(
+            "no packed weight has these numbers",
+            expected=f"1 <= N <= M <= {MAX_M}, a layout in {sorted(LAYOUTS)}, up to {COUNT} rows and columns",
+            found=f"{_shown(n)}:{_shown(m)}, layout {_shown(layout)}, a weight {_shown(shape)}",
+            hint="lower the module again with mpcompile.lower",
+        )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def epilogue(activation: object, known: Sequence[str] = packed.EPILOGUES) -> None:
+    """An activation that the operator knows.
+
+    Raises:
+        InputError: another one.
+    """
+    if activation not in known:
+        raise InputError("no such activation", expected=", ".join(known), found=_shown(activation))
+
+
+def held(x: Tensor, weight: PackedWeight) -> None:
+    """That two tensors hold a packed weight, whole, for inputs such as ``x``.
+
+    Raises:
+        InputError: another dtype, device, size or order in memory than packing gives them.
+    """
+    values, index, shape, n, m, layout = weight
+    weight_numbers(shape, n, m, layout)
+    whole = all(t.device == x.device and t.is_contiguous() for t in (values, index))
+    mixed = values.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type)
+    if not whole or mixed or index.dtype is not torch.uint8:
+        raise InputError(
+            weight.title,
+            expected=f"values in {x.dtype} and an index in uint8, contiguous, on the {x.device.type.upper()}",
+            found=", ".join(f"{t.dtype} on {t.device}, strides {t.stride()}" for t in (values, index)),
+        )
+    if not layouts.fits(values.numel(), index.numel(), shape, n, m, layout):
+        raise InputError(
+            weight.title,
+            expected=f"what layouts.pack makes of it in layout {layouts.NAMES.get(layout, layout)}",
+            found=f"{values.numel()} values, {index.numel()} index bytes",
+        )
+    if layout == RING:
+        end = layouts.table_bytes(shape, m)
+        entries = int(index.reshape(-1)[end - 4 : end].clone().view(torch.int32))
+        if not 0 <= entries <= values.numel() // 2:
+            raise InputError("the table of packed weights is damaged", hint="pack or save them again")
+
+
+def room(shape: Sequence[int], dtype: torch.dtype, most: int | None = None) -> None:
+    """That an output, or what a kernel makes of an input, is of a size to ask memory for.
+
+    Args:
+        most: elements, if the sizes of the tensors that are there don't bound them.
+
+    Raises:
+        InputError: it isn't.
+    """
+    limit = BYTES // dtype.itemsize if most is None else most
+    if math.prod(shape) > limit:
+        raise InputError(
+            "the output, or the padded input, is too large",
+            expected=f"at most {limit} elements",
+            found=_shown(tuple(shape)),
+            hint="use smaller padding or a smaller batch",
+        )
+
+
+def beside(bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], out: int, x: Tensor) -> None:
+    """A bias of ``out`` values, and a residual that spreads over an output of ``shape``; both where the input is.
+
+    Raises:
+        InputError: they are something else.
+    """
+    if bias is not None and bias.shape != (out,):
+        raise InputError("the bias doesn't fit", expected=f"({out},)", found=tuple(bias.shape))
+    if residual is not None and residual.shape != tuple(shape):
+        pairs = zip(reversed(residual.shape), reversed(shape), strict=False)
+        if residual.dim() > len(shape) or any(size not in (1, whole) for size, whole in pairs):
+            raise InputError("the residual doesn't fit", expected=tuple(shape), found=tuple(residual.shape))
+    for tensor in (bias, residual):
+        if tensor is not None and tensor.device != x.device:
+            raise InputError("a bias or residual lies elsewhere", expected=x.device, found=tensor.device)
+
+
+def gemm(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, activation: str) -> None:
+    """What ``nm_gemm`` takes.
+
+    Raises:
+        InputError: something that it doesn't.
+    """
+    epilogue(activation)
+    tokens(x)
+    held(x, weight)
+    shape = (*x.shape[:-1], weight.shape[0])
+    room(shape, x.dtype, None if weight.shape[1] else FREE)
+    beside(bias, residual, shape, weight.shape[0], x)
+
+
+def mlp(
+    x: Tensor,
+    weights: tuple[PackedWeight, PackedWeight],
+    biases: tuple[Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    activation: str,
+) -> None:
+    """What ``nm_mlp`` takes.
+
+    Raises:
+        InputError: something that it doesn't.
+    """
+    epilogue(activation, packed.ACTIVATIONS)
+    tokens(x)
+    for weight, bias, added in zip(weights, biases, (None, residual), strict=True):
+        held(x, weight)
+        shape = (*x.shape[:-1], weight.shape[0])
+        room(shape, x.dtype, None if weight.shape[1] else FREE)
+        beside(bias, added, shape, weight.shape[0], x)
+
+
+def tokens(x: Tensor) -> None:
+    """That the input has features.
+
+    Raises:
+        InputError: it is a single number.
+    """
+    if not x.dim():
+        raise InputError("a matrix product can't read this input", expected="(..., features)", found="a single number")
+
+
+def geometry(shape: Any, stride: Any, padding: Any, dilation: Any) -> None:
+    """Numbers that a convolution can have.
+
+    Raises:
+        InputError: they aren't.
+    """
+    axes = [*stride, *padding, *dilation, *shape]
+    good = len(shape) == 4 and len(stride) == len(padding) == len(dilation) == 2
+    if good and all(type(number) is int and 0 <= number <= NUMBER for number in axes):
+        good = min(*stride, *dilation, *shape[2:]) >= 1
+    else:
+        good = False
+    if not good:
+        raise InputError(
+            "no convolution has these numbers",
+            expected=f"a shape (out, in, height, width), stride, dilation and padding (two each) up to {NUMBER}",
+            found=f"{_shown(tuple(shape))}, {_shown(stride)}, {_shown(dilation)}, {_shown(padding)}",
+            hint="lower the module again with mpcompile.lower",
+        )
+
+
+def conv(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    axes: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    activation: str,
+) -> tuple[int, int, int, int]:
+    """What ``nm_conv`` takes; the sizes of its output.
+
+    Args:
+        axes: stride, padding, dilation.
+
+    Raises:
+        InputError: something that it doesn't.
+    """
+    shape, (stride, padding, dilation) = weight.shape, axes
+    epilogue(activation)
+    geometry(shape, stride, padding, dilation)
+    if x.dim() != 4 or x.shape[1] != shape[1]:
+        raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
+    held(x, weight)
+    padded = [size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True)]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, shape[2:], strict=True)]
+    if any(r > size for r, size in zip(reach, padded, strict=True)):
+        raise InputError(
+            "the kernel is larger than the padded image", expected=f"at most {padded}", found=f"{reach}, with dilation"
+        )
+    high, wide = ((size - r) // s + 1 for size, r, s in zip(padded, reach, stride, strict=True))
+    most = max(FREE, TIMES * x.numel())
+    room((x.shape[0], max(1, shape[1]), *padded), x.dtype, most)
+    room((x.shape[0], shape[0], high, wide), x.dtype, most * max(1, -(-shape[0] // shape[1])) if shape[1] else FREE)
+    size = (x.shape[0], shape[0], high, wide)
+    beside(bias, residual, size, shape[0], x)
+    return size
+
+
+def stored(name: str, given: Mapping[str, Any]) -> list[PackedWeight]:
+    """The packed weights of a node, with its numbers checked as far as they can be without an input.
+
+    Args:
+        name: of the operator.
+        given: the node's arguments by name.
+
+    Raises:
+        InputError: an input would be refused whatever it is.
+    """
+    epilogue(given["activation"], packed.ACTIVATIONS if name == "nm_mlp" else packed.EPILOGUES)
+    if name == "nm_conv":
+        geometry(given["shape"], given["stride"], given["padding"], given["dilation"])
+    found = weights(name, given)
+    for weight in found:
+        weight_numbers(tuple(0 if size is None else size for size in weight.shape), weight.n, weight.m, weight.layout)
+    return found
+
+
+def contents(weight: PackedWeight, values: Tensor, index: Tensor) -> None:
+    """That a file's tensors hold the weight, and that its index names nothing outside the weight's blocks.
+
+    Raises:
+        InputError: they don't.
+    """
+    shape = None if None in weight.shape else weight.shape
+    layouts.check(values, index, weight.m, weight.layout, shape)
+    if not values.is_contiguous() or not index.is_contiguous():
+        raise InputError("packed weights have gaps in memory", expected="contiguous vectors", found=values.stride())
+    if shape is not None:
+        held(values, weight._replace(values=values, index=index))

@@ -1,0 +1,166 @@
+"""Operators that torch runs without checking all of their sizes or numbers, checked in front of each call.
+
+In a loaded graph a function of this module stands for such an operator; a file holds the operator's own name. The
+checks are plain Python on sizes, so a tracer sees only the operator.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import InputError
+
+_A: Any = torch.ops.aten
+
+
+def _batch_norm(given: dict[str, Any]) -> str | None:
+    x = given["input"]
+    if x.dim() < 2:
+        return "an input with channels"
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = given.get(name)
+        if tensor is not None and tuple(tensor.shape) != (x.shape[1],):
+            return f"{name} of {x.shape[1]} values, one per channel"
+    statistics = given.get("running_mean") is None or given.get("running_var") is None
+    return "running statistics" if statistics and not given.get("training", False) else None
+
+
+def _attention(given: dict[str, Any]) -> str | None:
+    query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
+    mask = given.get("attn_bias", mask)
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return "queries, keys and values of 4 axes"
+    same = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
+    if not same or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        return "keys and values of the queries' batch and heads"
+    whole = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if mask is not None:
+        pairs = list(zip(reversed(mask.shape), reversed(whole), strict=False))
+        if mask.dim() not in (2, 4) or any(size not in (1, full) for size, full in pairs):
+            return f"a mask that spreads over {whole}"
+    return None
+
+
+def _smooth_resize(given: dict[str, Any]) -> str | None:
+    sizes = given.get("output_size")
+    scales = given.get("scale_factors") or [given.get("scales_h"), given.get("scales_w")]
+    spatial = given["input"].shape[2:]
+    if len(spatial) != 2 or (sizes is not None and len(sizes) != 2) or len(scales) != 2:
+        return "an image batch of 4 axes, and two sizes"
+    for size, before, scale in zip(sizes or [None, None], spatial, scales, strict=True):
+        if scale is None:
+            continue
+        if not math.isfinite(scale) or scale <= 0:
+            return "positive, finite scales"
+        if size is not None and not size - 1 <= math.floor(before * scale) <= size + 1:
+            return "scales that lead to the output's size"
+    return None
+
+
+def _named(overload: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names of its schema."""
+    names = [argument.name for argument in overload._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given if "input" in given or "self" not in given else {"input": given.pop("self"), **given}
+
+
+_Check = Callable[[dict[str, Any]], "str | None"]
+_CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # what stands in a graph, whose schema it has, the check
+    (torch.native_batch_norm, _A.native_batch_norm.default, _batch_norm),
+    *(
+        (overload, overload, check)
+        for check, overloads in (
+            (
+                _batch_norm,
+                (
+                    _A.native_batch_norm.default,
+                    _A._native_batch_norm_legit.default,
+                    _A._native_batch_norm_legit.no_stats,
+                    _A._native_batch_norm_legit_functional.default,
+                    _A._native_batch_norm_legit_no_training.default,
+                ),
+            ),
+            (
+                _attention,
+                (
+                    _A._scaled_dot_product_flash_attention_for_cpu.default,
+                    _A._scaled_dot_product_flash_attention.default,
+                    _A._scaled_dot_product_efficient_attention.default,
+                ),
+            ),
+            (
+                _smooth_resize,
+                (
+                    _A._upsample_bilinear2d_aa.default,
+                    _A._upsample_bilinear2d_aa.vec,
+                    _A._upsample_bicubic2d_aa.default,
+                    _A._upsample_bicubic2d_aa.vec,
+                ),
+            ),
+        )
+        for overload in overloads
+    ),
+)
+
+
+def _checked(function: Callable[..., Any], overload: Any, check: _Check) -> Callable[..., Any]:
+    @functools.wraps(function, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        expected = check(_named(overload, args, kwargs))
+        if expected is not None:
+            found = [tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            raise InputError(f"{overload} can't take these tensors", expected=expected, found=str(found)[:200])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _whole(value: Any) -> bool:
+    return not value.is_floating_point() and not value.is_complex() if isinstance(value, Tensor) else type(value) is int
+
+
+def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function, updated=())
+    def call(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+        if rounding_mode != "trunc" or not (_whole(a) and _whole(b)):
+            return function(a, b, rounding_mode=rounding_mode)
+        # The lowest integer by -1 has no quotient; processors raise a signal, where negation wraps around.
+        if not isinstance(b, Tensor):
+            return -a if b == -1 else function(a, b, rounding_mode=rounding_mode)
+        quotient = function(a, torch.where(b == -1, torch.ones_like(b), b), rounding_mode=rounding_mode)
+        negative = -torch.as_tensor(a, dtype=quotient.dtype, device=quotient.device)
+        return torch.where(b == -1, negative, quotient)
+
+    return call
+
+
+def _published(function: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under a name of this module, as generated source refers to it."""
+    name = str(function).replace(".", "_") if isinstance(function, torch._ops.OpOverload) else function.__name__
+    call.__name__ = call.__qualname__ = f"checked_{name}"
+    call.__module__ = __name__
+    globals()[call.__name__] = call
+    return call
+
+
+_DIVISIONS = (
+    *(torch.div, torch.divide),
+    *(_A.div.Tensor_mode, _A.div.Scalar_mode, _A.divide.Tensor_mode, _A.divide.Scalar_mode),
+)
+GUARDED: dict[Any, Callable[..., Any]] = {f: _published(f, _checked(f, o, c)) for f, o, c in _CHECKS}
+TRUNCATING: dict[Any, Callable[..., Any]] = {f: _published(f, _quotient(f)) for f in _DIVISIONS}
+_ORIGINALS = {call: function for table in (GUARDED, TRUNCATING) for function, call in table.items()}
+
+
+def original(target: Any) -> Any:
+    """What a function of this module stands for; anything else is itself."""
+    try:
+        return _ORIGINALS.get(target, target)
+    except TypeError:  # not hashable
+        return target

@@ -1,0 +1,80 @@
+"""Packed weights in a saved graph: their numbers, their contents, and who may read them.
+
+A kernel relies on the numbers of its node and on the index beside its values. Both come from the file, so both are
+checked when it is loaded. No other node may read a packed tensor, because it could write to it before the kernel reads.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from mpcompile.artifact.opset import Refusal
+from mpcompile.errors import InputError
+from mpcompile.graph import IRModule, attribute
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_linear import checks
+
+_HINT = "save the module again"
+
+
+def check_packed(gm: IRModule) -> None:
+    """Check the native operators of a graph and the packed tensors that they read.
+
+    Raises:
+        Refusal: a number, a tensor or an index that would lead a kernel outside, or a packed tensor that something
+            else reads; the node is named.
+    """
+    packed: dict[int, str] = {}
+    for node in gm.graph.nodes:
+        for weight in _weights(node):
+            tensors = []
+            for source in (weight.values, weight.index):
+                if getattr(source, "op", None) != "get_attr":
+                    raise Refusal(f"node {node.name} computes its packed weights", expected="tensors of the file")
+                tensors.append(attribute(gm, str(source.target)))
+                packed[_place(tensors[-1])] = str(source.target)
+            if any(tensor.is_meta for tensor in tensors):  # a save tries its texts out on the structure alone
+                continue
+            try:
+                checks.contents(weight, *tensors)
+            except InputError as error:
+                raise Refusal(f"node {node.name}: {error}", hint=_HINT) from error
+    _check_readers(gm, packed)
+
+
+def _weights(node: fx.Node) -> list[checks.PackedWeight]:
+    try:
+        return ops.packed_arguments(node)
+    except InputError as error:
+        raise Refusal(f"node {node.name}: {error}") from error
+
+
+def _place(tensor: Tensor) -> int:
+    """Of a tensor's memory, under whatever name and view."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _check_readers(gm: IRModule, packed: dict[int, str]) -> None:
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and _place(attribute(gm, str(node.target))) in packed:
+            for user in node.users:
+                slots = [source for weight in _weights(user) for source in weight[:2]]
+                if sum(source is node for source in slots) != _uses(node, user):
+                    raise Refusal(
+                        f"node {user.name} reads {node.target}, a packed weight",
+                        expected="mpcompile's own operators alone to read it, as values or index",
+                        hint=_HINT,
+                    )
+    for path, module in gm.named_modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if module is not gm and type(module) is not nn.Module:
+            held = next((packed[_place(t)] for t in own if t is not None and _place(t) in packed), None)
+            if held is not None:
+                raise Refusal(f"layer {path} holds {held}, a packed weight", hint=_HINT)
+
+
+def _uses(node: fx.Node, user: fx.Node) -> int:
+    """How often a node stands among another's arguments."""
+    found = []
+    fx.node.map_arg((user.args, user.kwargs), lambda source: found.append(source is node))
+    return sum(found)
