@@ -1,8 +1,8 @@
 """Image files as a model takes them: one, or a folder in batches, resized and normalised as its data config says.
 
 :func:`images_at` (a folder or an .npz file) and :func:`folder` give :class:`Images`: batches that are read while
-they are iterated, anew each time, and whose number is known beforehand; ``notes`` says what was left out. Which files are
-read is decided in :mod:`mpcompile.data`.
+they are iterated, anew each time, and whose number is known beforehand; ``notes`` says what was left out. Which files
+are read is decided in :mod:`mpcompile.data`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mpcompile.data.archives import Archive, open_archive
 from mpcompile.data.folders import Listing, list_images, matched, natural_key, number
 from mpcompile.data.pictures import SUFFIXES, open_image
-from mpcompile.data.regular import printable
+from mpcompile.data.regular import listed, printable
 from mpcompile.data.splits import check_is_one
 from mpcompile.errors import InputError
 
@@ -136,8 +136,8 @@ def images_at(
     names: Sequence[str] = (),
     seed: int = 0,
 ) -> Images:
-    """The images of a folder, as in :func:`folder`, or of an .npz file with uint8 ``images`` (N, H, W, 3) and, if known,
-    ``labels`` (N).
+    """The images of a folder, as in :func:`folder`, or of an .npz file with uint8 ``images`` (N, H, W, 3) and, if
+    known, ``labels`` (N).
 
     Raises:
         InputError: nothing there, no images, a damaged file, or labels that the model has no classes for.
@@ -182,14 +182,13 @@ def folder(
     listing.check_not_empty()
     check_is_one(listing, names)
     paths, more = listing.files, []
-    number, why = _numbered(listing, classes, names) if classes else (None, None)
-    if number is not None and (beside := listing.without_class()):
+    labels_by, why = _numbered(listing, classes, names) if classes else (None, None)
+    if labels_by is not None and listing.without_class():
         paths = [path for path in paths if listing.class_of(path) is not None]
-        named = ", ".join(printable(path.name)[-40:] for path in beside[:3])
-        more = [f"{len(beside)} beside the folders of classes ({named}{', ...' if len(beside) > 3 else ''})"]
+        more = [listing.beside()]
     if samples is not None and samples < len(paths):
         paths = sorted(random.Random(seed).sample(paths, samples))
-    labels = None if number is None else [number[str(listing.class_of(path))] for path in paths]
+    labels = None if labels_by is None else [labels_by[str(listing.class_of(path))] for path in paths]
     return Images(paths, data, batch, labels, tuple(filter(None, (listing.told(*more), why))))
 
 
@@ -201,20 +200,19 @@ def _numbered(listing: Listing, classes: int, names: Sequence[str]) -> tuple[dic
         for there in (listing.classes, sorted([*listing.classes, *listing.empty], key=natural_key)):
             if len(there) == classes:
                 return number(there), None
-        return None, f"no labels: {len(listing.classes)} folders of images ({_few(listing.classes)}), {classes} classes"
+        return (
+            None,
+            f"no labels: {len(listing.classes)} folders of images ({listed(listing.classes)}), {classes} classes",
+        )
     if len(set(names)) != len(names) or len(names) != classes:
         return None, f"no labels: {len(set(names))} names of classes are known, the model has {classes} classes"
     labels = matched(listing.classes, number(names))
     unknown = [name for name, label in labels.items() if label is None]
     if unknown:
         missing = [name for name in names if name not in labels]
-        absent = f", and no folder is called {_few(missing)}" if missing else ""
-        return None, f"no labels: the model has no classes that are called {_few(unknown)}{absent}"
+        absent = f", and no folder is called {listed(missing)}" if missing else ""
+        return None, f"no labels: the model has no classes that are called {listed(unknown)}{absent}"
     return {name: label for name, label in labels.items() if label is not None}, None
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(printable(name)[:40] for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def at_once(images: Images) -> tuple[Tensor, Tensor | None]:

@@ -33,7 +33,7 @@ def read_class_map(path: Path) -> dict[str, int]:
         InputError: there is no such file, it isn't in one of these encodings, holds a character that doesn't show, or a
             name twice.
     """
-    with open_regular(path, "one name a line") as file:
+    with open_regular(path, "one name a line", "the class map") as file:
         content = file.read(_MOST + 1)
     if len(content) > _MOST:
         raise _refused(path, f"more than {_MOST >> 20} MiB")

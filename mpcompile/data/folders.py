@@ -1,8 +1,8 @@
 """The images below a folder: which files are read, which are not and why, and what their classes are called.
 
 The class of an image is the first folder below the one that is read, however deep the image lies. Links to files and
-folders are followed, so that pictures may lie on another disk; a folder is read once, in its own place rather than where
-a link to it lies, and a link to a folder that holds the link is not followed.
+folders are followed, so that pictures may lie on another disk; a folder is read once, in its own place rather than
+where a link to it lies, and a link to a folder that holds the link is not followed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpcompile.data.pictures import SUFFIXES
-from mpcompile.data.regular import kind_of, printable
+from mpcompile.data.regular import kind_of, listed, printable
 from mpcompile.errors import InputError
 
 # What systems and editors leave in folders; with all names that start with a dot.
@@ -86,6 +86,10 @@ class Listing:
         """Files in ``root`` itself."""
         return [path for path in self.files if self.class_of(path) is None]
 
+    def beside(self) -> str:
+        """What to tell of the files in ``root`` itself, where its folders are classes."""
+        return _counted([path.name for path in self.without_class()], "image in no folder", "images in no folder")
+
     def check_not_empty(self) -> None:
         """It holds images.
 
@@ -114,15 +118,13 @@ def _said(kind: int, names: Sequence[str]) -> str:
     one, several = _KINDS[kind]
     if kind == OTHER:  # a folder may hold as many of them as images: their formats say more than their names
         suffixes = Counter(os.path.splitext(name)[1].lower() or os.path.basename(name) for name in names)
-        names = [*suffixes, *names[len(suffixes) :]]
-        listed = ", ".join(printable(suffix)[:20] for suffix, _ in suffixes.most_common(8))
-        return f"{len(names)} {one if len(names) == 1 else several} ({listed}{', ...' if len(suffixes) > 8 else ''})"
+        named = listed([suffix for suffix, _ in suffixes.most_common()], 8)
+        return f"{len(names)} {one if len(names) == 1 else several} ({named})"
     return _counted(names, one, several)
 
 
 def _counted(names: Sequence[str], one: str, several: str) -> str:
-    listed = ", ".join(printable(name)[-40:] for name in sorted(names)[:_NAMED])
-    return f"{len(names)} {one if len(names) == 1 else several} ({listed}{', ...' if len(names) > _NAMED else ''})"
+    return f"{len(names)} {one if len(names) == 1 else several} ({listed(sorted(names), _NAMED)})"
 
 
 class _Walk:

@@ -1,7 +1,7 @@
 """A file of pixels -> a picture in RGB, eight bits a channel.
 
-Which formats are tried is said here, once: left to itself, Pillow also tries those that start another program (EPS starts
-Ghostscript). A file's name doesn't decide its format, only whether the reader of a folder takes it.
+Which formats are tried is said here, once: left to itself, Pillow also tries those that start another program (EPS
+starts Ghostscript). A file's name doesn't decide its format, only whether the reader of a folder takes it.
 
 Colours are Pillow's; alpha is dropped, as torchvision and timm do; of an animation the first frame counts, and an EXIF
 orientation isn't applied. Grey values of more than eight bits are scaled by the value that white has:
@@ -11,8 +11,8 @@ orientation isn't applied. Grey values of more than eight bits are scaled by the
 - 32-bit and signed integers: what the file declares.
 
 A picture with values outside that range is refused, and so is one whose range can't be told: 32-bit integers without a
-declared maximum, and 16-bit pictures whose values need no more than 14 bits, which are dark, or, more likely, come from a
-camera with 10, 12 or 14 bits.
+declared maximum, and 16-bit pictures whose values need no more than 14 bits, which are dark, or, more likely, come from
+a camera with 10, 12 or 14 bits.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")  # going to RGB at once is the same, with a warning
     rgb = image.convert("RGB")
     if ";16" in str(stored):  # of colours with 16 bits, Pillow keeps the upper eight
-        high = max(band[1] for band in rgb.getextrema())
+        high = int(np.asarray(rgb).max())
         if high << 8 < _DOUBTFUL:
             raise Unreadable(_dark((high << 8) + 255))
     return rgb

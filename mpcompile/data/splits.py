@@ -1,4 +1,4 @@
-"""Folders of splits: which sub-folder holds the training images, and which the held-out ones, however they are spelt."""
+"""Folders of splits: which sub-folder holds the training images, and which the held-out ones, in any spelling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from mpcompile.data.folders import Listing, subfolders
-from mpcompile.data.regular import printable
+from mpcompile.data.regular import listed, printable
 from mpcompile.errors import InputError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -31,7 +31,6 @@ _WORDS = {word: kind for kind, words in _PLAIN.items() for word in words} | {
 }
 _FILLING = {"seg", "set", "data", "dataset", "split", "images", "image", "imgs", "img", "pictures", "pics", "photos"}
 _FILLING |= {"folder", "dir", "files", "samples", "raw", "full", "the", "my", "new", "small", "part"}
-_SHOWN = 6
 
 
 def _parse(name: str) -> tuple[str | None, bool, str]:
@@ -88,7 +87,7 @@ def check_is_one(listing: Listing, known: Collection[str] = ()) -> None:
             raise InputError(
                 f"{printable(place)} holds several splits",
                 expected="images of one split",
-                found=", ".join(map(printable, found[:_SHOWN])),
+                found=listed(found),
                 hint=f"give one of them, such as {printable(place / found[0])}",
             )
 
@@ -97,7 +96,8 @@ def split_folder(root: str | Path, split: str, training: bool) -> Path:
     """The folder of a split: the sub-folder of that name, or of one that means the same, in any spelling.
 
     ``Training``, ``TRAIN`` and ``seg_train`` are the split ``train``, ``val`` is ``validation``. Folders that only hold
-    another one are passed through (``images/train``, ``seg_train/seg_train``). A folder without splits is a training set.
+    another one are passed through (``images/train``, ``seg_train/seg_train``). A folder without splits is a training
+    set.
 
     Raises:
         InputError: there is no such split, several folders may be it, or they hold no sub-folders.
@@ -152,7 +152,7 @@ def _chosen(place: Path, there: list[str], split: str) -> str | None:
         raise InputError(
             f"several folders in {printable(place)} may be the split {printable(split)!r}",
             expected="one",
-            found=", ".join(map(printable, best[:_SHOWN])),
+            found=listed(best),
             hint="name the folder with --train-split or --val-split",
         )
     return best[0]
@@ -200,8 +200,7 @@ def _kept_out(place: Path, there: list[str], found: dict[str, str]) -> list[str]
 def _missing(
     place: Path, there: list[str], found: dict[str, str], split: str, training: bool, flat: Path | None = None
 ) -> InputError:
-    splits = ", ".join(printable(name) for name in sorted(found)[:_SHOWN])
-    what = splits or ("no splits" if there else "no sub-folders" if place.is_dir() else "no such folder")
+    what = listed(sorted(found)) or ("no splits" if there else "no sub-folders" if place.is_dir() else "no such folder")
     if flat is not None:
         what = f"no sub-folders in {printable(flat)}"
     wanted = f"a folder {printable(place / split)} with one sub-folder of images a class"
