@@ -200,10 +200,8 @@ def _numbered(listing: Listing, classes: int, names: Sequence[str]) -> tuple[dic
         for there in (listing.classes, sorted([*listing.classes, *listing.empty], key=natural_key)):
             if len(there) == classes:
                 return number(there), None
-        return (
-            None,
-            f"no labels: {len(listing.classes)} folders of images ({listed(listing.classes)}), {classes} classes",
-        )
+        count = len(listing.classes)
+        return None, f"no labels: {count} folders of images ({listed(listing.classes)}), but {classes} classes"
     if len(set(names)) != len(names) or len(names) != classes:
         return None, f"no labels: {len(set(names))} names of classes are known, the model has {classes} classes"
     labels = matched(listing.classes, number(names))

@@ -48,10 +48,8 @@ class Folder:
 
     def __init__(self, listing: Listing, numbers: Mapping[str, int | None], classes: Mapping[str, int]) -> None:
         self.root, self.class_to_idx = str(listing.root), dict(classes)
-        labelled = [
-            (str(path), numbers[name]) for path in listing.files if (name := listing.class_of(path)) is not None
-        ]
-        self.samples = sorted(labelled, key=lambda sample: natural_key(sample[0]))
+        labelled = ((str(path), numbers.get(listing.class_of(path) or "")) for path in listing.files)
+        self.samples = sorted((s for s in labelled if s[1] is not None), key=lambda sample: natural_key(sample[0]))
 
     def __len__(self) -> int:
         return len(self.samples)
