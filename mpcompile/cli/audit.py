@@ -13,7 +13,7 @@ from mpcompile.backend import mpsparse
 from mpcompile.cli.common import Commands, at_least, class_names, command, model_options, prepare, show
 from mpcompile.errors import ConfigError
 from mpcompile.graph import IRModule
-from mpcompile.images import data_config, folder
+from mpcompile.images import data_config, images_at
 from mpcompile.report import Report
 from mpcompile.training.batches import forward
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         classes = getattr(model, "num_classes", 0)
         data, seed = data_config(model), args.seed
         drawn = {"samples": args.samples, "batch": args.batch, "seed": seed}
-        files = folder(args.images, data, classes=classes, names=class_names(made), **drawn)
+        files = images_at(args.images, data, classes=classes, names=class_names(made), **drawn)
         batches = [_moved(batch, images) for batch in files]
     if saved is not None:
         gm = saved.to(images.device, images.dtype).eval()
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         )
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": config.engine, "frozen": config.frozen})
     report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
+    report.notes += [] if args.images is None else files.notes
     _remark(report, random=not args.pretrained and args.checkpoint is None, noise=args.images is None)
     if report.plan is None:
         report.plan = gm.plan

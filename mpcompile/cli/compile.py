@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         mpcompile.save(gm, args.out)
     else:
         save_dense(gm, args.out)
-    show(args, f"{gm.plan}\n\n{_size(args.out)}", gm.plan.to_json(indent=1))
+    notes = "".join(f"\nnote: {note}" for note in () if args.images is None else files.notes)
+    show(args, f"{gm.plan}\n\n{_size(args.out)}{notes}", gm.plan.to_json(indent=1))
     return 0
 
 
