@@ -123,8 +123,8 @@ class Work:
         self.disagreements += int((ran[0].argmax(1) != ran[1].argmax(1)).sum())
         self.allowance = max(self.allowance, float(allowance.max()))
         self.chunks, self.samples, self.classes = self.chunks + 1, self.samples + len(own), before.shape[1]
-        for name, change in found.items():
-            self.whole.setdefault(name, TierResults()).add(change)
+        for name, result in found.items():
+            self.whole.setdefault(name, TierResults()).add(result)
         if labels is not None:
             self._add_labels(labels, before, after, allowance, found)
 

@@ -23,7 +23,7 @@ from mpcompile.cli.common import (
 )
 from mpcompile.errors import ArtifactError, InputError
 from mpcompile.graph import IRModule
-from mpcompile.images import at_once, data_config, images_at
+from mpcompile.images import data_config, images_at
 
 
 def add(commands: Commands) -> None:
@@ -92,9 +92,8 @@ def run(args: argparse.Namespace) -> int:
     classes = getattr(dense, "num_classes", 0)
     how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": class_names(made), "seed": args.seed}
     found = images_at(args.images, data_config(dense), **how)
-    images, labels = at_once(found)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
-    report = mpcompile.certify(dense, sparse, images, labels, progress=not args.quiet, **options)
+    report = mpcompile.certify(dense, sparse, found, progress=not args.quiet, **options)
     notes = "".join(f"\nnote: {note}" for note in found.notes)
-    show(args, f"{args.model}, {len(images)} images of {args.images}\n\n{report}{notes}", report.to_json(indent=1))
+    show(args, f"{args.model}, {found.count} images of {args.images}\n\n{report}{notes}", report.to_json(indent=1))
     return 0

@@ -24,7 +24,7 @@ from mpcompile.cli.common import (
 from mpcompile.config import CALIBRATIONS
 from mpcompile.errors import ConfigError
 from mpcompile.export import FORMATS, save_dense
-from mpcompile.images import data_config, folder
+from mpcompile.images import Images, data_config, folder
 
 
 def add(commands: Commands) -> None:
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
         example = torch.randn(2, *data["input_size"], device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
-    calibration = None
+    calibration: Images | None = None
     if args.images is not None:
         files = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
-        calibration = [batch.to(args.device) for batch in files]
+        calibration = files  # read anew in each pass, and never held as a whole
     how = {"calibrate": args.calibrate, "seed": args.seed}
     gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
     used = 0 if calibration is None else len(files.paths)
