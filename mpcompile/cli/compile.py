@@ -73,11 +73,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
     calibration: Images | None = None
     if args.images is not None:
-        files = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
-        calibration = files  # read anew in each pass, and never held as a whole
+        calibration = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
     how = {"calibrate": args.calibrate, "seed": args.seed}
     gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
-    used = 0 if calibration is None else len(files.paths)
+    used = 0 if calibration is None else calibration.count
     gm.plan.provenance = provenance(args, args.model, model, used, args.seed)
     if args.half:
         gm.half()
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         mpcompile.save(gm, args.out)
     else:
         save_dense(gm, args.out)
-    notes = "".join(f"\nnote: {note}" for note in () if args.images is None else files.notes)
+    notes = "".join(f"\nnote: {note}" for note in (() if calibration is None else calibration.notes))
     show(args, f"{gm.plan}\n\n{_size(args.out)}{notes}", gm.plan.to_json(indent=1))
     return 0
 
