@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         mpcompile.save(gm, args.out)
     else:
         save_dense(gm, args.out)
-    notes = "".join(f"\nnote: {note}" for note in () if args.images is None else files.notes)
+    notes = "".join(f"\nnote: {note}" for note in (files.notes if args.images is not None else ()))
     show(args, f"{gm.plan}\n\n{_size(args.out)}{notes}", gm.plan.to_json(indent=1))
     return 0
 
