@@ -156,6 +156,20 @@ def test_commands_hold_one_batch_at_a_time(folder):
     assert json.loads((folder / "out.json").read_text())["samples"] == BATCHES
 
 
+def test_images_that_an_artifact_was_calibrated_on_are_told(folder, capsys):
+    folder, _ = folder
+    out, made = f"{folder}/out.json", f"{folder}/new.mpc"
+    run(folder, "compile", "--samples", "5", "--calibrate", "dense", "--out", made)
+    assert len(mpcompile.load(made).plan.provenance["calibration_files"]) == 5
+    said = "5 of the 12 images calibrated this artifact"
+    for command in (["audit", "--rounds", "0"], ["certify", "--tiers", "0"]):
+        capsys.readouterr()
+        run(folder, *command, "--artifact", made, "--json", out)
+        assert said in capsys.readouterr().out
+        run(folder, *command, "--artifact", f"{folder}/pruned.mpc", "--json", out)
+        assert "calibrated this artifact" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("score", ["wanda", "covariance", "obs", "ser"])
 def test_an_audit_calibrates_for_every_score_that_needs_data(score, folder, monkeypatch):
     folder, _ = folder

@@ -11,7 +11,7 @@ import torch
 import mpcompile
 from mpcompile.backend import mpsparse
 from mpcompile.cli.common import Commands, at_least, class_names, command, model_options, prepare, show
-from mpcompile.cli.streams import Moved
+from mpcompile.cli.streams import Moved, seen_before
 from mpcompile.config import Config
 from mpcompile.errors import ConfigError
 from mpcompile.graph import IRModule
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": config.engine, "frozen": config.frozen})
     batches: Any = images if files is None else Moved(files, images)
     report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
-    report.notes += [] if files is None else files.notes
+    if files is not None:
+        report.notes += filter(None, (*files.notes, seen_before(files, made)))
     if isinstance(used, Moved):
         report.notes.append(
             f"calibrated on {used.count} of the audited images, which flatters accuracy: for a figure to rely on, "

@@ -21,6 +21,7 @@ from mpcompile.cli.common import (
     show,
     weights_options,
 )
+from mpcompile.cli.streams import seen_before
 from mpcompile.errors import ArtifactError, InputError
 from mpcompile.graph import IRModule
 from mpcompile.images import data_config, images_at
@@ -94,6 +95,6 @@ def run(args: argparse.Namespace) -> int:
     found = images_at(args.images, data_config(dense), **how)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
     report = mpcompile.certify(dense, sparse, found, progress=not args.quiet, **options)
-    notes = "".join(f"\nnote: {note}" for note in found.notes)
+    notes = "".join(f"\nnote: {note}" for note in filter(None, (*found.notes, seen_before(found, made))))
     show(args, f"{args.model}, {found.count} images of {args.images}\n\n{report}{notes}", report.to_json(indent=1))
     return 0

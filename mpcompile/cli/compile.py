@@ -21,6 +21,7 @@ from mpcompile.cli.common import (
     show,
     weights_options,
 )
+from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.errors import ConfigError
 from mpcompile.export import FORMATS, save_dense
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
     used = 0 if calibration is None else calibration.count
     gm.plan.provenance = provenance(args, args.model, model, used, args.seed)
+    if calibration is not None:
+        gm.plan.provenance["calibration_files"] = digests(calibration)
     if args.half:
         gm.half()
     if args.format == "mpc":
