@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import platform
 import random
 import statistics
@@ -392,6 +393,9 @@ def _remarks(report: Report, compiled: Any, graphs: list[CompiledGraph], labelle
         )
     elif graphs and not any(g.lowered for g in graphs):
         report.notes.append("the graph keeps dense masked weights: no layer was lowered")
+    odd = [row.name for row in report.rows if row.difference is not None and not math.isfinite(row.difference)]
+    if odd:
+        report.notes.append(f"WARNING: outputs are not finite on some inputs: {', '.join(odd)}")
     row = report.rows[-1]
     if row.speedup is not None and row.speedup < 1:
         engines = {layer.notes.get("lower", {}).get("engine") for g in graphs for layer in g.plan.layers.values()}

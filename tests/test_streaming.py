@@ -106,6 +106,15 @@ def test_a_loader_that_fails_is_said_in_one_line(pair):
             measure(*pair, broken())
 
 
+def test_outputs_that_are_not_finite_are_told_and_stay_json(pair):
+    dense, _ = pair
+    broken = nn.Sequential(dense, nn.Threshold(0.0, float("nan"))).eval()
+    report = audit(dense, broken, torch.randn(4, 16), rounds=0, dense_compiled=dense, progress=False)
+    assert "WARNING: outputs are not finite on some inputs: compiled sparse" in report.notes
+    rows = json.loads(report.to_json(), parse_constant=pytest.fail)["rows"]
+    assert rows[-1]["difference"] is None and rows[0]["difference"] == 0
+
+
 # --- The command line ---
 
 
