@@ -8,11 +8,13 @@ bf16 dot products an fp32 audit also shows the dense model in bf16, which is eas
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from mpcompile.calibration import as_batches
 from mpcompile.errors import InputError
 from mpcompile.flops import flop_counter
 from mpcompile.graph import IRModule, propagate, training_flags
+from mpcompile.labels import Labels, check_range
 from mpcompile.macs import count
 from mpcompile.report import BARS, COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
+from mpcompile.training.batches import read
 
 
 def environment(batch: Any) -> dict[str, Any]:
@@ -66,20 +70,6 @@ def _run(build: Callable[..., Any], batch: Any) -> Tensor:
     if not isinstance(result, Tensor):
         raise InputError("the model returns no tensor", expected="logits (batch, classes)", found=type(result).__name__)
     return result
-
-
-def _labels(batches: list[Any], labels: Any) -> Tensor | None:
-    """Labels given, or the second items of (input, label) batches, as one tensor; None where there are none."""
-    if labels is None:
-        pairs = all(isinstance(b, (tuple, list)) and len(b) > 1 and isinstance(b[1], Tensor) for b in batches)
-        if not pairs or any(b[1].is_floating_point() for b in batches):
-            return None
-        labels = [b[1] for b in batches]
-    tensor = labels if isinstance(labels, Tensor) else torch.cat([torch.as_tensor(part).reshape(-1) for part in labels])
-    samples = sum(len(_first_tensor(b)) for b in batches)
-    if tensor.numel() != samples:
-        raise InputError("labels don't fit the inputs", expected=f"{samples} labels", found=tensor.numel())
-    return tensor.reshape(-1)
 
 
 def _time(builds: Mapping[str, Callable[..., Any]], batch: Any, rounds: int, progress: bool) -> dict[str, list[float]]:
@@ -223,25 +213,89 @@ def _describe(row: Row, build: Any, batch: Any, graphs: list[CompiledGraph], rep
             row.paper_macs = sum(g.plan.macs.paper for g in graphs)
 
 
-def _score(row: Row, outputs: Tensor, reference: Tensor, labels: Tensor | None) -> None:
-    """Accuracy and agreement with the dense model's outputs."""
-    if outputs.shape != reference.shape:
-        raise InputError(
-            f"{row.name} returns another shape than the model",
-            expected=tuple(reference.shape),
-            found=tuple(outputs.shape),
-        )
-    row.samples = len(outputs)
-    row.difference = float((outputs - reference).norm() / reference.norm().clamp(min=1e-30))
-    if outputs.dim() != 2:
-        return
-    mine, dense = outputs.argmax(-1), reference.argmax(-1)
-    row.agree = float((mine == dense).double().mean())
-    if labels is not None:
-        right, was = mine == labels, dense == labels
-        row.correct, row.lost, row.won = int(right.sum()), int((was & ~right).sum()), int((right & ~was).sum())
-        interval = binomtest(row.correct, row.samples).proportion_ci(0.95, "wilson")
-        row.interval = (float(interval.low), float(interval.high))
+class _Comparison:
+    """Sums over the samples of what one build makes of them, beside the dense model; no sample is kept."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.agreeing: int | None = None
+        self.error = self.energy = 0.0
+
+    def add(self, outputs: Tensor, reference: Tensor, labels: Tensor | None) -> None:
+        """One batch.
+
+        Raises:
+            InputError: the builds return different shapes, or a label is no class of the model.
+        """
+        row = self.row
+        if outputs.shape != reference.shape:
+            raise InputError(
+                f"{row.name} returns another shape than the model",
+                expected=tuple(reference.shape),
+                found=tuple(outputs.shape),
+            )
+        row.samples += len(outputs)
+        self.error += float((outputs - reference).double().square().sum())
+        self.energy += float(reference.double().square().sum())
+        if outputs.dim() != 2:
+            return
+        mine, dense = outputs.argmax(-1), reference.argmax(-1)
+        self.agreeing = (self.agreeing or 0) + int((mine == dense).sum())
+        if labels is not None:
+            check_range(labels, outputs.shape[1])
+            labels = labels.to(outputs.device)
+            right, was = mine == labels, dense == labels
+            row.correct = (row.correct or 0) + int(right.sum())
+            row.lost = (row.lost or 0) + int((was & ~right).sum())
+            row.won = (row.won or 0) + int((right & ~was).sum())
+
+    def end(self) -> None:
+        """The row's shares, from the sums."""
+        row = self.row
+        row.difference = (self.error / max(self.energy, 1e-60)) ** 0.5
+        row.agree = None if self.agreeing is None else self.agreeing / row.samples
+        if row.correct is not None:
+            interval = binomtest(row.correct, row.samples).proportion_ci(0.95, "wilson")
+            row.interval = (float(interval.low), float(interval.high))
+
+
+def _samples(batch: Any) -> int:
+    """Samples of a batch.
+
+    Raises:
+        InputError: its first tensor has no axis of samples.
+    """
+    tensor = _first_tensor(batch)
+    if not tensor.dim():
+        raise InputError("inputs have no axis of samples", expected="tensors (batch, ...)", found="a single number")
+    return len(tensor)
+
+
+def _filled(inputs: Any) -> Iterator[Any]:
+    """The batches that hold samples, read one at a time."""
+    return (batch for batch in read(as_batches(inputs), "the inputs") if _samples(batch))
+
+
+def _compare(
+    batches: Iterable[Any], labels: Labels, builds: Mapping[str, Callable[..., Any]], rows: list[Row]
+) -> list[CompiledGraph]:
+    """Every build on every batch, for accuracy and agreement; returns the graphs that ran in the audited build."""
+    sums = [_Comparison(row) for row in rows]
+    graphs: dict[CompiledGraph, None] = {}
+    for batch in batches:
+        known = labels.of(batch, _samples(batch))
+        reference: Tensor | None = None
+        for total in sums:
+            before = {g: g.calls for g in compiled_graphs()}
+            outputs = _run(builds[total.row.name], batch).float()
+            reference = outputs if reference is None else reference
+            total.add(outputs, reference, known)
+            if total.row.name == COMPILED:
+                graphs |= dict.fromkeys(g for g in compiled_graphs() if g.calls > before.get(g, 0))
+    labels.end()
+    for total in sums:
+        total.end()
+    return list(graphs)
 
 
 def audit(
@@ -259,13 +313,14 @@ def audit(
     """Measure a compiled model against the dense one.
 
     Every build runs in eval mode under ``torch.no_grad()``: on all inputs once, for accuracy and agreement, then on
-    the first batch ``rounds`` times, in turn, for latency.
+    the first batch ``rounds`` times, in turn, for latency. Inputs are read once, and one batch is held at a time.
 
     Args:
         model: the dense model.
         compiled: what is to be audited, usually ``torch.compile(gm, backend="mpsparse")``.
         inputs: one batch (a tensor or dict), or an iterable of batches; (input, label) tuples bring labels along.
-        labels: class indices of all inputs, or None for no accuracy.
+        labels: class numbers of all inputs, of any whole-number type, or in parts; None takes those in the batches,
+            and where there are none measures no accuracy.
         others: further builds to show between the dense ones and ``compiled``, by name.
         dense_compiled: the dense model compiled; None compiles it with ``torch.compile`` and, on a CPU where latency is
             measured, once more with freezing.
@@ -280,7 +335,8 @@ def audit(
         note says so, and the row's MACs are those of the code that ran.
 
     Raises:
-        InputError: no inputs, labels that don't fit, or builds whose outputs differ in shape.
+        InputError: no inputs, labels that don't fit or are no classes of the model, or builds whose outputs differ in
+            shape.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
@@ -288,48 +344,42 @@ def audit(
         >>> report["compiled sparse"].agree
         1.0
     """
-    batches = list(as_batches(inputs))
-    if not batches:
-        raise InputError("there are no inputs", expected="at least one batch", found="none")
-    known = _labels(batches, labels)
+    batches = _filled(inputs)
+    first = next(batches, None)
+    if first is None:
+        raise InputError("there are no inputs", expected="at least one sample", found="none")
+    known = Labels(labels)
     builds: dict[str, Callable[..., Any]] = {DENSE_EAGER: model}
     builds[DENSE_COMPILED] = torch.compile(model) if dense_compiled is None else dense_compiled
-    if dense_compiled is None and rounds and _first_tensor(batches[0]).device.type == "cpu":
+    if dense_compiled is None and rounds and _first_tensor(first).device.type == "cpu":
         builds[DENSE_FROZEN] = _Frozen(model)
-    in_bf16 = _bf16_build(model, batches[0], dense_bf16, rounds)
+    in_bf16 = _bf16_build(model, first, dense_bf16, rounds)
     if in_bf16 is not None:
         builds[DENSE_BF16] = in_bf16
     builds.update(others or {})
     builds[COMPILED] = compiled
-    report = Report([Row(name) for name in builds], environment(batches[0]))
+    report = Report([Row(name) for name in builds], environment(first))
     modules = nn.ModuleList(
         {id(m): m for m in (getattr(b, "_orig_mod", b) for b in builds.values()) if isinstance(m, nn.Module)}.values()
     )
     with training_flags(modules, False), torch.no_grad():
-        reference: Tensor | None = None
-        graphs: list[CompiledGraph] = []
-        for row in tqdm(report.rows, desc="compile and compare", unit="build", disable=None if progress else True):
-            before = {g: g.calls for g in compiled_graphs()}
-            outputs = torch.cat([_run(builds[row.name], batch).float() for batch in batches])
-            reference = outputs if reference is None else reference
-            _score(row, outputs, reference, None if known is None else known.to(outputs.device))
-            if row.name == COMPILED:
-                graphs = [g for g in compiled_graphs() if g.calls > before.get(g, 0)]
-                report.fell_back = not graphs and hasattr(compiled, "_orig_mod")
+        bar = tqdm(itertools.chain([first], batches), desc="compare", unit="batch", disable=None if progress else True)
+        graphs = _compare(bar, known, builds, report.rows)
+        report.fell_back = not graphs and hasattr(compiled, "_orig_mod")
         for row in report.rows:
-            _describe(row, builds[row.name], batches[0], graphs, report)
+            _describe(row, builds[row.name], first, graphs, report)
         if rounds:
-            times = _time(builds, batches[0], rounds, progress)
+            times = _time(builds, first, rounds, progress)
             best = min(statistics.median(times[name]) for name in BARS if name in times)
             for row in report.rows:
                 row.latency_ms = statistics.median(times[row.name])
                 low, _, high = statistics.quantiles(times[row.name], n=4) if rounds > 1 else (row.latency_ms,) * 3
                 row.quartiles_ms, row.speedup = (low, high), best / row.latency_ms
-    _remarks(report, compiled, graphs, known)
+    _remarks(report, compiled, graphs, bool(known.labelled))
     return report
 
 
-def _remarks(report: Report, compiled: Any, graphs: list[CompiledGraph], labels: Tensor | None) -> None:
+def _remarks(report: Report, compiled: Any, graphs: list[CompiledGraph], labelled: bool) -> None:
     module = getattr(compiled, "_orig_mod", compiled)
     if isinstance(module, IRModule):
         report.plan = module.plan
@@ -343,6 +393,9 @@ def _remarks(report: Report, compiled: Any, graphs: list[CompiledGraph], labels:
         )
     elif graphs and not any(g.lowered for g in graphs):
         report.notes.append("the graph keeps dense masked weights: no layer was lowered")
+    odd = [row.name for row in report.rows if row.difference is not None and not math.isfinite(row.difference)]
+    if odd:
+        report.notes.append(f"WARNING: outputs are not finite on some inputs: {', '.join(odd)}")
     row = report.rows[-1]
     if row.speedup is not None and row.speedup < 1:
         engines = {layer.notes.get("lower", {}).get("engine") for g in graphs for layer in g.plan.layers.values()}
@@ -350,8 +403,10 @@ def _remarks(report: Report, compiled: Any, graphs: list[CompiledGraph], labels:
         report.notes.append(f"slower than the best dense build ({row.speedup:.2f}x){why}")
     _compare_prediction(report, graphs)
     _compare_bf16(report)
-    if labels is None:
+    if not labelled:
         report.notes.append("no labels: accuracy was not measured")
+    elif row.correct is None:
+        report.notes.append("accuracy was not measured: the model returns no logits (batch, classes)")
 
 
 def _compare_prediction(report: Report, graphs: list[CompiledGraph]) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, device_of, layers, shape_of, training_flags
 from mpcompile.importers import Imported
+from mpcompile.labels import whole_numbers
 
 _COLUMNS = 512  # of second moments, computed together
 _VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
@@ -81,13 +82,13 @@ def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
         seed: the same seed draws the same sample.
 
     Raises:
-        InputError: fewer items than that.
+        InputError: fewer items than that, or labels that are no whole numbers.
 
     Example:
         >>> sorted(draw([0, 0, 0, 0, 1, 1], 4))[-2:]
         [4, 5]
     """
-    values = torch.as_tensor(list(labels))
+    values = whole_numbers(labels)
     if not 0 < count <= len(values):
         raise InputError("can't draw a calibration sample", expected=f"1 to {len(values)} items", found=count)
     generator = torch.Generator().manual_seed(seed)

@@ -16,6 +16,7 @@ from mpcompile.kernels.dispatch import auto_menu, auto_pattern
 from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "wanda", "covariance", "obs", "ser")
+_WITHOUT_DATA = frozenset({"magnitude"})  # scores of the weights alone
 CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
@@ -200,6 +201,11 @@ class Config:
             raise ConfigError(
                 "a list of tome_r is a schedule already", expected="tome_schedule='constant'", found=self.tome_schedule
             )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the score looks at calibration data; without any it falls back to magnitude."""
+        return self.score not in _WITHOUT_DATA
 
     def choices(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:
         """The patterns that a layer may get on ``device`` in ``dtype``, preferred ones first; none for ``"dense"``."""

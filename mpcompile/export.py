@@ -19,6 +19,7 @@ from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, ConfigError, GraphError
 from mpcompile.graph import IRModule
 from mpcompile.kernels import ops
+from mpcompile.package_guard import guarded
 from mpcompile.pipeline import lower
 
 FORMATS = ("mpc", "dense-masked")  # of `compile`
@@ -150,7 +151,9 @@ def save_pt2(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **opt
 def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **options: Any) -> None:
     """Compile :func:`program` with AOTInductor into a package: native code for this kind of machine.
 
-    Python loads it with ``torch._inductor.aoti_load_package``, C++ with ``AOTIModelPackageLoader``.
+    Python loads it with ``torch._inductor.aoti_load_package``, C++ with ``AOTIModelPackageLoader``. Either way the
+    package refuses inputs of another size, dtype or device than those it was compiled for, and copies those of other
+    strides.
 
     Raises:
         ArtifactError: the file can't be written.
@@ -159,8 +162,9 @@ def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **op
     found = program(gm, example, **options)
     with _written(path, ".pt2") as temporary:
         try:
-            torch._inductor.aoti_compile_and_package(found, package_path=str(temporary))
-        except OSError:
+            with guarded(temporary, 1, MAX_BATCH):
+                torch._inductor.aoti_compile_and_package(found, package_path=str(temporary))
+        except (OSError, GraphError):
             raise
         except Exception as error:
             hint = "check that a C++ compiler is there, or export pt2"

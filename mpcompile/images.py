@@ -1,7 +1,13 @@
-"""Image files as a model takes them: one, or a folder in batches, resized and normalised as its data config says."""
+"""Image files as a model takes them: one, or a folder in batches, resized and normalised as its data config says.
+
+:func:`images_at` (a folder or an .npz file) and :func:`folder` give :class:`Images`: batches that are read while
+they are iterated, anew each time, and whose number is known beforehand; ``notes`` says what was left out. Which files
+are read is decided in :mod:`mpcompile.data`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpcompile.data.archives import Archive, open_archive
+from mpcompile.data.folders import Listing, list_images, matched, natural_key, number
+from mpcompile.data.pictures import SUFFIXES, open_image
+from mpcompile.data.regular import listed, printable
+from mpcompile.data.splits import check_is_one
 from mpcompile.errors import InputError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+__all__ = [
+    "SUFFIXES",
+    "Images",
+    "at_once",
+    "data_config",
+    "folder",
+    "images_at",
+    "open_image",
+    "preprocess",
+    "read_images",
+    "shown",
+]
 _KEPT = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -40,21 +62,6 @@ def preprocess(data: Mapping[str, Any], **augmentation: Any) -> Any:
     return create_transform(**options, is_training=bool(augmentation), **augmentation)
 
 
-def open_image(path: Path) -> Any:
-    """A file as a PIL image in RGB.
-
-    Raises:
-        InputError: it is missing, no image, or damaged.
-    """
-    from PIL import Image
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        found = getattr(error, "strerror", None) or str(error).split(" '")[0]
-        raise InputError(f"can't read {path}", expected="an image file", found=found) from error
-
-
 def shown(image: Tensor, data: Mapping[str, Any]) -> np.ndarray:
     """A normalised (3, H, W) image as (H, W, 3) uint8 to look at."""
     mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
@@ -63,30 +70,90 @@ def shown(image: Tensor, data: Mapping[str, Any]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Images:
-    """A folder of images in batches, read anew each time it is iterated.
+    """Images in batches, read anew each time it is iterated: a batch is all that is held.
 
     Attributes:
         paths: the files, in order.
         data: see :func:`data_config`.
         batch: images a batch; the last one may be smaller.
         labels: class indices, or None.
+        notes: what whoever reads the figures has to know: what was left out, and why there are no labels.
     """
 
     paths: list[Path]
     data: Mapping[str, Any]
     batch: int
     labels: list[int] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return math.ceil(len(self.paths) / self.batch)
+        """Batches."""
+        return math.ceil(self.count / self.batch)
+
+    @property
+    def count(self) -> int:
+        """Images."""
+        return len(self.paths)
+
+    def pictures(self) -> Iterator[Any]:
+        """One after another, as PIL images in RGB."""
+        return map(open_image, self.paths)
 
     def __iter__(self) -> Iterator[Any]:
         """(batch, 3, H, W), or pairs of that and int64 labels (batch,)."""
-        transform = preprocess(self.data)
-        for start in range(0, len(self.paths), self.batch):
-            chosen = slice(start, start + self.batch)
-            images = torch.stack([transform(open_image(path)) for path in self.paths[chosen]])
-            yield images if self.labels is None else (images, torch.tensor(self.labels[chosen]))
+        transform, pictures = preprocess(self.data), self.pictures()
+        for start in range(0, self.count, self.batch):
+            images = torch.stack([transform(picture) for picture in itertools.islice(pictures, self.batch)])
+            labels = None if self.labels is None else self.labels[start : start + self.batch]
+            yield images if labels is None else (images, torch.tensor(labels))
+        for _ in pictures:  # an archive is checked at its end
+            pass
+
+
+@dataclass(frozen=True)
+class Archived(Images):
+    """Images in an .npz file; ``paths`` is empty."""
+
+    archive: Archive | None = None
+    chosen: Sequence[int] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.chosen)
+
+    def pictures(self) -> Iterator[Any]:
+        assert self.archive is not None
+        return self.archive.pictures(self.chosen)
+
+
+def images_at(
+    path: Path,
+    data: Mapping[str, Any],
+    *,
+    samples: int | None = None,
+    batch: int = 32,
+    classes: int = 0,
+    names: Sequence[str] = (),
+    seed: int = 0,
+) -> Images:
+    """The images of a folder, as in :func:`folder`, or of an .npz file with uint8 ``images`` (N, H, W, 3) and, if
+    known, ``labels`` (N).
+
+    Raises:
+        InputError: nothing there, no images, a damaged file, or labels that the model has no classes for.
+    """
+    if path.suffix != ".npz":
+        return folder(path, data, samples=samples, batch=batch, classes=classes, names=names, seed=seed)
+    archive = open_archive(path)
+    chosen: Sequence[int] = range(len(archive))
+    if samples is not None:
+        chosen = sorted(random.Random(seed).sample(chosen, min(samples, len(archive))))
+    labels = None if archive.labels is None else [int(archive.labels[place]) for place in chosen]
+    odd = next((label for label in labels or () if label < 0 or (classes and label >= classes)), None)
+    if odd is not None:
+        expected = f"0 to {classes - 1}, the classes of the model" if classes else "0 or more"
+        raise InputError(f"a label in {printable(path)} is out of range", expected=expected, found=odd)
+    return Archived([], data, batch, labels, (), archive, chosen)
 
 
 def folder(
@@ -102,28 +169,57 @@ def folder(
     """The images below a folder, or ``samples`` of them drawn by ``seed``.
 
     Args:
-        path: holds images, or one folder of images for each class: then, if there are ``classes`` of them, their order
-            gives the labels: 2 before 10, as timm's readers count.
+        path: holds images, or one folder of images for each class, in which they may lie deeper.
         classes: classes that the model tells apart; 0 wants no labels.
-        names: of the classes in the model's order, where they are known: labels go by them, and some may be missing.
+        names: of the classes in the model's order, where they are known: labels go by them alone, and some may be
+            missing. Where they aren't, and there are as many folders as classes, the order of the folders gives the
+            labels: 2 before 10, as timm's readers count. Else there are no labels, and ``notes`` says why.
 
     Raises:
-        InputError: there is no such folder, or no image in it.
+        InputError: there is no such folder, no image in it, or it holds several splits.
     """
-    paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else []
-    if not paths:
-        found = "no image" if path.is_dir() else "no such folder"
-        raise InputError(f"there are no images in {path}", expected=" ".join(sorted(SUFFIXES)), found=found)
-    from timm.utils.misc import natural_key
-
-    there = sorted((p.name for p in path.iterdir() if p.is_dir()), key=natural_key)
-    known = list(names) if names and set(there) <= set(names) else there
+    listing = list_images(path, names)
+    listing.check_not_empty()
+    check_is_one(listing, names)
+    paths, more = listing.files, []
+    labels_by, why = _numbered(listing, classes, names) if classes else (None, None)
+    if labels_by is not None and listing.without_class():
+        paths = [path for path in paths if listing.class_of(path) is not None]
+        more = [listing.beside()]
     if samples is not None and samples < len(paths):
         paths = sorted(random.Random(seed).sample(paths, samples))
-    labelled = classes and len(known) == classes and there and all(p.parent != path for p in paths)
-    number = {name: label for label, name in enumerate(known)}
-    labels = [number[p.relative_to(path).parts[0]] for p in paths] if labelled else None
-    return Images(paths, data, batch, labels)
+    labels = None if labels_by is None else [labels_by[str(listing.class_of(path))] for path in paths]
+    return Images(paths, data, batch, labels, tuple(filter(None, (listing.told(*more), why))))
+
+
+def _numbered(listing: Listing, classes: int, names: Sequence[str]) -> tuple[dict[str, int] | None, str | None]:
+    """Label of each folder; or None and the reason, where there is one to tell."""
+    if not listing.classes:
+        return None, None
+    if not names:
+        for there in (listing.classes, sorted([*listing.classes, *listing.empty], key=natural_key)):
+            if len(there) == classes:
+                return number(there), None
+        count = len(listing.classes)
+        return None, f"no labels: {count} folders of images ({listed(listing.classes)}), but {classes} classes"
+    if len(set(names)) != len(names) or len(names) != classes:
+        return None, f"no labels: {len(set(names))} names of classes are known, the model has {classes} classes"
+    labels = matched(listing.classes, number(names))
+    unknown = [name for name, label in labels.items() if label is None]
+    if unknown:
+        missing = [name for name in names if name not in labels]
+        absent = f", and no folder is called {listed(missing)}" if missing else ""
+        return None, f"no labels: the model has no classes that are called {listed(unknown)}{absent}"
+    return {name: label for name, label in labels.items() if label is not None}, None
+
+
+def at_once(images: Images) -> tuple[Tensor, Tensor | None]:
+    """All of them: (N, 3, H, W), and labels (N,) where they are known."""
+    batches = list(images)
+    if isinstance(batches[0], Tensor):
+        return torch.cat(batches), None
+    pixels, labels = zip(*batches, strict=True)
+    return torch.cat(pixels), torch.cat(labels)
 
 
 def read_images(
@@ -132,42 +228,9 @@ def read_images(
     """``samples`` images, or all where there are fewer, at once: (N, 3, H, W), and labels (N,) where they are known.
 
     Args:
-        path: a folder, as in :func:`folder`, or an .npz file with uint8 ``images`` (N, H, W, 3) and, if they are known,
-            ``labels`` (N).
+        path: as :func:`images_at` takes it.
 
     Raises:
-        InputError: nothing there, or no images.
+        InputError: as :func:`images_at`, or an image can't be read.
     """
-    if path.suffix != ".npz":
-        batches = list(folder(path, data, samples=samples, classes=classes, names=names, seed=seed))
-        if isinstance(batches[0], Tensor):
-            return torch.cat(batches), None
-        pixels, labels = zip(*batches, strict=True)
-        return torch.cat(pixels), torch.cat(labels)
-    items, numbers = _archive(path)
-    chosen, transform = (
-        sorted(random.Random(seed).sample(range(len(items)), min(samples, len(items)))),
-        preprocess(data),
-    )
-    pictures = torch.stack([transform(_picture(items[i])) for i in chosen])
-    return pictures, None if numbers is None else torch.tensor([int(numbers[i]) for i in chosen])
-
-
-def _picture(pixels: np.ndarray) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(pixels)
-
-
-def _archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    expected = "an .npz file with uint8 'images' (N, H, W, 3) and, if known, 'labels' (N)"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file.get("labels")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"can't read {path}", expected=expected, found=str(error).splitlines()[0]) from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise InputError(f"{path} holds other images", expected=expected, found=f"{images.dtype} {images.shape}")
-    if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
-        raise InputError(f"{path} holds other labels", expected=expected, found=f"{labels.dtype} {labels.shape}")
-    return images, labels
+    return at_once(images_at(path, data, samples=samples, classes=classes, names=names, seed=seed))

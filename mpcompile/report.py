@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +15,15 @@ DENSE_EAGER, DENSE_COMPILED, COMPILED = "dense eager", "dense compiled", "compil
 DENSE_FROZEN = "dense frozen"  # compiled, with constants folded and weights prepacked
 BARS = (DENSE_EAGER, DENSE_COMPILED, DENSE_FROZEN)  # the fastest of them is what speed-ups are measured against
 DENSE_BF16 = "dense bf16"  # of another dtype than the rest: beside the bar, never part of it
+
+
+def finite(value: Any) -> Any:
+    """JSON values with None for numbers that are not finite, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
@@ -74,11 +84,11 @@ class Report:
         return next(row for row in self.rows if row.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Plain JSON values; numbers that are not finite are None."""
         rows = [{**asdict(row), "top1": row.top1} for row in self.rows]
         plan = self.plan.to_dict() if self.plan is not None else None
         return {
-            "rows": rows,
+            "rows": finite(rows),
             "environment": self.environment,
             "notes": self.notes,
             "fell_back": self.fell_back,

@@ -97,7 +97,7 @@ def test_a_corrupt_image_in_a_worker_is_one_line(command, folder, tmp_path, caps
     command += ["--out", str(tmp_path / "run"), "--set", "calibration.images=1", "--set", "data.workers=1"]
     assert main([*command, "--val-split", "none"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("mpcompile: image bee/3.png can't be read; expected a whole image file")
+    assert line.startswith(f"mpcompile: image {data}/train/bee/3.png can't be read; expected a whole image file")
 
 
 def test_a_corrupt_evaluation_image_costs_no_epoch(command, folder, tmp_path, capsys):
@@ -109,7 +109,7 @@ def test_a_corrupt_evaluation_image_costs_no_epoch(command, folder, tmp_path, ca
     command[command.index(str(folder))] = str(data)
     assert main([*command, "--out", str(out)]) == 2
     said = capsys.readouterr().err
-    assert "evaluation failed: image bee/1.png can't be read" in said and f"checkpoint is {out}/checkpoint.pt" in said
+    assert f"evaluation failed: image {image} can't be read" in said and f"checkpoint is {out}/checkpoint.pt" in said
     image.write_bytes(whole)
     moved = tmp_path / "moved"  # where the images lie doesn't matter
     data.rename(moved)
@@ -231,7 +231,7 @@ def test_two_processes_do_what_one_does(broken, folder, tmp_path, capfd):
     )
     said = [line for line in done.stderr.splitlines() if line.startswith("mpcompile: ")]
     if broken:
-        assert done.returncode != 0 and any("image bee/3.png can't be read" in line for line in said)
+        assert done.returncode != 0 and any(f"image {data}/train/bee/3.png can't be read" in line for line in said)
         assert not any(line.startswith("RuntimeError") for line in done.stderr.splitlines())
         return
     assert done.returncode == 0, done.stderr

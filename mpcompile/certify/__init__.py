@@ -8,6 +8,7 @@ after another and bounds what that does, on enclosures (``enclosure.py``, ``func
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mpcompile.certify.batches import chunk_size, read
+from mpcompile.certify.batches import chunk_size, cut, read
 from mpcompile.certify.report import Certificates, Layer, Statement, Tier
 from mpcompile.certify.summary import summarise
 from mpcompile.certify.work import Work
@@ -48,14 +49,15 @@ def certify(
 
     Each gives, for every sample, a bound eta on the change of any logit and a verdict whether the label is proven to
     stay: z_p - z_j falls by less than the dense model's margin, for every class j. Reordered channels (``permute``) are
-    reordered in the dense model first. Runs on the CPU, in float64 copies; the models are not changed.
+    reordered in the dense model first. Runs on the CPU, in float64 copies; the models are not changed. Samples are read
+    once, a batch at a time.
 
     Args:
         dense: the model that ``sparse`` was made from.
         sparse: what :func:`mpcompile.transform` returned, trained or not, or any module of the same structure.
         batches: one batch (a tensor, or a dict of keyword inputs), or an iterable of batches; (input, label) tuples
             bring labels along.
-        labels: true classes of all samples, or None.
+        labels: true classes of all samples, of any whole-number type, or in parts; None takes those in the batches.
         tiers: of 0, 1 and 2; None takes all that are defined. Tier 0 is always there.
         l1, l2: lambda_1 and lambda_2 of the training objective CE + l2 \\|W\\|_F^2 + l1 \\|W\\|_1 over the replaced
             weights. They are facts about a training run, not of a model: 0, 0 certifies no decrease.
@@ -79,11 +81,13 @@ def certify(
         True
     """
     _check_arguments(dense, sparse, tiers, splits, confidence, l1, l2)
-    chunks = read(dense, batches, labels)
+    given = read(dense, batches, labels)
+    first = next(given)
     work = Work(dense, sparse, tiers, splits)
     with torch.no_grad():
-        size = chunk_size(work.modules[0], next(iter(chunks(1)))[0])
-        for inputs, known in tqdm(list(chunks(size)), desc="certify", unit="chunk", disable=None if progress else True):
+        size = chunk_size(work.modules[0], [value[:1] for value in first[0]])
+        chunks = cut(itertools.chain([first], given), size)
+        for inputs, known in tqdm(chunks, desc="certify", unit="chunk", disable=None if progress else True):
             work.add(inputs, known)
     return summarise(work, l1, l2, confidence)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mpcompile.calibration import as_batches
 from mpcompile.certify.pair import trace
 from mpcompile.errors import InputError, MPCompileError
+from mpcompile.labels import Labels
+from mpcompile.training.batches import read as read_loader
 
 _BYTES = 1 << 29  # of float64 activations that a chunk may hold at once
 _COPIES = 6  # an enclosure has up to five parts, beside the value itself
@@ -20,57 +21,51 @@ _MOST = 256  # samples a chunk; small models gain nothing from more
 Chunk = tuple[list[Tensor], Tensor | None]
 
 
-def _inputs(model: nn.Module, batch: Any) -> tuple[list[Tensor], Any]:
-    """Positional inputs, and what came along as labels."""
+def _inputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """Positional inputs in a batch."""
     if isinstance(batch, Mapping):
         try:
             bound = inspect.signature(getattr(model, "_orig_mod", model).forward).bind(**batch)
         except TypeError as error:
             raise InputError(f"a batch doesn't fit forward: {error}") from error
-        values, labels = list(bound.arguments.values()), None
+        values = list(bound.arguments.values())
     elif isinstance(batch, (tuple, list)):
-        values, labels = [batch[0]] if batch else [], batch[1] if len(batch) > 1 else None
+        values = [batch[0]] if batch else []
     else:
-        values, labels = [batch], None
+        values = [batch]
     if not values or not all(isinstance(v, Tensor) and v.dim() for v in values):
         raise InputError(
             "a batch has the wrong type",
             expected="a tensor, an (input, label) tuple, or a dict of tensors",
             found=type(batch).__name__,
         )
-    if len({len(v) for v in values}) > 1 or not len(values[0]):
-        raise InputError("the inputs of a batch differ in length, or are empty", found=[len(v) for v in values])
-    return values, labels
+    if len({len(v) for v in values}) > 1:
+        raise InputError("the inputs of a batch differ in length", found=[len(v) for v in values])
+    return values
 
 
-def read(model: nn.Module, batches: Any, labels: Any) -> Callable[[int], Iterator[Chunk]]:
-    """All samples, checked; call the result with a size to get chunks.
+def read(model: nn.Module, batches: Any, labels: Any) -> Iterator[Chunk]:
+    """Batches with their labels, read one at a time; those without samples are left out.
 
     Raises:
         InputError: no batch, a batch of the wrong type, or labels that don't fit.
     """
-    held = [_inputs(model, batch) for batch in as_batches(batches)]
-    if not held:
-        raise InputError("there are no samples", expected="at least one batch", found="none")
-    count = sum(len(values[0]) for values, _ in held)
-    known: Tensor | None = None
-    if labels is not None:
-        known = labels if isinstance(labels, Tensor) else torch.cat([torch.as_tensor(p).reshape(-1) for p in labels])
-    elif all(isinstance(y, Tensor) and not y.is_floating_point() for _, y in held):
-        known = torch.cat([y.reshape(-1) for _, y in held])
-    if known is not None and (known.numel() != count or known.is_floating_point()):
-        raise InputError("labels don't fit the samples", expected=f"{count} class numbers", found=known.numel())
-    known = None if known is None else known.reshape(-1).long().cpu()
+    known = Labels(labels)
+    for batch in read_loader(as_batches(batches), "the samples"):
+        values = _inputs(model, batch)
+        if len(values[0]):
+            yield [v.detach().cpu() for v in values], known.of(batch, len(values[0]))
+    if not known.samples:
+        raise InputError("there are no samples", expected="at least one sample", found="none")
+    known.end()
 
-    def chunks(size: int) -> Iterator[Chunk]:
-        start = 0
-        for values, _ in held:
-            for parts in zip(*(v.split(size) for v in values), strict=True):
-                stop = start + len(parts[0])
-                yield [p.detach().cpu() for p in parts], None if known is None else known[start:stop]
-                start = stop
 
-    return chunks
+def cut(batches: Iterable[Chunk], size: int) -> Iterator[Chunk]:
+    """Batches in chunks of at most ``size`` samples."""
+    for values, known in batches:
+        labels = [None] * -(-len(values[0]) // size) if known is None else known.split(size)
+        for parts, label in zip(zip(*(v.split(size) for v in values), strict=True), labels, strict=True):
+            yield list(parts), label
 
 
 def chunk_size(module: nn.Module, one: list[Tensor]) -> int:

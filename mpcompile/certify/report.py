@@ -9,6 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from mpcompile.report import finite
+
 DETERMINISTIC, PROBABLE, NONE = "deterministic", "high probability", "not certified"
 
 
@@ -112,7 +114,7 @@ class Certificates:
         data = asdict(self)
         for tier in data["tiers"]:
             tier["label_changes"] = 1 - tier["certified"] / tier["samples"]
-        return _finite(data)
+        return finite(data)
 
     def to_json(self, indent: int | None = None) -> str:
         """The report as JSON."""
@@ -168,11 +170,3 @@ def _number(value: float) -> str:
 def _table(rows: list[list[str]], head: list[str], left: tuple[int, ...] = (0,)) -> str:
     align = tuple("left" if i in left else "right" for i in range(len(head)))
     return tabulate(rows, headers=head, disable_numparse=True, colalign=align if rows else None)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,44 +6,35 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from mpcompile.certify import bounds
 from mpcompile.certify.pair import Pair
 from mpcompile.certify.report import DETERMINISTIC, NONE, PROBABLE, Certificates, Layer, Statement, Tier
-from mpcompile.certify.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change
-from mpcompile.certify.work import Work
+from mpcompile.certify.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER
+from mpcompile.certify.work import TierResults, Work
 
 
 def summarise(work: Work, l1: float, l2: float, confidence: float) -> Certificates:
-    before, after = torch.cat(work.logits), torch.cat(work.after)
-    allowance = torch.cat(work.allowances)
-    labels = torch.cat(work.labels) if work.labels else None
-    own = before.argmax(1)
     pair = next(iter(work.pairs.values()), None)
     layers = _layers(work, pair, l1, l2) if pair is not None else []
-    penalty = _penalty(pair, l1, l2) if pair is not None else None
+    penalty = _penalty(pair, l1, l2) if pair is not None and (l1 or l2) else None
     squared = _penalty(pair, 0.0, 1.0) if pair is not None else None
     tiers = []
     for name in (MEASURED, ENCLOSED, JACOBIAN, PAPER):
-        parts = [chunk[name] for chunk in work.totals if name in chunk]
-        if len(parts) == len(work.totals):
-            tiers.append(_tier(name, parts, before, own, labels, allowance, penalty if l1 or l2 else None, squared))
-    ce = None
-    if labels is not None:
-        loss = torch.nn.functional.cross_entropy
-        ce = float(loss(after, labels) - loss(before, labels))
+        sums = work.whole.get(name)
+        if sums is not None and sums.chunks == work.chunks:
+            tiers.append(_tier(name, sums, work, penalty, squared))
     found = Certificates(
-        len(own),
-        before.shape[1],
+        work.samples,
+        work.classes,
         work.disagreements,
-        float(allowance.max()),
+        work.allowance,
         l1,
         l2,
         tiers,
         layers,
         [],
-        ce,
+        None if work.loss is None else work.loss / work.samples,
         work.violations,
     )
     found.statements += list(_statements(found, work, confidence))
@@ -55,27 +46,11 @@ def _penalty(pair: Pair, l1: float, l2: float) -> float:
     return sum(bounds.penalty_change(pair.dense[w], pair.sparse[w], l1, l2) for w in weights)
 
 
-def _tier(
-    name: str,
-    parts: list[Change],
-    before: Tensor,
-    own: Tensor,
-    labels: Tensor | None,
-    allowance: Tensor,
-    penalty: float | None,
-    squared: float | None,
-) -> Tier:
-    eta = torch.cat([p.eta for p in parts])
-    kept = torch.cat([p.kept for p in parts])
+def _tier(name: str, sums: TierResults, work: Work, penalty: float | None, squared: float | None) -> Tier:
+    eta, kept = torch.cat(sums.eta), torch.cat(sums.kept)
     ce_mean = float((2 * eta).mean())
-    settled, sharp = None, None
-    if labels is not None:
-        right = own == labels
-        decrease = torch.cat([p.decrease.expand(-1, before.shape[1]) for p in parts])
-        lead = bounds.margins(before, own) - decrease - 2 * allowance[:, None]
-        still_wrong = lead.gather(1, labels[:, None])[:, 0] > 0
-        settled = int((kept | (~right & still_wrong)).sum())
-        sharp = float(bounds.cross_entropy_bound(before, labels, eta).mean())
+    labelled = work.loss is not None
+    settled, sharp = (sums.settled, sums.sharp / len(eta)) if labelled else (None, None)
     rise = ce_mean if sharp is None else sharp
     objective = None if penalty is None else rise + penalty
     least = rise / -squared if squared is not None and squared < 0 and math.isfinite(rise) else None
@@ -97,17 +72,17 @@ def _tier(
 def _layers(work: Work, pair: Pair, l1: float, l2: float) -> list[Layer]:
     rows = []
     for place, step in enumerate(pair.steps):
-        results = [chunk[place] for chunk in work.steps]
+        sums = work.steps[place] if work.steps else {}
         weights = [(pair.dense[w], pair.sparse[w]) for w in step.weights]
         squares = [float((a - s).square().sum()) for a, s in weights], [float(a.square().sum()) for a, _ in weights]
         split = "" if not weights else "mask" if all(bounds.is_mask_split(a, s) for a, s in weights) else "moved"
         removed = math.sqrt(sum(squares[0]) / max(sum(squares[1]), 1e-300)) if weights else 0.0
-        row = Layer(step.name, split, removed, reason=next((r.reason for r in results if r.reason), None))
+        row = Layer(step.name, split, removed, reason=work.skip.get(place))
         for name in (MEASURED, ENCLOSED, JACOBIAN, PAPER):
-            if all(name in r.tiers for r in results) and results:
-                eta = torch.cat([r.tiers[name].eta for r in results])
+            if name in sums and sums[name].chunks == work.chunks:
+                eta = torch.cat(sums[name].eta)
                 row.median[name] = float(eta.median())
-                row.certified[name] = int(sum(int(r.tiers[name].kept.sum()) for r in results))
+                row.certified[name] = sum(int(kept.sum()) for kept in sums[name].kept)
                 if name in (MEASURED, ENCLOSED) and (l1 or l2):
                     change = sum(bounds.penalty_change(a, s, l1, l2) for a, s in weights)
                     row.objective = float((2 * eta).mean()) + change

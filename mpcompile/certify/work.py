@@ -3,20 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpcompile.certify import bounds
 from mpcompile.certify.pair import Pair, StructureChange, check_values, double, match, replay_orders, trace
-from mpcompile.certify.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, StepResult, run_steps
+from mpcompile.certify.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
 from mpcompile.errors import GraphError, InputError
 from mpcompile.graph import training_flags
+from mpcompile.labels import check_range
+
+
+@dataclass
+class TierResults:
+    """What all samples so far say in one tier. Of a sample no more is held than a bound and a verdict.
+
+    Attributes:
+        chunks: in which the tier was defined.
+        eta, kept: for each chunk, see :class:`Change`.
+        settled: with true labels, samples for which right or wrong is proven to stay.
+        sharp: sum of the sharp bounds on how much cross-entropy rises.
+    """
+
+    chunks: int = 0
+    eta: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    settled: int = 0
+    sharp: float = 0.0
+
+    def add(self, change: Change) -> None:
+        """One chunk."""
+        self.chunks += 1
+        self.eta.append(change.eta)
+        self.kept.append(change.kept)
+
+    def add_labels(self, change: Change, before: Tensor, allowance: Tensor, labels: Tensor) -> None:
+        """True labels of the same chunk, beside the dense model's logits."""
+        own = before.argmax(1)
+        decrease = change.decrease.expand(-1, before.shape[1])
+        lead = bounds.margins(before, own) - decrease - 2 * allowance[:, None]
+        still_wrong = lead.gather(1, labels[:, None])[:, 0] > 0
+        self.settled += int((change.kept | ((own != labels) & still_wrong)).sum())
+        self.sharp += float(bounds.cross_entropy_bound(before, labels, change.eta).sum())
 
 
 class Work:
-    """Both models, and what was found on the chunks so far."""
+    """Both models, and what was found on the chunks so far.
+
+    Attributes:
+        samples, classes: of the chunks.
+        whole: tier -> all steps together.
+        steps: for each step, tier -> that step alone, and why tiers 1 and 2 are missing.
+        loss: sum of what replacing the weights changed cross-entropy by; None without labels.
+    """
 
     def __init__(self, dense: nn.Module, sparse: nn.Module, tiers: Sequence[int] | None, splits: int) -> None:
         self.given = (dense, sparse)  # what torch.compile made runs as it is, and is certified as the module inside
@@ -27,13 +70,11 @@ class Work:
         self.pairs: dict[tuple[Any, ...], Pair] = {}
         self.structure: str | None = None
         self.moved = 0
-        self.logits: list[Tensor] = []
-        self.after: list[Tensor] = []
-        self.allowances: list[Tensor] = []
-        self.labels: list[Tensor] = []
-        self.disagreements = 0
-        self.totals: list[dict[str, Change]] = []
-        self.steps: list[list[StepResult]] = []
+        self.chunks = self.samples = self.classes = self.disagreements = 0
+        self.allowance = 0.0
+        self.loss: float | None = None
+        self.whole: dict[str, TierResults] = {}
+        self.steps: list[dict[str, TierResults]] = []
         self.violations = 0
         self.skip: dict[int, str] = {}  # steps that can't be enclosed in one chunk aren't tried in the next
 
@@ -80,12 +121,21 @@ class Work:
         if pair is not None and not {1, 2}.isdisjoint(self.tiers):
             found |= self._steps(pair, exact, before, after, own, allowance)
         self.disagreements += int((ran[0].argmax(1) != ran[1].argmax(1)).sum())
-        self.logits.append(before)
-        self.after.append(after)
-        self.allowances.append(allowance)
-        self.totals.append(found)
+        self.allowance = max(self.allowance, float(allowance.max()))
+        self.chunks, self.samples, self.classes = self.chunks + 1, self.samples + len(own), before.shape[1]
+        for name, result in found.items():
+            self.whole.setdefault(name, TierResults()).add(result)
         if labels is not None:
-            self.labels.append(labels)
+            self._add_labels(labels, before, after, allowance, found)
+
+    def _add_labels(
+        self, labels: Tensor, before: Tensor, after: Tensor, allowance: Tensor, found: dict[str, Change]
+    ) -> None:
+        check_range(labels, before.shape[1])
+        losses = [F.cross_entropy(logits, labels, reduction="sum") for logits in (after, before)]
+        self.loss = (self.loss or 0.0) + float(losses[0] - losses[1])
+        for name, change in found.items():
+            self.whole[name].add_labels(change, before, allowance, labels)
 
     def _steps(
         self, pair: Pair, inputs: list[Tensor], before: Tensor, after: Tensor, own: Tensor, allowance: Tensor
@@ -93,7 +143,10 @@ class Work:
         """Sums over the steps, and whether the label of the dense model survives them all."""
         results = list(run_steps(pair, inputs, own, allowance, before, self.tiers, self.splits, self.skip))
         self.skip |= {number: r.reason for number, r in enumerate(results) if r.reason is not None}
-        self.steps.append(results)
+        self.steps = self.steps or [{} for _ in results]
+        for of_step, result in zip(self.steps, results, strict=True):
+            for tier, alone in result.tiers.items():
+                of_step.setdefault(tier, TierResults()).add(alone)
         found = {}
         names = [ENCLOSED] * (1 in self.tiers) + [JACOBIAN, PAPER] * (2 in self.tiers)
         zero = torch.zeros(len(own), dtype=torch.float64)

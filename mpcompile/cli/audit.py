@@ -11,11 +11,15 @@ import torch
 import mpcompile
 from mpcompile.backend import mpsparse
 from mpcompile.cli.common import Commands, at_least, class_names, command, model_options, prepare, show
+from mpcompile.cli.streams import Moved, seen_before
+from mpcompile.config import Config
 from mpcompile.errors import ConfigError
 from mpcompile.graph import IRModule
-from mpcompile.images import data_config, folder
+from mpcompile.images import Images, data_config, images_at
 from mpcompile.report import Report
 from mpcompile.training.batches import forward
+
+CALIBRATED = 256  # images that a new transform is calibrated on at most, as in `compile`
 
 
 def add(commands: Commands) -> None:
@@ -44,24 +48,30 @@ def run(args: argparse.Namespace) -> int:
     saved = None if args.artifact is None else mpcompile.load(args.artifact)
     made = {} if saved is None else saved.plan.provenance
     model, images, config = prepare(args, made)
-    batches: Any = images
+    files = None
     if args.images is not None:
         classes = getattr(model, "num_classes", 0)
-        data, seed = data_config(model), args.seed
-        drawn = {"samples": args.samples, "batch": args.batch, "seed": seed}
-        files = folder(args.images, data, classes=classes, names=class_names(made), **drawn)
-        batches = [_moved(batch, images) for batch in files]
+        drawn = {"samples": args.samples, "batch": args.batch, "seed": args.seed}
+        files = images_at(args.images, data_config(model), classes=classes, names=class_names(made), **drawn)
+    used = None
     if saved is not None:
         gm = saved.to(images.device, images.dtype).eval()
         with torch.no_grad():
             forward(gm, images[:1], f"artifact {args.artifact}")  # an artifact of another model says so
     else:
-        gm = mpcompile.transform(
-            model, images, config, [images] if config.score == "covariance" else None, seed=args.seed
-        )
+        used = _calibration(config, files, images)
+        gm = mpcompile.transform(model, images, config, used, seed=args.seed)
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": config.engine, "frozen": config.frozen})
+    batches: Any = images if files is None else Moved(files, images)
     report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
-    _remark(report, random=not args.pretrained and args.checkpoint is None, noise=args.images is None)
+    if files is not None:
+        report.notes += filter(None, (*files.notes, seen_before(files, made)))
+    if isinstance(used, Moved):
+        report.notes.append(
+            f"calibrated on {used.count} of the audited images, which flatters accuracy: for a figure to rely on, "
+            "compile on other images and audit that --artifact"
+        )
+    _remark(report, random=not args.pretrained and args.checkpoint is None, noise=files is None)
     if report.plan is None:
         report.plan = gm.plan
     if args.record:
@@ -71,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _moved(batch: Any, like: torch.Tensor) -> Any:
-    if isinstance(batch, tuple):
-        return batch[0].to(like), batch[1].to(like.device)
-    return batch.to(like)
+def _calibration(config: Config, files: Images | None, noise: torch.Tensor) -> Any:
+    """What a new transform is calibrated on where its score needs data: audited images, or noise if there are none."""
+    if not config.needs_data:
+        return None
+    return [noise] if files is None else Moved(files, noise, CALIBRATED)
 
 
 def _remark(report: Report, random: bool, noise: bool) -> None:

@@ -21,9 +21,10 @@ from mpcompile.cli.common import (
     show,
     weights_options,
 )
+from mpcompile.cli.streams import seen_before
 from mpcompile.errors import ArtifactError, InputError
 from mpcompile.graph import IRModule
-from mpcompile.images import data_config, read_images
+from mpcompile.images import data_config, images_at
 
 
 def add(commands: Commands) -> None:
@@ -91,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
     dense = load_model(args, made)
     classes = getattr(dense, "num_classes", 0)
     how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": class_names(made), "seed": args.seed}
-    images, labels = read_images(args.images, data_config(dense), **how)
+    found = images_at(args.images, data_config(dense), **how)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
-    report = mpcompile.certify(dense, sparse, images, labels, progress=not args.quiet, **options)
-    show(args, f"{args.model}, {len(images)} images of {args.images}\n\n{report}", report.to_json(indent=1))
+    report = mpcompile.certify(dense, sparse, found, progress=not args.quiet, **options)
+    notes = "".join(f"\nnote: {note}" for note in filter(None, (*found.notes, seen_before(found, made))))
+    show(args, f"{args.model}, {found.count} images of {args.images}\n\n{report}{notes}", report.to_json(indent=1))
     return 0

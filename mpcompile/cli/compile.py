@@ -21,10 +21,11 @@ from mpcompile.cli.common import (
     show,
     weights_options,
 )
+from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.errors import ConfigError
 from mpcompile.export import FORMATS, save_dense
-from mpcompile.images import data_config, folder
+from mpcompile.images import Images, data_config, folder
 
 
 def add(commands: Commands) -> None:
@@ -71,21 +72,23 @@ def run(args: argparse.Namespace) -> int:
         example = torch.randn(2, *data["input_size"], device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
-    calibration = None
+    calibration: Images | None = None
     if args.images is not None:
-        files = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
-        calibration = [batch.to(args.device) for batch in files]
+        calibration = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
     how = {"calibrate": args.calibrate, "seed": args.seed}
     gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
-    used = 0 if calibration is None else len(files.paths)
+    used = 0 if calibration is None else calibration.count
     gm.plan.provenance = provenance(args, args.model, model, used, args.seed)
+    if calibration is not None:
+        gm.plan.provenance["calibration_files"] = digests(calibration)
     if args.half:
         gm.half()
     if args.format == "mpc":
         mpcompile.save(gm, args.out)
     else:
         save_dense(gm, args.out)
-    show(args, f"{gm.plan}\n\n{_size(args.out)}", gm.plan.to_json(indent=1))
+    notes = "".join(f"\nnote: {note}" for note in (() if calibration is None else calibration.notes))
+    show(args, f"{gm.plan}\n\n{_size(args.out)}{notes}", gm.plan.to_json(indent=1))
     return 0
 
 

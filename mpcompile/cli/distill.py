@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.events import TRACKERS, check_trackers
 from mpcompile.files import make_folder, write_atomically
 from mpcompile.graph import device_of
+
+log = logging.getLogger(__name__)
 
 
 def add(commands: Commands) -> None:
@@ -118,6 +121,9 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
         names = datasets.class_names(train)
         held = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names)
     # Both are made before the student, which takes minutes: what is wrong with them is said at once.
+    notes = [note for source in (train, held) for note in getattr(source, "notes", ())]
+    for note in notes if ranks.rank() == 0 else ():
+        log.warning("note: %s", note)
     batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate, seed)
     val = None if held is None else images.loader(held, teacher, recipe.data, training=False)
     holds = datasets.fingerprint(train)
@@ -138,6 +144,7 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
         student.plan.figures = {"distillation": result.to_dict()}
         mpcompile.save(student.eval(), args.out / "distilled.mpc")
         summary = {"recipe": recipe.to_dict(), "result": result.to_dict(), "macs": vars(student.plan.macs)}
+        summary["notes"] = notes
         text = json.dumps(summary, indent=1)
         write_atomically(args.out / "result.json", text)
         accuracy = f", top-1 {result.accuracy[-1]:.2%}" if result.accuracy else ""
@@ -145,6 +152,8 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
         told += f"{result.steps} steps, {result.images} images; written: {args.out / 'distilled.mpc'}"
         if not args.pretrained and args.checkpoint is None:
             told += "\nnote: the dense model has random weights, so accuracy means nothing"
+        if args.quiet:  # else they were told before training
+            told += "".join(f"\nnote: {note}" for note in notes)
         show(args, told, text)
     return 0
 

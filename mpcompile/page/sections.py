@@ -18,6 +18,7 @@ from mpcompile.page.sources import Sources, number, records
 from mpcompile.report import BARS, COMPILED
 
 SHOWN = 12  # layers drawn at once; the others are folded away
+LISTED = 20  # items of a list in a table
 MAP_ROWS, MAP_COLUMNS = 24, 384  # of a density map
 
 
@@ -347,8 +348,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, obj
     for key, item in value.items():
         if isinstance(item, Mapping):
             yield from _flat(item, f"{prefix}{key}: ")
+        elif isinstance(item, list):
+            more = f", ... ({len(item)} in all)" if len(item) > LISTED else ""
+            yield f"{prefix}{key}", ", ".join(map(str, item[:LISTED])) + more
         else:
-            yield f"{prefix}{key}", ", ".join(map(str, item)) if isinstance(item, list) else item
+            yield f"{prefix}{key}", item
 
 
 def _says(command: str) -> str:

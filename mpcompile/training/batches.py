@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import InputError, MPCompileError
+from mpcompile.labels import class_numbers
 from mpcompile.training import ranks
 from mpcompile.training.checkpoint import seed_everything, set_random_state
 
 
 @dataclass
 class Batch:
-    """Images (B, ...), labels (B,) or None where none are needed, and the images' numbers (B,) where known."""
+    """Images (B, ...), int64 labels (B,) or None where none are needed, and the images' numbers (B,) where known."""
 
     images: Tensor
     labels: Tensor | None
@@ -158,45 +159,28 @@ def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def unpack(item: Any, need_labels: bool) -> Batch:
     """A batch as a loader yields it: (images, labels), (images, labels, index), or images alone.
 
+    Labels become int64 where they are needed, and are left out elsewhere.
+
     Raises:
         InputError: anything else.
     """
     parts = [item] if isinstance(item, Tensor) else list(item) if isinstance(item, (tuple, list)) else []
-    if not 1 <= len(parts) <= 3 or not all(isinstance(part, Tensor) for part in parts):
+    tensors = [part for place, part in enumerate(parts) if place != 1]  # labels may be what NumPy or Python count with
+    if not 1 <= len(parts) <= 3 or not all(isinstance(part, Tensor) for part in tensors):
         raise InputError(
             "a batch has the wrong type",
             expected="(images, labels) or (images, labels, index), as tensors",
             found=type(item).__name__ if not parts else ", ".join(type(part).__name__ for part in parts),
         )
-    if len(parts) == 1 and need_labels:
+    labels = parts[1] if len(parts) > 1 else None
+    if labels is None and need_labels:
         raise InputError(
             "a batch has no labels", expected="(images, labels)", found="images", hint="train with alpha=1"
         )
     if not parts[0].numel():
         raise InputError("a batch is empty", expected="at least one image", found=f"shape {tuple(parts[0].shape)}")
-    return Batch(parts[0], parts[1] if len(parts) > 1 else None, parts[2] if len(parts) > 2 else None)
-
-
-def check_labels(labels: Tensor, batch: int, classes: int) -> None:
-    """Labels are whole numbers from 0 to classes - 1, one an image.
-
-    Raises:
-        InputError: they aren't.
-    """
-    if labels.is_floating_point() or labels.dim() != 1 or len(labels) != batch:
-        raise InputError(
-            "labels have the wrong shape or type",
-            expected=f"{batch} class numbers",
-            found=f"{tuple(labels.shape)}, {labels.dtype}",
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise InputError(
-            "a label is out of range",
-            expected=f"0 to {classes - 1}, the classes of the model",
-            found=low if low < 0 else high,
-            hint="check the order of classes, and that data and model have the same ones",
-        )
+    known = class_numbers(labels, len(parts[0])) if need_labels else None
+    return Batch(parts[0], known, parts[2] if len(parts) > 2 else None)
 
 
 def check_are_logits(value: Any, who: str) -> None:

@@ -1,43 +1,102 @@
-"""Labelled training images from a folder, a Hugging Face dataset or WebDataset shards, through timm's readers."""
+"""Labelled training images from a folder, a Hugging Face dataset or WebDataset shards.
+
+What lies in a folder is decided in :mod:`mpcompile.data`, as for every other command; datasets and shards come through
+timm's readers. Pixels are decoded and brought to RGB in :mod:`mpcompile.data.pictures`, wherever they come from.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from timm.data import ImageDataset, create_dataset
 
+from mpcompile.data.class_maps import read_class_map
+from mpcompile.data.folders import Listing, list_images, matched, natural_key, number
+from mpcompile.data.pictures import EXPECTED, Unreadable, decode
+from mpcompile.data.regular import listed, open_regular, printable
+from mpcompile.data.splits import check_is_one, split_folder
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.training.streamed import Streamed
 
+__all__ = [
+    "READERS",
+    "Readable",
+    "check_classes",
+    "class_names",
+    "dataset",
+    "fingerprint",
+    "labels_of",
+    "read_class_map",
+    "split_folder",
+]
 READERS = ("hfds", "hfids", "wds")
+
+
+class Folder:
+    """What timm's reader of folders is to its datasets: files and labels by number.
+
+    Attributes:
+        root: the folder of the split.
+        samples: path and label of every image, in order.
+        class_to_idx: class name -> label.
+    """
+
+    def __init__(self, listing: Listing, numbers: Mapping[str, int | None], classes: Mapping[str, int]) -> None:
+        self.root, self.class_to_idx = str(listing.root), dict(classes)
+        labelled = ((str(path), numbers.get(listing.class_of(path) or "")) for path in listing.files)
+        self.samples = sorted((s for s in labelled if s[1] is not None), key=lambda sample: natural_key(sample[0]))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int | None]:
+        path, label = self.samples[index]
+        return open_regular(path, EXPECTED), label
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """The path of an image, below the folder of the split unless it is to be ``absolute``."""
+        path = self.samples[index][0]
+        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
 
 
 class Readable(ImageDataset):
     """timm's dataset, except that an image that can't be read is an error that names it, and items are numbered.
 
     Items are (image, label, number).
+
+    Attributes:
+        notes: what of the folder isn't read, in a line; none where everything is.
     """
 
-    def __getitem__(self, index: int) -> tuple[Any, int, int]:
-        from PIL import Image
+    notes: tuple[str, ...] = ()
 
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
         try:
             source, label, *_ = self.reader[index]
-            image = Image.open(source).convert(self.input_img_mode)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            with source:
+                image = decode(source)
+        except Exception as error:  # of timm's readers, too: whatever a damaged file or cache makes them raise
+            found = error.found if isinstance(error, InputError) else error if isinstance(error, Unreadable) else None
+            found = found or printable((str(error).splitlines() or [""])[0]) or type(error).__name__
             raise InputError(
-                f"image {self.reader.filename(index)} can't be read",
+                f"image {printable(self._name(index))} can't be read",
                 expected="a whole image file",
-                found=str(error).split(" <")[0] or type(error).__name__,
+                found=found,
                 hint="replace or remove it",
             ) from error
         return (image if self.transform is None else self.transform(image)), -1 if label is None else int(label), index
+
+    def _name(self, index: int) -> str:
+        """A path that leads to the file, or what comes next to it."""
+        try:
+            return str(self.reader.filename(index, absolute=True) or f"number {index}")
+        except Exception:
+            return f"number {index}"
 
 
 def dataset(
@@ -68,13 +127,13 @@ def dataset(
     if kind and kind not in READERS:
         expected = "hfds/NAME, hfids/NAME, wds/NAME, or none: a folder"
         raise ConfigError(f"there is no reader {reader!r}", expected=expected)
+    if not kind:
+        return _of_folder(split_folder(root, split, training), split, classes)
     options: dict[str, Any] = {"is_training": training, "seed": seed, "search_split": False}
     name = split
     if kind == "hfids":
         name, _, count = split.partition("|")
         options["num_samples"] = int(count) if count.isdecimal() else None
-    if not kind:
-        root = split_folder(root, split, training)
     try:
         found = create_dataset(reader, root, split=name, **options)
         names = class_names(found)
@@ -88,42 +147,23 @@ def dataset(
     return Streamed(found.reader, training, seed)
 
 
-_SPLITS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"}, {"test"})
-
-
-def split_folder(root: str, split: str, training: bool) -> str:
-    """The folder of a split: the sub-folder of that name, or of one that means the same (``val`` for ``validation``).
-
-    A folder without splits is a training set itself.
-
-    Raises:
-        InputError: there is no such split.
-    """
-    place = Path(root)
-    if place.is_file():
+def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None) -> Readable:
+    """The images of a split's folder, its first sub-folders the classes."""
+    listing = list_images(place, classes or ())
+    check_is_one(listing, classes or ())
+    if not listing.classes:
+        found = "images, but none in a sub-folder" if listing.files else listing.told() or "no images"
         raise InputError(
-            f"{root} is a file",
-            expected="a folder",
-            hint="unpack it, or cut it into shards and read them with --reader wds/NAME",
+            f"there are no images of split {printable(split)!r} in {printable(place)}",
+            expected="one sub-folder of images a class",
+            found=found,
         )
-    alike = next((names for names in _SPLITS if split in names), set())
-    for name in [split, *sorted(alike - {split})]:
-        if _folders(place / name):  # else it may be a class that is called like a split
-            return str(place / name)
-    there = _folders(place)
-    splits = [name for name in there if any(name in names for names in _SPLITS) and _folders(place / name)]
-    if training and there and not splits:
-        return root
-    raise InputError(
-        f"there are no images of split {split!r} in {root}",
-        expected=f"a folder {place / split} with one sub-folder of images a class",
-        found=", ".join(splits) or ("no splits" if there else "no sub-folders" if place.is_dir() else "no such folder"),
-        hint=None if training else "--val-split none trains without evaluation",
-    )
-
-
-def _folders(place: Path) -> list[str]:
-    return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+    if classes:
+        _check_names(listing.classes, classes, split)
+    known = dict(classes or number(listing.classes))
+    source = Readable(str(place), reader=Folder(listing, matched(listing.classes, known), known))
+    source.notes = tuple(filter(None, [listing.told(*([listing.beside()] if listing.without_class() else []))]))
+    return source
 
 
 def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
@@ -136,8 +176,6 @@ def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputEr
         hint = f"say it: '{split}|50000'; or take hfds, which fetches all data first"
         return InputError(f"it isn't known how many images split {split!r} of {reader} has", hint=hint)
     expected = "shards and timm's _info.json" if reader.startswith("wds") else "a split of this name"
-    if not reader:
-        expected = "one sub-folder of images a class"
     return InputError(f"there are no images of split {split!r} in {root}", expected=expected, found=told)
 
 
@@ -146,30 +184,13 @@ def class_names(source: Any) -> dict[str, int]:
     return dict(getattr(getattr(source, "reader", None), "class_to_idx", None) or {})
 
 
-def read_class_map(path: Path) -> dict[str, int]:
-    """Class name -> label from a text file with one name a line, in the order of the model's outputs.
-
-    Raises:
-        InputError: there is no such file, or a name stands in it twice.
-    """
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"can't read the class map {path}", expected="one name a line", found=error) from error
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None or not names:
-        found = "an empty file" if not names else f"{twice!r} twice"
-        raise InputError(f"{path} is no class map", expected="every class once, one name a line", found=found)
-    return {name: number for number, name in enumerate(names)}
-
-
-def _check_names(found: Mapping[str, int], known: Mapping[str, int], split: str) -> None:
-    unknown = sorted(set(found) - set(known))
+def _check_names(found: Iterable[str], known: Mapping[str, int], split: str) -> None:
+    unknown = sorted(name for name, label in matched(found, dict(known)).items() if label is None)
     if unknown:
         raise InputError(
-            f"split {split!r} has classes that aren't known",
-            expected=f"some of {', '.join(list(known)[:5])}{', ...' if len(known) > 5 else ''}",
-            found=", ".join(unknown[:5]),
+            f"split {printable(split)!r} has classes that aren't known",
+            expected=f"some of {listed(known)}",
+            found=listed(unknown),
             hint="training and evaluation need the same classes, and a class map all of them",
         )
 
@@ -191,7 +212,7 @@ def check_classes(source: Any, classes: int) -> None:
         raise InputError(
             "data and model have different classes",
             expected=f"{classes}, as the model",
-            found=count,
+            found=f"{count} ({listed(class_names(source))})",
             hint="name the model's classes in their order with --class-map FILE, or give a model of these classes "
             "(--checkpoint FILE --num-classes N)",
         )

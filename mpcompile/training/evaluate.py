@@ -10,6 +10,7 @@ from torch import nn
 
 from mpcompile.errors import InputError
 from mpcompile.graph import device_of, training_flags
+from mpcompile.labels import check_range
 from mpcompile.training import batches as data
 from mpcompile.training import ranks
 
@@ -30,7 +31,7 @@ def evaluate(model: nn.Module, val: Iterable[Any]) -> float:
             assert batch.labels is not None
             logits = data.forward(model, batch.images.to(device), "model")
             data.check_are_logits(logits, "model")
-            data.check_labels(batch.labels, len(batch.images), logits.shape[1])
+            check_range(batch.labels, logits.shape[1])
             right += float((logits.argmax(1).cpu() == batch.labels.cpu()).sum())
             seen += len(batch.labels)
     right, seen = ranks.total(right, seen, device=device)

@@ -7,6 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpcompile.labels import whole_numbers
+
 _UNDECAYED = ("pos_embed", "cls_token", "dist_token", "reg_token", "relative_position_bias_table")
 
 
@@ -23,7 +25,8 @@ def distillation_loss(
 ) -> Tensor:
     """(1 - a) CE(labels, smoothed) + a T^2 KL(teacher / T || student / T), on logits (batch, classes).
 
-    Computed in fp32. Source: arXiv 2606.02608, fine-tuning recipe (a = 0.5, T = 2, smoothing 0.1).
+    Computed in fp32; labels (batch,) are of any whole-number type. Source: arXiv 2606.02608, fine-tuning recipe
+    (a = 0.5, T = 2, smoothing 0.1).
 
     Example:
         >>> import torch
@@ -42,5 +45,5 @@ def distillation_loss(
     )
     loss = alpha * temperature**2 * soft
     if alpha < 1 and labels is not None:
-        loss = loss + (1 - alpha) * LabelSmoothingCrossEntropy(smoothing)(student, labels)
+        loss = loss + (1 - alpha) * LabelSmoothingCrossEntropy(smoothing)(student, whole_numbers(labels))
     return loss

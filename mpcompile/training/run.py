@@ -21,6 +21,7 @@ from mpcompile import events
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.files import make_folder
 from mpcompile.graph import IRModule, device_of, training_flags
+from mpcompile.labels import check_range
 from mpcompile.training import batches as data
 from mpcompile.training import checkpoint, features, masks, norms, ranks, sharding
 from mpcompile.training.evaluate import evaluate
@@ -298,11 +299,9 @@ class Run:
     def _loss(self, item: Any, epoch: int) -> Tensor:
         training = self.options
         batch = data.unpack(item, need_labels=training.alpha < 1)
-        if training.alpha == 1:
-            batch.labels = None
         self.result.images += len(batch.images) * ranks.world()
         if self.classes and batch.labels is not None:
-            data.check_labels(batch.labels, len(batch.images), self.classes)
+            check_range(batch.labels, self.classes)
         batch.images = self.last = batch.images.to(self.device, non_blocking=True)
         with self._autocast():
             wanted, found = self.teacher(batch), data.forward(self.module, batch.images, "student")
@@ -315,7 +314,7 @@ class Run:
         if not self.classes:
             self.classes = data.check_logits(found, wanted)
             if batch.labels is not None:
-                data.check_labels(batch.labels, len(batch.images), self.classes)
+                check_range(batch.labels, self.classes)
         labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
         return extra + distillation_loss(
             found, wanted, labels, training.alpha, training.temperature, training.smoothing

@@ -1,19 +1,29 @@
-"""Streams of labelled images (WebDataset shards, streamed Hugging Face datasets) through timm's readers."""
+"""Streams of labelled images (WebDataset shards, streamed Hugging Face datasets) through timm's readers.
+
+timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.pictures`, as those of
+files are.
+"""
 
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import logging
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mpcompile.data.pictures import EXPECTED, SUFFIXES, Unreadable, decode
+from mpcompile.data.regular import open_regular, printable
 from mpcompile.errors import InputError
 from mpcompile.training import ranks
 
 log = logging.getLogger(__name__)
+_BLANK = b"P5 1 1 255\n\0"  # the smallest image, for a reader that insists on decoding one
+_patching = threading.Lock()
 
 
 class Streamed(IterableDataset):
@@ -37,6 +47,10 @@ class Streamed(IterableDataset):
         self.reader, self.training, self.seed, self.transform = reader, training, seed, transform
         self.epoch = 0
         self.samples = int(reader.num_samples)
+        if hasattr(reader, "split_info"):  # of shards, a sample's files by their suffixes
+            reader.input_key = ";".join(["jpg", *sorted(suffix[1:] for suffix in SUFFIXES - {".jpg"})])
+        else:
+            reader.input_img_mode = None  # pixels as they are stored, for us to convert
         if not training:
             reader.dist_rank, reader.dist_num_replicas = 0, 1
 
@@ -105,6 +119,71 @@ class Streamed(IterableDataset):
         reader.common_seed = reader.worker_seed = self.seed + self.epoch
         return reader
 
+    def _open(self, reader: Any) -> Any:
+        """The reader, its pipeline laid out, so that it leaves decoding to this module."""
+        if hasattr(reader, "split_info"):
+            from timm.data.readers import reader_wds
+
+            with _patching:
+                original = reader_wds._decode
+                reader_wds._decode = _Decoder(original)  # which the reader's pipeline is laid out with
+                try:
+                    reader._lazy_init()
+                finally:
+                    reader_wds._decode = original
+        elif hasattr(reader, "builder"):
+            from datasets import Image
+
+            reader._lazy_init()
+            reader.ds = reader.ds.cast_column(reader.input_key, Image(decode=False))
+        return reader
+
     def _read(self, reader: Any) -> Iterator[tuple[Any, int]]:
-        for image, label in reader:
+        for place, (image, label) in enumerate(self._open(reader)):
+            if isinstance(image, Mapping):
+                image = _decoded(image, f"image {place} of {printable(reader.split)!r}")
             yield (image if self.transform is None else self.transform(image)), int(label)
+
+
+class _Decoder:
+    """In place of timm's function for a sample of a shard: labels are its, pixels ours."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __call__(self, sample: Any, image_key: str = "jpg", **options: Any) -> Any:
+        key = next(name for name in image_key.split(";") if name in sample)
+        found = self.original({**sample, key: _BLANK}, image_key=image_key, **options)
+        if found is not None:
+            name = f"{sample.get('__key__')}.{key} in {sample.get('__url__')}"
+            found["jpg"] = _decoded({"bytes": sample[key]}, f"image {printable(name)}")
+        return found
+
+
+def _decoded(image: Mapping[str, Any], name: str) -> Any:
+    """An image as Hugging Face datasets store it, its bytes or where they are, in RGB.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    if not image.get("bytes") and image.get("path"):
+        name = f"image {printable(image['path'])}"
+    try:
+        with _source(image) as file:
+            return decode(file)
+    except (Unreadable, OSError, ValueError) as error:
+        raise InputError(
+            f"{name} can't be read", expected=EXPECTED, found=error, hint="replace or remove it"
+        ) from error
+
+
+def _source(image: Mapping[str, Any]) -> BinaryIO:
+    if image.get("bytes"):
+        return io.BytesIO(image["bytes"])
+    path = str(image.get("path"))
+    if "://" not in path:
+        return open_regular(path, EXPECTED)
+    import fsspec
+
+    with fsspec.open(path, "rb") as remote:
+        return io.BytesIO(remote.read())
