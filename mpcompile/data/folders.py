@@ -52,7 +52,7 @@ def subfolders(place: Path, kept: Collection[str] = ()) -> list[str]:
     try:
         with os.scandir(place) as entries:
             shown = (entry for entry in entries if entry.name in kept or not hidden(entry.name))
-            return sorted(entry.name for entry in shown if entry.is_dir())
+            return sorted(entry.name for entry in shown if os.path.isdir(entry.path))
     except OSError:
         return []
 
@@ -183,7 +183,7 @@ class _Walk:
                         self.leave(HIDDEN, entry.path)
                     elif entry.is_dir(follow_symlinks=False):
                         below.append(entry.path)
-                    elif entry.is_symlink() and entry.is_dir():
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
                         self.links.append((entry.path, [*chain, os.path.realpath(place)]))
                     else:
                         self.take(entry)
