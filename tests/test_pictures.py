@@ -1,4 +1,4 @@
-"""One file of pixels: which formats are read, what becomes of more than eight bits, and what is said of damaged ones."""
+"""One file of pixels: which formats are read, what more than eight bits become, and what is said of damaged ones."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ def test_every_depth_comes_to_eight_bits(file):
         (lambda: stored(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "values from 0 to 255, not from 0 to 1"),
         (lambda: stored(Image.fromarray((GREY / 128 - 1).astype(np.float32)), "TIFF"), "values from -1 to"),
         (lambda: stored(Image.fromarray((GREY / 0).astype(np.float32)), "TIFF"), "values from nan to nan"),
-        (lambda: tiff((GREY * 16).astype(np.uint16), extra=[(281, 3, 4000)]), "values from 0 to 4080, not from 0 to 4000"),
+        (
+            lambda: tiff((GREY * 16).astype(np.uint16), extra=[(281, 3, 4000)]),
+            "values from 0 to 4080, not from 0 to 4000",
+        ),
     ],
 )
 def test_pixels_whose_range_can_not_be_told_are_refused(file, told):
@@ -173,7 +176,12 @@ def test_only_regular_files_are_opened(tmp_path):
     (tmp_path / "folder.png").mkdir()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s.png"))
-        kinds = (("pipe.png", "a FIFO"), ("folder.png", "a folder"), ("s.png", "a socket"), ("none.png", "No such file"))
+        kinds = (
+            ("pipe.png", "a FIFO"),
+            ("folder.png", "a folder"),
+            ("s.png", "a socket"),
+            ("none.png", "No such file"),
+        )
         for name, found in kinds:
             with pytest.raises(InputError, match=f"can't read .*{name}.*found {found}"):
                 images.open_image(tmp_path / name)
