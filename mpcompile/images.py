@@ -201,7 +201,10 @@ def _numbered(listing: Listing, classes: int, names: Sequence[str]) -> tuple[dic
             if len(there) == classes:
                 return number(there), None
         count = len(listing.classes)
-        return None, f"no labels: {count} folders of images ({listed(listing.classes)}), but {classes} classes"
+        return (
+            None,
+            f"no labels: {count} folder{'s' if count != 1 else ''} of images ({listed(listing.classes)}), but {classes} classes",
+        )
     if len(set(names)) != len(names) or len(names) != classes:
         return None, f"no labels: {len(set(names))} names of classes are known, the model has {classes} classes"
     labels = matched(listing.classes, number(names))
