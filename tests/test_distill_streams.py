@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -176,6 +177,41 @@ def test_shards_are_decoded_as_files_are(tmp_path, monkeypatch, caplog):
     assert [label for _, label in read] == [0, 1, 2, 0, 1, 2] and not called
     assert all(abs(image.getpixel((4, 4))[0] - 200) < 3 and image.mode == "RGB" for image, _ in read)
     assert "0006.jpg in" in caplog.text and "no image of a known format" in caplog.text
+
+
+SPLIT = {"name": "train", "num_samples": 1, "filenames": ["x-train-0.tar"], "shard_lengths": [1]}
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        [1],
+        {"splits": [1]},
+        {"splits": {"train": 3}},
+        {"splits": {"train": {"num_samples": 1}}},
+        {"splits": {"train": {**SPLIT, "filenames": 7}}},
+        {"splits": {"train": {**SPLIT, "filenames": [7]}}},
+        {"splits": {"train": {**SPLIT, "filenames": []}}},
+        {"splits": {"train": {**SPLIT, "num_samples": "many"}}},
+        {"splits": {"train": {**SPLIT, "num_samples": -1}}},
+        "\x1b[2J",
+    ],
+)
+def test_a_wrong_description_of_shards_is_one_line(info, tmp_path):
+    place = shard(tmp_path / "a", [("png", saved(picture(1), "PNG"))])
+    (place / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(InputError) as caught:
+        datasets.dataset(str(place), "train", True, "wds/x")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["_info.json", "info.json", "x-train-0.tar"])
+def test_shards_are_regular_files(name, tmp_path):
+    place = shard(tmp_path / "a", [("png", saved(picture(1), "PNG"))])
+    (place / name).unlink(missing_ok=True)
+    os.mkfifo(place / name)
+    with pytest.raises(InputError, match=f"can't read .*{name}.*found a FIFO"):
+        datasets.dataset(str(place), "train", True, "wds/x")
 
 
 @pytest.mark.parametrize("reader", ["hfds", "hfids"])

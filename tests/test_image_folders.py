@@ -78,6 +78,13 @@ def test_no_labels_are_given_rather_than_wrong_ones(there, names, count, told, t
     assert told in found.notes[-1]
 
 
+def test_a_known_class_is_never_hidden(tmp_path):
+    found, how = read(classes(tmp_path, [".net", "java", ".git"]), [".net", "java"], 2)
+    assert [label for _, label in found] == [0, 0, 1, 1] and "(.git)" in how.notes[0]
+    source = datasets.dataset(str(tmp_path), "train", True, classes={"java": 0, ".net": 1})
+    assert datasets.labels_of(source) == [1, 1, 0, 0]
+
+
 def test_a_name_is_the_same_however_its_accent_is_spelt(tmp_path):
     assert read(classes(tmp_path, ["cafe\u0301", "the"]), ["the", "caf\u00e9"], 2)[1].labels == [1, 1, 0, 0]
 

@@ -24,7 +24,7 @@ from mpcompile.cli.common import (
 from mpcompile.config import CALIBRATIONS
 from mpcompile.errors import ConfigError
 from mpcompile.export import FORMATS, save_dense
-from mpcompile.images import data_config, images_at
+from mpcompile.images import data_config, folder
 
 
 def add(commands: Commands) -> None:
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
     calibration = None
     if args.images is not None:
-        files = images_at(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
+        files = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
         calibration = [batch.to(args.device) for batch in files]
     how = {"calibrate": args.calibrate, "seed": args.seed}
     gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
-    used = 0 if calibration is None else files.count
+    used = 0 if calibration is None else len(files.paths)
     gm.plan.provenance = provenance(args, args.model, model, used, args.seed)
     if args.half:
         gm.half()

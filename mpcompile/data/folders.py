@@ -188,9 +188,7 @@ class _Walk:
                     else:
                         self.take(entry)
         except OSError as error:
-            raise InputError(
-                f"can't read the folder {printable(place)}", expected="one that may be listed", found=error.strerror
-            ) from error
+            raise _closed(place, error) from error
         return below
 
     def take(self, entry: os.DirEntry[str]) -> None:
@@ -205,8 +203,16 @@ class _Walk:
 
     @staticmethod
     def _identity(path: str) -> tuple[int, int]:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise _closed(path, error) from error
         return status.st_dev, status.st_ino
+
+
+def _closed(path: str, error: OSError) -> InputError:
+    found = error.strerror or type(error).__name__
+    return InputError(f"can't read the folder {printable(path)}", expected="one that may be listed", found=found)
 
 
 def list_images(root: Path, kept: Collection[str] = ()) -> Listing:
