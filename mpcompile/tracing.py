@@ -1,0 +1,234 @@
+"""The symbolic trace of a module as it runs when it is called: with its hooks, and whatever forward an instance has.
+
+Forward hooks are traced like the code around them, on torch.nn's own layers too. One that returns nothing and writes
+into nothing computes nothing: what it recorded is taken out of the graph again. One that works on its layer (it sets
+the weight before each call, as pruning and old-style reparametrisation do) stays on that layer, which the graph calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Proxy
+from torch.nn.utils import prune
+
+from mpcompile.errors import MPCompileError, TraceError, summary
+from mpcompile.isolation import called
+from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+_REMOVE = "remove it first (handle.remove()), and register it on what comes out"
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether another function than the one of its torch.nn class runs: patched on the instance, or on the class."""
+    if "forward" in vars(module):
+        return True
+    for cls in type(module).__mro__:
+        if "forward" in vars(cls):
+            home = str(getattr(vars(cls)["forward"], "__globals__", {}).get("__name__", cls.__module__))
+            return cls.__module__.startswith("torch.") and not home.startswith("torch.")
+    return False
+
+
+def _sets_weights(hook: Any) -> bool:
+    """Whether a hook is torch's own way to compute a weight before each call."""
+    return isinstance(hook, prune.BasePruningMethod) or type(hook).__module__.startswith("torch.nn.utils")
+
+
+def _reads_training(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node changes something that exists already."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "setitem" or "out" in node.kwargs or node.kwargs.get("inplace") is True
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _state(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """What a hook could change on a module: (table, name) -> value; attributes stand in no table."""
+    held = {(table, key): value for table in _TABLES for key, value in getattr(module, table).items()}
+    ours = (*_TABLES, *_HOOKS, *_BACKWARD, "forward")
+    return {**held, **{("", key): value for key, value in vars(module).items() if key not in ours}}
+
+
+def _restore(module: nn.Module, state: dict[tuple[str, str], Any]) -> None:
+    """Put back what :func:`_state` found; backward hooks, which a trace doesn't run, are the caller's."""
+    for key in [key for table, key in _state(module).keys() - state.keys() if table == ""]:
+        del vars(module)[key]
+    vars(module).pop("forward", None)
+    for table in _TABLES:
+        getattr(module, table).clear()
+    for (table, key), value in state.items():
+        (getattr(module, table) if table else vars(module))[key] = value
+
+
+class Tracer(fx.Tracer):
+    """Keeps as leaves what torch.nn defines, our masked layers, and whatever asks for ``self.training``.
+
+    A module that reads the flag and holds layers to mask (attention with its ``dropout_p``) is entered: the traces of
+    both modes are compared instead. A module with another forward than its class's is entered, too.
+
+    Args:
+        given: how many positional inputs there are.
+        keywords: names of the inputs that are given by keyword.
+        fixed: parameters of forward that stay at their defaults.
+        written: buffers that forward writes into: each read of them becomes a node.
+
+    Attributes:
+        silent: modules with hooks that compute nothing.
+        traced: layers whose hooks stand in the graph.
+        failed: path and class of the innermost module that raised.
+    """
+
+    def __init__(
+        self, given: int = 0, keywords: Sequence[str] = (), fixed: Sequence[str] = (), written: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        self.given, self.keywords, self.fixed, self.written = given, keywords, set(fixed), set(written)
+        self.silent: list[str] = []
+        self.traced: list[str] = []
+        self.failed: tuple[str, str] | None = None
+        self.idle: set[fx.Node] = set()  # made by hooks that returned nothing
+        self.doomed: set[fx.Node] = set()  # made by hooks that stay on their layer
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if replaced_forward(m):
+            return False
+        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, (MaskedLinear, MaskedConv2d, ByMode)):
+            return True
+        weighted = any(isinstance(child, (nn.Linear, nn.Conv2d)) for child in m.modules())
+        return _reads_training(m) and not weighted
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Inputs by the signature of the forward that runs; calling the root, not its forward, includes its hooks."""
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        left_out = False
+        kinds = inspect.Parameter
+        parameters = list(inspect.signature(self.root.forward).parameters.values())
+        known = {p.name for p in parameters}
+        for place, parameter in enumerate(parameters):
+            if parameter.kind is kinds.VAR_POSITIONAL:
+                rest = max(0, self.given - place)
+                positional += [self._input(f"{parameter.name}_{i}", parameter) for i in range(rest)]
+            elif parameter.kind is kinds.VAR_KEYWORD:
+                named |= {name: self._input(name, parameter) for name in self.keywords if name not in known}
+            elif parameter.name in self.fixed:
+                left_out = True
+            elif left_out or parameter.kind is kinds.KEYWORD_ONLY:
+                named[parameter.name] = self._input(parameter.name, parameter)
+            else:
+                positional.append(self._input(parameter.name, parameter))
+
+        def call(root: nn.Module) -> Any:
+            return root(*positional, **named)
+
+        return call, [self.root]
+
+    def _input(self, name: str, parameter: inspect.Parameter) -> Proxy:
+        default = () if parameter.default is parameter.empty else (parameter.default,)
+        annotation = None if parameter.annotation is parameter.empty else parameter.annotation
+        return self.create_proxy("placeholder", name, default, {}, type_expr=annotation)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        if self.written and isinstance(attr_val, Tensor):
+            for name in self.written:
+                if self.root.get_buffer(name) is attr_val:
+                    if name not in parameter_proxy_cache:
+                        parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                    return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = "" if m is self.root else self.path_of_module(m)
+        leaf = m is not self.root and self.is_leaf_module(m, path)
+        if not leaf and any(getattr(m, table) for table in _BACKWARD):
+            raise TraceError(f"{type(m).__name__} has backward hooks", layer=path or None, hint=_REMOVE)
+        try:
+            if leaf and (m._forward_hooks or m._forward_pre_hooks):
+                return self._hooked_leaf(m, path, forward, args, kwargs)
+            with self._hooks(m, path):
+                if m is self.root:
+                    return forward(*args, **kwargs)
+                return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or (path, type(m).__name__)
+            raise
+
+    def _hooked_leaf(
+        self, m: nn.Module, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A layer with its hooks around it in the graph, or, where they work on the layer itself, left to the layer."""
+        hooks = [*m._forward_pre_hooks.values(), *m._forward_hooks.values()]
+        if "weight" in vars(m) or any(_sets_weights(hook) for hook in hooks):
+            return self.create_proxy("call_module", path, args, kwargs)
+        before, start = _state(m), len(self.graph.nodes)
+        with self._hooks(m, path):
+            for table in _BACKWARD:
+                setattr(m, table, OrderedDict())
+            vars(m)["forward"] = lambda *given, **named: self.create_proxy("call_module", path, given, named)
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                after = _state(m)
+                _restore(m, before)
+        if after.keys() == before.keys() and all(after[key] is before[key] for key in after):
+            self.traced.append(path)
+            return result
+        self.doomed |= set(list(self.graph.nodes)[start:])
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    @contextlib.contextmanager
+    def _hooks(self, module: nn.Module, path: str) -> Iterator[None]:
+        """The module's hooks under watch."""
+        before = {table: getattr(module, table) for table in (*_HOOKS, *_BACKWARD)}
+        for table, hooks in before.items():
+            if hooks and table in _HOOKS:
+                setattr(module, table, OrderedDict((key, self._watched(h, path)) for key, h in hooks.items()))
+        try:
+            yield
+        finally:
+            for table, hooks in before.items():
+                setattr(module, table, hooks)
+
+    def _watched(self, hook: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            start = len(self.graph.nodes)
+            try:
+                result = hook(*args)
+            except MPCompileError:
+                raise
+            except Exception as error:
+                text = f"the forward hook {called(hook)} can't be traced: {summary(error)}"
+                raise TraceError(text, layer=path or type(self.root).__name__, hint=_REMOVE) from error
+            if result is None:
+                self.silent.append(path)
+                self.idle |= set(list(self.graph.nodes)[start:])
+            return result
+
+        return run
+
+    def prune(self) -> None:
+        """Take out what hooks that return nothing have left behind, unless it is used or writes into something."""
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and (node in self.doomed or (node in self.idle and not _writes(node))):
+                self.graph.erase_node(node)
