@@ -12,7 +12,9 @@ import functools
 import itertools
 import keyword
 import math
+import pickle
 import re
+import secrets
 import types
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +68,8 @@ _FORWARD_HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-_CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+_CLASSES: weakref.WeakValueDictionary[str, type[IRModule]] = weakref.WeakValueDictionary()
+_PROCESS, _COUNTER = secrets.token_hex(8), itertools.count()
 
 
 class IRModule(fx.GraphModule):
@@ -77,6 +80,7 @@ class IRModule(fx.GraphModule):
     """
 
     key: ClassVar[Any] = None  # what the generated code depends on
+    token: ClassVar[str] = ""  # names the class in this process
 
     @property
     def plan(self) -> Plan:
@@ -132,15 +136,17 @@ class IRModule(fx.GraphModule):
         self.__class__ = fresh
         with _any_names([str(n.target) for n in self._graph.nodes if n.op in ("call_module", "get_attr")]):
             code = super().recompile()
-        named = frozenset((name, id(value)) for name, value in code.globals.items())
+        named = frozenset((n, v if isinstance(v, str) else id(v)) for n, v in code.globals.items())
         fresh.key = (fresh.__name__, self._code, named)
-        _CLASSES.setdefault(fresh.key, fresh)
+        fresh.token = f"{_PROCESS}-{next(_COUNTER)}"
+        _CLASSES[fresh.token] = fresh
         return code
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
         codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
-        return _unpickled, (type(self).__name__, state, [_NodeRecord.of(n) for n in self._graph.nodes], codegen)
+        records = [_NodeRecord.of(node) for node in self._graph.nodes]
+        return _unpickled, (type(self).__name__, type(self).token, state, records, codegen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
         twin = super().__deepcopy__(memo)
@@ -198,6 +204,7 @@ class _NodeRecord:
     target: Any
     args: Any
     kwargs: Any
+    type: Any
 
     @classmethod
     def of(cls, node: fx.Node) -> _NodeRecord:
@@ -210,7 +217,12 @@ class _NodeRecord:
             else:
                 target = _Reference(name) if (name := function_name(target)) else target
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Reference(n.name))
-        return cls(node.op, node.name, target, args, kwargs)
+        kind = node.type
+        try:
+            pickle.dumps(kind)
+        except Exception:  # an annotation with a class of some function's
+            kind = None
+        return cls(node.op, node.name, target, args, kwargs, kind)
 
     def create(self, graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
         from mpcompile.artifact.opset import function_of
@@ -223,10 +235,10 @@ class _NodeRecord:
         args, kwargs = fx.node.map_aggregate(
             (self.args, self.kwargs), lambda v: nodes[v.name] if isinstance(v, _Reference) else v
         )
-        nodes[self.name] = graph.create_node(self.op, target, args, kwargs, name=self.name)
+        nodes[self.name] = graph.create_node(self.op, target, args, kwargs, self.name, self.type)
 
 
-def _unpickled(name: str, state: dict[str, Any], records: list[_NodeRecord], codegen: Any) -> IRModule:
+def _unpickled(name: str, token: str, state: dict[str, Any], records: list[_NodeRecord], codegen: Any) -> IRModule:
     """Inverse of :meth:`IRModule.__reduce__`."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -237,7 +249,9 @@ def _unpickled(name: str, state: dict[str, Any], records: list[_NodeRecord], cod
     gm = IRModule(nn.Module(), fx.Graph(), class_name=name)
     gm.__dict__.update(state)
     gm.graph = graph
-    gm.__class__ = _CLASSES.get(type(gm).key, type(gm))
+    known = _CLASSES.get(token)
+    if known is not None and known.key == type(gm).key:
+        gm.__class__ = known
     return gm
 
 

@@ -38,7 +38,7 @@ from mpcompile.graph import (
 )
 from mpcompile.isolation import global_hooks, of_torch, rebind, tensors_of, untouched, without_global_hooks
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
-from mpcompile.modes import captured_mode
+from mpcompile.modes import captured_mode, ordinary
 from mpcompile.tracing import Tracer, replaced_forward
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -322,6 +322,7 @@ def _example(node: fx.Node) -> Any:
 
 def _arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
     """Example inputs as a list of positional arguments; a dict is bound to the signature of forward."""
+    example_inputs = ordinary(example_inputs)
     if isinstance(example_inputs, Tensor):
         return [example_inputs]
     if isinstance(example_inputs, Mapping):

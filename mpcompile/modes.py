@@ -8,7 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 _ATEN = torch.ops.aten
 # Operator -> position and name of its training flag.
@@ -36,10 +37,7 @@ _FLAGS: dict[Any, tuple[int, str]] = {
 }
 _ATTENTION = {F.scaled_dot_product_attention: 4, _ATEN.scaled_dot_product_attention.default: 4}
 _EVALUATING = frozenset({_ATEN._native_batch_norm_legit_no_training.default})
-_RANDOM = frozenset(
-    "bernoulli bernoulli_ rand rand_like randn randn_like randint randint_like randperm uniform_ normal_ uniform normal "
-    "exponential_ rrelu_with_noise".split()
-)
+_RANDOM = ("bernoulli", "rand", "randn", "randint", "randperm", "uniform", "normal", "exponential", "rrelu_with_noise")
 
 
 def _flag(node: fx.Node) -> bool | None:
@@ -60,7 +58,7 @@ def _flag(node: fx.Node) -> bool | None:
 def _draws(node: fx.Node) -> bool:
     """Whether an exported node is one of torch's random functions."""
     packet = getattr(node.target, "overloadpacket", None)
-    return packet is not None and packet.__name__ in _RANDOM
+    return packet is not None and packet.__name__.removesuffix("_").removesuffix("_like") in _RANDOM
 
 
 def captured_mode(graph: fx.Graph) -> bool | None:
@@ -95,3 +93,8 @@ def with_ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def ordinary(inputs: Any) -> Any:
+    """Inputs with copies in place of tensors that were made in inference mode, which no gradient can go through."""
+    return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)

@@ -140,6 +140,7 @@ class Tracer(fx.Tracer):
         def call(root: nn.Module) -> Any:
             return root(*positional, **named)
 
+        call.__annotations__ = {}  # fx would write them into the generated source
         return call, [self.root]
 
     def _input(self, name: str, parameter: inspect.Parameter) -> Proxy:
