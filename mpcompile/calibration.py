@@ -296,10 +296,21 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
                 expected=f"{len(data)} ({', '.join(str(n.target) for n in data)}), as a dict",
                 found=len(values),
             )
+        values = [_like(example, value) for example, value in zip(examples, values, strict=True)]
         for example, value in zip(examples, values, strict=True):
             _check_input(index, example, value)
         moved = dict(zip(data, (_moved(v, device) for v in values), strict=True))
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
+
+
+def _like(example: Any, value: Any) -> Any:
+    """``value`` as plain dicts, lists and tuples, without keys (such as labels) that the example lacks."""
+    if isinstance(example, Mapping) and isinstance(value, Mapping):
+        return {key: _like(example[key], value[key]) for key in example if key in value}
+    if isinstance(example, (tuple, list)) and isinstance(value, (tuple, list)) and len(example) == len(value):
+        items = [_like(a, b) for a, b in zip(example, value, strict=True)]
+        return items if isinstance(value, list) else tuple(items)
+    return value
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -308,15 +319,14 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def _check_input(index: int, example: Any, value: Any) -> None:
     """Refuse an input of a calibration batch that isn't like the example's."""
-    expected, structure = pytree.tree_flatten(example)
-    found, other = pytree.tree_flatten(value)
-    if structure != other:
+    expected, found = (pytree.tree_leaves_with_path(tree) for tree in (example, value))
+    if [path for path, _ in expected] != [path for path, _ in found]:
         raise InputError(
             f"calibration batch {index} is built in another way than example_inputs",
             expected=_outline(example),
             found=_outline(value),
         )
-    for fake, tensor in zip(expected, found, strict=True):
+    for (_, fake), (_, tensor) in zip(expected, found, strict=True):
         if not isinstance(tensor, Tensor):
             continue
         shape = tuple(int(hint(s)) for s in fake.shape) if isinstance(fake, Tensor) else None

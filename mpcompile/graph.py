@@ -50,13 +50,6 @@ _PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
 
-# Names that the root of a transformed module has a use for, beside those of any nn.Module.
-RESERVED = frozenset(
-    {"plan", "locked_mode", "meta", "shape_env", "packed", FOLDED, "_owned", "_graph", "_code", "_in_spec", "_out_spec"}
-    | {"_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras", "_wrapped_call"}
-    | {"_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks"}
-    | (set(dir(fx.GraphModule)) - set(dir(nn.Module)))
-)
 _DERIVED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls")
 _FORWARD_HOOKS = (
     "_forward_hooks",
@@ -79,8 +72,8 @@ class IRModule(fx.GraphModule):
     is still there.
     """
 
-    key: ClassVar[Any] = None  # what the generated code depends on
-    token: ClassVar[str] = ""  # names the class in this process
+    _made_of: ClassVar[Any] = None  # what the generated code depends on
+    _made_as: ClassVar[str] = ""  # names the class in this process
 
     @property
     def plan(self) -> Plan:
@@ -131,25 +124,25 @@ class IRModule(fx.GraphModule):
 
     def recompile(self) -> PythonCode:
         """As of any GraphModule, but into a class of its own: no class changes once it is made."""
-        fresh = types.new_class("GraphModuleImpl", (IRModule,))
+        fresh: Any = types.new_class("GraphModuleImpl", (IRModule,))
         fresh.__name__, fresh.__module__ = type(self).__name__, fx.GraphModule.__module__
         self.__class__ = fresh
         with _any_names([str(n.target) for n in self._graph.nodes if n.op in ("call_module", "get_attr")]):
             code = super().recompile()
         named = frozenset((n, v if isinstance(v, str) else id(v)) for n, v in code.globals.items())
-        fresh.key = (fresh.__name__, self._code, named)
-        fresh.token = f"{_PROCESS}-{next(_COUNTER)}"
-        _CLASSES[fresh.token] = fresh
+        fresh._made_of = (fresh.__name__, self._code, named)
+        fresh._made_as = f"{_PROCESS}-{next(_COUNTER)}"
+        _CLASSES[fresh._made_as] = fresh
         return code
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
         codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
         records = [_NodeRecord.of(node) for node in self._graph.nodes]
-        return _unpickled, (type(self).__name__, type(self).token, state, records, codegen)
+        return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
-        twin = super().__deepcopy__(memo)
+        twin: Any = super().__deepcopy__(memo)
         twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         for table in _FORWARD_HOOKS:
             setattr(twin, table, copy.deepcopy(getattr(self, table), memo))
@@ -164,6 +157,15 @@ class IRModule(fx.GraphModule):
         state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
         twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in state.items()})
         return twin
+
+
+# Names that the root of a transformed module has a use for, beside those of any nn.Module.
+RESERVED = frozenset(
+    {"meta", "shape_env", "packed", FOLDED, "_owned", "_graph", "_code", "_in_spec", "_out_spec", "_lineno_map"}
+    | {"_prologue_start", "_tracer_cls", "_tracer_extras", "_wrapped_call"}
+    | {"_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks"}
+    | (set(dir(IRModule)) - set(dir(nn.Module)))
+)
 
 
 @contextlib.contextmanager
@@ -216,7 +218,8 @@ class _NodeRecord:
                 target = (target.namespace, *target._schema.name.split("::")[1:], target._overloadname)
             else:
                 target = _Reference(name) if (name := function_name(target)) else target
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Reference(n.name))
+        refer: Any = lambda n: _Reference(n.name)  # noqa: E731
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
         kind = node.type
         try:
             pickle.dumps(kind)
@@ -250,7 +253,7 @@ def _unpickled(name: str, token: str, state: dict[str, Any], records: list[_Node
     gm.__dict__.update(state)
     gm.graph = graph
     known = _CLASSES.get(token)
-    if known is not None and known.key == type(gm).key:
+    if known is not None and known._made_of == type(gm)._made_of:
         gm.__class__ = known
     return gm
 
@@ -347,8 +350,9 @@ def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def carry(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` what it lacks of the parameters and buffers of ``source``, so that the state dicts have one set of
-    names: parts that no node uses, second names of shared parts, and which buffers are kept out of a state dict.
+    """Give ``target`` what it lacks of the parameters and buffers of ``source``: their state dicts have the same names.
+
+    That is, parts that no node uses, second names of shared parts, and which buffers stay out of a state dict.
     """
     _carry(source, target, {id(module) for module in target.modules()})
 
@@ -437,10 +441,12 @@ def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling a module leaves nothing behind in it, in eval mode: torch's and our own, as they are."""
-    parts = list(module.modules())
-    if any(getattr(part, table) for part in parts for table in _FORWARD_HOOKS) or any("forward" in vars(p) for p in parts):
-        return False
-    return all(type(part).__module__.startswith(("torch.nn.modules.", "mpcompile.layers")) for part in parts)
+    for part in module.modules():
+        if "forward" in vars(part) or any(getattr(part, table) for table in _FORWARD_HOOKS):
+            return False
+        if not type(part).__module__.startswith(("torch.nn.modules.", "mpcompile.layers")):
+            return False
+    return True
 
 
 class _Shapes(FakeTensorProp):

@@ -256,13 +256,12 @@ def _trace(model: nn.Module, original: nn.Module, given: int, keywords: Sequence
     traces = _traces(model, original, given, keywords)
     chosen, other = traces[model.training], traces.get(not model.training)
     follows = other is not None and _alike(chosen.constants, other.constants)
-    follows = follows and set(chosen.tracer.traced) == set(other.tracer.traced)
     follows = follows and _unify_modes(model, traces[True].graph, traces[False].graph)
     for name, value in chosen.constants.items():
-        model.register_buffer(name, value, persistent=False) if isinstance(value, Tensor) else setattr(model, name, value)
-    for path in chosen.tracer.traced:  # these hooks stand in the graph now
-        for table in ("_forward_hooks", "_forward_pre_hooks"):
-            getattr(model.get_submodule(path), table).clear()
+        if isinstance(value, Tensor):
+            model.register_buffer(name, value, persistent=False)
+        else:
+            setattr(model, name, value)
     gm = IRModule(model, traces[False].graph if follows else chosen.graph, class_name=type(model).__name__)
     gm.training = model.training
     notes = []
@@ -331,9 +330,11 @@ def _arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
         except TypeError as error:
             hint = "to pass the dict itself as the one input, put it into a tuple: ({...},)"
             raise InputError(f"example_inputs don't fit forward: {error}", hint=hint) from error
-        kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
-        groups = [list(v.values()) if kinds[k] is inspect.Parameter.VAR_KEYWORD else [v] for k, v in bound.arguments.items()]
-        return [value for group in groups for value in group]
+        values: list[Any] = []
+        for name, value in bound.arguments.items():
+            rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            values.extend(value.values() if rest else [value])
+        return values
     if isinstance(example_inputs, (tuple, list)):
         return list(example_inputs)
     raise InputError(
@@ -399,6 +400,8 @@ def _copied(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(f"{type(model).__name__} can't be copied: {summary(error)}") from error
+    parts = [*model.modules(), *model.parameters(), *model.buffers()]
+    memo = {id(part): memo[id(part)] for part in parts}
     for module in copied.modules():
         for key, value in list(vars(module).items()):
             if isinstance(value, (FunctionType, MethodType, functools.partial)):
@@ -505,11 +508,13 @@ def _check_hooks(model: nn.Module) -> None:
     if not isinstance(model, fx.GraphModule):
         return
     for path, module in model.named_modules():
-        if path and not isinstance(module, (MaskedLinear, MaskedConv2d)):
+        masked = isinstance(module, (MaskedLinear, MaskedConv2d))
+        replaced = "forward" in vars(module) if not path else replaced_forward(module)
+        if path and not masked and not (replaced and type(module).__module__.startswith("torch.nn")):
             continue
         tables = [getattr(module, table).values() for table in _HOOK_TABLES]
         hooks = [hook for hook in itertools.chain(*tables) if not of_torch(hook)]  # export puts checks of its own there
-        if hooks or (replaced_forward(module) if path else "forward" in vars(module)):
+        if hooks or replaced:
             raise TraceError(
                 f"{type(module).__name__} has {'hooks' if hooks else 'a forward of its own'}, which would be lost",
                 layer=path or None,

@@ -216,10 +216,9 @@ class _Rebinding:
             table = {key: self.of(item) for key, item in value.items()}
             return value if all(table[key] is value[key] for key in value) else table
         held = getattr(value, "__dict__", None)
-        if isinstance(held, dict) and not isinstance(value, type) and not _of_library(type(value)):
-            if any(id(item) in self.memo for item in held.values()):
-                return copy.deepcopy(value, dict(self.memo))
-        return value
+        if not isinstance(held, dict) or isinstance(value, type) or _of_library(type(value)):
+            return value
+        return copy.deepcopy(value, dict(self.memo)) if any(id(v) in self.memo for v in held.values()) else value
 
     def _function(self, function: FunctionType) -> Any:
         if "_torchdynamo_orig_callable" in function.__dict__:  # a compiled function computes what the plain one does

@@ -1,8 +1,7 @@
 """The symbolic trace of a module as it runs when it is called: with its hooks, and whatever forward an instance has.
 
-Forward hooks are traced like the code around them, on torch.nn's own layers too. One that returns nothing and writes
-into nothing computes nothing: what it recorded is taken out of the graph again. One that works on its layer (it sets
-the weight before each call, as pruning and old-style reparametrisation do) stays on that layer, which the graph calls.
+Forward hooks of a module that is entered are traced like the code around them. One that returns nothing and writes into
+nothing computes nothing: what it recorded is taken out of the graph again. Hooks of a leaf stay on the leaf.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
-from torch.nn.utils import prune
 
 from mpcompile.errors import MPCompileError, TraceError, summary
 from mpcompile.isolation import called
@@ -23,6 +21,7 @@ from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+_TAKEN = ("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")  # in generated source
 _REMOVE = "remove it first (handle.remove()), and register it on what comes out"
 
 
@@ -35,11 +34,6 @@ def replaced_forward(module: nn.Module) -> bool:
             home = str(getattr(vars(cls)["forward"], "__globals__", {}).get("__name__", cls.__module__))
             return cls.__module__.startswith("torch.") and not home.startswith("torch.")
     return False
-
-
-def _sets_weights(hook: Any) -> bool:
-    """Whether a hook is torch's own way to compute a weight before each call."""
-    return isinstance(hook, prune.BasePruningMethod) or type(hook).__module__.startswith("torch.nn.utils")
 
 
 def _reads_training(module: nn.Module) -> bool:
@@ -56,27 +50,6 @@ def _writes(node: fx.Node) -> bool:
     return in_place or name == "setitem" or "out" in node.kwargs or node.kwargs.get("inplace") is True
 
 
-_TABLES = ("_parameters", "_buffers", "_modules")
-
-
-def _state(module: nn.Module) -> dict[tuple[str, str], Any]:
-    """What a hook could change on a module: (table, name) -> value; attributes stand in no table."""
-    held = {(table, key): value for table in _TABLES for key, value in getattr(module, table).items()}
-    ours = (*_TABLES, *_HOOKS, *_BACKWARD, "forward")
-    return {**held, **{("", key): value for key, value in vars(module).items() if key not in ours}}
-
-
-def _restore(module: nn.Module, state: dict[tuple[str, str], Any]) -> None:
-    """Put back what :func:`_state` found; backward hooks, which a trace doesn't run, are the caller's."""
-    for key in [key for table, key in _state(module).keys() - state.keys() if table == ""]:
-        del vars(module)[key]
-    vars(module).pop("forward", None)
-    for table in _TABLES:
-        getattr(module, table).clear()
-    for (table, key), value in state.items():
-        (getattr(module, table) if table else vars(module))[key] = value
-
-
 class Tracer(fx.Tracer):
     """Keeps as leaves what torch.nn defines, our masked layers, and whatever asks for ``self.training``.
 
@@ -91,7 +64,6 @@ class Tracer(fx.Tracer):
 
     Attributes:
         silent: modules with hooks that compute nothing.
-        traced: layers whose hooks stand in the graph.
         failed: path and class of the innermost module that raised.
     """
 
@@ -101,10 +73,8 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.given, self.keywords, self.fixed, self.written = given, keywords, set(fixed), set(written)
         self.silent: list[str] = []
-        self.traced: list[str] = []
         self.failed: tuple[str, str] | None = None
         self.idle: set[fx.Node] = set()  # made by hooks that returned nothing
-        self.doomed: set[fx.Node] = set()  # made by hooks that stay on their layer
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if replaced_forward(m):
@@ -118,6 +88,8 @@ class Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Inputs by the signature of the forward that runs; calling the root, not its forward, includes its hooks."""
+        for name in _TAKEN:
+            self.graph._graph_namespace.create_name(name, None)
         positional: list[Any] = []
         named: dict[str, Any] = {}
         left_out = False
@@ -165,45 +137,20 @@ class Tracer(fx.Tracer):
         if not leaf and any(getattr(m, table) for table in _BACKWARD):
             raise TraceError(f"{type(m).__name__} has backward hooks", layer=path or None, hint=_REMOVE)
         try:
-            if leaf and (m._forward_hooks or m._forward_pre_hooks):
-                return self._hooked_leaf(m, path, forward, args, kwargs)
-            with self._hooks(m, path):
-                if m is self.root:
-                    return forward(*args, **kwargs)
+            if leaf:  # its hooks stay on it, and run when the graph does
                 return super().call_module(m, forward, args, kwargs)
+            with self._hooks(m, path):
+                return forward(*args, **kwargs) if m is self.root else super().call_module(m, forward, args, kwargs)
         except Exception:
             self.failed = self.failed or (path, type(m).__name__)
             raise
 
-    def _hooked_leaf(
-        self, m: nn.Module, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """A layer with its hooks around it in the graph, or, where they work on the layer itself, left to the layer."""
-        hooks = [*m._forward_pre_hooks.values(), *m._forward_hooks.values()]
-        if "weight" in vars(m) or any(_sets_weights(hook) for hook in hooks):
-            return self.create_proxy("call_module", path, args, kwargs)
-        before, start = _state(m), len(self.graph.nodes)
-        with self._hooks(m, path):
-            for table in _BACKWARD:
-                setattr(m, table, OrderedDict())
-            vars(m)["forward"] = lambda *given, **named: self.create_proxy("call_module", path, given, named)
-            try:
-                result = forward(*args, **kwargs)
-            finally:
-                after = _state(m)
-                _restore(m, before)
-        if after.keys() == before.keys() and all(after[key] is before[key] for key in after):
-            self.traced.append(path)
-            return result
-        self.doomed |= set(list(self.graph.nodes)[start:])
-        return self.create_proxy("call_module", path, args, kwargs)
-
     @contextlib.contextmanager
     def _hooks(self, module: nn.Module, path: str) -> Iterator[None]:
         """The module's hooks under watch."""
-        before = {table: getattr(module, table) for table in (*_HOOKS, *_BACKWARD)}
+        before = {table: getattr(module, table) for table in _HOOKS}
         for table, hooks in before.items():
-            if hooks and table in _HOOKS:
+            if hooks:
                 setattr(module, table, OrderedDict((key, self._watched(h, path)) for key, h in hooks.items()))
         try:
             yield
@@ -231,5 +178,5 @@ class Tracer(fx.Tracer):
     def prune(self) -> None:
         """Take out what hooks that return nothing have left behind, unless it is used or writes into something."""
         for node in reversed(list(self.graph.nodes)):
-            if not node.users and (node in self.doomed or (node in self.idle and not _writes(node))):
+            if node in self.idle and not node.users and not _writes(node):
                 self.graph.erase_node(node)

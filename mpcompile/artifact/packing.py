@@ -19,7 +19,6 @@ from mpcompile.artifact import combinations
 from mpcompile.artifact.opset import Refusal, shown
 from mpcompile.errors import InputError
 from mpcompile.graph import IRModule, masked
-from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import (
     MAX_M,
     Pattern,
