@@ -68,7 +68,7 @@ _PROCESS, _COUNTER = secrets.token_hex(8), itertools.count()
 class IRModule(fx.GraphModule):
     """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan.
 
-    Pickle keeps all but the shapes on the nodes; what it reads has the class of the module that was written, if that
+    Pickle keeps all but the shapes on the nodes and the input guards of exported programs; what it reads has the class of the module that was written, if that
     is still there.
     """
 
@@ -136,9 +136,14 @@ class IRModule(fx.GraphModule):
         return code
 
     def __reduce__(self) -> tuple[Any, ...]:
+        from mpcompile.artifact.codec import is_guard
+
+        guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's own can't be pickled
+        names = {str(node.target) for node in guards}
         state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+        state["_modules"] = {key: module for key, module in self._modules.items() if key not in names}
         codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
-        records = [_NodeRecord.of(node) for node in self._graph.nodes]
+        records = [_NodeRecord.of(node) for node in self._graph.nodes if node not in guards]
         return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
@@ -468,12 +473,17 @@ class _Shapes(FakeTensorProp):
         n.meta["macs"] = counter.get_total_flops() // 2
         return result
 
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value  # real ones would be written to
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         if _is_plain(module):
             return module(*args, **kwargs)
         if target not in self.stand_ins:
-            self.stand_ins[target] = copy.deepcopy(module, {id(t): t for t in tensors_of(module)})
+            fakes: Any = {id(t): self._mode.from_tensor(t) for t in tensors_of(module)}
+            self.stand_ins[target] = copy.deepcopy(module, fakes)
         with untouched(module):
             return self.stand_ins[target](*args, **kwargs)
 

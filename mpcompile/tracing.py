@@ -122,8 +122,8 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         if self.written and isinstance(attr_val, Tensor):
-            for name in self.written:
-                if self.root.get_buffer(name) is attr_val:
+            for name, buffer in self.root.named_buffers():
+                if buffer is attr_val and name in self.written:
                     if name not in parameter_proxy_cache:
                         parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
                     return parameter_proxy_cache[name]
