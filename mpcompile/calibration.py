@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from mpcompile.errors import InputError
-from mpcompile.graph import LayerOp, device_of, layers, shape_of, training_flags
+from mpcompile.graph import LayerOp, device_of, fake_value, hint, layers, training_flags
 from mpcompile.importers import Imported
 from mpcompile.labels import whole_numbers
+from mpcompile.modes import ordinary
 
 _COLUMNS = 512  # of second moments, computed together
 _VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
@@ -54,17 +56,24 @@ def peek(data: Any) -> tuple[Any, Iterable[Any]]:
     return first, itertools.chain([first], iterator) if iterator is data else data
 
 
-def model_inputs(batch: Any, names: list[str]) -> list[Any]:
-    """The inputs in a batch, in the order of ``names``: all by keyword from a dict, else the first alone."""
+def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> list[Any]:
+    """The inputs in a batch, in the order of ``names``: all by keyword from a dict, else the first alone.
+
+    Args:
+        examples: of the inputs: where one is a dict or a tuple itself, so are the batches.
+    """
+    nested = len(examples) == 1 and isinstance(examples[0], (Mapping, tuple, list))
     if isinstance(batch, Mapping):
-        if set(batch) != set(names):
-            raise InputError("a calibration batch has the wrong keys", expected=", ".join(names), found=list(batch))
-        return [batch[name] for name in names]
+        if set(batch) == set(names):
+            return [batch[name] for name in names]
+        if nested:
+            return [batch]
+        raise InputError("a calibration batch has the wrong keys", expected=", ".join(names), found=list(batch))
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
         batch = batch[0]
-    if not isinstance(batch, Tensor):
+    if not isinstance(batch, Tensor) and not (nested and isinstance(batch, (Mapping, tuple, list))):
         raise InputError(
             "a calibration batch has the wrong type",
             expected="a tensor, a tuple whose first item is the input, or a dict",
@@ -279,27 +288,65 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
     placeholders = [n for n in model.gm.graph.nodes if n.op == "placeholder"]
     data = [n for n in placeholders if n.name not in model.lifted.tensors]
     device = device_of(model.gm)
+    examples = [fake_value(node) for node in data]
     for index, batch in enumerate(calibration):
-        values = model_inputs(batch, [str(n.target) for n in data])
+        values = model_inputs(batch, [str(n.target) for n in data], examples)
         if len(values) != len(data):
             raise InputError(
                 f"calibration batch {index} has the wrong number of inputs",
                 expected=f"{len(data)} ({', '.join(str(n.target) for n in data)}), as a dict",
                 found=len(values),
             )
-        for node, value in zip(data, values, strict=True):
-            shape = shape_of(node)
-            if shape is not None and tuple(value.shape[1:]) != shape[1:]:
-                raise InputError(
-                    f"calibration batch {index} has the wrong shape",
-                    expected=f"(batch, {', '.join(map(str, shape[1:]))}), as in example_inputs",
-                    found=tuple(value.shape),
-                    hint="calibrate with the transform and the resolution of inference",
-                )
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise InputError(f"calibration batch {index} is not finite", expected="no NaN and no infinity")
-        moved = dict(zip(data, (v.to(device) for v in values), strict=True))
+        values = [_like(example, value) for example, value in zip(examples, values, strict=True)]
+        for example, value in zip(examples, values, strict=True):
+            _check_input(index, example, value)
+        moved = dict(zip(data, (_moved(v, device) for v in values), strict=True))
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
+
+
+def _like(example: Any, value: Any) -> Any:
+    """``value`` as plain dicts, lists and tuples, without keys (such as labels) that the example lacks."""
+    if isinstance(example, Mapping) and isinstance(value, Mapping):
+        return {key: _like(example[key], value[key]) for key in example if key in value}
+    if isinstance(example, (tuple, list)) and isinstance(value, (tuple, list)) and len(example) == len(value):
+        items = [_like(a, b) for a, b in zip(example, value, strict=True)]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), ordinary(value))
+
+
+def _check_input(index: int, example: Any, value: Any) -> None:
+    """Refuse an input of a calibration batch that isn't like the example's."""
+    expected, found = (pytree.tree_leaves_with_path(tree) for tree in (example, value))
+    if [path for path, _ in expected] != [path for path, _ in found]:
+        raise InputError(
+            f"calibration batch {index} is built in another way than example_inputs",
+            expected=_outline(example),
+            found=_outline(value),
+        )
+    for (_, fake), (_, tensor) in zip(expected, found, strict=True):
+        if not isinstance(tensor, Tensor):
+            continue
+        shape = tuple(int(hint(s)) for s in fake.shape) if isinstance(fake, Tensor) else None
+        if shape is not None and tuple(tensor.shape[1:]) != shape[1:]:
+            raise InputError(
+                f"calibration batch {index} has the wrong shape",
+                expected=f"(batch, {', '.join(map(str, shape[1:]))}), as in example_inputs",
+                found=tuple(tensor.shape),
+                hint="calibrate with the transform and the resolution of inference",
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"calibration batch {index} is not finite", expected="no NaN and no infinity")
+
+
+def _outline(value: Any) -> str:
+    """The kind of an input, and its keys or length."""
+    if isinstance(value, Mapping):
+        return f"a dict with {', '.join(map(str, value))}"[:100]
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 class _Collector(fx.Interpreter):

@@ -70,3 +70,16 @@ class NotEligibleError(MPCompileError):
 
 class ArtifactError(MPCompileError):
     """A file that can't be read, written, or trusted."""
+
+
+def summary(error: BaseException, most: int = 200) -> str:
+    """What an error of somebody else's says, in one printable line: its class, and its first line if it has one.
+
+    Example:
+        >>> summary(ValueError("no such size\nmore"))
+        'ValueError: no such size'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = ": ".join([type(error).__name__, *lines[:1]])
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

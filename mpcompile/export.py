@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile.artifact.packing import masked
 from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, ConfigError, GraphError
-from mpcompile.graph import IRModule
+from mpcompile.graph import IRModule, masked
 from mpcompile.kernels import ops
 from mpcompile.package_guard import guarded
 from mpcompile.pipeline import lower
@@ -52,6 +51,8 @@ def _written(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
 
 def dense_state(gm: IRModule) -> dict[str, Tensor]:
     """The state dict of the model that ``gm`` was made from, with zeros where masks remove and without masks.
+
+    It has the names of the model's own, no others: also of parts that the graph doesn't use.
 
     Permuted channels stay permuted: the model computes the same. Token merging is no part of a state dict.
 

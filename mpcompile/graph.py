@@ -7,21 +7,32 @@ aten op, or masked or packed as one of our own. :func:`layers` shows all of them
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import itertools
+import keyword
 import math
+import pickle
 import re
+import secrets
+import types
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.graph import CodeGen, PythonCode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
-from mpcompile.errors import GraphError
+from mpcompile.errors import GraphError, summary
 from mpcompile.flops import flop_counter
+from mpcompile.isolation import tensors_of, untouched, without_global_hooks
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
@@ -39,8 +50,30 @@ _PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
 
+_DERIVED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls")
+_FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+_CLASSES: weakref.WeakValueDictionary[str, type[IRModule]] = weakref.WeakValueDictionary()
+_PROCESS, _COUNTER = secrets.token_hex(8), itertools.count()
+
+
 class IRModule(fx.GraphModule):
-    """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan."""
+    """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan.
+
+    Pickle keeps all but the shapes on the nodes and the input guards of exported programs; what it reads has the class of the module that was written, if that
+    is still there.
+    """
+
+    _made_of: ClassVar[Any] = None  # what the generated code depends on
+    _made_as: ClassVar[str] = ""  # names the class in this process
 
     @property
     def plan(self) -> Plan:
@@ -66,14 +99,168 @@ class IRModule(fx.GraphModule):
     def train(self, mode: bool = True) -> IRModule:
         locked = self.meta.get(_LOCK) if "meta" in self.__dict__ else None
         if locked is not None and locked != mode:
+            here, there = ("train", "eval") if locked else ("eval", "train")
             raise GraphError(
                 "the traced module takes another path in train() than in eval()",
-                expected=f"use in {'train' if locked else 'eval'}() mode, in which it was traced",
-                found=f"{'train' if mode else 'eval'}()",
-                hint=f"call .{'train' if mode else 'eval'}() on the original before mpcompile.transform",
+                expected=f"use in {here}() mode, in which it was captured",
+                found=f"{there}()",
+                hint=f"call .{there}() on the original before it is captured (by mpcompile.transform or torch.export)",
             )
         super().train(mode)
         return self
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """As of any module, without the masks: these are no numbers that could be averaged, as AveragedModel does."""
+        masks = {id(mask) for _, mask, _ in masked(self)} if recurse else set()
+        return (buffer for buffer in super().buffers(recurse) if id(buffer) not in masks)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A state dict of the dense model leaves the masks of functional weights as they are, too."""
+        for node in self.graph.nodes:
+            if node.target in ops.MASKED and isinstance(node.args[2], fx.Node) and node.args[2].op == "get_attr":
+                path = str(node.args[2].target)
+                state_dict.setdefault(prefix + path, attribute(self, path))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def recompile(self) -> PythonCode:
+        """As of any GraphModule, but into a class of its own: no class changes once it is made."""
+        fresh: Any = types.new_class("GraphModuleImpl", (IRModule,))
+        fresh.__name__, fresh.__module__ = type(self).__name__, fx.GraphModule.__module__
+        self.__class__ = fresh
+        with _any_names([str(n.target) for n in self._graph.nodes if n.op in ("call_module", "get_attr")]):
+            code = super().recompile()
+        named = frozenset((n, v if isinstance(v, str) else id(v)) for n, v in code.globals.items())
+        fresh._made_of = (fresh.__name__, self._code, named)
+        fresh._made_as = f"{_PROCESS}-{next(_COUNTER)}"
+        _CLASSES[fresh._made_as] = fresh
+        return code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from mpcompile.artifact.codec import is_guard
+
+        guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's own can't be pickled
+        names = {str(node.target) for node in guards}
+        state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+        state["_modules"] = {key: module for key, module in self._modules.items() if key not in names}
+        codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
+        records = [_NodeRecord.of(node) for node in self._graph.nodes if node not in guards]
+        return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
+        twin: Any = super().__deepcopy__(memo)
+        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        for table in _FORWARD_HOOKS:
+            setattr(twin, table, copy.deepcopy(getattr(self, table), memo))
+        return twin
+
+    def __copy__(self) -> IRModule:
+        graph = fx.Graph()
+        result = graph.graph_copy(self._graph, {})
+        graph.output(result).meta = dict(next(n for n in reversed(self._graph.nodes) if n.op == "output").meta)
+        graph._codegen = copy.deepcopy(self._graph._codegen)
+        twin = IRModule(self, graph, class_name=type(self).__name__)
+        state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+        twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in state.items()})
+        return twin
+
+
+# Names that the root of a transformed module has a use for, beside those of any nn.Module.
+RESERVED = frozenset(
+    {"meta", "shape_env", "packed", FOLDED, "_owned", "_graph", "_code", "_in_spec", "_out_spec", "_lineno_map"}
+    | {"_prologue_start", "_tracer_cls", "_tracer_extras", "_wrapped_call"}
+    | {"_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks"}
+    | (set(dir(IRModule)) - set(dir(nn.Module)))
+)
+
+
+@contextlib.contextmanager
+def _any_names(targets: list[str]) -> Iterator[None]:
+    """Lets fx write source for names that are no identifiers there: keywords, and text with quotes."""
+    names = {atom for target in targets for atom in target.split(".")}
+    if all(name.isidentifier() and name.isascii() and not keyword.iskeyword(name) for name in names):
+        yield
+        return
+    before = torch.fx.graph._format_target
+
+    def spelt(base: str, target: str) -> str:
+        for name in target.split("."):
+            plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+            base = f"{base}.{name}" if plain else f"getattr({base}, {name!r})"
+        return base
+
+    torch.fx.graph._format_target = spelt
+    try:
+        yield
+    finally:
+        torch.fx.graph._format_target = before
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a node in what is pickled."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _NodeRecord:
+    """A node as pickle takes it: functions by the names that stand for them in a file, or as they are."""
+
+    op: str
+    name: str
+    target: Any
+    args: Any
+    kwargs: Any
+    type: Any
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _NodeRecord:
+        from mpcompile.artifact.opset import function_name
+
+        target: Any = node.target
+        if node.op == "call_function":
+            if isinstance(target, torch._ops.OpOverload):
+                target = (target.namespace, *target._schema.name.split("::")[1:], target._overloadname)
+            else:
+                target = _Reference(name) if (name := function_name(target)) else target
+        refer: Any = lambda n: _Reference(n.name)  # noqa: E731
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
+        kind = node.type
+        try:
+            pickle.dumps(kind)
+        except Exception:  # an annotation with a class of some function's
+            kind = None
+        return cls(node.op, node.name, target, args, kwargs, kind)
+
+    def create(self, graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        from mpcompile.artifact.opset import function_of
+
+        target = self.target
+        if isinstance(target, tuple):
+            target = functools.reduce(getattr, target, torch.ops)
+        elif isinstance(target, _Reference):
+            target = function_of(target.name)
+        args, kwargs = fx.node.map_aggregate(
+            (self.args, self.kwargs), lambda v: nodes[v.name] if isinstance(v, _Reference) else v
+        )
+        nodes[self.name] = graph.create_node(self.op, target, args, kwargs, self.name, self.type)
+
+
+def _unpickled(name: str, token: str, state: dict[str, Any], records: list[_NodeRecord], codegen: Any) -> IRModule:
+    """Inverse of :meth:`IRModule.__reduce__`."""
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for record in records:
+        record.create(graph, nodes)
+    if codegen is not None:
+        graph.set_codegen(codegen)
+    gm = IRModule(nn.Module(), fx.Graph(), class_name=name)
+    gm.__dict__.update(state)
+    gm.graph = graph
+    known = _CLASSES.get(token)
+    if known is not None and known._made_of == type(gm)._made_of:
+        gm.__class__ = known
+    return gm
 
 
 @dataclass(frozen=True)
@@ -144,10 +331,60 @@ def attribute(root: nn.Module, path: str) -> Any:
     return value
 
 
+def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
+    """(weight, mask, pattern) of everything masked: layers, and calls of the masked operators."""
+    for module in gm.modules():
+        if isinstance(module, (MaskedLinear, MaskedConv2d)):
+            yield module.weight, module.mask, module.pattern
+    for node in gm.graph.nodes:
+        if node.target in ops.MASKED and len(node.args) > 4:
+            sources = node.args[1:3]
+            if all(getattr(source, "op", None) == "get_attr" for source in sources):
+                weight, mask = (attribute(gm, str(source.target)) for source in sources)
+                yield weight, mask, Pattern(*node.args[-2:])
+
+
 def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the submodule at ``path``."""
+    """Replace the submodule at ``path``, wherever else it stands."""
     parent, _, leaf = path.rpartition(".")
+    before = root.get_submodule(parent)._modules.get(leaf)
     setattr(root.get_submodule(parent), leaf, module)
+    for owner in list(root.modules()) if before is not None else ():
+        for key in [key for key, child in owner._modules.items() if child is before]:
+            owner._modules[key] = module
+
+
+def carry(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` what it lacks of the parameters and buffers of ``source``: their state dicts have the same names.
+
+    That is, parts that no node uses, second names of shared parts, and which buffers stay out of a state dict.
+    """
+    _carry(source, target, {id(module) for module in target.modules()})
+
+
+def _carry(source: nn.Module, target: nn.Module, leaves: set[int]) -> None:
+    for key, parameter in source._parameters.items():
+        if parameter is not None and key not in target._parameters:
+            target.register_parameter(key, parameter)
+    transient = source._non_persistent_buffers_set
+    for key, buffer in source._buffers.items():
+        if buffer is not None and key not in target._buffers and key not in transient:
+            target.register_buffer(key, buffer)
+    target._non_persistent_buffers_set = {k for k in target._buffers if k not in source._buffers or k in transient}
+    for key, child in source._modules.items():
+        own = target._modules.get(key)
+        if child is None or own is child:
+            continue
+        if own is None and id(child) in leaves:
+            target.add_module(key, child)
+            continue
+        if own is None and next(itertools.chain(child.parameters(), child.buffers()), None) is None:
+            continue
+        if own is None:
+            own = nn.Module()
+            target.add_module(key, own)
+        own.training = child.training
+        _carry(child, own, leaves)
 
 
 def keep(root: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -207,14 +444,48 @@ def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = flag
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a module leaves nothing behind in it, in eval mode: torch's and our own, as they are."""
+    for part in module.modules():
+        if "forward" in vars(part) or any(getattr(part, table) for table in _FORWARD_HOOKS):
+            return False
+        if not type(part).__module__.startswith(("torch.nn.modules.", "mpcompile.layers")):
+            return False
+    return True
+
+
 class _Shapes(FakeTensorProp):
-    """Runs the graph on fake tensors; leaves ``val`` and ``macs`` (of the whole batch) on every node."""
+    """Runs the graph on fake tensors; leaves ``val`` and ``macs`` (of the whole batch) on every node.
+
+    Layers that could keep something of what they see are called on copies that share their tensors.
+    """
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm, mode)
+        self.extra_traceback = False
+        self.node: fx.Node | None = None  # the one that runs
+        self.stand_ins: dict[str, nn.Module] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        self.node = n
         with flop_counter() as counter:
             result = super().run_node(n)
         n.meta["macs"] = counter.get_total_flops() // 2
         return result
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value  # real ones would be written to
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if _is_plain(module):
+            return module(*args, **kwargs)
+        if target not in self.stand_ins:
+            fakes: Any = {id(t): self._mode.from_tensor(t) for t in tensors_of(module)}
+            self.stand_ins[target] = copy.deepcopy(module, fakes)
+        with untouched(module):
+            return self.stand_ins[target](*args, **kwargs)
 
 
 def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -227,14 +498,19 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     inputs = [hint(value) for value in inputs]
     prop = _Shapes(gm, mode)
     # Not under no_grad: the counter's module tracker hooks views of parameters, which then have no gradient function.
-    with training_flags(gm, False), torch.enable_grad():
+    with training_flags(gm, False), torch.enable_grad(), without_global_hooks():
         try:
-            return prop.propagate(*inputs)
+            fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
+            return prop.propagate_dont_convert_inputs(*fakes)
         except Exception as error:
+            node = prop.node
+            where = None if node is None or node.op != "call_module" else str(node.target)
             raise GraphError(
-                f"shapes don't fit through the graph: {str(error).splitlines()[0]}",
+                f"shapes don't fit through the graph: {summary(error)}",
+                layer=where,
                 expected="example inputs that the model accepts",
-                found=", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i) for i in inputs),
+                found=", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i)[:80] for i in inputs),
+                hint=None if node is None else f"it is raised at {target_name(gm, node)} (node {node.name})",
             ) from error
 
 
@@ -246,9 +522,9 @@ def real_inputs(gm: fx.GraphModule, lifted: Lifted) -> list[fx.Node]:
 def batch_size(gm: fx.GraphModule, lifted: Lifted) -> int:
     """Length of axis 0 of the first tensor input; 1 where there is none."""
     for node in real_inputs(gm, lifted):
-        shape = shape_of(node)
-        if shape:
-            return shape[0]
+        for value in pytree.tree_leaves(fake_value(node)):
+            if isinstance(value, Tensor) and value.dim():
+                return int(hint(value.shape[0]))
     return 1
 
 
@@ -277,8 +553,23 @@ def _layer_name(weight: str) -> str:
     return weight.removeprefix(f"{FOLDED}.").removesuffix(".weight")
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _module_obstacle(module: nn.Module) -> str | None:
+    """Why a layer's weight isn't all that decides what it computes, or None."""
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if "weight" not in module._parameters:
+        return "its weight is computed before each call"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "it has backward hooks"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    return _dtype_obstacle(module.weight)
+
+
+def _dtype_obstacle(weight: Any) -> str | None:
+    return None if weight.is_floating_point() else f"its weight is {weight.dtype}"
 
 
 def _module_layer(gm: fx.GraphModule, node: fx.Node) -> LayerOp | None:
@@ -287,11 +578,7 @@ def _module_layer(gm: fx.GraphModule, node: fx.Node) -> LayerOp | None:
     source = argument(node, 0, "input")
     if not isinstance(source, fx.Node) or not isinstance(module, (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)):
         return None
-    obstacle = None
-    if parametrize.is_parametrized(module):
-        obstacle = "its weight is parametrized"
-    elif _hooked(module):
-        obstacle = "it has forward hooks"
+    obstacle = _module_obstacle(module)
     weight = ParamRef(f"{name}.weight", module.weight, None)
     if isinstance(module, (MaskedLinear, MaskedConv2d)):
         geometry = None
@@ -331,10 +618,11 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     bias = argument(node, 2 + shift, "bias")
     if linear:
         obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"
+        obstacle = obstacle or _dtype_obstacle(weight.tensor)
         return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
     raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
     axes = [_ints(value) for value in raw]
-    obstacle = "its stride, padding or dilation is not a number" if None in axes else None
+    obstacle = "its stride, padding or dilation is not a number" if None in axes else _dtype_obstacle(weight.tensor)
     groups = argument(node, 6 + shift, "groups", 1)
     geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups)
     return LayerOp(node, name, "conv2d", source, weight, bias, geometry, pattern, mask, obstacle)

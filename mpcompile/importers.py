@@ -6,20 +6,49 @@ is never changed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+import random
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mpcompile.errors import InputError, MPCompileError, TraceError
-from mpcompile.graph import IRModule, Lifted, dynamo_name, fake_value, hint, lifted_from, training_flags
+from mpcompile.errors import InputError, MPCompileError, TraceError, summary
+from mpcompile.graph import (
+    RESERVED,
+    IRModule,
+    Lifted,
+    carry,
+    dynamo_name,
+    fake_value,
+    hint,
+    lifted_from,
+    training_flags,
+)
+from mpcompile.isolation import global_hooks, of_torch, rebind, tensors_of, untouched, without_global_hooks
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
+from mpcompile.modes import captured_mode, ordinary
+from mpcompile.tracing import Tracer, replaced_forward
 
 _SCALARS = (bool, int, float, str, type(None))
+_WRAPPERS = {  # class -> what to pass instead
+    "torch.nn.parallel.data_parallel.DataParallel": "model.module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "model.module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "model.module, its weights gathered",
+    "torch._dynamo.eval_frame.OptimizedModule": "model._orig_mod, and compile what comes out",
+}
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -32,41 +61,72 @@ class Imported:
     notes: list[str]
 
 
-def _reads_training(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__code__", None)
-    return code is not None and "training" in code.co_names
+@dataclass
+class _Traced:
+    """One symbolic trace: its graph, and the tensors that it reads but that the model doesn't hold."""
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    tracer: Tracer
+    drew: bool
 
 
-class Tracer(fx.Tracer):
-    """Keeps as leaves what torch.nn defines, our masked layers, and whatever asks for ``self.training``.
+@contextlib.contextmanager
+def _generators() -> Iterator[list[bool]]:
+    """Random generators are put back at the end; the list that is yielded then says whether torch's was used."""
+    drew: list[bool] = []
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        before = torch.get_rng_state()
+        try:
+            yield drew
+        finally:
+            drew.append(not torch.equal(before, torch.get_rng_state()))
+            random.setstate(states[0])
+            if numpy is not None:
+                numpy.random.set_state(states[1])
 
-    A module that reads the flag and holds layers to mask (attention with its ``dropout_p``) is entered: the traces of
-    both modes are compared instead, see :func:`_trace`.
-    """
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, (MaskedLinear, MaskedConv2d, ByMode)):
-            return True
-        weighted = any(isinstance(child, (nn.Linear, nn.Conv2d)) for child in m.modules())
-        return _reads_training(m) and not weighted
+@contextlib.contextmanager
+def _compiled_functions_inlined() -> Iterator[None]:
+    """Functions under torch.compile are traced like others (dynamo forbids it by default)."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with sys.modules["torch._dynamo"].config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
-def _graph_of(module: nn.Module, training: bool, defaults: Mapping[str, Any]) -> fx.Graph:
-    """One symbolic trace; parameters in ``defaults`` are fixed and leave the signature."""
-    with training_flags(module, training):
-        graph = Tracer().trace(module, concrete_args=dict(defaults) or None)
-    fixed = [n for n in graph.nodes if n.op == "placeholder" and n.target.rsplit("_", 1)[0] in defaults]
-    doomed: set[fx.Node] = set()
-    for node in fixed:  # concrete_args leaves a placeholder and a check of its value behind
-        stack = [node]
-        while stack:
-            current = stack.pop()
-            doomed.add(current)
-            stack.extend(current.users)
-    for node in reversed(list(graph.nodes)):
-        if node in doomed:
-            graph.erase_node(node)
-    return graph
+def _graph_of(model: nn.Module, original: nn.Module, training: bool, tracer: Tracer) -> _Traced:
+    """One symbolic trace of the copy of ``original``, which leaves nothing behind in either."""
+    held = set(vars(model))
+    buffers = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    written: list[str] = []
+    try:
+        with (
+            training_flags(model, training),
+            untouched(model, original),
+            without_global_hooks(),
+            _compiled_functions_inlined(),
+            _generators() as drew,
+        ):
+            graph = tracer.trace(model)
+            tracer.prune()
+            targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+            constants = {name: vars(model)[name] for name in targets if name in vars(model) and name not in held}
+    finally:
+        for name, (buffer, version) in buffers.items():
+            if buffer._version != version:
+                written.append(name)
+                with torch.no_grad():
+                    buffer.copy_(original.get_buffer(name))
+    if written and not tracer.written:  # a write to a tensor isn't seen by the trace unless reading it is a node
+        again = Tracer(tracer.given, tracer.keywords, tuple(tracer.fixed), written)
+        return _graph_of(model, original, training, again)
+    constants = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in constants.items()}
+    return _Traced(graph, constants, tracer, drew[0])
 
 
 def _same(a: Any, b: Any, twin: dict[fx.Node, fx.Node]) -> bool:
@@ -115,38 +175,106 @@ def _unify_modes(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> b
     return True
 
 
-def _trace(model: nn.Module, given: int, keywords: Sequence[str]) -> tuple[IRModule, list[str]]:
-    """Symbolic trace of an owned module that follows ``train()`` and ``eval()``."""
-    defaults = {}
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    for position, parameter in enumerate(parameters):
+def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two traces found the same constants."""
+    if a.keys() != b.keys() or any(type(a[name]) is not type(b[name]) for name in a):
+        return False
+    return all(torch.equal(a[k], b[k]) if isinstance(a[k], Tensor) else a[k] is b[k] for k in a)
+
+
+def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, Any]:
+    """Parameters of forward that are left at a plain default."""
+    fixed = {}
+    for position, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
         named = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if position < given or parameter.name in keywords or named or parameter.default is parameter.empty:
             continue
         if isinstance(parameter.default, _SCALARS):
-            defaults[parameter.name] = parameter.default
-    graphs: dict[bool, fx.Graph] = {}
+            fixed[parameter.name] = parameter.default
+    return fixed
+
+
+def _place(error: BaseException) -> str:
+    """The line of somebody's model that an error comes from."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> TraceError:
+    """The error of a model's own code, with the class and the place."""
+    path, cls = tracer.failed or ("", type(model).__name__)
+    return TraceError(
+        f"{type(model).__name__} can't be traced: {summary(error)}",
+        layer=path or None,
+        expected="a forward without data-dependent control flow",
+        found=f"{type(error).__name__} in {cls}.forward{_place(error)}",
+        hint="use torch.compile(model, backend='mpsparse', options={...}), or pass "
+        "torch.export.export(model, example_inputs).module()",
+    )
+
+
+def _traces(model: nn.Module, original: nn.Module, given: int, keywords: Sequence[str]) -> dict[bool, _Traced]:
+    """Training flag -> trace: of the mode that the model is in, and of the other where that can be had."""
+    fixed = tuple(_fixed(model, given, keywords))
+    traces: dict[bool, _Traced] = {}
     for training in (model.training, not model.training):
+        tracer = Tracer(given, keywords, fixed)
         try:
-            graphs[training] = _graph_of(model, training, defaults)
-        except MPCompileError:
-            raise
+            traces[training] = _graph_of(model, original, training, tracer)
         except Exception as error:
-            if training == model.training:
+            if training != model.training:
+                continue
+            if isinstance(error, MPCompileError):
+                raise
+            raise _untraceable(model, tracer, error) from error
+        if traces[training].drew:
+            if training != model.training:
+                del traces[training]
+            elif training or _is_random(model, original, traces[training]):
                 raise TraceError(
-                    f"{type(model).__name__} can't be traced: {str(error).splitlines()[0]}",
-                    expected="a forward without data-dependent control flow",
-                    found=type(error).__name__,
-                    hint="use torch.compile(model, backend='mpsparse', options={...}), or pass "
-                    "torch.export.export(model, example_inputs).module()",
-                ) from error
-    notes = []
-    if defaults:
-        notes.append("inputs fixed at their defaults: " + ", ".join(f"{k}={v!r}" for k, v in defaults.items()))
-    graph = graphs[model.training]
-    follows = len(graphs) == 2 and _unify_modes(model, graphs[True], graphs[False])
-    gm = IRModule(model, graphs[False] if follows else graph, class_name=type(model).__name__)
+                    f"{type(model).__name__} draws random numbers that would be the same in every call",
+                    expected="random tensors made from an input, such as torch.rand_like(x) or x.new_empty(n)",
+                    found="torch.rand of a fixed shape, or a branch that depends on it",
+                    hint="call .eval() before mpcompile.transform, or use torch.compile(model, backend='mpsparse')",
+                )
+    return traces
+
+
+def _is_random(model: nn.Module, original: nn.Module, first: _Traced) -> bool:
+    """Whether another trace, after other random numbers, comes out differently."""
+    tracer = first.tracer
+    with torch.random.fork_rng([]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        other = Tracer(tracer.given, tracer.keywords, tuple(tracer.fixed), tuple(tracer.written))
+        again = _graph_of(model, original, model.training, other)
+    return str(again.graph) != str(first.graph) or not _alike(again.constants, first.constants)
+
+
+def _trace(model: nn.Module, original: nn.Module, given: int, keywords: Sequence[str]) -> tuple[IRModule, list[str]]:
+    """Symbolic trace of an owned module that follows ``train()`` and ``eval()``."""
+    traces = _traces(model, original, given, keywords)
+    chosen, other = traces[model.training], traces.get(not model.training)
+    follows = other is not None and _alike(chosen.constants, other.constants)
+    follows = follows and _unify_modes(model, traces[True].graph, traces[False].graph)
+    for name, value in chosen.constants.items():
+        if isinstance(value, Tensor):
+            model.register_buffer(name, value, persistent=False)
+        else:
+            setattr(model, name, value)
+    gm = IRModule(model, traces[False].graph if follows else chosen.graph, class_name=type(model).__name__)
     gm.training = model.training
+    notes = []
+    fixed = _fixed(model, given, keywords)
+    if fixed:
+        notes.append("inputs fixed at their defaults: " + ", ".join(f"{k}={v!r}" for k, v in fixed.items()))
+    if chosen.tracer.silent:
+        silent = sorted({path or type(model).__name__ for path in chosen.tracer.silent})
+        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
+        notes.append(
+            f"hooks that return nothing are no part of the graph (on {', '.join(silent[:8])}{more}): "
+            "register them on what came out"
+        )
     if not follows:
         gm.locked_mode = model.training
         mode = "train" if model.training else "eval"
@@ -168,11 +296,18 @@ def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
     owned = IRModule(gm, graph, class_name=type(gm).__name__)
     owned.training = gm.training
     if not share:
-        memo: dict[int, Any] = {}
+        carry(gm, owned)
+        memo: dict[int, Any] = _without_history(owned)
         for table in ("_modules", "_parameters", "_buffers"):
             setattr(owned, table, copy.deepcopy(getattr(owned, table), memo))
     if isinstance(gm, IRModule):
         owned.meta = copy.deepcopy(gm.meta)
+    elif not share:
+        mode = captured_mode(graph)
+        owned.locked_mode = mode
+        if mode is not None:
+            for module in owned.modules():
+                module.training = mode
     return owned
 
 
@@ -186,14 +321,20 @@ def _example(node: fx.Node) -> Any:
 
 def _arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
     """Example inputs as a list of positional arguments; a dict is bound to the signature of forward."""
+    example_inputs = ordinary(example_inputs)
     if isinstance(example_inputs, Tensor):
         return [example_inputs]
     if isinstance(example_inputs, Mapping):
         try:
             bound = inspect.signature(model.forward).bind(**example_inputs)
         except TypeError as error:
-            raise InputError(f"example_inputs don't fit forward: {error}") from error
-        return list(bound.arguments.values())
+            hint = "to pass the dict itself as the one input, put it into a tuple: ({...},)"
+            raise InputError(f"example_inputs don't fit forward: {error}", hint=hint) from error
+        values: list[Any] = []
+        for name, value in bound.arguments.items():
+            rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            values.extend(value.values() if rest else [value])
+        return values
     if isinstance(example_inputs, (tuple, list)):
         return list(example_inputs)
     raise InputError(
@@ -247,6 +388,183 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
                 )
 
 
+def _without_history(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy, which refuses tensors that were computed: attributes that hooks or a forward have set."""
+    return {id(t): t.detach().clone() for t in tensors_of(model) if not t.is_leaf}
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of a model, also of the functions and hooks that were put on its instances."""
+    memo = _without_history(model)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(f"{type(model).__name__} can't be copied: {summary(error)}") from error
+    parts = [*model.modules(), *model.parameters(), *model.buffers()]
+    memo = {id(part): memo[id(part)] for part in parts}
+    for module in copied.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, (FunctionType, MethodType, functools.partial)):
+                vars(module)[key] = rebind(value, memo)
+        for table in _HOOK_TABLES:
+            hooks = getattr(module, table)
+            for key, hook in hooks.items():
+                hooks[key] = rebind(hook, memo)
+    for (_, old), (_, new) in zip(model.named_parameters(), copied.named_parameters(), strict=True):
+        for hook in (old._backward_hooks or {}).values():
+            new.register_hook(rebind(hook, memo))
+        for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+            new.register_post_accumulate_grad_hook(rebind(hook, memo))
+    return copied
+
+
+def _class_path(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _check_part(module: nn.Module, path: str) -> None:
+    """Refuse a module that is another form of a model, or around one, by the name of what to pass instead."""
+    name, where = type(module).__name__, path or None
+    whole = f"model.{path}" if path else "model"
+    if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        hint = f"pass the torch.nn.Module that {whole} was scripted or traced from"
+        raise TraceError("a TorchScript module can't be traced", layer=where, found=name, hint=hint)
+    if _class_path(module) in _WRAPPERS:
+        inner = _WRAPPERS[_class_path(module)].replace("model", whole, 1)
+        verb = "pass" if not path else "put in its place"
+        raise TraceError(f"{name} is a wrapper around the model", layer=where, hint=f"{verb} {inner}")
+    home = type(module).__module__
+    if home.startswith("torch.ao.") and ".quantized" in home:
+        raise TraceError(
+            f"{home.rpartition('.')[2]}.{name} is a quantised layer: its weight is packed already",
+            layer=where,
+            expected="a model in floating point",
+            hint="transform the model first, then quantise",
+        )
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Refuse weights without values, or of a kind that can't be masked or copied into a graph."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise TraceError("the model has lazy parameters", layer=name, hint="run it once on an example input first")
+        if tensor.is_meta:
+            raise InputError(
+                "the weight has no values: it is on the device 'meta'",
+                layer=name,
+                expected="weights in memory",
+                hint="load them first: model.to_empty(device='cpu'), then model.load_state_dict(state)",
+            )
+        if tensor.is_quantized or is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided:
+            kind = "quantised" if tensor.is_quantized else type(tensor.data).__name__
+            raise InputError(
+                f"the weight is no ordinary tensor ({kind}, {tensor.layout})",
+                layer=name,
+                expected="dense tensors on one device",
+                hint="gather, densify or dequantise the weights first",
+            )
+
+
+def _check_module(model: nn.Module) -> None:
+    """Refuse what can't be traced, before anything is copied.
+
+    Raises:
+        TraceError: a wrapper, a TorchScript or quantised module, names that the result needs, or no parameters.
+        InputError: weights without values.
+    """
+    for path, module in model.named_modules():
+        _check_part(module, path)
+    for name in [*model._modules, *model._parameters, *model._buffers]:
+        if name in RESERVED:
+            raise TraceError(
+                f"{type(model).__name__} has an attribute {name!r}, which the transformed module needs for itself",
+                hint=f"rename the attribute {name!r} of the model",
+            )
+    if not any(True for _ in model.parameters()):
+        raise TraceError(f"{type(model).__name__} has no parameters: there is nothing to compile")
+    _check_tensors(model)
+    state = set(model.state_dict())
+    hooked = [path for path, m in model.named_modules() if m._state_dict_hooks or m._state_dict_pre_hooks]
+    if hooked and not state <= {name for name, _ in [*_all(model.named_parameters), *_all(model.named_buffers)]}:
+        raise TraceError(
+            "state-dict hooks give the weights other names",
+            layer=hooked[0] or type(model).__name__,
+            hint="remove them first (handle.remove()): the transformed module has no hooks of the model",
+        )
+
+
+def _all(named: Any) -> Any:
+    return named(remove_duplicate=False)
+
+
+def _check_hooks(model: nn.Module) -> None:
+    """Refuse hooks that a GraphModule would lose, and hooks on every module of the process."""
+    everywhere = global_hooks()
+    if everywhere:
+        raise TraceError(
+            f"hooks on all modules of the process are registered ({', '.join(everywhere)[:100]})",
+            hint="remove them first (handle.remove()): they can't stand in a graph",
+        )
+    if not isinstance(model, fx.GraphModule):
+        return
+    for path, module in model.named_modules():
+        masked = isinstance(module, (MaskedLinear, MaskedConv2d))
+        replaced = "forward" in vars(module) if not path else replaced_forward(module)
+        if path and not masked and not (replaced and type(module).__module__.startswith("torch.nn")):
+            continue
+        tables = [getattr(module, table).values() for table in _HOOK_TABLES]
+        hooks = [hook for hook in itertools.chain(*tables) if not of_torch(hook)]  # export puts checks of its own there
+        if hooks or replaced:
+            raise TraceError(
+                f"{type(module).__name__} has {'hooks' if hooks else 'a forward of its own'}, which would be lost",
+                layer=path or None,
+                hint="remove it first, and put it back on what comes out",
+            )
+
+
+def _import_module(model: nn.Module, example_inputs: Any) -> Imported:
+    """A module by symbolic tracing."""
+    _check_module(model)
+    if example_inputs is None:
+        raise InputError(
+            f"the shapes in {type(model).__name__} are not known",
+            expected="example_inputs",
+            found="None",
+            hint="call mpcompile.transform(model, torch.randn(1, 3, 224, 224)) with an input of your size",
+        )
+    copied = _copied(model)
+    inputs = _arguments(model, example_inputs)
+    keywords = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+    gm, notes = _trace(copied, model, 0 if keywords else len(inputs), keywords)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != len(inputs):
+        raise InputError(
+            "the number of example inputs doesn't fit",
+            expected=f"{len(placeholders)} ({', '.join(str(p.target) for p in placeholders)})",
+            found=len(inputs),
+        )
+    check_finite(dict(gm.state_dict()))
+    carry(copied, gm)
+    return Imported(gm, inputs, Lifted(), notes)
+
+
+def _not_a_model(value: Any) -> InputError:
+    """What to pass instead of something that isn't a module."""
+    hint = None
+    if isinstance(value, torch.export.ExportedProgram):
+        hint = "pass program.module()"
+    elif isinstance(value, type):
+        hint = f"make one first: {value.__name__}(...)"
+    elif isinstance(value, torch.jit.ScriptFunction):
+        hint = "pass the torch.nn.Module that it was scripted or traced from"
+    elif isinstance(value, Mapping):
+        hint = "weights alone don't say what is computed: load them into the model first"
+    elif callable(value):
+        hint = "put it into the forward of a torch.nn.Module that holds its weights"
+    expected = "a torch.nn.Module or fx.GraphModule"
+    return InputError("this is not a model", expected=expected, found=type(value).__name__, hint=hint)
+
+
 def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = False) -> Imported:
     """A module or a GraphModule -> the IR.
 
@@ -261,44 +579,12 @@ def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = 
         TraceError: the module can't be traced, or holds no parameter.
     """
     if not isinstance(model, nn.Module):
-        raise InputError(
-            "this is not a model", expected="a torch.nn.Module or fx.GraphModule", found=type(model).__name__
-        )
-    if isinstance(model, fx.GraphModule):
-        imported = _import_graph(model, example_inputs, share)
-    else:
-        if example_inputs is None:
-            raise InputError(
-                f"the shapes in {type(model).__name__} are not known",
-                expected="example_inputs",
-                found="None",
-                hint="call mpcompile.transform(model, torch.randn(1, 3, 224, 224)) with an input of your size",
-            )
-        for name in ("plan", "locked_mode"):
-            if hasattr(model, name):
-                raise TraceError(
-                    f"{type(model).__name__} has an attribute {name!r}, which the transformed module needs for itself",
-                    hint=f"rename the attribute {name!r} of the model",
-                )
-        if not any(True for _ in model.parameters()):
-            raise TraceError(f"{type(model).__name__} has no parameters: there is nothing to compile")
-        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-            raise TraceError("the model has lazy parameters", hint="run it once on an example input first")
-        try:
-            copied = copy.deepcopy(model)
-        except Exception as error:
-            raise TraceError(f"{type(model).__name__} can't be copied: {error}") from error
-        inputs = _arguments(model, example_inputs)
-        keywords = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
-        gm, notes = _trace(copied, 0 if keywords else len(inputs), keywords)
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        if len(placeholders) != len(inputs):
-            raise InputError(
-                "the number of example inputs doesn't fit",
-                expected=f"{len(placeholders)} ({', '.join(str(p.target) for p in placeholders)})",
-                found=len(inputs),
-            )
-        imported = Imported(gm, inputs, Lifted(), notes)
+        raise _not_a_model(model)
+    if not share:
+        _check_hooks(model)
+    if not isinstance(model, fx.GraphModule):
+        return _import_module(model, example_inputs)
+    imported = _import_graph(model, example_inputs, share)
     check_finite(dict(imported.gm.state_dict()))
     check_finite({imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()})
     return imported

@@ -18,6 +18,7 @@ from mpcompile.graph import IRModule, layers, propagate
 from mpcompile.importers import Imported, import_model
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.macs import count, node_macs
+from mpcompile.modes import with_ordinary_tensors
 from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
@@ -99,6 +100,7 @@ def _shapes(value: Any) -> Any:
     return None
 
 
+@with_ordinary_tensors
 def transform(
     model: nn.Module,
     example_inputs: Any = None,
@@ -178,6 +180,7 @@ def transform(
     )
 
 
+@with_ordinary_tensors
 def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = None) -> IRModule:
     """The lowered module, ahead of time: packed weights, fused layers, no dense copy of what is masked.
 

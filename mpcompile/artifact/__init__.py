@@ -38,6 +38,7 @@ from mpcompile.artifact.packing import pack_tensors, unpack_tensors
 from mpcompile.errors import ArtifactError, GraphError
 from mpcompile.files import write_atomically
 from mpcompile.graph import IRModule
+from mpcompile.modes import with_ordinary_tensors
 from mpcompile.plan import Plan
 
 KIND, VERSION = "mpcompile", 3
@@ -98,6 +99,7 @@ def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
             write_atomically(Path(target, PLAN), json.dumps(_readable(metadata), indent=1) + "\n")
 
 
+@with_ordinary_tensors
 def load(path: str | os.PathLike[str]) -> IRModule:
     """Read what :func:`save` wrote, a file or a folder: the same graph, weights, plan and training flags, on the CPU.
 

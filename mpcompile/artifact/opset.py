@@ -13,6 +13,7 @@ import keyword
 import math
 import operator
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def shown(value: object) -> str:
 # --- Names that end up in the Python source that fx generates and executes ---
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,63}")
+_MOST_PARTS, _LONGEST = 64, 1024  # of a path, and of a name in it
 _TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"})
 
 
@@ -65,10 +66,24 @@ def identifier(text: object) -> str:
 
 
 def module_path(text: object) -> str:
-    """``text`` if it is a dotted path of names made of letters, digits and underscores."""
-    if isinstance(text, str) and _PATH.fullmatch(text):
+    """``text`` if it is a dotted path of names that PyTorch allows and that can't end a text in Python source.
+
+    fx writes a name that is no identifier as ``getattr(self, "name")``: a name with a quotation mark, a backslash or
+    a line break could go on as code. An identifier has to be in the form that Python reads it in.
+    """
+    if isinstance(text, str) and text.count(".") < _MOST_PARTS and all(map(_is_name, text.split("."))):
         return text
-    raise Refusal("a path can't name a layer or tensor", expected="names joined by dots", found=shown(text))
+    raise Refusal(
+        "a path can't name a layer or tensor",
+        expected="names of printable characters without quotation marks and backslashes, joined by dots",
+        found=shown(text),
+    )
+
+
+def _is_name(text: str) -> bool:
+    if not 0 < len(text) <= _LONGEST or not text.isprintable() or any(c in text for c in "\"'\\"):
+        return False
+    return not text.isidentifier() or unicodedata.normalize("NFKC", text) == text
 
 
 def words(text: str) -> frozenset[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 from mpcompile.artifact import combinations
 from mpcompile.artifact.opset import Refusal, shown
 from mpcompile.errors import InputError
-from mpcompile.graph import IRModule, attribute
-from mpcompile.kernels import ops
+from mpcompile.graph import IRModule, masked
 from mpcompile.kernels.nm_format import (
     MAX_M,
     Pattern,
@@ -28,22 +27,8 @@ from mpcompile.kernels.nm_format import (
     pack,
     to_rows,
 )
-from mpcompile.layers import MaskedConv2d, MaskedLinear
 
 log = logging.getLogger(__name__)
-
-
-def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
-    """(weight, mask, pattern) of everything masked: layers, and calls of the masked operators."""
-    for module in gm.modules():
-        if isinstance(module, (MaskedLinear, MaskedConv2d)):
-            yield module.weight, module.mask, module.pattern
-    for node in gm.graph.nodes:
-        if node.target in (ops.masked_linear, ops.masked_conv2d) and len(node.args) > 4:
-            sources = node.args[1:3]
-            if all(getattr(source, "op", None) == "get_attr" for source in sources):
-                weight, mask = (attribute(gm, str(source.target)) for source in sources)
-                yield weight, mask, Pattern(*node.args[-2:])
 
 
 def pack_tensors(gm: IRModule, kinds: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
