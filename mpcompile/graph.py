@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrize
 
@@ -185,8 +185,8 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def hint(size: Any) -> Any:
-    """A SymInt's example value, read without specialising the compile on it; anything else as it is."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+    """A symbolic number's example value, read without specialising the compile on it; anything else as it is."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -207,14 +207,46 @@ def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = flag
 
 
+def reads_number(node: fx.Node) -> bool:
+    """Whether a node takes a Python number out of a tensor, as compiled code does with numbers that vary."""
+    if node.op == "call_method":
+        return node.target == "item"
+    return node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+
+
 class _Shapes(FakeTensorProp):
-    """Runs the graph on fake tensors; leaves ``val`` and ``macs`` (of the whole batch) on every node."""
+    """Runs the graph on fake tensors; leaves ``val`` and ``macs`` (of the whole batch) on every node.
+
+    Args:
+        numbers: what the placeholders of single numbers hold, by name: fake tensors have no values.
+    """
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, numbers: Mapping[str, Any]) -> None:
+        super().__init__(gm, mode)
+        self.numbers = numbers
 
     def run_node(self, n: fx.Node) -> Any:
+        if reads_number(n):
+            return self._number(n)
         with flop_counter() as counter:
             result = super().run_node(n)
         n.meta["macs"] = counter.get_total_flops() // 2
         return result
+
+    def _number(self, n: fx.Node) -> Any:
+        """The number that was given, or the one that it had when the graph was captured; else 1."""
+        source: Any = n.all_input_nodes[0]
+        known = self.numbers.get(source.name, hint(n.meta.get("example_value")))
+        if not isinstance(known, (bool, int, float)):
+            known = torch.ones((), dtype=self.env[source].dtype).item()
+        n.meta["val"], n.meta["macs"] = known, 0
+        return known
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a graph input is a single number whose value is known."""
+    known = isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type == "cpu"
+    return known and value.dim() == 0
 
 
 def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -225,7 +257,9 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [hint(value) for value in inputs]
-    prop = _Shapes(gm, mode)
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    numbers = {name: v.item() for name, v in zip(names, inputs, strict=False) if _is_number(v)}
+    prop = _Shapes(gm, mode, numbers)
     # Not under no_grad: the counter's module tracker hooks views of parameters, which then have no gradient function.
     with training_flags(gm, False), torch.enable_grad():
         try:
@@ -244,11 +278,11 @@ def real_inputs(gm: fx.GraphModule, lifted: Lifted) -> list[fx.Node]:
 
 
 def batch_size(gm: fx.GraphModule, lifted: Lifted) -> int:
-    """Length of axis 0 of the first tensor input; 1 where there is none."""
+    """Length of axis 0 of the first tensor input; 1 where there is none, or where it is empty."""
     for node in real_inputs(gm, lifted):
         shape = shape_of(node)
         if shape:
-            return shape[0]
+            return max(1, shape[0])
     return 1
 
 
@@ -334,9 +368,10 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
         return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
     raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
     axes = [_ints(value) for value in raw]
-    obstacle = "its stride, padding or dilation is not a number" if None in axes else None
     groups = argument(node, 6 + shift, "groups", 1)
-    geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups)
+    known = None not in axes and isinstance(groups, int)
+    obstacle = None if known else "its stride, padding, dilation or groups is not a number"
+    geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups if known else 1)
     return LayerOp(node, name, "conv2d", source, weight, bias, geometry, pattern, mask, obstacle)
 
 

@@ -21,6 +21,7 @@ from mpcompile.macs import count, node_macs
 from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.effects import explicit
 from mpcompile.passes.fold import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
@@ -67,6 +68,8 @@ class Pipeline:
         """
         gm = model.gm
         output = _shapes(propagate(gm, ctx.inputs))
+        if explicit(gm):
+            gm.recompile()
         dense, _ = count(gm, lifted=ctx.lifted)
         before = node_macs(gm, ctx.lifted)
         for item in self.passes:
