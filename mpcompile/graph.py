@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,15 @@ _PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
 
+_LIVE: weakref.WeakSet[IRModule] = weakref.WeakSet()
+
+
 class IRModule(fx.GraphModule):
     """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _LIVE.add(self)
 
     @property
     def plan(self) -> Plan:
@@ -74,6 +82,15 @@ class IRModule(fx.GraphModule):
             )
         super().train(mode)
         return self
+
+
+def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of these parameters belongs to a module with a plan.
+
+    What dynamo captures of such a module carries no plan, and where neither mask nor merge is in it, no sign either.
+    """
+    wanted = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
+    return any(id(p) in wanted for gm in list(_LIVE) if gm.meta.get(_PLAN) is not None for p in gm.parameters())
 
 
 @dataclass(frozen=True)

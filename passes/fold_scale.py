@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from mpcompile.graph import FOLDED, IRModule, LayerOp, argument, fake_value, keep, layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.effects import erase_orphans, storage, written_tensors
+from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.passes.fold import parameter
 from mpcompile.passes.fuse import follow
 

@@ -23,7 +23,7 @@ from mpcompile.kernels.nm_linear.packed import BEHIND
 from mpcompile.layers import ByMode
 from mpcompile.macs import is_add
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.effects import writes
+from mpcompile.effects import writes
 from mpcompile.passes.lower import PACKED
 
 _VALUES, _RESIDUAL = 1, 4  # positions in the schemas of nm_gemm and nm_conv; the activation is last

@@ -16,7 +16,7 @@ from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.effects import erase_orphans, storage, written_tensors
+from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.plan import LayerPlan
 
 PACKED = "packed"

@@ -8,13 +8,13 @@ edge of the graph says so. :func:`explicit` adds the edges where it can.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mpcompile.graph import IRModule, Lifted, argument, attribute, fake_value, target_name
+from mpcompile.graph import IRModule, Lifted, argument, attribute, dynamo_name, fake_value, target_name
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 _SWITCHES = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})
@@ -112,6 +112,18 @@ def written_tensors(gm: IRModule, lifted: Lifted) -> set[int]:
             if place is not None and place[0] in held:
                 found.add(storage(held[place[0]]))
     return found
+
+
+def own_copies(gm: fx.GraphModule, values: Sequence[Any]) -> list[Any]:
+    """Inputs of a graph that may be run on them: copies where it writes in place, perhaps into what it is given."""
+    if not any(written(gm, node) for node in gm.graph.nodes):
+        return list(values)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    held = (isinstance(v, torch.nn.Parameter) for v in values)
+    return [
+        v.clone() if isinstance(v, Tensor) and not parameter and dynamo_name(n) is None else v
+        for n, v, parameter in zip(placeholders, values, held, strict=True)
+    ]
 
 
 def storage(tensor: Tensor) -> int:
