@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.library import Library
 
+from mpcompile.kernels import autocast
 from mpcompile.kernels.nm_linear import native, reference
 from mpcompile.kernels.token_merge import fused
 from mpcompile.kernels.token_merge import reference as merging
@@ -72,6 +73,7 @@ for _schema, _implementation in _DEFINITIONS:
     _LIBRARY.impl(_schema.split("(", 1)[0], _implementation, "CompositeImplicitAutograd")
 
 native.define(_LIBRARY)
+autocast.define(_LIBRARY)
 
 masked_linear = torch.ops.mpcompile.masked_linear.default
 masked_conv2d = torch.ops.mpcompile.masked_conv2d.default

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import IRModule, Lifted, keep, layers, owned_by_transformed
+from mpcompile.graph import IRModule, Lifted, keep, layers, owned_by_transformed, unsupported
 from mpcompile.importers import Imported, import_model
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
@@ -206,6 +206,10 @@ def _transform(imported: Imported, config: Config) -> Plan:
     weights = {layer.name: layer.weight.tensor for layer in layers(gm, imported.lifted)}
     options: dict[str, Any] = {"masks": masks, "owned": False, "allocated": allocated or None, "tolerant": True}
     plan = run_pipeline(imported, config, Pipeline(), **options).plan
+    hidden = {name: why for name, (_, why) in unsupported(gm, imported.lifted).items() if why.startswith("inside ")}
+    if hidden and config.pattern != "dense":
+        name, why = next(iter(hidden.items()))
+        _STATE.say_once(f"mpsparse: {len(hidden)} weights stay dense, such as {name}: {why}")
     for why in unmerged(plan):
         _STATE.say_once(f"mpsparse: nothing merged in this graph: {why}")
     for name, mask in masks.items():

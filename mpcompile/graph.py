@@ -26,6 +26,7 @@ from mpcompile.flops import flop_counter
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
+from mpcompile.regions import opaque
 
 if TYPE_CHECKING:
     from mpcompile.plan import Plan
@@ -245,6 +246,11 @@ class _Shapes(FakeTensorProp):
     def run_node(self, n: fx.Node) -> Any:
         if reads_number(n):
             return self._number(n)
+        if opaque(n):  # counts for nothing: which of its graphs runs, and how often, is not known
+            with torch.no_grad():
+                result = super().run_node(n)
+            n.meta["macs"] = 0
+            return result
         with flop_counter() as counter:
             result = super().run_node(n)
         n.meta["macs"] = counter.get_total_flops() // 2
@@ -418,12 +424,13 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
                 full = f"{node.target}.{name}"
                 if parameter.dim() >= 2 and full not in known:
                     found[_layer_name(full)] = (tuple(parameter.shape), f"inside {type(module).__name__}")
-        elif node.op == "call_function" and (node.target in MATMUL or "conv" in str(node.target)):
+        elif node.op == "call_function" and (node.target in MATMUL or "conv" in str(node.target) or opaque(node)):
             for operand in node.all_input_nodes:
                 ref = _resolve(gm, operand, lifted or Lifted())
                 if ref is not None and ref.tensor.dim() >= 2 and ref.name not in known:
                     op = getattr(node.target, "__name__", str(node.target))
-                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), f"used by {op}")
+                    why = f"inside {opaque(node)}, which holds a graph of its own" if opaque(node) else f"used by {op}"
+                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), why)
     return found
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import InputError, MPCompileError, TraceError
-from mpcompile.graph import IRModule, Lifted, dynamo_name, fake_value, hint, lifted_from, training_flags
+from mpcompile.graph import IRModule, Lifted, dynamo_name, fake_value, hint, layers, lifted_from, training_flags
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
+from mpcompile.regions import inline_regions
 
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -228,15 +229,18 @@ def _import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Impor
     return Imported(owned, [_example(n) for n in placeholders], Lifted(), [])
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor], *, bounds: bool = False) -> None:
     """Raise for the first weight that isn't finite; a single number may be infinite (the bound of a clamp).
+
+    Args:
+        bounds: let all values be infinite (an attention mask holds -inf where it hides), but none NaN.
 
     Raises:
         InputError: names the tensor, and how many of its values are NaN or infinite.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.device.type != "meta":
-            bad = int((~torch.isfinite(tensor) if tensor.dim() else tensor.isnan()).sum())
+            bad = int((~torch.isfinite(tensor) if tensor.dim() and not bounds else tensor.isnan()).sum())
             if bad:
                 raise InputError(
                     "the weight is not finite",
@@ -299,6 +303,10 @@ def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = 
                 found=len(inputs),
             )
         imported = Imported(gm, inputs, Lifted(), notes)
-    check_finite(dict(imported.gm.state_dict()))
-    check_finite({imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()})
+    inline_regions(imported.gm)
+    found = layers(imported.gm, imported.lifted)
+    biases = {f"{layer.name}.bias": layer.bias for layer in found if isinstance(layer.bias, Tensor)}
+    check_finite({layer.weight.name: layer.weight.tensor for layer in found} | biases)
+    everything = {imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()}
+    check_finite({**imported.gm.state_dict(), **everything}, bounds=True)
     return imported
