@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.library import Library
 
 from mpcompile.errors import InputError
+from mpcompile.kernels import autocast
 from mpcompile.kernels.nm_linear import checks, native, reference
 from mpcompile.kernels.token_merge import fused
 from mpcompile.kernels.token_merge import reference as merging
@@ -73,6 +74,7 @@ for _schema, _implementation in _DEFINITIONS:
     _LIBRARY.impl(_schema.split("(", 1)[0], _implementation, "CompositeImplicitAutograd")
 
 native.define(_LIBRARY)
+autocast.define(_LIBRARY)
 
 masked_linear = torch.ops.mpcompile.masked_linear.default
 masked_conv2d = torch.ops.mpcompile.masked_conv2d.default

@@ -22,9 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import IRModule, Lifted, keep, layers
+from mpcompile.graph import IRModule, Lifted, keep, layers, owned_by_transformed, unsupported
 from mpcompile.importers import Imported, import_model
-from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold import FoldNorm
@@ -32,7 +31,8 @@ from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower, Slot
 from mpcompile.passes.mask import magnitude_mask
-from mpcompile.pipeline import Pipeline, run_pipeline
+from mpcompile.passes.merge_tokens import unmerged
+from mpcompile.pipeline import Pipeline, run_pipeline, transformed
 from mpcompile.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -198,14 +198,20 @@ def _known_patterns(gm: fx.GraphModule, lifted: Lifted, config: Config) -> dict[
 
 def _transform(imported: Imported, config: Config) -> Plan:
     """Mask and merge a graph that came in dense; a transformed one is left as it is."""
-    done = ops.MASKED | ops.MERGING | ops.PACKED
     gm = imported.gm
-    if any(node.target in done for node in gm.graph.nodes):
+    if transformed(imported) or owned_by_transformed(imported.lifted.tensors.values()):
         return run_pipeline(imported, config, Pipeline([]), owned=False).plan
     allocated = _known_patterns(gm, imported.lifted, config)
     masks = _known_masks(gm, imported.lifted, config, allocated)
     weights = {layer.name: layer.weight.tensor for layer in layers(gm, imported.lifted)}
-    plan = run_pipeline(imported, config, Pipeline(), masks=masks, owned=False, allocated=allocated or None).plan
+    options: dict[str, Any] = {"masks": masks, "owned": False, "allocated": allocated or None, "tolerant": True}
+    plan = run_pipeline(imported, config, Pipeline(), **options).plan
+    hidden = {name: why for name, (_, why) in unsupported(gm, imported.lifted).items() if why.startswith("inside ")}
+    if hidden and config.pattern != "dense":
+        name, why = next(iter(hidden.items()))
+        _STATE.say_once(f"mpsparse: {len(hidden)} weights stay dense, such as {name}: {why}")
+    for why in unmerged(plan):
+        _STATE.say_once(f"mpsparse: nothing merged in this graph: {why}")
     for name, mask in masks.items():
         _STATE.masks.setdefault(weights[name], {})[Pattern.parse(plan.layers[name].pattern)] = mask
     for name, entry in plan.layers.items() if config.mac_reduction is not None else ():

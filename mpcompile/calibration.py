@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, device_of, fake_value, hint, layers, training_flags
 from mpcompile.importers import Imported
@@ -396,7 +397,7 @@ def collect(
         for batch in tqdm(values, desc="calibrate", unit="batch", disable=None):
             seen += 1
             try:
-                collector.run(*batch)
+                collector.run(*own_copies(model.gm, batch))
             except RuntimeError as error:
                 raise InputError(f"the model rejects a calibration batch: {str(error).splitlines()[0]}") from error
     if not seen:

@@ -17,14 +17,14 @@ import re
 import secrets
 import types
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.graph import CodeGen, PythonCode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrize
@@ -36,6 +36,7 @@ from mpcompile.isolation import tensors_of, untouched, without_global_hooks
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
+from mpcompile.regions import opaque
 
 if TYPE_CHECKING:
     from mpcompile.plan import Plan
@@ -63,6 +64,7 @@ _FORWARD_HOOKS = (
 )
 _CLASSES: weakref.WeakValueDictionary[str, type[IRModule]] = weakref.WeakValueDictionary()
 _PROCESS, _COUNTER = secrets.token_hex(8), itertools.count()
+_LIVE: weakref.WeakSet[IRModule] = weakref.WeakSet()
 
 
 class IRModule(fx.GraphModule):
@@ -74,6 +76,10 @@ class IRModule(fx.GraphModule):
 
     _made_of: ClassVar[Any] = None  # what the generated code depends on
     _made_as: ClassVar[str] = ""  # names the class in this process
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _LIVE.add(self)
 
     @property
     def plan(self) -> Plan:
@@ -263,6 +269,15 @@ def _unpickled(name: str, token: str, state: dict[str, Any], records: list[_Node
     return gm
 
 
+def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of these parameters belongs to a module with a plan.
+
+    What dynamo captures of such a module carries no plan, and where neither mask nor merge is in it, no sign either.
+    """
+    wanted = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
+    return any(id(p) in wanted for gm in list(_LIVE) if gm.meta.get(_PLAN) is not None for p in gm.parameters())
+
+
 @dataclass(frozen=True)
 class ParamRef:
     """A parameter or buffer: its dotted name, its tensor, and the node that brings it in (None inside a module)."""
@@ -422,8 +437,8 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def hint(size: Any) -> Any:
-    """A SymInt's example value, read without specialising the compile on it; anything else as it is."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+    """A symbolic number's example value, read without specialising the compile on it; anything else as it is."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -454,20 +469,38 @@ def _is_plain(module: nn.Module) -> bool:
     return True
 
 
+def reads_number(node: fx.Node) -> bool:
+    """Whether a node takes a Python number out of a tensor, as compiled code does with numbers that vary."""
+    if node.op == "call_method":
+        return node.target == "item"
+    return node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+
+
 class _Shapes(FakeTensorProp):
     """Runs the graph on fake tensors; leaves ``val`` and ``macs`` (of the whole batch) on every node.
 
     Layers that could keep something of what they see are called on copies that share their tensors.
+
+    Args:
+        numbers: what the placeholders of single numbers hold, by name: fake tensors have no values.
     """
 
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, numbers: Mapping[str, Any]) -> None:
         super().__init__(gm, mode)
         self.extra_traceback = False
+        self.numbers = numbers
         self.node: fx.Node | None = None  # the one that runs
         self.stand_ins: dict[str, nn.Module] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
+        if reads_number(n):
+            return self._number(n)
+        if opaque(n):  # counts for nothing: which of its graphs runs, and how often, is not known
+            with torch.no_grad():
+                result = super().run_node(n)
+            n.meta["macs"] = 0
+            return result
         with flop_counter() as counter:
             result = super().run_node(n)
         n.meta["macs"] = counter.get_total_flops() // 2
@@ -487,6 +520,21 @@ class _Shapes(FakeTensorProp):
         with untouched(module):
             return self.stand_ins[target](*args, **kwargs)
 
+    def _number(self, n: fx.Node) -> Any:
+        """The number that was given, or the one that it had when the graph was captured; else 1."""
+        source: Any = n.all_input_nodes[0]
+        known = self.numbers.get(source.name, hint(n.meta.get("example_value")))
+        if not isinstance(known, (bool, int, float)):
+            known = torch.ones((), dtype=self.env[source].dtype).item()
+        n.meta["val"], n.meta["macs"] = known, 0
+        return known
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a graph input is a single number whose value is known."""
+    known = isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type == "cpu"
+    return known and value.dim() == 0
+
 
 def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Recompute shapes and MACs of every node, in eval mode and without touching a real value.
@@ -496,7 +544,9 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [hint(value) for value in inputs]
-    prop = _Shapes(gm, mode)
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    numbers = {name: v.item() for name, v in zip(names, inputs, strict=False) if _is_number(v)}
+    prop = _Shapes(gm, mode, numbers)
     # Not under no_grad: the counter's module tracker hooks views of parameters, which then have no gradient function.
     with training_flags(gm, False), torch.enable_grad(), without_global_hooks():
         try:
@@ -520,11 +570,11 @@ def real_inputs(gm: fx.GraphModule, lifted: Lifted) -> list[fx.Node]:
 
 
 def batch_size(gm: fx.GraphModule, lifted: Lifted) -> int:
-    """Length of axis 0 of the first tensor input; 1 where there is none."""
+    """Length of axis 0 of the first tensor input; 1 where there is none, or where it is empty."""
     for node in real_inputs(gm, lifted):
         for value in pytree.tree_leaves(fake_value(node)):
             if isinstance(value, Tensor) and value.dim():
-                return int(hint(value.shape[0]))
+                return max(1, int(hint(value.shape[0])))
     return 1
 
 
@@ -622,9 +672,10 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
         return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
     raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
     axes = [_ints(value) for value in raw]
-    obstacle = "its stride, padding or dilation is not a number" if None in axes else _dtype_obstacle(weight.tensor)
     groups = argument(node, 6 + shift, "groups", 1)
-    geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups)
+    known = None not in axes and isinstance(groups, int)
+    obstacle = _dtype_obstacle(weight.tensor) if known else "its stride, padding, dilation or groups is not a number"
+    geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups if known else 1)
     return LayerOp(node, name, "conv2d", source, weight, bias, geometry, pattern, mask, obstacle)
 
 
@@ -654,12 +705,13 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
                 full = f"{node.target}.{name}"
                 if parameter.dim() >= 2 and full not in known:
                     found[_layer_name(full)] = (tuple(parameter.shape), f"inside {type(module).__name__}")
-        elif node.op == "call_function" and (node.target in MATMUL or "conv" in str(node.target)):
+        elif node.op == "call_function" and (node.target in MATMUL or "conv" in str(node.target) or opaque(node)):
             for operand in node.all_input_nodes:
                 ref = _resolve(gm, operand, lifted or Lifted())
                 if ref is not None and ref.tensor.dim() >= 2 and ref.name not in known:
                     op = getattr(node.target, "__name__", str(node.target))
-                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), f"used by {op}")
+                    why = f"inside {opaque(node)}, which holds a graph of its own" if opaque(node) else f"used by {op}"
+                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), why)
     return found
 
 

@@ -33,12 +33,14 @@ from mpcompile.graph import (
     dynamo_name,
     fake_value,
     hint,
+    layers,
     lifted_from,
     training_flags,
 )
 from mpcompile.isolation import global_hooks, of_torch, rebind, tensors_of, untouched, without_global_hooks
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 from mpcompile.modes import captured_mode, ordinary
+from mpcompile.regions import inline_regions
 from mpcompile.tracing import Tracer, replaced_forward
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -369,15 +371,18 @@ def _import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Impor
     return Imported(owned, [_example(n) for n in placeholders], Lifted(), [])
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor], *, bounds: bool = False) -> None:
     """Raise for the first weight that isn't finite; a single number may be infinite (the bound of a clamp).
+
+    Args:
+        bounds: let all values be infinite (an attention mask holds -inf where it hides), but none NaN.
 
     Raises:
         InputError: names the tensor, and how many of its values are NaN or infinite.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.device.type != "meta":
-            bad = int((~torch.isfinite(tensor) if tensor.dim() else tensor.isnan()).sum())
+            bad = int((~torch.isfinite(tensor) if tensor.dim() and not bounds else tensor.isnan()).sum())
             if bad:
                 raise InputError(
                     "the weight is not finite",
@@ -543,7 +548,6 @@ def _import_module(model: nn.Module, example_inputs: Any) -> Imported:
             expected=f"{len(placeholders)} ({', '.join(str(p.target) for p in placeholders)})",
             found=len(inputs),
         )
-    check_finite(dict(gm.state_dict()))
     carry(copied, gm)
     return Imported(gm, inputs, Lifted(), notes)
 
@@ -582,9 +586,14 @@ def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = 
         raise _not_a_model(model)
     if not share:
         _check_hooks(model)
-    if not isinstance(model, fx.GraphModule):
-        return _import_module(model, example_inputs)
-    imported = _import_graph(model, example_inputs, share)
-    check_finite(dict(imported.gm.state_dict()))
-    check_finite({imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()})
+    if isinstance(model, fx.GraphModule):
+        imported = _import_graph(model, example_inputs, share)
+    else:
+        imported = _import_module(model, example_inputs)
+    inline_regions(imported.gm)
+    found = layers(imported.gm, imported.lifted)
+    biases = {f"{layer.name}.bias": layer.bias for layer in found if isinstance(layer.bias, Tensor)}
+    check_finite({layer.weight.name: layer.weight.tensor for layer in found} | biases)
+    everything = {imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()}
+    check_finite({**imported.gm.state_dict(), **everything}, bounds=True)
     return imported

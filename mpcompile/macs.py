@@ -68,7 +68,7 @@ def count(gm: fx.GraphModule, dense: int | None = None, lifted: Lifted | None = 
 
     Args:
         gm: the graph.
-        dense: MACs per sample of the model before any pass; None when ``gm`` is that model.
+        dense: MACs per sample of the model before any pass; None when all its tokens and layers are still in ``gm``.
 
     Returns:
         The totals per sample, and the executed MACs of each layer.
@@ -77,18 +77,19 @@ def count(gm: fx.GraphModule, dense: int | None = None, lifted: Lifted | None = 
     density = {layer.node: executed_density(layer) for layer in layers(gm, lifted)}
     names = {layer.node: layer.name for layer in layers(gm, lifted)}
     charges = _merge_charges(gm)
+    everything = matching = 0
     executed = paper = 0.0
-    matching = 0
     per_layer: dict[str, int] = defaultdict(int)
     for node in gm.graph.nodes:
         macs = node.meta.get("macs", 0)
         if node.target in (ops.token_merge, ops.token_follow):
             matching += macs
             continue
+        everything += macs
         run = macs * density.get(node, 1.0)
         executed += run
         paper += run * charges.get(node, 1.0)
         if node in names:
             per_layer[names[node]] += round(run / batch)
     totals = (round(executed / batch), round(paper / batch))
-    return Macs(totals[0] if dense is None else dense, *totals, matching // batch), dict(per_layer)
+    return Macs(round(everything / batch) if dense is None else dense, *totals, matching // batch), dict(per_layer)

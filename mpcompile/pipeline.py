@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +15,11 @@ from torch import nn
 
 from mpcompile.calibration import as_batches, peek
 from mpcompile.config import CALIBRATIONS, Config
+from mpcompile.effects import explicit
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.graph import IRModule, layers, propagate
 from mpcompile.importers import Imported, import_model
+from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.macs import count, node_macs
 from mpcompile.modes import with_ordinary_tensors
@@ -27,10 +31,12 @@ from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower
 from mpcompile.passes.mask import Mask
-from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.merge_tokens import MergeTokens, unmerged
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
-from mpcompile.plan import Plan
+from mpcompile.plan import LayerPlan, Macs, Plan, is_lowered
+
+log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -68,9 +74,14 @@ class Pipeline:
         """
         gm = model.gm
         output = _shapes(propagate(gm, ctx.inputs))
-        dense, _ = count(gm, lifted=ctx.lifted)
-        before = node_macs(gm, ctx.lifted)
+        if explicit(gm):
+            gm.recompile()
         for item in self.passes:
+            item.check(gm, ctx)
+        accounts = _Accounts(gm, ctx)
+        for item in self.passes:
+            if isinstance(item, Lower):
+                accounts.close(gm)
             result = item.run(gm, ctx)
             gm = result.graph_module
             if result.modified:
@@ -80,13 +91,43 @@ class Pipeline:
                     raise GraphError(f"pass {item.name!r} broke the graph: {error}") from error
                 if after != output:
                     raise GraphError(f"pass {item.name!r} changed the output", expected=output, found=after)
-        plan = ctx.plan
-        plan.macs, executed = count(gm, dense.dense, ctx.lifted)
-        for name, entry in plan.layers.items():
-            entry.macs_dense = before.get(name, 0)
-            entry.macs_executed = executed.get(name, entry.macs_dense)
-        gm.plan = plan
+        accounts.close(gm)
+        accounts.enter(ctx.plan)
+        gm.plan = ctx.plan
         return gm
+
+
+class _Accounts:
+    """Multiply-accumulates of one run: of the dense model, and of the graph once its masks and merges are decided.
+
+    Packed layers show no patterns, and merged tokens are no longer there to be counted: what the plan that the graph
+    came with knows of the model before goes on, and nothing is counted behind Lower.
+    """
+
+    def __init__(self, gm: IRModule, ctx: Context) -> None:
+        plan = ctx.plan
+        known = plan.macs.dense > 0
+        lowered = is_lowered(gm, plan)
+        self.lifted = ctx.lifted
+        self.macs: Macs | None = plan.macs if known and lowered else None
+        self.executed = {name: entry.macs_executed for name, entry in plan.layers.items()} if self.macs else {}
+        self.dense, self.layers = count(gm, lifted=ctx.lifted)[0].dense, node_macs(gm, ctx.lifted)
+        if known and (lowered or any(node.target in ops.PACKED | ops.MERGING for node in gm.graph.nodes)):
+            self.dense = plan.macs.dense
+            self.layers |= {name: entry.macs_dense for name, entry in plan.layers.items() if entry.macs_dense}
+
+    def close(self, gm: IRModule) -> None:
+        """Count the graph as it is now; later calls count nothing."""
+        if self.macs is None:
+            self.macs, self.executed = count(gm, self.dense, self.lifted)
+
+    def enter(self, plan: Plan) -> None:
+        """Put the figures into a plan."""
+        assert self.macs is not None  # close() comes first
+        plan.macs = self.macs
+        for name, entry in plan.layers.items():
+            entry.macs_dense = self.layers.get(name, 0)
+            entry.macs_executed = self.executed.get(name, entry.macs_dense)
 
 
 def _shapes(value: Any) -> Any:
@@ -205,13 +246,57 @@ def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = 
     config = replace(Config() if config is None else config, score="magnitude", frozen=True)
     imported = import_model(model, example_inputs)
     imported.gm.eval()
-    return complete(imported, config, [FoldNorm(), FoldScale(), Lower(), Fuse()])
+    gm = complete(imported, config, [FoldNorm(), FoldScale(), Lower(), Fuse()])
+    for reason in unmerged(gm.plan):
+        log.warning("nothing merged: %s", reason)
+    return gm
+
+
+def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
+    """The plan that a graph carries, or None where it was never transformed."""
+    try:
+        return gm.plan if isinstance(gm, IRModule) else None
+    except GraphError:
+        return None
+
+
+def transformed(imported: Imported) -> bool:
+    """Whether a graph has been through :func:`transform`: its plan says so, or (a captured graph has none) its ops."""
+    ours = ops.MASKED | ops.MERGING | ops.PACKED
+    return (
+        plan_of(imported.gm) is not None
+        or any(node.target in ours for node in imported.gm.graph.nodes)
+        or any(layer.pattern is not None for layer in layers(imported.gm, imported.lifted))
+    )
 
 
 def complete(imported: Imported, config: Config, passes: Sequence[Pass] = ()) -> IRModule:
-    """Run the default passes unless the graph is masked already, then ``passes``."""
-    transformed = any(layer.pattern is not None for layer in layers(imported.gm, imported.lifted))
-    return run_pipeline(imported, config, Pipeline([*([] if transformed else Pipeline()), *passes]))
+    """Run the default passes unless the graph has been transformed already, then ``passes``."""
+    first = [] if transformed(imported) else Pipeline()
+    return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True)
+
+
+def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
+    """The plan of a run: that of the runs before, with what the graph holds already and what is asked for now."""
+    before = plan_of(imported.gm)
+    plan = Plan() if before is None else copy.deepcopy(before)
+    options, old = config.to_dict(), plan.config
+    merged = any(node.target is ops.token_merge for node in imported.gm.graph.nodes)
+    decides = any(isinstance(p, (Mask, MergeTokens)) for p in pipeline)
+    kept = [key for key in old if key not in ("engine", "frozen")] if before and not decides else []
+    if before and decides and merged:
+        kept += [key for key in old if key.startswith(("tome_", "prefix_"))]
+    if before and decides and config.pattern == "dense" and plan.masked:
+        kept += [key for key in old if not key.startswith(("tome_", "prefix_", "engine", "frozen"))]
+    plan.config = {**options, **{key: old[key] for key in kept}}
+    plan.notes = list(dict.fromkeys([*plan.notes, *imported.notes]))
+    plan.figures = {}  # measured on what the module was before
+    for layer in layers(imported.gm, imported.lifted):
+        if layer.pattern is not None:
+            fresh = LayerPlan(layer.kind, tuple(layer.weight.tensor.shape))
+            entry = plan.layers.setdefault(layer.name, fresh)
+            entry.pattern, entry.density, entry.reason = str(layer.pattern), layer.pattern.density, None
+    return plan
 
 
 def run_pipeline(
@@ -229,6 +314,7 @@ def run_pipeline(
     calibrate: str = "pruned_to_dense",
     seed: int = 0,
     allocated: Mapping[str, Pattern | None] | None = None,
+    tolerant: bool = False,
 ) -> IRModule:
     """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
     for name, value in (("memory", memory), ("prior_weight", prior_weight)):
@@ -239,7 +325,7 @@ def run_pipeline(
     decided = allocated is not None or any(isinstance(p, Allocate) for p in pipeline)
     if config.mac_reduction is not None and not decided and any(isinstance(p, Mask) for p in pipeline):
         raise ConfigError("mac_reduction needs the pass Allocate", expected="Allocate() before Mask()", found=pipeline)
-    plan = Plan(config=config.to_dict(), notes=list(imported.notes))
+    plan = _begun(imported, config, pipeline)
     again = calibration is not None and iter(as_batches(calibration)) is not calibration
     if calibration is not None and not again and (calibrate != "dense" or config.mac_reduction is not None):
         calibration, again = list(calibration), True  # held between layers anyway, or read more than once
@@ -261,6 +347,7 @@ def run_pipeline(
         seed=seed,
         patterns=dict(allocated or {}),
         masks={} if masks is None else masks,
+        tolerant=tolerant,
         plan=plan,
     )
     gm = pipeline(imported, ctx)

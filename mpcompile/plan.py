@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
+from torch import fx
 
 from mpcompile.errors import InputError
+from mpcompile.kernels import ops
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class LayerPlan:
     macs_dense: int = 0
     macs_executed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+def is_lowered(gm: fx.GraphModule, plan: Plan) -> bool:
+    """Whether the masked layers of a graph are packed, or (where a dense engine runs them) were masked and are plain."""
+    return any(record.name == "lower" for record in plan.passes) or any(n.target in ops.PACKED for n in gm.graph.nodes)
 
 
 def _why(layer: LayerPlan) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, training_flags
 from mpcompile.importers import Imported
@@ -103,7 +104,7 @@ def output_energy(
             for part in samples(batch, model, size):
                 runner = _Probed(model.gm, at)
                 try:
-                    found = outputs(runner.run(*part))
+                    found = outputs(runner.run(*own_copies(model.gm, part)))
                     if not found:
                         raise InputError("the model returns no floating-point tensor, so that layers can't be weighed")
                     kind = is_logits(found)
@@ -136,7 +137,8 @@ def divergence(
     total, count = 0.0, 0
     with training_flags(dense, False), training_flags(pruned, False):
         for batch, other in zip(values, values if pruned_values is None else pruned_values, strict=True):
-            wanted, found = outputs(dense(*batch)), outputs(pruned(*other))
+            wanted = outputs(dense(*own_copies(dense, batch)))
+            found = outputs(pruned(*own_copies(pruned, other)))
             count += len(wanted[0])
             if is_logits(wanted):
                 p, q = (y[0].double().log_softmax(-1) for y in (wanted, found))

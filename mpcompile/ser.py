@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
 from mpcompile.graph import IRModule, training_flags
 
@@ -76,7 +77,7 @@ def _movement(
     optimizer = torch.optim.AdamW(reservoir.values(), lr=_LR, weight_decay=0.0)
     for inputs, target in itertools.islice(itertools.cycle(zip(batches, targets, strict=True)), steps):
         state = {name: torch.where(kept[name], w, reservoir[name]) for name, w in weights.items()}
-        logits = torch.func.functional_call(gm, state, tuple(inputs)).float()
+        logits = torch.func.functional_call(gm, state, tuple(own_copies(gm, inputs))).float()
         soft = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
         loss = soft + F.mse_loss(logits, target)
         optimizer.zero_grad(set_to_none=True)
@@ -123,7 +124,7 @@ def source_masks(
     goals = [min(_MAGNITUDE, sparsity), *stages, sparsity] if sparsity > _MAGNITUDE else [sparsity]
     with training_flags(gm, False), torch.enable_grad():
         with torch.no_grad():
-            targets = [gm(*batch) for batch in data]
+            targets = [gm(*own_copies(gm, batch)) for batch in data]
         if not all(isinstance(t, Tensor) and t.dim() == 2 for t in targets):
             raise InputError("score='ser' needs a model that returns logits", expected="a tensor (batch, classes)")
         targets = [t.float() for t in targets]

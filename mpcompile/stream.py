@@ -8,7 +8,6 @@ once (or twice) in all, however many layers there are.
 from __future__ import annotations
 
 import math
-import operator
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,14 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from mpcompile.calibration import FULL, Accumulator, Moments, batches, kind_for
+from mpcompile.effects import own_copies, storage, written
 from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, training_flags
 from mpcompile.importers import Imported
 from mpcompile.kernels import ops
-
-_IN_PLACE = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv})
 
 Env = dict[fx.Node, Any]
 
@@ -115,7 +114,7 @@ class Stream:
         self.shelf = _Shelf(budget)
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
         for values in batches(model, calibration):
-            env = dict(zip(placeholders, values, strict=True))
+            env = dict(zip(placeholders, own_copies(model.gm, values), strict=True))
             self.shelf.append((env, dict(env) if self.two_sided else env))
         if not len(self.shelf):
             raise InputError("calibration is empty", expected="at least one batch", found="none")
@@ -148,10 +147,9 @@ class Stream:
         if node in self.layers or node in self.tensors or not self.changed.isdisjoint(node.all_input_nodes):
             self.changed.add(node)
         changed = node in self.changed
-        if changed and self.two_sided and self._writes(node):
-            for source in node.all_input_nodes:
-                if dense[source] is pruned[source] and isinstance(dense[source], Tensor):
-                    pruned[source] = dense[source].clone()
+        if changed and self.two_sided:
+            for source in written(self.gm, node):
+                self._part(source, dense, pruned)
         try:
             if self.two_sided or not changed:
                 dense[node] = self.runner.on(node, self._paired(node, dense, pruned))
@@ -169,11 +167,21 @@ class Stream:
         keys: Any = node.args[1]
         return {**dense, keys: pruned[keys]}
 
-    def _writes(self, node: fx.Node) -> bool:
-        """Whether the node may change what it is given."""
-        if node.op == "call_module":
-            return bool(getattr(self.gm.get_submodule(str(node.target)), "inplace", False))
-        return node.target in _IN_PLACE or (node.op == "call_method" and str(node.target).endswith("_"))
+    @staticmethod
+    def _part(source: fx.Node, dense: Env, pruned: Env) -> None:
+        """Give the pruned side memory of its own for a tensor that is about to be written, and for its views."""
+        if not isinstance(dense[source], Tensor) or storage(dense[source]) != storage(pruned[source]):
+            return
+        shared = storage(dense[source])
+        copied = dense[source].untyped_storage().clone()
+
+        def moved(value: Tensor) -> Tensor:
+            if storage(value) != shared:
+                return value
+            return value.new_empty(0).set_(copied, value.storage_offset(), value.shape, value.stride())
+
+        for node, value in pruned.items():
+            pruned[node] = tree_map_only(Tensor, moved, value)
 
     def _pruned(self, node: fx.Node, env: Env) -> Any:
         if node in self.tensors:

@@ -44,6 +44,7 @@ class Context:
         masks: masks that were decided before (other graphs of the same model), by layer name.
         projections: what each masked layer became, by name.
         norms: BatchNorm node -> mean and variance of its inputs in the pruned network.
+        tolerant: whether what finds no place in the graph is noted and left out, and what does is done all the same.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class Context:
     masks: dict[str, Tensor] = field(default_factory=dict)
     projections: dict[str, Projection] = field(default_factory=dict)
     norms: dict[fx.Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tolerant: bool = False
     plan: Plan = field(default_factory=Plan)
 
     def pattern_for(self, layer: LayerOp) -> Pattern | None:
@@ -114,6 +116,13 @@ class Pass(PassBase):
     @abc.abstractmethod
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
         """Carry the decision out on the graph; True if it changed."""
+
+    def check(self, gm: IRModule, ctx: Context) -> None:
+        """Refuse what this pass can't do on the graph as it comes in. Called before any pass of a pipeline runs.
+
+        Raises:
+            MPCompileError: it can't.
+        """
 
     def summary(self, decision: dict[str, Any]) -> str:
         """The decision in a sentence."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.graph import FOLDED, IRModule, LayerOp, Lifted, argument, attribute, keep, layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
@@ -72,6 +73,8 @@ def norm_of(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> Norm | None:
         obstacle = "its BatchNorm has no running statistics"
     elif any(value is not None and tensor is None for value, tensor in zip(given, tensors, strict=True)):
         obstacle = "its BatchNorm's parameters are computed"
+    elif not isinstance(eps, (int, float)):
+        obstacle = "its BatchNorm's eps varies from call to call"
     mean, variance, weight, bias = tensors
     return Norm(mean, variance, weight, bias, eps, obstacle)
 
@@ -92,13 +95,16 @@ class FoldNorm(Pass):
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
         found = [layer for layer in layers(gm, ctx.lifted) if layer.kind == "conv2d"]
-        names = [layer.name for layer in found]
+        names, changing = [layer.name for layer in found], written_tensors(gm, ctx.lifted)
         decision: dict[str, Any] = {"folded": [], "left": {}}
         for layer in found:
             norms = [norm for user in layer.node.users if (norm := norm_of(gm, user, ctx.lifted)) is not None]
             if not norms:
                 continue
             why = self._refusal(gm, layer, norms[0], names.count(layer.name), ctx)
+            held = (layer.weight.tensor, *(getattr(norms[0], key) for key in ("mean", "variance", "weight", "bias")))
+            if why is None and changing.intersection(storage(t) for t in held if t is not None):
+                why = "the graph itself writes into what would be folded"
             if why is None:
                 decision["folded"].append(layer.name)
             else:
@@ -148,8 +154,10 @@ class FoldNorm(Pass):
                         end = graph.call_module(f"{after.target}.{key}", (end,))
                     end.meta = dict(after.meta)
         after.replace_all_uses_with(end)
+        read = [*after.all_input_nodes, *node.all_input_nodes]
         graph.erase_node(after)
         graph.erase_node(node)
+        erase_orphans(graph, read)
 
     @staticmethod
     def _tensors(weight: Tensor, bias: Tensor | None, norm: Norm) -> dict[str, Tensor]:

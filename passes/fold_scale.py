@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.graph import FOLDED, IRModule, LayerOp, argument, keep, layers
+from mpcompile.effects import erase_orphans, storage, written_tensors
+from mpcompile.graph import FOLDED, IRModule, LayerOp, argument, fake_value, keep, layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.fold import parameter
@@ -69,14 +70,16 @@ class FoldScale(Pass):
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
         found = [layer for layer in layers(gm, ctx.lifted) if layer.mask is not None]
-        names = [layer.name for layer in found]
+        names, changing = [layer.name for layer in found], written_tensors(gm, ctx.lifted)
         decision: dict[str, Any] = {"folded": [], "left": {}}
         for layer in found:
             factor = self._behind(gm, layer, ctx)
             if factor is None:
                 continue
-            why = _obstacle(layer, factor)
-            if names.count(layer.name) > 1:
+            why = _obstacle(layer, factor) or self._changed(gm, layer)
+            if changing.intersection(storage(t) for t in (factor, layer.weight.tensor)):
+                why = "the graph itself writes into it"
+            elif names.count(layer.name) > 1:
                 why = f"its weight is used {names.count(layer.name)} times"
             elif layer.bias is not None and parameter(gm, layer.bias, ctx.lifted) is None:
                 why = "its bias is computed"
@@ -85,6 +88,15 @@ class FoldScale(Pass):
             else:
                 decision["left"][layer.name] = why
         return decision
+
+    @staticmethod
+    def _changed(gm: IRModule, layer: LayerOp) -> str | None:
+        """Why the layer can't yield the product: under autocast, the product of its output and fp32 is fp32 again."""
+        _, product = follow(gm, layer.node)
+        before, after = (fake_value(n) if n is not None else None for n in (layer.node, product))
+        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype != after.dtype:
+            return f"it yields {before.dtype}, and {after.dtype} behind the factor"
+        return None
 
     @staticmethod
     def _behind(gm: IRModule, layer: LayerOp, ctx: Context) -> Tensor | None:
@@ -123,8 +135,10 @@ class FoldScale(Pass):
                 new = graph.call_function(ops.masked_conv2d, (*head, *axes, *layer.pattern))
         new.meta = dict(product.meta)
         product.replace_all_uses_with(new)
+        read = [*product.all_input_nodes, *node.all_input_nodes]
         for gone in [product, *reversed(idle), node]:
             graph.erase_node(gone)
+        erase_orphans(graph, read)
 
     @staticmethod
     def _keep(gm: IRModule, path: str, key: str, tensor: Tensor) -> fx.Node:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mpcompile.effects import writes
 from mpcompile.graph import IRModule, Lifted, argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.packed import BEHIND
@@ -41,7 +42,6 @@ _ACTIVATION_MODULES = {  # exact types; subclasses may compute something else
 }
 _DROPOUT = frozenset({F.dropout, torch.dropout, _aten.dropout.default})
 _DROPOUT_MODULES = {"torch.nn.modules.dropout.Dropout": "p", "timm.layers.drop.DropPath": "drop_prob"}
-_WRITES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 
 
 def _class_name(module: nn.Module) -> str | None:
@@ -89,19 +89,6 @@ def does_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     p, on = argument(node, 1, "p", 0.5), argument(node, 2, "training", node.kwargs.get("train", True))
     return _number(gm, p) == 0 or _number(gm, on) in (False, 0)
-
-
-def writes(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node may write into one of its inputs."""
-    if node.op == "call_module":
-        return bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = target_name(gm, node)
-    flag = node.kwargs.get("inplace", False) is not False or any(a is True for a in node.args)  # F.relu(x, True)
-    return flag or name in _WRITES or name.endswith("_") or "out" in node.kwargs
 
 
 def follow(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:

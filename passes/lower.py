@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.errors import GraphError
-from mpcompile.graph import IRModule, LayerOp, argument, element_count, keep, layers, shape_of
+from mpcompile.graph import IRModule, LayerOp, argument, element_count, keep, layers, set_attribute, shape_of
 from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose_all, engine_named
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
+from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Context, Pass
 from mpcompile.plan import LayerPlan
 
@@ -112,8 +115,14 @@ class Lower(Pass):
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
         specs: dict[str, LayerSpec] = {}
+        left: dict[str, str] = {}
+        changing = written_tensors(gm, ctx.lifted)
         for layer in layers(gm, ctx.lifted):
-            if layer.pattern is not None and layer.mask is not None:
+            if layer.pattern is None or layer.mask is None:
+                continue
+            if changing.intersection((storage(layer.weight.tensor), storage(layer.mask.tensor))):
+                left[layer.name] = "the graph itself writes into its weight: it stays masked and dense"
+            else:
                 specs.setdefault(layer.name, spec_of(layer))  # a shared weight is judged by its first use
         choices = choose_all(
             list(specs.values()),
@@ -123,11 +132,12 @@ class Lower(Pass):
             progress=self.progress,
         )
         engines = {name: describe(spec, c) for (name, spec), c in zip(specs.items(), choices, strict=True)}
-        return {"engines": engines}
+        return {"engines": engines, "left": left}
 
     def summary(self, decision: dict[str, Any]) -> str:
         names = [e["engine"] for e in decision["engines"].values()]
-        return ", ".join(f"{names.count(n)} layers on {n}" for n in sorted(set(names))) or "nothing to lower"
+        text = ", ".join(f"{names.count(n)} layers on {n}" for n in sorted(set(names))) or "nothing to lower"
+        return text + "".join(f"; {name}: {why}" for name, why in decision["left"].items())
 
     @torch.no_grad()
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
@@ -142,7 +152,8 @@ class Lower(Pass):
                 notes = ctx.plan.layers.setdefault(layer.name, entry).notes
                 notes["lower"] = {**decision["engines"][layer.name], "bytes": slot.nbytes}
             self._replace(gm, layer, slot)
-        gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.is_impure())
+        self._fold_reads(gm, {slot.name: slot for slot in done.values()})
+        self._strip(gm, done)
         gm.delete_all_unused_submodules()
         self.slots = list(done.values())
         return bool(done)
@@ -175,24 +186,53 @@ class Lower(Pass):
             packed = {key: graph.get_attr(f"{prefix}.{key}") for key in slot.buffers}
             bias = layer.bias
             if node.op == "call_module" and bias is not None:
-                bias = self._keep_bias(gm, layer)
+                bias = graph.get_attr(f"{layer.name}.bias")
             source = argument(node, 0, "input")  # not layer.input: that layer may have been replaced since
             target, args = slot.engine.call(slot.spec, source, packed, bias)
             new = graph.call_function(target, args)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+        erase_orphans(graph, (ref.node for ref in (layer.weight, layer.mask) if ref is not None))
 
     @staticmethod
-    def _keep_bias(gm: IRModule, layer: LayerOp) -> fx.Node:
-        """The bias of a module layer survives its module, under its own name."""
-        holder = nn.Module()
-        holder.bias = layer.bias
-        owner, _, leaf = layer.name.rpartition(".")
-        parent = gm.get_submodule(owner)
-        if not isinstance(getattr(parent, leaf), nn.Module) or hasattr(getattr(parent, leaf), "weight"):
-            setattr(parent, leaf, holder)
-        return gm.graph.get_attr(f"{layer.name}.bias")
+    def _fold_reads(gm: IRModule, slots: Mapping[str, Slot]) -> None:
+        """A graph that asks a packed weight for its dtype or shape alone needs no dense copy for the answer."""
+        for node in list(gm.graph.nodes):
+            slot = slots.get(str(node.target).removesuffix(".weight")) if node.op == "get_attr" else None
+            if slot is None:
+                continue
+            known = {"dtype": slot.spec.dtype, "shape": slot.spec.shape, "ndim": len(slot.spec.shape)}
+            for read in [u for u in node.users if u.target is getattr and u.args[1] in known]:
+                value = known[str(read.args[1])]
+                for user in list(read.users):
+                    user.args, user.kwargs = fx.node.map_aggregate(
+                        (user.args, user.kwargs), lambda item, read=read, value=value: value if item is read else item
+                    )
+                gm.graph.erase_node(read)
+            erase_orphans(gm.graph, [node])
+
+    @staticmethod
+    def _strip(gm: IRModule, names: Iterable[str]) -> None:
+        """Of modules whose layers are packed, only the tensors that the graph still reads stay, under their names."""
+        read: dict[str, set[str]] = {}
+        called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+        for node in gm.graph.nodes:
+            owner, _, leaf = str(node.target).rpartition(".")
+            if node.op == "get_attr":
+                read.setdefault(owner, set()).add(leaf)
+        for name in names:
+            module = gm.get_submodule(name) if name in read and name not in called else None
+            if not isinstance(module, (MaskedLinear, MaskedConv2d)):
+                continue
+            holder = nn.Module()
+            for leaf in read[name]:
+                tensor = getattr(module, leaf)
+                if isinstance(tensor, nn.Parameter):
+                    holder.register_parameter(leaf, tensor)
+                else:
+                    holder.register_buffer(leaf, tensor)
+            set_attribute(gm, name, holder)
 
 
 def unpacked(slot: Slot) -> Tensor:

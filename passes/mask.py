@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpcompile.calibration import as_batches, batches, collect
 from mpcompile.config import ROLES, Config
-from mpcompile.errors import InputError, NotEligibleError
+from mpcompile.errors import GraphError, InputError, NotEligibleError
 from mpcompile.graph import IRModule, LayerOp, argument, element_count, layers, set_attribute, unsupported
 from mpcompile.importers import Imported
 from mpcompile.kernels import ops
@@ -23,10 +23,12 @@ from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.project import Projection, in_sequence, project
-from mpcompile.plan import LayerPlan
+from mpcompile.plan import LayerPlan, is_lowered
 from mpcompile.roles import roles
 from mpcompile.scores import covariance_mask, magnitude_mask, top_n
 from mpcompile.ser import source_masks
+
+_ALREADY = "already masked"
 
 __all__ = ["Mask", "covariance_mask", "eligible", "magnitude_mask", "reason", "top_n", "verify"]
 
@@ -99,6 +101,29 @@ class Mask(Pass):
 
     name = "mask"
 
+    def check(self, gm: IRModule, ctx: Context) -> None:
+        """A masked layer keeps its mask: another pattern for it is refused, not passed over."""
+        config, role = ctx.config, roles(gm, ctx.lifted)
+        if config.pattern != "dense" and is_lowered(gm, ctx.plan):
+            raise GraphError(
+                "a lowered module can't be masked: its weights are packed",
+                expected="a module that isn't lowered",
+                found="packed weights",
+                hint="transform the model that it was made from, then lower that",
+            )
+        for layer in layers(gm, ctx.lifted):
+            if layer.pattern is None or reason(layer, role.get(layer.name), ctx) is not None:
+                continue
+            if config.mac_reduction is None and config.pattern_for(layer.weight.tensor) == layer.pattern:
+                continue
+            raise GraphError(
+                "this layer is masked already, and a second mask would be chosen among what the first one left",
+                layer=layer.name,
+                expected=f"pattern='{layer.pattern}' as it is, or pattern='dense' to leave all masks alone",
+                found=_asked(config) if config.mac_reduction is None else f"mac_reduction={config.mac_reduction}",
+                hint="for another pattern transform the dense model, or leave the layer out with exclude",
+            )
+
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
         config, role = ctx.config, roles(gm, ctx.lifted)
         decision: dict[str, Any] = {"pattern": _asked(config), "masked": {}, "patterns": {}, "dense": {}}
@@ -107,7 +132,7 @@ class Mask(Pass):
             if layer.name in decision["masked"]:
                 continue
             if layer.pattern is not None:
-                decision["dense"][layer.name] = "already masked"
+                decision["dense"][layer.name] = _ALREADY
                 continue
             weight = layer.weight.tensor
             devices.add(weight.device)
@@ -120,8 +145,9 @@ class Mask(Pass):
         for name, (_, why) in unsupported(gm, ctx.lifted).items():
             decision["dense"].setdefault(name, why)
         self._check_named(decision, ctx)
-        done = decision["masked"] or "already masked" in decision["dense"].values()
-        if config.pattern != "dense" and not done:
+        done = decision["masked"] or _ALREADY in decision["dense"].values()
+        merged = any(node.target is ops.token_merge for node in gm.graph.nodes)
+        if config.pattern != "dense" and not done and not (ctx.tolerant and merged):
             reasons = sorted({f"{v}" for v in decision["dense"].values()})
             least = min(p.m for device in devices or {torch.device("cpu")} for p in config.choices(device))
             raise NotEligibleError(
@@ -130,14 +156,33 @@ class Mask(Pass):
                 found=("; ".join(reasons) or "a model without linear or 2-d convolution layers"),
                 hint="choose another pattern, a narrower exclude, or pattern='dense'",
             )
+        self._share(gm, decision, ctx)
         fell_back = sum(v == "magnitude" for v in decision["masked"].values())
         decision["fell_back"] = fell_back if config.score != "magnitude" else 0
         return decision
 
+    @staticmethod
+    def _share(gm: IRModule, decision: dict[str, Any], ctx: Context) -> None:
+        """Layers that share a weight share its pattern; where one of them stays dense, all do."""
+        owners: dict[int, list[str]] = {}
+        for layer in layers(gm, ctx.lifted):
+            names = owners.setdefault(id(layer.weight.tensor), [])
+            names += [layer.name] if layer.name not in names else []
+        for names in owners.values():
+            dense = next((name for name in names if name not in decision["masked"]), None)
+            for name in [n for n in names if n in decision["masked"]]:
+                if dense is None or decision["dense"][dense] == _ALREADY:
+                    decision["patterns"][name] = decision["patterns"].get(names[0], decision["patterns"][name])
+                    continue
+                del decision["masked"][name], decision["patterns"][name]
+                decision["dense"][name] = f"its weight is that of {dense}, which stays dense"
+
     def _check_named(self, decision: dict[str, Any], ctx: Context) -> None:
         everything = {**decision["masked"], **decision["dense"]}
         for word in ctx.config.include:
-            if word in ROLES or any(c in word for c in "*?["):
+            if word in ROLES or any(c in word for c in "*?[") or decision["dense"].get(word) == _ALREADY:
+                continue
+            if word not in everything and ctx.tolerant:  # it may stand in another graph of the same model
                 continue
             if word not in everything:
                 raise NotEligibleError(
@@ -174,7 +219,7 @@ class Mask(Pass):
                 continue
             layer = found[name][0]
             entry = ctx.plan.layers.setdefault(name, LayerPlan(layer.kind, tuple(layer.weight.tensor.shape)))
-            if why != "already masked":
+            if why != _ALREADY:
                 entry.reason = why
         for name, projection in self._projections(gm, found, decision, ctx).items():
             uses, pattern = found[name], Pattern.parse(decision["patterns"][name])

@@ -25,6 +25,7 @@ from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.token_axis import Level, TokenAxis
 from mpcompile.passes.token_schedule import counts, merges, solve
 from mpcompile.passes.token_sites import Site, count_prefix, find_sites, key_mask, opaque_attentions
+from mpcompile.plan import Plan, is_lowered
 
 
 def _keys(graph: fx.Graph, site: Site) -> fx.Node:
@@ -112,10 +113,31 @@ def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callab
     return cost
 
 
+def unmerged(plan: Plan) -> list[str]:
+    """Why nothing merged although it was asked for; empty where something did, or nothing was asked."""
+    last = [record.decision for record in plan.passes if record.name == MergeTokens.name][-1:]
+    return [decision["reason"] for decision in last if decision.get("reason")]
+
+
 class MergeTokens(Pass):
     """Token merging with proportional attention in every self-attention block."""
 
     name = "merge_tokens"
+
+    def check(self, gm: IRModule, ctx: Context) -> None:
+        """Merges that are in the graph stay as they are: others are refused, not passed over."""
+        asked, known = ctx.config.to_dict(), ctx.plan.config
+        if ctx.config.tome_r == 0 or not (is_lowered(gm, ctx.plan) or ctx.plan.tokens):
+            return
+        options = [key for key in asked if key.startswith(("tome_", "prefix_"))]
+        if ctx.plan.tokens and all(asked[key] == known.get(key) for key in options):
+            return
+        raise GraphError(
+            "tokens merge in this module already" if ctx.plan.tokens else "a lowered module can't merge tokens any more",
+            expected="tome_r=0, which leaves the module's merges as they are",
+            found=f"tome_r={ctx.config.tome_r!r}" + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
+            hint="transform the model that it was made from, with this tome_r",
+        )
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
         nothing: dict[str, Any] = {"r": [], "prefix": 0, "sites": [], "tokens": []}
@@ -127,13 +149,16 @@ class MergeTokens(Pass):
         sites, reasons = find_sites(gm)
         if not sites:
             name, why = next(iter((reasons or opaque_attentions(gm)).items()), (None, None))
-            raise NotEligibleError(
+            error = NotEligibleError(
                 f"tome_r={r}, but there is no attention block to merge in",
                 layer=name,
                 expected="attention with a residual addition, on (batch, tokens, channels)",
                 found=why or "no attention",
                 hint="use tome_r=0 for this model",
             )
+            if ctx.tolerant:
+                return {**nothing, "reason": str(error)}
+            raise error
         key_mask(sites)
         prefix = count_prefix(sites[0], ctx.lifted) if ctx.config.prefix_tokens is None else ctx.config.prefix_tokens
         tokens = (shape_of(sites[0].residual) or (0, 0))[1]
@@ -149,7 +174,7 @@ class MergeTokens(Pass):
 
     def summary(self, decision: dict[str, Any]) -> str:
         if not decision["sites"]:
-            return "already merged" if decision.get("already") else "off"
+            return "already merged" if decision.get("already") else decision.get("reason") or "off"
         tokens, r = decision["tokens"], decision["r"]
         schedule = str(r[0]) if len(set(r)) == 1 else ", ".join(map(str, r))
         text = f"r = {schedule} in {len(decision['sites'])} blocks, tokens {tokens[0]} -> {tokens[-1]}"
@@ -159,6 +184,8 @@ class MergeTokens(Pass):
 
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
         tokens = decision["tokens"]
+        if decision.get("reason"):
+            ctx.plan.note(f"nothing merged: {decision['reason']}")
         if not tokens or tokens[0] == tokens[-1]:
             return False
         names = set(decision["sites"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.calibration import DIAGONAL, as_batches, batches, collect
+from mpcompile.effects import own_copies
 from mpcompile.graph import IRModule, LayerOp, layers, training_flags
 from mpcompile.importers import Imported
 from mpcompile.kernels.nm_format import Pattern
@@ -178,6 +179,9 @@ class Permute(Pass):
         if not ctx.owned or ctx.lifted.tensors:
             decision["reason"] = "the graph doesn't own its weights"
             return decision
+        if any(layer.pattern is not None for layer in layers(gm, ctx.lifted)):
+            decision["reason"] = "masks that are there already hold for the present order of channels"
+            return decision
         uses: dict[str, LayerOp] = {}
         for layer in layers(gm, ctx.lifted):
             uses.setdefault(layer.name, layer)
@@ -269,10 +273,10 @@ class Permute(Pass):
         orders = {item.atom: (item.owner, order) for item, order in self.found}
         inputs = [_random(value) for value in ctx.inputs]
         with training_flags(gm, False):
-            expected = gm(*inputs)
+            expected = gm(*own_copies(gm, inputs))
         fold(gm, self.analysis, orders)
         with training_flags(gm, False):
-            difference = _difference(gm(*inputs), expected)
+            difference = _difference(gm(*own_copies(gm, inputs)), expected)
         decision["difference"] = difference
         if not difference <= _TOLERANCE * _looser(gm):
             back = {atom: (owner, order.argsort(-1)) for atom, (owner, order) in orders.items()}

@@ -1,0 +1,57 @@
+"""Our operators under torch.autocast: what is packed is multiplied in its own dtype, and yields autocast's.
+
+Dense torch casts inputs and weight to autocast's dtype. A packed weight can't be cast (its layout goes by dtype), so
+its operator computes in the weight's dtype, which is no less exact, and rounds the result. Merging tokens is bookkeeping
+in fp32, which autocast leaves alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+_RESIDUAL = {"nm_gemm": 4, "nm_mlp": 7, "nm_conv": 4}  # its position in the signature
+_EXACT = ("token_size", "token_bias", "token_merge", "token_mean", "token_follow")
+_KEYS = ("AutocastCPU", "AutocastCUDA")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _packed(operator: Callable[..., Tensor], residual: int) -> Callable[..., Tensor]:
+    """A native operator, whose first two arguments are the input and the packed values."""
+
+    def call(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+        wanted = torch.get_autocast_dtype(x.device.type)
+        added = rest[residual - 2]
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            if not x.is_floating_point() or torch.float64 in (x.dtype, values.dtype):  # autocast casts no doubles
+                return operator(x, values, *rest)
+            if isinstance(added, Tensor):
+                wanted = torch.promote_types(wanted, added.dtype)  # as an addition behind the product would
+                rest = (*rest[: residual - 2], added.to(values.dtype), *rest[residual - 1 :])
+            return operator(x.to(values.dtype), values, *rest).to(wanted)
+
+    return call
+
+
+def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return operator(*args)
+
+    return call
+
+
+def define(library: Library) -> None:
+    """Register all of them; the operators have to be defined in ``library`` already."""
+    operators = getattr(torch.ops, library.ns)
+    for key in _KEYS:
+        for name, residual in _RESIDUAL.items():
+            library.impl(name, _packed(getattr(operators, name).default, residual), key)
+        for name in _EXACT:
+            library.impl(name, _exact(getattr(operators, name).default), key)
