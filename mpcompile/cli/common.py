@@ -233,7 +233,10 @@ def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
         near = timm.list_models(f"*{name.split('_', maxsplit=1)[0]}*")[:5]
         raise ConfigError(f"timm has no model {name!r}", expected=", ".join(near) or "a name from timm.list_models()")
     try:
-        return timm.create_model(name, pretrained=pretrained, **options)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        if getattr(model, "dynamic_img_size", False):  # commands have images of one size, whose graph can be traced
+            model = timm.create_model(name, pretrained=pretrained, **options, dynamic_img_size=False)
+        return model
     except Exception as error:
         raise InputError(
             f"timm can't make {name!r}: {str(error).splitlines()[0]}",
