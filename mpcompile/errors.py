@@ -83,7 +83,8 @@ class MPCompileError(Exception):
         hint: str | None = None,
     ) -> None:
         self.layer, self.expected, self.found, self.hint = layer, expected, found, hint
-        parts = [("", layer, ": "), ("", message, "")] if layer else [("", message, "")]
+        parts: list[tuple[str, object, str]] = [("", layer, ": ")] if layer else []
+        parts.append(("", message, ""))
         if expected is not None:
             parts.append(("; expected ", expected, ""))
         if found is not None:

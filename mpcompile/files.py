@@ -330,7 +330,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def sign(path: Path) -> None:
-    """Mark a ZIP archive or an ONNX file as ours, so that :func:`is_ours` knows it again; readers pass over the mark."""
+    """Mark a ZIP archive or an ONNX file, so that :func:`is_ours` knows it again; readers pass over the mark."""
     with open(path, "r+b") as file:
         if file.read(4) == b"PK\x03\x04":
             file.seek(-2, os.SEEK_END)
@@ -406,7 +406,7 @@ def _our_json(text: bytes) -> bool:
         try:
             value = parse_json(text.partition(b"\n")[0])
         except ValueError:
-            return False
+            return text.startswith(b'{"event": ')  # cut off by a kill
         return isinstance(value, dict) and {"event", "time"} <= value.keys()
     if isinstance(value, dict) and any(keys <= value.keys() for keys in (*_JSON, {"event", "time"})):
         return True

@@ -141,7 +141,7 @@ def find_state(raw: Any, path: Path) -> Found:
     Raises:
         ArtifactError: there is none.
     """
-    steps = []
+    steps: list[str] = []
     while isinstance(raw, Mapping):
         key = next((key for key in KEYS if isinstance(raw.get(key), Mapping) and _holds_tensors(raw[key])), None)
         if key is None or len(steps) >= _DEEPEST:

@@ -111,7 +111,8 @@ def check_folder(folder: str) -> None:
         path = Path(folder, name)
         if os.path.lexists(path) and not is_ours(path):
             raise Refusal(
-                f"the folder holds a {name} that mpcompile didn't write", hint="choose another folder, or move that file"
+                f"the folder holds a {name} that mpcompile didn't write",
+                hint="choose another folder, or move that file",
             )
 
 
@@ -299,7 +300,7 @@ def _flat(tensor: Tensor) -> memoryview:
 
 
 def _write(path: str, metadata: dict[str, str], tensors: Mapping[str, Tensor], stale: str | None = None) -> None:
-    """Write a new file, then put it in the place of ``path``, just after ``stale``, which spoke of the old one, goes."""
+    """Write a new file and put it in the place of ``path``; just before, ``stale``, about the old one, goes."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refusal("something else is there", expected="a regular file, or nothing", hint="choose another path")
