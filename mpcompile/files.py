@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import secrets
 import stat
 import struct
@@ -165,18 +166,19 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def temporary_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def temporary_path(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
     """A new, empty file beside ``path``, of an unpredictable name, that takes its place in the end.
 
     For writers that want a path; where one takes an open file, :func:`replacing` leaves nothing behind even if the
     process is killed. An older file, and whatever a link leads to that lies at the temporary name, is untouched by a
-    failure. A link at ``path`` is followed: the file that it leads to is replaced.
+    failure. A link at ``path`` is followed: the file that it leads to is replaced. The name ends in ``suffix``, or as
+    ``path`` does, for writers that look at it.
 
     Raises:
         OSError: the folder is missing or not writable, the disk is full, or something else than a file is there.
     """
     target = _target(path)
-    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.tmp{target.suffix}")
+    temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.tmp{suffix or target.suffix}")
     os.close(_created(temporary))
     try:
         yield temporary
@@ -460,11 +462,7 @@ def _loaded(path: Path) -> Any:
     with open_regular(path) as file:
         head = file.read(9)
         if head[8:9] != b"{" and path.suffix != ".safetensors":
-            file.seek(0)
-            names = stand_ins(file)
-            file.seek(0)
-            with torch.serialization.safe_globals(names):
-                return torch.load(file, map_location="cpu", weights_only=True)
+            return _unpickled(file, path)
     if is_artifact(path):
         from mpcompile.artifact import load
         from mpcompile.export import dense_state
@@ -473,6 +471,29 @@ def _loaded(path: Path) -> Any:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+def _unpickled(file: BinaryIO, path: Path) -> Any:
+    """What a torch file holds; objects beside the tensors are passed over, and nothing that it names is imported."""
+    problem: pickle.UnpicklingError | None = None
+    for as_dicts in (False, True):  # a class whose objects are filled like dicts is known by its name, or by failing
+        file.seek(0)
+        names = stand_ins(file, as_dicts)
+        file.seek(0)
+        try:
+            with torch.serialization.safe_globals(names):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            problem = error
+            if "SETITEM" not in str(error):
+                break
+    reason = str(problem).rpartition("WeightsUnpickler error: ")[2].strip()
+    raise ArtifactError(
+        f"{path} can't be read as a checkpoint",
+        expected="tensors by name, and plain values",
+        found=reason.partition("\n")[0].partition(" Please use")[0],
+        hint="save model.state_dict() with torch.save or safetensors",
+    ) from problem
 
 
 def is_artifact(path: Path) -> bool:

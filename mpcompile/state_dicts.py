@@ -90,8 +90,11 @@ _BUILTINS = {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozense
 _BUILTINS |= {"set", "slice", "str", "tuple"}
 
 
-def stand_ins(file: BinaryIO) -> list[Any]:
+def stand_ins(file: BinaryIO, as_dicts: bool = False) -> list[Any]:
     """What ``torch.serialization.safe_globals`` needs so that ``weights_only`` passes over the classes in a file.
+
+    Objects of a class of dicts are filled item by item, which ``weights_only`` does with real dicts alone: what its
+    name says to be one gets one, or with ``as_dicts`` everything.
 
     Functions of the standard library that do more than hold values get none, so that the file is refused.
     """
@@ -106,10 +109,10 @@ def stand_ins(file: BinaryIO) -> list[Any]:
             allowed = top in _HARMLESS or top not in sys.stdlib_module_names
         if not allowed:
             continue
-        if "dict" in last.lower():
-            kind: Any = _Dict
-        elif last.lower().endswith("list"):
-            kind = _List
+        if last.lower().endswith("list"):
+            kind: Any = _List
+        elif as_dicts or "dict" in last.lower():
+            kind = _Dict
         else:
             kind = type("Ignored", (Ignored,), {"name": name})
         found.append((kind, name))

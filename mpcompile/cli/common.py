@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import mpcompile
+from mpcompile.artifact import WEIGHTS
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.errors import ArtifactError, ConfigError, InputError, printable_lines
@@ -341,7 +342,8 @@ def provenance(
 
     weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {seed}"
     if args.checkpoint is not None:
-        weights = {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)}
+        file = args.checkpoint / WEIGHTS if args.checkpoint.is_dir() else args.checkpoint
+        weights = {"file": args.checkpoint.name, "sha256": sha256(file)}
     return {
         "model": name,
         "weights": weights,

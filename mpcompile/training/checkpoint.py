@@ -228,7 +228,9 @@ def _damage(file: BinaryIO) -> str | None:
     comment = file.read()
     if end < 0 or not comment.startswith(_MARK):
         return "a damaged file, or one of an older version: it ends without a checksum"
-    return None if comment[len(_MARK) :] == _digest(file, end).encode() else "a damaged file: its content is not what was written"
+    if comment[len(_MARK) :] != _digest(file, end).encode():
+        return "a damaged file: its content is not what was written"
+    return None
 
 
 def check_state(path: Path, state: Mapping[str, Any]) -> None:
