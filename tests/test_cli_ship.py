@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mpcompile
-from mpcompile import Config, Pipeline, cli, export, transform
+from mpcompile import Config, Pipeline, cli, export, files, transform
 from mpcompile.cli import common
 from mpcompile.cli.common import config_of
 from mpcompile.errors import ConfigError, GraphError

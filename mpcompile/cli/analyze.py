@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
     )
     job.add_argument("target", help="name of a timm model, or an artifact or checkpoint: a file or a folder")
     source_options(job)
-    job.add_argument("--plot", type=Path, metavar="FILE", help="draw all spectra on one page: .png, .pdf or .svg")
+    job.add_argument("--plot", metavar="FILE", help="draw all spectra on one page: .png, .pdf or .svg")
     declare(job, plot=FILE)
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
     job.add_argument("--seed", type=at_least(0), default=0, help="seeds weights that aren't loaded (default 0)")

@@ -55,7 +55,7 @@ def command(commands: Commands, name: str, *, help: str, description: str, examp
 def json_option(job: argparse.ArgumentParser) -> None:
     """``--json FILE``; a command that has it prints its result with :func:`show`."""
     text = "write the result here as JSON; - prints it, in place of the text"
-    job.add_argument("--json", type=Path, metavar="FILE", help=text)
+    job.add_argument("--json", metavar="FILE", help=text)
     declare(job, json=FILE)
 
 

@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
     job.add_argument("--device", default="cpu", help="where it is computed: cpu or cuda (default cpu)")
     job.add_argument("--half", action="store_true", help="save the weights as fp16")
     out = "file to write, or folder (with a slash behind it)"
-    job.add_argument("--out", required=True, metavar="FILE", help=out)  # no Path, which has no slash behind it
+    job.add_argument("--out", required=True, metavar="FILE", help=out)
     declare(job, out=lambda args: ARTIFACT if args.format == "mpc" else FILE)
     kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
     job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)

@@ -24,6 +24,8 @@ _TEXTS = ("target", "recipe", "data")  # options that may name an input although
 def declare(job: argparse.ArgumentParser, **kinds: Kind | Callable[[argparse.Namespace], Kind]) -> None:
     """Say which options of a command name something that it writes.
 
+    They are left as texts, since a Path has no slash behind it; a file becomes a Path once it is checked.
+
     Args:
         job: the command.
         kinds: by option, :data:`FILE`, :data:`ARTIFACT`, the names of the files that it writes into a folder, or what
@@ -52,12 +54,15 @@ def check_destinations(args: argparse.Namespace) -> None:
         if value is None or str(value) == _STANDARD_OUTPUT:
             continue
         flag = f"--{name.replace('_', '-')}"
-        for path in _files(value, kind(args) if callable(kind) else kind, flag):
+        chosen = kind(args) if callable(kind) else kind
+        for path in _files(value, chosen, flag):
             _check(path, flag, inputs)
             real = os.path.realpath(path)
             if real in written:
                 raise ConfigError(f"{written[real]} and {flag} name the same file", found=path)
             written[real] = flag
+            if chosen == FILE:
+                setattr(args, name, path)
     if getattr(args, "record", False) and getattr(args, "artifact", None) is not None:
         path = args.artifact / WEIGHTS if args.artifact.is_dir() else args.artifact
         if path.exists():

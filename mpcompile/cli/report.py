@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
         job.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"what mpcompile {name} --json FILE wrote")
     job.add_argument("--image", type=Path, nargs="*", default=[], metavar="FILE", help="show how its tokens merge")
     job.add_argument("--title", default="", help="heading of the page (default: the model's name)")
-    job.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default report.html)")
+    job.add_argument("--out", default="report.html", metavar="FILE", help="(default report.html)")
     declare(job, out=FILE)
     job.set_defaults(run=run)
 

@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
     )
     weights_options(job)
     job.add_argument("--image", type=Path, required=True, metavar="FILE", help="any format that Pillow reads")
-    job.add_argument("--out", type=Path, default=Path("merged.png"), metavar="FILE", help="(default merged.png)")
+    job.add_argument("--out", default="merged.png", metavar="FILE", help="(default merged.png)")
     declare(job, out=FILE)
     merging = ("tome_r", "tome_schedule", "tome_reduction", "tome_proportional", "prefix_tokens")
     seed_option(job)
