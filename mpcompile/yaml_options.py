@@ -24,10 +24,20 @@ class _Loader(yaml.SafeLoader):
     Lists, mappings, texts, finite numbers, truth values and null are all there is. A date is a text.
     """
 
+    _level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._level += 1
+        if self._level > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} levels of nesting")
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        return node
+
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
-            _measure(node, 0, {})
+            _measure(node, {})
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -39,18 +49,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _measure(node: Any, depth: int, known: dict[int, int]) -> int:
+def _measure(node: Any, known: dict[int, int]) -> int:
     """How many values a node stands for, once every alias is written out; known ones are measured once."""
     size = known.get(id(node))
     if size == 0:
         raise yaml.YAMLError("an alias stands within what it stands for")
-    if depth > _DEEPEST:
-        raise yaml.YAMLError(f"more than {_DEEPEST} levels of nesting")
     if size is None:
         known[id(node)] = 0
         parts = node.value if isinstance(node.value, list) else []
         nodes = [inner for part in parts for inner in (part if isinstance(part, tuple) else (part,))]
-        size = known[id(node)] = 1 + sum(_measure(inner, depth + 1, known) for inner in nodes)
+        size = known[id(node)] = 1 + sum(_measure(inner, known) for inner in nodes)
     if size > _MOST:
         raise yaml.YAMLError(f"more than {_MOST} values, aliases written out")
     return size
@@ -101,5 +109,3 @@ def parse(text: str, where: object) -> Any:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{where} is not YAML", found=" ".join(str(error).split())) from error
-    except RecursionError as error:
-        raise ConfigError(f"{where} is not YAML", found=f"more than {_DEEPEST} levels of nesting") from error

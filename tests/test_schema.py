@@ -14,12 +14,13 @@ import torch
 from mpcompile import Config, cli, load, save, transform
 from mpcompile import events as logs
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError
-from mpcompile.page import render
+from mpcompile.page import render, sections
 from mpcompile.page.sources import Sources, read_json
 from mpcompile.plan import Plan
 from mpcompile.schema import Between, Length, Mismatch, check
-from mpcompile.training import Training, checkpoint, ranks
+from mpcompile.training import checkpoint, ranks
 from mpcompile.training.lock import NAME, locked
+from mpcompile.training.options import Training
 from mpcompile.training.recipe import Recipe
 from mpcompile.yaml_options import parse
 from tests.forging import forge, parts
@@ -86,7 +87,7 @@ def test_every_field_of_a_plan_can_be_of_another_type(artifact):
     """It is refused, or printed and shown on a page."""
     whole, refused = artifact.plan.to_dict(), 0
     everywhere = places(whole)
-    shown = copy.copy(artifact)
+    kept = artifact.plan
     assert len(everywhere) > 300
     for number, path in enumerate(everywhere):
         for junk in JUNK[number % 3 :: 3]:
@@ -99,13 +100,12 @@ def test_every_field_of_a_plan_can_be_of_another_type(artifact):
                 continue
             assert all(line.isprintable() for line in str(plan).split("\n"))
             assert Plan.from_json(plan.to_json()) == plan or "NaN" in text
-            shown.meta = {**artifact.meta, "mpcompile.plan": plan}
             if path and path[0] in ("provenance", "figures", "config", "macs", "notes"):
-                from mpcompile.page import sections
-
-                sources = Sources(artifact=shown)
+                artifact.plan = plan
+                sources = Sources(artifact=artifact)
                 for section in (sections.headline, sections.against_dense, sections.environment, sections.density):
                     section(sources)
+                artifact.plan = kept
     assert refused > len(everywhere)
 
 
@@ -117,7 +117,8 @@ FIELDS += [("provenance", "data"), ("provenance", "data", "input_size"), ("layer
 def test_commands_refuse_such_an_artifact(path, artifact, tmp_path, capsys):
     save(artifact, tmp_path / "a.mpc")
     header, data = parts(tmp_path / "a.mpc")
-    header["__metadata__"]["plan"] = json.dumps(changed(artifact.plan.to_dict(), path, "x" if path[-1:] != ("tome_r",) else {}))
+    junk = {} if path[-1] == "tome_r" else "x"
+    header["__metadata__"]["plan"] = json.dumps(changed(artifact.plan.to_dict(), path, junk))
     forge(tmp_path / "b.mpc", header, data)
     with pytest.raises(ArtifactError, match=".".join(map(str, path))):
         load(tmp_path / "b.mpc")
@@ -151,9 +152,7 @@ RESULTS = {
 def test_every_field_of_a_result_can_be_of_another_type(command, tmp_path):
     whole, path, refused = RESULTS[command], tmp_path / "r.json", 0
     path.write_text(json.dumps(whole))
-    assert command in ("audit", "explain", "certify", "analyze") and "<h2>" in render(
-        Sources(**{command: read_json(path, command)})
-    )
+    assert "<h2>" in render(Sources(**{command: read_json(path, command)}))
     for place in places(whole):
         for junk in JUNK:
             path.write_text(json.dumps(changed(whole, place, junk)))

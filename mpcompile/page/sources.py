@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from mpcompile import files
 from mpcompile.errors import ArtifactError
 from mpcompile.graph import IRModule
 from mpcompile.plan import Figures
-from mpcompile.schema import Mismatch, check
+from mpcompile.schema import Between, Mismatch, Natural, check
 
 
 @dataclass
@@ -66,8 +66,8 @@ class _Explained(TypedDict, total=False):
 
 
 class _Fitted(TypedDict, total=False):
-    shape: list[int]
-    sigma: float | None
+    shape: list[Natural]
+    sigma: Annotated[float, Between(0, 1e150)] | None
     edge: float | None
     spikes: int | None
     verdict: str | None

@@ -121,7 +121,7 @@ def lost(error: BaseException) -> bool:
 
 
 def source_files() -> dict[str, Path]:
-    """The files of mpcompile's code by their place in the package; links to folders, as a checkout has, are followed."""
+    """The files of the code by their place in the package; links to folders, as a checkout has, are followed."""
     found: dict[str, Path] = {}
     for root in mpcompile.__path__:
         for folder, below, names in os.walk(root, followlinks=True):
