@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mpcompile import rmt
-from mpcompile.errors import ArtifactError, InputError, MPCompileError
+from mpcompile.errors import ArtifactError, InputError, MPCompileError, printable
+from mpcompile.files import replace_atomically
 from mpcompile.rmt import Fit
 from mpcompile.rmt.fitting import fit_and_spectra
 
@@ -161,13 +162,13 @@ class Analysis:
         for name, layer in self.layers.items():
             shape = "x".join(map(str, layer.shape))
             if layer.reason:
-                rows.append([name, shape, *[""] * 6, layer.reason, ""])
+                rows.append([printable(name, 200), shape, *[""] * 6, layer.reason, ""])
             for block, f in layer.fits.items():
                 verdict = {"mp": "mp", "not_mp": "not mp", "low_confidence": "low confidence"}[f.verdict]
                 taps = layer.taps
                 rows.append(
                     [
-                        f"{name} {block}".rstrip(),
+                        printable(f"{name} {block}".rstrip(), 200),
                         shape,
                         f"{f.sigma:.3g}",
                         f"{f.edge:.3g}",
@@ -259,13 +260,28 @@ def analyze(model: nn.Module | Mapping[str, Tensor], *, progress: bool | None = 
     return Analysis(dict(sorted(layers.items(), key=lambda item: order[item[0]])))
 
 
-def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:
-    """The page of :meth:`Analysis.plot`."""
+def check_plot(path: Path) -> None:
+    """A plot can be drawn in the format that a file's name asks for.
+
+    Raises:
+        MPCompileError: matplotlib isn't installed.
+        ArtifactError: it knows no such format.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise MPCompileError("plots need matplotlib", hint="run pip install 'mpcompile[report]'") from error
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        expected = f"a format of matplotlib: {', '.join(f'.{name}' for name in sorted(known))}"
+        raise ArtifactError(f"can't write {path}", expected=expected, found=path.suffix or "a name without an ending")
+
+
+def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:
+    """The page of :meth:`Analysis.plot`."""
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     panels = [
         (f"{name} {block}".rstrip(), f, layer.spectra[block])
@@ -284,14 +300,10 @@ def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:
     figure.suptitle(
         "Singular values (grey), Marchenko-Pastur law (blue), edge (red, dashed), spikes (orange)", fontsize=8
     )
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=110)
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
-        expected = "a writable folder, and a format of matplotlib such as .png or .pdf"
-        raise ArtifactError(f"can't write {path}", expected=expected, found=str(error).splitlines()[0]) from error
+    kind = path.suffix.removeprefix(".").lower()
+    name = {"png": "Software", "pdf": "Creator", "svg": "Creator"}.get(kind)  # by which the file is known as ours
+    metadata = None if name is None else {name: "mpcompile"}
+    replace_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=110, metadata=metadata))
 
 
 def _panel(axis: Any, title: str, fitted: Fit, spectrum: NDArray[np.float64]) -> None:

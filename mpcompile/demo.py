@@ -9,7 +9,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from mpcompile.backend import mpsparse
 from mpcompile.config import Config
 from mpcompile.distill import distill, parameter_groups
 from mpcompile.errors import ArtifactError, MPCompileError
-from mpcompile.files import write_atomically
+from mpcompile.files import make_folder, replace_atomically, write_atomically
 from mpcompile.kernels.store import cache_folder
 from mpcompile.pipeline import transform
 
@@ -141,10 +140,8 @@ def train_dense(demo: Demo, data: Digits, fold: int = 0) -> nn.Module:
             schedule.step()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        save_file(model.state_dict(), temporary)
-        temporary.replace(cached)
-    except OSError:
+        replace_atomically(cached, lambda temporary: save_file(model.state_dict(), temporary))
+    except (OSError, ArtifactError):
         pass  # a cache that can't be written only costs the next run its time
     return model.eval()
 
@@ -153,10 +150,7 @@ def run(demo: Demo) -> str:
     """The whole job; returns what there is to read and leaves report, plan and model in ``demo.out``."""
     if demo.threads:
         torch.set_num_threads(demo.threads)
-    try:
-        demo.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"can't make the folder {demo.out}", found=error.strerror or str(error)) from error
+    make_folder(demo.out)
     data = load_data(demo.seed)
     dense = train_dense(demo, data)
     images, labels = data.test

@@ -10,7 +10,52 @@ __all__ = [
     "MPCompileError",
     "NotEligibleError",
     "TraceError",
+    "printable",
+    "printable_lines",
 ]
+
+LONGEST = 580  # characters of a message: with the name of the program in front, below 600
+_SHORTEST = 60  # to which a part of a message is cut
+
+
+def printable(value: object, longest: int | None = None) -> str:
+    """A value as one line that can go to a terminal: control characters, line ends and bidirectional marks escaped.
+
+    Args:
+        value: anything; what stands in names and messages may come from a stranger's file.
+        longest: characters kept; the middle of a longer text is left out.
+
+    Example:
+        >>> print(printable("a\\x1b[31m\\nb"))
+        a\\x1b[31m\\nb
+    """
+    try:
+        text = str(value)
+    except ValueError:  # an integer beyond sys.get_int_max_str_digits()
+        text = f"a very large {type(value).__name__}"
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text if longest is None or len(text) <= longest else _cut(text, longest)
+
+
+def printable_lines(text: object) -> str:
+    """As :func:`printable`, with the text's own line ends: for tables, which are made of several lines."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
+def _cut(text: str, length: int) -> str:
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def _fitted(parts: list[str], separators: int) -> list[str]:
+    """The parts of a message, the longest ones cut until all of them together are short enough."""
+    while (excess := sum(map(len, parts)) + separators - LONGEST) > 0:
+        place = max(range(len(parts)), key=lambda i: len(parts[i]))
+        if len(parts[place]) <= _SHORTEST:
+            break
+        parts[place] = _cut(parts[place], max(_SHORTEST, len(parts[place]) - excess))
+    return parts
 
 
 class MPCompileError(Exception):
@@ -38,14 +83,17 @@ class MPCompileError(Exception):
         hint: str | None = None,
     ) -> None:
         self.layer, self.expected, self.found, self.hint = layer, expected, found, hint
-        text = f"{layer}: {message}" if layer else message
+        parts: list[tuple[str, object, str]] = [("", layer, ": ")] if layer else []
+        parts.append(("", message, ""))
         if expected is not None:
-            text += f"; expected {expected}"
+            parts.append(("; expected ", expected, ""))
         if found is not None:
-            text += f", found {found}" if expected is not None else f"; found {found}"
+            parts.append((", found " if expected is not None else "; found ", found, ""))
         if hint:
-            text += f". {hint[0].upper()}{hint[1:]}"
-        super().__init__(text)
+            parts.append((". ", hint[0].upper() + hint[1:], ""))
+        around = sum(len(before) + len(behind) for before, _, behind in parts)
+        texts = _fitted([printable(text) for _, text, _ in parts], around)
+        super().__init__("".join(b + text + a for (b, _, a), text in zip(parts, texts, strict=True)))
 
 
 class ConfigError(MPCompileError):

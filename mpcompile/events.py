@@ -8,23 +8,34 @@ perhaps the one it was writing; that one is cut off when the log is opened again
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import math
 import numbers
 import os
+import re
 import secrets
+import stat
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, BinaryIO, Protocol, TypedDict, TypeGuard
 
 import torch
 
-from mpcompile.errors import ArtifactError, ConfigError
+from mpcompile.errors import ArtifactError, ConfigError, printable
+from mpcompile.files import open_regular, parse_json, read_text, replacing, write_atomically
+from mpcompile.schema import Mismatch, Natural, check
 
 TRACKERS = ("tensorboard", "wandb")
 _FRAME = ("event", "time", "step")
+
+
+class _Line(TypedDict, total=False):
+    event: str
+    time: float
+    step: Natural
 
 
 class Sink(Protocol):
@@ -75,7 +86,7 @@ class EventLog:
             with self._explained():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 _mend(self.path, resume_at, again)
-                self._file = self.path.open("ab", buffering=0)
+                self._file = _appended(self.path)
 
     def write(self, event: str, *, step: int | None = None, **values: Any) -> None:
         """Add a line.
@@ -133,24 +144,37 @@ def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         ArtifactError: there is no such file, or a line in its midst is no JSON object.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
     except OSError as error:
         raise ArtifactError(f"can't read the log {path}", found=error.strerror or str(error)) from error
     for number, line in enumerate(lines[:-1], 1):
         try:
-            found = json.loads(line)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise ArtifactError(f"line {number} of {path} is damaged", expected="a JSON object", found=repr(line[:40]))
+            found = parse_json(line)
+            check(found, _Line)
+        except ValueError as error:
+            wrong = f"{error.where}: {error.found}" if isinstance(error, Mismatch) else repr(line[:40])
+            expected = f"{error.expected}" if isinstance(error, Mismatch) else "a JSON object"
+            raise ArtifactError(f"line {number} of {path} is damaged", expected=expected, found=wrong) from error
         yield found
+
+
+def _appended(path: Path) -> BinaryIO:
+    """The log, open at its end; a regular file of that name, not what a link leads to."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return file
 
 
 def _mend(path: Path, resume_at: int | None, again: Collection[str]) -> None:
     """Cut off what was half-written, and the lines of steps that will be run again."""
     if not path.exists():
         return
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     kept = data[: data.rfind(b"\n") + 1]
     if resume_at is not None:
         lines = kept.splitlines(keepends=True)
@@ -162,9 +186,8 @@ def _mend(path: Path, resume_at: int | None, again: Collection[str]) -> None:
 
         kept = b"".join(line for line, found in zip(lines, read(path), strict=True) if stays(found))
     if kept != data:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(kept)
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write(kept)
 
 
 def _plain(value: Any) -> Any:
@@ -262,10 +285,22 @@ def trackers(names: Sequence[str], folder: Path | None, resume_at: int | None = 
         else:
             mark = Path(place) / "wandb.id"
             known = resume_at is not None and mark.exists()
-            found = mark.read_text() if known else secrets.token_hex(8)
+            found = _run_name(mark) if known else secrets.token_hex(8)
             made.append(wandb("mpcompile", dir=place, id=found, resume="allow"))
-            mark.write_text(found)
+            if not known:
+                write_atomically(mark, found)
     return tuple(made)
+
+
+def _run_name(mark: Path) -> str:
+    """The name of a Weights & Biases run, as this module wrote it."""
+    try:
+        text = read_text(mark, 1000)
+    except OSError as error:
+        raise ArtifactError(f"can't read {mark}", found=error.strerror or str(error)) from error
+    if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", text):
+        raise ArtifactError(f"{mark} names no run", expected="letters and digits", found=printable(repr(text), 60))
+    return text
 
 
 def _needed(package: str) -> Any:

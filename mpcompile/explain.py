@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import nn
 
 from mpcompile.config import Config
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, printable
 from mpcompile.graph import layers
 from mpcompile.importers import import_model
 from mpcompile.kernels import timing
@@ -91,7 +91,8 @@ class Explanation:
             share = f"{layer.us / self.us:.1%}" if layer.us is not None and self.us else ""
             tokens = "" if layer.tokens is None else str(layer.tokens)
             shape = "x".join(map(str, layer.shape))
-            rows.append([layer.name, shape, layer.pattern, tokens, *cells, layer.engine, share, layer.why])
+            name = printable(layer.name, 200)
+            rows.append([name, shape, layer.pattern, tokens, *cells, layer.engine, share, layer.why])
         head = ["layer", "weight", "pattern", "tokens", *(f"{name} us" for name in names), "pick", "share", "why"]
         align = ("left", "left", "left", "right", *("right" for _ in names), "left", "right", "left")
         lines = [tabulate(rows, headers=head, disable_numparse=True, colalign=align if rows else None), ""]

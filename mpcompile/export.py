@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpcompile import __version__
 from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, ConfigError, GraphError
+from mpcompile.files import sign, temporary_path
 from mpcompile.graph import IRModule, masked
 from mpcompile.kernels import ops
 from mpcompile.package_guard import guarded
@@ -36,17 +37,13 @@ def _written(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
         ArtifactError: the folder is missing or not writable, or the disk is full.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}-{secrets.token_hex(4)}{suffix or target.suffix}")
     try:
-        if not target.parent.is_dir():
-            raise FileNotFoundError(2, f"there is no folder {target.parent}")
-        yield temporary
-        temporary.replace(target)
+        with temporary_path(target, suffix) as temporary:
+            yield temporary
+            sign(temporary)
     except OSError as error:
         found = error.strerror or str(error)
         raise ArtifactError(f"can't write {target}", expected="a writable folder with room", found=found) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def dense_state(gm: IRModule) -> dict[str, Tensor]:
@@ -93,7 +90,7 @@ def save_dense(gm: IRModule, path: str | os.PathLike[str]) -> None:
     if any(node.target in ops.MERGING for node in gm.graph.nodes):
         log.warning("a state dict holds no token merging: %s computes with all tokens", path)
     with _written(path) as temporary:
-        save_file(dense_state(gm), temporary, metadata={"format": "pt"})
+        save_file(dense_state(gm), temporary, metadata={"format": "pt", "mpcompile": __version__})
 
 
 def program(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from tabulate import tabulate
 from torch import fx
 
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, printable
+from mpcompile.files import parse_json
 from mpcompile.kernels import ops
+from mpcompile.schema import Between, Length, Natural, check
+
+_CELL, _LINE = 200, 560  # characters printed at most: of a name or reason, of a remark
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,143 @@ class PassRecord:
     summary: str
 
 
+# What a plan's JSON has to hold, so that whatever reads a plan finds the types that it counts on. More may stand in it.
+
+
+class _Analyzed(TypedDict, total=False):
+    edge: float | None
+    spikes: int | None
+    verdict: str
+
+
+class _Masked(TypedDict, total=False):
+    score: str
+    kept_energy: float | None
+
+
+class _Allocated(TypedDict, total=False):
+    pattern: str
+    why: str | None
+
+
+class _Lowered(TypedDict, total=False):
+    engine: str
+    us: float | None
+    dense_us: float | None
+
+
+class _Notes(TypedDict, total=False):
+    analyze: _Analyzed
+    mask: _Masked
+    allocate: _Allocated
+    lower: _Lowered
+    permute: dict[str, Any]
+    restore: dict[str, Any]
+
+
+@dataclass
+class _Layer:
+    kind: str
+    shape: list[Natural]
+    pattern: str = "dense"
+    reason: str | None = None
+    density: Annotated[float, Between(0, 1)] = 1.0
+    macs_dense: Natural = 0
+    macs_executed: Natural = 0
+    notes: _Notes = field(default_factory=_Notes)
+
+
+class _Class(TypedDict, total=False):
+    layers: list[str]
+    writers: list[str]
+    order: list[list[Natural]]
+
+
+class _Decision(TypedDict, total=False):
+    classes: list[_Class]
+    prefix: Natural
+
+
+@dataclass
+class _Record:
+    name: str
+    decision: _Decision
+    summary: str
+
+
+@dataclass
+class _Macs:
+    dense: Natural
+    executed: Natural
+    paper: Natural
+    matching: Natural = 0
+
+
+class Data(TypedDict, total=False):
+    """How images are made for a model, as :func:`mpcompile.images.data_config` says it."""
+
+    input_size: Annotated[list[Annotated[int, Between(1, 1 << 14)]], Length(3)]
+    interpolation: str
+    mean: list[Annotated[float, Between(-1e6, 1e6)]]
+    std: list[Annotated[float, Between(-1e6, 1e6)]]
+    crop_pct: Annotated[float, Between(0.01, 10)]
+    crop_mode: str
+
+
+class _Provenance(TypedDict, total=False):
+    data: Data
+    num_classes: Annotated[int, Between(0, 1 << 31)] | None
+    class_names: list[str]
+
+
+class _Row(TypedDict, total=False):
+    name: str
+    correct: int | None
+    samples: int
+    macs: float | None
+    weight_bytes: float | None
+    latency_ms: float | None
+    speedup: float | None
+    top1: float | None
+    agree: float | None
+    lost: int | None
+    won: int | None
+    difference: float | None
+    interval: tuple[float, float] | None
+    quartiles_ms: tuple[float, float] | None
+
+
+class Figures(TypedDict, total=False):
+    """What an audit measured, as far as it is read again."""
+
+    rows: list[_Row]
+    environment: dict[str, Any]
+    notes: list[str]
+    fell_back: bool
+    distillation: dict[str, Any]
+
+
+@dataclass
+class _Plan:
+    layers: dict[str, _Layer]
+    passes: list[_Record]
+    macs: _Macs
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    tokens: list[Natural] = field(default_factory=list)
+    provenance: _Provenance = field(default_factory=_Provenance)
+    figures: Figures = field(default_factory=Figures)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Options have values of the types that they take; those of other versions may be there too."""
+    from mpcompile.config import Config
+
+    for name, hint in typing.get_type_hints(Config).items():
+        if name in config:
+            check(config[name], hint, f"config.{name}")
+
+
 @dataclass
 class Plan:
     """What was decided for a model.
@@ -143,7 +285,9 @@ class Plan:
             InputError: not the JSON of a plan.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
+            check(data, _Plan)
+            _check_config(data.get("config", {}))
             layers = {k: LayerPlan(**{**v, "shape": tuple(v["shape"])}) for k, v in data.pop("layers").items()}
             passes = [PassRecord(**record) for record in data.pop("passes")]
             return cls(layers=layers, passes=passes, macs=Macs(**data.pop("macs")), **data)
@@ -157,17 +301,17 @@ class Plan:
             mp = layer.notes.get("analyze", {})
             rows.append(
                 [
-                    name,
-                    layer.kind,
-                    "x".join(map(str, layer.shape)),
-                    layer.pattern,
+                    printable(name, _CELL),
+                    printable(layer.kind, _CELL),
+                    printable("x".join(map(str, layer.shape)), _CELL),
+                    printable(layer.pattern, _CELL),
                     f"{layer.density:.3g}",
                     f"{layer.macs_dense / 1e6:,.2f}",
                     f"{layer.macs_executed / 1e6:,.2f}",
                     f"{mp['edge']:.3g}" if mp.get("edge") is not None else "",
                     mp.get("spikes", ""),
-                    mp.get("verdict", ""),
-                    _why(layer),
+                    printable(mp.get("verdict", ""), _CELL),
+                    printable(_why(layer), _CELL),
                 ]
             )
         head = ["layer", "kind", "weight", "pattern", "density", "MMAC", "MMAC run", "MP edge", "spikes", "MP", "why"]
@@ -176,8 +320,8 @@ class Plan:
     def __str__(self) -> str:
         macs = self.macs
         lines = [self.table(), ""]
-        lines += [f"{record.name:>14}: {record.summary}" for record in self.passes]
-        lines += [f"{'note':>14}: {note}" for note in self.notes]
+        lines += [f"{printable(p.name, _CELL):>14}: {printable(p.summary, _LINE)}" for p in self.passes]
+        lines += [f"{'note':>14}: {printable(note, _LINE)}" for note in self.notes]
         lines += [
             f"{'MACs / sample':>14}: dense {macs.dense / 1e9:.4f} G, executed {macs.executed / 1e9:.4f} G "
             f"(-{macs.reduction:.2%}), paper convention {macs.paper / 1e9:.4f} G (-{macs.paper_reduction:.2%})"

@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from mpcompile.errors import printable
 from mpcompile.plan import Plan
 
 DENSE_EAGER, DENSE_COMPILED, COMPILED = "dense eager", "dense compiled", "compiled sparse"
@@ -106,7 +107,7 @@ class Report:
         dense = self.rows[0]
         lines = []
         for row in self.rows:
-            line = [row.name]
+            line = [printable(row.name, 200)]
             if labelled:
                 low, high = row.interval or (0, 0)
                 line.append("" if row.top1 is None else f"{row.top1:.2%} [{low:.1%}, {high:.1%}]")
@@ -125,5 +126,5 @@ class Report:
         return tabulate(lines, headers=head, disable_numparse=True, colalign=("left",) + ("right",) * (len(head) - 1))
 
     def __str__(self) -> str:
-        env = ", ".join(f"{k} {v}" for k, v in self.environment.items())
-        return "\n".join([self.table(), "", env, *(f"note: {n}" for n in self.notes)])
+        env = printable(", ".join(f"{k} {v}" for k, v in self.environment.items()))
+        return "\n".join([self.table(), "", env, *(f"note: {printable(n, 560)}" for n in self.notes)])

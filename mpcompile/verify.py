@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from mpcompile.errors import ArtifactError
+from mpcompile.errors import ArtifactError, printable
 from mpcompile.graph import IRModule
 from mpcompile.kernels.nm_format import Pattern, check_nm, to_rows
 
@@ -74,15 +74,15 @@ class Verification:
             where = "" if v.first is None else ", ".join(f"{k} {p}" for k, p in v.first.items())
             shape = "x".join(map(str, v.shape))
             legal = " ".join(v.legal) or "none"
-            rows.append([name, shape, f"{v.zeros:.1%}", legal, held, where, "yes" if v.tensorrt else "no", v.note])
+            tensorrt = "yes" if v.tensorrt else "no"
+            rows.append([printable(name, 200), shape, f"{v.zeros:.1%}", legal, held, where, tensorrt, v.note])
         head = ["weight", "shape", "zeros", "legal", "held to", "first bad group", "TensorRT 2:4", "note"]
         held_to = [v for v in self.verdicts.values() if v.pattern is not None]
         good, sparse = sum(v.ok for v in held_to), sum(bool(v.legal) for v in self.verdicts.values())
         text = f"{len(self.verdicts)} weights, {sparse} legal under some N:M"
         if held_to:
             text += f"; {good} of {len(held_to)} meet the pattern that they are held to"
-        tensorrt = sum(v.tensorrt for v in self.verdicts.values())
-        text += f"; TensorRT takes {tensorrt} for 2:4"
+        text += f"; TensorRT takes {sum(v.tensorrt for v in self.verdicts.values())} for 2:4"
         return f"{tabulate(rows, headers=head, disable_numparse=True)}\n\n{text}"
 
 
@@ -166,22 +166,12 @@ def verify(source: Mapping[str, Tensor] | nn.Module, pattern: Pattern | str | No
 
 
 def read(path: Path) -> Mapping[str, Tensor] | IRModule:
-    """A file of :func:`mpcompile.save`, or a checkpoint: a safetensors file, or a torch file of tensors alone.
+    """What :func:`mpcompile.save` wrote, a file or a folder, or a checkpoint: safetensors, or a torch file of tensors.
 
     Raises:
         ArtifactError: the file is missing or can't be read.
     """
     from mpcompile.artifact import load
-    from mpcompile.files import read_checkpoint
+    from mpcompile.files import is_artifact, read_checkpoint
 
-    if path.is_file() and path.suffix not in (".pt", ".pth", ".bin"):
-        from safetensors import safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                ours = "modules" in (file.metadata() or {})
-        except Exception:
-            ours = False
-        if ours:
-            return load(path)
-    return read_checkpoint(path)
+    return load(path) if is_artifact(path) else read_checkpoint(path)

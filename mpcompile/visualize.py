@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, fx, nn
 
 from mpcompile.config import Config
@@ -187,5 +188,7 @@ def visualize_merging(
         left, top = number % columns * wide, number // columns * high
         draw.text((left + 4, top + 4), title, fill="black")
         sheet.paste(Image.fromarray(pixels), (left, top + MARGIN))
-    replace_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG"))
+    note = PngInfo()
+    note.add_text("Software", "mpcompile")
+    replace_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG", pnginfo=note))
     return tokens

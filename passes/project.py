@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mpcompile import refit, scores
 from mpcompile.calibration import DIAGONAL, FULL, Moments, as_batches, collect
 from mpcompile.errors import ArtifactError
+from mpcompile.files import replace_atomically
 from mpcompile.graph import LayerOp
 from mpcompile.importers import Imported
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
@@ -197,12 +198,12 @@ class Records:
         path = self._path(name)
         if path is None:
             return
-        temporary = path.with_suffix(".tmp")
+        tensors = {k: v.cpu() for k, v in moments.tensors().items()}
         try:
-            save_file({k: v.cpu() for k, v in moments.tensors().items()}, temporary, {"stamp": self.stamp})
-            temporary.replace(path)
+            replace_atomically(path, lambda temporary: save_file(tensors, temporary, {"stamp": self.stamp}))
+        except ArtifactError:
+            raise
         except Exception as error:
-            temporary.unlink(missing_ok=True)
             raise ArtifactError(f"can't write {path}", expected="a writable folder with room", found=error) from error
 
 

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mpcompile
-from mpcompile import Config, Pipeline, cli, export, transform
+from mpcompile import Config, Pipeline, cli, export, files, transform
 from mpcompile.cli import common
 from mpcompile.cli.common import config_of
 from mpcompile.errors import ConfigError, GraphError
@@ -144,7 +145,10 @@ def test_onnx_computes_the_same(tmp_path):
 
 def test_an_export_that_fails_leaves_the_old_file(pruned, tmp_path, monkeypatch, capsys):
     out = tmp_path / "m.pt2"
-    out.write_text("old")
+    with out.open("wb") as file:
+        np.savez(file, old=1)
+    files.sign(out)  # as an earlier export is
+    old = out.read_bytes()
 
     def full(program, path):
         Path(path).write_text("half")
@@ -154,7 +158,7 @@ def test_an_export_that_fails_leaves_the_old_file(pruned, tmp_path, monkeypatch,
     arguments = ["export", str(pruned), "--format", "pt2", "--engine", "dense", "--out"]
     assert cli.main([*arguments, str(out)]) == 2
     assert "No space left" in capsys.readouterr().err
-    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == old and list(tmp_path.iterdir()) == [out]
     assert cli.main([*arguments, str(tmp_path / "no" / "m.pt2")]) == 2
     assert "there is no folder" in capsys.readouterr().err
 

@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ from mpcompile.artifact.native_nodes import check_packed
 from mpcompile.artifact.opset import Refusal, identifier, module_path, shown
 from mpcompile.artifact.packing import pack_tensors, unpack_tensors
 from mpcompile.errors import ArtifactError, GraphError
-from mpcompile.files import write_atomically
+from mpcompile.files import is_ours, open_regular, read_bytes, replacing, write_atomically
 from mpcompile.graph import IRModule
 from mpcompile.modes import with_ordinary_tensors
 from mpcompile.plan import Plan
@@ -75,11 +74,12 @@ def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
         gm: what :func:`mpcompile.transform` returned. Tensors may be on any device. What masks
             remove is not kept: it comes back as zero (weights under a mask that aren't zero are stored whole).
         path: the file; conventionally ``*.mpc`` or ``*.safetensors``. Its folder must exist. A path that ends in a
-            slash, or an existing folder, means the folder form; it is made if absent.
+            slash, or an existing folder, means the folder form; it is made if absent. Files in it that mpcompile
+            didn't write, such as the weights of another program, are not replaced.
 
     Raises:
         ArtifactError: an operator or layer that a file can't hold (the node is named), a path that can't be written,
-            or a full disk.
+            a folder whose files of these names are another's, or a full disk.
 
     Example:
         >>> save(gm, "model.safetensors")
@@ -92,11 +92,28 @@ def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
         metadata = {"sha256": _BLANK, "format": KIND, "format_version": str(VERSION), "mpcompile": __version__}
         metadata |= {"torch": torch.__version__, **texts}
         folder = os.path.isdir(target) or os.fsdecode(os.fspath(path)).endswith(os.sep)
-        if folder:
-            os.makedirs(target, exist_ok=True)
-        _write(os.path.join(target, WEIGHTS) if folder else target, metadata, tensors)
-        if folder:
-            write_atomically(Path(target, PLAN), json.dumps(_readable(metadata), indent=1) + "\n")
+        if not folder:
+            _write(target, metadata, tensors)
+            return
+        check_folder(target)
+        os.makedirs(target, exist_ok=True)
+        _write(os.path.join(target, WEIGHTS), metadata, tensors, stale=os.path.join(target, PLAN))
+        write_atomically(Path(target, PLAN), json.dumps(_readable(metadata), indent=1) + "\n")
+
+
+def check_folder(folder: str) -> None:
+    """What an artifact in the folder form would replace there is ours.
+
+    Raises:
+        Refusal: it is another's.
+    """
+    for name in (WEIGHTS, PLAN):
+        path = Path(folder, name)
+        if os.path.lexists(path) and not is_ours(path):
+            raise Refusal(
+                f"the folder holds a {name} that mpcompile didn't write",
+                hint="choose another folder, or move that file",
+            )
 
 
 @with_ordinary_tensors
@@ -138,13 +155,17 @@ def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
     """The plan.json of a folder, if there is one, has to be that of its weights."""
     if not os.path.exists(path):
         return
-    with open(path, "rb") as file:
-        if _parse(file.read(_MAX_HEADER)) != _readable(metadata):
-            raise Refusal(
-                f"{PLAN} is not that of {WEIGHTS}",
-                expected=f"the plan of the file with sha256 {metadata['sha256']}",
-                hint=f"remove {PLAN}: {WEIGHTS} holds the plan, too; or copy both again",
-            )
+    try:
+        text = read_bytes(path, _MAX_HEADER)
+    except OSError as error:
+        hint = f"remove it: {WEIGHTS} holds the plan, too"
+        raise Refusal(f"its {PLAN} can't be read", found=error.strerror or str(error), hint=hint) from error
+    if _parse(text) != _readable(metadata):
+        raise Refusal(
+            f"{PLAN} is not that of {WEIGHTS}",
+            expected=f"the plan of the file with sha256 {metadata['sha256']}",
+            hint=f"remove {PLAN}: {WEIGHTS} holds the plan, too; or copy both again",
+        )
 
 
 @contextlib.contextmanager
@@ -264,31 +285,16 @@ def _flat(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write(path: str, metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Write to a neighbour of ``path``, then rename."""
+def _write(path: str, metadata: dict[str, str], tensors: Mapping[str, Tensor], stale: str | None = None) -> None:
+    """Write a new file and put it in the place of ``path``; just before, ``stale``, about the old one, goes."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refusal("something else is there", expected="a regular file, or nothing", hint="choose another path")
-    folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".mpcompile-{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with open(descriptor, "wb") as file:
-            _fill(file, metadata, tensors)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":  # so that the new name, too, outlives a power failure
-        with contextlib.suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    with replacing(path) as file:
+        _fill(file, metadata, tensors)
+        if stale is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(stale)
 
 
 def _fill(file: BinaryIO, metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -321,7 +327,7 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors, after every check that needs no knowledge of graphs."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise Refusal("it is not a file", expected="a file that mpcompile.save wrote", hint="check the path")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         room = size - 8 - length

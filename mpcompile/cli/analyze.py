@@ -10,6 +10,7 @@ import torch
 
 import mpcompile
 from mpcompile import verify as verifier
+from mpcompile.analysis import check_plot
 from mpcompile.cli.common import (
     Commands,
     at_least,
@@ -20,6 +21,7 @@ from mpcompile.cli.common import (
     show,
     source_options,
 )
+from mpcompile.cli.destinations import FILE, declare
 from mpcompile.errors import ConfigError
 
 
@@ -33,9 +35,10 @@ def add(commands: Commands) -> None:
         example="mpcompile analyze vit_base_patch16_224 --pretrained --json analysis.json --plot analysis.png\n"
         "mpcompile analyze checkpoint.safetensors",
     )
-    job.add_argument("target", help="name of a timm model, or a .mpc, .safetensors, .pt or .pth file")
+    job.add_argument("target", help="name of a timm model, or an artifact or checkpoint: a file or a folder")
     source_options(job)
-    job.add_argument("--plot", type=Path, metavar="FILE", help="draw all spectra on one page: .png, .pdf or .svg")
+    job.add_argument("--plot", metavar="FILE", help="draw all spectra on one page: .png, .pdf or .svg")
+    declare(job, plot=FILE)
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
     job.add_argument("--seed", type=at_least(0), default=0, help="seeds weights that aren't loaded (default 0)")
     json_option(job)
@@ -47,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    if args.plot is not None:
+        check_plot(args.plot)
     random = False
     source: Any
     if names_file(args.target):

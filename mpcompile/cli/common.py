@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 
 import mpcompile
+from mpcompile.artifact import WEIGHTS
+from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
-from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.files import load_checkpoint, sha256, write_atomically
+from mpcompile.errors import ArtifactError, ConfigError, InputError, printable_lines
+from mpcompile.files import load_checkpoint, read_text, sha256, write_atomically
 from mpcompile.images import data_config
-from mpcompile.yaml_options import parse
+from mpcompile.yaml_options import LARGEST, parse
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what add(commands) is given
 
@@ -52,7 +55,8 @@ def command(commands: Commands, name: str, *, help: str, description: str, examp
 def json_option(job: argparse.ArgumentParser) -> None:
     """``--json FILE``; a command that has it prints its result with :func:`show`."""
     text = "write the result here as JSON; - prints it, in place of the text"
-    job.add_argument("--json", type=Path, metavar="FILE", help=text)
+    job.add_argument("--json", metavar="FILE", help=text)
+    declare(job, json=FILE)
 
 
 def show(args: argparse.Namespace, text: object, data: str) -> None:
@@ -66,7 +70,7 @@ def show(args: argparse.Namespace, text: object, data: str) -> None:
         return
     if args.json is not None:
         write_atomically(args.json, data + "\n")
-    print(text)
+    print(printable_lines(text))
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -108,7 +112,7 @@ def source_options(job: argparse.ArgumentParser) -> None:
 def names_file(target: str) -> bool:
     """Whether what can be a timm model's name or a file of weights is a file."""
     path = Path(target)
-    return path.suffix in (".mpc", ".safetensors", ".pt", ".pth") or path.exists()
+    return path.suffix in (".mpc", ".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin") or os.path.lexists(path)
 
 
 def classes_option(job: argparse.ArgumentParser) -> None:
@@ -202,9 +206,9 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = parse(path.read_text(encoding="utf-8"), f"the config {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        found = parse(read_text(path, LARGEST), f"the config {path}")
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise ConfigError(f"can't read the config {path}", expected="a YAML file", found=reason) from error
     if found is None:
         return {}
@@ -233,7 +237,10 @@ def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
         near = timm.list_models(f"*{name.split('_', maxsplit=1)[0]}*")[:5]
         raise ConfigError(f"timm has no model {name!r}", expected=", ".join(near) or "a name from timm.list_models()")
     try:
-        return timm.create_model(name, pretrained=pretrained, **options)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        if getattr(model, "dynamic_img_size", False):  # commands have images of one size, whose graph can be traced
+            model = timm.create_model(name, pretrained=pretrained, **options, dynamic_img_size=False)
+        return model
     except Exception as error:
         raise InputError(
             f"timm can't make {name!r}: {str(error).splitlines()[0]}",
@@ -335,7 +342,8 @@ def provenance(
 
     weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {seed}"
     if args.checkpoint is not None:
-        weights = {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)}
+        file = args.checkpoint / WEIGHTS if args.checkpoint.is_dir() else args.checkpoint
+        weights = {"file": args.checkpoint.name, "sha256": sha256(file)}
     return {
         "model": name,
         "weights": weights,

@@ -21,6 +21,7 @@ from mpcompile.cli.common import (
     show,
     weights_options,
 )
+from mpcompile.cli.destinations import ARTIFACT, FILE, declare
 from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.errors import ConfigError
@@ -46,9 +47,9 @@ def add(commands: Commands) -> None:
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
     job.add_argument("--device", default="cpu", help="where it is computed: cpu or cuda (default cpu)")
     job.add_argument("--half", action="store_true", help="save the weights as fp16")
-    job.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="file to write, or folder (with a slash behind it)"
-    )
+    out = "file to write, or folder (with a slash behind it)"
+    job.add_argument("--out", required=True, metavar="FILE", help=out)
+    declare(job, out=lambda args: ARTIFACT if args.format == "mpc" else FILE)
     kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
     job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)
     seed_option(job)
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         save_dense(gm, args.out)
     notes = "".join(f"\nnote: {note}" for note in (() if calibration is None else calibration.notes))
-    show(args, f"{gm.plan}\n\n{_size(args.out)}{notes}", gm.plan.to_json(indent=1))
+    show(args, f"{gm.plan}\n\n{_size(Path(args.out))}{notes}", gm.plan.to_json(indent=1))
     return 0
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from mpcompile.cli.common import Commands, at_least, command
+from mpcompile.cli.destinations import declare
+from mpcompile.errors import printable_lines
 
 
 def add(commands: Commands) -> None:
@@ -20,6 +22,7 @@ def add(commands: Commands) -> None:
     job.add_argument("--quick", action="store_true", help="a smaller model and fewer epochs, for a first look")
     job.add_argument("--seed", type=at_least(0), default=0, help="seeds split, weights and batches (default 0)")
     job.add_argument("--out", type=Path, default=Path("mpcompile-demo"), help="folder for the results as files")
+    declare(job, out=("digits.mpc", "report.json", "plan.json", "analysis.json", "analysis.png"))
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch (default: its own choice)")
     job.set_defaults(run=run)
 
@@ -28,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when it went through, whatever it measured."""
     from mpcompile import demo
 
-    print(demo.run(demo.Demo(args.quick, args.seed, args.out, args.threads, not args.quiet)))
+    print(printable_lines(demo.run(demo.Demo(args.quick, args.seed, args.out, args.threads, not args.quiet))))
     return 0

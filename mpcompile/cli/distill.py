@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
+import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,10 @@ from mpcompile.cli.common import (
     show,
     source_options,
 )
+from mpcompile.cli.destinations import declare
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.events import TRACKERS, check_trackers
-from mpcompile.files import make_folder, write_atomically
+from mpcompile.files import make_folder, read_text, write_atomically
 from mpcompile.graph import device_of
 
 log = logging.getLogger(__name__)
@@ -56,6 +61,7 @@ def add(commands: Commands) -> None:
         "--val-split", default="validation", metavar="SPLIT", help="none: don't evaluate (default validation)"
     )
     job.add_argument("--out", type=Path, metavar="FOLDER", help="for everything the run writes")
+    declare(job, out=("student.mpc", "log.jsonl", "result.json", "distilled.mpc"))
     job.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: train.lr=3e-4")
     job.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: go on where a run broke off")
     source_options(job)
@@ -100,9 +106,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
-    from mpcompile.training import checkpoint, datasets, images, ranks
+    from mpcompile.training import ranks
+    from mpcompile.training.lock import locked
 
     check_trackers(args.tracker)
+    if ranks.rank() == 0:
+        make_folder(args.out)
+    with locked(args.out) if ranks.rank() == 0 else contextlib.nullcontext():
+        return _alone(args, recipe, device)
+
+
+def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
+    """The run, once no other writes into its folder."""
+    from mpcompile.training import checkpoint, datasets, images, ranks
+
     if args.resume == "never" and (args.out / checkpoint.NAME).exists():
         raise checkpoint.in_the_way(args.out / checkpoint.NAME)
     torch.manual_seed(recipe.train.seed)
@@ -177,15 +194,13 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
     content = ranks.broadcast(path.read_bytes() if ranks.rank() == 0 and ranks.active() else None)
     if ranks.rank() == 0:
         return mpcompile.load(path)
-    copy = args.out / f".student.{ranks.rank()}.mpc"
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(content)
+    with tempfile.TemporaryDirectory(prefix="mpcompile-") as folder:
+        copy = Path(folder, path.name)
+        try:
+            copy.write_bytes(content)
+        except OSError as error:
+            raise ArtifactError(f"can't write {copy}", found=error.strerror or str(error)) from error
         return mpcompile.load(copy)
-    except OSError as error:
-        raise ArtifactError(f"can't write {copy}", found=error.strerror or str(error)) from error
-    finally:
-        copy.unlink(missing_ok=True)
 
 
 def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str, path: Path) -> None:
@@ -196,7 +211,7 @@ def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any,
     mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, holds)
     checkpoint.left_behind(args.out)
     if args.resume == "auto" and path.exists():
-        if mark.exists() and mark.read_text() == stamp:
+        if os.path.lexists(mark) and _read_stamp(mark) == stamp:
             mpcompile.load(path)  # whole, or it raises
             return
         if (args.out / checkpoint.NAME).exists():
@@ -215,6 +230,20 @@ def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any,
     student.plan.provenance = {**found, "recipe": recipe.name, "class_names": sorted(numbers, key=lambda n: numbers[n])}
     mpcompile.save(student.eval(), path)
     write_atomically(mark, stamp)
+
+
+def _read_stamp(mark: Path) -> str:
+    """What an earlier run's student depends on."""
+    problem = None
+    try:
+        found = read_text(mark, 1000)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    else:
+        if re.fullmatch("[0-9a-f]{64}", found):
+            return found
+    hint = f"remove it, and {mark.with_suffix('.mpc').name} with it, to make the student again"
+    raise ArtifactError(f"{mark} is damaged", expected="a SHA-256 digest", found=problem or "another text", hint=hint)
 
 
 def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:

@@ -12,6 +12,7 @@ import torch
 import mpcompile
 from mpcompile import export as exporting
 from mpcompile.cli.common import DTYPES, Commands, at_least, command, json_option, show
+from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES
 from mpcompile.errors import ConfigError
 from mpcompile.graph import IRModule
@@ -33,7 +34,8 @@ def add(commands: Commands) -> None:
     )
     job.add_argument("artifact", type=Path, help="what mpcompile compile or mpcompile.save wrote")
     job.add_argument("--format", choices=exporting.EXPORTS, required=True, help="see above")
-    job.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    job.add_argument("--out", required=True, metavar="FILE", help="file to write")
+    declare(job, out=FILE)
     job.add_argument("--batch", type=at_least(1), default=1, help="images a call (default 1)")
     job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
     job.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free")

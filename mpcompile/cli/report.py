@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import mpcompile
+from mpcompile.artifact import PLAN, WEIGHTS
 from mpcompile.cli.common import Commands, command
-from mpcompile.errors import ConfigError
+from mpcompile.cli.destinations import FILE, declare
+from mpcompile.errors import ConfigError, printable
 from mpcompile.page.sources import Sources, read_json
 
 READ = ("audit", "explain", "analyze", "certify")
@@ -30,7 +32,8 @@ def add(commands: Commands) -> None:
         job.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"what mpcompile {name} --json FILE wrote")
     job.add_argument("--image", type=Path, nargs="*", default=[], metavar="FILE", help="show how its tokens merge")
     job.add_argument("--title", default="", help="heading of the page (default: the model's name)")
-    job.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default report.html)")
+    job.add_argument("--out", default="report.html", metavar="FILE", help="(default report.html)")
+    declare(job, out=FILE)
     job.set_defaults(run=run)
 
 
@@ -49,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
         sources.dense_size = sum(p.numel() * p.element_size() for p in gm.parameters())
         sources.artifact = gm.float()  # a CPU is slow in half precision, or refuses
         sources.name = args.artifact.name
-        files = [p for p in args.artifact.iterdir() if p.is_file()] if args.artifact.is_dir() else [args.artifact]
-        sources.size = sum(p.stat().st_size for p in files)
+        files = [args.artifact / WEIGHTS, args.artifact / PLAN] if args.artifact.is_dir() else [args.artifact]
+        sources.size = sum(p.stat().st_size for p in files if p.is_file())
         alike = Counter(path.name for path in args.image)
         sources.pictures = {
             str(path) if alike[path.name] > 1 else path.name: page.pictures(sources.artifact, path)
             for path in args.image
         }
     page.write(args.out, sources, args.title)
-    print(args.out)
+    print(printable(args.out))
     return 0

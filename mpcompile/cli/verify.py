@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
         description="Check stored weights, of a file or a timm model: which are legally N:M, which break it where.",
         example="mpcompile verify pruned.mpc\nmpcompile verify checkpoint.safetensors --pattern 2:4",
     )
-    job.add_argument("target", help="a .mpc, .safetensors, .pt or .pth file, or the name of a timm model")
+    job.add_argument("target", help="an artifact or checkpoint (a file or a folder), or the name of a timm model")
     job.add_argument("--pattern", help="N:M that all weights are held to (default: masked layers to their own)")
     job.add_argument("--only", nargs="*", default=["*"], metavar="GLOB", help="names of weights (default all)")
     job.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")

@@ -11,6 +11,8 @@ import torch
 
 import mpcompile
 from mpcompile.cli.common import Commands, command, config_of, config_options, load_model, seed_option, weights_options
+from mpcompile.cli.destinations import FILE, declare
+from mpcompile.errors import printable, printable_lines
 from mpcompile.images import data_config, open_image, preprocess, shown
 
 
@@ -25,7 +27,8 @@ def add(commands: Commands) -> None:
     )
     weights_options(job)
     job.add_argument("--image", type=Path, required=True, metavar="FILE", help="any format that Pillow reads")
-    job.add_argument("--out", type=Path, default=Path("merged.png"), metavar="FILE", help="(default merged.png)")
+    job.add_argument("--out", default="merged.png", metavar="FILE", help="(default merged.png)")
+    declare(job, out=FILE)
     merging = ("tome_r", "tome_schedule", "tome_reduction", "tome_proportional", "prefix_tokens")
     seed_option(job)
     config_options(job, *merging, tome_r=8)
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     image = preprocess(data)(picture)
     tokens = mpcompile.visualize_merging(model, image, args.out, config, display=shown(image, data))
     counts = " -> ".join(str(len(np.unique(block))) for block in [np.arange(tokens[0].size), *tokens])
-    print(f"{args.model}: {counts} patches and merged patches\n{args.out}")
+    print(printable_lines(f"{args.model}: {counts} patches and merged patches"), printable(args.out), sep="\n")
     if not args.pretrained and args.checkpoint is None:
         print("note: random weights, so what merges means nothing")
     return 0

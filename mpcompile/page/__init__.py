@@ -46,6 +46,7 @@ def render(sources: Sources, title: str = "") -> str:
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="generator" content="mpcompile {__version__}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
@@ -82,7 +83,14 @@ def pictures(gm: IRModule, path: Path) -> list[tuple[str, np.ndarray]]:
         MPCompileError: no tokens merge in this model.
     """
     data = gm.plan.provenance.get("data") or data_config(gm)
-    image = preprocess(data)(open_image(path))
+    try:
+        image = preprocess(data)(open_image(path))
+    except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise InputError(
+            "this artifact doesn't say how images are made for it",
+            expected="a data configuration of timm in its plan's provenance",
+            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.100}",
+        ) from error
     if not any(node.target is ops.token_merge for node in gm.graph.nodes):
         raise InputError("this artifact merges no tokens: there is nothing to draw", hint="leave out --image")
     dtype = next((p.dtype for p in gm.parameters()), torch.float32)

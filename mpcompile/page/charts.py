@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from mpcompile.errors import printable
+
 ROW, GAP, LABEL, PLOT = 20, 6, 170, 330  # pixels: a bar, between bars, room for names, and for the bars themselves
 
 
 def escape(value: object) -> str:
-    """Text that can stand in HTML and SVG."""
-    return html.escape(str(value), quote=True)
+    """Text that can stand in HTML and SVG, its control characters and bidirectional marks shown as escapes."""
+    return html.escape(printable(value), quote=True)
 
 
 def svg(width: float, height: float, body: str, title: str) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
+from mpcompile import files
 from mpcompile.errors import ArtifactError
 from mpcompile.graph import IRModule
+from mpcompile.plan import Figures
+from mpcompile.schema import Between, Mismatch, Natural, check
 
 
 @dataclass
@@ -51,6 +53,55 @@ class Sources:
         return self.artifact.plan.figures if self.artifact is not None else {}
 
 
+class _Timed(TypedDict, total=False):
+    name: str
+    engine: str
+    us: float | None
+    dense_us: float | None
+
+
+class _Explained(TypedDict, total=False):
+    layers: list[_Timed]
+    machine: str
+
+
+class _Fitted(TypedDict, total=False):
+    shape: list[Natural]
+    sigma: Annotated[float, Between(0, 1e150)] | None
+    edge: float | None
+    spikes: int | None
+    verdict: str | None
+    fit_error: float | None
+    singular_values: list[float]
+    eigenvalues: list[float]
+
+
+class _Tier(TypedDict, total=False):
+    name: str
+    certified: float | None
+    samples: float | None
+    median: float | None
+
+
+class _Statement(TypedDict, total=False):
+    kind: str
+    text: str
+
+
+class _Certified(TypedDict, total=False):
+    samples: float | None
+    tiers: list[_Tier]
+    statements: list[_Statement]
+    violations: float | None
+
+
+# What is read of each command's JSON, and as what; more may stand in it.
+_SCHEMAS: dict[str, Any] = {
+    "audit": Figures,
+    "explain": _Explained,
+    "analyze": dict[str, _Fitted],
+    "certify": _Certified,
+}
 _MARKS = {"audit": "rows", "explain": "layers", "certify": "tiers"}
 
 
@@ -62,12 +113,7 @@ def read_json(path: Path | None, command: str) -> dict[str, Any] | None:
     """
     if path is None:
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"can't read {path}", found=error.strerror or str(error)) from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is no JSON", found=str(error)[:80]) from error
+    found = files.read_json(path)
     if command == "analyze":  # layers by name
         right = isinstance(found, dict) and any(isinstance(v, dict) and "fits" in v for v in found.values())
     else:
@@ -79,13 +125,25 @@ def read_json(path: Path | None, command: str) -> dict[str, Any] | None:
             expected=f"what mpcompile {command} MODEL --json {path.name} writes",
             found=keys,
         )
+    try:
+        check(found, _SCHEMAS[command])
+    except Mismatch as error:
+        raise ArtifactError(
+            f"{path} is not what mpcompile {command} wrote: its field {error.where} has another type",
+            expected=error.expected,
+            found=error.found,
+        ) from error
     return dict(found)
 
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if plain else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond every float
+        return None
 
 
 def numbers(value: Any) -> list[float]:

@@ -115,7 +115,7 @@ def draw(spectrum: Spectrum) -> str:
     counts, _ = np.histogram(bulk, edges)
     heights = counts / (len(s) * np.diff(edges))
     curve = []
-    if spectrum.sigma and spectrum.n:
+    if spectrum.sigma and spectrum.n and spectrum.m:
         lowest = spectrum.sigma * (math.sqrt(spectrum.n) - math.sqrt(spectrum.m))
         highest = spectrum.sigma * (math.sqrt(spectrum.n) + math.sqrt(spectrum.m))
         x = np.linspace(max(lowest, highest * 1e-3), highest, CURVE)

@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Annotated, Any, BinaryIO, TypedDict, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mpcompile.errors import ArtifactError
+from mpcompile.errors import ArtifactError, printable
+from mpcompile.files import TEMPORARY, open_regular, replacing
+from mpcompile.schema import Between, Mismatch, Natural, check
 
 NAME = "checkpoint.pt"
-FORMAT = 2
+FORMAT = 3
+_MARK = b"mpcompile sha256 "  # begins the comment of the ZIP archive; the digest of all bytes before it follows
+_COMMENT = len(_MARK) + 64
+_CHUNK = 1 << 22
+
+
+class _Result(TypedDict):
+    losses: list[float]
+    accuracy: list[Annotated[float, Between(0, 1)]]
+    steps: Natural
+    images: Natural
+    resumed: Natural
+
+
+class _Optimizer(TypedDict):
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class _Identity(TypedDict):
+    options: dict[str, Any]
+    masks: str
+    teacher: str
+    images: str
+    batches: Natural
+    world: Natural
+
+
+class State(TypedDict):
+    """What a checkpoint of a run holds."""
+
+    identity: _Identity
+    step: Natural
+    evaluated: bool
+    loss_sum: Annotated[float, Between(-1e300, 1e300)]
+    result: _Result
+    student: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    ema: dict[str, Any] | None
+    random: list[dict[str, Any]]
 
 
 def random_state() -> dict[str, Any]:
@@ -76,25 +120,18 @@ def in_the_way(path: Path) -> ArtifactError:
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint through a temporary file, on the disk before it takes the place of the last one.
 
+    It is a file of ``torch.save``, a ZIP archive, with a checksum of all its bytes in the archive's comment.
+
     Raises:
         ArtifactError: the folder can't be written or the disk is full; the last checkpoint is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     noting = None
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             noting = _Noting(file)
             torch.save({"format": FORMAT, **state}, cast(IO[bytes], noting))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            _sign(file)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         cause = noting.error if noting is not None and noting.error is not None else error
         if not isinstance(cause, OSError):
             raise
@@ -107,10 +144,33 @@ def write(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
+def _sign(file: BinaryIO) -> None:
+    """Put the digest of an archive behind it."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, which ends an archive without one
+    file.write(struct.pack("<H", _COMMENT))
+    end = file.tell()
+    digest = _digest(file, end)
+    file.seek(end)
+    file.write(_MARK + digest.encode())
+
+
+def _digest(file: BinaryIO, end: int) -> str:
+    """SHA-256 of the first ``end`` bytes of a file."""
+    sha = hashlib.sha256()
+    file.seek(0)
+    while end > 0:
+        part = file.read(min(_CHUNK, end))
+        if not part:
+            break
+        sha.update(part)
+        end -= len(part)
+    return sha.hexdigest()
+
+
 class _Noting:
     """A file that keeps the error of a write: torch's writer makes something else of a full disk."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.error: OSError | None = None
 
@@ -126,29 +186,142 @@ class _Noting:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, unpickled as tensors and plain values alone.
+    """A checkpoint, unpickled as tensors and plain values alone, once its checksum is right.
 
     Raises:
         ArtifactError: the file is damaged, no checkpoint, or of a newer format.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        version = state["format"]
+        with open_regular(path) as file:
+            problem = _damage(file)
+            if problem is None:
+                file.seek(0)
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                version = state["format"]
     except Exception as error:
         found = getattr(error, "strerror", None)
         if found is None:
             found = "something else in it" if zipfile.is_zipfile(path) else "a damaged file"
-        raise ArtifactError(
-            f"{path} can't be read as a checkpoint",
-            expected="a whole file that mpcompile.distill wrote",
-            found=found,
-            hint="remove it to start again",
-        ) from error
+        raise _unreadable(path, found) from error
+    if problem is not None:
+        raise _unreadable(path, problem)
     if version != FORMAT:
         raise ArtifactError(
             f"{path} has another format", expected=FORMAT, found=version, hint="resume with the version that wrote it"
         )
     return dict(state)
+
+
+def _unreadable(path: Path, found: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} can't be read as a checkpoint",
+        expected="a whole file that mpcompile.distill wrote",
+        found=found,
+        hint="remove it to start again",
+    )
+
+
+def _damage(file: BinaryIO) -> str | None:
+    """What is wrong with the bytes of a checkpoint, or None."""
+    end = file.seek(0, os.SEEK_END) - _COMMENT
+    file.seek(max(0, end))
+    comment = file.read()
+    if end < 0 or not comment.startswith(_MARK):
+        return "a damaged file, or one of an older version: it ends without a checksum"
+    if comment[len(_MARK) :] != _digest(file, end).encode():
+        return "a damaged file: its content is not what was written"
+    return None
+
+
+def check_state(path: Path, state: Mapping[str, Any]) -> None:
+    """A checkpoint holds what a run needs to go on: every field is there, and of its type.
+
+    Raises:
+        ArtifactError: it doesn't; names the field.
+    """
+    try:
+        check(state, State)
+        for part in ("student", "ema"):
+            for name, value in (state[part] or {}).items():
+                if not isinstance(value, Tensor) and not str(name).endswith("_extra_state"):
+                    raise Mismatch(f"{part}.{printable(name, 60)}", "a tensor", f"a {type(value).__name__}")
+    except Mismatch as error:
+        raise malformed(path, error.where, error.expected, error.found) from error
+
+
+def malformed(path: Path, where: str, expected: object, found: object) -> ArtifactError:
+    """A field of a checkpoint that a run can't go on with."""
+    return ArtifactError(
+        f"{path} can't be gone on with: its field {where} is not what mpcompile.distill writes",
+        expected=expected,
+        found=found,
+        hint="remove it to start again",
+    )
+
+
+def check_alike(found: Any, own: Any, where: str = "") -> None:
+    """A plain value has the structure of another: the same names and lengths, numbers where there are numbers.
+
+    Raises:
+        Mismatch: it hasn't.
+    """
+    if isinstance(own, Mapping):
+        check(found, dict[str, Any], where)
+        if found.keys() != own.keys():
+            raise Mismatch(where, f"the names {', '.join(own)}", ", ".join(map(str, found)))
+        for name in own:
+            check_alike(found[name], own[name], f"{where}.{name}".lstrip("."))
+    elif isinstance(own, (list, tuple)):
+        check(found, list[Any], where)
+        if len(found) != len(own):
+            raise Mismatch(where, f"a list of {len(own)}", f"one of {len(found)}")
+        for place, item in enumerate(own):
+            check_alike(found[place], item, f"{where}.{place}")
+    elif isinstance(own, (bool, str, type(None))):
+        check(found, type(own), where)
+    elif isinstance(own, (int, float)):
+        check(found, Annotated[float, Between(-1e300, 1e300)], where)
+
+
+def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """The state of an optimiser is one that it could have: of these parameters, and of their shapes.
+
+    Raises:
+        Mismatch: it isn't.
+    """
+    check(found, _Optimizer)
+    own = optimizer.state_dict()["param_groups"]
+    if len(own) != len(found["param_groups"]):
+        raise Mismatch("param_groups", f"{len(own)} of them", str(len(found["param_groups"])))
+    for mine, group in zip(own, found["param_groups"], strict=True):
+        if mine["params"] != group.get("params") or mine.keys() != group.keys():
+            raise Mismatch("param_groups", "the groups of this run", "others")
+        for name, value in mine.items():
+            if isinstance(value, (bool, int, float)):
+                check_alike(group[name], value, f"param_groups.{name}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    places = [place for group in own for place in group["params"]]
+    shapes = {place: p.shape for place, p in zip(places, parameters, strict=True)}
+    for place, entry in found["state"].items():
+        for name, value in entry.items():
+            if place not in shapes or not (
+                value is None
+                or isinstance(value, (int, float))
+                or (isinstance(value, Tensor) and (value.dim() == 0 or value.shape == shapes[place]))
+            ):
+                raise Mismatch(f"state.{place}.{name}", "a number, or a tensor of its parameter's shape", "another")
+
+
+@contextlib.contextmanager
+def loading(path: Path, where: str) -> Iterator[None]:
+    """Turns whatever goes wrong when a field of a checkpoint is taken up into an error that names it."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except Exception as error:
+        lines = " ".join(str(error).split())[:160] or type(error).__name__
+        raise malformed(path, where, "what this run would write there", lines) from error
 
 
 def check_same(path: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -162,7 +335,7 @@ def check_same(path: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> N
     Raises:
         ArtifactError: they differ; says in what.
     """
-    differing = {key: (value, now[key]) for key, value in kept.items() if value != now.get(key)}
+    differing = {key: (value, now.get(key)) for key, value in kept.items() if value != now.get(key)}
     if differing:
         raise ArtifactError(
             f"{path} belongs to another run",
@@ -177,7 +350,8 @@ def _told(differing: dict[str, tuple[Any, Any]], side: int) -> str:
     parts = []
     for key, values in differing.items():
         if key == "options":
-            parts += [f"{k}={values[side][k]}" for k in values[side] if values[0].get(k) != values[1].get(k)]
+            told = [k for k in values[side] if values[0].get(k) != values[1].get(k)]
+            parts += [f"{k}={values[side][k]}" for k in told]
         else:
             parts.append(f"{key} {str(values[side])[:12]}")
     return ", ".join(parts)
@@ -185,7 +359,6 @@ def _told(differing: dict[str, tuple[Any, Any]], side: int) -> str:
 
 def left_behind(folder: Path) -> None:
     """Remove temporary files that a killed run left, of checkpoints and of what else it writes."""
-    written = (NAME, "log.jsonl", "result.json", "student.stamp")
-    for pattern in (*(f".{name}.*.tmp" for name in written), ".mpcompile-*.tmp", ".student.*.mpc"):
-        for path in folder.glob(pattern):
+    for path in folder.glob(f"{TEMPORARY}*.tmp*"):
+        if path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)

@@ -137,6 +137,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
+_UNLIMITED = 1 << 63  # what no option reaches, infinity least of all
+
+
 def check_fields(options: Any, *ranges: tuple[str, float, float]) -> None:
     """The fields of a dataclass have the types they are declared with, and lie within (name, low, high).
 
@@ -147,7 +150,7 @@ def check_fields(options: Any, *ranges: tuple[str, float, float]) -> None:
         check_type(field.name, str(field.type), getattr(options, field.name))
     for name, low, high in ranges:
         value = getattr(options, name)
-        if value is not None and not low <= value <= high:
+        if value is not None and not (low <= value <= high and abs(value) < _UNLIMITED):
             raise ConfigError(f"option {name!r} is out of range", expected=f"{low:g} to {high:g}", found=value)
 
 

@@ -19,6 +19,7 @@ from mpcompile.errors import ConfigError, InputError
 from mpcompile.training.masks import digest
 
 _LOST = re.compile(r"closed by peer|reset by peer|connection (closed|reset|refused)|broken pipe|remote process", re.I)
+_SOURCES = (".py", ".cpp", ".h", ".cu")
 _PATIENCE = timedelta(hours=12)  # the others wait while the first rank makes the student
 
 
@@ -119,12 +120,24 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and active() and _LOST.search(str(error)) is not None
 
 
+def source_files() -> dict[str, Path]:
+    """The files of the code by their place in the package; links to folders, as a checkout has, are followed."""
+    found: dict[str, Path] = {}
+    for root in mpcompile.__path__:
+        for folder, below, names in os.walk(root, followlinks=True):
+            below[:] = [name for name in below if name != "__pycache__"]
+            here = Path(folder)
+            found |= {(here / n).relative_to(root).as_posix(): here / n for n in names if n.endswith(_SOURCES)}
+    return dict(sorted(found.items()))
+
+
 @lru_cache(maxsize=1)
 def _sources() -> str:
     sha = hashlib.sha256()
-    for root in mpcompile.__path__:
-        for path in sorted(Path(root).rglob("*.py")):
-            sha.update(path.read_bytes())
+    for name, path in source_files().items():
+        content = path.read_bytes()
+        sha.update(f"{name} {len(content)} ".encode())
+        sha.update(content)
     return sha.hexdigest()[:16]
 
 

@@ -7,17 +7,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
 from mpcompile.config import CALIBRATIONS, Config, only_fields
 from mpcompile.errors import ConfigError
+from mpcompile.files import read_text
 from mpcompile.graph import IRModule
 from mpcompile.pipeline import transform
+from mpcompile.schema import Mismatch, check
 from mpcompile.training.images import Images
 from mpcompile.training.options import Training, check_fields, check_type
-from mpcompile.yaml_options import parse
+from mpcompile.yaml_options import LARGEST, parse
 
 FOLDER = Path(__file__).parent / "recipes"
 _PARTS = ("compile", "train", "data", "calibration")
@@ -39,6 +41,11 @@ class Calibration:
                 expected=f"one of {', '.join(CALIBRATIONS)}",
                 found=self.calibrate,
             )
+
+
+class _Described(TypedDict):
+    macs: Mapping[str, float]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_type("prior_weight", "float", self.prior_weight)
-        if self.prior_weight < 0:
+        try:
+            check({"macs": self.macs, "source": self.source}, _Described)
+        except Mismatch as error:
+            raise ConfigError(
+                f"option {error.where!r} has the wrong type", expected=error.expected, found=error.found
+            ) from error
+        if not 0 <= self.prior_weight < math.inf:
             raise ConfigError("option 'prior_weight' is out of range", expected="0 or more", found=self.prior_weight)
         if self.train.cache and self.data.augment:
             raise ConfigError(
@@ -100,14 +113,15 @@ class Recipe:
             ConfigError: no such recipe, not YAML, or an option that isn't known.
         """
         path = Path(name) if Path(name).suffix in (".yaml", ".yml") else FOLDER / f"{name}.yaml"
-        if not path.is_file():
+        if not path.exists():
             raise ConfigError(
                 f"there is no recipe {str(name)!r}", expected=f"a YAML file, or one of {', '.join(cls.names())}"
             )
         try:
-            values = parse(path.read_text(encoding="utf-8"), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} can't be read", expected="a YAML file", found=error) from error
+            values = parse(read_text(path, LARGEST), path)
+        except OSError as error:
+            found = error.strerror or str(error)
+            raise ConfigError(f"{path} can't be read", expected="a YAML file", found=found) from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds no recipe", expected="keys such as model and compile", found=type(values))
         return cls.from_dict({"name": path.stem, **values}, changes)

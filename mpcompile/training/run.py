@@ -25,6 +25,7 @@ from mpcompile.labels import check_range
 from mpcompile.training import batches as data
 from mpcompile.training import checkpoint, features, masks, norms, ranks, sharding
 from mpcompile.training.evaluate import evaluate
+from mpcompile.training.lock import locked
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.options import Training
 
@@ -147,24 +148,32 @@ class Run:
     def all(self, resume: bool) -> Distilled:
         """Every epoch that is left, and what comes after the last."""
         try:
-            state = self._resume(resume)
-            step = 0 if state is None else int(state["step"])
-            path = self.folder / LOG if self.writes and self.folder is not None else None
-            told = {"end"} if state is None or state["evaluated"] else {"end", "epoch"}  # what will be said again
-            # A run that was killed before its first checkpoint starts again, and so does its log.
-            resume_at = step + 1 if state is not None else 0 if resume else None
-            sinks = events.trackers(self.trackers, self.folder, resume_at)
-            with events.EventLog(path, resume_at=resume_at, again=told, sinks=sinks) as self.log:
-                if state is not None:
-                    self.log.write("resume", step=step)
-                    if not state["evaluated"]:
-                        self._end_epoch(step)
-                        state = None
-                while step < self.steps:
-                    step, state = self._epoch(step, state), None
-                self._finish()
+            with self._alone():
+                return self._all(resume)
         finally:
             self.policy.leave()
+
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        """The folder's lock, which the first rank holds for all."""
+        return locked(self.folder) if self.writes and self.folder is not None else contextlib.nullcontext()
+
+    def _all(self, resume: bool) -> Distilled:
+        state = self._resume(resume)
+        step = 0 if state is None else int(state["step"])
+        path = self.folder / LOG if self.writes and self.folder is not None else None
+        told = {"end"} if state is None or state["evaluated"] else {"end", "epoch"}  # what will be said again
+        # A run that was killed before its first checkpoint starts again, and so does its log.
+        resume_at = step + 1 if state is not None else 0 if resume else None
+        sinks = events.trackers(self.trackers, self.folder, resume_at)
+        with events.EventLog(path, resume_at=resume_at, again=told, sinks=sinks) as self.log:
+            if state is not None:
+                self.log.write("resume", step=step)
+                if not state["evaluated"]:
+                    self._end_epoch(step)
+                    state = None
+            while step < self.steps:
+                step, state = self._epoch(step, state), None
+            self._finish()
         return self.result
 
     def _epoch(self, step: int, state: Any) -> int:
@@ -399,21 +408,60 @@ class Run:
         if self.writes:
             checkpoint.left_behind(self.folder)
         state = checkpoint.read(path)
+        checkpoint.check_state(path, state)
         checkpoint.check_same(path, state["identity"], self.identity)
-        self._load(state)
-        self.result = Distilled(**{**state["result"], "resumed": state["step"]})
+        self._check_progress(path, state)
+        self._load(path, state)
+        fields = {field.name for field in dataclasses.fields(Distilled)}
+        known = {key: value for key, value in state["result"].items() if key in fields}
+        self.result = Distilled(**{**known, "resumed": state["step"]})
         self.loss_sum = state["loss_sum"]
         return state
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _check_progress(self, path: Path, state: dict[str, Any]) -> None:
+        """Where a checkpoint says that the run stands is somewhere in this run.
+
+        Raises:
+            ArtifactError: it isn't; names the field.
+        """
+        step, result = state["step"], state["result"]
+        if step > self.steps:
+            raise checkpoint.malformed(path, "step", f"at most {self.steps}", step)
+        if not state["evaluated"] and (step % self.updates or not step):
+            raise checkpoint.malformed(path, "evaluated", "true within an epoch", "false")
+        if len(state["random"]) != ranks.world():
+            raise checkpoint.malformed(path, "random", f"{ranks.world()} of them", len(state["random"]))
+        if result["steps"] != step:
+            raise checkpoint.malformed(path, "result.steps", step, result["steps"])
+        epochs = step // self.updates
+        if len(result["losses"]) != epochs:
+            raise checkpoint.malformed(path, "result.losses", f"one for each of {epochs} epochs", len(result["losses"]))
+        if not all(map(math.isfinite, result["losses"])):
+            raise checkpoint.malformed(path, "result.losses", "finite numbers", result["losses"])
+
+    def _load(self, path: Path, state: dict[str, Any]) -> None:
+        student, optimizer = state["student"], state["optimizer"]
+        with checkpoint.loading(path, "random"):
+            now = checkpoint.random_state()
+            try:
+                checkpoint.set_random_state(state["random"][ranks.rank()])
+            finally:
+                checkpoint.set_random_state(now)
+        with checkpoint.loading(path, "scheduler"):
+            checkpoint.check_alike(state["scheduler"], self.scheduler.state_dict())
+            self.scheduler.load_state_dict(state["scheduler"])
         if self.sharded:
-            sharding.load_states(self.student, self.optimizer, state["student"], state["optimizer"])
+            with checkpoint.loading(path, "student and optimizer"):
+                sharding.load_states(self.student, self.optimizer, student, optimizer)
         else:
-            self.student.load_state_dict(state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+            with checkpoint.loading(path, "student"):
+                self.student.load_state_dict(student)
+            with checkpoint.loading(path, "optimizer"):
+                checkpoint.check_optimizer(optimizer, self.optimizer)
+                self.optimizer.load_state_dict(optimizer)
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            with checkpoint.loading(path, "ema"):
+                self.ema.module.load_state_dict(state["ema"])
 
 
 def _check(student: nn.Module, val: Iterable[Any] | None) -> None:
