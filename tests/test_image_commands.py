@@ -100,3 +100,14 @@ def test_splits_are_not_measured_together(made, tmp_path, capsys):
     for command in (["audit", "tiny"], ["compile", "tiny", "--out", str(tmp_path / "x.mpc")]):
         assert cli.main([*command, *call]) == 2
         assert "holds several splits; expected images of one split, found TRAIN, VAL" in capsys.readouterr().err
+
+
+def test_a_page_shows_images_of_one_name_apart(made, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr("mpcompile.page.pictures", lambda gm, path: [(str(path), None)])
+    monkeypatch.setattr("mpcompile.page.write", lambda out, sources, title: shown.update(sources.pictures))
+    paths = [str(made / "images" / NAMES[name] / "0.png") for name in (3, 7)]
+    for given, names in ((paths, paths), (paths[:1], ["0.png"])):
+        shown.clear()
+        call = ["report", str(made / "pruned.mpc"), "--out", str(tmp_path / "x.html"), "--image", *given]
+        assert cli.main(call) == 0 and list(shown) == names

@@ -56,6 +56,19 @@ def test_labels_count_as_those_of_training_do(tmp_path):
     assert images.folder(tmp_path, DATA, classes=3, names=["a", "b", "c"]).labels is None  # none of the classes
 
 
+def test_images_are_read_while_they_are_iterated(tmp_path):
+    paths = [write(tmp_path / f"{number}.png") for number in range(5)]
+    found = images.folder(tmp_path, DATA, batch=2)
+    paths[4].write_bytes(b"no image")  # the last batch's, which isn't read yet
+    iterator = iter(found)
+    assert len(found) == 3 and found.count == 5
+    assert [len(next(iterator)) for _ in range(2)] == [2, 2]
+    with pytest.raises(InputError, match=r"4\.png"):
+        next(iterator)
+    write(paths[4])
+    assert [len(batch) for batch in found] == [2, 2, 1]
+
+
 def test_samples_are_drawn_by_the_seed(tmp_path):
     for number in range(9):
         write(tmp_path / f"{number}.png")

@@ -122,6 +122,16 @@ def test_every_listed_suffix_is_one_that_is_read(suffix, tmp_path):
     assert np.abs(np.asarray(images.open_image(path))[8, 8].astype(int) - [200, 100, 50]).max() < 8
 
 
+def test_formats_of_several_pictures_and_of_floats(tmp_path):
+    grey = Image.fromarray((GREY / 255).astype(np.float32))
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(
+        tmp_path / "a.mpo", save_all=True, append_images=[grey.convert("L")]
+    )
+    assert np.abs(np.asarray(images.open_image(tmp_path / "a.mpo"))[8, 8].astype(int) - [200, 100, 50]).max() < 8
+    grey.save(tmp_path / "a.pfm")
+    assert np.abs(np.asarray(images.open_image(tmp_path / "a.pfm"))[:, :, 0] - GREY).max() <= 1
+
+
 def test_no_other_format_is_tried(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: called.append(1) or Image.new("RGB", (9, 9)).im)

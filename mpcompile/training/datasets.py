@@ -136,14 +136,16 @@ def dataset(
         options["num_samples"] = int(count) if count.isdecimal() else None
     try:
         if kind == "wds":
-            _check_shards(root)
+            _check_regular(root, ("_info.json", "info.json"))
         found = create_dataset(reader, root, split=name, **options)
         names = class_names(found)
         if names and classes and names != dict(classes):
             _check_names(names, classes, name)
             found = create_dataset(reader, root, split=name, class_map=dict(classes), **options)
         return (
-            Readable(root, reader=found.reader) if isinstance(found, ImageDataset) else _streamed(found, training, seed)
+            Readable(root, reader=found.reader)
+            if isinstance(found, ImageDataset)
+            else _streamed(found, root, training, seed)
         )
     except InputError:
         raise
@@ -151,19 +153,19 @@ def dataset(
         raise _unreadable(root, name, reader, error) from error
 
 
-def _check_shards(root: str) -> None:
-    """What timm opens of a folder of shards are regular files: it would wait for a FIFO.
+def _check_regular(root: str, names: Iterable[str]) -> None:
+    """Of a folder of shards, timm opens these: it would wait for a FIFO.
 
     Raises:
-        InputError: one isn't.
+        InputError: one is there, but no regular file.
     """
-    place = Path(root)
-    for path in [place / "_info.json", place / "info.json", *(sorted(place.iterdir()) if place.is_dir() else ())]:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            open_regular(path, "a regular file")
+    for name in names:
+        path = os.path.join(root, name)
+        if os.path.exists(path) and not os.path.isfile(path):
+            open_regular(path, "a regular file")  # says what it is
 
 
-def _streamed(found: Any, training: bool, seed: int) -> Streamed:
+def _streamed(found: Any, root: str, training: bool, seed: int) -> Streamed:
     """A stream, if what is said about its length and its shards makes sense.
 
     Raises:
@@ -171,11 +173,18 @@ def _streamed(found: Any, training: bool, seed: int) -> Streamed:
     """
     count, info = found.reader.num_samples, getattr(found.reader, "split_info", None)
     shards = getattr(info, "filenames", ("",))
-    if not isinstance(count, int) or count < training or not shards or not all(isinstance(name, str) for name in shards):
+    if (
+        not isinstance(count, int)
+        or count < training
+        or not shards
+        or not all(isinstance(name, str) for name in shards)
+    ):
         says = printable(f"{count!r} samples in {list(shards)[:3]}")
         raise InputError(
             "a stream has no usable description", expected="a number of samples, names of shards", found=says
         )
+    if info is not None:
+        _check_regular(root, shards)
     return Streamed(found.reader, training, seed)
 
 
