@@ -155,7 +155,7 @@ def _split(best: Tensor, r: int) -> tuple[Tensor, Tensor]:
         The place of each item, and the items in their new order; both (B, A) int64.
     """
     higher = (best.unsqueeze(-2) > best.unsqueeze(-1)).sum(-1)
-    cut = torch.where(higher < r, best, 2.0).amin(-1, keepdim=True)
+    cut = torch.where(higher < r, best, torch.inf).amin(-1, keepdim=True)
     sure = best > cut + TIE
     near = (best >= cut - TIE) & ~sure
     sure_so_far, near_so_far = torch.stack([sure, near]).cumsum(-1)
