@@ -136,3 +136,36 @@ def test_undefined_behaviour_is_noticed():
     status, said = calls()["portable", "fp32", "odd"]
     assert status != 0 and "called" in said and "returned" not in said
     assert "runtime error" in said and "misaligned" in said
+
+
+SWEEP = Path(__file__).parent / "kernel_sweep.cpp"
+EVERY = int(os.environ.get("MPCOMPILE_TEST_SWEEP", "61"))  # 1: the whole product of cases
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory):
+    """Output of the sweep over all N:M, kernels, strides and dilations, for each number of lanes."""
+    if isinstance(environment(), str):
+        pytest.skip(environment())
+    folder = tmp_path_factory.mktemp("sweep")
+
+    def run_one(lanes):
+        flags = ["-std=c++17", "-O0", "-fopenmp", "-Wno-psabi", "-fsanitize=address,undefined"]
+        flags += ["-fno-sanitize-recover=undefined"]
+        made = folder / f"lanes{lanes}"
+        sources = ["-I", str(Path(build.__file__).parent), str(SWEEP), "-o", str(made)]
+        command = [*build.compiler(), *flags, f"-DMPCOMPILE_LANES={lanes}", *sources]
+        subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+        done = subprocess.run([made, str(EVERY)], env=env, capture_output=True, text=True, timeout=1200, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((4, 8, 16), pool.map(run_one, (4, 8, 16)), strict=True))
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_every_pattern_stays_inside_whatever_the_processor(sweeps, lanes):
+    status, said = sweeps[lanes]
+    assert status == 0, said[-3000:]
+    assert said.endswith(f" of 76032 cases, {lanes} lanes\n")

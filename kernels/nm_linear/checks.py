@@ -71,7 +71,7 @@ def weights(name: str, given: Mapping[str, Any], columns: int | None = None) -> 
 @functools.lru_cache(maxsize=4096)
 def _can_be(shape: tuple[int, ...], n: int, m: int, layout: int) -> bool:
     good = len(shape) in (2, 4) and min(shape) >= 0 and min(shape[2:], default=1) >= 1
-    good = good and 1 <= n <= m <= MAX_M and layout in LAYOUTS
+    good = good and 1 <= n <= m <= MAX_M and layout in LAYOUTS and shape[1] % m == 0
     return good and shape[0] <= COUNT and math.prod(shape[1:]) <= COUNT
 
 
@@ -84,7 +84,7 @@ def weight_numbers(shape: tuple[int, ...], n: int, m: int, layout: int) -> None:
     if not all(type(number) is int for number in (*shape, n, m, layout)) or not _can_be(shape, n, m, layout):
         raise InputError(
             "no packed weight has these numbers",
-            expected=f"1 <= N <= M <= {MAX_M}, a layout in {sorted(LAYOUTS)}, up to {COUNT} rows and columns",
+            expected=f"1 <= N <= M <= {MAX_M}, inputs in groups of M, a layout of {sorted(LAYOUTS)}, sizes to {COUNT}",
             found=f"{_shown(n)}:{_shown(m)}, layout {_shown(layout)}, a weight {_shown(shape)}",
             hint="lower the module again with mpcompile.lower",
         )

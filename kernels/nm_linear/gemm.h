@@ -26,11 +26,18 @@ template <class T> class Scratch {
   ~Scratch() { free(data_); }
   // `clean`: zeros where nothing has been written since.
   T* need(size_t count, bool clean = false) {
-    if (count > size_) {
+#ifdef __SANITIZE_ADDRESS__  // so much and no more, that what is read or written behind is seen
+    constexpr size_t unit = 64;
+    const bool fits = count == size_;
+#else
+    constexpr size_t unit = 4096;
+    const bool fits = count <= size_;
+#endif
+    if (!fits) {
       free(data_);
       size_ = 0;
-      size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
-      data_ = (T*)aligned_alloc(4096, bytes);
+      size_t bytes = (count * sizeof(T) + unit - 1) / unit * unit;
+      data_ = (T*)aligned_alloc(unit, bytes);
       if (!data_) throw std::bad_alloc();
       if (clean) memset(data_, 0, bytes);
       size_ = count;

@@ -57,7 +57,7 @@ int number(Text name) {
 // checks.held for a matrix: whether the kernels find in both tensors what they will read.
 bool fits(const Tensor& values, const Tensor& index, int64_t outputs, int64_t inputs, int64_t n, int64_t m, int64_t layout) {
   constexpr int64_t most = INT_MAX - 1024;  // the kernels count in int, a few rows further
-  if (n < 1 || m < n || m > MAX_M || outputs < 1 || inputs < 1 || outputs > most || inputs > most) return false;
+  if (n < 1 || m < n || m > MAX_M || outputs < 1 || inputs < 1 || outputs > most || inputs > most || (int)inputs % (int)m) return false;
   const int64_t wide = block_columns((int)layout, (int)m), blocks = ceil_div(inputs, wide);
   const int64_t held = values.numel(), named = index.numel();
   if (layout == LAYOUT_RING) {

@@ -63,16 +63,20 @@ def _smooth_resize(given: dict[str, Any]) -> str | None:
     return None
 
 
-def _named(overload: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by the names of its schema."""
-    names = [argument.name for argument in overload._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return given if "input" in given or "self" not in given else {"input": given.pop("self"), **given}
+def _folding(given: dict[str, Any]) -> str | None:
+    for name in ("output_size", "kernel_size", "dilation", "padding", "stride"):
+        value = given.get(name, 0)
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if not 0 <= number < 2**31:
+                return f"{name} from 0 to 2**31"
+    return None
 
 
 _Check = Callable[[dict[str, Any]], "str | None"]
 _CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # what stands in a graph, whose schema it has, the check
     (torch.native_batch_norm, _A.native_batch_norm.default, _batch_norm),
+    (torch.nn.functional.unfold, _A.im2col.default, _folding),
+    (torch.nn.functional.fold, _A.col2im.default, _folding),
     *(
         (overload, overload, check)
         for check, overloads in (
@@ -86,6 +90,7 @@ _CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # what stands in a graph, whos
                     _A._native_batch_norm_legit_no_training.default,
                 ),
             ),
+            (_folding, (_A.im2col.default, _A.col2im.default)),
             (
                 _attention,
                 (
@@ -110,12 +115,18 @@ _CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # what stands in a graph, whos
 
 
 def _checked(function: Callable[..., Any], overload: Any, check: _Check) -> Callable[..., Any]:
+    names = [argument.name.replace("self", "input") for argument in overload._schema.arguments]
+    title = str(overload)
+
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        expected = check(_named(overload, args, kwargs))
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if "self" in given:
+            given["input"] = given.pop("self")
+        expected = check(given)
         if expected is not None:
-            found = [tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            raise InputError(f"{overload} can't take these tensors", expected=expected, found=str(found)[:200])
+            found = [tuple(value.shape) for value in given.values() if isinstance(value, Tensor)]
+            raise InputError(f"{title} can't take these tensors", expected=expected, found=str(found)[:200])
         return function(*args, **kwargs)
 
     return call

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,6 +125,15 @@ def layer_arguments(module: nn.Module, name: str) -> dict[str, Any]:
     return arguments
 
 
+def _numbers(value: Any) -> Iterator[Any]:
+    """The items of nested lists and tuples."""
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, (list, tuple)):
+            yield from _numbers(item)
+        else:
+            yield item
+
+
 def build_layer(name: object, arguments: Mapping[str, Any], tensors: Mapping[str, Any]) -> nn.Module:
     """A layer of a listed class, with nothing in memory for its tensors; the caller puts them in.
 
@@ -137,6 +146,9 @@ def build_layer(name: object, arguments: Mapping[str, Any], tensors: Mapping[str
     unknown = set(arguments) - {*LAYERS[home][cls].split()}
     if unknown:
         raise Refusal(f"a {cls} is given {shown(sorted(unknown))}", expected=LAYERS[home][cls])
+    if any(isinstance(number, int) and abs(number) >= 2**31 for number in _numbers(list(arguments.values()))):
+        found = shown(arguments)
+        raise Refusal(f"a {cls} is given a number that no layer has", expected="less than 2**31", found=found)
     if arguments.get("num_layers", 0) > len(tensors):  # the constructor would loop so often
         raise Refusal(f"a {cls} has more layers than tensors", found=shown(arguments["num_layers"]))
     with torch.device("meta"):

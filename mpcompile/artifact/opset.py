@@ -179,7 +179,7 @@ _HOMES: tuple[tuple[str, Any, frozenset[str]], ...] = (
 )
 _OWN = frozenset(op._schema.name.rpartition("::")[2] for op in _ops.MASKED | _ops.PACKED | _ops.MERGING)
 _PACKETS = {"aten": ATEN, "mpcompile": _OWN}
-_WITHOUT_TENSORS = words("_assert_scalar")  # the other overloads on numbers and lists alone are TorchScript's
+_SCRIPT = words("size sym_size sym_stride")  # whose overload without an axis is TorchScript's
 _OVERLOAD = re.compile(r"(aten|mpcompile)\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 
 
@@ -231,11 +231,18 @@ def _overload(space: str, packet: str, overload: str) -> Callable[..., Any] | No
     found = getattr(getattr(getattr(torch.ops, space), packet, None), overload, None)
     if not isinstance(found, torch._ops.OpOverload):
         return None
-    arguments = found._schema.arguments
-    if any(argument.is_out for argument in arguments):  # it resizes a tensor of the caller's
+    if any(argument.is_out for argument in found._schema.arguments):  # it resizes a tensor of the caller's
         return None
-    kinds = " ".join(str(part.type) for part in (*arguments, *found._schema.returns))
-    return found if "Tensor" in kinds or packet in _WITHOUT_TENSORS else None
+    return found if packet in _SCRIPT or _dispatched(found) else None
+
+
+def _dispatched(found: torch._ops.OpOverload) -> bool:
+    """Whether the dispatcher knows an overload. The others are TorchScript's: on plain numbers, or unchecked."""
+    try:
+        torch._C._dispatch_find_schema_or_throw(found._schema.name, found._schema.overload_name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def call_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:

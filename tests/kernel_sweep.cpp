@@ -1,0 +1,206 @@
+// Every N:M with convolutions and matrix products of many sizes, each tensor in heap memory of exactly its size, compared
+// with sums in double. Compiled with sanitizers by test_cpu_sanitizers.py; prints how many products it has checked.
+//
+//   kernel_sweep STRIDE [FIRST]   every STRIDE-th case of the whole product of cases, from the FIRST on
+
+#include "cpu.cpp"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+namespace {
+
+struct Random {
+  uint64_t state;
+  uint32_t next() {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return (uint32_t)(state >> 33);
+  }
+  int below(int n) { return (int)(next() % n); }
+  float value() { return (float)(next() % 2001) / 1000.0f - 1.0f; }
+};
+
+// Exactly so many elements, so that one more is found out.
+template <class T> struct Exact {
+  std::unique_ptr<T[]> data;
+  size_t size;
+  explicit Exact(size_t n) : data(new T[n]()), size(n) {}
+  T& operator[](size_t i) { return data[i]; }
+  T* get() { return data.get(); }
+};
+
+// A weight (outputs, taps, channels) with N of every M channels kept, and the same packed in blocks of columns.
+struct Sample {
+  int outputs, taps, channels, n, m;
+  std::vector<float> dense;
+
+  Sample(int outputs, int taps, int channels, int n, int m, Random& r)
+      : outputs(outputs), taps(taps), channels(channels), n(n), m(m), dense((size_t)outputs * taps * channels) {
+    for (size_t group = 0; group < dense.size(); group += m) {
+      int left = n;
+      for (int i = 0; i < m; i++)
+        if (r.below(m - i) < left) dense[group + i] = r.value() + 2.0f, left--;
+    }
+  }
+  float at(int o, int column) const { return dense[(size_t)o * taps * channels + column]; }
+
+  // `wide` channels at `some` taps make a block. `put` is given an entry: value, and its column in the block.
+  template <class Put> size_t pack(int wide, int some, Put put) const {
+    size_t entry = 0;
+    for (int c0 = 0; c0 < channels; c0 += wide)
+      for (int t0 = 0; t0 < taps; t0 += some) {
+        const int cs = std::min(wide, channels - c0), ts = std::min(some, taps - t0);
+        const int entries = block_entries(LAYOUT_ROWS, cs * ts, n, m);
+        for (int o = 0; o < outputs; o++) {
+          int used = 0;
+          for (int t = 0; t < ts; t++)
+            for (int c = 0; c < cs; c++) {
+              const float v = at(o, (t0 + t) * channels + c0 + c);
+              if (v != 0) put(entry + used++, v, t * cs + c);
+            }
+          if (used > entries) abort();
+          entry += entries;
+        }
+      }
+    return entry;
+  }
+};
+
+[[noreturn]] void differs(const char* what, double found, double expected) {
+  printf("%s: found %g, expected %g\n", what, found, expected);
+  exit(1);
+}
+
+void compare(const char* what, double found, double expected, double scale, double tolerance) {
+  if (!(std::fabs(found - expected) <= tolerance * (1 + scale))) differs(what, found, expected);
+}
+
+void convolution(int n, int m, int kh, int kw, int stride, int dilation, int groups, bool last, Random& r) {
+  const int channels = m * groups, outputs = 1 + r.below(3), taps = kh * kw, images = 1 + r.below(2);
+  const int ph = r.below(kh * dilation), pw = r.below(kw * dilation);
+  const int h = std::max(1, dilation * (kh - 1) + 1 - 2 * ph) + r.below(4), w = std::max(1, dilation * (kw - 1) + 1 - 2 * pw) + r.below(20);
+  const Convolution g{images, channels, h, w, outputs, kh, kw, stride, stride, ph, pw, dilation, dilation};
+  const Sample weight(outputs, taps, channels, n, m, r);
+  const int wide = m * std::max(1, CONV_CHANNELS / m), parts = (taps * wide + CONV_COLUMNS - 1) / CONV_COLUMNS;
+  const int some = (taps + parts - 1) / parts;
+  const size_t held = weight.pack(wide, some, [](size_t, float, int) {});
+  Exact<float> values(held), x((size_t)images * channels * h * w), y((size_t)images * outputs * g.out_h() * g.out_w()), bias(outputs);
+  Exact<uint8_t> index(held);
+  weight.pack(wide, some, [&](size_t e, float v, int column) {
+    if (column > 255) abort();
+    values[e] = v;
+    index[e] = (uint8_t)column;
+  });
+  for (size_t i = 0; i < x.size; i++) x[i] = r.value();
+  for (int o = 0; o < outputs; o++) bias[o] = r.value();
+  const int64_t sizes[13] = {images, channels, h, w, outputs, kh, kw, stride, stride, ph, pw, dilation, dilation};
+  if (nm_conv(x.get(), values.get(), index.get(), bias.get(), nullptr, y.get(), sizes, n, m, NONE, last, 1)) abort();
+  const int64_t oh = g.out_h(), ow = g.out_w();
+  for (int check = 0; check < 6; check++) {  // a few outputs, the last one among them
+    const int64_t at = check ? r.below((int)y.size) : (int64_t)y.size - 1;
+    const int64_t image = at / (outputs * oh * ow), rest = at % (outputs * oh * ow);
+    const int64_t o = last ? rest % outputs : rest / (oh * ow), pixel = last ? rest / outputs : rest % (oh * ow);
+    double sum = bias[o], scale = 0;
+    for (int t = 0; t < taps; t++)
+      for (int c = 0; c < channels; c++) {
+        const int64_t yy = pixel / ow * stride - ph + t / kw * dilation, xx = pixel % ow * stride - pw + t % kw * dilation;
+        if (yy < 0 || yy >= h || xx < 0 || xx >= w) continue;
+        const float v = last ? x[((image * h + yy) * w + xx) * channels + c] : x[((image * channels + c) * h + yy) * w + xx];
+        sum += (double)v * weight.at((int)o, t * channels + c);
+        scale += std::fabs((double)v * weight.at((int)o, t * channels + c));
+      }
+    compare("convolution", y[at], sum, scale, 1e-5);
+  }
+}
+
+// Rows of a matrix into exact memory, for X = float or bf16.
+template <class X> struct Matrix {
+  Exact<X> values;
+  Exact<uint8_t> index;
+  static Matrix of(const Sample& s) {
+    const int wide = block_columns(LAYOUT_ROWS, s.m);
+    Matrix made{Exact<X>(s.pack(wide, 1, [](size_t, float, int) {})), Exact<uint8_t>(0)};
+    made.index = Exact<uint8_t>(made.values.size);
+    s.pack(wide, 1, [&](size_t e, float v, int column) {
+      from_float(v, &made.values[e]);
+      made.index[e] = (uint8_t)column;
+    });
+    return made;
+  }
+};
+
+template <class X> void product(int n, int m, int groups, int format, Random& r) {
+  const int k = m * groups, outputs = 1 + r.below(20), pixels = 1 + r.below(5), tokens = pixels * (1 + r.below(30));
+  const Sample s(outputs, 1, k, n, m, r);
+  auto packed = Matrix<X>::of(s);
+  Exact<X> x((size_t)tokens * k), y((size_t)tokens * outputs);
+  for (size_t i = 0; i < x.size; i++) from_float(r.value(), &x[i]);
+  const bool half = sizeof(X) == 2;
+  if (nm_linear(half, x.get(), packed.values.get(), packed.index.get(), nullptr, nullptr, y.get(), tokens, pixels, k, outputs, n, m,
+                LAYOUT_ROWS, NONE, format, 1))
+    abort();
+  for (int check = 0; check < 6; check++) {
+    const int t = check ? r.below(tokens) : tokens - 1, o = check ? r.below(outputs) : outputs - 1;
+    double sum = 0, scale = 0;
+    for (int c = 0; c < k; c++) {
+      X w;
+      from_float(s.at(o, c), &w);
+      const double v = to_float(format ? x[((size_t)t / pixels * k + c) * pixels + t % pixels] : x[(size_t)t * k + c]) * to_float(w);
+      sum += v;
+      scale += std::fabs(v);
+    }
+    const X found = format ? y[((size_t)t / pixels * outputs + o) * pixels + t % pixels] : y[(size_t)t * outputs + o];
+    compare("product", to_float(found), sum, scale, half ? 1e-2 : 1e-5);
+  }
+}
+
+// Two products, whose indices may be anything: only where they read matters.
+void hostile(int n, int m, int groups, Random& r) {
+  const int k = m * groups, hidden = m * (1 + r.below(3)), outputs = 1 + r.below(20), tokens = 1 + r.below(100);
+  const Sample one(hidden, 1, k, n, m, r), two(outputs, 1, hidden, n, m, r);
+  auto first = Matrix<float>::of(one), second = Matrix<float>::of(two);
+  for (auto* held : {&first, &second})
+    for (size_t i = 0; i < held->index.size; i++) held->index[i] = (uint8_t)r.next();
+  Exact<float> x((size_t)tokens * k), y((size_t)tokens * outputs);
+  if (nm_mlp(0, x.get(), first.values.get(), first.index.get(), nullptr, second.values.get(), second.index.get(), nullptr, nullptr,
+             y.get(), tokens, k, hidden, outputs, n, m, LAYOUT_ROWS, n, m, LAYOUT_ROWS, GELU, 1))
+    abort();
+}
+
+// A weight without columns leaves the bias.
+void nothing(Random& r) {
+  const int outputs = 1 + r.below(40), tokens = 1 + r.below(100);
+  Exact<float> x(0), values(0), bias(outputs), y((size_t)tokens * outputs);
+  Exact<uint8_t> index(0);
+  for (int o = 0; o < outputs; o++) bias[o] = r.value();
+  if (nm_linear(0, x.get(), values.get(), index.get(), bias.get(), nullptr, y.get(), tokens, 1, 0, outputs, 2, 4, LAYOUT_ROWS, NONE, 0, 1))
+    abort();
+  for (size_t i = 0; i < y.size; i++) compare("nothing", y[i], bias[i % outputs], 0, 0);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const long every = count > 1 ? atol(words[1]) : 1, start = count > 2 ? atol(words[2]) : 0;
+  const int kernels[][2] = {{1, 1}, {2, 2}, {3, 3}, {5, 5}, {7, 7}, {1, 7}, {3, 1}, {11, 11}};
+  long number = 0, checked = 0;
+  for (int m = 1; m <= 32; m++)
+    for (int n = 1; n <= m; n++)
+      for (const auto& kernel : kernels)
+        for (int stride = 1; stride <= 3; stride++)
+          for (int dilation = 1; dilation <= 2; dilation++)
+            for (int groups = 1; groups <= 3; groups++, number++) {
+              if (number % every != start % every) continue;
+              Random r{(uint64_t)number};
+              convolution(n, m, kernel[0], kernel[1], stride, dilation, groups, number / every % 2, r);
+              if (++checked % 4) continue;
+              product<float>(n, m, groups * (1 + r.below(5)), checked / 4 % 2, r);
+              product<bf16>(n, m, groups, checked / 4 % 2, r);
+              hostile(n, m, groups, r);
+              nothing(r);
+            }
+  printf("%ld of %ld cases, %d lanes\n", checked, number, W);
+  return 0;
+}
