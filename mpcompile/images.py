@@ -197,11 +197,11 @@ def _numbered(listing: Listing, classes: int, names: Sequence[str]) -> tuple[dic
     if not listing.classes:
         return None, None
     if not names:
-        for there in (listing.classes, sorted([*listing.classes, *listing.empty], key=natural_key)):
-            if len(there) == classes:
-                return number(there), None
-        count = len(listing.classes)
-        return None, f"no labels: {count} folders of images ({listed(listing.classes)}), but {classes} classes"
+        for likely in (listing.classes, sorted([*listing.classes, *listing.empty], key=natural_key)):
+            if len(likely) == classes:
+                return number(likely), None
+        there = f"{len(listing.classes)} folders of images" if len(listing.classes) > 1 else "one folder of images"
+        return None, f"no labels: {there} ({listed(listing.classes)}), but {classes} classes"
     if len(set(names)) != len(names) or len(names) != classes:
         return None, f"no labels: {len(set(names))} names of classes are known, the model has {classes} classes"
     labels = matched(listing.classes, number(names))

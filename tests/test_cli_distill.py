@@ -241,3 +241,17 @@ def test_two_processes_do_what_one_does(broken, folder, tmp_path, capfd):
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-4) and one["accuracy"] == two["accuracy"]
     left = {path.name for path in (tmp_path / "two").iterdir()}
     assert left == {"student.mpc", "student.stamp", "distilled.mpc", "result.json", "log.jsonl", "checkpoint.pt"}
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_of_the_data_is_not_read_is_told_once(quiet, command, folder, tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, data)
+    (data / "train" / ".ipynb_checkpoints").mkdir()
+    (data / "train" / "bee" / "9.tga").touch()
+    command[command.index(str(folder))] = str(data)
+    command = [*command, "--out", str(out), "--val-split", "none", "--set", "train.epochs=1"]
+    assert main(command if quiet else [part for part in command if part != "--quiet"]) == 0
+    said = capsys.readouterr()
+    note = f"not read in {data}/train: 1 hidden entry (.ipynb_checkpoints), 1 file of another format (.tga)"
+    assert said.out.count(note) == quiet and json.loads((out / "result.json").read_text())["notes"] == [note]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 
+import numpy as np
 import pytest
 import timm
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from mpcompile.cli import main
 from mpcompile.errors import ConfigError, InputError
@@ -139,6 +141,95 @@ def test_the_command_takes_shards_and_resumes(root, tmp_path):
     command += ["--quiet", "--json", "-", "--out", str(tmp_path / "run")]
     assert main(command) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["result"]["images"] == 48
+
+
+def shard(place, files):
+    """A folder of one shard whose samples are (suffix, content)."""
+    place.mkdir()
+    with tarfile.open(place / "x-train-0.tar", "w") as tar:
+        for number, (suffix, content) in enumerate(files):
+            for ending, value in ((suffix, content), ("cls", str(number % CLASSES).encode())):
+                entry = tarfile.TarInfo(f"{number:04}.{ending}")
+                entry.size = len(value)
+                tar.addfile(entry, io.BytesIO(value))
+    split = {"name": "train", "num_samples": len(files), "filenames": ["x-train-0.tar"], "shard_lengths": [len(files)]}
+    (place / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    return place
+
+
+def saved(image, form):
+    content = io.BytesIO()
+    image.save(content, form)
+    return content.getvalue()
+
+
+def test_shards_are_decoded_as_files_are(tmp_path, monkeypatch, caplog):
+    """Every suffix, 16 bits scaled, and no format that starts a program."""
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: called.append(1) or Image.new("RGB", (9, 9)).im)
+    deep = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))
+    plain = Image.new("RGB", (8, 8), (200, 200, 200))
+    forms = {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "bmp": "BMP", "TIF": "TIFF"}
+    files = [("png", saved(deep, "PNG")), *((suffix, saved(plain, form)) for suffix, form in forms.items())]
+    files.append(("jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n1 1 add\n"))
+    source = datasets.dataset(str(shard(tmp_path / "a", files)), "train", False, "wds/x")
+    read = list(source)
+    assert [label for _, label in read] == [0, 1, 2, 0, 1, 2] and not called
+    assert all(abs(image.getpixel((4, 4))[0] - 200) < 3 and image.mode == "RGB" for image, _ in read)
+    assert "0006.jpg in" in caplog.text and "no image of a known format" in caplog.text
+
+
+SPLIT = {"name": "train", "num_samples": 1, "filenames": ["x-train-0.tar"], "shard_lengths": [1]}
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        [1],
+        {"splits": [1]},
+        {"splits": {"train": 3}},
+        {"splits": {"train": {"num_samples": 1}}},
+        {"splits": {"train": {**SPLIT, "filenames": 7}}},
+        {"splits": {"train": {**SPLIT, "filenames": [7]}}},
+        {"splits": {"train": {**SPLIT, "filenames": []}}},
+        {"splits": {"train": {**SPLIT, "num_samples": "many"}}},
+        {"splits": {"train": {**SPLIT, "num_samples": -1}}},
+        "\x1b[2J",
+    ],
+)
+def test_a_wrong_description_of_shards_is_one_line(info, tmp_path):
+    place = shard(tmp_path / "a", [("png", saved(picture(1), "PNG"))])
+    (place / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(InputError) as caught:
+        datasets.dataset(str(place), "train", True, "wds/x")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["_info.json", "info.json", "x-train-0.tar"])
+def test_shards_are_regular_files(name, tmp_path):
+    place = shard(tmp_path / "a", [("png", saved(picture(1), "PNG"))])
+    (place / name).unlink(missing_ok=True)
+    os.mkfifo(place / name)
+    with pytest.raises(InputError, match=f"can't read .*{name}.*found a FIFO"):
+        datasets.dataset(str(place), "train", True, "wds/x")
+
+
+@pytest.mark.parametrize("reader", ["hfds", "hfids"])
+def test_hugging_face_datasets_are_decoded_as_files_are(reader, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    for name, level in (("a", 200), ("b", 100)):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), level * 257, np.uint16)).save(tmp_path / "data" / "train" / name / "0.png")
+    ending = "|2" if reader == "hfids" else ""
+    where = str(tmp_path / "cache")
+    source = datasets.dataset(where, f"train{ending}", False, f"{reader}/{tmp_path / 'data'}")
+    source.transform = lambda image: image.getpixel((0, 0))
+    items = source if reader == "hfids" else [source[number][:2] for number in range(2)]
+    assert sorted(items) == [((100,) * 3, 1), ((200,) * 3, 0)]
+    if reader == "hfids":
+        (tmp_path / "data" / "train" / "b" / "0.png").write_bytes(b"none")
+        with pytest.raises(InputError, match=r"train/b/0\.png can't be read.*no image of a known format"):
+            list(source)
 
 
 def test_readers_that_can_not_be_used(root, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import mpcompile
@@ -50,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
         sources.name = args.artifact.name
         files = [p for p in args.artifact.iterdir() if p.is_file()] if args.artifact.is_dir() else [args.artifact]
         sources.size = sum(p.stat().st_size for p in files)
-        sources.pictures = {path.name: page.pictures(sources.artifact, path) for path in args.image}
+        alike = Counter(path.name for path in args.image)
+        sources.pictures = {
+            str(path) if alike[path.name] > 1 else path.name: page.pictures(sources.artifact, path)
+            for path in args.image
+        }
     page.write(args.out, sources, args.title)
     print(args.out)
     return 0

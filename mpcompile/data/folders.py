@@ -52,7 +52,7 @@ def subfolders(place: Path, kept: Collection[str] = ()) -> list[str]:
     try:
         with os.scandir(place) as entries:
             shown = (entry for entry in entries if entry.name in kept or not hidden(entry.name))
-            return sorted(entry.name for entry in shown if entry.is_dir())
+            return sorted(entry.name for entry in shown if os.path.isdir(entry.path))
     except OSError:
         return []
 
@@ -183,14 +183,12 @@ class _Walk:
                         self.leave(HIDDEN, entry.path)
                     elif entry.is_dir(follow_symlinks=False):
                         below.append(entry.path)
-                    elif entry.is_symlink() and entry.is_dir():
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
                         self.links.append((entry.path, [*chain, os.path.realpath(place)]))
                     else:
                         self.take(entry)
         except OSError as error:
-            raise InputError(
-                f"can't read the folder {printable(place)}", expected="one that may be listed", found=error.strerror
-            ) from error
+            raise _closed(place, error) from error
         return below
 
     def take(self, entry: os.DirEntry[str]) -> None:
@@ -205,8 +203,16 @@ class _Walk:
 
     @staticmethod
     def _identity(path: str) -> tuple[int, int]:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise _closed(path, error) from error
         return status.st_dev, status.st_ino
+
+
+def _closed(path: str, error: OSError) -> InputError:
+    found = error.strerror or type(error).__name__
+    return InputError(f"can't read the folder {printable(path)}", expected="one that may be listed", found=found)
 
 
 def list_images(root: Path, kept: Collection[str] = ()) -> Listing:

@@ -46,18 +46,17 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
     """Those of the names of folders side by side that are splits, and of which kind each is.
 
     ``Training``, ``seg_train`` and ``train2017`` are splits wherever they stand, ``flowers_train`` is one beside
-    ``flowers_test``, or where every folder is a split; ``train_station`` is none.
+    ``flowers_test``; ``train_station`` is none.
     """
     parsed = {name: _parse(name) for name in names}
     by_rest: dict[str, set[str]] = {}
     for kind, _, rest in parsed.values():
         if kind is not None:
             by_rest.setdefault(rest, set()).add(kind)
-    every = None not in (all_kinds := {kind for kind, _, _ in parsed.values()}) and len(all_kinds) > 1
     return {
         name: kind
         for name, (kind, alone, rest) in parsed.items()
-        if kind is not None and (alone or every or (TRAIN in by_rest[rest] and len(by_rest[rest]) > 1))
+        if kind is not None and (alone or (TRAIN in by_rest[rest] and len(by_rest[rest]) > 1))
     }
 
 
@@ -120,9 +119,10 @@ def split_folder(root: str | Path, split: str, training: bool) -> Path:
             break
         place /= inner
     found = kinds(there)
-    if training and there and not _kept_out(place, there, found):
+    kept_out = _kept_out(place, there, found)
+    if training and there and not kept_out:
         return place
-    raise _missing(place, there, found, split, training)
+    raise _missing(place, there, kept_out or found, split, training)
 
 
 def _chosen(place: Path, there: list[str], split: str) -> str | None:
@@ -166,7 +166,7 @@ def _innermost(place: Path, split: str, training: bool) -> Path:
     """
     there = subfolders(place)
     if not there:
-        raise _missing(place.parent, subfolders(place.parent), {place.name: ""}, split, training, flat=place)
+        raise _missing(place.parent, subfolders(place.parent), (), split, training, flat=place)
     if side_by_side(there):
         return split_folder(place, split, training)
     same = len(there) == 1 and _parse(there[0])[0] is not None and _parse(there[0])[0] == _parse(place.name)[0]
@@ -192,13 +192,16 @@ def _kept_out(place: Path, there: list[str], found: dict[str, str]) -> list[str]
     """Folders in a training set that are splits of their own: beside training images, or beside folders of classes."""
     if side_by_side(there):
         return sorted(found)
-    if any(subfolders(place / name) for name in there):  # else a class may be called so
-        return sorted(name for name, kind in found.items() if kind != TRAIN)
-    return []
+    if not any(subfolders(place / name) for name in there):  # a class may be called so
+        return []
+    likely = {name: kind for name in there if (kind := _parse(name)[0]) is not None}
+    if len(likely) == len(there) and len(set(likely.values())) > 1:  # flowers_train beside plants_test
+        return there
+    return sorted(name for name, kind in found.items() if kind != TRAIN)
 
 
 def _missing(
-    place: Path, there: list[str], found: dict[str, str], split: str, training: bool, flat: Path | None = None
+    place: Path, there: list[str], found: Iterable[str], split: str, training: bool, flat: Path | None = None
 ) -> InputError:
     what = listed(sorted(found)) or ("no splits" if there else "no sub-folders" if place.is_dir() else "no such folder")
     if flat is not None:

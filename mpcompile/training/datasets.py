@@ -135,15 +135,56 @@ def dataset(
         name, _, count = split.partition("|")
         options["num_samples"] = int(count) if count.isdecimal() else None
     try:
+        if kind == "wds":
+            _check_regular(root, ("_info.json", "info.json"))
         found = create_dataset(reader, root, split=name, **options)
         names = class_names(found)
         if names and classes and names != dict(classes):
             _check_names(names, classes, name)
             found = create_dataset(reader, root, split=name, class_map=dict(classes), **options)
-    except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
+        return (
+            Readable(root, reader=found.reader)
+            if isinstance(found, ImageDataset)
+            else _streamed(found, root, training, seed)
+        )
+    except InputError:
+        raise
+    except Exception as error:  # timm's readers take _info.json and caches as they are
         raise _unreadable(root, name, reader, error) from error
-    if isinstance(found, ImageDataset):
-        return Readable(root, reader=found.reader)
+
+
+def _check_regular(root: str, names: Iterable[str]) -> None:
+    """Of a folder of shards, timm opens these: it would wait for a FIFO.
+
+    Raises:
+        InputError: one is there, but no regular file.
+    """
+    for name in names:
+        path = os.path.join(root, name)
+        if os.path.exists(path) and not os.path.isfile(path):
+            open_regular(path, "a regular file")  # says what it is
+
+
+def _streamed(found: Any, root: str, training: bool, seed: int) -> Streamed:
+    """A stream, if what is said about its length and its shards makes sense.
+
+    Raises:
+        InputError: it doesn't.
+    """
+    count, info = found.reader.num_samples, getattr(found.reader, "split_info", None)
+    shards = getattr(info, "filenames", ("",))
+    if (
+        not isinstance(count, int)
+        or count < training
+        or not shards
+        or not all(isinstance(name, str) for name in shards)
+    ):
+        says = printable(f"{count!r} samples in {list(shards)[:3]}")
+        raise InputError(
+            "a stream has no usable description", expected="a number of samples, names of shards", found=says
+        )
+    if info is not None:
+        _check_regular(root, shards)
     return Streamed(found.reader, training, seed)
 
 
@@ -168,7 +209,8 @@ def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None) -> Re
 
 def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
     """What to say where timm's reader gave up."""
-    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    told = printable(str(error).splitlines()[0]) if str(error).strip() else type(error).__name__
+    told = f"no {told} in what describes it" if isinstance(error, KeyError) else told
     if isinstance(error, ImportError) or "install webdataset" in told:
         package = "webdataset" if reader.startswith("wds") else error.name if isinstance(error, ImportError) else None
         return InputError(f"{reader} can't be read without {package}", hint="pip install 'mpcompile[streams]'")

@@ -7,6 +7,7 @@ files are.
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import logging
@@ -125,17 +126,17 @@ class Streamed(IterableDataset):
             from timm.data.readers import reader_wds
 
             with _patching:
-                original = reader_wds._decode
-                reader_wds._decode = _Decoder(original)  # which the reader's pipeline is laid out with
+                original: Any = reader_wds._decode
+                ours: Any = _Decoder(original)
+                reader_wds._decode = ours  # which the reader's pipeline is laid out with
                 try:
                     reader._lazy_init()
                 finally:
                     reader_wds._decode = original
         elif hasattr(reader, "builder"):
-            from datasets import Image
-
+            stored = importlib.import_module("datasets").Image(decode=False)
             reader._lazy_init()
-            reader.ds = reader.ds.cast_column(reader.input_key, Image(decode=False))
+            reader.ds = reader.ds.cast_column(reader.input_key, stored)
         return reader
 
     def _read(self, reader: Any) -> Iterator[tuple[Any, int]]:
@@ -183,7 +184,5 @@ def _source(image: Mapping[str, Any]) -> BinaryIO:
     path = str(image.get("path"))
     if "://" not in path:
         return open_regular(path, EXPECTED)
-    import fsspec
-
-    with fsspec.open(path, "rb") as remote:
+    with importlib.import_module("fsspec").open(path, "rb") as remote:  # datasets brings it
         return io.BytesIO(remote.read())

@@ -1,0 +1,52 @@
+"""Files that name classes, as editors of any system write them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from mpcompile.errors import InputError
+from mpcompile.training import datasets
+
+NAMES = ["apple", "frog", "caf\u00e9", "red fox"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_names_are_read_as_they_show(encoding, end, tmp_path):
+    path = tmp_path / "map.txt"
+    path.write_bytes(end.join(["apple  ", "", " frog", *NAMES[2:], " ", ""]).encode(encoding))
+    assert datasets.read_class_map(path) == {name: number for number, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("caf\u00e9".encode("latin-1"), "bytes that aren't UTF-8 in line 1"),
+        ("apple\ncaf\u00e9\n".encode("cp1252"), "in line 2: save it as UTF-8"),
+        ("\n".join(NAMES).encode("utf-16-le"), "UTF-16 without a byte order mark"),
+        ("apple".encode("utf-16") + b"x", "bytes that aren't UTF-16"),
+        ("apple\nfrog\n\ufeffsky\n".encode(), "U\\+FEFF in line 3"),
+        (b"apple\t0\nfrog\t1", "U\\+0009 in line 1"),
+        (b"a\x1b[2Jb", "U\\+001B in line 1"),
+        ("caf\u00e9\ncafe\u0301\n".encode(), "'caf\u00e9' twice"),
+        (b"apple\nfrog\napple \n", "'apple' twice"),
+        (b"\n \r\n", "an empty file"),
+        (b"", "an empty file"),
+        (b"a" * (1 << 24) + b"a", "more than 16 MiB"),
+    ],
+)
+def test_what_would_not_be_read_as_it_shows_is_refused(content, told, tmp_path):
+    path = tmp_path / "map.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"map\.txt is no class map.*found .*{told}") as caught:
+        datasets.read_class_map(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, found in (("pipe", "a FIFO"), (".", "a folder"), ("none", "No such file")):
+        with pytest.raises(InputError, match=f"can't read the class map .*found {found}"):
+            datasets.read_class_map(tmp_path / name)
