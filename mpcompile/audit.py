@@ -273,7 +273,7 @@ def _samples(batch: Any) -> int:
 
 def _filled(inputs: Any) -> Iterator[Any]:
     """The batches that hold samples, read one at a time."""
-    return (batch for batch in read(as_batches(inputs), "the inputs") if _samples(batch))
+    return (batch for batch in read(as_batches(inputs, "what is to be audited"), "the inputs") if _samples(batch))
 
 
 def _compare(

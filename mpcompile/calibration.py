@@ -29,13 +29,17 @@ _VALUES = 1 << 24  # input values of a layer that one batch contributes at most,
 FULL, BLOCK, DIAGONAL = "full", "block", "diagonal"
 
 
-def as_batches(data: Any) -> Iterable[Any]:
-    """One tensor or one dict is one batch; anything else is an iterable of batches."""
+def as_batches(data: Any, what: str = "calibration") -> Iterable[Any]:
+    """One tensor or one dict is one batch; anything else is an iterable of batches.
+
+    Raises:
+        InputError: it can't be iterated; ``what`` says what it is.
+    """
     if isinstance(data, (Tensor, Mapping)):
         return [data]
     if not isinstance(data, Iterable):
         raise InputError(
-            "calibration has the wrong type",
+            f"{what} has the wrong type",
             expected="an iterable of batches (tensors, tuples whose first item is the input, or dicts)",
             found=type(data).__name__,
         )

@@ -166,13 +166,15 @@ class Labels:
                 raise _misfit(f"{self.samples} labels or more", len(flat))
             return flat[self.samples - count : self.samples]
         assert self.parts is not None
-        while len(self.held) < count:
+        parts, there = [self.held], len(self.held)
+        while there < count:
             try:
                 part = whole_numbers(next(self.parts))
             except StopIteration:
-                read = self.samples - count + len(self.held)
-                raise _misfit(f"{self.samples} labels or more", read) from None
-            self.held = torch.cat([self.held, class_numbers(part, len(part) if part.dim() else 1).cpu()])
+                raise _misfit(f"{self.samples} labels or more", self.samples - count + there) from None
+            parts.append(class_numbers(part, len(part) if part.dim() else 1).cpu())
+            there += len(parts[-1])
+        self.held = torch.cat(parts)
         found, self.held = self.held[:count], self.held[count:]
         return found
 

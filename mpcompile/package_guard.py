@@ -22,11 +22,8 @@ _CALLED = "#define __check_inputs_outputs(inputs, outputs) mpcompile_guard(input
 _CALL = "__check_inputs_outputs(input_handles"
 _ALIGNMENT = 16  # bytes that Triton's kernels assume; code for the processor assumes none
 
+# Stands within a namespace of the generated source, so that nothing can be included: all it needs is there already.
 _HELPERS = """
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-
 // A refused call still owns its inputs: run_impl has not taken them over yet. Like what takes them, it leaves nulls.
 [[noreturn]] static void mpcompile_refuse(AtenTensorHandle* handles, int64_t count, const std::string& why) {
     for (int64_t i = 0; i < count; ++i) {

@@ -96,6 +96,13 @@ def test_nothing_to_measure_is_said(inputs, pair):
         audit(*pair, inputs, rounds=0, dense_compiled=pair[0], progress=False)
 
 
+def test_what_is_no_stream_is_named(pair):
+    with pytest.raises(InputError, match=r"what is to be audited has the wrong type.*found int"):
+        audit(*pair, 5, rounds=0, dense_compiled=pair[0], progress=False)
+    with pytest.raises(InputError, match=r"what is to be certified has the wrong type.*found int"):
+        certify(*pair, 5, progress=False)
+
+
 def test_a_loader_that_fails_is_said_in_one_line(pair):
     def broken():
         yield from list(made())[:2]

@@ -51,7 +51,7 @@ def read(model: nn.Module, batches: Any, labels: Any) -> Iterator[Chunk]:
         InputError: no batch, a batch of the wrong type, or labels that don't fit.
     """
     known = Labels(labels)
-    for batch in read_loader(as_batches(batches), "the samples"):
+    for batch in read_loader(as_batches(batches, "what is to be certified"), "the samples"):
         values = _inputs(model, batch)
         if len(values[0]):
             yield [v.detach().cpu() for v in values], known.of(batch, len(values[0]))
