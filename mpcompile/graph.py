@@ -50,7 +50,7 @@ _PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
 
-_DERIVED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls")
+_DERIVED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "shape_env")
 _FORWARD_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -140,28 +140,27 @@ class IRModule(fx.GraphModule):
 
         guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's own can't be pickled
         names = {str(node.target) for node in guards}
-        state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+        state = self._kept()
         state["_modules"] = {key: module for key, module in self._modules.items() if key not in names}
         codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
         records = [_NodeRecord.of(node) for node in self._graph.nodes if node not in guards]
         return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
-        twin: Any = super().__deepcopy__(memo)
-        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
-        for table in _FORWARD_HOOKS:
-            setattr(twin, table, copy.deepcopy(getattr(self, table), memo))
+        twin = memo[id(self)] = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
+        twin.__dict__.update(copy.deepcopy(self._kept(), memo))
+        twin.graph = copy.deepcopy(self._graph, memo)
         return twin
 
     def __copy__(self) -> IRModule:
-        graph = fx.Graph()
-        result = graph.graph_copy(self._graph, {})
-        graph.output(result).meta = dict(next(n for n in reversed(self._graph.nodes) if n.op == "output").meta)
-        graph._codegen = copy.deepcopy(self._graph._codegen)
-        twin = IRModule(self, graph, class_name=type(self).__name__)
-        state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
-        twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in state.items()})
+        twin = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
+        twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in self._kept().items()})
+        twin.graph = copy.deepcopy(self._graph)
         return twin
+
+    def _kept(self) -> dict[str, Any]:
+        """Attributes, without those that are made of the graph."""
+        return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
 
 
 # Names that the root of a transformed module has a use for, beside those of any nn.Module.
