@@ -564,11 +564,7 @@ def _module_obstacle(module: nn.Module) -> str | None:
         return "it has backward hooks"
     if "forward" in vars(module):
         return "its forward was replaced"
-    return _dtype_obstacle(module.weight)
-
-
-def _dtype_obstacle(weight: Any) -> str | None:
-    return None if weight.is_floating_point() else f"its weight is {weight.dtype}"
+    return None
 
 
 def _module_layer(gm: fx.GraphModule, node: fx.Node) -> LayerOp | None:
@@ -576,6 +572,8 @@ def _module_layer(gm: fx.GraphModule, node: fx.Node) -> LayerOp | None:
     module = gm.get_submodule(name)
     source = argument(node, 0, "input")
     if not isinstance(source, fx.Node) or not isinstance(module, (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)):
+        return None
+    if not module.weight.is_floating_point():
         return None
     obstacle = _module_obstacle(module)
     weight = ParamRef(f"{name}.weight", module.weight, None)
@@ -608,7 +606,7 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     if not (masked or linear or target in CONV2D):
         return None
     source, weight = argument(node, 0, "input"), _resolve(gm, argument(node, 1, "weight"), lifted)
-    if weight is None or not isinstance(source, fx.Node):
+    if weight is None or not isinstance(source, fx.Node) or not weight.tensor.is_floating_point():
         return None
     name, shift, mask, pattern = _layer_name(weight.name), 0, None, None
     if masked:
@@ -617,11 +615,10 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     bias = argument(node, 2 + shift, "bias")
     if linear:
         obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"
-        obstacle = obstacle or _dtype_obstacle(weight.tensor)
         return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
     raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
     axes = [_ints(value) for value in raw]
-    obstacle = "its stride, padding or dilation is not a number" if None in axes else _dtype_obstacle(weight.tensor)
+    obstacle = "its stride, padding or dilation is not a number" if None in axes else None
     groups = argument(node, 6 + shift, "groups", 1)
     geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups)
     return LayerOp(node, name, "conv2d", source, weight, bias, geometry, pattern, mask, obstacle)
@@ -642,6 +639,10 @@ def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
     return found
 
 
+def _of_dtype(weight: Tensor) -> str:
+    return "" if weight.is_floating_point() else f", of {weight.dtype}"
+
+
 def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
     """Weights that :func:`layers` can't show: name -> (shape, why), so that a report leaves none out."""
     known = {layer.weight.name for layer in layers(gm, lifted)}
@@ -652,13 +653,14 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
             for name, parameter in module.named_parameters():
                 full = f"{node.target}.{name}"
                 if parameter.dim() >= 2 and full not in known:
-                    found[_layer_name(full)] = (tuple(parameter.shape), f"inside {type(module).__name__}")
-        elif node.op == "call_function" and (node.target in MATMUL or "conv" in str(node.target)):
+                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}"
+                    found[_layer_name(full)] = (tuple(parameter.shape), why)
+        elif node.op == "call_function" and (node.target in MATMUL | LINEAR or "conv" in str(node.target)):
             for operand in node.all_input_nodes:
                 ref = _resolve(gm, operand, lifted or Lifted())
                 if ref is not None and ref.tensor.dim() >= 2 and ref.name not in known:
                     op = getattr(node.target, "__name__", str(node.target))
-                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), f"used by {op}")
+                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), f"used by {op}{_of_dtype(ref.tensor)}")
     return found
 
 
