@@ -51,7 +51,7 @@ _PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
 
-_DERIVED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls")
+_DERIVED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "shape_env")
 _FORWARD_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -146,28 +146,27 @@ class IRModule(fx.GraphModule):
 
         guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's own can't be pickled
         names = {str(node.target) for node in guards}
-        state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+        state = self._kept()
         state["_modules"] = {key: module for key, module in self._modules.items() if key not in names}
         codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
         records = [_NodeRecord.of(node) for node in self._graph.nodes if node not in guards]
         return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
-        twin: Any = super().__deepcopy__(memo)
-        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
-        for table in _FORWARD_HOOKS:
-            setattr(twin, table, copy.deepcopy(getattr(self, table), memo))
+        twin = memo[id(self)] = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
+        twin.__dict__.update(copy.deepcopy(self._kept(), memo))
+        twin.graph = copy.deepcopy(self._graph, memo)
         return twin
 
     def __copy__(self) -> IRModule:
-        graph = fx.Graph()
-        result = graph.graph_copy(self._graph, {})
-        graph.output(result).meta = dict(next(n for n in reversed(self._graph.nodes) if n.op == "output").meta)
-        graph._codegen = copy.deepcopy(self._graph._codegen)
-        twin = IRModule(self, graph, class_name=type(self).__name__)
-        state = {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
-        twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in state.items()})
+        twin = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
+        twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in self._kept().items()})
+        twin.graph = copy.deepcopy(self._graph)
         return twin
+
+    def _kept(self) -> dict[str, Any]:
+        """Attributes, without those that are made of the graph."""
+        return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
 
 
 # Names that the root of a transformed module has a use for, beside those of any nn.Module.
@@ -615,11 +614,7 @@ def _module_obstacle(module: nn.Module) -> str | None:
         return "it has backward hooks"
     if "forward" in vars(module):
         return "its forward was replaced"
-    return _dtype_obstacle(module.weight)
-
-
-def _dtype_obstacle(weight: Any) -> str | None:
-    return None if weight.is_floating_point() else f"its weight is {weight.dtype}"
+    return None
 
 
 def _module_layer(gm: fx.GraphModule, node: fx.Node) -> LayerOp | None:
@@ -627,6 +622,8 @@ def _module_layer(gm: fx.GraphModule, node: fx.Node) -> LayerOp | None:
     module = gm.get_submodule(name)
     source = argument(node, 0, "input")
     if not isinstance(source, fx.Node) or not isinstance(module, (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)):
+        return None
+    if not module.weight.is_floating_point():
         return None
     obstacle = _module_obstacle(module)
     weight = ParamRef(f"{name}.weight", module.weight, None)
@@ -659,7 +656,7 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     if not (masked or linear or target in CONV2D):
         return None
     source, weight = argument(node, 0, "input"), _resolve(gm, argument(node, 1, "weight"), lifted)
-    if weight is None or not isinstance(source, fx.Node):
+    if weight is None or not isinstance(source, fx.Node) or not weight.tensor.is_floating_point():
         return None
     name, shift, mask, pattern = _layer_name(weight.name), 0, None, None
     if masked:
@@ -668,13 +665,12 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     bias = argument(node, 2 + shift, "bias")
     if linear:
         obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"
-        obstacle = obstacle or _dtype_obstacle(weight.tensor)
         return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
     raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
     axes = [_ints(value) for value in raw]
     groups = argument(node, 6 + shift, "groups", 1)
     known = None not in axes and isinstance(groups, int)
-    obstacle = _dtype_obstacle(weight.tensor) if known else "its stride, padding, dilation or groups is not a number"
+    obstacle = None if known else "its stride, padding, dilation or groups is not a number"
     geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups if known else 1)
     return LayerOp(node, name, "conv2d", source, weight, bias, geometry, pattern, mask, obstacle)
 
@@ -694,6 +690,10 @@ def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
     return found
 
 
+def _of_dtype(weight: Tensor) -> str:
+    return "" if weight.is_floating_point() else f", of {weight.dtype}"
+
+
 def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
     """Weights that :func:`layers` can't show: name -> (shape, why), so that a report leaves none out."""
     known = {layer.weight.name for layer in layers(gm, lifted)}
@@ -704,14 +704,17 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
             for name, parameter in module.named_parameters():
                 full = f"{node.target}.{name}"
                 if parameter.dim() >= 2 and full not in known:
-                    found[_layer_name(full)] = (tuple(parameter.shape), f"inside {type(module).__name__}")
-        elif node.op == "call_function" and (node.target in MATMUL or "conv" in str(node.target) or opaque(node)):
+                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}"
+                    found[_layer_name(full)] = (tuple(parameter.shape), why)
+        elif node.op == "call_function" and (
+            node.target in MATMUL | LINEAR or "conv" in str(node.target) or opaque(node)
+        ):
             for operand in node.all_input_nodes:
                 ref = _resolve(gm, operand, lifted or Lifted())
                 if ref is not None and ref.tensor.dim() >= 2 and ref.name not in known:
                     op = getattr(node.target, "__name__", str(node.target))
                     why = f"inside {opaque(node)}, which holds a graph of its own" if opaque(node) else f"used by {op}"
-                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), why)
+                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), why + _of_dtype(ref.tensor))
     return found
 
 

@@ -188,8 +188,9 @@ def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, A
     """Parameters of forward that are left at a plain default."""
     fixed = {}
     for position, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
-        named = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if position < given or parameter.name in keywords or named or parameter.default is parameter.empty:
+        several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        placed = position < given and parameter.kind is not parameter.KEYWORD_ONLY
+        if placed or parameter.name in keywords or several or parameter.default is parameter.empty:
             continue
         if isinstance(parameter.default, _SCALARS):
             fixed[parameter.name] = parameter.default
