@@ -20,6 +20,7 @@ from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, device_of, layers, shape_of, training_flags
 from mpcompile.importers import Imported
+from mpcompile.numerics import exact
 
 _COLUMNS = 512  # of second moments, computed together
 _VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
@@ -316,6 +317,7 @@ class _Collector(fx.Interpreter):
         return super().run_node(n)
 
 
+@exact()
 def collect(
     model: Imported,
     values: Iterable[list[Any]],

@@ -26,6 +26,7 @@ from mpcompile.flops import flop_counter
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
+from mpcompile.numerics import modes_kept
 from mpcompile.regions import opaque
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     numbers = {name: v.item() for name, v in zip(names, inputs, strict=False) if _is_number(v)}
     prop = _Shapes(gm, mode, numbers)
     # Not under no_grad: the counter's module tracker hooks views of parameters, which then have no gradient function.
-    with training_flags(gm, False), torch.enable_grad():
+    with modes_kept(), training_flags(gm, False), torch.enable_grad():
         try:
             return prop.propagate(*inputs)
         except Exception as error:

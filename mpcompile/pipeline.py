@@ -15,16 +15,17 @@ from torch import nn
 
 from mpcompile.calibration import as_batches, peek
 from mpcompile.config import CALIBRATIONS, Config
+from mpcompile.effects import explicit
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.graph import IRModule, layers, propagate
 from mpcompile.importers import Imported, import_model
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.macs import count, node_macs
+from mpcompile.numerics import exact
 from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
-from mpcompile.effects import explicit
 from mpcompile.passes.fold import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
@@ -34,7 +35,6 @@ from mpcompile.passes.merge_tokens import MergeTokens, unmerged
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 from mpcompile.plan import LayerPlan, Macs, Plan, is_lowered
-
 
 log = logging.getLogger(__name__)
 
@@ -297,6 +297,7 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
     return plan
 
 
+@exact()
 def run_pipeline(
     imported: Imported,
     config: Config,

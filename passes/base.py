@@ -117,7 +117,7 @@ class Pass(PassBase):
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
         """Carry the decision out on the graph; True if it changed."""
 
-    def check(self, gm: IRModule, ctx: Context) -> None:  # noqa: B027
+    def check(self, gm: IRModule, ctx: Context) -> None:
         """Refuse what this pass can't do on the graph as it comes in. Called before any pass of a pipeline runs.
 
         Raises:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.graph import FOLDED, IRModule, LayerOp, Lifted, argument, attribute, keep, layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
-from mpcompile.effects import erase_orphans, storage, written_tensors
 
 _MODULES = frozenset({"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"})
 _TORCH_ORDER = frozenset({torch.batch_norm, torch.ops.aten.batch_norm.default})

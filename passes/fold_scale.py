@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.graph import FOLDED, IRModule, LayerOp, argument, fake_value, keep, layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
-from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.passes.fold import parameter
 from mpcompile.passes.fuse import follow
 

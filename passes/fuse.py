@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mpcompile.effects import writes
 from mpcompile.graph import IRModule, Lifted, argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.packed import BEHIND
 from mpcompile.layers import ByMode
 from mpcompile.macs import is_add
 from mpcompile.passes.base import Context, Pass
-from mpcompile.effects import writes
 from mpcompile.passes.lower import PACKED
 
 _VALUES, _RESIDUAL = 1, 4  # positions in the schemas of nm_gemm and nm_conv; the activation is last

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.errors import GraphError
 from mpcompile.graph import IRModule, LayerOp, argument, element_count, keep, layers, set_attribute, shape_of
 from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose_all, engine_named
@@ -16,7 +17,6 @@ from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Context, Pass
-from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.plan import LayerPlan
 
 PACKED = "packed"

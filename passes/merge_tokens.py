@@ -22,10 +22,10 @@ from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.graph import IRModule, shape_of
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
-from mpcompile.plan import Plan, is_lowered
 from mpcompile.passes.token_axis import Level, TokenAxis
 from mpcompile.passes.token_schedule import counts, merges, solve
 from mpcompile.passes.token_sites import Site, count_prefix, find_sites, key_mask, opaque_attentions
+from mpcompile.plan import Plan, is_lowered
 
 
 def _keys(graph: fx.Graph, site: Site) -> fx.Node:
@@ -132,8 +132,9 @@ class MergeTokens(Pass):
         options = [key for key in asked if key.startswith(("tome_", "prefix_"))]
         if ctx.plan.tokens and all(asked[key] == known.get(key) for key in options):
             return
+        why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
         raise GraphError(
-            "tokens merge in this module already" if ctx.plan.tokens else "a lowered module can't merge tokens any more",
+            f"this module can't merge tokens as asked: {why}",
             expected="tome_r=0, which leaves the module's merges as they are",
             found=f"tome_r={ctx.config.tome_r!r}" + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
             hint="transform the model that it was made from, with this tome_r",
