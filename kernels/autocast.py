@@ -1,8 +1,8 @@
 """Our operators under torch.autocast: what is packed is multiplied in its own dtype, and yields autocast's.
 
 Dense torch casts inputs and weight to autocast's dtype. A packed weight can't be cast (its layout goes by dtype), so
-its operator computes in the weight's dtype, which is no less exact, and rounds the result. Merging tokens is bookkeeping
-in fp32, which autocast leaves alone.
+its operator computes in the weight's dtype, which is no less exact, and rounds the result. Merging tokens is
+bookkeeping in fp32, which autocast leaves alone.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mpcompile import rmt
 from mpcompile.errors import ArtifactError, InputError, MPCompileError, printable
 from mpcompile.files import replace_atomically
+from mpcompile.numerics import exact
 from mpcompile.rmt import Fit
 from mpcompile.rmt.fitting import fit_and_spectra
 
@@ -120,6 +121,7 @@ def study(name: str, weight: Tensor) -> LayerAnalysis:
     return result
 
 
+@exact()
 def study_all(weights: Mapping[str, Tensor], progress: bool | None = None) -> dict[str, LayerAnalysis]:
     """:func:`study` of each weight, on as many threads as torch has, one matrix a thread: eigenvalue solvers themselves
     gain little from a second one."""

@@ -10,9 +10,12 @@ Dynamo compiles one model many times (batch sizes, grad modes); all share one ma
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +23,14 @@ from torch import Tensor, fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mpcompile import __version__
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import IRModule, Lifted, keep, layers, owned_by_transformed, unsupported
+from mpcompile.graph import IRModule, Lifted, keep, layers, owned_by_transformed, propagate, unsupported
 from mpcompile.importers import Imported, import_model
+from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
+from mpcompile.numerics import autocasts, exact
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
@@ -252,8 +258,19 @@ def _inductor(
     if frozen is not None:
         _own(gm, frozen)
         patches["freezing"] = True
-    run: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}{_cache_tag()}"):
+        run: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
     return run
+
+
+@functools.cache
+def _cache_tag() -> str:
+    """Changes with our operators: compiled code that torch keeps on disk holds what they did when it was made."""
+    folder = Path(ops.__file__).parent
+    key = hashlib.sha256(__version__.encode())
+    for path in sorted(folder.rglob("*.py")):
+        key.update(path.name.encode() + path.read_bytes())
+    return f"mpcompile-{key.hexdigest()[:16]}"
 
 
 def mpsparse(
@@ -291,9 +308,12 @@ def mpsparse(
     trains = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
     lower = Lower()
     if not trains:
+        if autocasts():  # what is next to each other in which dtype depends on it
+            propagate(imported.gm, imported.inputs)
         context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan)
-        for step in [FoldNorm(), FoldScale(), lower, Fuse()] if config.frozen else [lower, Fuse()]:
-            step.run(imported.gm, context)
+        with exact():
+            for step in [FoldNorm(), FoldScale(), lower, Fuse()] if config.frozen else [lower, Fuse()]:
+                step.run(imported.gm, context)
         _STATE.watch_optimizers()
     run = _inductor(imported.gm, example_inputs, mode, None if trains or not config.frozen else imported.lifted)
     return CompiledGraph(run, plan, lower.slots, imported, config, not trains)

@@ -23,6 +23,7 @@ from mpcompile.graph import LayerOp, device_of, fake_value, hint, layers, traini
 from mpcompile.importers import Imported
 from mpcompile.labels import whole_numbers
 from mpcompile.modes import ordinary
+from mpcompile.numerics import exact
 
 _COLUMNS = 512  # of second moments, computed together
 _VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
@@ -368,6 +369,7 @@ class _Collector(fx.Interpreter):
         return super().run_node(n)
 
 
+@exact()
 def collect(
     model: Imported,
     values: Iterable[list[Any]],

@@ -16,6 +16,7 @@ from mpcompile import refit, scores
 from mpcompile.allocation import lost_energy
 from mpcompile.calibration import DIAGONAL, FULL, Moments
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
+from mpcompile.numerics import exact
 from mpcompile.passes.project import DAMPING
 
 _STEPS = 8  # of least squares
@@ -47,6 +48,7 @@ def gaussian(weight: Tensor, noise: float, patterns: Sequence[Pattern]) -> list[
     return [lost_energy(p) * noise / total for p in patterns]
 
 
+@exact()
 def calibrated(
     weight: Tensor, moments: Moments, patterns: Sequence[Pattern], output_energy: Tensor, refitted: bool = True
 ) -> list[float]:
@@ -65,6 +67,7 @@ def calibrated(
     return [total[p] for p in patterns]
 
 
+@exact()
 def projected(weight: Tensor, moments: Moments, pattern: Pattern, refitted: bool = True) -> Tensor:
     """The weight as :func:`calibrated` has it under one pattern."""
     parts = to_rows(weight.detach()).float().chunk(len(moments.x))
@@ -135,6 +138,7 @@ def peel(w: Tensor, c: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
         yield w.masked_fill(gone, 0.0)
 
 
+@exact()
 def inadmissible(weight: Tensor, fit: Mapping[str, Any], patterns: Sequence[Pattern]) -> dict[Pattern, str]:
     """Patterns under which what a magnitude mask removes, R, is more than noise; with the reason.
 

@@ -36,6 +36,7 @@ from mpcompile.isolation import tensors_of, untouched, without_global_hooks
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
+from mpcompile.numerics import modes_kept
 from mpcompile.regions import opaque
 
 if TYPE_CHECKING:
@@ -547,7 +548,7 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     numbers = {name: v.item() for name, v in zip(names, inputs, strict=False) if _is_number(v)}
     prop = _Shapes(gm, mode, numbers)
     # Not under no_grad: the counter's module tracker hooks views of parameters, which then have no gradient function.
-    with training_flags(gm, False), torch.enable_grad(), without_global_hooks():
+    with modes_kept(), training_flags(gm, False), torch.enable_grad(), without_global_hooks():
         try:
             fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
             return prop.propagate_dont_convert_inputs(*fakes)

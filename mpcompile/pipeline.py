@@ -23,6 +23,7 @@ from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.macs import count, node_macs
 from mpcompile.modes import with_ordinary_tensors
+from mpcompile.numerics import exact
 from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
@@ -299,6 +300,7 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
     return plan
 
 
+@exact()
 def run_pipeline(
     imported: Imported,
     config: Config,

@@ -72,7 +72,7 @@ class LayerPlan:
 
 
 def is_lowered(gm: fx.GraphModule, plan: Plan) -> bool:
-    """Whether the masked layers of a graph are packed, or (where a dense engine runs them) were masked and are plain."""
+    """Whether the masked layers of a graph are packed, or run dense without a mask."""
     return any(record.name == "lower" for record in plan.passes) or any(n.target in ops.PACKED for n in gm.graph.nodes)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.kernels.nm_format import Pattern
+from mpcompile.numerics import exact
 from mpcompile.scores import _BLOCK, _CHUNK
 
 _ROUGH = 0.04  # tolerance of least squares before a sweep: solved further, values settle into the mask they have
@@ -22,6 +23,7 @@ def error(values: Tensor, target: Tensor, a: Tensor) -> Tensor:
     return ((difference @ a).double() * difference.double()).sum(-1)
 
 
+@exact()
 def least_squares(
     values: Tensor, target: Tensor, a: Tensor, kept: Tensor, steps: int = 30, tol: float = 1e-3
 ) -> Tensor:
@@ -101,6 +103,7 @@ def _exchange_group(b: Tensor, a: Tensor, kept: Tensor, v: Tensor, limit: int = 
     return best, kept
 
 
+@exact()
 def exchange_sweep(values: Tensor, target: Tensor, a: Tensor, kept: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """One sweep of prune-restore: in each group in turn, exchanges of a kept for a removed value that lower the error.
 
@@ -138,6 +141,7 @@ def exchange_sweep(values: Tensor, target: Tensor, a: Tensor, kept: Tensor, patt
     return values, kept
 
 
+@exact()
 def refit(
     values: Tensor, target: Tensor, a: Tensor, kept: Tensor, pattern: Pattern, sweeps: int = 2, steps: int = 30
 ) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,8 @@ def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, number: in
     graph.erase_node(node)
     if not body.users:
         graph.erase_node(body)
-    if not any(n.op in ("get_attr", "call_module") and f"{n.target}.".startswith(f"{body.target}.") for n in graph.nodes):
+    used = [f"{n.target}." for n in graph.nodes if n.op in ("get_attr", "call_module")]
+    if not any(name.startswith(f"{body.target}.") for name in used):
         gm.delete_submodule(str(body.target))
 
 

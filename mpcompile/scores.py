@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
+from mpcompile.numerics import exact
 
 _FEW_MASKS = 8  # up to so many masks a group (2:4 has 6), all are tried
 _CHUNK = 1 << 22  # values per chunk of the vectorised searches: 16 MiB per temporary
@@ -118,6 +119,7 @@ def prior_price(rows: Tensor, blocks: Tensor, source: Tensor, alpha: float, m: i
     return alpha * mean.repeat_interleave(m) * torch.where(source, 1.0, -1.0)
 
 
+@exact()
 def covariance_rows(rows: Tensor, blocks: Tensor, pattern: Pattern, price: Tensor | None = None) -> Tensor:
     """Mask of rows (R, K) for which r' C r is least in every group.
 
@@ -135,6 +137,7 @@ def covariance_rows(rows: Tensor, blocks: Tensor, pattern: Pattern, price: Tenso
     return torch.cat(parts).flatten(1)
 
 
+@exact()
 def covariance_mask(weight: Tensor, moments: Tensor, pattern: Pattern) -> Tensor:
     """Boolean mask that keeps ``pattern.n`` of every group so that r' C r is least (up to single exchanges).
 
@@ -151,6 +154,7 @@ def covariance_mask(weight: Tensor, moments: Tensor, pattern: Pattern) -> Tensor
     return from_rows(torch.cat(parts), weight.shape)
 
 
+@exact()
 def sweep_rows(rows: Tensor, a: Tensor, kept: Tensor, pattern: Pattern) -> Tensor:
     """One Gauss-Seidel sweep: each group's mask is chosen anew with the full second moments, the others standing.
 
@@ -218,6 +222,7 @@ def _peel(w: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return w * kept, kept
 
 
+@exact()
 def obs_rows(rows: Tensor, a: Tensor, pattern: Pattern, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """Optimal brain surgeon, group by group from left to right: masks, and values that make up for what is removed.
 

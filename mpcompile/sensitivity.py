@@ -12,6 +12,7 @@ from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, training_flags
 from mpcompile.importers import Imported
+from mpcompile.numerics import exact
 
 Batch = list[Any]  # the inputs of the graph, one a placeholder
 
@@ -76,6 +77,7 @@ class _Probed(fx.Interpreter):
         return result
 
 
+@exact()
 def output_energy(
     model: Imported, uses: Mapping[str, list[LayerOp]], values: Iterable[Batch], seed: int = 0, size: int = 8
 ) -> dict[str, Tensor]:
@@ -124,6 +126,7 @@ def output_energy(
     return {name: energy / max(1, count) for name, energy in total.items()}
 
 
+@exact()
 @torch.no_grad()
 def divergence(
     dense: fx.GraphModule, pruned: fx.GraphModule, values: Sequence[Batch], pruned_values: Sequence[Batch] | None = None

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
 from mpcompile.graph import IRModule, training_flags
+from mpcompile.numerics import exact
 
 SPARSITY = 0.35  # of the source mask of the paper's main row
 _MAGNITUDE = 0.20  # up to here weights go by magnitude alone
@@ -86,6 +87,7 @@ def _movement(
     return {name: value.detach().abs() for name, value in reservoir.items()}
 
 
+@exact()
 def source_masks(
     gm: IRModule,
     weights: Mapping[str, Tensor],

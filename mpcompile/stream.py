@@ -19,11 +19,12 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from mpcompile.calibration import FULL, Accumulator, Moments, batches, kind_for
-from mpcompile.effects import own_copies, storage, written
+from mpcompile.effects import own_copies, storage, switches, written
 from mpcompile.errors import InputError
 from mpcompile.graph import LayerOp, training_flags
 from mpcompile.importers import Imported
 from mpcompile.kernels import ops
+from mpcompile.numerics import modes_kept
 
 Env = dict[fx.Node, Any]
 
@@ -136,12 +137,20 @@ class Stream:
         with training_flags(self.gm, False):
             for index in range(len(self.shelf)):
                 dense, pruned = self.shelf[index]
-                for node in self.nodes[self.place : end]:
-                    if node.op in ("placeholder", "output"):
-                        continue
-                    self._step(node, dense, pruned)
+                with modes_kept():
+                    modes: Env = {}  # each batch enters the modes of this place anew
+                    for position, node in enumerate(self.nodes[:end]):
+                        if switches(node):
+                            self._switch(node, modes)
+                        elif position >= self.place and node.op not in ("placeholder", "output"):
+                            self._step(node, dense, pruned)
                 self.shelf[index] = (dense, pruned)
         self.place = end
+
+    def _switch(self, node: fx.Node, modes: Env) -> None:
+        """Enter or leave autocast; gradients are never recorded here."""
+        if "autocast" in str(getattr(node.target, "__name__", "")):
+            modes[node] = self.runner.on(node, modes)
 
     def _step(self, node: fx.Node, dense: Env, pruned: Env) -> None:
         if node in self.layers or node in self.tensors or not self.changed.isdisjoint(node.all_input_nodes):

@@ -22,6 +22,7 @@ from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.graph import IRModule, shape_of
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.idle_masks import drop, idle_masks
 from mpcompile.passes.token_axis import Level, TokenAxis
 from mpcompile.passes.token_schedule import counts, merges, solve
 from mpcompile.passes.token_sites import Site, count_prefix, find_sites, key_mask, opaque_attentions
@@ -84,16 +85,30 @@ def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], propor
     return axis
 
 
+def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
+    """A copy of a graph to try something on, with the same tensors; and the copy of each node."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    return IRModule(gm, graph), copies
+
+
+def _unmasked(gm: IRModule, ctx: Context) -> IRModule:
+    """The graph, or where masks that hide nothing stand in it a copy without them."""
+    found = idle_masks(gm, ctx.lifted)
+    if not found:
+        return gm
+    trial, copies = _trial(gm)
+    drop(trial, {copies[node]: None if source is None else copies[source] for node, source in found.items()})
+    return trial
+
+
 def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callable[[Sequence[int]], float]:
     """Multiply-accumulates of a graph as a function of the tokens before the first block and behind each.
 
     Masks don't count here. The graph has to carry ``macs`` (see :func:`mpcompile.graph.propagate`).
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, copies)
-    graph.output(output)
-    trial = IRModule(gm, graph)
+    trial, copies = _trial(gm)
     sites, _ = find_sites(trial)
     decision = {"r": [1] * len(sites), "prefix": prefix, "tokens": [tokens - i for i in range(len(sites) + 1)]}
     axis = insert(trial, sites, decision, ctx.config.tome_proportional)
@@ -132,8 +147,9 @@ class MergeTokens(Pass):
         options = [key for key in asked if key.startswith(("tome_", "prefix_"))]
         if ctx.plan.tokens and all(asked[key] == known.get(key) for key in options):
             return
+        why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
         raise GraphError(
-            "tokens merge in this module already" if ctx.plan.tokens else "a lowered module can't merge tokens any more",
+            f"this module can't merge tokens as asked: {why}",
             expected="tome_r=0, which leaves the module's merges as they are",
             found=f"tome_r={ctx.config.tome_r!r}" + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
             hint="transform the model that it was made from, with this tome_r",
@@ -146,6 +162,7 @@ class MergeTokens(Pass):
             return nothing
         if any(node.target is ops.token_merge for node in gm.graph.nodes):
             return {**nothing, "already": True}
+        gm = _unmasked(gm, ctx)
         sites, reasons = find_sites(gm)
         if not sites:
             name, why = next(iter((reasons or opaque_attentions(gm)).items()), (None, None))
@@ -188,6 +205,7 @@ class MergeTokens(Pass):
             ctx.plan.note(f"nothing merged: {decision['reason']}")
         if not tokens or tokens[0] == tokens[-1]:
             return False
+        drop(gm, idle_masks(gm, ctx.lifted))
         names = set(decision["sites"])
         sites = [site for site in find_sites(gm)[0] if site.name in names]
         insert(gm, sites, decision, ctx.config.tome_proportional)

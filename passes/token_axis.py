@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -28,6 +29,12 @@ _ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm")
 _POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + _CASTS + _ALONG_LAST)
 _SIZED = ("reshape", "view", "_unsafe_view", "expand")  # their arguments name every axis
 _REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
+_MOVES = frozenset((*_SIZED, *_REGROUPS, "permute", "transpose", "swapaxes", "getitem", "select", "slice")) | {
+    *("unbind", "chunk", "split", "split_with_sizes", "tensor_split")
+}
+_SAME = frozenset((*_CASTS, "contiguous", "clone", "detach", "neg", "dropout", "Dropout", "Identity"))
+_PRODUCTS, _QUOTIENTS = frozenset(("mul", "imul", "mul_")), frozenset(("div", "div_", "truediv", "itruediv"))
+_SUMS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_"))
 _SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
 
 
@@ -44,6 +51,8 @@ class TokenAxis(AxisMoves):
 
     Attributes:
         extents: node -> (level, start) of each token axis that its arithmetic runs over.
+        weights: node that holds weights of attention -> the axis along which they sum up over keys. A merged key has
+            the weight of all that it stands for, which holds as long as what follows is linear in it.
     """
 
     def __init__(
@@ -61,6 +70,7 @@ class TokenAxis(AxisMoves):
         self.mask, self.proportional = mask, proportional
         self.states: dict[fx.Node, State] = {}
         self.extents: dict[fx.Node, list[tuple[Level, int]]] = {}
+        self.weights: dict[fx.Node, int] = {}
         self._followed: dict[tuple[fx.Node, Level, int, int], fx.Node] = {}
         self.rules: dict[str, Callable[[fx.Node, State], State | None]] = {
             **dict.fromkeys(_SIZED, self._reshape),
@@ -94,9 +104,14 @@ class TokenAxis(AxisMoves):
                 continue
             if node.op == "output":
                 raise self._refusal(node, "the model returns a value for each of the unmerged tokens")
+            keys = self._keys_behind(node, carriers)
             state = self._next(node, carriers)
             if state is not None:
                 self.states[node] = state
+                if keys is not None:
+                    self.weights[node] = keys
+                    if self._is_linear(node, target_name(self.gm, node)):
+                        self._count_bias(node, state, keys)
                 self.extents.setdefault(node, [(state.level, start) for start in state.axes.values()])
 
     def _next(self, node: fx.Node, carriers: list[fx.Node]) -> State | None:
@@ -112,6 +127,86 @@ class TokenAxis(AxisMoves):
         if isinstance(fake_value(node), (torch.Tensor, tuple, list)):
             raise self._refusal(node, "an op that it doesn't know")
         return None
+
+    def _keys_behind(self, node: fx.Node, carriers: list[fx.Node]) -> int | None:
+        """Of an op on weights of attention, the axis of keys in its result; None where it has none, or sums over it.
+
+        Raises:
+            GraphError: the op isn't linear in the weights.
+        """
+        held = [n for n in carriers if n in self.weights]
+        if not held or not self.proportional or is_matmul(node) or node.op == "output":
+            return None
+        name, source = target_name(self.gm, node), held[0]
+        keys, state = self.weights[source], self.states[source]
+        if name in _MOVES:
+            return self._moved(node, name, State(state.level, {keys: state.axes[keys]}, state.many))
+        back = len(self._shape(source)) - keys
+        place = len(self._shape(node)) - back
+        first = node.args[0] if node.args else None
+        others = [n for n in node.all_input_nodes if n is not source]
+        if name in _SAME and first is source:
+            return place
+        if name in _PRODUCTS and len(node.args) == 2 and node.args[0] is not node.args[1] and len(held) == 1:
+            return place
+        if name in _QUOTIENTS and first is source and len(held) == 1 and not node.kwargs:
+            return place
+        if name in _SUMS and others and all(self._alike(n, back) for n in (first, node.args[1])):
+            return place
+        if self._is_linear(node, name) and place != len(self._shape(node)) - 1:
+            return place
+        if name in ("mean", "sum"):
+            return self._kept(node, keys)
+        why = "it isn't linear in the weights of attention, where a merged key has the weight of all it stands for"
+        raise self._refusal(node, why)
+
+    def _alike(self, node: Any, back: int) -> bool:
+        """Whether an operand is weights of attention, with its keys on the axis ``back`` from the end."""
+        return isinstance(node, fx.Node) and len(self._shape(node)) - self.weights.get(node, -1) == back
+
+    def _is_linear(self, node: fx.Node, name: str) -> bool:
+        if node.op == "call_module":
+            return type(self.gm.get_submodule(str(node.target))) in (nn.Linear, MaskedLinear)
+        return name in ("linear", "masked_linear")
+
+    def _count_bias(self, node: fx.Node, state: State, keys: int) -> None:
+        """A bias of weights of attention (heads that are mixed) counts for every token that a key stands for."""
+        graph, bias = self.gm.graph, None
+        if node.op == "call_function":
+            bias = node.args[3] if node.target is ops.masked_linear else argument(node, 2, "bias")
+        elif self.gm.get_submodule(str(node.target)).bias is not None:
+            with graph.inserting_before(node):
+                bias = graph.get_attr(f"{node.target}.bias")
+        if bias is None:
+            return
+        if self.mask is not None:
+            raise self._refusal(node, "its bias gives weight to hidden tokens")
+        users = list(node.users)
+        with graph.inserting_after(node):
+            log = graph.call_function(ops.token_bias, (state.level.size, node, state.axes[keys], keys))
+        with graph.inserting_after(log):
+            more = graph.call_function(torch.expm1, (log,))  # size - 1: the layer has added it once
+        with graph.inserting_after(more):
+            total = graph.call_function(torch.addcmul, (node, more, bias))
+        total.meta = dict(node.meta)
+        for user in users:
+            user.replace_input_with(node, total)
+        self.states[total], self.weights[total] = state, keys
+
+    def _moved(self, node: fx.Node, name: str, state: State) -> int | None:
+        """Where an op that moves axes puts the only one of ``state``."""
+        if name in _SIZED or name in _REGROUPS:
+            return next(iter(self._places(node, state).values()))
+        moved = self.rules[name](node, state)
+        return next(iter(moved.axes)) if moved is not None and moved.axes else None
+
+    def _kept(self, node: fx.Node, keys: int) -> int | None:
+        """Where a reduction over other axes leaves that of keys; None where it runs over keys."""
+        rank, dim = len(self._shape(node.args[0])), argument(node, 1, "dim")
+        gone = {d % rank for d in (range(rank) if dim is None else (dim,) if isinstance(dim, int) else dim)}
+        if keys in gone:
+            return None
+        return keys if argument(node, 2, "keepdim", False) else keys - sum(d < keys for d in gone)
 
     def _is_number(self, node: fx.Node) -> bool:
         """Whether a node reads a shape, or computes with what was read from one."""
@@ -180,7 +275,7 @@ class TokenAxis(AxisMoves):
                 why = "a value for each of the unmerged tokens (a relative position bias, or an attention mask)"
                 raise self._refusal(node, f"{operand.name} holds {why}")
             self._bring(node, operand, level, axes[full[0]], full[0] - rank)
-        return State(level, axes, weights=any(s.weights for s in carriers))
+        return State(level, axes)
 
     def _pointwise(self, node: fx.Node, carriers: list[fx.Node]) -> State:
         """Elementwise, or along the last axis: the token axis stays, counted from the back."""
@@ -254,7 +349,8 @@ class TokenAxis(AxisMoves):
                 bias = self.gm.graph.call_function(ops.token_bias, args)
                 total = self.gm.graph.call_function(operator.add, (logits, bias))
             node.replace_input_with(logits, total)  # type: ignore[arg-type]
-        return replace(state, weights=True)
+        self.weights[node] = dim
+        return state
 
     def _matmul(self, node: fx.Node) -> State | None:
         left, right = argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other"))
@@ -269,7 +365,8 @@ class TokenAxis(AxisMoves):
         if a is not None and b is not None and a.level is not b.level:
             raise self._refusal(node, "its operands hold different tokens")
         inner = (ours.pop(rank - 1, None), theirs.pop(rank - 2, None))
-        if inner != (None, None) and (inner[0] != inner[1] or not (a is not None and a.weights)):
+        weighs = self.weights.get(left) == ranks[0] - 1 or self.weights.get(right) == ranks[1] - 2
+        if inner != (None, None) and (inner[0] != inner[1] or not weighs):
             raise self._refusal(node, "it sums over tokens, without weights of attention")
         if any(theirs.get(axis, start) != start for axis, start in ours.items()):
             raise self._refusal(node, "its operands hold different tokens")
@@ -282,7 +379,7 @@ class TokenAxis(AxisMoves):
         query, key, value = (argument(node, i, k) for i, k in enumerate(("query", "key", "value")))
         keys, values, state = self.states.get(key), self.states.get(value), self.states.get(query)
         if keys is None and values is None and argument(node, 3, "attn_mask") is None:  # merged tokens ask others
-            return None if state is None else replace(state, weights=False)
+            return state
         if keys is None or values is None or keys.level is not values.level or keys.axes != values.axes:
             raise self._refusal(node, "its keys and values hold different tokens")
         if set(keys.axes) != {2} or len(self._shape(key)) != 4:

@@ -53,13 +53,11 @@ class State:
         axes: axis, counted from the front -> number of its first token in the whole sequence (behind a slice; negative
             where other tokens stand in front).
         many: whether it is a tuple of such tensors.
-        weights: whether it is attention weights, whose sum over keys is proportional to sizes already.
     """
 
     level: Level
     axes: Mapping[int, int]
     many: bool = False
-    weights: bool = False
 
 
 class AxisMoves:
