@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from mpcompile.errors import ArtifactError
+from mpcompile.errors import ArtifactError, printable
 from mpcompile.state_dicts import Found, explain_misfit, find_state, fitted, stand_ins, unwrapped
 
 MARK = b"mpcompile"  # by which our own archives are recognised
@@ -30,6 +30,7 @@ TEMPORARY = ".mpcompile-"  # how the name of a temporary file begins; a random p
 LARGEST_TEXT = 1 << 28  # bytes of a JSON file
 _DEEPEST = 64  # nesting of JSON
 _CHUNK = 1 << 20
+_FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")  # as what torch tells of a full disk
 
 
 # --- Reading ---
@@ -184,9 +185,11 @@ def temporary_path(path: str | os.PathLike[str], suffix: str = "") -> Iterator[P
         yield temporary
         _flushed(temporary)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if type(error).__name__ == "SafetensorError" or any(words in str(error) for words in _FAILED_WRITES):
+            raise OSError(errno.EIO, printable(str(error).partition("\n")[0], 100), str(path)) from error
         raise
     _flush_folder(target.parent)
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -118,6 +119,26 @@ def test_a_killed_write_leaves_the_old_file_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], check=False)
     assert done.returncode == -signal.SIGKILL
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: save_file({"a": torch.zeros(50_000)}, path),
+        lambda path: torch.save(torch.zeros(50_000), path),
+        lambda path: path.write_bytes(bytes(200_000)),
+    ],
+)
+def test_a_full_disk_by_any_name_is_one_line(write, tmp_path):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(ArtifactError, match=r"can't write .*a; expected a writable folder with room"):
+            files.replace_atomically(tmp_path / "a", write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_mpcompile_wrote_is_known_again(pruned, tmp_path):
