@@ -322,7 +322,8 @@ def check_folder_writable(path: Path) -> None:
         _check_folder(place)
     except OSError as error:
         found = error.strerror or str(error)
-        raise ArtifactError(f"can't write in the folder {path}", expected="a writable folder", found=found) from error
+        problem = f"can't make the folder {path}, or write into it"
+        raise ArtifactError(problem, expected="a writable folder", found=found) from error
 
 
 def _check_folder(folder: Path) -> None:
