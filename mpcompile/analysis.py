@@ -270,6 +270,7 @@ def check_plot(path: Path) -> None:
         ArtifactError: it knows no such format.
     """
     try:
+        import matplotlib.figure  # noqa: F401
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
         raise MPCompileError("plots need matplotlib", hint="run pip install 'mpcompile[report]'") from error

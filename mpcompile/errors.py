@@ -82,6 +82,7 @@ class MPCompileError(Exception):
         found: object = None,
         hint: str | None = None,
     ) -> None:
+        self.message = message  # as it was given; str() of this is one printable line
         self.layer, self.expected, self.found, self.hint = layer, expected, found, hint
         parts: list[tuple[str, object, str]] = [("", layer, ": ")] if layer else []
         parts.append(("", message, ""))

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from mpcompile.errors import ArtifactError
+from mpcompile.errors import ArtifactError, printable
 from mpcompile.state_dicts import Found, explain_misfit, find_state, fitted, stand_ins, unwrapped
 
 MARK = b"mpcompile"  # by which our own archives are recognised
@@ -30,6 +30,7 @@ TEMPORARY = ".mpcompile-"  # how the name of a temporary file begins; a random p
 LARGEST_TEXT = 1 << 28  # bytes of a JSON file
 _DEEPEST = 64  # nesting of JSON
 _CHUNK = 1 << 20
+_FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")  # as what torch tells of a full disk
 
 
 # --- Reading ---
@@ -184,9 +185,11 @@ def temporary_path(path: str | os.PathLike[str], suffix: str = "") -> Iterator[P
         yield temporary
         _flushed(temporary)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if type(error).__name__ == "SafetensorError" or any(words in str(error) for words in _FAILED_WRITES):
+            raise OSError(errno.EIO, printable(str(error).partition("\n")[0], 100), str(path)) from error
         raise
     _flush_folder(target.parent)
 
@@ -319,7 +322,8 @@ def check_folder_writable(path: Path) -> None:
         _check_folder(place)
     except OSError as error:
         found = error.strerror or str(error)
-        raise ArtifactError(f"can't write in the folder {path}", expected="a writable folder", found=found) from error
+        problem = f"can't make the folder {path}, or write into it"
+        raise ArtifactError(problem, expected="a writable folder", found=found) from error
 
 
 def _check_folder(folder: Path) -> None:

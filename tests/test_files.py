@@ -1,9 +1,9 @@
 """Files: what is read is a regular file, what is written is whole, and nothing of anybody else's is replaced."""
 
 import argparse
-import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,13 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from mpcompile import Config, files, load, save, transform
+from mpcompile import Config, cli, events, files, load, save, transform
+from mpcompile.cli.common import read_config
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError, printable
+from mpcompile.export import save_dense, save_pt2
+from mpcompile.plan import LayerPlan, PassRecord, Plan
+from mpcompile.report import Report, Row
 from mpcompile.state_dicts import Ignored
-from mpcompile.verify import read
+from mpcompile.training import checkpoint
+from mpcompile.training.recipe import Recipe
+from mpcompile.verify import read, verify
 from mpcompile.visualize import visualize_merging
 from tests.helpers import images, mlp, tiny_vit
 
@@ -37,35 +43,32 @@ def odd_places(folder):
     return [folder / name for name in ("fifo", "link", "folder", "loop", "none")] + [Path("/dev/zero")]
 
 
-READERS = [
-    lambda p: files.read_json(p),
-    lambda p: load(p),
-    lambda p: files.read_checkpoint(p),
-    lambda p: read(p),
-    lambda p: __import__("mpcompile.events").events.EventLog(p, resume_at=1),
-    lambda p: list(__import__("mpcompile.events").events.read(p)),
-    lambda p: __import__("mpcompile.training.checkpoint").training.checkpoint.read(p),
-    lambda p: __import__("mpcompile.cli.common").cli.common.read_config(p),
-]
+def resumed(path):
+    return events.EventLog(path, resume_at=1)
 
 
-@pytest.mark.parametrize("reader", range(len(READERS)))
+def lines(path):
+    return list(events.read(path))
+
+
+READERS = [files.read_json, load, files.read_checkpoint, read, resumed, lines, checkpoint.read, read_config]
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_nothing_but_a_regular_file_is_read(reader, tmp_path):
     signal.alarm(60)
     try:
         for place in odd_places(tmp_path):
-            if place.name == "none" and reader == 4:
+            if place.name == "none" and reader is resumed:
                 continue  # a log is made
             with pytest.raises(MPCompileError) as caught:
-                READERS[reader](place)
+                reader(place)
             assert re.search(f"{place.name}|fifo", str(caught.value)) and str(caught.value).isprintable()
     finally:
         signal.alarm(0)
 
 
 def test_a_recipe_and_the_plan_of_a_folder_are_regular_files(pruned, tmp_path):
-    from mpcompile.training.recipe import Recipe
-
     os.mkfifo(tmp_path / "r.yaml")
     with pytest.raises(ConfigError, match="can't be read"):
         Recipe.load(tmp_path / "r.yaml")
@@ -73,7 +76,7 @@ def test_a_recipe_and_the_plan_of_a_folder_are_regular_files(pruned, tmp_path):
     (tmp_path / "a/plan.json").unlink()
     assert load(tmp_path / "a").plan == pruned.plan  # it is there for people
     os.mkfifo(tmp_path / "a/plan.json")
-    with pytest.raises(ArtifactError, match="plan.json can't be read"):
+    with pytest.raises(ArtifactError, match=r"plan\.json can't be read"):
         load(tmp_path / "a")
 
 
@@ -118,10 +121,27 @@ def test_a_killed_write_leaves_the_old_file_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
 
 
-def test_what_mpcompile_wrote_is_known_again(pruned, tmp_path):
-    from mpcompile.export import save_dense, save_pt2
-    from mpcompile.training import checkpoint
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: save_file({"a": torch.zeros(50_000)}, path),
+        lambda path: torch.save(torch.zeros(50_000), path),
+        lambda path: path.write_bytes(bytes(200_000)),
+    ],
+)
+def test_a_full_disk_by_any_name_is_one_line(write, tmp_path):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(ArtifactError, match=r"can't write .*a; expected a writable folder with room"):
+            files.replace_atomically(tmp_path / "a", write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
+
+def test_what_mpcompile_wrote_is_known_again(pruned, tmp_path):
     save(pruned, tmp_path / "a.mpc")
     save(pruned, f"{tmp_path}/f/")
     save_dense(pruned, tmp_path / "dense.safetensors")
@@ -322,11 +342,6 @@ def test_messages_are_one_printable_line():
 
 
 def test_tables_and_the_command_line_escape_names(tmp_path, capsys):
-    from mpcompile import cli
-    from mpcompile.plan import LayerPlan, PassRecord, Plan
-    from mpcompile.report import Report, Row
-    from mpcompile.verify import verify
-
     nasty = "\x1b[31m\u202ea\nb"
     plan = Plan(notes=[nasty], passes=[PassRecord(nasty, {}, nasty)])
     plan.layers[nasty] = LayerPlan("linear", (4, 4), reason=nasty, notes={"analyze": {"verdict": nasty}})
@@ -347,4 +362,3 @@ def test_json_of_any_size_is_a_value_or_an_error():
         with pytest.raises(ValueError):
             files.parse_json(text)
     assert files.parse_json('{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
-    assert load_file and json

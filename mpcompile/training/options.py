@@ -137,7 +137,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
-_UNLIMITED = 1 << 63  # what no option reaches, infinity least of all
+_LARGEST = 1 << 63  # above every integer that an option can be
 
 
 def check_fields(options: Any, *ranges: tuple[str, float, float]) -> None:
@@ -150,7 +150,8 @@ def check_fields(options: Any, *ranges: tuple[str, float, float]) -> None:
         check_type(field.name, str(field.type), getattr(options, field.name))
     for name, low, high in ranges:
         value = getattr(options, name)
-        if value is not None and not (low <= value <= high and abs(value) < _UNLIMITED):
+        beyond = _LARGEST if isinstance(value, int) else math.inf
+        if value is not None and not (low <= value <= high and value < beyond):
             raise ConfigError(f"option {name!r} is out of range", expected=f"{low:g} to {high:g}", found=value)
 
 
