@@ -36,8 +36,16 @@ _FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")  
 # --- Reading ---
 
 
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def kind_of(mode: int) -> str:
+    """What a file is, for a message, from the mode that ``stat`` gives."""
+    return "a folder" if stat.S_ISDIR(mode) else _KINDS.get(stat.S_IFMT(mode), "a regular file")
+
+
 def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
-    """Open a file for reading if it is a regular one; a FIFO, socket, device or folder isn't waited for.
+    """Open a file for reading if it is a regular one; a FIFO, socket, device or folder isn't waited for, nor opened.
 
     Args:
         path: links are followed.
@@ -48,21 +56,26 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
     try:
+        _check_regular(os.stat(path), path)  # opening a device may do anything
         descriptor = os.open(path, flags)
     except ValueError as error:  # a null character in the path
         raise OSError(errno.EINVAL, str(error), str(path)) from error
     try:
         status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        _check_regular(status, path)  # another file may stand there by now
         if most is not None and status.st_size > most:
             raise OSError(errno.EFBIG, f"{status.st_size} bytes, more than {most}", str(path))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def _check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, kind_of(status.st_mode), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, kind_of(status.st_mode), str(path))
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = LARGEST_TEXT) -> bytes:

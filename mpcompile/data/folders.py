@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpcompile.data.pictures import SUFFIXES
-from mpcompile.data.regular import kind_of, listed, printable
+from mpcompile.data.regular import listed, printable
 from mpcompile.errors import InputError
+from mpcompile.files import kind_of
 
 # What systems and editors leave in folders; with all names that start with a dot.
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
