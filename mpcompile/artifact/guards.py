@@ -151,6 +151,16 @@ def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _dense(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on a copy without repeated memory: it reads past the end of a tensor that expand() made."""
+
+    @functools.wraps(function, updated=())
+    def call(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return function(input.contiguous(), *args, **kwargs)
+
+    return call
+
+
 def _published(function: Any, call: Callable[..., Any]) -> Callable[..., Any]:
     """A function under a name of this module, as generated source refers to it."""
     name = str(function).replace(".", "_") if isinstance(function, torch._ops.OpOverload) else function.__name__
@@ -165,6 +175,8 @@ _DIVISIONS = (
     *(_A.div.Tensor_mode, _A.div.Scalar_mode, _A.divide.Tensor_mode, _A.divide.Scalar_mode),
 )
 GUARDED: dict[Any, Callable[..., Any]] = {f: _published(f, _checked(f, o, c)) for f, o, c in _CHECKS}
+GUARDED |= {f: _published(f, _dense(f)) for f in (torch.median, _A.median.dim)}
+METHODS = {"median": GUARDED[torch.median]}  # a method of this name becomes the function
 TRUNCATING: dict[Any, Callable[..., Any]] = {f: _published(f, _quotient(f)) for f in _DIVISIONS}
 _ORIGINALS = {call: function for table in (GUARDED, TRUNCATING) for function, call in table.items()}
 
