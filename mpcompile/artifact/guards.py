@@ -32,8 +32,8 @@ def _batch_norm(given: dict[str, Any]) -> str | None:
 
 
 def _attention(given: dict[str, Any]) -> str | None:
-    query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
-    mask = given.get("attn_bias", mask)
+    query, key, value = given["query"], given["key"], given["value"]
+    mask = given.get("attn_mask", given.get("attn_bias"))
     if not query.dim() == key.dim() == value.dim() == 4:
         return "queries, keys and values of 4 axes"
     same = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
