@@ -5,7 +5,12 @@ removes, exchanges or inserts 1 to 4 things anywhere in its texts or header, som
 a valid checksum over it, and loads it. Anything but a module or an ArtifactError, or a load beyond ``--limit`` seconds,
 counts as a failure and is kept.
 
+With ``--graphs`` the graph is changed: other operators, arguments, integers and bytes of tensors, in files that
+also hold native kernels (tests/forged_graphs.py). What loads is run on an input too, all of it in child processes. A
+child that dies counts as a failure; what a graph takes in time and memory does not.
+
     python -m bench.fuzz_artifacts --rounds 10000 --json bench/results/fuzz_artifacts.json
+    python -m bench.fuzz_artifacts --graphs --rounds 10000 --json bench/results/fuzz_graphs.json
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from mpcompile.graph import IRModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.forged_graphs import ENDED, Forger, outcomes
 from tests.forging import forge, parts
 
 TEXTS = ("graph", "modules", "tensors", "plan")
@@ -101,14 +107,34 @@ def changed(path: Path, draw: random.Random) -> tuple[dict[str, Any], bytes]:
     return {"__metadata__": metadata, **whole["header"]}, data
 
 
+def graphs(rounds: int, seed: int, limit: float) -> dict[str, Any]:
+    """Counts of what became of forged graphs, and the numbers of those that crashed."""
+    torch.set_num_threads(1)  # a fork takes no threads along
+    counts, crashed = Counter[str](), []
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+        found = outcomes(Forger(Path(folder), seed), rounds, seconds=limit)
+        for number, outcome in tqdm(found, total=rounds, unit="graph", mininterval=5):
+            counts[outcome] += 1
+            if outcome not in ENDED:
+                crashed.append(f"round {number}: {outcome}")
+    return {"rounds": counts.total(), "seed": seed, "outcomes": dict(counts.most_common()), "crashed": crashed}
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=10_000)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--limit", type=float, default=20.0, help="seconds a load may take")
+    options.add_argument("--graphs", action="store_true", help="change graphs, and run what loads")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
-    draw, outcomes, slowest = random.Random(args.seed), Counter[str](), 0.0
+    if args.graphs:
+        result = graphs(args.rounds, args.seed, args.limit)
+        print(json.dumps(result, indent=1))
+        if args.json is not None:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        raise SystemExit(1 if result["crashed"] else 0)
+    draw, endings, slowest = random.Random(args.seed), Counter[str](), 0.0
     kept: list[str] = []
 
     def stop(*_: Any) -> None:
@@ -131,9 +157,9 @@ def main() -> None:
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             slowest = max(slowest, time.thread_time() - start)
-            outcomes[outcome] += 1
-    failures = {name: count for name, count in outcomes.items() if name not in ("loaded", "refused")}
-    found = {"rounds": outcomes.total(), "seed": args.seed, "outcomes": dict(outcomes), "slowest_s": round(slowest, 3)}
+            endings[outcome] += 1
+    failures = {name: count for name, count in endings.items() if name not in ("loaded", "refused")}
+    found = {"rounds": endings.total(), "seed": args.seed, "outcomes": dict(endings), "slowest_s": round(slowest, 3)}
     print(json.dumps({**found, "failures": kept[:20]}, indent=1))
     if args.json is not None:
         args.json.write_text(json.dumps({**found, "failures": kept[:20]}, indent=1) + "\n")

@@ -307,6 +307,18 @@ def test_the_lowest_integer_divides_by_minus_one(dtype, other, tmp_path):
     assert found.tolist() == ([low, -7, -3, -2] if other == "tensor" else [low, -7, 7, -8]) and found.dtype is dtype
 
 
+@pytest.mark.parametrize("method", [True, False])
+def test_the_median_of_an_expanded_tensor_stays_inside(method, tmp_path):
+    def build(g, x):
+        pair = g.call_method("median", (x, 0)) if method else g.call_function(torch.median, (x, 0))
+        return g.call_function(operator.getitem, (pair, 0))
+
+    save(graph(build), tmp_path / "file")
+    loaded, row = load(tmp_path / "file"), x(1, 4)
+    assert died(lambda say: loaded(row.expand(3, 4))) == (None, "")
+    assert torch.equal(loaded(row.expand(3, 4)), row[0])
+
+
 REFUSED = {
     "an output": (ATEN.add.out, lambda x: (x, x), lambda x: {"out": x}),
     "an output by name": (torch.add, lambda x: (x, x), lambda x: {"out": x}),

@@ -234,3 +234,76 @@ def test_threads_and_openmp(built):
         assert result["kernels"] == [str(path)] and result["error"] < 1e-6
         assert len(result["openmp"]) == 1, result["openmp"]
     assert (one["new"], two["new"]) == (0, 1)
+
+
+# --- Whose library it is ---
+
+
+@pytest.fixture
+def mine(built):
+    """A good library where this process looks for it."""
+    path = place()
+    path.parent.mkdir(parents=True, mode=0o700)
+    path.write_bytes(built)
+    path.chmod(0o700)
+    return path
+
+
+def spoil(path, what, tmp_path):
+    """Make somebody else able to have written the library, or its folder, or a folder above."""
+    folder = path.parent
+    if what == "file":
+        path.chmod(0o777)
+    elif what == "group":
+        path.chmod(0o770)
+        os.chown(path, -1, 54321)
+    elif what == "folder":
+        folder.chmod(0o777)
+    elif what == "above":
+        folder.parent.chmod(0o777)
+    elif what in ("link", "linked folder"):
+        real = path if what == "link" else folder
+        moved = real.rename(tmp_path / "elsewhere")
+        real.symlink_to(moved)
+    else:
+        owner = {"owner": path, "owner of folder": folder, "owner above": folder.parent}[what]
+        os.chown(owner, 12345, 12345)
+
+
+SPOILT = ["file", "group", "folder", "above", "link", "linked folder", "owner", "owner of folder", "owner above"]
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_library_that_others_can_have_written_is_not_loaded(what, mine, tmp_path):
+    if os.getuid() and ("owner" in what or what == "group"):
+        pytest.skip("only root gives files away")
+    assert build._find(mine.name, build._folders()) == mine
+    spoil(mine, what, tmp_path)
+    assert build._find(mine.name, build._folders()) is None
+    made = build.build("portable")
+    assert made.stat().st_mode & 0o077 == 0 and not made.is_symlink()
+    assert build._find(made.name, build._folders()) == made
+    if what in ("file", "group", "link", "owner"):
+        assert made == mine  # a good folder keeps the new one
+    else:
+        assert made.parent == store.temporary_folder()
+
+
+def test_a_cache_folder_of_others_is_said_once(mine, caplog, tmp_path):
+    spoil(mine, "folder", tmp_path)
+    for _ in range(2):
+        build.load.cache_clear()
+        assert build.load("portable") is not None
+    said = [text for text in warnings(caplog) if "others can write" in text]
+    assert len(said) == 1 and "(mode 777)" in said[0]
+
+
+@pytest.mark.parametrize("home", [None, "", "~", "relative"])
+def test_without_a_home_caches_lie_among_temporary_files(home, monkeypatch, tmp_path):
+    for name in ("MPCOMPILE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(store.os.path, "expanduser", lambda path: home or path)  # a user without an entry has none
+    assert store.cache_folder() == tmp_path / f"mpcompile-{os.getuid()}"
+    assert build.unavailable() is None and works()

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,3 +225,46 @@ def test_bf16_keeps_2_of_4_where_pairs_of_columns_are_multiplied(monkeypatch, pa
     device = torch.device("cpu")
     assert auto_pattern(device, torch.bfloat16)[0] == ((2, 4) if pairs else (8, 16))
     assert auto_pattern(device, torch.float32)[0] == (8, 16)
+
+
+WRONG = [None, [], "x", *({"dense": wrong} for wrong in ("1", True, 10**400, -1, None, [1], float("nan")))]
+
+
+@pytest.mark.parametrize("entry", WRONG, ids=range(len(WRONG)))
+def test_a_timing_of_a_wrong_type_is_ignored(entry):
+    assert timing._valid(entry) == {}
+    assert timing._valid({"dense": 2, "cpu": 1.5}) == {"dense": 2.0, "cpu": 1.5}
+
+
+def test_a_cache_that_is_no_file_of_ours_is_ignored(tmp_path):
+    path = tmp_path / "timings.json"
+    for text in ("[" * 100_000, '{"a": ' * 100_000, "[1]", "{", "\xff\xfe", "9" * 5000):
+        path.write_text(text, encoding="latin-1")
+        assert store.read_json(path) == {}
+    path.unlink()
+    os.mkfifo(path)
+    assert store.read_json(path) == {}  # and doesn't wait for a writer
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".timings.json.{os.getpid()}.tmp").symlink_to(victim)
+    path.unlink()
+    store.write_json(path, {"a": 1})
+    assert victim.read_text() == "mine" and store.read_json(path) == {"a": 1}
+
+
+def test_timings_depend_on_every_source_of_the_kernels(tmp_path, monkeypatch):
+    """In folders below as well: a change there makes other timings."""
+    here = Path(timing.__file__).parent
+    found = timing.sources(here / "nm_linear")
+    kinds = (".py", ".cpp", ".h")
+    assert set(found) == {p for p in (here / "nm_linear").rglob("*") if p.suffix in kinds} and len(found) > 20
+    for name in ("timing.py", "nm_linear/a.py", "nm_linear/cpu/deep/b.h"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "timing.py"))
+    keys = []
+    for name in ("timing.py", "nm_linear/a.py", "nm_linear/cpu/deep/b.h"):
+        (tmp_path / name).write_text("2")
+        keys.append(timing.machine_key.__wrapped__())
+    (tmp_path / "nm_linear/cpu/deep/b.h").rename(tmp_path / "nm_linear/b.h")
+    assert len({*keys, timing.machine_key.__wrapped__()}) == 4

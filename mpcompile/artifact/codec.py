@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from mpcompile.artifact.guards import METHODS
 from mpcompile.artifact.opset import (
     ATTRIBUTES,
     LISTED,
@@ -186,6 +187,8 @@ def _target(root: nn.Module, op: object, target: Any, args: tuple[Any, ...], kwa
         allowed = isinstance(_lookup(root, module_path(target)), torch.Tensor)
     elif op == "call_method":
         allowed = is_method(target, kwargs) and on_node
+        if allowed and target in METHODS:
+            return METHODS[target]
     elif op == "call_function" and (function := function_of(target)) is not None:
         if function is not getattr:
             return call_of(function, args, kwargs)
@@ -213,7 +216,8 @@ def decode_nodes(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
             args = tuple(decode(a, nodes) for a in entry["args"])
             kwargs = {keyword_name(k): decode(v, nodes) for k, v in entry["kwargs"].items()}
             target = _target(root, entry["op"], entry["target"], args, kwargs)
-            node = graph.create_node(entry["op"], target, args, kwargs, name=name)
+            op = "call_function" if callable(target) else entry["op"]
+            node = graph.create_node(op, target, args, kwargs, name=name)
         except Refusal as error:
             raise error.at(f"node {shown(entry['name'])}") from error
         if node.name != name or (entry["op"] == "output") != (place == len(entries) - 1):

@@ -32,8 +32,8 @@ def _batch_norm(given: dict[str, Any]) -> str | None:
 
 
 def _attention(given: dict[str, Any]) -> str | None:
-    query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
-    mask = given.get("attn_bias", mask)
+    query, key, value = given["query"], given["key"], given["value"]
+    mask = given.get("attn_mask", given.get("attn_bias"))
     if not query.dim() == key.dim() == value.dim() == 4:
         return "queries, keys and values of 4 axes"
     same = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
@@ -151,6 +151,16 @@ def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _dense(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on a copy without repeated memory: it reads past the end of a tensor that expand() made."""
+
+    @functools.wraps(function, updated=())
+    def call(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return function(input.contiguous(), *args, **kwargs)
+
+    return call
+
+
 def _published(function: Any, call: Callable[..., Any]) -> Callable[..., Any]:
     """A function under a name of this module, as generated source refers to it."""
     name = str(function).replace(".", "_") if isinstance(function, torch._ops.OpOverload) else function.__name__
@@ -165,6 +175,8 @@ _DIVISIONS = (
     *(_A.div.Tensor_mode, _A.div.Scalar_mode, _A.divide.Tensor_mode, _A.divide.Scalar_mode),
 )
 GUARDED: dict[Any, Callable[..., Any]] = {f: _published(f, _checked(f, o, c)) for f, o, c in _CHECKS}
+GUARDED |= {f: _published(f, _dense(f)) for f in (torch.median, _A.median.dim)}
+METHODS = {"median": GUARDED[torch.median]}  # a method of this name becomes the function
 TRUNCATING: dict[Any, Callable[..., Any]] = {f: _published(f, _quotient(f)) for f in _DIVISIONS}
 _ORIGINALS = {call: function for table in (GUARDED, TRUNCATING) for function, call in table.items()}
 

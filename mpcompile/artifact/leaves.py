@@ -147,8 +147,7 @@ def build_layer(name: object, arguments: Mapping[str, Any], tensors: Mapping[str
     if unknown:
         raise Refusal(f"a {cls} is given {shown(sorted(unknown))}", expected=LAYERS[home][cls])
     if any(isinstance(number, int) and abs(number) >= 2**31 for number in _numbers(list(arguments.values()))):
-        found = shown(arguments)
-        raise Refusal(f"a {cls} is given a number that no layer has", expected="less than 2**31", found=found)
+        raise Refusal(f"a {cls} has a number that no layer has", expected="less than 2**31", found=shown(arguments))
     if arguments.get("num_layers", 0) > len(tensors):  # the constructor would loop so often
         raise Refusal(f"a {cls} has more layers than tensors", found=shown(arguments["num_layers"]))
     with torch.device("meta"):
