@@ -146,10 +146,9 @@ class ByName(nn.Module):
 BATCH = {"image": torch.randn(16, 32), "shift": torch.randn(16, 5)}
 
 
-@pytest.mark.parametrize("score", ["covariance", "wanda", "ser"])
-@pytest.mark.parametrize("calibrate", ["pruned_to_dense", "dense"])
+@pytest.mark.parametrize(("score", "calibrate"), [("covariance", "pruned_to_dense"), ("ser", "dense")])
 def test_a_forward_that_takes_a_dict_is_calibrated(score, calibrate):
-    config = Config(pattern="2:4", score=score)
+    config = Config(pattern="2:4", score=score, permute=False, exclude=["body.4"])
     model, wrapped = ByName().eval(), nn.Sequential(OrderedDict(body=mlp())).eval()
     wrapped.body.load_state_dict(model.body.state_dict())
     for batches in ([(BATCH,)], [BATCH], [(BATCH, torch.zeros(16))], [{**BATCH, "label": torch.zeros(16)}]):
