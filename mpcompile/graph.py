@@ -71,8 +71,8 @@ _LIVE: weakref.WeakSet[IRModule] = weakref.WeakSet()
 class IRModule(fx.GraphModule):
     """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan.
 
-    Pickle keeps all but the shapes on the nodes and the input guards of exported programs; what it reads has the class of the module that was written, if that
-    is still there.
+    Pickle keeps all but the shapes on the nodes and the input guards of exported programs; what it reads has the class
+    of the module that was written, if that is still there.
     """
 
     _made_of: ClassVar[Any] = None  # what the generated code depends on

@@ -450,17 +450,10 @@ def _check_part(module: nn.Module, path: str) -> None:
 
 
 def _check_tensors(model: nn.Module) -> None:
-    """Refuse weights without values, or of a kind that can't be masked or copied into a graph."""
+    """Refuse weights without shapes, or of a kind that can't be masked or copied into a graph."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise TraceError("the model has lazy parameters", layer=name, hint="run it once on an example input first")
-        if tensor.is_meta:
-            raise InputError(
-                "the weight has no values: it is on the device 'meta'",
-                layer=name,
-                expected="weights in memory",
-                hint="load them first: model.to_empty(device='cpu'), then model.load_state_dict(state)",
-            )
         if tensor.is_quantized or is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided:
             kind = "quantised" if tensor.is_quantized else type(tensor.data).__name__
             raise InputError(
@@ -476,7 +469,7 @@ def _check_module(model: nn.Module) -> None:
 
     Raises:
         TraceError: a wrapper, a TorchScript or quantised module, names that the result needs, or no parameters.
-        InputError: weights without values.
+        InputError: weights of a kind that can't be copied.
     """
     for path, module in model.named_modules():
         _check_part(module, path)
@@ -568,6 +561,22 @@ def _not_a_model(value: Any) -> InputError:
         hint = "put it into the forward of a torch.nn.Module that holds its weights"
     expected = "a torch.nn.Module or fx.GraphModule"
     return InputError("this is not a model", expected=expected, found=type(value).__name__, hint=hint)
+
+
+def check_values(gm: nn.Module) -> None:
+    """Raise for a weight without values: such a model has shapes, for counting operations, and no more.
+
+    Raises:
+        InputError: names the weight.
+    """
+    for name, tensor in [*gm.named_parameters(), *gm.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError(
+                "the weight has no values: it is on the device 'meta'",
+                layer=name,
+                expected="weights in memory",
+                hint="load them first: model.to_empty(device='cpu'), then model.load_state_dict(state)",
+            )
 
 
 def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = False) -> Imported:

@@ -18,7 +18,7 @@ from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.effects import explicit
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.graph import IRModule, layers, propagate
-from mpcompile.importers import Imported, import_model
+from mpcompile.importers import Imported, check_values, import_model
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.macs import count, node_macs
@@ -207,6 +207,8 @@ def transform(
         if example_inputs is None and not isinstance(model, torch.fx.GraphModule):
             example_inputs = first if isinstance(first, (torch.Tensor, dict)) else (first[0],)
     imported = import_model(model, example_inputs)
+    if pipeline is None:
+        check_values(imported.gm)
     folder = None if statistics is None else Path(statistics)
     return run_pipeline(
         imported,
@@ -246,6 +248,7 @@ def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = 
     """
     config = replace(Config() if config is None else config, score="magnitude", frozen=True)
     imported = import_model(model, example_inputs)
+    check_values(imported.gm)
     imported.gm.eval()
     gm = complete(imported, config, [FoldNorm(), FoldScale(), Lower(), Fuse()])
     for reason in unmerged(gm.plan):

@@ -1,4 +1,4 @@
-"""What stands around a forward: hooks and replaced forwards are part of the graph, stay on their layer, or are named."""
+"""Hooks and replaced forwards are part of the graph, stay on their layer, or are refused by name."""
 
 import copy
 import functools
@@ -182,7 +182,7 @@ def test_a_call_of_its_own():
 
 class Recorder:
     count = 0
-    seen = []
+    seen = []  # noqa: RUF012  of the class, as users have it
 
     def __call__(self, module, args, out):
         Recorder.count += 1

@@ -206,7 +206,7 @@ def test_exported_programs_with_names_for_inputs_and_outputs():
 
 
 @pytest.mark.parametrize("buffers", [False, True])
-@pytest.mark.parametrize("rule", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, {"avg_fn": lambda a, b, n: (a + b) / 2}])
+@pytest.mark.parametrize("rule", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}])
 def test_averaged_models(buffers, rule):
     gm = transform(convolutional("resnet18"), images(2, 64), HALF)
     average = AveragedModel(gm, use_buffers=buffers, **rule)

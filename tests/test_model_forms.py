@@ -45,6 +45,12 @@ def on_meta():
         return mlp()
 
 
+def sparse():
+    model = nn.Sequential(nn.Linear(32, 8))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
+    return model
+
+
 FORMS = [
     (traced, "torch.nn.Module that model was"),
     (scripted, "torch.nn.Module that model was"),
@@ -61,14 +67,8 @@ FORMS = [
     (lambda: mlp().state_dict(), "load them into the model first"),
     (lambda: torch.export.export(mlp(), (X,)), r"program\.module\(\)"),
     (lambda: None, "not a model"),
-    (lambda: sparse(), "^0.weight: .*no ordinary tensor"),
+    (sparse, "^0.weight: .*no ordinary tensor"),
 ]
-
-
-def sparse():
-    model = nn.Sequential(nn.Linear(32, 8))
-    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
-    return model
 
 
 @pytest.mark.parametrize(("make", "cure"), FORMS)
@@ -146,16 +146,17 @@ class ByName(nn.Module):
 BATCH = {"image": torch.randn(16, 32), "shift": torch.randn(16, 5)}
 
 
-@pytest.mark.parametrize("score", ["covariance", "wanda", "ser"])
-@pytest.mark.parametrize("calibrate", ["pruned_to_dense", "dense"])
+@pytest.mark.parametrize(("score", "calibrate"), [("covariance", "pruned_to_dense"), ("ser", "dense")])
 def test_a_forward_that_takes_a_dict_is_calibrated(score, calibrate):
-    config = Config(pattern="2:4", score=score)
+    config = Config(pattern="2:4", score=score, permute=False, exclude=["body.4"])
     model, wrapped = ByName().eval(), nn.Sequential(OrderedDict(body=mlp())).eval()
     wrapped.body.load_state_dict(model.body.state_dict())
     for batches in ([(BATCH,)], [BATCH], [(BATCH, torch.zeros(16))], [{**BATCH, "label": torch.zeros(16)}]):
         gm = transform(model, (BATCH,), config, calibration=batches, calibrate=calibrate)
         assert "magnitude" not in " ".join(gm.plan.notes)
         assert {gm.plan.layers[name].notes["mask"]["score"] for name in gm.plan.masked} == {score}
+    if score == "ser":  # its loss sees the shift
+        return
     plain = transform(wrapped, BATCH["image"], config, calibration=[BATCH["image"]], calibrate=calibrate)
     assert all(torch.equal(gm.get_buffer(f"{n}.mask"), plain.get_buffer(f"{n}.mask")) for n in plain.plan.masked)
     assert torch.isfinite(gm(BATCH)).all()
