@@ -299,6 +299,8 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
                 )
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise InputError(f"calibration batch {index} is not finite", expected="no NaN and no infinity")
+        if any(isinstance(v, Tensor) and v.dim() and not len(v) for v in values):
+            continue  # no samples: nothing to learn, and reshapes that leave an axis open would be ambiguous
         moved = dict(zip(data, (v.to(device) for v in values), strict=True))
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
 
