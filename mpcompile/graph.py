@@ -48,9 +48,10 @@ _LIVE: weakref.WeakSet[IRModule] = weakref.WeakSet()
 class IRModule(fx.GraphModule):
     """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __new__(cls, *args: Any, **kwargs: Any) -> IRModule:
+        self: IRModule = super().__new__(cls, *args, **kwargs)  # a deep copy comes through here alone
         _LIVE.add(self)
+        return self
 
     @property
     def plan(self) -> Plan:
@@ -92,7 +93,7 @@ def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
     What dynamo captures of such a module carries no plan, and where neither mask nor merge is in it, no sign either.
     """
     wanted = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
-    return any(id(p) in wanted for gm in list(_LIVE) if gm.meta.get(_PLAN) is not None for p in gm.parameters())
+    return any(id(p) in wanted for gm in list(_LIVE) if _PLAN in gm.__dict__.get("meta", ()) for p in gm.parameters())
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,8 @@ class _Shapes(FakeTensorProp):
     def run_node(self, n: fx.Node) -> Any:
         if reads_number(n):
             return self._number(n)
-        if opaque(n):  # counts for nothing: which of its graphs runs, and how often, is not known
+        # Branches count for nothing (which runs, and how often, is not known); out= takes no tensor with a gradient.
+        if opaque(n) or "out" in n.kwargs:
             with torch.no_grad():
                 result = super().run_node(n)
             n.meta["macs"] = 0
