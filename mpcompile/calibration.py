@@ -306,6 +306,8 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
         values = [_like(example, value) for example, value in zip(examples, values, strict=True)]
         for example, value in zip(examples, values, strict=True):
             _check_input(index, example, value)
+        if any(isinstance(v, Tensor) and v.dim() and not len(v) for v in pytree.tree_leaves(values)):
+            continue  # no samples: nothing to learn, and reshapes that leave an axis open would be ambiguous
         moved = dict(zip(data, (_moved(v, device) for v in values), strict=True))
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
 

@@ -78,9 +78,10 @@ class IRModule(fx.GraphModule):
     _made_of: ClassVar[Any] = None  # what the generated code depends on
     _made_as: ClassVar[str] = ""  # names the class in this process
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __new__(cls, *args: Any, **kwargs: Any) -> IRModule:
+        self: IRModule = super().__new__(cls, *args, **kwargs)  # a deep copy comes through here alone
         _LIVE.add(self)
+        return self
 
     @property
     def plan(self) -> Plan:
@@ -275,7 +276,7 @@ def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
     What dynamo captures of such a module carries no plan, and where neither mask nor merge is in it, no sign either.
     """
     wanted = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
-    return any(id(p) in wanted for gm in list(_LIVE) if gm.meta.get(_PLAN) is not None for p in gm.parameters())
+    return any(id(p) in wanted for gm in list(_LIVE) if _PLAN in gm.__dict__.get("meta", ()) for p in gm.parameters())
 
 
 @dataclass(frozen=True)
@@ -496,7 +497,8 @@ class _Shapes(FakeTensorProp):
         self.node = n
         if reads_number(n):
             return self._number(n)
-        if opaque(n):  # counts for nothing: which of its graphs runs, and how often, is not known
+        # Branches count for nothing (which runs, and how often, is not known); out= takes no tensor with a gradient.
+        if opaque(n) or "out" in n.kwargs:
             with torch.no_grad():
                 result = super().run_node(n)
             n.meta["macs"] = 0

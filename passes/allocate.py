@@ -122,6 +122,13 @@ class Allocate(Pass):
             return {"requested": True, "given": len(ctx.patterns)}
         found = self._layers(gm, ctx)
         total = self._savings(gm, ctx, found)
+        if not total:
+            raise NotEligibleError(
+                f"{self._unit} can't be reduced: there are none",
+                expected="example inputs with at least one sample",
+                found="an empty batch, or a model without products",
+                hint="give a batch that isn't empty",
+            )
         low, high = (v / total for v in allocation.reachable([item.saved for item in found]))
         if not low * (1 - 1e-9) <= target <= high * (1 + 1e-9):
             menu = ", ".join(dict.fromkeys("dense" if p is None else str(p) for item in found for p in item.options))

@@ -51,7 +51,8 @@ class _Constants:
         if node.op == "call_method" and node.target == "size" and isinstance(shape_of(node.all_input_nodes[0]), tuple):
             return shape_of(node.all_input_nodes[0])
         if node.op in ("get_attr", "placeholder"):
-            tensor = attribute(self.gm, str(node.target)) if node.op == "get_attr" else self.lifted.tensors.get(node.name)
+            owned = node.op == "get_attr"
+            tensor = attribute(self.gm, str(node.target)) if owned else self.lifted.tensors.get(node.name)
             held = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
             return tensor if held else _MISSING
         if node.op not in ("call_function", "call_method") or not isinstance(seen, (Tensor, tuple, list)):

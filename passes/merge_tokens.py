@@ -176,6 +176,8 @@ class MergeTokens(Pass):
             if ctx.tolerant:
                 return {**nothing, "reason": str(error)}
             raise error
+        if ctx.tolerant and 0 in (shape_of(sites[0].residual) or ()):
+            return nothing  # a graph for no samples: there is nothing to save in it
         key_mask(sites)
         prefix = count_prefix(sites[0], ctx.lifted) if ctx.config.prefix_tokens is None else ctx.config.prefix_tokens
         tokens = (shape_of(sites[0].residual) or (0, 0))[1]
