@@ -112,7 +112,8 @@ class IRModule(fx.GraphModule):
                 "the traced module takes another path in train() than in eval()",
                 expected=f"use in {here}() mode, in which it was captured",
                 found=f"{there}()",
-                hint=f"call .{there}() on the original before it is captured (by mpcompile.transform or torch.export)",
+                hint=f"call .{there}() on the original before it is captured (by mpcompile.transform or torch.export), or "
+                "set locked_mode = None if the model computes the same in both modes",
             )
         super().train(mode)
         return self
