@@ -28,7 +28,8 @@ from mpcompile.backend import CompiledGraph, compiled_graphs
 from mpcompile.calibration import as_batches
 from mpcompile.errors import InputError
 from mpcompile.flops import flop_counter
-from mpcompile.graph import IRModule, propagate, training_flags
+from mpcompile.graph import propagate, training_flags
+from mpcompile.ir_module import IRModule
 from mpcompile.labels import Labels, check_range
 from mpcompile.macs import count
 from mpcompile.report import BARS, COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.graph import IRModule, Lifted, argument, attribute, dynamo_name, fake_value, target_name
+from mpcompile.graph import Lifted, argument, dynamo_name, fake_value, target_name
+from mpcompile.ir_module import IRModule
+from mpcompile.parts import attribute
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
 _SWITCHES = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})

@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import itertools
-import keyword
 import math
-import pickle
 import re
-import secrets
-import types
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx.graph import CodeGen, PythonCode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
@@ -35,24 +27,23 @@ from mpcompile.flops import flop_counter
 from mpcompile.isolation import tensors_of, untouched, without_global_hooks
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
+from mpcompile.ir_module import IRModule
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.numerics import modes_kept
+from mpcompile.parts import FOLDED, attribute
 from mpcompile.regions import opaque
 
 if TYPE_CHECKING:
-    from mpcompile.plan import Plan
+    pass
 
 LINEAR = frozenset({F.linear, torch.ops.aten.linear.default})
 CONV2D = frozenset({F.conv2d, torch.ops.aten.conv2d.default})
 MATMUL = frozenset({torch.matmul, torch.bmm, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.einsum})
 ATTENTION = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
 
-FOLDED = "_folded"  # holds weights that a pass computed anew, under the names of their layers
-_PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
 
-_DERIVED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "shape_env")
 _FORWARD_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -63,221 +54,6 @@ _FORWARD_HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-_CLASSES: weakref.WeakValueDictionary[str, type[IRModule]] = weakref.WeakValueDictionary()
-_PROCESS, _COUNTER = secrets.token_hex(8), itertools.count()
-_LIVE: weakref.WeakSet[IRModule] = weakref.WeakSet()
-
-
-class IRModule(fx.GraphModule):
-    """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan.
-
-    Pickle keeps all but the shapes on the nodes and the input guards of exported programs; what it reads has the class
-    of the module that was written, if that is still there.
-    """
-
-    _made_of: ClassVar[Any] = None  # what the generated code depends on
-    _made_as: ClassVar[str] = ""  # names the class in this process
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> IRModule:
-        self: IRModule = super().__new__(cls, *args, **kwargs)  # a deep copy comes through here alone
-        _LIVE.add(self)
-        return self
-
-    @property
-    def plan(self) -> Plan:
-        """What every pass decided, per layer."""
-        plan = self.meta.get(_PLAN)
-        if plan is None:
-            raise GraphError("this graph has no plan yet", hint="make it with mpcompile.transform")
-        return plan
-
-    @plan.setter
-    def plan(self, plan: Plan) -> None:
-        self.meta[_PLAN] = plan
-
-    @property
-    def locked_mode(self) -> bool | None:
-        """The only training flag this graph stands for, or None when it follows ``train()`` and ``eval()``."""
-        return self.meta.get(_LOCK)
-
-    @locked_mode.setter
-    def locked_mode(self, training: bool | None) -> None:
-        self.meta[_LOCK] = training
-
-    def train(self, mode: bool = True) -> IRModule:
-        locked = self.meta.get(_LOCK) if "meta" in self.__dict__ else None
-        if locked is not None and locked != mode:
-            here, there = ("train", "eval") if locked else ("eval", "train")
-            raise GraphError(
-                "the traced module takes another path in train() than in eval()",
-                expected=f"use in {here}() mode, in which it was captured",
-                found=f"{there}()",
-                hint=f"call .{there}() on the original before it is captured (by mpcompile.transform or torch.export), or "
-                "set locked_mode = None if the model computes the same in both modes",
-            )
-        super().train(mode)
-        return self
-
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """As of any module, without the masks: these are no numbers that could be averaged, as AveragedModel does."""
-        masks = {id(mask) for _, mask, _ in masked(self)} if recurse else set()
-        return (buffer for buffer in super().buffers(recurse) if id(buffer) not in masks)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """A state dict of the dense model leaves the masks of functional weights as they are, too."""
-        for node in self.graph.nodes:
-            if node.target in ops.MASKED and isinstance(node.args[2], fx.Node) and node.args[2].op == "get_attr":
-                path = str(node.args[2].target)
-                state_dict.setdefault(prefix + path, attribute(self, path))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def recompile(self) -> PythonCode:
-        """As of any GraphModule, but into a class of its own: no class changes once it is made."""
-        fresh: Any = types.new_class("GraphModuleImpl", (IRModule,))
-        fresh.__name__, fresh.__module__ = type(self).__name__, fx.GraphModule.__module__
-        self.__class__ = fresh
-        with _any_names([str(n.target) for n in self._graph.nodes if n.op in ("call_module", "get_attr")]):
-            code = super().recompile()
-        named = frozenset((n, v if isinstance(v, str) else id(v)) for n, v in code.globals.items())
-        fresh._made_of = (fresh.__name__, self._code, named)
-        fresh._made_as = f"{_PROCESS}-{next(_COUNTER)}"
-        _CLASSES[fresh._made_as] = fresh
-        return code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from mpcompile.artifact.codec import is_guard
-
-        guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's own can't be pickled
-        names = {str(node.target) for node in guards}
-        state = self._kept()
-        state["_modules"] = {key: module for key, module in self._modules.items() if key not in names}
-        codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
-        records = [_NodeRecord.of(node) for node in self._graph.nodes if node not in guards]
-        return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
-        twin = memo[id(self)] = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
-        twin.__dict__.update(copy.deepcopy(self._kept(), memo))
-        twin.graph = copy.deepcopy(self._graph, memo)
-        return twin
-
-    def __copy__(self) -> IRModule:
-        twin = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
-        twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in self._kept().items()})
-        twin.graph = copy.deepcopy(self._graph)
-        return twin
-
-    def _kept(self) -> dict[str, Any]:
-        """Attributes, without those that are made of the graph."""
-        return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
-
-
-# Names that the root of a transformed module has a use for, beside those of any nn.Module.
-RESERVED = frozenset(
-    {"meta", "shape_env", "packed", FOLDED, "_owned", "_graph", "_code", "_in_spec", "_out_spec", "_lineno_map"}
-    | {"_prologue_start", "_tracer_cls", "_tracer_extras", "_wrapped_call"}
-    | {"_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks"}
-    | (set(dir(IRModule)) - set(dir(nn.Module)))
-)
-
-
-@contextlib.contextmanager
-def _any_names(targets: list[str]) -> Iterator[None]:
-    """Lets fx write source for names that are no identifiers there: keywords, and text with quotes."""
-    names = {atom for target in targets for atom in target.split(".")}
-    if all(name.isidentifier() and name.isascii() and not keyword.iskeyword(name) for name in names):
-        yield
-        return
-    before = torch.fx.graph._format_target
-
-    def spelt(base: str, target: str) -> str:
-        for name in target.split("."):
-            plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
-            base = f"{base}.{name}" if plain else f"getattr({base}, {name!r})"
-        return base
-
-    torch.fx.graph._format_target = spelt
-    try:
-        yield
-    finally:
-        torch.fx.graph._format_target = before
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """Stands for a node in what is pickled."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _NodeRecord:
-    """A node as pickle takes it: functions by the names that stand for them in a file, or as they are."""
-
-    op: str
-    name: str
-    target: Any
-    args: Any
-    kwargs: Any
-    type: Any
-
-    @classmethod
-    def of(cls, node: fx.Node) -> _NodeRecord:
-        from mpcompile.artifact.opset import function_name
-
-        target: Any = node.target
-        if node.op == "call_function":
-            if isinstance(target, torch._ops.OpOverload):
-                target = (target.namespace, *target._schema.name.split("::")[1:], target._overloadname)
-            else:
-                target = _Reference(name) if (name := function_name(target)) else target
-        refer: Any = lambda n: _Reference(n.name)  # noqa: E731
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
-        kind = node.type
-        try:
-            pickle.dumps(kind)
-        except Exception:  # an annotation with a class of some function's
-            kind = None
-        return cls(node.op, node.name, target, args, kwargs, kind)
-
-    def create(self, graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
-        from mpcompile.artifact.opset import function_of
-
-        target = self.target
-        if isinstance(target, tuple):
-            target = functools.reduce(getattr, target, torch.ops)
-        elif isinstance(target, _Reference):
-            target = function_of(target.name)
-        args, kwargs = fx.node.map_aggregate(
-            (self.args, self.kwargs), lambda v: nodes[v.name] if isinstance(v, _Reference) else v
-        )
-        nodes[self.name] = graph.create_node(self.op, target, args, kwargs, self.name, self.type)
-
-
-def _unpickled(name: str, token: str, state: dict[str, Any], records: list[_NodeRecord], codegen: Any) -> IRModule:
-    """Inverse of :meth:`IRModule.__reduce__`."""
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-    for record in records:
-        record.create(graph, nodes)
-    if codegen is not None:
-        graph.set_codegen(codegen)
-    gm = IRModule(nn.Module(), fx.Graph(), class_name=name)
-    gm.__dict__.update(state)
-    gm.graph = graph
-    known = _CLASSES.get(token)
-    if known is not None and known._made_of == type(gm)._made_of:
-        gm.__class__ = known
-    return gm
-
-
-def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of these parameters belongs to a module with a plan.
-
-    What dynamo captures of such a module carries no plan, and where neither mask nor merge is in it, no sign either.
-    """
-    wanted = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
-    return any(id(p) in wanted for gm in list(_LIVE) if _PLAN in gm.__dict__.get("meta", ()) for p in gm.parameters())
 
 
 @dataclass(frozen=True)
@@ -338,82 +114,6 @@ class Lifted:
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Positional argument ``index`` of a call, or its keyword ``name``, or ``default``."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def attribute(root: nn.Module, path: str) -> Any:
-    """``root.a.b.c`` for ``"a.b.c"``."""
-    value: Any = root
-    for atom in path.split("."):
-        value = getattr(value, atom)
-    return value
-
-
-def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
-    """(weight, mask, pattern) of everything masked: layers, and calls of the masked operators."""
-    for module in gm.modules():
-        if isinstance(module, (MaskedLinear, MaskedConv2d)):
-            yield module.weight, module.mask, module.pattern
-    for node in gm.graph.nodes:
-        if node.target in ops.MASKED and len(node.args) > 4:
-            sources = node.args[1:3]
-            if all(getattr(source, "op", None) == "get_attr" for source in sources):
-                weight, mask = (attribute(gm, str(source.target)) for source in sources)
-                yield weight, mask, Pattern(*node.args[-2:])
-
-
-def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the submodule at ``path``, wherever else it stands."""
-    parent, _, leaf = path.rpartition(".")
-    before = root.get_submodule(parent)._modules.get(leaf)
-    setattr(root.get_submodule(parent), leaf, module)
-    for owner in list(root.modules()) if before is not None else ():
-        for key in [key for key, child in owner._modules.items() if child is before]:
-            owner._modules[key] = module
-
-
-def carry(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` what it lacks of the parameters and buffers of ``source``: their state dicts have the same names.
-
-    That is, parts that no node uses, second names of shared parts, and which buffers stay out of a state dict.
-    """
-    _carry(source, target, {id(module) for module in target.modules()})
-
-
-def _carry(source: nn.Module, target: nn.Module, leaves: set[int]) -> None:
-    for key, parameter in source._parameters.items():
-        if parameter is not None and key not in target._parameters:
-            target.register_parameter(key, parameter)
-    transient = source._non_persistent_buffers_set
-    for key, buffer in source._buffers.items():
-        if buffer is not None and key not in target._buffers and key not in transient:
-            target.register_buffer(key, buffer)
-    target._non_persistent_buffers_set = {k for k in target._buffers if k not in source._buffers or k in transient}
-    for key, child in source._modules.items():
-        own = target._modules.get(key)
-        if child is None or own is child:
-            continue
-        if own is None and id(child) in leaves:
-            target.add_module(key, child)
-            continue
-        if own is None and next(itertools.chain(child.parameters(), child.buffers()), None) is None:
-            continue
-        if own is None:
-            own = nn.Module()
-            target.add_module(key, own)
-        own.training = child.training
-        _carry(child, own, leaves)
-
-
-def keep(root: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Register tensors as buffers of the submodule at ``path``, made where it is missing; returns it."""
-    holder = root
-    for atom in path.split("."):
-        if atom not in holder._modules:
-            holder.add_module(atom, nn.Module())
-        holder = holder.get_submodule(atom)
-    for key, tensor in tensors.items():
-        holder.register_buffer(key, tensor)
-    return holder
 
 
 def dynamo_name(node: fx.Node) -> str | None:

@@ -25,21 +25,12 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
-from mpcompile.graph import (
-    RESERVED,
-    IRModule,
-    Lifted,
-    carry,
-    dynamo_name,
-    fake_value,
-    hint,
-    layers,
-    lifted_from,
-    training_flags,
-)
+from mpcompile.graph import Lifted, dynamo_name, fake_value, hint, layers, lifted_from, training_flags
+from mpcompile.ir_module import RESERVED, IRModule
 from mpcompile.isolation import global_hooks, of_torch, rebind, tensors_of, untouched, without_global_hooks
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 from mpcompile.modes import captured_mode, ordinary
+from mpcompile.parts import carry
 from mpcompile.regions import inline_regions
 from mpcompile.tracing import Tracer, replaced_forward
 

@@ -17,8 +17,9 @@ from mpcompile.calibration import as_batches, peek
 from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.effects import explicit
 from mpcompile.errors import ConfigError, GraphError, InputError
-from mpcompile.graph import IRModule, layers, propagate
+from mpcompile.graph import layers, propagate
 from mpcompile.importers import Imported, check_values, import_model
+from mpcompile.ir_module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.macs import count, node_macs

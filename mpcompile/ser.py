@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
-from mpcompile.graph import IRModule, training_flags
+from mpcompile.graph import training_flags
+from mpcompile.ir_module import IRModule
 from mpcompile.numerics import exact
 
 SPARSITY = 0.35  # of the source mask of the paper's main row

@@ -20,8 +20,9 @@ from mpcompile import allocation, damage
 from mpcompile.analysis import study
 from mpcompile.calibration import Moments, as_batches, batches, collect
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
-from mpcompile.graph import IRModule, LayerOp, layers
+from mpcompile.graph import LayerOp, layers
 from mpcompile.importers import Imported
+from mpcompile.ir_module import IRModule
 from mpcompile.kernels.nm_format import Pattern, packed_bytes
 from mpcompile.macs import count, node_macs
 from mpcompile.passes.base import Context, Pass

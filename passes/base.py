@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mpcompile.config import Config
-from mpcompile.graph import IRModule, LayerOp, Lifted
+from mpcompile.graph import LayerOp, Lifted
+from mpcompile.ir_module import IRModule
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.plan import PassRecord, Plan
 

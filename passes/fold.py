@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpcompile.effects import erase_orphans, storage, written_tensors
-from mpcompile.graph import FOLDED, IRModule, LayerOp, Lifted, argument, attribute, keep, layers
+from mpcompile.graph import LayerOp, Lifted, argument, layers
+from mpcompile.ir_module import IRModule
 from mpcompile.kernels import ops
+from mpcompile.parts import FOLDED, attribute, keep
 from mpcompile.passes.base import Context, Pass
 
 _MODULES = frozenset({"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"})

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpcompile.effects import writes
-from mpcompile.graph import IRModule, Lifted, argument, fake_value, real_inputs, shape_of, target_name
+from mpcompile.graph import Lifted, argument, fake_value, real_inputs, shape_of, target_name
+from mpcompile.ir_module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.packed import BEHIND
 from mpcompile.layers import ByMode

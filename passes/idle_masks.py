@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.effects import writes, written
-from mpcompile.graph import ATTENTION, IRModule, Lifted, argument, attribute, fake_value, hint, shape_of, target_name
+from mpcompile.graph import ATTENTION, Lifted, argument, fake_value, hint, shape_of, target_name
+from mpcompile.ir_module import IRModule
 from mpcompile.macs import is_add
+from mpcompile.parts import attribute
 from mpcompile.passes.token_sites import find_attentions, is_matmul
 
 _MOST = 1 << 26  # values of a constant that is computed

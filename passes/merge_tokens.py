@@ -19,7 +19,8 @@ import torch
 from torch import fx
 
 from mpcompile.errors import GraphError, NotEligibleError
-from mpcompile.graph import IRModule, shape_of
+from mpcompile.graph import shape_of
+from mpcompile.ir_module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.idle_masks import drop, idle_masks

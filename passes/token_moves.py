@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from mpcompile.errors import GraphError
-from mpcompile.graph import IRModule, argument, element_count, fake_value, shape_of, target_name
+from mpcompile.graph import argument, element_count, fake_value, shape_of, target_name
+from mpcompile.ir_module import IRModule
 
 
 @dataclass(eq=False)

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations
 
 from mpcompile import Config, artifact, load, save, transform
 from mpcompile.errors import ArtifactError
-from mpcompile.graph import IRModule
 from mpcompile.importers import import_model
+from mpcompile.ir_module import IRModule
 from tests.helpers import images, mlp, tiny_vit
 
 

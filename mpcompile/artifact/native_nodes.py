@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 from mpcompile.artifact.opset import Refusal
 from mpcompile.errors import InputError
-from mpcompile.graph import IRModule, attribute
+from mpcompile.ir_module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear import checks
+from mpcompile.parts import attribute
 
 _HINT = "save the module again"
 

@@ -14,8 +14,8 @@ from mpcompile.cli.common import Commands, at_least, class_names, command, model
 from mpcompile.cli.streams import Moved, seen_before
 from mpcompile.config import Config
 from mpcompile.errors import ConfigError
-from mpcompile.graph import IRModule
 from mpcompile.images import Images, data_config, images_at
+from mpcompile.ir_module import IRModule
 from mpcompile.report import Report
 from mpcompile.training.batches import forward
 

@@ -23,8 +23,8 @@ from mpcompile.cli.common import (
 )
 from mpcompile.cli.streams import seen_before
 from mpcompile.errors import ArtifactError, InputError
-from mpcompile.graph import IRModule
 from mpcompile.images import data_config, images_at
+from mpcompile.ir_module import IRModule
 
 
 def add(commands: Commands) -> None:

@@ -10,8 +10,8 @@ import torch
 from mpcompile import __version__
 from mpcompile.errors import InputError
 from mpcompile.files import write_atomically
-from mpcompile.graph import IRModule
 from mpcompile.images import data_config, open_image, preprocess, shown
+from mpcompile.ir_module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.page.charts import escape
 from mpcompile.page.sections import SECTIONS
