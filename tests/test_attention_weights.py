@@ -76,7 +76,7 @@ def test_alike_tokens_merge_without_loss_where_weights_are_used_linearly(kind):
 
 @pytest.mark.parametrize("kind", OTHER)
 def test_what_is_not_linear_in_the_weights_is_refused(kind):
-    with pytest.raises(MPCompileError, match="isn't linear in the weights|without weights of attention"):
+    with pytest.raises(MPCompileError, match=r"isn't linear in the weights|without weights of attention"):
         mpcompile.transform(Vit(weigh=OTHER[kind]).eval(), torch.randn(1, 3, 16, 16), Config(pattern="dense", tome_r=2))
 
 

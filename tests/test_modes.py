@@ -102,7 +102,7 @@ def test_checkpointing_hides_no_layer(reentrant):
 
     model, before = Net().train(), set(compiled_graphs())
     torch.compile(model, backend=mpsparse)(torch.randn(4, 32, requires_grad=True)).sum().backward()
-    assert sorted(sum((g.plan.masked for g in compiled_graphs() if g not in before), [])) == ["a", "b"]
+    assert sorted(name for g in compiled_graphs() if g not in before for name in g.plan.masked) == ["a", "b"]
     assert float((model.a.weight.grad == 0).float().mean()) >= 0.5
 
 
@@ -115,7 +115,7 @@ def test_regions_are_seen_and_branches_are_told():
         def forward(self, x):
             with torch.autocast("cpu", torch.bfloat16):
                 x = self.a(x)
-            x = torch.cond(x.sum() > 0, lambda y: self.b(y) + 1, lambda y: self.b(y), (x.float(),))
+            x = torch.cond(x.sum() > 0, lambda y: self.b(y) + 1, lambda y: self.b(y) - 1, (x.float(),))
             return self.head(torch.relu(self.c(x)))
 
     model, x = Net().eval(), torch.randn(4, 32)
@@ -130,5 +130,5 @@ def test_a_mask_of_infinities_is_no_broken_weight():
     mpcompile.transform(model, torch.randn(4, 32), Config(pattern="2:4"))
     with torch.no_grad():
         model[0].weight[0, 0] = float("inf")
-    with pytest.raises(InputError, match="0.weight: the weight is not finite"):
+    with pytest.raises(InputError, match=r"0.weight: the weight is not finite"):
         mpcompile.transform(model, torch.randn(4, 32), Config(pattern="2:4"))
