@@ -260,7 +260,8 @@ def _inductor(
     if frozen is not None:
         _own(gm, frozen)
         patches["freezing"] = True
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}{_cache_tag()}"):
+    options: Any = torch.compiler.config
+    with options.patch(cache_key_tag=f"{options.cache_key_tag}{_cache_tag()}"):
         run: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
     return run
 

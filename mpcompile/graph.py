@@ -24,10 +24,10 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.errors import GraphError, summary
 from mpcompile.flops import flop_counter
+from mpcompile.ir_module import IRModule  # noqa: F401  (imported from here, too)
 from mpcompile.isolation import tensors_of, untouched, without_global_hooks
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.ir_module import IRModule
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.numerics import modes_kept
 from mpcompile.parts import FOLDED, attribute

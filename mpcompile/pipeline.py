@@ -277,7 +277,7 @@ def transformed(imported: Imported) -> bool:
 
 def complete(imported: Imported, config: Config, passes: Sequence[Pass] = ()) -> IRModule:
     """Run the default passes unless the graph has been transformed already, then ``passes``."""
-    first = [] if transformed(imported) else Pipeline()
+    first: list[Pass] = [] if transformed(imported) else list(Pipeline())
     return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True)
 
 

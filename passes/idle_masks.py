@@ -75,7 +75,8 @@ class _Constants:
         if any(value is _MISSING for value in values.values()):
             return _MISSING
         values = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}  # it may write into them
-        args, kwargs = (fx.node.map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
         kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
         try:
             with torch.no_grad():

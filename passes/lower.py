@@ -208,9 +208,9 @@ class Lower(Pass):
             for read in [u for u in node.users if u.target is getattr and u.args[1] in known]:
                 value = known[str(read.args[1])]
                 for user in list(read.users):
-                    user.args, user.kwargs = fx.node.map_aggregate(
-                        (user.args, user.kwargs), lambda item, read=read, value=value: value if item is read else item
-                    )
+                    known_now: Any = {read: value}
+                    user.args = fx.node.map_arg(user.args, lambda n, to=known_now: to.get(n, n))  # type: ignore[misc]
+                    user.kwargs = fx.node.map_arg(user.kwargs, lambda n, to=known_now: to.get(n, n))  # type: ignore[misc]
                 gm.graph.erase_node(read)
             erase_orphans(gm.graph, [node])
 

@@ -115,7 +115,7 @@ def test_regions_are_seen_and_branches_are_told():
         def forward(self, x):
             with torch.autocast("cpu", torch.bfloat16):
                 x = self.a(x)
-            x = torch.cond(x.sum() > 0, lambda y: self.b(y) + 1, self.b, (x.float(),))
+            x = torch.cond(x.sum() > 0, lambda y: self.b(y) + 1, lambda y: self.b(y) - 1, (x.float(),))
             return self.head(torch.relu(self.c(x)))
 
     model, x = Net().eval(), torch.randn(4, 32)
