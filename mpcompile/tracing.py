@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 
@@ -75,6 +76,29 @@ class Tracer(fx.Tracer):
         self.silent: list[str] = []
         self.failed: tuple[str, str] | None = None
         self.idle: set[fx.Node] = set()  # made by hooks that returned nothing
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As of fx, but a region of autocast, which leaves no node behind, is refused instead of lost.
+
+        Raises:
+            TraceError: forward enters autocast.
+        """
+        region = torch.autocast
+
+        def enter(context: torch.autocast) -> torch.autocast:
+            if context._enabled:
+                raise TraceError(
+                    f"forward enters torch.autocast({context.device!r}, {context.fast_dtype}), which a trace would lose",
+                    hint="put autocast around the call, or pass torch.export.export(model, inputs).module()",
+                )
+            return before(context)
+
+        before = region.__enter__
+        region.__enter__ = enter  # type: ignore[method-assign]
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            region.__enter__ = before  # type: ignore[method-assign]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if replaced_forward(m):

@@ -316,3 +316,24 @@ def test_refusals_are_one_line(net):
     with pytest.raises(MPCompileError) as raised:
         transform(net, X, DENSE)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 600
+
+
+def test_a_region_of_autocast_is_not_lost():
+    class Mixed(nn.Module):
+        def __init__(self, enabled):
+            super().__init__()
+            self.body, self.head, self.enabled = nn.Linear(32, 64), nn.Linear(64, 8), enabled
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+                x = self.body(x)
+            return self.head(x.float())
+
+    x, config = torch.randn(2, 32), Config(pattern="dense")
+    with pytest.raises(TraceError, match=r"enters torch\.autocast.*torch\.export"):
+        transform(Mixed(True).eval(), x, config)
+    model = Mixed(True).eval()
+    exported = transform(torch.export.export(model, (x,)).module(), x, config)
+    with torch.no_grad():
+        assert torch.equal(exported(x), model(x))
+    transform(Mixed(False).eval(), x, config)
