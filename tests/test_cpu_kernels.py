@@ -109,6 +109,14 @@ def luck(terms, outputs):
     return 4 * 2**-24 * (1 + terms / 6) ** 0.5 / outputs**0.5
 
 
+def drift(x, weight):
+    """What :func:`luck` expects, from the sums themselves: one that happens to run high is rounded more coarsely."""
+    weight = weight.double()
+    sums = (x.double()[:, None] * weight).cumsum(-1)
+    errors = (sums.square() * (weight != 0)).sum(-1) / 3
+    return 4 * 2**-24 * errors.mean() ** 0.5 / errors.numel() ** 0.5
+
+
 @MANY
 @given(p=problems())
 def test_gemm(isa, p):
@@ -129,7 +137,8 @@ def test_gemm(isa, p):
         error, scale = rms(y - exact), size(x, weight * mask, bias, residual)
         assert error < TOLERANCE[dtype] * scale
         if dtype is torch.float32:
-            assert error < max(4 * rms(dense - exact), 2e-7 * scale, luck(p["k"] * n / m, y.numel()) * scale)
+            allowed = max(4 * rms(dense - exact), 2e-7 * scale, luck(p["k"] * n / m, y.numel()) * scale)
+            assert error < allowed or error < drift(x, weight * mask)
 
 
 @MANY
