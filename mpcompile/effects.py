@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mpcompile.graph import Lifted, argument, dynamo_name, fake_value, target_name
 from mpcompile.ir_module import IRModule
 from mpcompile.parts import attribute
+from mpcompile.tracing import AUGMENTED, UNDECIDED
 
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+_IN_PLACE = frozenset({"setitem", *(function.__name__ for function in AUGMENTED)})
 _SWITCHES = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})
 _KNOWN = ("torch", "timm", "mpcompile", "operator", "_operator", "builtins", "math", "einops")
 
@@ -96,6 +98,35 @@ def explicit(gm: IRModule) -> bool:
             for user in [u for u in source.users if order[u] > order[node]]:
                 user.replace_input_with(source, node)
                 changed = True
+    return changed
+
+
+def settle(gm: IRModule) -> bool:
+    """Let what symbolic tracing met as ``h += 1`` be ``h = h + 1`` where nothing reads ``h`` or a view of it again.
+
+    So it is nearly always, and passes have fewer forms to know. The nodes have to carry fake values.
+
+    Returns:
+        Whether anything changed.
+    """
+    nodes = list(gm.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    storages = {node: {storage(t) for t in pytree.tree_leaves(fake_value(node)) if _place(t)} for node in nodes}
+    changed = False
+    for node in nodes:
+        if not node.meta.pop(UNDECIDED, False):
+            continue
+        source, other = (fake_value(a) if isinstance(a, fx.Node) else a for a in node.args)
+        if isinstance(source, Tensor):
+            if _place(source) is None or torch.result_type(source, other) != source.dtype:
+                continue
+            before = [n for n in nodes[: order[node]] if storage(source) in storages[n]]
+            if any(n.op == "get_attr" or any(order[user] > order[node] for user in n.users) for n in before):
+                continue
+        elif not isinstance(source, (int, float, tuple, torch.SymInt, torch.SymFloat)):
+            continue
+        node.target = AUGMENTED[node.target]
+        changed = True
     return changed
 
 

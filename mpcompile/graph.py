@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
@@ -219,7 +220,8 @@ class _Shapes(FakeTensorProp):
             return module(*args, **kwargs)
         if target not in self.stand_ins:
             fakes: Any = {id(t): self._mode.from_tensor(t) for t in tensors_of(module)}
-            self.stand_ins[target] = copy.deepcopy(module, fakes)
+            with unset_fake_temporarily():  # what a hook keeps is copied as it is
+                self.stand_ins[target] = copy.deepcopy(module, fakes)
         with untouched(module):
             return self.stand_ins[target](*args, **kwargs)
 

@@ -24,15 +24,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mpcompile.effects import settle
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
-from mpcompile.graph import Lifted, dynamo_name, fake_value, hint, layers, lifted_from, training_flags
+from mpcompile.graph import Lifted, dynamo_name, fake_value, hint, layers, lifted_from, propagate, training_flags
 from mpcompile.ir_module import RESERVED, IRModule
 from mpcompile.isolation import global_hooks, of_torch, rebind, tensors_of, untouched, without_global_hooks
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 from mpcompile.modes import captured_mode, ordinary
 from mpcompile.parts import carry
 from mpcompile.regions import inline_regions
-from mpcompile.tracing import Tracer, replaced_forward
+from mpcompile.tracing import UNDECIDED, Tracer, replaced_forward
 
 _SCALARS = (bool, int, float, str, type(None))
 _WRAPPERS = {  # class -> what to pass instead
@@ -534,6 +535,10 @@ def _import_module(model: nn.Module, example_inputs: Any) -> Imported:
             found=len(inputs),
         )
     carry(copied, gm)
+    if any(UNDECIDED in node.meta for node in gm.graph.nodes):
+        propagate(gm, inputs)
+        if settle(gm):
+            gm.recompile()
     return Imported(gm, inputs, Lifted(), notes)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,45 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 _TAKEN = ("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")  # in generated source
 _REMOVE = "remove it first (handle.remove()), and register it on what comes out"
+
+
+AUGMENTED = {  # statements such as ``h += 1``, which write into a tensor: in place -> the same with a result of its own
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+}
+UNDECIDED = "mpcompile.augmented"  # in the meta of such a node as long as nobody knows whether its source is read again
+
+
+class _Proxy(Proxy):
+    """Records ``h += 1`` as what it is for a tensor: fx has ``h = h + 1``, which other names of ``h`` don't see."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise TypeError("tensor.data is assigned to, which leaves no trace in a graph")
+        super().__setattr__(name, value)
+
+
+def _in_place(target: Callable[..., Any]) -> Callable[[Proxy, Any], Proxy]:
+    def method(self: Proxy, other: Any) -> Proxy:
+        result = self.tracer.create_proxy("call_function", target, (self, other), {})
+        result.node.meta[UNDECIDED] = True
+        return result
+
+    return method
+
+
+for _target in AUGMENTED:
+    setattr(_Proxy, f"__{_target.__name__}__", _in_place(_target))
 
 
 def replaced_forward(module: nn.Module) -> bool:
@@ -48,7 +88,8 @@ def _writes(node: fx.Node) -> bool:
         return False
     name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name == "setitem" or "out" in node.kwargs or node.kwargs.get("inplace") is True
+    given = "out" in node.kwargs or node.kwargs.get("inplace") is True
+    return in_place or name == "setitem" or node.target in AUGMENTED or given
 
 
 class Tracer(fx.Tracer):
@@ -99,6 +140,9 @@ class Tracer(fx.Tracer):
             return super().trace(root, concrete_args)
         finally:
             region.__enter__ = before  # type: ignore[method-assign]
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if replaced_forward(m):

@@ -20,7 +20,7 @@ from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.graph import LayerOp, Lifted, argument, layers
 from mpcompile.ir_module import IRModule
 from mpcompile.kernels import ops
-from mpcompile.parts import FOLDED, attribute, keep
+from mpcompile.parts import FOLDED, attribute, keep, set_attribute
 from mpcompile.passes.base import Context, Pass
 
 _MODULES = frozenset({"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"})
@@ -149,17 +149,28 @@ class FoldNorm(Pass):
             new = end = graph.call_function(ops.masked_conv2d, args)
         new.meta = dict(node.meta)
         if after.op == "call_module":  # timm's BatchNormAct2d does more than its name says first
-            for key in ("drop", "act"):
-                part = getattr(gm.get_submodule(str(after.target)), key, None)
-                if part is not None and not isinstance(part, nn.Identity):
-                    with graph.inserting_before(after):
-                        end = graph.call_module(f"{after.target}.{key}", (end,))
-                    end.meta = dict(after.meta)
+            end = self._parts(gm, after, end)
         after.replace_all_uses_with(end)
         read = [*after.all_input_nodes, *node.all_input_nodes]
         graph.erase_node(after)
         graph.erase_node(node)
         erase_orphans(graph, read)
+
+    @staticmethod
+    def _parts(gm: IRModule, norm: fx.Node, end: fx.Node) -> fx.Node:
+        """Calls of what stands behind a norm in one module with it; such a module then holds these parts alone."""
+        module, parts = gm.get_submodule(str(norm.target)), nn.Module()
+        for key in ("drop", "act"):
+            part = getattr(module, key, None)
+            if part is not None and not isinstance(part, nn.Identity):
+                parts.add_module(key, part)
+                with gm.graph.inserting_before(norm):
+                    end = gm.graph.call_module(f"{norm.target}.{key}", (end,))
+                end.meta = dict(norm.meta)
+        called = [n for n in gm.graph.nodes if n.op == "call_module" and gm.get_submodule(str(n.target)) is module]
+        if parts._modules and called == [norm]:
+            set_attribute(gm, str(norm.target), parts.train(module.training))
+        return end
 
     @staticmethod
     def _tensors(weight: Tensor, bias: Tensor | None, norm: Norm) -> dict[str, Tensor]:

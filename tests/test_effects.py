@@ -40,6 +40,21 @@ def before_and_after(net, h):
     return h + first
 
 
+def augmented(net, h):
+    h *= 0.1
+
+
+def augmented_view(net, h):
+    first, second = h[:, :32], h.view(-1)
+    first -= 1.0
+    second /= 2.0
+
+
+def held_twice(net, h):
+    held = {"first": h, "second": torch.tanh(h)}
+    held["first"] += held["second"]
+
+
 IN_PLACE = {
     "method": statement(lambda net, h: h.mul_(0.1)),
     "two of them": statement(lambda net, h: h.mul_(0.1).add_(1.0)),
@@ -51,6 +66,9 @@ IN_PLACE = {
     "copy": statement(lambda net, h: h.copy_(h * 0.1)),
     "index_put": statement(lambda net, h: h.index_put_((torch.tensor([0]),), torch.tensor(3.0))),
     "read before and after": before_and_after,
+    "augmented": statement(augmented),
+    "augmented view": statement(augmented_view),
+    "augmented under another name": statement(held_twice),
 }
 
 
@@ -75,6 +93,29 @@ def test_statements_survive_the_backend(options, between):
     torch._dynamo.reset()
     with torch.no_grad():
         assert relative(torch.compile(model, backend="mpsparse", options=options)(x), model(x)) < 1e-5
+
+
+class Sums(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        x += 1.0
+        size = x.shape[:-1]
+        size += (8, 8)
+        h = self.a(x)
+        h += torch.tanh(h)
+        h *= 2
+        return self.b(h.reshape(size).flatten(1))
+
+
+def test_augmented_assignments_that_nothing_else_reads_are_ordinary_arithmetic():
+    model, x = Sums().eval(), torch.randn(3, 32)
+    want = model(x.clone())
+    gm = mpcompile.transform(model, x, Config(pattern="dense"))
+    assert torch.equal(gm(x.clone()), want)
+    assert not {"iadd", "imul"} & {getattr(node.target, "__name__", "") for node in gm.graph.nodes}
 
 
 def test_calibration_data_is_left_as_it_was():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from mpcompile import Config, transform
+from mpcompile import Config, load, lower, save, transform
 from mpcompile.graph import layers, propagate
 from mpcompile.importers import import_model
 from mpcompile.kernels import ops
@@ -130,6 +130,13 @@ def test_timm_norms_keep_their_activation(bring, options):
     decision, _ = fold(imported)
     assert decision["folded"] == ["0"] and not norms(imported)
     assert relative(value(imported), gm(X)) < 1e-6
+
+
+def test_what_is_left_of_a_timm_norm_can_be_saved(tmp_path):
+    gm = transform(shake(nn.Sequential(nn.Conv2d(8, 8, 1), BatchNormAct2d(8))), X, Config(include=("*",)))
+    lowered = lower(gm, X, Config(engine="reference"))
+    save(lowered, tmp_path / "lowered.mpc")
+    assert torch.equal(load(tmp_path / "lowered.mpc")(X), lowered(X))
 
 
 def test_half_precision_is_folded_in_double():

@@ -215,6 +215,19 @@ def test_hooks_that_record_are_not_run_on_stand_ins(net):
     assert not any(node.op == "call_method" and node.target == "mean" for node in gm.graph.nodes)
 
 
+def test_hooks_of_layers_may_hold_what_they_have_seen(net):
+    class Keeper:
+        def __call__(self, module, args, out):
+            self.seen = out.detach()
+
+    keeper = Keeper()
+    net.body[0].register_forward_hook(keeper)
+    want = net(X)
+    seen = keeper.seen
+    gm = transform(net, X, DENSE)
+    assert keeper.seen is seen and relative(gm(X), want) < 1e-6
+
+
 def test_a_hook_that_cannot_be_traced_is_named(net):
     def stops_at_nan(module, args, out):
         if torch.isnan(out).any():
