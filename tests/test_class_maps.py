@@ -28,6 +28,8 @@ def test_names_are_read_as_they_show(encoding, end, tmp_path):
         ("\n".join(NAMES).encode("utf-16-le"), "UTF-16 without a byte order mark"),
         ("apple".encode("utf-16") + b"x", "bytes that aren't UTF-16"),
         ("apple\nfrog\n\ufeffsky\n".encode(), "U\\+FEFF in line 3"),
+        ("apple\u200e\nfrog\n".encode(), "U\\+200E in line 1"),
+        ("apple\nfr\u00adog\n".encode(), "U\\+00AD in line 2"),
         (b"apple\t0\nfrog\t1", "U\\+0009 in line 1"),
         (b"a\x1b[2Jb", "U\\+001B in line 1"),
         ("caf\u00e9\ncafe\u0301\n".encode(), "'caf\u00e9' twice"),

@@ -219,6 +219,7 @@ def layouts(state):
             {"state_dict": lightning, "hyper_parameters": Lightning(lr=1), "callbacks": {"best": Metric()}},
             "model.",
         ),
+        "own entry": ({"checkpoint": {"model": state}, "optim": {"state": {0: {"m": torch.ones(2)}}}}, "'checkpoint'"),
         "ema": ({"ema": {"decay": 0.99, "module": state}, "state_dict": old}, "'ema'"),
     }
 
