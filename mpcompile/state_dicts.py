@@ -255,7 +255,7 @@ def _candidates(found: Found, depth: int) -> Iterator[Found]:
 
 
 def explain_misfit(state: Mapping[str, Tensor], model: nn.Module) -> tuple[str, str] | None:
-    """What a model expects and what is found instead; None where names and shapes are its own."""
+    """What a model expects and what is found instead; None where names, shapes and kinds of numbers are its own."""
     own = model.state_dict()
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
     if missing or unknown:
@@ -265,6 +265,8 @@ def explain_misfit(state: Mapping[str, Tensor], model: nn.Module) -> tuple[str, 
     for name, tensor in own.items():
         if isinstance(tensor, Tensor) and tensor.shape != state[name].shape:
             return f"{name} of shape {tuple(tensor.shape)}", f"{tuple(state[name].shape)}"
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not state[name].is_floating_point():
+            return f"{name} in floating point", f"{state[name].dtype}"  # copying would drop scales, or imaginary parts
     return None
 
 
