@@ -255,3 +255,9 @@ def test_words_of_splits():
     assert splits.kinds(["de", "te", "tr"]) == splits.kinds(["te", "ts"]) == splits.kinds([]) == {}  # languages
     assert set(splits.kinds(["flowers_train", "flowers_test", "notes"])) == {"flowers_train", "flowers_test"}
     assert not splits.kinds(["a_train", "b_test"])
+
+
+def test_a_split_has_a_name(tmp_path):
+    (tmp_path / "train" / "apple").mkdir(parents=True)
+    with pytest.raises(InputError, match="the name of a split is empty"):
+        splits.split_folder(tmp_path, "", True)

@@ -106,6 +106,8 @@ def split_folder(root: str | Path, split: str, training: bool) -> Path:
         InputError: there is no such split, several folders may be it, or they hold no sub-folders.
     """
     place = Path(root)
+    if not split:  # it would be the folder itself, with all that is in it
+        raise InputError("the name of a split is empty", expected="the name of a folder, such as train")
     if place.is_file():
         raise InputError(
             f"{printable(root)} is a file",
