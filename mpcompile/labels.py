@@ -32,8 +32,8 @@ def whole_numbers(labels: Any) -> Tensor:
         tensor([1, 0])
     """
     if isinstance(labels, Tensor):
-        if labels.dtype not in _WHOLE or labels.layout is not torch.strided:
-            raise _wrong(f"{tuple(labels.shape)}, {labels.dtype}")
+        if labels.dtype not in _WHOLE or labels.layout is not torch.strided or labels.is_meta:
+            raise _wrong(f"{tuple(labels.shape)}, {labels.dtype}, {_form(labels)}")
         if labels.dtype is torch.uint64:
             return _from_numpy(labels.detach().cpu().numpy()).to(labels.device)
         return labels.detach().long()
@@ -48,6 +48,10 @@ def whole_numbers(labels: Any) -> Tensor:
         return _from_numpy(np.array(items))
     parts = [whole_numbers(item) for item in items]
     return torch.stack(parts) if all(part.dim() == 0 for part in parts) else torch.cat([p.reshape(-1) for p in parts])
+
+
+def _form(labels: Tensor) -> str:
+    return "on the meta device" if labels.is_meta else str(labels.layout).removeprefix("torch.")
 
 
 def _from_numpy(values: np.ndarray) -> Tensor:
@@ -126,7 +130,7 @@ class Labels:
     """
 
     def __init__(self, given: Any = None) -> None:
-        self.whole = given if isinstance(given, (Tensor, np.ndarray)) else None
+        self.whole = whole_numbers(given) if isinstance(given, (Tensor, np.ndarray)) else None
         self.parts: Iterator[Any] | None = None
         if given is not None and self.whole is None:
             self.parts = iter(given) if _is_sequence(given) else iter([given])

@@ -147,10 +147,12 @@ def find_state(raw: Any, path: Path) -> Found:
     steps: list[str] = []
     while isinstance(raw, Mapping):
         key = next((key for key in KEYS if isinstance(raw.get(key), Mapping) and _holds_tensors(raw[key])), None)
+        if key is None and not any(isinstance(value, Tensor) for value in raw.values()):
+            key = _only_one(raw)
         if key is None or len(steps) >= _DEEPEST:
             break
         raw = raw[key]
-        steps.append(f"read from the entry {key!r}")
+        steps.append(f"read from the entry {printable(key, 60)!r}")
     expected, hint = "tensors by name", "save model.state_dict() with torch.save or safetensors"
     if not isinstance(raw, Mapping):
         kind = f"a pickled {raw.name}" if isinstance(raw, Ignored) else f"a {type(raw).__name__}"
@@ -165,6 +167,22 @@ def find_state(raw: Any, path: Path) -> Found:
     if odd:
         steps.append(f"{odd} tensors without a name, or of an unusual kind, left out")
     return Found(state, tuple(steps))
+
+
+def _only_one(raw: Mapping[Any, Any]) -> Any:
+    """The entry that must be the state dict, whatever it is called: the one whose tensors have names of layers."""
+    held = [key for key, value in raw.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+    named = [key for key in held if isinstance(key, str) and _holds_weights(raw[key])]
+    return named[0] if len(named) == 1 else None
+
+
+def _holds_weights(value: Mapping[Any, Any], depth: int = 0) -> bool:
+    """Not an optimiser's state, whose tensors are numbered or lie beside step counts."""
+    tensors = [key for key, item in value.items() if isinstance(item, Tensor)]
+    if any(isinstance(key, str) and "." in key for key in tensors):
+        return True
+    inner = [item for item in value.values() if isinstance(item, Mapping)]
+    return not tensors and depth < _DEEPEST and any(_holds_weights(item, depth + 1) for item in inner)
 
 
 def _holds_tensors(value: Mapping[Any, Any], depth: int = 0) -> bool:
@@ -237,7 +255,7 @@ def _candidates(found: Found, depth: int) -> Iterator[Found]:
 
 
 def explain_misfit(state: Mapping[str, Tensor], model: nn.Module) -> tuple[str, str] | None:
-    """What a model expects and what is found instead; None where names and shapes are its own."""
+    """What a model expects and what is found instead; None where names, shapes and kinds of numbers are its own."""
     own = model.state_dict()
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
     if missing or unknown:
@@ -247,6 +265,8 @@ def explain_misfit(state: Mapping[str, Tensor], model: nn.Module) -> tuple[str, 
     for name, tensor in own.items():
         if isinstance(tensor, Tensor) and tensor.shape != state[name].shape:
             return f"{name} of shape {tuple(tensor.shape)}", f"{tuple(state[name].shape)}"
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not state[name].is_floating_point():
+            return f"{name} in floating point", f"{state[name].dtype}"  # copying would drop scales, or imaginary parts
     return None
 
 

@@ -219,6 +219,7 @@ def layouts(state):
             {"state_dict": lightning, "hyper_parameters": Lightning(lr=1), "callbacks": {"best": Metric()}},
             "model.",
         ),
+        "own entry": ({"checkpoint": {"model": state}, "optim": {"state": {0: {"m": torch.ones(2)}}}}, "'checkpoint'"),
         "ema": ({"ema": {"decay": 0.99, "module": state}, "state_dict": old}, "'ema'"),
     }
 
@@ -304,6 +305,9 @@ def pickled(value, folder):
         lambda s: {k: v for k, v in s.items() if k != "0.weight"},
         lambda s: {**s, "0.weight": torch.ones(3, 3)},
         lambda s: {**s, "0.weight": s["0.weight"].to_sparse()},
+        lambda s: {k: (127 * v).to(torch.int8) for k, v in s.items()},  # quantised: the scales are elsewhere
+        lambda s: {**s, "0.weight": s["0.weight"].to(torch.complex64)},
+        lambda s: {**s, "0.weight": s["0.weight"] > 0},
     ],
 )
 def test_what_does_not_fit_is_one_line(change, tmp_path):

@@ -185,6 +185,7 @@ def test_names_of_any_kind_sort_and_print(tmp_path):
     [
         ("train", ["test"]),
         ("Training", ["Testing"]),
+        ("tr", ["te", "va"]),
         ("Train", ["Valid", "Test"]),
         ("TRAIN", ["VAL"]),
         ("train", ["dev"]),
@@ -250,5 +251,13 @@ def test_no_command_reads_several_splits_at_once(tmp_path):
 def test_words_of_splits():
     found = splits.kinds(["seg_train", "Testing", "val2017", "train_station", "flowers_train", "trainval"])
     assert found == {"seg_train": "train", "Testing": "test", "val2017": "validation"}
+    assert splits.kinds(["TR", "te"]) == {"TR": "train", "te": "test"}
+    assert splits.kinds(["de", "te", "tr"]) == splits.kinds(["te", "ts"]) == splits.kinds([]) == {}  # languages
     assert set(splits.kinds(["flowers_train", "flowers_test", "notes"])) == {"flowers_train", "flowers_test"}
     assert not splits.kinds(["a_train", "b_test"])
+
+
+def test_a_split_has_a_name(tmp_path):
+    (tmp_path / "train" / "apple").mkdir(parents=True)
+    with pytest.raises(InputError, match="the name of a split is empty"):
+        splits.split_folder(tmp_path, "", True)

@@ -86,6 +86,8 @@ WRONG = {
     "texts": (lambda y: ["cat"] * COUNT, "labels have the wrong type"),
     "numpy floats": (lambda y: np.full(COUNT, np.nan), "labels have the wrong type.*float64"),
     "complex": (lambda y: y.to(torch.complex64), "labels have the wrong type"),
+    "sparse": (lambda y: y.to_sparse(), "labels have the wrong type.*sparse_coo"),
+    "without values": (lambda y: y.to("meta"), "labels have the wrong type.*meta device"),
     "too few": (lambda y: y[:-1], "labels don't fit.*12 labels.*found 11"),
     "too many": (lambda y: torch.cat([y, y[:1]]), "labels don't fit.*12 labels.*found 13"),
     "negative": (lambda y: torch.where(torch.arange(COUNT) == 8, -100, y), "label is out of range.*0 to 1.*found -100"),

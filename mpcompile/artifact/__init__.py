@@ -160,7 +160,7 @@ def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
     except OSError as error:
         hint = f"remove it: {WEIGHTS} holds the plan, too"
         raise Refusal(f"its {PLAN} can't be read", found=error.strerror or str(error), hint=hint) from error
-    if _parse(text) != _readable(metadata):
+    if _parse(text, PLAN) != _readable(metadata):
         raise Refusal(
             f"{PLAN} is not that of {WEIGHTS}",
             expected=f"the plan of the file with sha256 {metadata['sha256']}",
@@ -266,11 +266,11 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _parse(text: str | bytes) -> Any:
+def _parse(text: str | bytes, what: str = "header") -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"its header is no JSON: {str(error)[:80]}", hint="the file is damaged: copy it again") from error
+        raise Refusal(f"its {what} is no JSON: {str(error)[:80]}", hint="the file is damaged: copy it again") from error
 
 
 def _framed(header: Mapping[str, Any]) -> bytes:

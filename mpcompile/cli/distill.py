@@ -127,16 +127,17 @@ def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
     teacher = create_with(recipe.model, args.pretrained, args.checkpoint, size, args.num_classes).to(device)
     seed, count = recipe.train.seed, getattr(teacher, "num_classes", 0)
     names = None if args.class_map is None else datasets.read_class_map(args.class_map)
-    train = datasets.dataset(args.data, args.train_split, True, args.reader, seed, names)
+    named_by = str(args.class_map or "")
+    train = datasets.dataset(args.data, args.train_split, True, args.reader, seed, names, named_by)
     if args.class_map is not None and not datasets.class_names(train):
         raise ConfigError(
             "--class-map needs data that names its classes", expected="a folder or hfds/NAME", found=args.reader
         )
-    datasets.check_classes(train, count)
+    datasets.check_classes(train, count, named_by)
     held = None
     if args.val_split != "none":
         names = datasets.class_names(train)
-        held = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names)
+        held = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names, named_by)
     # Both are made before the student, which takes minutes: what is wrong with them is said at once.
     notes = [note for source in (train, held) for note in getattr(source, "notes", ())]
     for note in notes if ranks.rank() == 0 else ():

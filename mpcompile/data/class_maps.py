@@ -20,7 +20,8 @@ _MARKS = (  # the longer first: that of UTF-16 starts that of UTF-32
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_INVISIBLE = {"\ufeff", "\u200b", "\u2060", "\u2028", "\u2029"}
+_INVISIBLE = {"Cc", "Cf", "Zl", "Zp"}  # categories: control characters, marks of direction, soft hyphens, separators
+_JOINERS = {"\u200c", "\u200d"}  # of these categories, but part of how names in some scripts are spelt
 
 
 def read_class_map(path: Path) -> dict[str, int]:
@@ -39,7 +40,7 @@ def read_class_map(path: Path) -> dict[str, int]:
         raise _refused(path, f"more than {_MOST >> 20} MiB")
     lines = re.split("\r\n|\r|\n", _decoded(path, content))
     for place, line in enumerate(lines, 1):
-        odd = next((c for c in line.strip() if unicodedata.category(c) == "Cc" or c in _INVISIBLE), None)
+        odd = next((c for c in line.strip() if unicodedata.category(c) in _INVISIBLE and c not in _JOINERS), None)
         if odd is not None:
             raise _refused(path, f"the character U+{ord(odd):04X} in line {place}, which doesn't show")
     names = [line.strip() for line in lines if line.strip()]

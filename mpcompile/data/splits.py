@@ -29,6 +29,7 @@ _WORDS = {word: kind for kind, words in _PLAIN.items() for word in words} | {
     "holdout": TEST,
     "heldout": TEST,
 }
+_SHORT = {"tr": TRAIN, "va": VALIDATION, "vl": VALIDATION, "te": TEST, "ts": TEST}  # splits where all names are such
 _FILLING = {"seg", "set", "data", "dataset", "split", "images", "image", "imgs", "img", "pictures", "pics", "photos"}
 _FILLING |= {"folder", "dir", "files", "samples", "raw", "full", "the", "my", "new", "small", "part"}
 
@@ -46,9 +47,12 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
     """Those of the names of folders side by side that are splits, and of which kind each is.
 
     ``Training``, ``seg_train`` and ``train2017`` are splits wherever they stand, ``flowers_train`` is one beside
-    ``flowers_test``; ``train_station`` is none.
+    ``flowers_test``; ``train_station`` is none. ``tr`` is one where nothing but ``te`` or ``va`` is beside it.
     """
     parsed = {name: _parse(name) for name in names}
+    short = {name: _SHORT[name.lower()] for name in parsed if name.lower() in _SHORT}
+    if len(short) == len(parsed) and TRAIN in short.values() and len(set(short.values())) > 1:
+        return short
     by_rest: dict[str, set[str]] = {}
     for kind, _, rest in parsed.values():
         if kind is not None:
@@ -102,6 +106,8 @@ def split_folder(root: str | Path, split: str, training: bool) -> Path:
         InputError: there is no such split, several folders may be it, or they hold no sub-folders.
     """
     place = Path(root)
+    if not split:  # it would be the folder itself, with all that is in it
+        raise InputError("the name of a split is empty", expected="the name of a folder, such as train")
     if place.is_file():
         raise InputError(
             f"{printable(root)} is a file",

@@ -106,6 +106,7 @@ def dataset(
     reader: str = "",
     seed: int = 0,
     classes: Mapping[str, int] | None = None,
+    class_map: str = "",
 ) -> Any:
     """A dataset of labelled images.
 
@@ -117,6 +118,7 @@ def dataset(
             (WebDataset), as timm spells them.
         seed: of a streamed dataset's shuffling.
         classes: class name -> label, where the data names its classes; None numbers them in the order of their names.
+        class_map: the file that names them, for errors.
 
     Raises:
         InputError: nothing is there, what it takes to read it isn't installed, or it has a class that ``classes``
@@ -128,7 +130,7 @@ def dataset(
         expected = "hfds/NAME, hfids/NAME, wds/NAME, or none: a folder"
         raise ConfigError(f"there is no reader {reader!r}", expected=expected)
     if not kind:
-        return _of_folder(split_folder(root, split, training), split, classes)
+        return _of_folder(split_folder(root, split, training), split, classes, class_map)
     options: dict[str, Any] = {"is_training": training, "seed": seed, "search_split": False}
     name = split
     if kind == "hfids":
@@ -140,7 +142,7 @@ def dataset(
         found = create_dataset(reader, root, split=name, **options)
         names = class_names(found)
         if names and classes and names != dict(classes):
-            _check_names(names, classes, name)
+            _check_names(names, classes, name, class_map)
             found = create_dataset(reader, root, split=name, class_map=dict(classes), **options)
         return (
             Readable(root, reader=found.reader)
@@ -188,7 +190,7 @@ def _streamed(found: Any, root: str, training: bool, seed: int) -> Streamed:
     return Streamed(found.reader, training, seed)
 
 
-def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None) -> Readable:
+def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None, class_map: str) -> Readable:
     """The images of a split's folder, its first sub-folders the classes."""
     listing = list_images(place, classes or ())
     check_is_one(listing, classes or ())
@@ -200,7 +202,7 @@ def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None) -> Re
             found=found,
         )
     if classes:
-        _check_names(listing.classes, classes, split)
+        _check_names(listing.classes, classes, split, class_map)
     known = dict(classes or number(listing.classes))
     source = Readable(str(place), reader=Folder(listing, matched(listing.classes, known), known))
     source.notes = tuple(filter(None, [listing.told(*([listing.beside()] if listing.without_class() else []))]))
@@ -226,15 +228,19 @@ def class_names(source: Any) -> dict[str, int]:
     return dict(getattr(getattr(source, "reader", None), "class_to_idx", None) or {})
 
 
-def _check_names(found: Iterable[str], known: Mapping[str, int], split: str) -> None:
+def _check_names(found: Iterable[str], known: Mapping[str, int], split: str, class_map: str) -> None:
     unknown = sorted(name for name, label in matched(found, dict(known)).items() if label is None)
     if unknown:
         raise InputError(
             f"split {printable(split)!r} has classes that aren't known",
-            expected=f"some of {listed(known)}",
+            expected=f"some of {listed(known)}{_lines_of(class_map)}",
             found=listed(unknown),
             hint="training and evaluation need the same classes, and a class map all of them",
         )
+
+
+def _lines_of(class_map: str) -> str:
+    return f", the lines of {printable(class_map)}" if class_map else ""
 
 
 def labels_of(source: Any) -> list[int] | None:
@@ -243,8 +249,8 @@ def labels_of(source: Any) -> list[int] | None:
     return None if samples is None else [int(label) for _, label in samples]
 
 
-def check_classes(source: Any, classes: int) -> None:
-    """The dataset has as many classes as the model, where it names them.
+def check_classes(source: Any, classes: int, class_map: str = "") -> None:
+    """The dataset has as many classes as the model, where it names them, or the file ``class_map`` does.
 
     Raises:
         InputError: it hasn't.
@@ -254,7 +260,7 @@ def check_classes(source: Any, classes: int) -> None:
         raise InputError(
             "data and model have different classes",
             expected=f"{classes}, as the model",
-            found=f"{count} ({listed(class_names(source))})",
+            found=f"{count} ({listed(class_names(source))}{_lines_of(class_map)})",
             hint="name the model's classes in their order with --class-map FILE, or give a model of these classes "
             "(--checkpoint FILE --num-classes N)",
         )
