@@ -449,7 +449,7 @@ class Run:
             finally:
                 checkpoint.set_random_state(now)
         with checkpoint.loading(path, "scheduler"):
-            checkpoint.check_alike(state["scheduler"], self.scheduler.state_dict())
+            checkpoint.check_settings(state["scheduler"], self.scheduler.state_dict(), "metric")
             self.scheduler.load_state_dict(state["scheduler"])
         if self.sharded:
             with checkpoint.loading(path, "student and optimizer"):
