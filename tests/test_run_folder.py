@@ -75,6 +75,7 @@ CHANGES = [
     *[(("optimizer",), value) for value in ({}, [], {"state": {}, "param_groups": []})],
     *[(("optimizer", "param_groups", 0, name), value) for name in ("lr", "params") for value in ("x", GONE, None)],
     *[(("optimizer", "state", 0, "exp_avg"), value) for value in (TENSOR, "x", [])],
+    (("optimizer", "state"), {}),
     *[(("optimizer", "state", 99), {"exp_avg": TENSOR}), (("optimizer", "state", "x"), {})],
     *[(("scheduler",), value) for value in ({}, None, {"x": 1})],
     *[(("scheduler", "t_initial"), value) for value in ("x", GONE, float("nan"), [])],

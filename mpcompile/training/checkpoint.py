@@ -298,8 +298,8 @@ def check_settings(found: Mapping[str, Any], own: Mapping[str, Any], vary: str, 
             raise Mismatch(f"{where}.{name}".lstrip("."), printable(value, 60), printable(found[name], 60))
 
 
-def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """The state of an optimiser is one that it could have: of these parameters, and of their shapes.
+def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """The state of an optimiser is one that it could have after ``steps``: of these parameters, and of their shapes.
 
     Raises:
         Mismatch: it isn't.
@@ -312,6 +312,8 @@ def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
         if mine["params"] != group.get("params") or mine.keys() != group.keys():
             raise Mismatch("param_groups", "the groups of this run", "others")
         check_settings(group, mine, "lr", "param_groups")
+    if steps and not found["state"]:
+        raise Mismatch("state", f"that of {steps} steps", "none")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = [place for group in own for place in group["params"]]
     shapes = {place: p.shape for place, p in zip(places, parameters, strict=True)}

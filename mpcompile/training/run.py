@@ -458,7 +458,7 @@ class Run:
             with checkpoint.loading(path, "student"):
                 self.student.load_state_dict(student)
             with checkpoint.loading(path, "optimizer"):
-                checkpoint.check_optimizer(optimizer, self.optimizer)
+                checkpoint.check_optimizer(optimizer, self.optimizer, state["step"])
                 self.optimizer.load_state_dict(optimizer)
         if self.ema is not None:
             with checkpoint.loading(path, "ema"):
