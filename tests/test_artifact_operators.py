@@ -247,6 +247,11 @@ WRONG = {
     "a huge dilation": (torch.nn.functional.unfold, lambda: (x(1, 4, 8, 8), 8, 2**62, 3)),
     "a huge stride": (ATEN.col2im.default, lambda: (x(1, 9, 4), [4, 4], [3, 3], [1, 1], [0, 0], [2**62, 1])),
     "tiny scales": (ATEN._upsample_bilinear2d_aa.default, lambda: (x(1, 2, 4, 4), [9, 9], False, 1e-10, 1e-10)),
+    "scales whose inverse no integer holds": (
+        ATEN.upsample_nearest2d.default,
+        lambda: (torch.ones(1, 2, 3, 3, dtype=torch.uint8), [5, 5], 1e-30, 1e-30),
+    ),
+    "a scale that is no number": (ATEN.upsample_linear1d.default, lambda: (x(1, 2, 3), [5], False, float("nan"))),
     "scales of another size": (ATEN._upsample_bicubic2d_aa.default, lambda: (x(1, 2, 4, 4), [9, 9], False, 0.01, 0.01)),
 }
 

@@ -178,6 +178,23 @@ def test_a_library_that_cant_be_loaded_is_built_again(caplog):
     assert warnings(caplog) == [f"mpcompile: {path} can't be loaded and is built again"]
 
 
+def test_a_library_without_the_functions_is_built_again(caplog, tmp_path):
+    path = tmp_path / "nm.so"
+
+    def built(again: bool) -> Path:
+        source = "".join(f"void {name}() {{}}" for name in build.Kernels.functions if again)
+        new = tmp_path / "new.so"
+        command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(new)]
+        subprocess.run(command, input=source, text=True, check=True)
+        os.replace(new, path)
+        return path
+
+    assert build._opened(build.Kernels, built).nm_conv is not None
+    assert warnings(caplog) == [f"mpcompile: {path} can't be loaded and is built again"]
+    with pytest.raises(build.Unavailable, match="undefined symbol"):
+        build._opened(build.Operators, built)
+
+
 def test_a_good_library_is_kept(caplog, built, monkeypatch):
     path = place()
     path.parent.mkdir(parents=True)

@@ -254,6 +254,8 @@ def test_an_index_that_is_overwritten_stays_inside(layout):
             if not trial
             else torch.randint(0, 256, index.shape, dtype=torch.uint8, generator=generator)
         )
+        if layout == ROWS:  # the place by which the number of features is told
+            wild[-1] = index[-1]
         if layout == RING and trial % 2:  # with a table that ends where it should
             end = layouts.table_bytes((48, 192), m)
             wild[end - 4 : end] = index[end - 4 : end]
@@ -269,6 +271,31 @@ def test_an_index_that_is_overwritten_stays_inside(layout):
     image[1].fill_(255)
     geometry = ([1, 1], [1, 1], [1, 1], 10, 20, [8, 20, 3, 3], ROWS, "none")
     assert ops.nm_conv(torch.randn(1, 20, 8, 8), *image, None, None, *geometry).shape == (1, 8, 8, 8)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 7), (10, 20)])
+def test_an_input_of_a_few_features_more_or_less_is_refused(n, m):
+    """Rows are padded to four entries, so that the tensors' sizes are the same for several numbers of features."""
+    for groups in range(1, 60):
+        v, i = matrix(8, m * groups, n, m)
+        one = {**GEMM, "out": 8, "n": n, "m": m}
+        assert ops.nm_gemm(torch.randn(2, m * groups), v, i, None, None, *one.values()).shape == (2, 8)
+        for other in range(max(1, groups - 4), groups + 5):
+            if other != groups:
+                both("nm_gemm", torch.randn(2, m * other), v, i, None, None, *one.values())
+
+
+def test_tensors_that_are_not_strided_are_refused():
+    both("nm_gemm", torch.randn(4, 64).to_sparse(), *matrix(), None, None, *GEMM.values())
+    both("nm_gemm", torch.randn(4, 64), matrix()[0].to_sparse(), matrix()[1], None, None, *GEMM.values())
+
+
+def test_layouts_that_there_are_not():
+    for layout in (-1, 4, 99, 2**32):
+        with pytest.raises(InputError, match="no such layout"):
+            layouts.pack(*layer((8, 16), 2, 4, torch.float32), 2, 4, layout)
+        with pytest.raises(InputError, match="no such layout"):
+            layouts.unpack(*matrix(8, 16), (8, 16), 2, 4, layout)
 
 
 # --- Files ---
@@ -308,6 +335,31 @@ BAD += [{"activation": "x"}, {"n": 2.0}, {"n": None}, {"out": [16]}]
 def test_numbers_in_a_file(changes, tmp_path):
     with pytest.raises(ArtifactError, match=r"node nm_gemm_default: no"):
         save(network(lambda g, x: product(g, x, **changes), **held()), tmp_path / "file")
+
+
+def test_an_index_that_packing_cant_have_made(tmp_path):
+    """It would read places of a tile that no block fills, or columns of another cut."""
+    v, i = matrix(16, 480, 16, 32)
+    changed = {"n": 10, "m": 20}  # as many entries, in blocks of 80 columns
+    with pytest.raises(ArtifactError, match="packed weights"):
+        save(network(lambda g, x: product(g, x, **changed), v=v, i=i), tmp_path / "file")
+        load(tmp_path / "file")
+    v, i = matrix()
+    for place, wrong in ((0, 5), (1, 0), (31, 64), (31, 95), (2, 9)):
+        bad = i.clone()
+        bad[place] = wrong
+        with pytest.raises(ArtifactError, match=r"is not 2:4|outside"):
+            save(network(product, **held(v, bad)), tmp_path / "file")
+            load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (1, 3), (2, 4), (5, 9), (31, 32), (32, 32)])
+def test_an_index_of_unknown_columns_is_known_again(n, m):
+    for groups in (1, 2, 3, 5, 48, 97):
+        for out in (1, 5):
+            _, index = matrix(out, m * groups, n, m)
+            layouts.check_places(index, (out, None), n, m)
+            layouts.check_places(index, (out, m * groups), n, m)
 
 
 def test_numbers_that_a_graph_computes(tmp_path):

@@ -10,6 +10,7 @@ written: the file, its folder, and every folder above are checked (:func:`others
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import functools
 import hashlib
@@ -51,11 +52,14 @@ _CHECKSUM = hashlib.sha256().digest_size
 class Kernels(ctypes.CDLL):
     """The library; ``isa`` is one of :data:`ISAS`."""
 
+    functions = ("nm_linear", "nm_mlp", "nm_conv", "nm_pairs")
     isa: str
 
 
 class Operators(ctypes.CDLL):
     """What torch calls (``ops.cpp``), above the kernels."""
+
+    functions = ("nm_use",)
 
     def use(self, kernels: Kernels | None) -> None:
         """Call these kernels from now on; with None, the operators in Python."""
@@ -302,16 +306,28 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
 
 
 def _opened(kind: type[_Library], built: Callable[[bool], Path]) -> _Library:
-    """A library loaded; one that can't be, such as another system's, is built again first."""
+    """A library loaded; one that can't be, such as another system's or one of other functions, is built again first."""
     path = built(False)
     try:
-        return kind(str(path))
-    except OSError:
+        return _loaded(kind, path)
+    except (OSError, AttributeError):
         say_once(f"mpcompile: {path} can't be loaded and is built again")
     try:
-        return kind(str(built(True)))
-    except OSError as error:
+        return _loaded(kind, built(True))
+    except (OSError, AttributeError) as error:
         raise Unavailable(f"the CPU kernels can't be loaded: {error}") from error
+
+
+def _loaded(kind: type[_Library], path: Path) -> _Library:
+    """A library that has every function which is called in it; raises AttributeError for another."""
+    library = kind(str(path))
+    try:
+        for name in kind.functions:
+            getattr(library, name)
+    except AttributeError:
+        _ctypes.dlclose(library._handle)  # while it is open, its path leads to it even if another file is there
+        raise
+    return library
 
 
 def _binary(path: Path) -> str:

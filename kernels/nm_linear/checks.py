@@ -21,7 +21,7 @@ from torch import Tensor
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import MAX_M
 from mpcompile.kernels.nm_linear import layouts, packed, sparse24
-from mpcompile.kernels.nm_linear.layouts import RING
+from mpcompile.kernels.nm_linear.layouts import RING, ROWS
 
 COUNT = 2**31 - 1024  # rows and columns of a weight: the kernels count in int, and a few further
 NUMBER = 2**31 - 1  # a stride, padding, dilation or kernel size
@@ -113,13 +113,14 @@ def held(x: Tensor, weight: PackedWeight) -> None:
     """
     values, index, shape, n, m, layout = weight
     weight_numbers(shape, n, m, layout)
-    whole = all(t.device == x.device and t.is_contiguous() for t in (values, index))
+    strided = all(t.layout == torch.strided for t in (x, values, index))
+    whole = strided and all(t.device == x.device and t.is_contiguous() for t in (values, index))
     mixed = values.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type)
     if not whole or mixed or index.dtype is not torch.uint8:
         raise InputError(
             weight.title,
             expected=f"values in {x.dtype} and an index in uint8, contiguous, on the {x.device.type.upper()}",
-            found=", ".join(f"{t.dtype} on {t.device}, strides {t.stride()}" for t in (values, index)),
+            found=", ".join(map(_described, (values, index) if strided else (x, values, index))),
         )
     if not layouts.fits(values.numel(), index.numel(), shape, n, m, layout):
         raise InputError(
@@ -127,11 +128,24 @@ def held(x: Tensor, weight: PackedWeight) -> None:
             expected=f"what layouts.pack makes of it in layout {layouts.NAMES.get(layout, layout)}",
             found=f"{values.numel()} values, {index.numel()} index bytes",
         )
+    if layout == ROWS and len(shape) == 2 and index.is_cpu and math.prod(shape):
+        # A few features more or less leave the sizes as they are, but not the last row's places.
+        width, entries, kept = layouts.last_places(shape[1], n, m)
+        end = index.reshape(-1)[-entries:].tolist()
+        if end[kept - 1] < width - m or any(end[kept:]):
+            raise InputError(
+                weight.title, expected="an input of the features that were packed", found=f"one of {shape[1]}"
+            )
     if layout == RING:
         end = layouts.table_bytes(shape, m)
         entries = int(index.reshape(-1)[end - 4 : end].clone().view(torch.int32))
         if not 0 <= entries <= values.numel() // 2:
             raise InputError("the table of packed weights is damaged", hint="pack or save them again")
+
+
+def _described(tensor: Tensor) -> str:
+    order = f"strides {tensor.stride()}" if tensor.layout == torch.strided else str(tensor.layout)
+    return f"{tensor.dtype} on {tensor.device}, {order}"
 
 
 def room(shape: Sequence[int], dtype: torch.dtype, most: int | None = None) -> None:
@@ -300,6 +314,9 @@ def contents(weight: PackedWeight, values: Tensor, index: Tensor) -> None:
     """
     shape = None if None in weight.shape else weight.shape
     layouts.check(values, index, weight.m, weight.layout, shape)
+    rows = weight.shape[0] or 0
+    if weight.layout == ROWS and rows and len(index) % rows == 0:
+        layouts.check_places(index, weight.shape, weight.n, weight.m)
     if not values.is_contiguous() or not index.is_contiguous():
         raise InputError("packed weights have gaps in memory", expected="contiguous vectors", found=values.stride())
     if shape is not None:

@@ -115,6 +115,11 @@ def index_bound(layout: int, width: int) -> int:
     return {ROWS: width, QUADS: -(-width // 4) * 6, RING: width * REACH, OCTS: -(-width // 8) * 16}[layout]
 
 
+def _check_layout(layout: int) -> None:
+    if layout not in NAMES:
+        raise InputError("there is no such layout", expected=f"one of {sorted(NAMES)}", found=layout)
+
+
 def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Tensor, Tensor]:
     """Weight and N:M mask -> (values, index) of a layout, both one-dimensional.
 
@@ -127,8 +132,9 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
         ``values`` in the weight's dtype and ``index`` (uint8).
 
     Raises:
-        InputError: the mask doesn't keep exactly ``n`` of every ``m``.
+        InputError: the mask doesn't keep exactly ``n`` of every ``m``, or there is no such layout.
     """
+    _check_layout(layout)
     rows, kept = to_rows(weight), to_rows(mask)
     bad = -1 if weight.shape[1] % m else 0
     if not bad and kept.numel():
@@ -172,6 +178,13 @@ def fits(values: int, index: int, shape: tuple[int, ...], n: int, m: int, layout
     return index == entries and values == (entries if layout == ROWS else 2 * entries)
 
 
+def last_places(columns: int, n: int, m: int) -> tuple[int, int, int]:
+    """Of the last ``ROWS`` block of a matrix: its width, the entries of a row, and how many of them are kept values."""
+    full = block_columns(ROWS, m)
+    width = columns % full or full
+    return width, row_entries(width, n, m), width // m * n
+
+
 def table_bytes(shape: Sequence[int], m: int) -> int:
     """Bytes of the table in front of the index of a ``RING`` weight of ``shape``."""
     parts = sum(count for _, count in Cut.of(shape, RING, m).widths())
@@ -211,6 +224,44 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
     if len(numbers) and int(numbers.max()) >= bound:
         found = int(numbers.max())
         raise InputError("an index of packed weights lies outside its block", expected=f"below {bound}", found=found)
+
+
+def check_places(index: Tensor, shape: Sequence[int | None], n: int, m: int) -> None:
+    """Make sure that a ``ROWS`` index of the right length is one that packing makes: ``n`` places in each group.
+
+    Args:
+        shape: of the weight; the columns of a matrix may be unknown, None.
+
+    Raises:
+        InputError: it is of another pattern or another cut, or damaged.
+    """
+    out = shape[0] or 0
+    if not out or not len(index):
+        return
+    if None in shape:
+        each, full = len(index) // out, row_entries(block_columns(ROWS, m), n, m)
+        parts = -(-each // full)
+        counts = [full] * (parts - 1) + [each - full * (parts - 1)]
+        kept: list[int | None] = [block_columns(ROWS, m) // m * n] * (parts - 1) + [None]
+    else:
+        widths = [len(columns) for columns in blocks([size or 0 for size in shape], ROWS, m)]
+        counts, kept = [row_entries(width, n, m) for width in widths], [width // m * n for width in widths]
+    start = 0
+    for entries, count in zip(counts, kept, strict=True):
+        rows = index[start : start + out * entries].view(out, entries)
+        possible = range(entries, max(0, entries - 4), -1) if count is None else (count,)
+        if not any(c % n == 0 and _in_groups(rows, c, n, m) for c in possible):
+            raise InputError(f"an index of packed weights is not {n}:{m}", hint="pack or save them again")
+        start += out * entries
+
+
+def _in_groups(rows: Tensor, count: int, n: int, m: int) -> bool:
+    """Whether the first ``count`` places of each row ascend, ``n`` in each group of ``m``, and zeros follow."""
+    places, rest = rows[:, :count], rows[:, count:]
+    group = torch.arange(count, device=rows.device) // n
+    if bool(rest.any()) or bool((places[:, 1:] <= places[:, :-1]).any()):
+        return False
+    return bool((places.div(m, rounding_mode="floor") == group.to(torch.uint8)).all())
 
 
 def _pack_rows(block: Tensor, kept: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,6 +346,7 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
     """
     if layout in sparse24.NAMES:
         return sparse24.unpack(values, index, shape, layout)
+    _check_layout(layout)
     out, k = int(shape[0]), math.prod(shape[1:])
     parts = blocks(shape, layout, m)
     dense = values.new_zeros(out * k)

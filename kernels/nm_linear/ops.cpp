@@ -69,7 +69,13 @@ bool fits(const Tensor& values, const Tensor& index, int64_t outputs, int64_t in
   }
   const int64_t entries = inputs / wide * block_entries((int)layout, (int)wide, (int)n, (int)m) +
                           block_entries((int)layout, (int)(inputs % wide), (int)n, (int)m);
-  return named == outputs * entries && held == named * (layout == LAYOUT_ROWS ? 1 : 2);
+  if (named != outputs * entries || held != named * (layout == LAYOUT_ROWS ? 1 : 2)) return false;
+  if (layout != LAYOUT_ROWS) return true;
+  // A few inputs more or less leave the sizes as they are, but not the last row's places.
+  const int64_t width = (inputs - 1) % wide + 1, kept = width / m * n;
+  const int64_t last = block_entries(LAYOUT_ROWS, (int)width, (int)n, (int)m);
+  const uint8_t* const end = (const uint8_t*)index.const_data_ptr() + named - last;
+  return end[kept - 1] >= width - m && std::all_of(end + kept, end + last, [](uint8_t place) { return !place; });
 }
 
 bool held(const Tensor& t, c10::ScalarType type, at::MemoryFormat order = at::MemoryFormat::Contiguous) {

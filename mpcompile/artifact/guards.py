@@ -63,6 +63,15 @@ def _smooth_resize(given: dict[str, Any]) -> str | None:
     return None
 
 
+def _resize(given: dict[str, Any]) -> str | None:
+    scales = [given.get(name) for name in ("scales", "scales_d", "scales_h", "scales_w")]
+    for scale in (*scales, *(given.get("scale_factors") or ())):
+        # A pixel's place, divided by the scale, becomes a 64-bit integer before it is clamped to the image.
+        if scale is not None and not 2**-30 <= scale <= 2**30:
+            return "scales from 2**-30 to 2**30"
+    return None
+
+
 def _folding(given: dict[str, Any]) -> str | None:
     for name in ("output_size", "kernel_size", "dilation", "padding", "stride"):
         value = given.get(name, 0)
@@ -97,6 +106,14 @@ _CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # what stands in a graph, whos
                     _A._scaled_dot_product_flash_attention_for_cpu.default,
                     _A._scaled_dot_product_flash_attention.default,
                     _A._scaled_dot_product_efficient_attention.default,
+                ),
+            ),
+            (
+                _resize,
+                tuple(
+                    getattr(getattr(_A, f"upsample_{kind}"), overload)
+                    for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d")
+                    for overload in ("default", "vec")
                 ),
             ),
             (

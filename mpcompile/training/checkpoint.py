@@ -205,7 +205,7 @@ def read(path: Path) -> dict[str, Any]:
         raise _unreadable(path, found) from error
     if problem is not None:
         raise _unreadable(path, problem)
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise ArtifactError(
             f"{path} has another format", expected=FORMAT, found=version, hint="resume with the version that wrote it"
         )
@@ -283,8 +283,23 @@ def check_alike(found: Any, own: Any, where: str = "") -> None:
         check(found, Annotated[float, Between(-1e300, 1e300)], where)
 
 
-def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """The state of an optimiser is one that it could have: of these parameters, and of their shapes.
+def check_settings(found: Mapping[str, Any], own: Mapping[str, Any], vary: str, where: str = "") -> None:
+    """What was set when a run began, such as the decay of its learning rate, is what this run sets.
+
+    Args:
+        vary: the field that changes in the course of a run.
+
+    Raises:
+        Mismatch: it isn't.
+    """
+    check_alike(found, own, where)
+    for name, value in own.items():
+        if name not in (vary, "params") and found[name] != value:
+            raise Mismatch(f"{where}.{name}".lstrip("."), printable(value, 60), printable(found[name], 60))
+
+
+def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """The state of an optimiser is one that it could have after ``steps``: of these parameters, and of their shapes.
 
     Raises:
         Mismatch: it isn't.
@@ -296,9 +311,9 @@ def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
     for mine, group in zip(own, found["param_groups"], strict=True):
         if mine["params"] != group.get("params") or mine.keys() != group.keys():
             raise Mismatch("param_groups", "the groups of this run", "others")
-        for name, value in mine.items():
-            if isinstance(value, (bool, int, float)):
-                check_alike(group[name], value, f"param_groups.{name}")
+        check_settings(group, mine, "lr", "param_groups")
+    if steps and not found["state"]:
+        raise Mismatch("state", f"that of {steps} steps", "none")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = [place for group in own for place in group["params"]]
     shapes = {place: p.shape for place, p in zip(places, parameters, strict=True)}

@@ -449,7 +449,7 @@ class Run:
             finally:
                 checkpoint.set_random_state(now)
         with checkpoint.loading(path, "scheduler"):
-            checkpoint.check_alike(state["scheduler"], self.scheduler.state_dict())
+            checkpoint.check_settings(state["scheduler"], self.scheduler.state_dict(), "metric")
             self.scheduler.load_state_dict(state["scheduler"])
         if self.sharded:
             with checkpoint.loading(path, "student and optimizer"):
@@ -458,7 +458,7 @@ class Run:
             with checkpoint.loading(path, "student"):
                 self.student.load_state_dict(student)
             with checkpoint.loading(path, "optimizer"):
-                checkpoint.check_optimizer(optimizer, self.optimizer)
+                checkpoint.check_optimizer(optimizer, self.optimizer, state["step"])
                 self.optimizer.load_state_dict(optimizer)
         if self.ema is not None:
             with checkpoint.loading(path, "ema"):
