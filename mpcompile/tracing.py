@@ -129,7 +129,7 @@ class Tracer(fx.Tracer):
         def enter(context: torch.autocast) -> torch.autocast:
             if context._enabled:
                 raise TraceError(
-                    f"forward enters torch.autocast({context.device!r}, {context.fast_dtype}), which a trace would lose",
+                    f"forward enters autocast ({context.device}, {context.fast_dtype}), which a trace would lose",
                     hint="put autocast around the call, or pass torch.export.export(model, inputs).module()",
                 )
             return before(context)

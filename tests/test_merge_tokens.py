@@ -332,8 +332,10 @@ def test_saves_loads_and_merges_once(tmp_path):
     loaded = mpcompile.load(tmp_path / "merged.mpc")
     with torch.no_grad():
         assert torch.equal(loaded(x), gm(x))
-    again = merged(loaded, x, 4)
-    assert again.plan.passes[-1].summary == "already merged"
+    again = merged(loaded, x, 8)
+    assert again.plan.tokens == gm.plan.tokens and again.plan.passes[-1].summary == "already merged"
+    with pytest.raises(GraphError, match=r"tokens merge in it already.*found tome_r=4"):
+        merged(loaded, x, 4)
 
 
 def test_refuses_a_model_without_attention():
