@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, PythonCode
 
 from mpcompile.errors import GraphError
+from mpcompile.isolation import tensors_of
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
@@ -127,6 +128,8 @@ class IRModule(fx.GraphModule):
         return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
+        # Old-style reparametrisation keeps the weight that it computed, which deepcopy refuses: it is computed anew.
+        memo |= {id(t): t.detach().clone() for t in tensors_of(self) if not t.is_leaf and id(t) not in memo}
         twin = memo[id(self)] = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
         twin.__dict__.update(copy.deepcopy(self._kept(), memo))
         twin.graph = copy.deepcopy(self._graph, memo)

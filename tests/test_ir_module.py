@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import fx, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mpcompile import Config, load, lower, save, transform
@@ -283,3 +283,12 @@ def test_names_that_the_result_needs(name):
 
     with pytest.raises(TraceError, match=f"attribute '{name}'"):
         transform(Colliding(), X, HALF)
+
+
+def test_a_copy_after_a_call_that_computed_a_weight():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    prune.l1_unstructured(model[2], "weight", 0.3)
+    x = torch.randn(2, 32)
+    gm = transform(model, x, Config(pattern="2:4"))
+    gm(x).sum().backward()
+    assert torch.equal(copy.deepcopy(gm)(x), gm(x))
