@@ -130,7 +130,9 @@ class Labels:
     """
 
     def __init__(self, given: Any = None) -> None:
-        self.whole = whole_numbers(given) if isinstance(given, (Tensor, np.ndarray)) else None
+        if isinstance(given, Tensor) and (given.is_meta or given.layout is not torch.strided):
+            whole_numbers(given)  # raises: these can't be cut into batches
+        self.whole = given if isinstance(given, (Tensor, np.ndarray)) else None
         self.parts: Iterator[Any] | None = None
         if given is not None and self.whole is None:
             self.parts = iter(given) if _is_sequence(given) else iter([given])
