@@ -115,3 +115,19 @@ def capture(model: Any, *inputs: Any) -> Imported:
         torch.compile(model, backend=backend)(*inputs)
     (imported,) = found
     return imported
+
+
+TINY_DATA = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 1.0,
+}
+
+
+def tiny_created(*_, **__):
+    """What commands create by name in tests: two blocks deep, with timm's description of its data."""
+    model = tiny_vit()
+    model.pretrained_cfg = TINY_DATA
+    return model

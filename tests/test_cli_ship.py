@@ -18,24 +18,17 @@ from mpcompile.cli import common
 from mpcompile.cli.common import config_of
 from mpcompile.errors import ConfigError, GraphError
 from mpcompile.passes.mask import Mask
-from tests.helpers import convolutional, images, relative, tiny_vit
+from tests.helpers import convolutional, images, relative, tiny_created, tiny_vit
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tiny"  # not timm's: see small_model()
-DATA = {"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
-
-
-def tiny(*_, **__):
-    model = tiny_vit()
-    model.pretrained_cfg = DATA
-    return model
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     """What commands create by name is two blocks deep."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "create", tiny)
+        patch.setattr(common, "create", tiny_created)
         yield
 
 
@@ -43,7 +36,7 @@ def small_model():
 def folder(tmp_path_factory):
     """A checkpoint, a few images, a config."""
     path = tmp_path_factory.mktemp("ship")
-    save_file(tiny().state_dict(), path / "dense.safetensors")
+    save_file(tiny_created().state_dict(), path / "dense.safetensors")
     (path / "images").mkdir()
     for number in range(3):
         Image.effect_noise((40, 36), 60 + 20 * number).convert("RGB").save(path / "images" / f"{number}.png")
@@ -75,7 +68,7 @@ def test_dense_masked_loads_into_plain_timm(folder, pruned, tmp_path, capsys):
     assert cli.main(["export", str(pruned), "--format", "dense-masked", "--out", str(tmp_path / "w.safetensors")]) == 0
     assert "dense-masked" in capsys.readouterr().out
     state = load_file(tmp_path / "w.safetensors")
-    tiny().load_state_dict(state)  # strict
+    tiny_created().load_state_dict(state)  # strict
     assert cli.main(["verify", str(tmp_path / "w.safetensors"), "--pattern", "4:8", "--only", "blocks.*"]) == 0
     arguments = ["compile", MODEL, "--checkpoint", str(folder / "dense.safetensors"), "--pattern", "4:8", "--quiet"]
     out = str(tmp_path / "again.safetensors")

@@ -12,23 +12,16 @@ from safetensors.torch import save_file
 import mpcompile
 from mpcompile import Config, cli, transform
 from mpcompile.cli import common
-from tests.helpers import tiny_vit
+from tests.helpers import tiny_created
 
-DATA = {"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
 NAMES = [f"class{number}" for number in range(10)]
-
-
-def tiny(*_, **__):
-    model = tiny_vit()
-    model.pretrained_cfg = DATA
-    return model
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     """What commands create by name is two blocks deep, and compiling it is left out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "create", tiny)
+        patch.setattr(common, "create", tiny_created)
         patch.setattr(torch, "compile", lambda model, **_: model)
         yield
 
@@ -37,7 +30,7 @@ def small_model():
 def made(tmp_path_factory):
     """Dense weights, an artifact that knows its classes, and images of some of them."""
     path = tmp_path_factory.mktemp("made")
-    model = tiny()
+    model = tiny_created()
     save_file(model.state_dict(), path / "dense.safetensors")
     gm = transform(model, torch.randn(2, 3, 32, 32), Config(pattern="2:4", score="magnitude")).eval()
     gm.plan.provenance = {"model": "tiny", "class_names": NAMES}
