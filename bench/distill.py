@@ -31,7 +31,7 @@ from bench.mask_ladder import Task, right, task
 from mpcompile import Config, Training, distill, transform
 from mpcompile.calibration import draw
 from mpcompile.distill import apply_masks
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 
 METHODS = ("ours", "magnitude", "sr-ste", "gradual")
 # ViT-Tiny's by the divergence on 100 training images kept out, the others set beforehand; never on evaluation images.

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from mpcompile import Config, load, lower, save, transform
 from mpcompile.errors import ArtifactError
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpcompile import Config, Pipeline, transform
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.passes.merge_tokens import MergeTokens
 

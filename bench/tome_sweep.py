@@ -36,7 +36,7 @@ from torch import nn
 
 from mpcompile import Config, MPCompileError, Pipeline, transform
 from mpcompile.errors import TraceError
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.passes.merge_tokens import MergeTokens
 
 ROOT = Path(__file__).resolve().parent.parent

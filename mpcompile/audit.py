@@ -27,11 +27,11 @@ from tqdm import tqdm
 from mpcompile.backend import CompiledGraph, compiled_graphs
 from mpcompile.calibration import as_batches
 from mpcompile.errors import InputError
-from mpcompile.flops import flop_counter
-from mpcompile.graph import propagate, training_flags
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.flops import flop_counter
+from mpcompile.ir.graph import propagate, training_flags
+from mpcompile.ir.macs import count
+from mpcompile.ir.module import IRModule
 from mpcompile.labels import Labels, check_range
-from mpcompile.macs import count
 from mpcompile.report import BARS, COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
 from mpcompile.training.batches import read
 
@@ -93,7 +93,7 @@ def _time(builds: Mapping[str, Callable[..., Any]], batch: Any, rounds: int, pro
 def _dense_macs(model: nn.Module, batch: Any) -> int | None:
     """MACs per sample of a module as it is, or None where it can't run on fake tensors."""
     try:
-        # With gradients on, for the counter's module tracker: see mpcompile.graph.propagate.
+        # With gradients on, for the counter's module tracker: see mpcompile.ir.graph.propagate.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
             fake = (
                 {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -26,13 +26,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mpcompile import __version__
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import Lifted, layers, propagate, unsupported
 from mpcompile.importers import Imported, import_model
-from mpcompile.ir_module import IRModule, owned_by_transformed
+from mpcompile.ir.graph import Lifted, layers, propagate, unsupported
+from mpcompile.ir.module import IRModule, owned_by_transformed
+from mpcompile.ir.numerics import autocasts, exact
+from mpcompile.ir.parts import keep
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.numerics import autocasts, exact
-from mpcompile.parts import keep
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale

@@ -15,8 +15,8 @@ from torch import Tensor
 from mpcompile import refit, scores
 from mpcompile.allocation import lost_energy
 from mpcompile.calibration import DIAGONAL, FULL, Moments
+from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
-from mpcompile.numerics import exact
 from mpcompile.passes.project import DAMPING
 
 _STEPS = 8  # of least squares

@@ -13,8 +13,8 @@ from torch import nn
 
 from mpcompile.config import Config
 from mpcompile.errors import InputError, printable
-from mpcompile.graph import layers
 from mpcompile.importers import import_model
+from mpcompile.ir.graph import layers
 from mpcompile.kernels import timing
 from mpcompile.passes.base import Context
 from mpcompile.passes.lower import Lower

@@ -17,7 +17,7 @@ from mpcompile import __version__
 from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, ConfigError, GraphError
 from mpcompile.files import sign, temporary_path
-from mpcompile.ir_module import IRModule, masked
+from mpcompile.ir.module import IRModule, masked
 from mpcompile.kernels import ops
 from mpcompile.package_guard import guarded
 from mpcompile.pipeline import lower

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mpcompile.effects import settle
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
-from mpcompile.graph import Lifted, dynamo_name, fake_value, hint, layers, lifted_from, propagate, training_flags
-from mpcompile.ir_module import RESERVED, IRModule
-from mpcompile.isolation import global_hooks, of_torch, rebind, tensors_of, untouched, without_global_hooks
+from mpcompile.ir.effects import settle
+from mpcompile.ir.graph import Lifted, dynamo_name, fake_value, hint, layers, lifted_from, propagate, training_flags
+from mpcompile.ir.isolation import global_hooks, of_torch, rebind, tensors_of, untouched, without_global_hooks
+from mpcompile.ir.module import RESERVED, IRModule
+from mpcompile.ir.parts import carry
+from mpcompile.ir.regions import inline_regions
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 from mpcompile.modes import captured_mode, ordinary
-from mpcompile.parts import carry
-from mpcompile.regions import inline_regions
 from mpcompile.tracing import UNDECIDED, Tracer, replaced_forward
 
 _SCALARS = (bool, int, float, str, type(None))

@@ -15,16 +15,16 @@ from torch import nn
 
 from mpcompile.calibration import as_batches, peek
 from mpcompile.config import CALIBRATIONS, Config
-from mpcompile.effects import explicit
 from mpcompile.errors import ConfigError, GraphError, InputError
-from mpcompile.graph import layers, propagate
 from mpcompile.importers import Imported, check_values, import_model
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.effects import explicit
+from mpcompile.ir.graph import layers, propagate
+from mpcompile.ir.macs import count, node_macs
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import exact
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.macs import count, node_macs
 from mpcompile.modes import with_ordinary_tensors
-from mpcompile.numerics import exact
 from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass

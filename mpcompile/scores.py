@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
-from mpcompile.numerics import exact
 
 _FEW_MASKS = 8  # up to so many masks a group (2:4 has 6), all are tried
 _CHUNK = 1 << 22  # values per chunk of the vectorised searches: 16 MiB per temporary

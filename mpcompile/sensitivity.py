@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
-from mpcompile.graph import LayerOp, training_flags
 from mpcompile.importers import Imported
-from mpcompile.numerics import exact
+from mpcompile.ir.effects import own_copies
+from mpcompile.ir.graph import LayerOp, training_flags
+from mpcompile.ir.numerics import exact
 
 Batch = list[Any]  # the inputs of the graph, one a placeholder
 

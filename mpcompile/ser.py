@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mpcompile.effects import own_copies
 from mpcompile.errors import InputError
-from mpcompile.graph import training_flags
-from mpcompile.ir_module import IRModule
-from mpcompile.numerics import exact
+from mpcompile.ir.effects import own_copies
+from mpcompile.ir.graph import training_flags
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import exact
 
 SPARSITY = 0.35  # of the source mask of the paper's main row
 _MAGNITUDE = 0.20  # up to here weights go by magnitude alone

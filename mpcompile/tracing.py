@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 
 from mpcompile.errors import MPCompileError, TraceError, summary
-from mpcompile.isolation import called
+from mpcompile.ir.isolation import called
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from mpcompile.errors import ArtifactError, printable
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels.nm_format import Pattern, check_nm, to_rows
 
 _GROUPS = (4, 8, 12, 16, 32)

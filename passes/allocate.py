@@ -20,11 +20,11 @@ from mpcompile import allocation, damage
 from mpcompile.analysis import study
 from mpcompile.calibration import Moments, as_batches, batches, collect
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
-from mpcompile.graph import LayerOp, layers
 from mpcompile.importers import Imported
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import LayerOp, layers
+from mpcompile.ir.macs import count, node_macs
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels.nm_format import Pattern, packed_bytes
-from mpcompile.macs import count, node_macs
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.mask import eligible
 from mpcompile.passes.project import reestimate

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mpcompile.analysis import study_all
-from mpcompile.graph import layers
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import layers
+from mpcompile.ir.module import IRModule
 from mpcompile.passes.base import Context, Pass
 from mpcompile.plan import LayerPlan
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mpcompile.config import Config
-from mpcompile.graph import LayerOp, Lifted
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import LayerOp, Lifted
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.plan import PassRecord, Plan
 

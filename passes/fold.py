@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mpcompile.effects import erase_orphans, storage, written_tensors
-from mpcompile.graph import LayerOp, Lifted, argument, layers
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.effects import erase_orphans, storage, written_tensors
+from mpcompile.ir.graph import LayerOp, Lifted, argument, layers
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import FOLDED, attribute, keep, set_attribute
 from mpcompile.kernels import ops
-from mpcompile.parts import FOLDED, attribute, keep, set_attribute
 from mpcompile.passes.base import Context, Pass
 
 _MODULES = frozenset({"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"})

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.effects import erase_orphans, storage, written_tensors
-from mpcompile.graph import LayerOp, argument, fake_value, layers
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.effects import erase_orphans, storage, written_tensors
+from mpcompile.ir.graph import LayerOp, argument, fake_value, layers
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import FOLDED, keep
 from mpcompile.kernels import ops
-from mpcompile.parts import FOLDED, keep
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.fold import parameter
 from mpcompile.passes.fuse import follow

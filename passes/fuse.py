@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mpcompile.effects import writes
-from mpcompile.graph import Lifted, argument, fake_value, real_inputs, shape_of, target_name
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.effects import writes
+from mpcompile.ir.graph import Lifted, argument, fake_value, real_inputs, shape_of, target_name
+from mpcompile.ir.macs import is_add
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.packed import BEHIND
 from mpcompile.layers import ByMode
-from mpcompile.macs import is_add
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.lower import PACKED
 

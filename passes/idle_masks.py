@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.effects import writes, written
-from mpcompile.graph import ATTENTION, Lifted, argument, fake_value, hint, shape_of, target_name
-from mpcompile.ir_module import IRModule
-from mpcompile.macs import is_add
-from mpcompile.parts import attribute
+from mpcompile.ir.effects import writes, written
+from mpcompile.ir.graph import ATTENTION, Lifted, argument, fake_value, hint, shape_of, target_name
+from mpcompile.ir.macs import is_add
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import attribute
 from mpcompile.passes.token_sites import find_attentions, is_matmul
 
 _MOST = 1 << 26  # values of a constant that is computed

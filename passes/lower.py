@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.effects import erase_orphans, storage, written_tensors
 from mpcompile.errors import GraphError
-from mpcompile.graph import LayerOp, argument, element_count, layers, shape_of
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.effects import erase_orphans, storage, written_tensors
+from mpcompile.ir.graph import LayerOp, argument, element_count, layers, shape_of
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import keep, set_attribute
 from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose_all, engine_named
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear
-from mpcompile.parts import keep, set_attribute
 from mpcompile.passes.base import Context, Pass
 from mpcompile.plan import LayerPlan
 

@@ -16,17 +16,17 @@ from torch import Tensor
 from mpcompile.calibration import as_batches, batches, collect
 from mpcompile.config import ROLES, Config
 from mpcompile.errors import GraphError, InputError, NotEligibleError
-from mpcompile.graph import LayerOp, argument, element_count, layers, unsupported
 from mpcompile.importers import Imported
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import LayerOp, argument, element_count, layers, unsupported
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import set_attribute
+from mpcompile.ir.roles import roles
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
 from mpcompile.layers import MaskedConv2d, MaskedLinear
-from mpcompile.parts import set_attribute
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.project import Projection, in_sequence, project
 from mpcompile.plan import LayerPlan, is_lowered
-from mpcompile.roles import roles
 from mpcompile.scores import covariance_mask, magnitude_mask, top_n
 from mpcompile.ser import source_masks
 

@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from mpcompile.errors import GraphError, NotEligibleError
-from mpcompile.graph import shape_of
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import shape_of
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.idle_masks import drop, idle_masks
@@ -107,7 +107,7 @@ def _unmasked(gm: IRModule, ctx: Context) -> IRModule:
 def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callable[[Sequence[int]], float]:
     """Multiply-accumulates of a graph as a function of the tokens before the first block and behind each.
 
-    Masks don't count here. The graph has to carry ``macs`` (see :func:`mpcompile.graph.propagate`).
+    Masks don't count here. The graph has to carry ``macs`` (see :func:`mpcompile.ir.graph.propagate`).
     """
     trial, copies = _trial(gm)
     sites, _ = find_sites(trial)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.calibration import DIAGONAL, as_batches, batches, collect
-from mpcompile.effects import own_copies
-from mpcompile.graph import LayerOp, layers, training_flags
 from mpcompile.importers import Imported
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.effects import own_copies
+from mpcompile.ir.graph import LayerOp, layers, training_flags
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.axes import Analysis, Atoms, analyse
 from mpcompile.passes.base import Context, Pass

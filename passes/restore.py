@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mpcompile.importers import Imported
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.project import reestimate
 from mpcompile.stream import batch_norms

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mpcompile.graph import ATTENTION, argument, fake_value, target_name
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import ATTENTION, argument, fake_value, target_name
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.layers import ByMode, MaskedLinear
 from mpcompile.passes.token_moves import AxisMoves, Level, State

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mpcompile import Config, Pipeline, load, save, transform
 from mpcompile.artifact.leaves import LAYERS
 from mpcompile.importers import import_model
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.mask import Mask
 from tests.helpers import convolutional, images, mlp, tiny_vit

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mpcompile import load, save
 from mpcompile.errors import ArtifactError
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedLinear
 from mpcompile.plan import LayerPlan, Plan

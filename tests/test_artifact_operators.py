@@ -26,7 +26,7 @@ from torch import fx, nn
 from mpcompile import load, save
 from mpcompile.artifact import guards, opset
 from mpcompile.errors import ArtifactError, InputError
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.plan import Plan
 
 ATEN = torch.ops.aten

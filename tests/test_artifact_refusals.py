@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from mpcompile import Config, artifact, load, save, transform
 from mpcompile.errors import ArtifactError
 from mpcompile.importers import import_model
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from tests.helpers import images, mlp, tiny_vit
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from mpcompile import load, save
 from mpcompile.errors import ArtifactError, InputError, MPCompileError
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import MAX_M
 from mpcompile.kernels.nm_linear import checks, layouts, native, packed

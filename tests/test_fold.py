@@ -10,10 +10,10 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from mpcompile import Config, load, lower, save, transform
-from mpcompile.graph import layers, propagate
 from mpcompile.importers import import_model
+from mpcompile.ir.graph import layers, propagate
+from mpcompile.ir.parts import FOLDED
 from mpcompile.kernels import ops
-from mpcompile.parts import FOLDED
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold import FoldNorm, norm_of
 from mpcompile.passes.lower import Lower

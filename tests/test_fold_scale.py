@@ -8,10 +8,10 @@ from torch import nn
 
 import mpcompile
 from mpcompile import Config, transform
-from mpcompile.graph import layers, propagate
 from mpcompile.importers import import_model
+from mpcompile.ir.graph import layers, propagate
+from mpcompile.ir.parts import FOLDED
 from mpcompile.kernels import ops
-from mpcompile.parts import FOLDED
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.graph import Lifted, argument, layers, propagate
 from mpcompile.importers import import_model
+from mpcompile.ir.graph import Lifted, argument, layers, propagate
+from mpcompile.ir.parts import keep
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.layouts import ROWS, pack
-from mpcompile.parts import keep
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold import FoldNorm, norm_of
 from mpcompile.passes.fuse import Fuse, activation_of

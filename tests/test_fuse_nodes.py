@@ -9,9 +9,9 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from torch import fx, nn
 
 from mpcompile import Config
-from mpcompile.graph import propagate
 from mpcompile.importers import Tracer
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import propagate
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear

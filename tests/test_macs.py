@@ -7,8 +7,8 @@ import timm
 import torch
 
 from mpcompile import Config, Pipeline, transform
-from mpcompile.graph import propagate
-from mpcompile.macs import count
+from mpcompile.ir.graph import propagate
+from mpcompile.ir.macs import count
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens import MergeTokens
 from tests.helpers import images, mlp, tiny_vit

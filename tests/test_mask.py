@@ -12,8 +12,8 @@ from torch import nn
 from mpcompile import Config, transform
 from mpcompile.calibration import batches, collect
 from mpcompile.errors import InputError, NotEligibleError
-from mpcompile.graph import propagate
 from mpcompile.importers import import_model
+from mpcompile.ir.graph import propagate
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.mask import covariance_mask, magnitude_mask, verify

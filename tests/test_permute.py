@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.graph import layers
 from mpcompile.importers import import_model
+from mpcompile.ir.graph import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.axes import analyse
 from mpcompile.passes.permute import classes, fold

@@ -6,8 +6,8 @@ from torch import fx, nn
 
 from mpcompile import Config, transform
 from mpcompile.calibration import Accumulator
-from mpcompile.graph import layers
 from mpcompile.importers import import_model
+from mpcompile.ir.graph import layers
 from mpcompile.kernels import ops
 from mpcompile.stream import Stream
 from tests.helpers import images, relative, tiny_vit

@@ -11,7 +11,7 @@ from torch import nn
 
 from mpcompile import Config, analyze, load, lower, save, transform
 from mpcompile.errors import MPCompileError, TraceError
-from mpcompile.isolation import untouched
+from mpcompile.ir.isolation import untouched
 from tests.helpers import convolutional, images, mlp, relative
 
 HALF, DENSE = Config(pattern="2:4"), Config(pattern="dense")

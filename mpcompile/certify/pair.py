@@ -17,9 +17,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile.certify.rules import operator_name
 from mpcompile.errors import GraphError, InputError
-from mpcompile.graph import layers, training_flags
 from mpcompile.importers import import_model
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import layers, training_flags
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.passes.axes import analyse
 from mpcompile.passes.permute import Orders, classes, fold

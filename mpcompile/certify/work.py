@@ -14,7 +14,7 @@ from mpcompile.certify import bounds
 from mpcompile.certify.pair import Pair, StructureChange, check_values, double, match, replay_orders, trace
 from mpcompile.certify.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
 from mpcompile.errors import GraphError, InputError
-from mpcompile.graph import training_flags
+from mpcompile.ir.graph import training_flags
 from mpcompile.labels import check_range
 
 

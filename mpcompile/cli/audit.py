@@ -15,7 +15,7 @@ from mpcompile.cli.streams import Moved, seen_before
 from mpcompile.config import Config
 from mpcompile.errors import ConfigError
 from mpcompile.images import Images, data_config, images_at
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.report import Report
 from mpcompile.training.batches import forward
 

@@ -24,7 +24,7 @@ from mpcompile.cli.common import (
 from mpcompile.cli.streams import seen_before
 from mpcompile.errors import ArtifactError, InputError
 from mpcompile.images import data_config, images_at
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 
 
 def add(commands: Commands) -> None:

@@ -32,7 +32,7 @@ from mpcompile.cli.destinations import declare
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.events import TRACKERS, check_trackers
 from mpcompile.files import make_folder, read_text, write_atomically
-from mpcompile.graph import device_of
+from mpcompile.ir.graph import device_of
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from mpcompile.cli.common import DTYPES, Commands, at_least, command, json_optio
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES
 from mpcompile.errors import ConfigError
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of outputs, relative RMS
 

@@ -11,7 +11,7 @@ from mpcompile import __version__
 from mpcompile.errors import InputError
 from mpcompile.files import write_atomically
 from mpcompile.images import data_config, open_image, preprocess, shown
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.page.charts import escape
 from mpcompile.page.sections import SECTIONS

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpcompile.graph import layers
+from mpcompile.ir.graph import layers
 from mpcompile.kernels.nm_format import to_rows
 from mpcompile.page import spectra
 from mpcompile.page.charts import Bar, bars, data_uri, escape, heat

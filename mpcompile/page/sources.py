@@ -12,7 +12,7 @@ import numpy as np
 
 from mpcompile import files
 from mpcompile.errors import ArtifactError
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.plan import Figures
 from mpcompile.schema import Between, Mismatch, Natural, check
 

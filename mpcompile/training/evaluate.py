@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpcompile.errors import InputError
-from mpcompile.graph import device_of, training_flags
+from mpcompile.ir.graph import device_of, training_flags
 from mpcompile.labels import check_range
 from mpcompile.training import batches as data
 from mpcompile.training import ranks

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import InputError
-from mpcompile.graph import propagate, shape_of
 from mpcompile.importers import import_model
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import propagate, shape_of
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 
 _BLOCK = re.compile(r"^((?:.*\.)?\d+)\.")

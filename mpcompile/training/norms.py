@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpcompile.graph import training_flags
+from mpcompile.ir.graph import training_flags
 from mpcompile.training import batches as data
 from mpcompile.training import ranks
 

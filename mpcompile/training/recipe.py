@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mpcompile.config import CALIBRATIONS, Config, only_fields
 from mpcompile.errors import ConfigError
 from mpcompile.files import read_text
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.pipeline import transform
 from mpcompile.schema import Mismatch, check
 from mpcompile.training.images import Images

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from mpcompile import events
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.files import make_folder
-from mpcompile.graph import device_of, training_flags
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.graph import device_of, training_flags
+from mpcompile.ir.module import IRModule
 from mpcompile.labels import check_range
 from mpcompile.training import batches as data
 from mpcompile.training import checkpoint, features, masks, norms, ranks, sharding

@@ -24,15 +24,15 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from mpcompile.errors import GraphError, summary
-from mpcompile.flops import flop_counter
-from mpcompile.ir_module import IRModule  # noqa: F401  (imported from here, too)
-from mpcompile.isolation import tensors_of, untouched, without_global_hooks
+from mpcompile.ir.flops import flop_counter
+from mpcompile.ir.isolation import tensors_of, untouched, without_global_hooks
+from mpcompile.ir.module import IRModule  # noqa: F401  (imported from here, too)
+from mpcompile.ir.numerics import modes_kept
+from mpcompile.ir.parts import FOLDED, attribute
+from mpcompile.ir.regions import opaque
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
-from mpcompile.numerics import modes_kept
-from mpcompile.parts import FOLDED, attribute
-from mpcompile.regions import opaque
 
 if TYPE_CHECKING:
     pass

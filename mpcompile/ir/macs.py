@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 from torch import fx
 
-from mpcompile.graph import LayerOp, Lifted, batch_size, layers, shape_of
+from mpcompile.ir.graph import LayerOp, Lifted, batch_size, layers, shape_of
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import check_nm
 from mpcompile.plan import Macs
@@ -64,7 +64,7 @@ def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
 
 
 def count(gm: fx.GraphModule, dense: int | None = None, lifted: Lifted | None = None) -> tuple[Macs, dict[str, int]]:
-    """MACs of a graph whose nodes carry ``macs`` (see :func:`mpcompile.graph.propagate`).
+    """MACs of a graph whose nodes carry ``macs`` (see :func:`mpcompile.ir.graph.propagate`).
 
     Args:
         gm: the graph.

@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-from mpcompile.graph import Lifted, layers, real_inputs, target_name
+from mpcompile.ir.graph import Lifted, layers, real_inputs, target_name
 
 
 def _reads_input(node: fx.Node, stops: set[fx.Node], images: set[fx.Node]) -> bool:

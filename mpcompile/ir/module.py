@@ -24,11 +24,11 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen, PythonCode
 
 from mpcompile.errors import GraphError
-from mpcompile.isolation import tensors_of
+from mpcompile.ir.isolation import tensors_of
+from mpcompile.ir.parts import FOLDED, attribute
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
-from mpcompile.parts import FOLDED, attribute
 
 if TYPE_CHECKING:
     from mpcompile.plan import Plan

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mpcompile.graph import Lifted, argument, dynamo_name, fake_value, target_name
-from mpcompile.ir_module import IRModule
-from mpcompile.parts import attribute
+from mpcompile.ir.graph import Lifted, argument, dynamo_name, fake_value, target_name
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import attribute
 from mpcompile.tracing import AUGMENTED, UNDECIDED
 
 _IN_PLACE = frozenset({"setitem", *(function.__name__ for function in AUGMENTED)})

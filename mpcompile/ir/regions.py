@@ -2,7 +2,7 @@
 
 What only says how a part is run (activation checkpointing, autocast, recording of gradients) is put into the graph
 around it, so that passes see its layers. Tags on the nodes keep what checkpointing asks for: AOTAutograd recomputes
-them in the backward pass. Branches and loops stay whole; :func:`mpcompile.graph.unsupported` tells of their weights.
+them in the backward pass. Branches and loops stay whole; :func:`mpcompile.ir.graph.unsupported` tells of their weights.
 """
 
 from __future__ import annotations
