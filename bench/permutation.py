@@ -17,7 +17,7 @@ import torch
 from bench.common import RESULTS, environment, load, save
 from bench.mask_speed import shaken
 from mpcompile import Config
-from mpcompile.importers import import_model
+from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import layers, propagate
 from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.axes import analyse

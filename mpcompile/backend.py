@@ -24,9 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpcompile import __version__
+from mpcompile.capture.importers import Imported, import_model
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.importers import Imported, import_model
 from mpcompile.ir.graph import Lifted, layers, propagate, unsupported
 from mpcompile.ir.module import IRModule, owned_by_transformed
 from mpcompile.ir.numerics import autocasts, exact

@@ -11,9 +11,9 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import InputError, printable
-from mpcompile.importers import import_model
 from mpcompile.ir.graph import layers
 from mpcompile.kernels import timing
 from mpcompile.passes.base import Context

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from mpcompile.calibration import as_batches, peek
+from mpcompile.capture.importers import Imported, check_values, import_model
+from mpcompile.capture.modes import with_ordinary_tensors
 from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.errors import ConfigError, GraphError, InputError
-from mpcompile.importers import Imported, check_values, import_model
 from mpcompile.ir.effects import explicit
 from mpcompile.ir.graph import layers, propagate
 from mpcompile.ir.macs import count, node_macs
@@ -24,7 +25,6 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import exact
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.modes import with_ordinary_tensors
 from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.capture.importers import Imported
 from mpcompile.errors import InputError
-from mpcompile.importers import Imported
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.graph import LayerOp, training_flags
 from mpcompile.ir.numerics import exact

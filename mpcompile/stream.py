@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from mpcompile.calibration import FULL, Accumulator, Moments, batches, kind_for
+from mpcompile.capture.importers import Imported
 from mpcompile.errors import InputError
-from mpcompile.importers import Imported
 from mpcompile.ir.effects import own_copies, storage, switches, written
 from mpcompile.ir.graph import LayerOp, training_flags
 from mpcompile.ir.numerics import modes_kept

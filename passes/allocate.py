@@ -19,8 +19,8 @@ from tqdm import tqdm
 from mpcompile import allocation, damage
 from mpcompile.analysis import study
 from mpcompile.calibration import Moments, as_batches, batches, collect
+from mpcompile.capture.importers import Imported
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
-from mpcompile.importers import Imported
 from mpcompile.ir.graph import LayerOp, layers
 from mpcompile.ir.macs import count, node_macs
 from mpcompile.ir.module import IRModule

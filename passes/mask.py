@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mpcompile.calibration import as_batches, batches, collect
+from mpcompile.capture.importers import Imported
 from mpcompile.config import ROLES, Config
 from mpcompile.errors import GraphError, InputError, NotEligibleError
-from mpcompile.importers import Imported
 from mpcompile.ir.graph import LayerOp, argument, element_count, layers, unsupported
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.parts import set_attribute

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.calibration import DIAGONAL, as_batches, batches, collect
-from mpcompile.importers import Imported
+from mpcompile.capture.importers import Imported
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.graph import LayerOp, layers, training_flags
 from mpcompile.ir.module import IRModule

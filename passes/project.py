@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from mpcompile import refit, scores
 from mpcompile.calibration import DIAGONAL, FULL, Moments, as_batches, collect
+from mpcompile.capture.importers import Imported
 from mpcompile.errors import ArtifactError
 from mpcompile.files import replace_atomically
-from mpcompile.importers import Imported
 from mpcompile.ir.graph import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.base import Context

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mpcompile.importers import Imported
+from mpcompile.capture.importers import Imported
 from mpcompile.ir.module import IRModule
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.project import reestimate

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mpcompile.importers import Imported, import_model
+from mpcompile.capture.importers import Imported, import_model
 
 
 def tiny_vit(**kwargs: Any) -> VisionTransformer:

@@ -12,8 +12,8 @@ from torch import nn
 
 from mpcompile import Config, MPCompileError, Pipeline, Plan, allocation, backend, damage, sensitivity, transform
 from mpcompile.calibration import FULL, Moments
+from mpcompile.capture.importers import import_model
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
-from mpcompile.importers import import_model
 from mpcompile.ir.graph import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.allocate import Allocate

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mpcompile import Config, Pipeline, load, save, transform
 from mpcompile.artifact.leaves import LAYERS
-from mpcompile.importers import import_model
+from mpcompile.capture.importers import import_model
 from mpcompile.ir.module import IRModule
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.mask import Mask

@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations
 
 from mpcompile import Config, artifact, load, save, transform
+from mpcompile.capture.importers import import_model
 from mpcompile.errors import ArtifactError
-from mpcompile.importers import import_model
 from mpcompile.ir.module import IRModule
 from tests.helpers import images, mlp, tiny_vit
 

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from mpcompile import Config, load, lower, save, transform
-from mpcompile.importers import import_model
+from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import layers, propagate
 from mpcompile.ir.parts import FOLDED
 from mpcompile.kernels import ops

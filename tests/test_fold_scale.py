@@ -8,7 +8,7 @@ from torch import nn
 
 import mpcompile
 from mpcompile import Config, transform
-from mpcompile.importers import import_model
+from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import layers, propagate
 from mpcompile.ir.parts import FOLDED
 from mpcompile.kernels import ops

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.importers import import_model
+from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import Lifted, argument, layers, propagate
 from mpcompile.ir.parts import keep
 from mpcompile.kernels import ops

@@ -9,7 +9,7 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from torch import fx, nn
 
 from mpcompile import Config
-from mpcompile.importers import Tracer
+from mpcompile.capture.importers import Tracer
 from mpcompile.ir.graph import propagate
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops

@@ -11,8 +11,8 @@ from torch import nn
 
 from mpcompile import Config, transform
 from mpcompile.calibration import batches, collect
+from mpcompile.capture.importers import import_model
 from mpcompile.errors import InputError, NotEligibleError
-from mpcompile.importers import import_model
 from mpcompile.ir.graph import propagate
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear

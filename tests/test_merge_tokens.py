@@ -9,8 +9,8 @@ from torch import nn
 
 import mpcompile
 from mpcompile import Config, Pipeline, transform
+from mpcompile.capture.importers import import_model
 from mpcompile.errors import ConfigError, GraphError, MPCompileError, NotEligibleError
-from mpcompile.importers import import_model
 from mpcompile.kernels import ops
 from mpcompile.passes.merge_tokens import MergeTokens
 from mpcompile.pipeline import run_pipeline

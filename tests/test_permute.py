@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.importers import import_model
+from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.axes import analyse

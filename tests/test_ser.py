@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import mpcompile
+from mpcompile.capture.importers import import_model
 from mpcompile.errors import InputError
-from mpcompile.importers import import_model
 from mpcompile.ser import layer_weights, source_masks
 from tests.helpers import images, mlp, tiny_vit
 

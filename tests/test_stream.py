@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from mpcompile import Config, transform
 from mpcompile.calibration import Accumulator
-from mpcompile.importers import import_model
+from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import layers
 from mpcompile.kernels import ops
 from mpcompile.stream import Stream

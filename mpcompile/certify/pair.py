@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mpcompile.capture.importers import import_model
 from mpcompile.certify.rules import operator_name
 from mpcompile.errors import GraphError, InputError
-from mpcompile.importers import import_model
 from mpcompile.ir.graph import layers, training_flags
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops

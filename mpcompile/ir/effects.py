@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from mpcompile.capture.tracing import AUGMENTED, UNDECIDED
 from mpcompile.ir.graph import Lifted, argument, dynamo_name, fake_value, target_name
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.parts import attribute
-from mpcompile.tracing import AUGMENTED, UNDECIDED
 
 _IN_PLACE = frozenset({"setitem", *(function.__name__ for function in AUGMENTED)})
 _SWITCHES = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mpcompile.capture.importers import import_model
 from mpcompile.errors import InputError
-from mpcompile.importers import import_model
 from mpcompile.ir.graph import propagate, shape_of
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mpcompile.capture.modes import captured_mode, ordinary
+from mpcompile.capture.tracing import UNDECIDED, Tracer, replaced_forward
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
 from mpcompile.ir.effects import settle
 from mpcompile.ir.graph import Lifted, dynamo_name, fake_value, hint, layers, lifted_from, propagate, training_flags
@@ -32,8 +34,6 @@ from mpcompile.ir.module import RESERVED, IRModule
 from mpcompile.ir.parts import carry
 from mpcompile.ir.regions import inline_regions
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
-from mpcompile.modes import captured_mode, ordinary
-from mpcompile.tracing import UNDECIDED, Tracer, replaced_forward
 
 _SCALARS = (bool, int, float, str, type(None))
 _WRAPPERS = {  # class -> what to pass instead
