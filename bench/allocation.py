@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.common import environment, save, table
 from bench.mask_ladder import Task, divergence, predict, task
 from mpcompile import Config, Pipeline, transform
-from mpcompile.calibration import draw
+from mpcompile.calibration.moments import draw
 from mpcompile.ir.module import IRModule
 from mpcompile.passes.allocate import Allocate, _Data, _Layer
 from mpcompile.passes.analyze import Analyze

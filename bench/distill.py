@@ -29,7 +29,7 @@ import mpcompile
 from bench.common import environment, load, save, table
 from bench.mask_ladder import Task, right, task
 from mpcompile import Config, Training, distill, transform
-from mpcompile.calibration import draw
+from mpcompile.calibration.moments import draw
 from mpcompile.distill import apply_masks
 from mpcompile.ir.module import IRModule
 

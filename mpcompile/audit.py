@@ -25,7 +25,7 @@ from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
 from mpcompile.backend import CompiledGraph, compiled_graphs
-from mpcompile.calibration import as_batches
+from mpcompile.calibration.moments import as_batches
 from mpcompile.errors import InputError
 from mpcompile.ir.flops import flop_counter
 from mpcompile.ir.graph import propagate, training_flags

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpcompile import refit, scores
 from mpcompile.allocation import lost_energy
-from mpcompile.calibration import DIAGONAL, FULL, Moments
+from mpcompile.calibration.moments import DIAGONAL, FULL, Moments
 from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.project import DAMPING
@@ -55,7 +55,7 @@ def calibrated(
     """½ Σ_i G_i d_i' C d_i for each pattern: what the model's output loses if this layer alone gets it.
 
     d_i is how row i of the weight changes, as :func:`projections` has it, C = E[x x'] of the layer's inputs, G from
-    :func:`mpcompile.sensitivity.output_energy`.
+    :func:`mpcompile.calibration.sensitivity.output_energy`.
     """
     total = dict.fromkeys(patterns, 0.0)
     rows = to_rows(weight.detach()).float()

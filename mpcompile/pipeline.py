@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpcompile.calibration import as_batches, peek
+from mpcompile.calibration.moments import as_batches, peek
 from mpcompile.capture.importers import Imported, check_values, import_model
 from mpcompile.capture.modes import with_ordinary_tensors
 from mpcompile.config import CALIBRATIONS, Config

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from mpcompile import allocation, damage
 from mpcompile.analysis import study
-from mpcompile.calibration import Moments, as_batches, batches, collect
+from mpcompile.calibration.moments import Moments, as_batches, batches, collect
+from mpcompile.calibration.sensitivity import Batch, batch_length, divergence, output_energy, samples
+from mpcompile.calibration.stream import batch_norms
 from mpcompile.capture.importers import Imported
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
 from mpcompile.ir.graph import LayerOp, layers
@@ -29,8 +31,6 @@ from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.mask import eligible
 from mpcompile.passes.project import reestimate
 from mpcompile.plan import LayerPlan
-from mpcompile.sensitivity import Batch, batch_length, divergence, output_energy, samples
-from mpcompile.stream import batch_norms
 
 DAMAGES = ("calibrated", "mp", "magnitude", "seb", "uniform")
 HELD_OUT = 0.25  # share of the calibration samples that the comparison is made on

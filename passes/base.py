@@ -18,7 +18,7 @@ from mpcompile.kernels.nm_format import Pattern
 from mpcompile.plan import PassRecord, Plan
 
 if TYPE_CHECKING:
-    from mpcompile.calibration import Moments
+    from mpcompile.calibration.moments import Moments
     from mpcompile.passes.project import Projection
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.calibration import as_batches, batches, collect
+from mpcompile.calibration.moments import as_batches, batches, collect
 from mpcompile.capture.importers import Imported
 from mpcompile.config import ROLES, Config
 from mpcompile.errors import GraphError, InputError, NotEligibleError

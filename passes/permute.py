@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile.calibration import DIAGONAL, as_batches, batches, collect
+from mpcompile.calibration.moments import DIAGONAL, as_batches, batches, collect
 from mpcompile.capture.importers import Imported
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.graph import LayerOp, layers, training_flags

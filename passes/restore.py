@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from mpcompile.calibration.stream import batch_norms
 from mpcompile.capture.importers import Imported
 from mpcompile.ir.module import IRModule
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.project import reestimate
-from mpcompile.stream import batch_norms
 
 
 class Restore(Pass):

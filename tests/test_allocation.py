@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import nn
 
-from mpcompile import Config, MPCompileError, Pipeline, Plan, allocation, backend, damage, sensitivity, transform
-from mpcompile.calibration import FULL, Moments
+from mpcompile import Config, MPCompileError, Pipeline, Plan, allocation, backend, damage, transform
+from mpcompile.calibration import sensitivity
+from mpcompile.calibration.moments import FULL, Moments
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
 from mpcompile.ir.graph import layers

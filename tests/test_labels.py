@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mpcompile import Config, audit, certify, distill, errors, transform
-from mpcompile.calibration import draw
+from mpcompile.calibration.moments import draw
 from mpcompile.distill import distillation_loss
 from mpcompile.errors import InputError
 from mpcompile.labels import Labels, class_numbers, whole_numbers

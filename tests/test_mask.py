@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.calibration import batches, collect
+from mpcompile.calibration.moments import batches, collect
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import InputError, NotEligibleError
 from mpcompile.ir.graph import propagate

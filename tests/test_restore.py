@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcompile import Config, Pipeline, scores, transform
-from mpcompile.calibration import Moments, draw
+from mpcompile.calibration.moments import Moments, draw
+from mpcompile.calibration.stream import Stream
 from mpcompile.config import SCORES
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.mask import Mask, verify
 from mpcompile.passes.project import choose, project
 from mpcompile.refit import error, exchange_sweep, least_squares, refit
-from mpcompile.stream import Stream
 from tests.helpers import images, mlp, relative, tiny_vit
 
 

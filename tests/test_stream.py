@@ -5,11 +5,11 @@ import torch
 from torch import fx, nn
 
 from mpcompile import Config, transform
-from mpcompile.calibration import Accumulator
+from mpcompile.calibration.moments import Accumulator
+from mpcompile.calibration.stream import Stream
 from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import layers
 from mpcompile.kernels import ops
-from mpcompile.stream import Stream
 from tests.helpers import images, relative, tiny_vit
 
 

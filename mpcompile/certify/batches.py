@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpcompile.calibration import as_batches
+from mpcompile.calibration.moments import as_batches
 from mpcompile.certify.pair import trace
 from mpcompile.errors import InputError, MPCompileError
 from mpcompile.labels import Labels

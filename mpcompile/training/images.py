@@ -12,7 +12,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from mpcompile.calibration import draw
+from mpcompile.calibration.moments import draw
 from mpcompile.config import only_fields
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.images import data_config, preprocess

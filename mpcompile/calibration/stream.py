@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from mpcompile.calibration import FULL, Accumulator, Moments, batches, kind_for
+from mpcompile.calibration.moments import FULL, Accumulator, Moments, batches, kind_for
 from mpcompile.capture.importers import Imported
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies, storage, switches, written
