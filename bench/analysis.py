@@ -17,7 +17,8 @@ import timm
 import torch
 
 from bench.common import common_arguments, environment, fill, save, table
-from mpcompile import allocation, analyze
+from mpcompile import analyze
+from mpcompile.pruning import knapsack as allocation
 
 FLOORS = {"vit_base_patch16_224": 15.0, "vit_large_patch16_224": 60.0, "resnet152d": 30.0}
 

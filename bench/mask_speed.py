@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from bench.common import environment, save
-from mpcompile import Config, refit, transform
-from mpcompile.passes import permute, project
+from mpcompile import Config, transform
+from mpcompile.passes import permute
+from mpcompile.pruning import project, refit
 from mpcompile.verify import verify
 
 

@@ -24,7 +24,7 @@ from mpcompile.passes.axes import analyse
 from mpcompile.passes.base import Context
 from mpcompile.passes.mask import eligible
 from mpcompile.passes.permute import Permute, classes, fold
-from mpcompile.permutation import efficacy, retained, search
+from mpcompile.pruning.column_order import efficacy, retained, search
 
 MODELS = (
     "vit_base_patch16_224",

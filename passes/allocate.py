@@ -1,7 +1,7 @@
 """Allocate: give each layer a pattern of its own, so that a share of the MACs (or bytes) is saved at least damage.
 
-The damage of every layer under every pattern of the menu is predicted (mpcompile/damage.py), the best choice is an
-exact knapsack (mpcompile/allocation.py), and with data it has to beat the uniform choice of equal savings on
+The damage of every layer under every pattern of the menu is predicted (mpcompile/pruning/damage.py), the best choice is an
+exact knapsack (mpcompile/pruning/knapsack.py), and with data it has to beat the uniform choice of equal savings on
 calibration samples that it has not seen: the better one is kept, and the Plan names it.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mpcompile import allocation, damage
 from mpcompile.analysis import study
 from mpcompile.calibration.moments import Moments, as_batches, batches, collect
 from mpcompile.calibration.sensitivity import Batch, batch_length, divergence, output_energy, samples
@@ -29,8 +28,10 @@ from mpcompile.ir.module import IRModule
 from mpcompile.kernels.nm_format import Pattern, packed_bytes
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.mask import eligible
-from mpcompile.passes.project import reestimate
 from mpcompile.plan import LayerPlan
+from mpcompile.pruning import damage
+from mpcompile.pruning import knapsack as allocation
+from mpcompile.pruning.project import reestimate
 
 DAMAGES = ("calibrated", "mp", "magnitude", "seb", "uniform")
 HELD_OUT = 0.25  # share of the calibration samples that the comparison is made on

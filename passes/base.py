@@ -19,7 +19,7 @@ from mpcompile.plan import PassRecord, Plan
 
 if TYPE_CHECKING:
     from mpcompile.calibration.moments import Moments
-    from mpcompile.passes.project import Projection
+    from mpcompile.pruning.project import Projection
 
 
 @dataclass

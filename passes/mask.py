@@ -1,6 +1,6 @@
 """Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph.
 
-The scores are in mpcompile/scores.py. With calibration data the layers are decided one after another along the graph,
+The scores are in mpcompile/pruning/scores.py. With calibration data the layers are decided one after another along the graph,
 on the pruned prefix (``calibrate``), refitted on the way if Restore follows; or all from one dense pass.
 """
 
@@ -25,10 +25,10 @@ from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.project import Projection, in_sequence, project
 from mpcompile.plan import LayerPlan, is_lowered
-from mpcompile.scores import covariance_mask, magnitude_mask, top_n
-from mpcompile.ser import source_masks
+from mpcompile.pruning.project import Projection, in_sequence, project
+from mpcompile.pruning.scores import covariance_mask, magnitude_mask, top_n
+from mpcompile.pruning.ser import source_masks
 
 _ALREADY = "already masked"
 

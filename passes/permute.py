@@ -1,7 +1,7 @@
 """Permute: reorder channels so that the masks keep more, folded into the weights.
 
 Channels that may be reordered without changing the network are found on any graph (passes/axes.py); for each such
-class the layers that read it are collected, and an order is searched (mpcompile/permutation.py) that leaves the least
+class the layers that read it are collected, and an order is searched (mpcompile/pruning/column_order.py) that leaves the least
 to remove. Names, shapes and run time stay as they are. Where the channels are split into heads or convolution groups,
 each has an order of its own.
 """
@@ -25,7 +25,7 @@ from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.axes import Analysis, Atoms, analyse
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.mask import eligible
-from mpcompile.permutation import retained, search
+from mpcompile.pruning.column_order import retained, search
 
 _ROWS = 512  # rows of a class that the search looks at, drawn evenly from all its readers
 _STEPS = 400

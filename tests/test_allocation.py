@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import nn
 
-from mpcompile import Config, MPCompileError, Pipeline, Plan, allocation, backend, damage, transform
+from mpcompile import Config, MPCompileError, Pipeline, Plan, backend, transform
 from mpcompile.calibration import sensitivity
 from mpcompile.calibration.moments import FULL, Moments
 from mpcompile.capture.importers import import_model
@@ -21,7 +21,9 @@ from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.mask import Mask, verify
 from mpcompile.pipeline import run_pipeline
-from mpcompile.scores import magnitude_mask
+from mpcompile.pruning import damage
+from mpcompile.pruning import knapsack as allocation
+from mpcompile.pruning.scores import magnitude_mask
 from tests.helpers import capture, convolutional, images, mlp, tiny_vit
 
 # The knapsack

@@ -11,7 +11,7 @@ from mpcompile.ir.graph import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.axes import analyse
 from mpcompile.passes.permute import classes, fold
-from mpcompile.permutation import efficacy, retained, search
+from mpcompile.pruning.column_order import efficacy, retained, search
 from tests.helpers import convolutional, images, mlp, tiny_vit
 
 

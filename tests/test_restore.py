@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mpcompile import Config, Pipeline, scores, transform
+from mpcompile import Config, Pipeline, transform
 from mpcompile.calibration.moments import Moments, draw
 from mpcompile.calibration.stream import Stream
 from mpcompile.config import SCORES
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.mask import Mask, verify
-from mpcompile.passes.project import choose, project
-from mpcompile.refit import error, exchange_sweep, least_squares, refit
+from mpcompile.pruning import scores
+from mpcompile.pruning.project import choose, project
+from mpcompile.pruning.refit import error, exchange_sweep, least_squares, refit
 from tests.helpers import images, mlp, relative, tiny_vit
 
 

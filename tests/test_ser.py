@@ -9,7 +9,7 @@ from torch import nn
 import mpcompile
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import InputError
-from mpcompile.ser import layer_weights, source_masks
+from mpcompile.pruning.ser import layer_weights, source_masks
 from tests.helpers import images, mlp, tiny_vit
 
 

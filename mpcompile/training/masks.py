@@ -14,7 +14,7 @@ from mpcompile.errors import InputError
 from mpcompile.ir.graph import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
-from mpcompile.scores import magnitude_mask
+from mpcompile.pruning.scores import magnitude_mask
 
 _FADED = 0.5  # share of the steps after which nothing of what is removed is left in "gradual"
 

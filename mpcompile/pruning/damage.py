@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile import refit, scores
-from mpcompile.allocation import lost_energy
 from mpcompile.calibration.moments import DIAGONAL, FULL, Moments
 from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
-from mpcompile.passes.project import DAMPING
+from mpcompile.pruning import refit, scores
+from mpcompile.pruning.knapsack import lost_energy
+from mpcompile.pruning.project import DAMPING
 
 _STEPS = 8  # of least squares
 MARGIN = 0.1  # by which a finite random matrix may pass its edge

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from mpcompile import refit, scores
 from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, as_batches, collect
 from mpcompile.calibration.stream import Stream, batch_norms
 from mpcompile.capture.importers import Imported
@@ -25,6 +24,7 @@ from mpcompile.files import replace_atomically
 from mpcompile.ir.graph import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.base import Context
+from mpcompile.pruning import refit, scores
 
 # A fit to dense outputs from pruned inputs shrinks what it can't foretell. BatchNorm statistics that are taken anew
 # undo that; without them the whole way loses more than it wins: of 0, 1/4, 1/2 and 1, 1/4 was best on images kept out.

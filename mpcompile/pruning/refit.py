@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.scores import _BLOCK, _CHUNK
+from mpcompile.pruning.scores import _BLOCK, _CHUNK
 
 _ROUGH = 0.04  # tolerance of least squares before a sweep: solved further, values settle into the mask they have
 
