@@ -9,7 +9,6 @@ if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml
     # A checkout without symbolic links (some archives and file systems drop them): passes/ and kernels/ lie beside us.
     __path__.append(str(_root))
 
-from mpcompile.analysis import Analysis, analyze
 from mpcompile.artifact import load, save
 from mpcompile.audit import Report, audit
 from mpcompile.backend import refresh
@@ -20,6 +19,7 @@ from mpcompile.errors import MPCompileError
 from mpcompile.explain import Explanation, explain
 from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
+from mpcompile.rmt.analysis import Analysis, analyze
 from mpcompile.visualize import visualize_merging
 
 __all__ = [

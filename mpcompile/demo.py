@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mpcompile
-from mpcompile.analysis import analyze
 from mpcompile.audit import audit
 from mpcompile.backend import mpsparse
 from mpcompile.config import Config
@@ -29,6 +28,7 @@ from mpcompile.errors import ArtifactError, MPCompileError
 from mpcompile.files import make_folder, replace_atomically, write_atomically
 from mpcompile.kernels.store import cache_folder
 from mpcompile.pipeline import transform
+from mpcompile.rmt.analysis import analyze
 
 HELD_OUT, FOLDS = 450, 4  # of 1,797 scans: the last part has 447
 SHIFT = 2  # pixels of random shift in training

@@ -16,7 +16,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mpcompile.analysis import study
 from mpcompile.calibration.moments import Moments, as_batches, batches, collect
 from mpcompile.calibration.sensitivity import Batch, batch_length, divergence, output_energy, samples
 from mpcompile.calibration.stream import batch_norms
@@ -32,6 +31,7 @@ from mpcompile.plan import LayerPlan
 from mpcompile.pruning import damage
 from mpcompile.pruning import knapsack as allocation
 from mpcompile.pruning.project import reestimate
+from mpcompile.rmt.analysis import study
 
 DAMAGES = ("calibrated", "mp", "magnitude", "seb", "uniform")
 HELD_OUT = 0.25  # share of the calibration samples that the comparison is made on

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mpcompile import Analysis, MPCompileError, analysis, analyze, cli
-from mpcompile.analysis import study, study_all
+from mpcompile import Analysis, MPCompileError, analyze, cli
 from mpcompile.errors import ArtifactError, InputError
+from mpcompile.rmt import analysis
+from mpcompile.rmt.analysis import study, study_all
 from tests.helpers import tiny_vit
 
 

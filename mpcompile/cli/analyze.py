@@ -10,7 +10,6 @@ import torch
 
 import mpcompile
 from mpcompile import verify as verifier
-from mpcompile.analysis import check_plot
 from mpcompile.cli.common import (
     Commands,
     at_least,
@@ -23,6 +22,7 @@ from mpcompile.cli.common import (
 )
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.errors import ConfigError
+from mpcompile.rmt.analysis import check_plot
 
 
 def add(commands: Commands) -> None:

@@ -148,7 +148,7 @@ def inadmissible(weight: Tensor, fit: Mapping[str, Any], patterns: Sequence[Patt
 
     Args:
         fit: ``verdict``, ``separable``, ``edge``, ``spikes`` and, where there are any, ``blocks``, as from
-            :meth:`mpcompile.analysis.LayerAnalysis.notes`.
+            :meth:`mpcompile.rmt.analysis.LayerAnalysis.notes`.
     """
     if fit["verdict"] != "mp" or fit.get("separable") or not patterns:
         return {}
