@@ -10,13 +10,13 @@ if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml
     __path__.append(str(_root))
 
 from mpcompile.artifact import load, save
-from mpcompile.audit import Report, audit
 from mpcompile.backend import refresh
 from mpcompile.certify import Certificates, certify
 from mpcompile.config import Config
 from mpcompile.distill import Training, distill
 from mpcompile.errors import MPCompileError
-from mpcompile.explain import Explanation, explain
+from mpcompile.measure.audit import Report, audit
+from mpcompile.measure.explain import Explanation, explain
 from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
 from mpcompile.rmt.analysis import Analysis, analyze

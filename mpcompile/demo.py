@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mpcompile
-from mpcompile.audit import audit
 from mpcompile.backend import mpsparse
 from mpcompile.config import Config
 from mpcompile.distill import distill, parameter_groups
 from mpcompile.errors import ArtifactError, MPCompileError
 from mpcompile.files import make_folder, replace_atomically, write_atomically
 from mpcompile.kernels.store import cache_folder
+from mpcompile.measure.audit import audit
 from mpcompile.pipeline import transform
 from mpcompile.rmt.analysis import analyze
 

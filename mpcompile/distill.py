@@ -14,8 +14,8 @@ from torch import nn
 
 from mpcompile.errors import ConfigError
 from mpcompile.ir.graph import training_flags
+from mpcompile.measure.evaluate import evaluate
 from mpcompile.training import checkpoint
-from mpcompile.training.evaluate import evaluate
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.masks import apply_masks
 from mpcompile.training.options import Training

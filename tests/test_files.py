@@ -19,8 +19,8 @@ from mpcompile import Config, cli, events, files, load, save, transform
 from mpcompile.cli.common import read_config
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError, printable
 from mpcompile.export import save_dense, save_pt2
+from mpcompile.measure.report import Report, Row
 from mpcompile.plan import LayerPlan, PassRecord, Plan
-from mpcompile.report import Report, Row
 from mpcompile.state_dicts import Ignored
 from mpcompile.training import checkpoint
 from mpcompile.training.recipe import Recipe

@@ -10,7 +10,7 @@ from mpcompile.calibration.moments import draw
 from mpcompile.distill import distillation_loss
 from mpcompile.errors import InputError
 from mpcompile.labels import Labels, class_numbers, whole_numbers
-from mpcompile.training.evaluate import evaluate
+from mpcompile.measure.evaluate import evaluate
 
 COUNT = 12
 WHOLE = [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32]

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mpcompile.report import finite
+from mpcompile.measure.report import finite
 
 DETERMINISTIC, PROBABLE, NONE = "deterministic", "high probability", "not certified"
 

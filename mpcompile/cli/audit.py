@@ -16,7 +16,7 @@ from mpcompile.config import Config
 from mpcompile.errors import ConfigError
 from mpcompile.images import Images, data_config, images_at
 from mpcompile.ir.module import IRModule
-from mpcompile.report import Report
+from mpcompile.measure.report import Report
 from mpcompile.training.batches import forward
 
 CALIBRATED = 256  # images that a new transform is calibrated on at most, as in `compile`

@@ -32,7 +32,7 @@ from mpcompile.ir.graph import propagate, training_flags
 from mpcompile.ir.macs import count
 from mpcompile.ir.module import IRModule
 from mpcompile.labels import Labels, check_range
-from mpcompile.report import BARS, COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
+from mpcompile.measure.report import BARS, COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
 from mpcompile.training.batches import read
 
 
