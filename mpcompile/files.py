@@ -482,7 +482,7 @@ def _loaded(path: Path) -> Any:
             return _unpickled(file, path)
     if is_artifact(path):
         from mpcompile.artifact import load
-        from mpcompile.export import dense_state
+        from mpcompile.export.programs import dense_state
 
         return dense_state(load(path))
     from safetensors.torch import load_file

@@ -18,7 +18,7 @@ from torch import nn
 from mpcompile import Config, cli, events, files, load, save, transform
 from mpcompile.cli.common import read_config
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError, printable
-from mpcompile.export import save_dense, save_pt2
+from mpcompile.export.programs import save_dense, save_pt2
 from mpcompile.measure.report import Report, Row
 from mpcompile.plan import LayerPlan, PassRecord, Plan
 from mpcompile.state_dicts import Ignored

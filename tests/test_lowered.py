@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile import Config, export, transform
+from mpcompile import Config, transform
 from mpcompile.artifact import ArtifactError, opset
 from mpcompile.backend import mpsparse
+from mpcompile.export import programs as export
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.native import GENERAL
 from tests.helpers import convolutional, images, mlp, relative, tiny_vit

@@ -25,7 +25,7 @@ from mpcompile.cli.destinations import ARTIFACT, FILE, declare
 from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.errors import ConfigError
-from mpcompile.export import FORMATS, save_dense
+from mpcompile.export.programs import FORMATS, save_dense
 from mpcompile.images import Images, data_config, folder
 
 
