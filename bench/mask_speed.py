@@ -22,9 +22,9 @@ from torch import nn
 
 from bench.common import environment, save
 from mpcompile import Config, transform
+from mpcompile.artifact.verify import verify
 from mpcompile.passes import permute
 from mpcompile.pruning import project, refit
-from mpcompile.verify import verify
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml
     # A checkout without symbolic links (some archives and file systems drop them): passes/ and kernels/ lie beside us.
     __path__.append(str(_root))
 
-from mpcompile.artifact import load, save
+from mpcompile.artifact.file import load, save
 from mpcompile.backend import refresh
 from mpcompile.certify import Certificates, certify
 from mpcompile.config import Config

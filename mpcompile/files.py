@@ -481,7 +481,7 @@ def _loaded(path: Path) -> Any:
         if head[8:9] != b"{" and path.suffix != ".safetensors":
             return _unpickled(file, path)
     if is_artifact(path):
-        from mpcompile.artifact import load
+        from mpcompile.artifact.file import load
         from mpcompile.export.programs import dense_state
 
         return dense_state(load(path))

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrizations
 
-from mpcompile import Config, artifact, load, save, transform
+from mpcompile import Config, load, save, transform
+from mpcompile.artifact import file as artifact
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import ArtifactError
 from mpcompile.ir.module import IRModule

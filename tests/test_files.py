@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mpcompile import Config, cli, events, files, load, save, transform
+from mpcompile.artifact.verify import read, verify
 from mpcompile.cli.common import read_config
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError, printable
 from mpcompile.export.programs import save_dense, save_pt2
@@ -24,7 +25,6 @@ from mpcompile.plan import LayerPlan, PassRecord, Plan
 from mpcompile.state_dicts import Ignored
 from mpcompile.training import checkpoint
 from mpcompile.training.recipe import Recipe
-from mpcompile.verify import read, verify
 from mpcompile.visualize import visualize_merging
 from tests.helpers import images, mlp, tiny_vit
 

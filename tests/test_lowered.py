@@ -8,7 +8,8 @@ from torch import nn
 
 import mpcompile
 from mpcompile import Config, transform
-from mpcompile.artifact import ArtifactError, opset
+from mpcompile.artifact import opset
+from mpcompile.artifact.file import ArtifactError
 from mpcompile.backend import mpsparse
 from mpcompile.export import programs as export
 from mpcompile.kernels import ops

@@ -8,8 +8,8 @@ from torch import nn
 
 import mpcompile
 from mpcompile import Config, MPCompileError
+from mpcompile.artifact.verify import verify
 from mpcompile.backend import compiled_graphs, mpsparse
-from mpcompile.verify import verify
 from tests.helpers import images, tiny_vit
 
 MAGNITUDE = {"score": "magnitude"}

@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 
 import mpcompile
 from mpcompile import Config, cli, transform
+from mpcompile.artifact.verify import inspect, verify
 from mpcompile.errors import ArtifactError
 from mpcompile.kernels.nm_format import Pattern, from_rows
 from mpcompile.passes.mask import magnitude_mask
-from mpcompile.verify import inspect, verify
 from tests.helpers import images, mlp, tiny_vit
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import mpcompile
-from mpcompile import verify as verifier
+from mpcompile.artifact import verify as verifier
 from mpcompile.cli.common import (
     Commands,
     at_least,

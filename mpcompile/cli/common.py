@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.artifact import WEIGHTS
+from mpcompile.artifact.file import WEIGHTS
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.errors import ArtifactError, ConfigError, InputError, printable_lines

@@ -7,7 +7,7 @@ import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mpcompile import verify as verifier
+from mpcompile.artifact import verify as verifier
 from mpcompile.cli.common import Commands, command, create, json_option, names_file, show
 from mpcompile.errors import ConfigError
 

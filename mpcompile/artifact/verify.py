@@ -171,7 +171,7 @@ def read(path: Path) -> Mapping[str, Tensor] | IRModule:
     Raises:
         ArtifactError: the file is missing or can't be read.
     """
-    from mpcompile.artifact import load
+    from mpcompile.artifact.file import load
     from mpcompile.files import is_artifact, read_checkpoint
 
     return load(path) if is_artifact(path) else read_checkpoint(path)
