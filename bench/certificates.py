@@ -29,10 +29,10 @@ import mpcompile
 from bench.common import common_arguments, environment, fill, load, save, table
 from bench.mask_ladder import task
 from mpcompile import Config
-from mpcompile.certify import rules
-from mpcompile.certify.bounds import cross_entropy_bound
-from mpcompile.certify.enclosure import Enclosure
-from mpcompile.certify.report import Certificates
+from mpcompile.certificates.bounds import cross_entropy_bound
+from mpcompile.certificates.enclosures import rules
+from mpcompile.certificates.enclosures.enclosure import Enclosure
+from mpcompile.certificates.report import Certificates
 from mpcompile.kernels.nm_format import Pattern
 
 PATTERNS = ("2:4", "8:16", "12:16", "15:16")

@@ -11,7 +11,7 @@ if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml
 
 from mpcompile.artifact.file import load, save
 from mpcompile.backend import refresh
-from mpcompile.certify import Certificates, certify
+from mpcompile.certificates.api import Certificates, certify
 from mpcompile.config import Config
 from mpcompile.distill import Training, distill
 from mpcompile.errors import MPCompileError

@@ -15,7 +15,8 @@ from torch import nn
 import mpcompile
 from bench import certificates as bench
 from mpcompile import Config, certify, cli, errors, transform
-from mpcompile.certify import bounds, rules
+from mpcompile.certificates import bounds
+from mpcompile.certificates.enclosures import rules
 from tests.helpers import mlp, tiny_vit
 
 

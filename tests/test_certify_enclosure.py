@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from mpcompile.certify import functions as fn
-from mpcompile.certify.enclosure import Enclosure, multiplied
-from mpcompile.certify.rules import RULES, NoRule, enclose
+from mpcompile.certificates.enclosures import functions as fn
+from mpcompile.certificates.enclosures.enclosure import Enclosure, multiplied
+from mpcompile.certificates.enclosures.rules import RULES, NoRule, enclose
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpcompile.certify.enclosure import (
+from mpcompile.certificates.enclosures.enclosure import (
     EPS,
     Enclosure,
     Map,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import torch
 
-from mpcompile.certify import bounds
-from mpcompile.certify.pair import Pair
-from mpcompile.certify.report import DETERMINISTIC, NONE, PROBABLE, Certificates, Layer, Statement, Tier
-from mpcompile.certify.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER
-from mpcompile.certify.work import TierResults, Work
+from mpcompile.certificates import bounds
+from mpcompile.certificates.pair import Pair
+from mpcompile.certificates.report import DETERMINISTIC, NONE, PROBABLE, Certificates, Layer, Statement, Tier
+from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER
+from mpcompile.certificates.work import TierResults, Work
 
 
 def summarise(work: Work, l1: float, l2: float, confidence: float) -> Certificates:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpcompile.calibration.moments import as_batches
-from mpcompile.certify.pair import trace
+from mpcompile.certificates.pair import trace
 from mpcompile.errors import InputError, MPCompileError
 from mpcompile.labels import Labels
 from mpcompile.training.batches import read as read_loader

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile.capture.importers import import_model
-from mpcompile.certify.rules import operator_name
+from mpcompile.certificates.enclosures.rules import operator_name
 from mpcompile.errors import GraphError, InputError
 from mpcompile.ir.graph import layers, training_flags
 from mpcompile.ir.module import IRModule

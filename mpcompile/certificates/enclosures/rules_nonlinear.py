@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mpcompile.certify import functions as fn
-from mpcompile.certify.enclosure import Enclosure, add, moved, multiplied, scaled, shifted
-from mpcompile.certify.registry import RULES, NoRule, refuse, rule
-from mpcompile.certify.rules_linear import biased, over_axes
+from mpcompile.certificates.enclosures import functions as fn
+from mpcompile.certificates.enclosures.enclosure import Enclosure, add, moved, multiplied, scaled, shifted
+from mpcompile.certificates.enclosures.registry import RULES, NoRule, refuse, rule
+from mpcompile.certificates.enclosures.rules_linear import biased, over_axes
 
 
 @rule("max_pool2d")

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mpcompile.certify.batches import chunk_size, cut, read
-from mpcompile.certify.report import Certificates, Layer, Statement, Tier
-from mpcompile.certify.summary import summarise
-from mpcompile.certify.work import Work
+from mpcompile.certificates.batches import chunk_size, cut, read
+from mpcompile.certificates.report import Certificates, Layer, Statement, Tier
+from mpcompile.certificates.summary import summarise
+from mpcompile.certificates.work import Work
 from mpcompile.errors import ConfigError, InputError
 
 __all__ = ["Certificates", "Layer", "Statement", "Tier", "certify"]

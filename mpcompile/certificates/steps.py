@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mpcompile.certify.bounds import label_kept, margins
-from mpcompile.certify.enclosure import EPS, Enclosure, widened
-from mpcompile.certify.pair import Pair, Step, evaluate
-from mpcompile.certify.rules import RULES, NoRule, Unbounded, enclose, operator_name
+from mpcompile.certificates.bounds import label_kept, margins
+from mpcompile.certificates.enclosures.enclosure import EPS, Enclosure, widened
+from mpcompile.certificates.enclosures.rules import RULES, NoRule, Unbounded, enclose, operator_name
+from mpcompile.certificates.pair import Pair, Step, evaluate
 
 _USELESS = 1e3  # an enclosure so many times as wide as the values in it ends a certificate
 _HOPELESS = 1e3  # bounds so many times the measured change aren't refined by cutting the segment

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpcompile.certify import bounds
-from mpcompile.certify.pair import Pair, StructureChange, check_values, double, match, replay_orders, trace
-from mpcompile.certify.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
+from mpcompile.certificates import bounds
+from mpcompile.certificates.pair import Pair, StructureChange, check_values, double, match, replay_orders, trace
+from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
 from mpcompile.errors import GraphError, InputError
 from mpcompile.ir.graph import training_flags
 from mpcompile.labels import check_range

@@ -10,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpcompile.certify import functions as fn
-from mpcompile.certify.enclosure import Enclosure, add, joined, moved, multiplied, scaled, shifted, summed
-from mpcompile.certify.registry import RULES, NoRule, Rule, refuse, rule
+from mpcompile.certificates.enclosures import functions as fn
+from mpcompile.certificates.enclosures.enclosure import (
+    Enclosure,
+    add,
+    joined,
+    moved,
+    multiplied,
+    scaled,
+    shifted,
+    summed,
+)
+from mpcompile.certificates.enclosures.registry import RULES, NoRule, Rule, refuse, rule
 
 # --- Views: the same on every part of an enclosure ---
 
