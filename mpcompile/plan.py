@@ -165,7 +165,7 @@ class _Macs:
 
 
 class Data(TypedDict, total=False):
-    """How images are made for a model, as :func:`mpcompile.images.data_config` says it."""
+    """How images are made for a model, as :func:`mpcompile.data.images.data_config` says it."""
 
     input_size: Annotated[list[Annotated[int, Between(1, 1 << 14)]], Length(3)]
     interpolation: str

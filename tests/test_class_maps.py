@@ -7,8 +7,8 @@ import os
 import pytest
 from PIL import Image
 
+from mpcompile.data import datasets
 from mpcompile.errors import InputError
-from mpcompile.training import datasets
 
 NAMES = ["apple", "frog", "caf\u00e9", "red fox"]
 

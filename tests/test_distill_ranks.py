@@ -16,9 +16,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import mpcompile
+from mpcompile.data import ranks
 from mpcompile.distill import distill, evaluate
 from mpcompile.errors import InputError
-from mpcompile.training import ranks
 from mpcompile.training.masks import masked_weights
 from tests.helpers import tiny_vit
 

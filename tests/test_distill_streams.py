@@ -13,9 +13,10 @@ import timm
 from PIL import EpsImagePlugin, Image
 
 from mpcompile.cli import main
+from mpcompile.data import datasets, ranks
+from mpcompile.data import loader as images
+from mpcompile.data.batches import epoch_batches
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training import datasets, images, ranks
-from mpcompile.training.batches import epoch_batches
 
 CLASSES, COUNTS, SHARDS = 3, {"train": 24, "validation": 9}, 2
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mpcompile import images
+from mpcompile.data import images
 from mpcompile.errors import InputError
 
 DATA = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}

@@ -7,10 +7,9 @@ import os
 import pytest
 from PIL import Image
 
-from mpcompile import images
-from mpcompile.data import folders, splits
+from mpcompile.data import datasets, images
+from mpcompile.data.sources import folders, splits
 from mpcompile.errors import InputError
-from mpcompile.training import datasets
 
 DATA = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
 NAMES = ["ant", "bee", "cat"]

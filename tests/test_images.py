@@ -5,9 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mpcompile import images
+from mpcompile.data import datasets, images
 from mpcompile.errors import InputError
-from mpcompile.training import datasets
 from tests.helpers import tiny_vit
 
 DATA = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}

@@ -7,9 +7,9 @@ from torch import nn
 
 from mpcompile import Config, audit, certify, distill, errors, transform
 from mpcompile.calibration.moments import draw
+from mpcompile.data.labels import Labels, class_numbers, whole_numbers
 from mpcompile.distill import distillation_loss
 from mpcompile.errors import InputError
-from mpcompile.labels import Labels, class_numbers, whole_numbers
 from mpcompile.measure.evaluate import evaluate
 
 COUNT = 12

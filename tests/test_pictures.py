@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from mpcompile import images
-from mpcompile.data import pictures
+from mpcompile.data import datasets, images
+from mpcompile.data.sources import pictures
 from mpcompile.errors import InputError
-from mpcompile.training import datasets
 
 GREY = np.arange(0, 256, dtype=np.float64).reshape(16, 16)  # what every form of it has to come back as
 

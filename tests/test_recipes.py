@@ -11,8 +11,9 @@ import timm
 import torch
 from torch import nn
 
+from mpcompile.data import datasets, ranks
+from mpcompile.data import loader as images
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training import datasets, images, ranks
 from mpcompile.training.checkpoint import seed_everything
 from mpcompile.training.recipe import Recipe
 from tests.helpers import labelled_images

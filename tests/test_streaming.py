@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpcompile
-from mpcompile import Config, audit, certify, cli, images, transform
+from mpcompile import Config, audit, certify, cli, transform
 from mpcompile.cli import common
+from mpcompile.data import images
 from mpcompile.errors import InputError
 from tests.helpers import tiny_vit
 

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from mpcompile.capture.importers import Imported
 from mpcompile.capture.modes import ordinary
+from mpcompile.data.labels import whole_numbers
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.graph import LayerOp, device_of, fake_value, hint, layers, training_flags
 from mpcompile.ir.numerics import exact
-from mpcompile.labels import whole_numbers
 
 _COLUMNS = 512  # of second moments, computed together
 _VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows

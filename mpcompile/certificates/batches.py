@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mpcompile.calibration.moments import as_batches
 from mpcompile.certificates.pair import trace
+from mpcompile.data.batches import read as read_loader
+from mpcompile.data.labels import Labels
 from mpcompile.errors import InputError, MPCompileError
-from mpcompile.labels import Labels
-from mpcompile.training.batches import read as read_loader
 
 _BYTES = 1 << 29  # of float64 activations that a chunk may hold at once
 _COPIES = 6  # an enclosure has up to five parts, beside the value itself

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from mpcompile.certificates import bounds
 from mpcompile.certificates.pair import Pair, StructureChange, check_values, double, match, replay_orders, trace
 from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
+from mpcompile.data.labels import check_range
 from mpcompile.errors import GraphError, InputError
 from mpcompile.ir.graph import training_flags
-from mpcompile.labels import check_range
 
 
 @dataclass

@@ -13,11 +13,11 @@ from mpcompile.backend import mpsparse
 from mpcompile.cli.common import Commands, at_least, class_names, command, model_options, prepare, show
 from mpcompile.cli.streams import Moved, seen_before
 from mpcompile.config import Config
+from mpcompile.data.batches import forward
+from mpcompile.data.images import Images, data_config, images_at
 from mpcompile.errors import ConfigError
-from mpcompile.images import Images, data_config, images_at
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.report import Report
-from mpcompile.training.batches import forward
 
 CALIBRATED = 256  # images that a new transform is calibrated on at most, as in `compile`
 

@@ -22,8 +22,8 @@ from mpcompile.cli.common import (
     weights_options,
 )
 from mpcompile.cli.streams import seen_before
+from mpcompile.data.images import data_config, images_at
 from mpcompile.errors import ArtifactError, InputError
-from mpcompile.images import data_config, images_at
 from mpcompile.ir.module import IRModule
 
 

@@ -24,9 +24,9 @@ from mpcompile.cli.common import (
 from mpcompile.cli.destinations import ARTIFACT, FILE, declare
 from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
+from mpcompile.data.images import Images, data_config, folder
 from mpcompile.errors import ConfigError
 from mpcompile.export.programs import FORMATS, save_dense
-from mpcompile.images import Images, data_config, folder
 
 
 def add(commands: Commands) -> None:

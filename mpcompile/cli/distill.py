@@ -77,7 +77,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the run came to its end."""
-    from mpcompile.training import ranks
+    from mpcompile.data import ranks
     from mpcompile.training.recipe import Recipe
 
     if args.list:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
-    from mpcompile.training import ranks
+    from mpcompile.data import ranks
     from mpcompile.training.lock import locked
 
     check_trackers(args.tracker)
@@ -118,7 +118,9 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
 
 def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
     """The run, once no other writes into its folder."""
-    from mpcompile.training import checkpoint, datasets, images, ranks
+    from mpcompile.data import datasets, ranks
+    from mpcompile.data import loader as images
+    from mpcompile.training import checkpoint
 
     if args.resume == "never" and (args.out / checkpoint.NAME).exists():
         raise checkpoint.in_the_way(args.out / checkpoint.NAME)
@@ -178,7 +180,7 @@ def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
 
 def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str) -> Any:
     """Made on the first rank, or read from an earlier run with the same recipe; the others are sent it."""
-    from mpcompile.training import ranks
+    from mpcompile.data import ranks
 
     path = args.out / "student.mpc"
     failed: Exception | None = None
@@ -206,7 +208,9 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
 
 def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str, path: Path) -> None:
     """Leave the student of this recipe at ``path``, with a stamp beside it: an earlier run's if it is the same."""
-    from mpcompile.training import checkpoint, datasets, images
+    from mpcompile.data import datasets
+    from mpcompile.data import loader as images
+    from mpcompile.training import checkpoint
 
     make_folder(args.out)
     mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, holds)
@@ -259,7 +263,7 @@ def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str
 
 def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
     """What the training batches depend on; not where they lie, nor how many workers read them."""
-    from mpcompile.training import images
+    from mpcompile.data import loader as images
 
     how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}
     read = [images.data_config_of(teacher, recipe.data), args.reader, args.train_split]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpcompile.data import batches as data
+from mpcompile.data import ranks
+from mpcompile.data.labels import check_range
 from mpcompile.errors import InputError
 from mpcompile.ir.graph import device_of, training_flags
-from mpcompile.labels import check_range
-from mpcompile.training import batches as data
-from mpcompile.training import ranks
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from mpcompile import __version__
+from mpcompile.data.images import data_config, open_image, preprocess, shown
 from mpcompile.errors import InputError
 from mpcompile.files import write_atomically
-from mpcompile.images import data_config, open_image, preprocess, shown
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.page.charts import escape

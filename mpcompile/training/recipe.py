@@ -12,12 +12,12 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 from mpcompile.config import CALIBRATIONS, Config, only_fields
+from mpcompile.data.loader import Images
 from mpcompile.errors import ConfigError
 from mpcompile.files import read_text
 from mpcompile.ir.module import IRModule
 from mpcompile.pipeline import transform
 from mpcompile.schema import Mismatch, check
-from mpcompile.training.images import Images
 from mpcompile.training.options import Training, check_fields, check_type
 from mpcompile.yaml_options import LARGEST, parse
 

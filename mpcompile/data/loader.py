@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader, Sampler
 
 from mpcompile.calibration.moments import draw
 from mpcompile.config import only_fields
+from mpcompile.data import ranks
+from mpcompile.data.batches import read
+from mpcompile.data.datasets import labels_of
+from mpcompile.data.images import data_config, preprocess
+from mpcompile.data.streamed import Streamed
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.images import data_config, preprocess
-from mpcompile.training import ranks
-from mpcompile.training.batches import read
-from mpcompile.training.datasets import labels_of
 from mpcompile.training.options import check_fields
-from mpcompile.training.streamed import Streamed
 
 
 @dataclass(frozen=True)

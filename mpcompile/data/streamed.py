@@ -1,6 +1,6 @@
 """Streams of labelled images (WebDataset shards, streamed Hugging Face datasets) through timm's readers.
 
-timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.pictures`, as those of
+timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.sources.pictures`, as those of
 files are.
 """
 
@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mpcompile.data.pictures import EXPECTED, SUFFIXES, Unreadable, decode
-from mpcompile.data.regular import open_regular, printable
+from mpcompile.data import ranks
+from mpcompile.data.sources.pictures import EXPECTED, SUFFIXES, Unreadable, decode
+from mpcompile.data.sources.regular import open_regular, printable
 from mpcompile.errors import InputError
-from mpcompile.training import ranks
 
 log = logging.getLogger(__name__)
 _BLANK = b"P5 1 1 255\n\0"  # the smallest image, for a reader that insists on decoding one

@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpcompile.data.pictures import SUFFIXES
-from mpcompile.data.regular import listed, printable
+from mpcompile.data.sources.pictures import SUFFIXES
+from mpcompile.data.sources.regular import listed, printable
 from mpcompile.errors import InputError
 from mpcompile.files import kind_of
 

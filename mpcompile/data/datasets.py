@@ -1,7 +1,7 @@
 """Labelled training images from a folder, a Hugging Face dataset or WebDataset shards.
 
 What lies in a folder is decided in :mod:`mpcompile.data`, as for every other command; datasets and shards come through
-timm's readers. Pixels are decoded and brought to RGB in :mod:`mpcompile.data.pictures`, wherever they come from.
+timm's readers. Pixels are decoded and brought to RGB in :mod:`mpcompile.data.sources.pictures`, wherever they come from.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, BinaryIO
 
 from timm.data import ImageDataset, create_dataset
 
-from mpcompile.data.class_maps import read_class_map
-from mpcompile.data.folders import Listing, list_images, matched, natural_key, number
-from mpcompile.data.pictures import EXPECTED, Unreadable, decode
-from mpcompile.data.regular import listed, open_regular, printable
-from mpcompile.data.splits import check_is_one, split_folder
+from mpcompile.data.sources.class_maps import read_class_map
+from mpcompile.data.sources.folders import Listing, list_images, matched, natural_key, number
+from mpcompile.data.sources.pictures import EXPECTED, Unreadable, decode
+from mpcompile.data.sources.regular import listed, open_regular, printable
+from mpcompile.data.sources.splits import check_is_one, split_folder
+from mpcompile.data.streamed import Streamed
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training.streamed import Streamed
 
 __all__ = [
     "READERS",

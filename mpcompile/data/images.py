@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpcompile.data.archives import Archive, open_archive
-from mpcompile.data.folders import Listing, list_images, matched, natural_key, number
-from mpcompile.data.pictures import SUFFIXES, open_image
-from mpcompile.data.regular import listed, printable
-from mpcompile.data.splits import check_is_one
+from mpcompile.data.sources.archives import Archive, open_archive
+from mpcompile.data.sources.folders import Listing, list_images, matched, natural_key, number
+from mpcompile.data.sources.pictures import SUFFIXES, open_image
+from mpcompile.data.sources.regular import listed, printable
+from mpcompile.data.sources.splits import check_is_one
 from mpcompile.errors import InputError
 
 __all__ = [

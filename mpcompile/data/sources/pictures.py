@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from mpcompile.data.regular import open_regular, printable
+from mpcompile.data.sources.regular import open_regular, printable
 from mpcompile.errors import InputError
 
 _FORMATS: dict[str, tuple[str, ...]] = {

@@ -8,8 +8,8 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from mpcompile.data.folders import number
-from mpcompile.data.regular import open_regular, printable
+from mpcompile.data.sources.folders import number
+from mpcompile.data.sources.regular import open_regular, printable
 from mpcompile.errors import InputError
 
 _MOST = 1 << 24  # bytes; a million classes need fewer

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from mpcompile.data.folders import Listing, subfolders
-from mpcompile.data.regular import listed, printable
+from mpcompile.data.sources.folders import Listing, subfolders
+from mpcompile.data.sources.regular import listed, printable
 from mpcompile.errors import InputError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

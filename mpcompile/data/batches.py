@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpcompile.data import ranks
+from mpcompile.data.labels import class_numbers
 from mpcompile.errors import InputError, MPCompileError
-from mpcompile.labels import class_numbers
-from mpcompile.training import ranks
 from mpcompile.training.checkpoint import seed_everything, set_random_state
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from mpcompile.data.regular import open_regular, printable
+from mpcompile.data.sources.regular import open_regular, printable
 from mpcompile.errors import InputError
 
 EXPECTED = "an .npz file with uint8 'images' (N, H, W, 3) and, if known, 'labels' (N)"
