@@ -24,7 +24,7 @@ from mpcompile.backend import mpsparse
 from mpcompile.config import Config
 from mpcompile.distill import distill, parameter_groups
 from mpcompile.errors import ArtifactError, MPCompileError
-from mpcompile.files import make_folder, replace_atomically, write_atomically
+from mpcompile.io.files import make_folder, replace_atomically, write_atomically
 from mpcompile.kernels.store import cache_folder
 from mpcompile.measure.audit import audit
 from mpcompile.pipeline import transform

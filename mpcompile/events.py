@@ -25,8 +25,8 @@ from typing import Any, BinaryIO, Protocol, TypedDict, TypeGuard
 import torch
 
 from mpcompile.errors import ArtifactError, ConfigError, printable
-from mpcompile.files import open_regular, parse_json, read_text, replacing, write_atomically
-from mpcompile.schema import Mismatch, Natural, check
+from mpcompile.io.files import open_regular, parse_json, read_text, replacing, write_atomically
+from mpcompile.io.schema import Mismatch, Natural, check
 
 TRACKERS = ("tensorboard", "wandb")
 _FRAME = ("event", "time", "step")

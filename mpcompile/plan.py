@@ -12,9 +12,9 @@ from tabulate import tabulate
 from torch import fx
 
 from mpcompile.errors import InputError, printable
-from mpcompile.files import parse_json
+from mpcompile.io.files import parse_json
+from mpcompile.io.schema import Between, Length, Natural, check
 from mpcompile.kernels import ops
-from mpcompile.schema import Between, Length, Natural, check
 
 _CELL, _LINE = 200, 560  # characters printed at most: of a name or reason, of a remark
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.config import Config
 from mpcompile.errors import InputError, NotEligibleError
-from mpcompile.files import replace_atomically
+from mpcompile.io.files import replace_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.passes.merge_tokens import MergeTokens

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from mpcompile import backend as module
-from mpcompile import cli, files
+from mpcompile import cli
 from mpcompile import demo as demo_module
+from mpcompile.io import files
 
 
 @pytest.fixture

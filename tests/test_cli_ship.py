@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mpcompile
-from mpcompile import Config, Pipeline, cli, files, transform
+from mpcompile import Config, Pipeline, cli, transform
 from mpcompile.cli import common
 from mpcompile.cli.common import config_of
 from mpcompile.errors import ConfigError, GraphError
 from mpcompile.export import programs as export
+from mpcompile.io import files
 from mpcompile.passes.mask import Mask
 from tests.helpers import convolutional, images, relative, tiny_created, tiny_vit
 

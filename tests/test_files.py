@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mpcompile import Config, cli, events, files, load, save, transform
+from mpcompile import Config, cli, events, load, save, transform
 from mpcompile.artifact.verify import read, verify
 from mpcompile.cli.common import read_config
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError, printable
 from mpcompile.export.programs import save_dense, save_pt2
+from mpcompile.io import files
+from mpcompile.io.state_dicts import Ignored
 from mpcompile.measure.report import Report, Row
 from mpcompile.plan import LayerPlan, PassRecord, Plan
-from mpcompile.state_dicts import Ignored
 from mpcompile.training import checkpoint
 from mpcompile.training.recipe import Recipe
 from mpcompile.visualize import visualize_merging
@@ -113,7 +114,7 @@ def test_permissions_and_links(unnamed, tmp_path, monkeypatch):
 
 
 def test_a_killed_write_leaves_the_old_file_alone(tmp_path):
-    code = "import os, signal, sys; from mpcompile.files import replacing\n"
+    code = "import os, signal, sys; from mpcompile.io.files import replacing\n"
     code += "with replacing(sys.argv[1]) as file: file.write(b'x' * 10**6); os.kill(os.getpid(), signal.SIGKILL)"
     (tmp_path / "a").write_text("old")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], check=False)

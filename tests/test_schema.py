@@ -15,15 +15,15 @@ from mpcompile import Config, cli, load, save, transform
 from mpcompile import events as logs
 from mpcompile.data import ranks
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError
+from mpcompile.io.lock import NAME, locked
+from mpcompile.io.schema import Between, Length, Mismatch, check
+from mpcompile.io.yaml_options import parse
 from mpcompile.page import render, sections
 from mpcompile.page.sources import Sources, read_json
 from mpcompile.plan import Plan
-from mpcompile.schema import Between, Length, Mismatch, check
 from mpcompile.training import checkpoint
-from mpcompile.training.lock import NAME, locked
 from mpcompile.training.options import Training
 from mpcompile.training.recipe import Recipe
-from mpcompile.yaml_options import parse
 from tests.forging import forge, parts
 from tests.helpers import images, tiny_vit
 

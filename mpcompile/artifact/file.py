@@ -36,7 +36,7 @@ from mpcompile.artifact.opset import Refusal, identifier, module_path, shown
 from mpcompile.artifact.packing import pack_tensors, unpack_tensors
 from mpcompile.capture.modes import with_ordinary_tensors
 from mpcompile.errors import ArtifactError, GraphError
-from mpcompile.files import is_ours, open_regular, read_bytes, replacing, write_atomically
+from mpcompile.io.files import is_ours, open_regular, read_bytes, replacing, write_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.plan import Plan
 

@@ -19,8 +19,8 @@ from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.data.images import data_config
 from mpcompile.errors import ArtifactError, ConfigError, InputError, printable_lines
-from mpcompile.files import load_checkpoint, read_text, sha256, write_atomically
-from mpcompile.yaml_options import LARGEST, parse
+from mpcompile.io.files import load_checkpoint, read_text, sha256, write_atomically
+from mpcompile.io.yaml_options import LARGEST, parse
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what add(commands) is given
 

@@ -31,7 +31,7 @@ from mpcompile.cli.common import (
 from mpcompile.cli.destinations import declare
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.events import TRACKERS, check_trackers
-from mpcompile.files import make_folder, read_text, write_atomically
+from mpcompile.io.files import make_folder, read_text, write_atomically
 from mpcompile.ir.graph import device_of
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
     from mpcompile.data import ranks
-    from mpcompile.training.lock import locked
+    from mpcompile.io.lock import locked
 
     check_trackers(args.tracker)
     if ranks.rank() == 0:

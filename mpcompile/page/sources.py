@@ -10,11 +10,11 @@ from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
-from mpcompile import files
 from mpcompile.errors import ArtifactError
+from mpcompile.io import files
+from mpcompile.io.schema import Between, Mismatch, Natural, check
 from mpcompile.ir.module import IRModule
 from mpcompile.plan import Figures
-from mpcompile.schema import Between, Mismatch, Natural, check
 
 
 @dataclass

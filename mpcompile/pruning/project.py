@@ -20,7 +20,7 @@ from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, as_batches, c
 from mpcompile.calibration.stream import Stream, batch_norms
 from mpcompile.capture.importers import Imported
 from mpcompile.errors import ArtifactError
-from mpcompile.files import replace_atomically
+from mpcompile.io.files import replace_atomically
 from mpcompile.ir.graph import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.base import Context

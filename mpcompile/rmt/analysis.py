@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mpcompile import rmt
 from mpcompile.errors import ArtifactError, InputError, MPCompileError, printable
-from mpcompile.files import replace_atomically
+from mpcompile.io.files import replace_atomically
 from mpcompile.ir.numerics import exact
 from mpcompile.rmt import Fit
 from mpcompile.rmt.fitting import fit_and_spectra

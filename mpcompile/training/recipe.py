@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from mpcompile.config import CALIBRATIONS, Config, only_fields
 from mpcompile.data.loader import Images
 from mpcompile.errors import ConfigError
-from mpcompile.files import read_text
+from mpcompile.io.files import read_text
+from mpcompile.io.schema import Mismatch, check
+from mpcompile.io.yaml_options import LARGEST, parse
 from mpcompile.ir.module import IRModule
 from mpcompile.pipeline import transform
-from mpcompile.schema import Mismatch, check
 from mpcompile.training.options import Training, check_fields, check_type
-from mpcompile.yaml_options import LARGEST, parse
 
 FOLDER = Path(__file__).parent / "recipes"
 _PARTS = ("compile", "train", "data", "calibration")

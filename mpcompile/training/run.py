@@ -22,12 +22,12 @@ from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.data.labels import check_range
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.files import make_folder
+from mpcompile.io.files import make_folder
+from mpcompile.io.lock import locked
 from mpcompile.ir.graph import device_of, training_flags
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.evaluate import evaluate
 from mpcompile.training import checkpoint, features, masks, norms, sharding
-from mpcompile.training.lock import locked
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.options import Training
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from mpcompile import errors, files
+from mpcompile import errors
 from mpcompile.errors import InputError
+from mpcompile.io import files
 
 _SHOWN = 240  # characters of a path in a message
 
@@ -25,7 +26,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def open_regular(path: Path | str, expected: str, what: str = "") -> BinaryIO:
-    """As :func:`mpcompile.files.open_regular`, for what a user gave as input.
+    """As :func:`mpcompile.io.files.open_regular`, for what a user gave as input.
 
     Args:
         path: the file, or a link to it.

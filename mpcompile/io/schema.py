@@ -63,7 +63,7 @@ def check(value: Any, hint: Any, where: str = "") -> None:
         >>> check({"a": [1, 2]}, dict[str, tuple[int, ...]])
         >>> check({"a": [1, "x"]}, dict[str, tuple[int, ...]], "sizes")
         Traceback (most recent call last):
-        mpcompile.schema.Mismatch: sizes.a.1: expected a whole number, found 'x'
+        mpcompile.io.schema.Mismatch: sizes.a.1: expected a whole number, found 'x'
     """
     if hint is Any:
         return

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mpcompile.errors import ArtifactError, printable
-from mpcompile.state_dicts import Found, explain_misfit, find_state, fitted, stand_ins, unwrapped
+from mpcompile.io.state_dicts import Found, explain_misfit, find_state, fitted, stand_ins, unwrapped
 
 MARK = b"mpcompile"  # by which our own archives are recognised
 TEMPORARY = ".mpcompile-"  # how the name of a temporary file begins; a random part follows
