@@ -30,8 +30,8 @@ from bench.common import environment, load, save, table
 from bench.mask_ladder import Task, right, task
 from mpcompile import Config, Training, distill, transform
 from mpcompile.calibration.moments import draw
-from mpcompile.distill import apply_masks
 from mpcompile.ir.module import IRModule
+from mpcompile.training.distill import apply_masks
 
 METHODS = ("ours", "magnitude", "sr-ste", "gradual")
 # ViT-Tiny's by the divergence on 100 training images kept out, the others set beforehand; never on evaluation images.

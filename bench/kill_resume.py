@@ -31,8 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import mpcompile
 from bench.common import common_arguments, environment, fill, load, save
-from mpcompile import events
-from mpcompile.training import checkpoint
+from mpcompile.training import checkpoint, events
 
 
 class Noise(Dataset[tuple[Tensor, int]]):

@@ -25,7 +25,7 @@ import torch
 from bench.common import environment, load, save, table
 from mpcompile import distill
 from mpcompile.passes.mask import verify
-from mpcompile.training.recipe import Recipe
+from mpcompile.training.recipes.recipe import Recipe
 
 TOLERANCE = 0.006  # percent points, and G of 1 %: the figures are rounded to two or three digits
 

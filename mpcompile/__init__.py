@@ -13,13 +13,13 @@ from mpcompile.artifact.file import load, save
 from mpcompile.backend import refresh
 from mpcompile.certificates.api import Certificates, certify
 from mpcompile.config import Config
-from mpcompile.distill import Training, distill
 from mpcompile.errors import MPCompileError
 from mpcompile.measure.audit import Report, audit
 from mpcompile.measure.explain import Explanation, explain
 from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
 from mpcompile.rmt.analysis import Analysis, analyze
+from mpcompile.training.distill import Training, distill
 from mpcompile.visualize import visualize_merging
 
 __all__ = [

@@ -22,13 +22,13 @@ from tqdm import tqdm
 import mpcompile
 from mpcompile.backend import mpsparse
 from mpcompile.config import Config
-from mpcompile.distill import distill, parameter_groups
 from mpcompile.errors import ArtifactError, MPCompileError
 from mpcompile.io.files import make_folder, replace_atomically, write_atomically
 from mpcompile.kernels.store import cache_folder
 from mpcompile.measure.audit import audit
 from mpcompile.pipeline import transform
 from mpcompile.rmt.analysis import analyze
+from mpcompile.training.distill import distill, parameter_groups
 
 HELD_OUT, FOLDS = 450, 4  # of 1,797 scans: the last part has 447
 SHIFT = 2  # pixels of random shift in training

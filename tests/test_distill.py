@@ -13,13 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpcompile
-from mpcompile import events
-from mpcompile.distill import Training, distill, evaluate
 from mpcompile.errors import ArtifactError, ConfigError, GraphError, InputError
-from mpcompile.training import checkpoint
+from mpcompile.training import checkpoint, events
+from mpcompile.training.distill import Training, distill, evaluate
 from mpcompile.training.features import pair
 from mpcompile.training.losses import distillation_loss, parameter_groups
-from mpcompile.training.masks import digest, masked_weights
+from mpcompile.training.policies import digest, masked_weights
 from tests.helpers import images, tiny_vit
 
 

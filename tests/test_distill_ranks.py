@@ -17,9 +17,9 @@ from torch import nn
 
 import mpcompile
 from mpcompile.data import ranks
-from mpcompile.distill import distill, evaluate
 from mpcompile.errors import InputError
-from mpcompile.training.masks import masked_weights
+from mpcompile.training.distill import distill, evaluate
+from mpcompile.training.policies import masked_weights
 from tests.helpers import tiny_vit
 
 ROOT = Path(__file__).resolve().parent.parent

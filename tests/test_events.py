@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpcompile import events
 from mpcompile.errors import ArtifactError, ConfigError
-from mpcompile.events import EventLog
+from mpcompile.training import events
+from mpcompile.training.events import EventLog
 
 
 def test_lines_are_json_whatever_the_values(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mpcompile import Config, cli, events, load, save, transform
+from mpcompile import Config, cli, load, save, transform
 from mpcompile.artifact.verify import read, verify
 from mpcompile.cli.common import read_config
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError, printable
@@ -24,8 +24,8 @@ from mpcompile.io import files
 from mpcompile.io.state_dicts import Ignored
 from mpcompile.measure.report import Report, Row
 from mpcompile.plan import LayerPlan, PassRecord, Plan
-from mpcompile.training import checkpoint
-from mpcompile.training.recipe import Recipe
+from mpcompile.training import checkpoint, events
+from mpcompile.training.recipes.recipe import Recipe
 from mpcompile.visualize import visualize_merging
 from tests.helpers import images, mlp, tiny_vit
 

@@ -8,9 +8,9 @@ from torch import nn
 from mpcompile import Config, audit, certify, distill, errors, transform
 from mpcompile.calibration.moments import draw
 from mpcompile.data.labels import Labels, class_numbers, whole_numbers
-from mpcompile.distill import distillation_loss
 from mpcompile.errors import InputError
 from mpcompile.measure.evaluate import evaluate
+from mpcompile.training.distill import distillation_loss
 
 COUNT = 12
 WHOLE = [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32]

@@ -15,7 +15,7 @@ from mpcompile.data import datasets, ranks
 from mpcompile.data import loader as images
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.training.checkpoint import seed_everything
-from mpcompile.training.recipe import Recipe
+from mpcompile.training.recipes.recipe import Recipe
 from tests.helpers import labelled_images
 
 ROWS = {

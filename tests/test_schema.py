@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from mpcompile import Config, cli, load, save, transform
-from mpcompile import events as logs
 from mpcompile.data import ranks
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError
 from mpcompile.io.lock import NAME, locked
@@ -22,8 +21,9 @@ from mpcompile.page import render, sections
 from mpcompile.page.sources import Sources, read_json
 from mpcompile.plan import Plan
 from mpcompile.training import checkpoint
+from mpcompile.training import events as logs
 from mpcompile.training.options import Training
-from mpcompile.training.recipe import Recipe
+from mpcompile.training.recipes.recipe import Recipe
 from tests.forging import forge, parts
 from tests.helpers import images, tiny_vit
 

@@ -30,9 +30,9 @@ from mpcompile.cli.common import (
 )
 from mpcompile.cli.destinations import declare
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.events import TRACKERS, check_trackers
 from mpcompile.io.files import make_folder, read_text, write_atomically
 from mpcompile.ir.graph import device_of
+from mpcompile.training.events import TRACKERS, check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the run came to its end."""
     from mpcompile.data import ranks
-    from mpcompile.training.recipe import Recipe
+    from mpcompile.training.recipes.recipe import Recipe
 
     if args.list:
         recipes = [Recipe.load(name) for name in Recipe.names()]

@@ -16,7 +16,7 @@ from torch import nn
 
 import mpcompile
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training.masks import digest
+from mpcompile.training.policies import digest
 
 _LOST = re.compile(r"closed by peer|reset by peer|connection (closed|reset|refused)|broken pipe|remote process", re.I)
 _SOURCES = (".py", ".cpp", ".h", ".cu")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpcompile import events
 from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.data.labels import check_range
@@ -27,7 +26,8 @@ from mpcompile.io.lock import locked
 from mpcompile.ir.graph import device_of, training_flags
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.evaluate import evaluate
-from mpcompile.training import checkpoint, features, masks, norms, sharding
+from mpcompile.training import checkpoint, events, features, norms, sharding
+from mpcompile.training import policies as masks
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.options import Training
 

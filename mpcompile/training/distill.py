@@ -17,8 +17,8 @@ from mpcompile.ir.graph import training_flags
 from mpcompile.measure.evaluate import evaluate
 from mpcompile.training import checkpoint
 from mpcompile.training.losses import distillation_loss, parameter_groups
-from mpcompile.training.masks import apply_masks
 from mpcompile.training.options import Training
+from mpcompile.training.policies import apply_masks
 from mpcompile.training.run import Distilled, Run
 
 __all__ = ["Distilled", "Training", "apply_masks", "distill", "distillation_loss", "evaluate", "parameter_groups"]
