@@ -16,11 +16,11 @@ from mpcompile.config import Config
 from mpcompile.errors import MPCompileError
 from mpcompile.measure.audit import Report, audit
 from mpcompile.measure.explain import Explanation, explain
+from mpcompile.page.merged import visualize_merging
 from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
 from mpcompile.rmt.analysis import Analysis, analyze
 from mpcompile.training.distill import Training, distill
-from mpcompile.visualize import visualize_merging
 
 __all__ = [
     "Analysis",

@@ -23,10 +23,10 @@ from mpcompile.export.programs import save_dense, save_pt2
 from mpcompile.io import files
 from mpcompile.io.state_dicts import Ignored
 from mpcompile.measure.report import Report, Row
+from mpcompile.page.merged import visualize_merging
 from mpcompile.plan import LayerPlan, PassRecord, Plan
 from mpcompile.training import checkpoint, events
 from mpcompile.training.recipes.recipe import Recipe
-from mpcompile.visualize import visualize_merging
 from tests.helpers import images, mlp, tiny_vit
 
 

@@ -14,10 +14,10 @@ from mpcompile.io.files import write_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.page.charts import escape
+from mpcompile.page.merged import draw_tokens, merged_patches
 from mpcompile.page.sections import SECTIONS
 from mpcompile.page.sources import Sources
 from mpcompile.page.style import CSS
-from mpcompile.visualize import draw_tokens, merged_patches
 
 STEPS = 4  # blocks shown of each image
 
