@@ -20,7 +20,7 @@ from bench.common import common_arguments, environment, fill, load, save, table
 from bench.distill import paired_drop
 from bench.mask_ladder import packed, right, unpacked
 from mpcompile import Config, distill, transform
-from mpcompile.demo import FOLDS, Batches, Demo, load_data, split, train_dense
+from mpcompile.cli.demo_job import FOLDS, Batches, Demo, load_data, split, train_dense
 
 SCANS = 1797
 

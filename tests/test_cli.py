@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from mpcompile import backend as module
 from mpcompile import cli
-from mpcompile import demo as demo_module
+from mpcompile.cli import demo_job as demo_module
 from mpcompile.io import files
 
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import mpcompile
-from mpcompile.cli import common, main
+from mpcompile.cli import main
+from mpcompile.cli import options as common
 from tests.helpers import labelled_images
 
 ROOT = Path(__file__).resolve().parent.parent

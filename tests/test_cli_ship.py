@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import mpcompile
 from mpcompile import Config, Pipeline, cli, transform
-from mpcompile.cli import common
-from mpcompile.cli.common import config_of
+from mpcompile.cli import options as common
+from mpcompile.cli.options import config_of
 from mpcompile.errors import ConfigError, GraphError
 from mpcompile.export import programs as export
 from mpcompile.io import files

@@ -17,7 +17,7 @@ from torch import nn
 
 from mpcompile import Config, cli, load, save, transform
 from mpcompile.artifact.verify import read, verify
-from mpcompile.cli.common import read_config
+from mpcompile.cli.options import read_config
 from mpcompile.errors import ArtifactError, ConfigError, MPCompileError, printable
 from mpcompile.export.programs import save_dense, save_pt2
 from mpcompile.io import files

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import mpcompile
 from mpcompile import Config, cli, transform
-from mpcompile.cli import common
+from mpcompile.cli import options as common
 from tests.helpers import tiny_created
 
 NAMES = [f"class{number}" for number in range(10)]

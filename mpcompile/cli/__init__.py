@@ -2,10 +2,10 @@
 
 To add a command ``bake``, write ``mpcompile/cli/bake.py`` with
 
-- ``add(commands)``: declare it with :func:`mpcompile.cli.common.command` (help, a description and an example), add its
-  options (those that several commands share are in :mod:`mpcompile.cli.common`), declare those that name a file to
+- ``add(commands)``: declare it with :func:`mpcompile.cli.options.command` (help, a description and an example), add its
+  options (those that several commands share are in :mod:`mpcompile.cli.options`), declare those that name a file to
   write with :func:`mpcompile.cli.destinations.declare`, and name what runs it with ``job.set_defaults(run=run)``,
-- ``run(args) -> int``: do it, print what there is to read (with :func:`mpcompile.cli.common.show` where there is JSON,
+- ``run(args) -> int``: do it, print what there is to read (with :func:`mpcompile.cli.options.show` where there is JSON,
   too), return the exit status; imports that take long or need an extra stand inside,
 
 and put ``"bake"`` into :data:`COMMANDS`. Errors that the user can mend are raised as

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.cli.common import (
+from mpcompile.cli.destinations import declare
+from mpcompile.cli.options import (
     Commands,
     at_least,
     classes_option,
@@ -28,7 +29,6 @@ from mpcompile.cli.common import (
     show,
     source_options,
 )
-from mpcompile.cli.destinations import declare
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.io.files import make_folder, read_text, write_atomically
 from mpcompile.ir.graph import device_of

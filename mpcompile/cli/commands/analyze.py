@@ -10,7 +10,8 @@ import torch
 
 import mpcompile
 from mpcompile.artifact import verify as verifier
-from mpcompile.cli.common import (
+from mpcompile.cli.destinations import FILE, declare
+from mpcompile.cli.options import (
     Commands,
     at_least,
     command,
@@ -20,7 +21,6 @@ from mpcompile.cli.common import (
     show,
     source_options,
 )
-from mpcompile.cli.destinations import FILE, declare
 from mpcompile.errors import ConfigError
 from mpcompile.rmt.analysis import check_plot
 

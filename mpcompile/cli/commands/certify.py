@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.cli.common import (
+from mpcompile.cli.options import (
     Commands,
     at_least,
     class_names,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 import mpcompile
-from mpcompile.cli.common import Commands, command, config_of, config_options, load_model, seed_option, weights_options
 from mpcompile.cli.destinations import FILE, declare
+from mpcompile.cli.options import Commands, command, config_of, config_options, load_model, seed_option, weights_options
 from mpcompile.data.images import data_config, open_image, preprocess, shown
 from mpcompile.errors import printable, printable_lines
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 import mpcompile
-from mpcompile.cli.common import (
+from mpcompile.cli.destinations import ARTIFACT, FILE, declare
+from mpcompile.cli.options import (
     Commands,
     at_least,
     command,
@@ -21,7 +22,6 @@ from mpcompile.cli.common import (
     show,
     weights_options,
 )
-from mpcompile.cli.destinations import ARTIFACT, FILE, declare
 from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.data.images import Images, data_config, folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import mpcompile
-from mpcompile.cli.common import Commands, command, model_options, prepare, show
+from mpcompile.cli.options import Commands, command, model_options, prepare, show
 
 
 def add(commands: Commands) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import mpcompile
 from mpcompile.artifact.file import PLAN, WEIGHTS
-from mpcompile.cli.common import Commands, command
 from mpcompile.cli.destinations import FILE, declare
+from mpcompile.cli.options import Commands, command
 from mpcompile.errors import ConfigError, printable
 from mpcompile.page.sources import Sources, read_json
 

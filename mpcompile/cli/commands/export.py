@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import mpcompile
-from mpcompile.cli.common import DTYPES, Commands, at_least, command, json_option, show
 from mpcompile.cli.destinations import FILE, declare
+from mpcompile.cli.options import DTYPES, Commands, at_least, command, json_option, show
 from mpcompile.config import ENGINES
 from mpcompile.errors import ConfigError
 from mpcompile.export import programs as exporting

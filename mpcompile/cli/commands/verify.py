@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcompile.artifact import verify as verifier
-from mpcompile.cli.common import Commands, command, create, json_option, names_file, show
+from mpcompile.cli.options import Commands, command, create, json_option, names_file, show
 from mpcompile.errors import ConfigError
 
 

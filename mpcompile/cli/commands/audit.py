@@ -10,7 +10,7 @@ import torch
 
 import mpcompile
 from mpcompile.backend import mpsparse
-from mpcompile.cli.common import Commands, at_least, class_names, command, model_options, prepare, show
+from mpcompile.cli.options import Commands, at_least, class_names, command, model_options, prepare, show
 from mpcompile.cli.streams import Moved, seen_before
 from mpcompile.config import Config
 from mpcompile.data.batches import forward

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mpcompile.cli.common import Commands, at_least, command
 from mpcompile.cli.destinations import declare
+from mpcompile.cli.options import Commands, at_least, command
 from mpcompile.errors import printable_lines
 
 
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when it went through, whatever it measured."""
-    from mpcompile import demo
+    from mpcompile.cli import demo_job as demo
 
     print(printable_lines(demo.run(demo.Demo(args.quick, args.seed, args.out, args.threads, not args.quiet))))
     return 0
