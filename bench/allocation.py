@@ -25,7 +25,7 @@ from bench.mask_ladder import Task, divergence, predict, task
 from mpcompile import Config, Pipeline, transform
 from mpcompile.calibration.moments import draw
 from mpcompile.ir.module import IRModule
-from mpcompile.passes.allocate import Allocate, _Data, _Layer
+from mpcompile.passes.allocate.decide import Allocate, _Data, _Layer
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context
 from mpcompile.passes.mask import Mask

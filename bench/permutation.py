@@ -20,8 +20,8 @@ from mpcompile import Config
 from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import layers, propagate
 from mpcompile.kernels.nm_format import Pattern, to_rows
-from mpcompile.passes.axes import analyse
 from mpcompile.passes.base import Context
+from mpcompile.passes.channels.axes import analyse
 from mpcompile.passes.mask import eligible
 from mpcompile.passes.permute import Permute, classes, fold
 from mpcompile.pruning.column_order import efficacy, retained, search

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from mpcompile import Config, Pipeline, transform
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
-from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.merge_tokens.insert import MergeTokens
 
 try:
     from bench import common

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 import mpcompile
 from mpcompile.kernels import ops
 from mpcompile.kernels.token_merge import reference
-from mpcompile.passes.merge_tokens import MergeTokens
-from mpcompile.passes.token_schedule import counts
+from mpcompile.passes.merge_tokens.insert import MergeTokens
+from mpcompile.passes.merge_tokens.schedule import counts
 
 try:
     from bench import common

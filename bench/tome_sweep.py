@@ -37,7 +37,7 @@ from torch import nn
 from mpcompile import Config, MPCompileError, Pipeline, transform
 from mpcompile.errors import TraceError
 from mpcompile.ir.module import IRModule
-from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.merge_tokens.insert import MergeTokens
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -34,12 +34,12 @@ from mpcompile.ir.parts import keep
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
-from mpcompile.passes.fold import FoldNorm
+from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower, Slot
 from mpcompile.passes.mask import magnitude_mask
-from mpcompile.passes.merge_tokens import unmerged
+from mpcompile.passes.merge_tokens.insert import unmerged
 from mpcompile.pipeline import Pipeline, run_pipeline, transformed
 from mpcompile.plan import Plan
 

@@ -25,15 +25,15 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import exact
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.passes.allocate import Allocate
+from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.fold import FoldNorm
+from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower
 from mpcompile.passes.mask import Mask
-from mpcompile.passes.merge_tokens import MergeTokens, unmerged
+from mpcompile.passes.merge_tokens.insert import MergeTokens, unmerged
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 from mpcompile.plan import LayerPlan, Macs, Plan, is_lowered

@@ -4,7 +4,7 @@
 most often a residual addition, is next to the product, where Fuse takes it in. Scaling rows of a weight leaves its
 zeros where they are, so the mask stays valid.
 
-As with :mod:`mpcompile.passes.fold`, copies of the tensors as they are now are folded: for frozen graphs.
+As with :mod:`mpcompile.passes.fold_norm`, copies of the tensors as they are now are folded: for frozen graphs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.parts import FOLDED, keep
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.fold import parameter
+from mpcompile.passes.fold_norm import parameter
 from mpcompile.passes.fuse import follow
 
 _aten = torch.ops.aten

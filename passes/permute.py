@@ -1,6 +1,6 @@
 """Permute: reorder channels so that the masks keep more, folded into the weights.
 
-Channels that may be reordered without changing the network are found on any graph (passes/axes.py); for each such
+Channels that may be reordered without changing the network are found on any graph (passes/channels/axes.py); for each such
 class the layers that read it are collected, and an order is searched (mpcompile/pruning/column_order.py) that leaves the least
 to remove. Names, shapes and run time stay as they are. Where the channels are split into heads or convolution groups,
 each has an order of its own.
@@ -22,8 +22,8 @@ from mpcompile.ir.effects import own_copies
 from mpcompile.ir.graph import LayerOp, layers, training_flags
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.passes.axes import Analysis, Atoms, analyse
 from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.channels.axes import Analysis, Atoms, analyse
 from mpcompile.passes.mask import eligible
 from mpcompile.pruning.column_order import retained, search
 

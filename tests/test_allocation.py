@@ -17,7 +17,7 @@ from mpcompile.capture.importers import import_model
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
 from mpcompile.ir.graph import layers
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.passes.allocate import Allocate
+from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.mask import Mask, verify
 from mpcompile.pipeline import run_pipeline

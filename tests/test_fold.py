@@ -15,7 +15,7 @@ from mpcompile.ir.graph import layers, propagate
 from mpcompile.ir.parts import FOLDED
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context
-from mpcompile.passes.fold import FoldNorm, norm_of
+from mpcompile.passes.fold_norm import FoldNorm, norm_of
 from mpcompile.passes.lower import Lower
 from tests.helpers import capture, convolutional, images, relative
 

@@ -15,7 +15,7 @@ from mpcompile.ir.parts import keep
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.layouts import ROWS, pack
 from mpcompile.passes.base import Context
-from mpcompile.passes.fold import FoldNorm, norm_of
+from mpcompile.passes.fold_norm import FoldNorm, norm_of
 from mpcompile.passes.fuse import Fuse, activation_of
 from mpcompile.passes.lower import PACKED
 from mpcompile.plan import LayerPlan

@@ -10,7 +10,7 @@ from mpcompile import Config, Pipeline, transform
 from mpcompile.ir.graph import propagate
 from mpcompile.ir.macs import count
 from mpcompile.passes.mask import Mask
-from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.merge_tokens.insert import MergeTokens
 from tests.helpers import images, mlp, tiny_vit
 
 FIGURES = [

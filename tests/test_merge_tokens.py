@@ -12,7 +12,7 @@ from mpcompile import Config, Pipeline, transform
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import ConfigError, GraphError, MPCompileError, NotEligibleError
 from mpcompile.kernels import ops
-from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.pipeline import run_pipeline
 from tests import merging_reference
 from tests.helpers import convolutional, images, relative, tiny_vit, transformer

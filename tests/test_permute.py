@@ -9,7 +9,7 @@ from mpcompile import Config, transform
 from mpcompile.capture.importers import import_model
 from mpcompile.ir.graph import layers
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.passes.axes import analyse
+from mpcompile.passes.channels.axes import analyse
 from mpcompile.passes.permute import classes, fold
 from mpcompile.pruning.column_order import efficacy, retained, search
 from tests.helpers import convolutional, images, mlp, tiny_vit

@@ -10,7 +10,7 @@ from mpcompile import Config, Pipeline, transform
 from mpcompile.cli import main
 from mpcompile.errors import ArtifactError, InputError, NotEligibleError
 from mpcompile.page.merged import draw_tokens, merged_patches, visualize_merging
-from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.merge_tokens.insert import MergeTokens
 from tests import merging_reference
 from tests.helpers import images, tiny_vit
 

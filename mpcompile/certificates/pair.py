@@ -21,7 +21,7 @@ from mpcompile.errors import GraphError, InputError
 from mpcompile.ir.graph import layers, training_flags
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
-from mpcompile.passes.axes import analyse
+from mpcompile.passes.channels.axes import analyse
 from mpcompile.passes.permute import Orders, classes, fold
 
 _SAME = 1e-9  # relative difference of two float64 runs of one function

@@ -18,7 +18,7 @@ from mpcompile.errors import InputError, NotEligibleError
 from mpcompile.io.files import replace_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
-from mpcompile.passes.merge_tokens import MergeTokens
+from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.pipeline import Pipeline, transform
 
 CELL = 24  # pixels a patch at least

@@ -14,8 +14,8 @@ from mpcompile.ir.graph import ATTENTION, argument, fake_value, target_name
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.layers import ByMode, MaskedLinear
-from mpcompile.passes.token_moves import AxisMoves, Level, State
-from mpcompile.passes.token_sites import is_matmul
+from mpcompile.passes.merge_tokens.moves import AxisMoves, Level, State
+from mpcompile.passes.merge_tokens.sites import is_matmul
 
 _LAST_AXIS = (nn.Linear, MaskedLinear, nn.LayerNorm, nn.RMSNorm)
 _POINTWISE = (

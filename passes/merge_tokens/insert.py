@@ -23,10 +23,10 @@ from mpcompile.ir.graph import shape_of
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.idle_masks import drop, idle_masks
-from mpcompile.passes.token_axis import Level, TokenAxis
-from mpcompile.passes.token_schedule import counts, merges, solve
-from mpcompile.passes.token_sites import Site, count_prefix, find_sites, key_mask, opaque_attentions
+from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
+from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
+from mpcompile.passes.merge_tokens.schedule import counts, merges, solve
+from mpcompile.passes.merge_tokens.sites import Site, count_prefix, find_sites, key_mask, opaque_attentions
 from mpcompile.plan import Plan, is_lowered
 
 

@@ -18,7 +18,7 @@ from mpcompile.ir.graph import ATTENTION, Lifted, argument, fake_value, hint, sh
 from mpcompile.ir.macs import is_add
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.parts import attribute
-from mpcompile.passes.token_sites import find_attentions, is_matmul
+from mpcompile.passes.merge_tokens.sites import find_attentions, is_matmul
 
 _MOST = 1 << 26  # values of a constant that is computed
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "empty")
