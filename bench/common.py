@@ -25,7 +25,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from mpcompile.kernels.nm_linear import build
+from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.timing import cpu_name
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from mpcompile.kernels.dispatch import LayerSpec
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.kernels.nm_linear.cpu import CpuEngine
+from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
 from mpcompile.passes.mask import magnitude_mask
 
 try:

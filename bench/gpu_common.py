@@ -112,7 +112,9 @@ def versions(device: torch.device) -> dict[str, Any]:
     except ImportError:
         found["triton"] = None
     if device.type == "cuda":
-        from mpcompile.kernels.nm_linear import cusparselt, gpu_cubin, gpu_launch
+        from mpcompile.kernels.nm_linear.gpu import cubin as gpu_cubin
+        from mpcompile.kernels.nm_linear.gpu import cusparselt
+        from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}

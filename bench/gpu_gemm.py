@@ -30,9 +30,9 @@ from torch import Tensor
 
 from mpcompile.kernels.dispatch import GPU_ENGINES, LayerSpec
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.kernels.nm_linear import gpu_launch
-from mpcompile.kernels.nm_linear.gpu import TensorCoreEngine
-from mpcompile.kernels.nm_linear.gpu_tiles import family, tiles_for
+from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
+from mpcompile.kernels.nm_linear.gpu.engine import TensorCoreEngine
+from mpcompile.kernels.nm_linear.gpu.tiles import family, tiles_for
 from mpcompile.passes.mask import magnitude_mask
 
 try:

@@ -13,7 +13,7 @@ digest of the kernel's code) and triton; a build that failed has ``error`` in th
 holds already are kept if their source is today's (``--again`` compiles all). The exit status is 1 if any build fails,
 spills more than 16 bytes, has no sparse instruction, takes more shared memory than its architecture gives, or is left.
 
-The roofline is arithmetic, not measurement: bytes and clocks by data sheets (kernels/nm_linear/gpu_model.py). Beside
+The roofline is arithmetic, not measurement: bytes and clocks by data sheets (kernels/nm_linear/gpu/model.py). Beside
 the time of the best tile it gives the bound of a *perfect* dense product; the ratio to a real one will differ.
 """
 
@@ -31,9 +31,9 @@ from typing import Any
 from tqdm import tqdm
 
 from mpcompile.errors import MPCompileError
-from mpcompile.kernels.nm_linear.gpu_build import EPILOGUES, Build, compile_all, digest
-from mpcompile.kernels.nm_linear.gpu_model import CHIPS, choose_tile, dense_us, predict_us, step_clocks
-from mpcompile.kernels.nm_linear.gpu_tiles import SHARED_BYTES, tiles_of
+from mpcompile.kernels.nm_linear.gpu.build import EPILOGUES, Build, compile_all, digest
+from mpcompile.kernels.nm_linear.gpu.model import CHIPS, choose_tile, dense_us, predict_us, step_clocks
+from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, tiles_of
 
 try:
     from bench import common

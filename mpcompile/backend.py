@@ -272,7 +272,7 @@ def _cache_tag() -> str:
     folder = Path(ops.__file__).parent
     key = hashlib.sha256(__version__.encode())
     for path in sorted(folder.rglob("*.py")):
-        key.update(path.name.encode() + path.read_bytes())
+        key.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return f"mpcompile-{key.hexdigest()[:16]}"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear.gpu_build import EPILOGUES, Build, compile_all
-from mpcompile.kernels.nm_linear.gpu_tiles import TILES, tiles_of
+from mpcompile.kernels.nm_linear.gpu.build import EPILOGUES, Build, compile_all
+from mpcompile.kernels.nm_linear.gpu.tiles import TILES, tiles_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mpcompile.kernels.nm_format import pack
-from mpcompile.kernels.nm_linear import expand
+from mpcompile.kernels.nm_linear.gpu import expand
 from mpcompile.kernels.nm_linear.reference import nm_linear
 from mpcompile.kernels.token_merge import fused, reference
 from mpcompile.passes.mask import top_n

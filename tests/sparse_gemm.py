@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpcompile.kernels.nm_linear import gpu_launch, sparse24
-from mpcompile.kernels.nm_linear.gpu_build import Build, parts_of
+from mpcompile.kernels.nm_linear import sparse24
+from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
+from mpcompile.kernels.nm_linear.gpu.build import Build, parts_of
 from mpcompile.kernels.nm_linear.packed import activate
 from mpcompile.passes.mask import top_n
 from tests.ptx_emulator import Block, Memory, Program, TensorMap

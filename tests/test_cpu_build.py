@@ -13,8 +13,10 @@ import torch
 from mpcompile.kernels import ops, store
 from mpcompile.kernels.dispatch import LayerSpec
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.kernels.nm_linear import build, layouts, native
-from mpcompile.kernels.nm_linear.cpu import CpuEngine
+from mpcompile.kernels.nm_linear import layouts
+from mpcompile.kernels.nm_linear import operators as native
+from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
 from tests.helpers import relative
 
 SPEC = LayerSpec((8, 16), torch.float32, torch.device("cpu"), Pattern(2, 4))

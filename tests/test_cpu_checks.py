@@ -17,7 +17,8 @@ from mpcompile.errors import ArtifactError, InputError, MPCompileError
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import MAX_M
-from mpcompile.kernels.nm_linear import checks, layouts, native, packed
+from mpcompile.kernels.nm_linear import checks, layouts, packed
+from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.nm_linear.layouts import OCTS, QUADS, RING, ROWS
 from mpcompile.plan import Plan
 from tests.test_cpu_kernels import layer, usable

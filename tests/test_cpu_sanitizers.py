@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mpcompile.kernels.nm_linear import build
+from mpcompile.kernels.nm_linear.cpu import build
 
 ISAS = build._processor_isas()
 CALL = """

@@ -15,7 +15,7 @@ from mpcompile.errors import ConfigError
 from mpcompile.kernels import dispatch, store, timing
 from mpcompile.kernels.dispatch import Dense, LayerSpec, Reference, auto_pattern, choose, choose_all
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.kernels.nm_linear import cpu
+from mpcompile.kernels.nm_linear.cpu import engine as cpu
 
 CPU = torch.device("cpu")
 LINEAR = LayerSpec((24, 32), torch.float32, CPU, Pattern(2, 4), inputs=(2, 5, 32))

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from mpcompile.kernels.nm_linear.gpu_build import EPILOGUES
-from mpcompile.kernels.nm_linear.gpu_tiles import SHARED_BYTES, TILES
+from mpcompile.kernels.nm_linear.gpu.build import EPILOGUES
+from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, TILES
 from tests.gpu_builds import BUILDS, compiled, covering
 
 SPILL = 16  # bytes a thread

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear import gpu_cubin, gpu_launch, sparse24
-from mpcompile.kernels.nm_linear.gpu_build import Build, entry_parameters, parts_of
-from mpcompile.kernels.nm_linear.gpu_cubin import Cubins, epilogue_of
+from mpcompile.kernels.nm_linear import sparse24
+from mpcompile.kernels.nm_linear.gpu import cubin as gpu_cubin
+from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
+from mpcompile.kernels.nm_linear.gpu.build import Build, entry_parameters, parts_of
+from mpcompile.kernels.nm_linear.gpu.cubin import Cubins, epilogue_of
 from tests.gpu_builds import CONVOLUTIONS, EXTRA, compiled
 from tests.helpers import relative
 from tests.ptx_emulator import Block, Memory, Program, TensorMap

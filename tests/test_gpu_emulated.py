@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear import gpu_launch, layouts, sparse24
-from mpcompile.kernels.nm_linear.gpu_build import Build, parts_of
+from mpcompile.kernels.nm_linear import layouts, sparse24
+from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
+from mpcompile.kernels.nm_linear.gpu.build import Build, parts_of
 from mpcompile.kernels.nm_linear.packed import activate
 from mpcompile.passes.mask import top_n
 from tests.gpu_builds import BUILDS, CONVOLUTIONS, EXTRA, compiled

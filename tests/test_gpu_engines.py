@@ -11,9 +11,12 @@ from mpcompile.errors import InputError
 from mpcompile.kernels import ops, timing
 from mpcompile.kernels.dispatch import GPU_ENGINES, LayerSpec, choose
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.kernels.nm_linear import cusparselt, expand, gpu_launch, gpu_model, sparse24
-from mpcompile.kernels.nm_linear.gpu_build import Build
-from mpcompile.kernels.nm_linear.gpu_tiles import SHARED_BYTES, TILES, family, tiles_for
+from mpcompile.kernels.nm_linear import sparse24
+from mpcompile.kernels.nm_linear.gpu import cusparselt, expand
+from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
+from mpcompile.kernels.nm_linear.gpu import model as gpu_model
+from mpcompile.kernels.nm_linear.gpu.build import Build
+from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, TILES, family, tiles_for
 from tests.helpers import images, relative, tiny_vit
 from tests.sparse_gemm import EmulatedKernel, Problem, emulated
 

@@ -7,7 +7,7 @@ import torch
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from mpcompile.kernels import timing
-from mpcompile.kernels.nm_linear import native
+from mpcompile.kernels.nm_linear import operators as native
 
 HELD = {"avx2": ("AVX2", 256), "portable": ("DEFAULT", 0)}  # what torch calls it, and bits of Inductor's vectors
 

@@ -13,7 +13,7 @@ from mpcompile.artifact.file import ArtifactError
 from mpcompile.backend import mpsparse
 from mpcompile.export import programs as export
 from mpcompile.kernels import ops
-from mpcompile.kernels.nm_linear.native import GENERAL
+from mpcompile.kernels.nm_linear.operators import GENERAL
 from tests.helpers import convolutional, images, mlp, relative, tiny_vit
 
 

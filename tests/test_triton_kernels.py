@@ -66,7 +66,7 @@ def cubin(kernel, signature, constants, arch):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("half", ["bf16", "fp32"])
 def test_the_expansion_compiles(half, arch):
-    from mpcompile.kernels.nm_linear.expand_kernel import expand
+    from mpcompile.kernels.nm_linear.gpu.expand_kernel import expand
 
     tile = {"NV": 2, "MG": 4, "SPAN": 8, "BM": 16, "BN": 32, "BK": 64}
     assert len(cubin(expand, {k: v.format(half) for k, v in EXPAND.items()}, tile, arch)) > 1000

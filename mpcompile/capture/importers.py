@@ -191,7 +191,7 @@ def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, A
 
 def _place(error: BaseException) -> str:
     """The line of somebody's model that an error comes from."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 

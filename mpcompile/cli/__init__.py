@@ -1,6 +1,6 @@
 """The command line, one module a command.
 
-To add a command ``bake``, write ``mpcompile/cli/bake.py`` with
+To add a command ``bake``, write ``mpcompile/cli/commands/bake.py`` with
 
 - ``add(commands)``: declare it with :func:`mpcompile.cli.options.command` (help, a description and an example), add its
   options (those that several commands share are in :mod:`mpcompile.cli.options`), declare those that name a file to
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"mpcompile {mpcompile.__version__}")
     commands = top.add_subparsers(dest="job", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     for name in COMMANDS:
-        importlib.import_module(f"mpcompile.cli.{name}").add(commands)
+        importlib.import_module(f"mpcompile.cli.commands.{name}").add(commands)
     return top
 
 

@@ -21,7 +21,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.pipeline import transform
 from mpcompile.training.options import Training, check_fields, check_type
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = Path(__file__).parent
 _PARTS = ("compile", "train", "data", "calibration")
 
 

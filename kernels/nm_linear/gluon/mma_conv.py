@@ -13,14 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from mpcompile.kernels.nm_linear.gluon_mma_sp import (
-    accumulator_layout,
-    allocate,
-    copy_layout,
-    fetch_weights,
-    multiply,
-)
-from mpcompile.kernels.nm_linear.gluon_parts import finish
+from mpcompile.kernels.nm_linear.gluon.mma_sp import accumulator_layout, allocate, copy_layout, fetch_weights, multiply
+from mpcompile.kernels.nm_linear.gluon.parts import finish
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from mpcompile.kernels.nm_linear.gpu_tiles import SHARED_BYTES, Tile, tiles_for
+from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, Tile, tiles_for
 from mpcompile.kernels.nm_linear.sparse24 import padded
 
 _SHARED_RATE = 128  # bytes a clock
@@ -68,7 +68,7 @@ def step_clocks(tile: Tile, chip: Chip) -> tuple[float, float, float]:
     """Clocks of one step of one program: products, shared memory, second-level cache.
 
     Example:
-        >>> from mpcompile.kernels.nm_linear.gpu_tiles import TILES
+        >>> from mpcompile.kernels.nm_linear.gpu.tiles import TILES
         >>> [round(clocks) for clocks in step_clocks(TILES[0], CHIPS[0])]
         [1024, 1040, 870]
     """

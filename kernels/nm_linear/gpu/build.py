@@ -1,6 +1,6 @@
 """Compiles the kernels for a named GPU on a machine that has none, and reads off what came out.
 
-    python -m mpcompile.kernels.nm_linear.gpu_build BUILDS.json FOLDER
+    python -m mpcompile.kernels.nm_linear.gpu.build BUILDS.json FOLDER
 
 BUILDS.json is a list of objects with the fields of :class:`Build`. FOLDER receives a cubin and a PTX file each, and
 ``records.json``. Triton 3.9 has to be importable: where torch has brought an older one, put the folder of another in
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear.gpu_tiles import Tile, tiles_of
-from mpcompile.kernels.nm_linear.gpu_triton import old_triton
+from mpcompile.kernels.nm_linear.gpu.tiles import Tile, tiles_of
+from mpcompile.kernels.nm_linear.gpu.triton_support import old_triton
 
 _SPARSE = {"mma": r"\bHMMA\.SP\.16832\.F32", "wgmma": r"\bHGMMA\.SP\.64x\d+x32\.F32"}
 _TYPED = {"fp16": r"(?!\.BF16)\b", "bf16": r"\.BF16\b"}
@@ -41,7 +41,7 @@ class Build:
     """One kernel to compile.
 
     Attributes:
-        kernel, tile: of :data:`mpcompile.kernels.nm_linear.gpu_tiles.TILES`, the tile by its name.
+        kernel, tile: of :data:`mpcompile.kernels.nm_linear.gpu.tiles.TILES`, the tile by its name.
         dtype: ``"fp16"`` or ``"bf16"``.
         epilogue: of :data:`EPILOGUES`: bare, bias, bias + activation, bias + residual, bias * scale + residual.
         arch: 80 for compute capability 8.0, and so on.
@@ -68,9 +68,9 @@ class Build:
 @functools.cache
 def digest(kernel: str) -> str:
     """Of the sources that a kernel is compiled from: a record with another one tells of another kernel."""
-    here = Path(__file__).parent
-    own = {"gluon_mma_conv": ("gluon_mma_conv", "gluon_mma_sp")}.get(kernel, (kernel,))
-    sources = b"".join((here / f"{name}.py").read_bytes() for name in (*own, "gluon_parts"))
+    folder = Path(__file__).parent.parent / "gluon"
+    own = {"gluon_mma_conv": ("mma_conv", "mma_sp")}.get(kernel, (kernel.removeprefix("gluon_"),))
+    sources = b"".join((folder / f"{name}.py").read_bytes() for name in (*own, "parts"))
     return hashlib.sha256(sources).hexdigest()[:12]
 
 
@@ -91,7 +91,8 @@ def source_of(build: Build) -> Any:
     constants: dict[str, Any] = {}
     kernel: Any
     if build.kernel != "gluon_wgmma_sp":
-        from mpcompile.kernels.nm_linear import gluon_mma_conv, gluon_mma_sp
+        from mpcompile.kernels.nm_linear.gluon import mma_conv as gluon_mma_conv
+        from mpcompile.kernels.nm_linear.gluon import mma_sp as gluon_mma_sp
 
         kernel = (gluon_mma_conv if build.kernel == "gluon_mma_conv" else gluon_mma_sp).gemm
         signature |= {"A_ptr": "*i32", "E_ptr": "*i32", "X_ptr": "*i32"}
@@ -100,7 +101,7 @@ def source_of(build: Build) -> Any:
     else:
         from triton.experimental.gluon import language as gl
 
-        from mpcompile.kernels.nm_linear import gluon_wgmma_sp
+        from mpcompile.kernels.nm_linear.gluon import wgmma_sp as gluon_wgmma_sp
 
         kernel = gluon_wgmma_sp.gemm
         shared = gl.NVMMASharedLayout(128, 16, 2)
@@ -232,7 +233,7 @@ def compile_all(
             number, part = following
             out, file = folder / f"{number:03d}", folder / f"{number:03d}.json"
             file.write_text(json.dumps([dataclasses.asdict(build) for build in part]))
-            command = [sys.executable, "-m", "mpcompile.kernels.nm_linear.gpu_build", str(file), str(out)]
+            command = [sys.executable, "-m", "mpcompile.kernels.nm_linear.gpu.build", str(file), str(out)]
             log = (folder / f"{number:03d}.log").open("w+")
             process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
             running.append((part, out, process, log))

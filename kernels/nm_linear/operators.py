@@ -19,8 +19,10 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.library import Library
 
-from mpcompile.kernels.nm_linear import build, checks, gpu_launch, packed, sparse24
+from mpcompile.kernels.nm_linear import checks, packed, sparse24
 from mpcompile.kernels.nm_linear.checks import PackedWeight
+from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.layouts import ROWS
 
 _SCHEMAS = {

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from mpcompile.kernels.nm_linear.gluon_parts import finish, powers
+from mpcompile.kernels.nm_linear.gluon.parts import finish, powers
 
 
 @gluon.constexpr_function

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear import checks, gpu_cubin, gpu_model, packed, sparse24
+from mpcompile.kernels.nm_linear import checks, packed, sparse24
 from mpcompile.kernels.nm_linear.checks import PackedWeight
-from mpcompile.kernels.nm_linear.gpu_tiles import CONV_CHANNELS, Tile, family
-from mpcompile.kernels.nm_linear.gpu_triton import old_triton
+from mpcompile.kernels.nm_linear.gpu import cubin as gpu_cubin
+from mpcompile.kernels.nm_linear.gpu import model as gpu_model
+from mpcompile.kernels.nm_linear.gpu.tiles import CONV_CHANNELS, Tile, family
+from mpcompile.kernels.nm_linear.gpu.triton_support import old_triton
 from mpcompile.kernels.nm_linear.sparse24 import MMA_SP, WGMMA_SP
 
 KERNELS = {MMA_SP: "gluon_mma_sp", WGMMA_SP: "gluon_wgmma_sp"}

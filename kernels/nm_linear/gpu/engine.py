@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mpcompile.kernels import ops
-from mpcompile.kernels.nm_linear import gpu_launch, sparse24
-from mpcompile.kernels.nm_linear.gpu_tiles import CONV_CHANNELS
+from mpcompile.kernels.nm_linear import sparse24
+from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
+from mpcompile.kernels.nm_linear.gpu.tiles import CONV_CHANNELS
 
 if TYPE_CHECKING:
     from mpcompile.kernels.dispatch import LayerSpec

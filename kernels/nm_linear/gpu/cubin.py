@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear.gpu_build import EPILOGUES, Build, digest
-from mpcompile.kernels.nm_linear.gpu_tiles import tiles_for
+from mpcompile.kernels.nm_linear.gpu.build import EPILOGUES, Build, digest
+from mpcompile.kernels.nm_linear.gpu.tiles import tiles_for
 from mpcompile.kernels.nm_linear.packed import activate
 
 VARIABLE = "MPCOMPILE_CUBINS"

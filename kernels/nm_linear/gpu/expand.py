@@ -45,7 +45,7 @@ def launch(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int, wrap: Callable[[Any], Any]
 ) -> Tensor:
     """x (..., K) times the packed weight, plus bias, by the kernel; ``wrap`` makes it visible to Inductor."""
-    from mpcompile.kernels.nm_linear.expand_kernel import expand
+    from mpcompile.kernels.nm_linear.gpu.expand_kernel import expand
 
     k, out = x.shape[-1], values.shape[0]
     if values.shape != (out, k // m * n) or words.shape != (out, word_count(k, m)) or k % m:

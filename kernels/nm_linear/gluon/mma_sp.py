@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from mpcompile.kernels.nm_linear.gluon_parts import finish, powers
+from mpcompile.kernels.nm_linear.gluon.parts import finish, powers
 
 _LANES = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]  # lane 4g + q: row g, int32 column q
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear.gpu import unsupported
+from mpcompile.kernels.nm_linear.gpu.engine import unsupported
 
 if TYPE_CHECKING:
     from mpcompile.kernels.dispatch import LayerSpec

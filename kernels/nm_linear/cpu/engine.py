@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mpcompile.kernels import ops
-from mpcompile.kernels.nm_linear import build, layouts, native
+from mpcompile.kernels.nm_linear import layouts
+from mpcompile.kernels.nm_linear import operators as native
+from mpcompile.kernels.nm_linear.cpu import build
 
 if TYPE_CHECKING:
     from mpcompile.kernels.dispatch import LayerSpec

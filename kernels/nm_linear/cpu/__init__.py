@@ -1,0 +1,1 @@
+"""The CPU engine: C++ kernels for any N:M, built on the machine that runs them."""

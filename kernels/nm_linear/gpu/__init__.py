@@ -1,0 +1,1 @@
+"""The GPU engines: tiles, compilation for a named GPU, and launches."""
