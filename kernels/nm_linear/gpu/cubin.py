@@ -1,6 +1,6 @@
 """Runs kernels that were compiled elsewhere: cubins, launched through the CUDA driver, without any Triton.
 
-``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.kernel_matrix --arch 90 --keep FOLDER`` has filled:
+``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled:
 ``records.json`` files, the cubins beside them. Where the installed Triton can't compile the kernels, gpu_launch.py
 takes them from there. A :class:`Kernel` is called as Triton's are; its arguments go to the driver in the order and
 types that the compiled entry names.
@@ -114,7 +114,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # said below
     raise InputError(
-        f"{path} is damaged", expected="what python -m bench.kernel_matrix --keep writes", hint="compile them again"
+        f"{path} is damaged", expected="what python -m bench.gpu.kernel_matrix --keep writes", hint="compile them again"
     )
 
 
@@ -149,14 +149,14 @@ class Cubins:
                         f"cubins in {folder} are of another version of {build.kernel}",
                         expected=digest(build.kernel),
                         found=record.get("source"),
-                        hint="compile them again: python -m bench.kernel_matrix --keep FOLDER",
+                        hint="compile them again: python -m bench.gpu.kernel_matrix --keep FOLDER",
                     )
                 found.records[build] = {**record, "cubin": path.parent / f"{build.name}.cubin"}
         if not found.records:
             raise InputError(
                 f"no compiled kernels in {folder}",
                 expected="records.json and cubins",
-                hint=f"python -m bench.kernel_matrix --keep {folder}",
+                hint=f"python -m bench.gpu.kernel_matrix --keep {folder}",
             )
         return found
 
@@ -256,7 +256,7 @@ class Kernel:
         build = self._build(operands, epilogue, y, out, options)
         record = self.cubins.records.get(build)
         if record is None:
-            raise InputError(f"no cubin {build.name} in {self.cubins.folder}", hint="compile it: bench.kernel_matrix")
+            raise InputError(f"no cubin {build.name} in {self.cubins.folder}", hint="compile it: bench.gpu.kernel_matrix")
         values = values_of(record["parameters"], [*operands, bias, scale, residual, y, *numbers])
         stream = _stream(y.device)
         function = self.cubins.function(build, y.device.index or 0)

@@ -1,7 +1,7 @@
 """Tiles of the sparse tensor-core kernels, and which one a product takes.
 
 Every tile of the table is compiled for every architecture it names in the tests (registers spilled, shared memory) and
-in ``bench/kernel_matrix.py``.
+in ``bench/gpu/kernel_matrix.py``.
 """
 
 from __future__ import annotations

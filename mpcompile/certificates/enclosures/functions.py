@@ -81,7 +81,7 @@ def _tanh_gelu_derivative(x: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
 
 
-# Largest slopes and curvatures, rounded up; tests/test_certify_enclosure.py samples them.
+# Largest slopes and curvatures, rounded up; tests/certificates/test_enclosures.py samples them.
 GELU = Smooth(
     F.gelu, _gelu_derivative, _constant(1.1290), _constant(0.7980), (-0.7517915246935, -0.16997120747991), 1.0
 )
