@@ -2,7 +2,7 @@
 # make test    the tests
 # make test-isa ISA=avx2    the tests of kernels, merging and packing, with torch, oneDNN and our kernels held to that
 #              instruction set: avx2, or portable, which runs on any processor
-# make lint    ruff
+# make lint    ruff: rules and formatting
 # make types   mypy
 # Each makes its own virtual environment the first time (Python >= 3.10) and reuses it afterwards.
 #
@@ -54,6 +54,7 @@ $(TRITON)/.complete: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-dev
 	$(VPY) -m ruff check .
+	$(VPY) -m ruff format --check .
 
 types: $(VENV)/.installed-dev
 	$(VPY) -m mypy

@@ -9,6 +9,7 @@ if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml
     # A checkout without symbolic links (some archives and file systems drop them): passes/ and kernels/ lie beside us.
     __path__.append(str(_root))
 
+from mpcompile import _moved
 from mpcompile.artifact.file import load, save
 from mpcompile.backend import refresh
 from mpcompile.certificates.api import Certificates, certify
@@ -21,6 +22,9 @@ from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
 from mpcompile.rmt.analysis import Analysis, analyze
 from mpcompile.training.distill import Training, distill
+
+_moved.install(__name__)
+__getattr__ = _moved.attribute
 
 __all__ = [
     "Analysis",

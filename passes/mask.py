@@ -1,6 +1,6 @@
 """Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph.
 
-The scores are in mpcompile/pruning/scores.py. With calibration data the layers are decided one after another along the graph,
+The scores are in pruning/scores.py. With calibration data the layers are decided one after another along the graph,
 on the pruned prefix (``calibrate``), refitted on the way if Restore follows; or all from one dense pass.
 """
 

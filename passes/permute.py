@@ -1,7 +1,7 @@
 """Permute: reorder channels so that the masks keep more, folded into the weights.
 
-Channels that may be reordered without changing the network are found on any graph (passes/channels/axes.py); for each such
-class the layers that read it are collected, and an order is searched (mpcompile/pruning/column_order.py) that leaves the least
+Channels that may be reordered without changing the network are found on any graph (channels/axes.py); for each such
+class the layers that read it are collected, and an order is searched (pruning/column_order.py) that leaves the least
 to remove. Names, shapes and run time stay as they are. Where the channels are split into heads or convolution groups,
 each has an order of its own.
 """

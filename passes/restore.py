@@ -3,7 +3,7 @@
 Statistics are taken anew even if nothing is refitted: masks take variance away, most of it those that cost the outputs
 least (a removed value takes its share of it along), and in a ResNet that adds up from layer to layer.
 
-The values are refitted where the masks are chosen, layer by layer (mpcompile/pruning/refit.py, mpcompile/pruning/project.py): a mask and
+The values are refitted where the masks are chosen, layer by layer (pruning/refit.py, pruning/project.py): a mask and
 its values are one decision, and later layers are fitted to what comes out. This pass in a pipeline asks for it; here
 BatchNorm statistics follow, and the Plan gets the error of every layer before and after.
 """

@@ -6,8 +6,8 @@ a valid checksum over it, and loads it. Anything but a module or an ArtifactErro
 counts as a failure and is kept.
 
 With ``--graphs`` the graph is changed: other operators, arguments, integers and bytes of tensors, in files that
-also hold native kernels (tests/support/forged_graphs.py). What loads is run on an input too, all of it in child processes. A
-child that dies counts as a failure; what a graph takes in time and memory does not.
+also hold native kernels (tests/support/forged_graphs.py). What loads is run on an input too, all of it in child
+processes. A child that dies counts as a failure; what a graph takes in time and memory does not.
 
     python -m bench.robustness.fuzz_artifacts --rounds 10000 --json bench/results/fuzz_artifacts.json
     python -m bench.robustness.fuzz_artifacts --graphs --rounds 10000 --json bench/results/fuzz_graphs.json

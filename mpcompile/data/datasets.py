@@ -1,7 +1,7 @@
 """Labelled training images from a folder, a Hugging Face dataset or WebDataset shards.
 
 What lies in a folder is decided in :mod:`mpcompile.data`, as for every other command; datasets and shards come through
-timm's readers. Pixels are decoded and brought to RGB in :mod:`mpcompile.data.sources.pictures`, wherever they come from.
+timm's readers. Pixels, wherever they come from, are brought to RGB in :mod:`mpcompile.data.sources.pictures`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Streams of labelled images (WebDataset shards, streamed Hugging Face datasets) through timm's readers.
 
-timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.sources.pictures`, as those of
-files are.
+timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.sources.pictures`, as
+those of files are.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Sources:
     """Everything that a page may show; what is absent is None or empty, and its section says so.
 
     Attributes:
-        audit: ``mpcompile audit --json``: ``rows`` (see :class:`mpcompile.measure.report.Row`), ``environment``, ``notes``.
+        audit: ``mpcompile audit --json``: ``rows`` (:class:`mpcompile.measure.report.Row`), ``environment``, ``notes``.
         explain: ``mpcompile explain --json``: ``layers`` with ``name``, ``engine``, ``us``, ``dense_us``.
         analyze: ``mpcompile analyze --json``: layers by name, or ``layers`` as a list with ``name``; of each ``sigma``,
             ``edge``, ``spikes``, ``verdict``, ``fit_error``, ``shape``, and ``singular_values`` (or ``eigenvalues`` of

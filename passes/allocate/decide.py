@@ -1,7 +1,7 @@
 """Allocate: give each layer a pattern of its own, so that a share of the MACs (or bytes) is saved at least damage.
 
-The damage of every layer under every pattern of the menu is predicted (mpcompile/pruning/damage.py), the best choice is an
-exact knapsack (mpcompile/pruning/knapsack.py), and with data it has to beat the uniform choice of equal savings on
+The damage of every layer under every pattern of the menu is predicted (pruning/damage.py), the best choice is an
+exact knapsack (pruning/knapsack.py), and with data it has to beat the uniform choice of equal savings on
 calibration samples that it has not seen: the better one is kept, and the Plan names it.
 """
 

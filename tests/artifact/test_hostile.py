@@ -188,14 +188,8 @@ EVIL_TEXTS = [
     *[edit("graph", "signature", to={**SIGNED, "names": [name]}) for name in (f"x={CODE}", "self", "a b", 1)],
     edit("graph", "signature", to={**SIGNED, "in": {"tuple": [{"tuple": []}, {"dict": {f"x':{CODE},'y": 0}}]}}),
     edit("graph", "signature", to={**SIGNED, "in": {"tuple": [0, 0]}}),
-    *[
-        edit("modules", name, to=GROUP)
-        for name in ("forward", "to_folder", "plan", "_modules", CODE, "no.parent")
-    ],
-    *[
-        edit("modules", name, to=GROUP)
-        for name in ('a"b', "a'b", "a\\b", "a\nb", "\ufb01", "a" * 2000)
-    ],
+    *[edit("modules", name, to=GROUP) for name in ("forward", "to_folder", "plan", "_modules", CODE, "no.parent")],
+    *[edit("modules", name, to=GROUP) for name in ('a"b', "a'b", "a\\b", "a\nb", "\ufb01", "a" * 2000)],
     *[edit("modules", "new", to={"same": name}) for name in ("", "new", "later", None, [])],
     edit("modules", "group.own", to={"same": "group"}),
     edit("modules", "norm.part", to=GROUP),

@@ -256,7 +256,7 @@ class Kernel:
         build = self._build(operands, epilogue, y, out, options)
         record = self.cubins.records.get(build)
         if record is None:
-            raise InputError(f"no cubin {build.name} in {self.cubins.folder}", hint="compile it: bench.gpu.kernel_matrix")
+            raise InputError(f"no cubin {build.name} in {self.cubins.folder}", hint="build it: bench.gpu.kernel_matrix")
         values = values_of(record["parameters"], [*operands, bias, scale, residual, y, *numbers])
         stream = _stream(y.device)
         function = self.cubins.function(build, y.device.index or 0)

@@ -1,7 +1,7 @@
 """How long a product should take on a GPU, from the bytes it moves and the clocks its instructions need.
 
-Nothing here is measured. It picks the tile of a product, and ``bench/gpu/kernel_matrix.py --roofline`` prints it beside the
-dense product's own bound. Peak figures of chips are those of NVIDIA's data sheets; shared memory moves 128 bytes a
+Nothing here is measured. It picks the tile of a product, and ``bench/gpu/kernel_matrix.py --roofline`` prints it beside
+the dense product's own bound. Peak figures of chips are those of NVIDIA's data sheets; shared memory moves 128 bytes a
 clock and multiprocessor.
 """
 

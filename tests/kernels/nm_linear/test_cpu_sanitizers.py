@@ -108,7 +108,9 @@ def calls():
 
 def test_the_kernels_own_tests_find_nothing():
     chosen = "test_gemm or test_mlp or test_no_tokens or test_values or test_large or (test_convolution and 2-4)"
-    done = run("-m", "pytest", "-qsx", "-p", "no:cacheprovider", "tests/kernels/nm_linear/test_cpu_kernels.py", "-k", chosen)
+    done = run(
+        "-m", "pytest", "-qsx", "-p", "no:cacheprovider", "tests/kernels/nm_linear/test_cpu_kernels.py", "-k", chosen
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]
     assert "AddressSanitizer" not in said and "runtime error" not in said
