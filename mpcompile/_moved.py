@@ -117,7 +117,7 @@ MOVED = {
 class _Moved(ModuleType):
     """Stands in ``sys.modules`` under an old path; looks every attribute up in the module at the new one."""
 
-    __path__: ClassVar[list[str]] = []  # so that old paths below this one are importable, too
+    __path__: ClassVar[list[str]] = []  # type: ignore[misc]  # so that old paths below this one are importable, too
 
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what is patched is what the new module holds

@@ -20,7 +20,7 @@ from mpcompile.ir.effects import erase_orphans, storage, written_tensors
 from mpcompile.ir.graph import LayerOp, Lifted, argument, layers
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.parts import FOLDED, attribute, keep, set_attribute
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import Context, Pass
 
 _MODULES = frozenset({"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"})
@@ -143,10 +143,10 @@ class FoldNorm(Pass):
         folded = self._tensors(layer.weight.tensor, parameter(gm, layer.bias, lifted), norm)
         with graph.inserting_before(node):
             weight, bias = (self._keep(gm, f"{root}.{layer.name}", key, folded[key]) for root, key in _ROOTS)
-            mask = graph.get_attr(f"{layer.name}.mask") if node.op == "call_module" else node.args[2]
+            mask = graph.get_attr(f"{layer.name}.mask") if node.op == "call_module" else schema.bind(node).mask
             axes = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-            args = (argument(node, 0, "input"), weight, mask, bias, *axes, *layer.pattern)
-            new = end = graph.call_function(ops.masked_conv2d, args)
+            call = ops.masked_call(argument(node, 0, "input"), weight, mask, bias, axes, layer.pattern)
+            new = end = graph.call_function(*call)
         new.meta = dict(node.meta)
         if after.op == "call_module":  # timm's BatchNormAct2d does more than its name says first
             end = self._parts(gm, after, end)

@@ -19,7 +19,7 @@ from mpcompile.ir.effects import erase_orphans, storage, written_tensors
 from mpcompile.ir.graph import LayerOp, argument, fake_value, layers
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.parts import FOLDED, keep
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.fold_norm import parameter
 from mpcompile.passes.fuse import follow
@@ -128,13 +128,10 @@ class FoldScale(Pass):
             if bias is not None:
                 moved = (bias.detach().double() * rows).to(bias.dtype)
                 shift = self._keep(gm, f"{FOLDED}_bias.{layer.name}", "bias", moved)
-            mask = graph.get_attr(f"{layer.name}.mask") if node.op == "call_module" else node.args[2]
-            head = (argument(node, 0, "input"), values, mask, shift)
-            if (g := layer.geometry) is None:
-                new = graph.call_function(ops.masked_linear, (*head, *layer.pattern))
-            else:
-                axes = (g.stride, g.padding, g.dilation, g.groups)
-                new = graph.call_function(ops.masked_conv2d, (*head, *axes, *layer.pattern))
+            mask = graph.get_attr(f"{layer.name}.mask") if node.op == "call_module" else schema.bind(node).mask
+            g, x = layer.geometry, argument(node, 0, "input")
+            axes = None if g is None else (g.stride, g.padding, g.dilation, g.groups)
+            new = graph.call_function(*ops.masked_call(x, values, mask, shift, axes, layer.pattern))
         new.meta = dict(product.meta)
         product.replace_all_uses_with(new)
         read = [*product.all_input_nodes, *node.all_input_nodes]

@@ -9,6 +9,7 @@ to the activation, then to the addition (or, as in a ResNet, to the addition and
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -21,13 +22,13 @@ from mpcompile.ir.effects import writes
 from mpcompile.ir.graph import Lifted, argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.ir.macs import is_add
 from mpcompile.ir.module import IRModule
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_linear.packed import BEHIND
+from mpcompile.kernels.schema import NmGemmArgs, NmMlpArgs
 from mpcompile.layers import ByMode
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.lower import PACKED
 
-_VALUES, _RESIDUAL = 1, 4  # positions in the schemas of nm_gemm and nm_conv; the activation is last
 _KINDS = ("activations", "residuals", "behind", "mlps")
 
 _aten = torch.ops.aten
@@ -108,6 +109,11 @@ def _operands(add: fx.Node) -> tuple[Any, Any]:
     return argument(add, 0, "input", add.kwargs.get("self")), argument(add, 1, "other")
 
 
+def _update(op: fx.Node, **changes: Any) -> None:
+    """Change arguments of a native operator by name."""
+    op.args, op.kwargs = tuple(dataclasses.replace(schema.bind(op), **changes)), {}
+
+
 def _from_data(gm: fx.GraphModule, lifted: Lifted) -> set[fx.Node]:
     """Nodes that depend on an input that is no parameter."""
     found = set(real_inputs(gm, lifted))
@@ -157,13 +163,16 @@ class _Plan:
         idle, user = follow(self.gm, path[-1])
         if user is None or activation_of(self.gm, user) is None or argument(user, 0, "input") is not [*path, *idle][-1]:
             return
-        if op.args[_RESIDUAL] is None and op.args[-1] == "none" and op not in self.activations:
+        args = schema.bind(op)
+        if args.residual is None and args.activation == "none" and op not in self.activations:
             table = self.behind if op in self.residuals else self.activations
             table[op], self.paths[op] = user, [*path, *idle, user]
 
     def _residual(self, op: fx.Node) -> None:
         idle, add = follow(self.gm, self.paths[op][-1])
-        if add is None or not is_add(add) or op.args[_RESIDUAL] is not None or add in self.residuals.values():
+        if add is None or not is_add(add) or add in self.residuals.values():
+            return
+        if schema.bind(op).residual is not None:
             return
         path = [*self.paths[op], *idle]
         why = self._refusal(path, add)
@@ -199,9 +208,10 @@ class _Plan:
         if user is None or {op.target, user.target} != {ops.nm_gemm} or op in self.mlps.values():
             return
         last = [*self.paths[op], *idle][-1]
-        alone = user.args[0] is last and last not in user.args[1:]
-        plain = op.args[_RESIDUAL] is None and op not in self.residuals
-        if not alone or not plain or user.args[-1] != "none" or user in self.activations or user in self.behind:
+        second = NmGemmArgs.bind(user)
+        alone = second.x is last and list(second).count(last) == 1
+        plain = NmGemmArgs.bind(op).residual is None and op not in self.residuals
+        if not alone or not plain or second.activation != "none" or user in self.activations or user in self.behind:
             return
         why = self._written(op, self.paths[user][-1], [*self.paths[op], *idle, *self.paths[user]])
         if why is None:
@@ -248,7 +258,7 @@ class Fuse(Pass):
         layers = {f"{PACKED}.{name}.values": plan for name, plan in ctx.plan.layers.items()}
 
         def note(op: fx.Node, key: str, value: Any) -> None:
-            values = op.args[_VALUES]
+            values = schema.bind(op).values
             plan = layers.get(str(values.target)) if isinstance(values, fx.Node) else None
             if plan is not None:
                 plan.notes.setdefault("fuse", {})[key] = value
@@ -256,7 +266,7 @@ class Fuse(Pass):
         def activate(name: str, end: str, prefix: str) -> None:
             op, activation = nodes[name], activation_of(gm, nodes[end])
             note(op, "activation", activation)
-            op.update_arg(len(op.args) - 1, f"{prefix}{activation}")
+            _update(op, activation=f"{prefix}{activation}")
             self._absorb(gm, op, nodes[end])
 
         for name, end in decision["activations"]:
@@ -267,7 +277,7 @@ class Fuse(Pass):
             idle, _ = follow(gm, op)
             operands = _operands(add)
             add.prepend(op)  # the residual may be computed later than the operator was
-            op.update_arg(_RESIDUAL, operands[operands[0] is [op, *idle][-1]])
+            _update(op, residual=operands[operands[0] is [op, *idle][-1]])
             self._absorb(gm, op, add)
         for name, end in decision["behind"]:
             activate(name, end, BEHIND)
@@ -289,11 +299,28 @@ class Fuse(Pass):
     @staticmethod
     def _join(gm: IRModule, first: fx.Node, second: fx.Node) -> None:
         idle, _ = follow(gm, first)
-        x, *head1, _, hidden, n1, m1, layout1, activation = first.args
-        _, *head2, residual, out, n2, m2, layout2, _ = second.args
-        args = (x, *head1, *head2, residual, hidden, out, n1, m1, n2, m2, layout1, layout2, activation)
+        a, b = NmGemmArgs.bind(first), NmGemmArgs.bind(second)
+        args = NmMlpArgs(
+            x=a.x,
+            values1=a.values,
+            index1=a.index,
+            bias1=a.bias,
+            values2=b.values,
+            index2=b.index,
+            bias2=b.bias,
+            residual=b.residual,
+            hidden=a.out,
+            out=b.out,
+            n1=a.n,
+            m1=a.m,
+            n2=b.n,
+            m2=b.m,
+            layout1=a.layout,
+            layout2=b.layout,
+            activation=a.activation,
+        )
         with gm.graph.inserting_before(second):
-            new = gm.graph.call_function(ops.nm_mlp, args)
+            new = gm.graph.call_function(ops.nm_mlp, tuple(args))
         new.meta = dict(second.meta)
         second.replace_all_uses_with(new)
         for gone in [second, *reversed(idle), first]:
