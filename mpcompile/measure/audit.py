@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import platform
 import random
 import statistics
 import time
@@ -33,33 +32,8 @@ from mpcompile.ir.flops import flop_counter
 from mpcompile.ir.graph import propagate, training_flags
 from mpcompile.ir.macs import count
 from mpcompile.ir.module import IRModule
+from mpcompile.measure.environment import conditions, first_tensor
 from mpcompile.measure.report import BARS, COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
-
-
-def environment(batch: Any) -> dict[str, Any]:
-    """What a figure depends on: processor, threads, versions, dtype and batch."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].split(":", 1)[1].strip() if lines else cpu
-    tensor = _first_tensor(batch)
-    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else cpu
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "batch": tensor.shape[0],
-    }
-
-
-def _first_tensor(batch: Any) -> Tensor:
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise InputError("inputs hold no tensor", expected="batches of tensors", found=type(batch).__name__)
 
 
 def _run(build: Callable[..., Any], batch: Any) -> Tensor:
@@ -77,7 +51,7 @@ def _time(builds: Mapping[str, Callable[..., Any]], batch: Any, rounds: int, pro
     """Milliseconds a call, every round timing every build once, in an order of its own, drawn anew."""
     times: dict[str, list[float]] = {name: [] for name in builds}
     names, order = list(builds), random.Random(0)
-    cuda = _first_tensor(batch).is_cuda
+    cuda = first_tensor(batch).is_cuda
     for _ in tqdm(range(rounds), desc="time", unit="round", disable=None if progress else True):
         for name in order.sample(names, len(names)):
             if cuda:
@@ -98,13 +72,13 @@ def _dense_macs(model: nn.Module, batch: Any) -> int | None:
             fake = (
                 {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 if isinstance(batch, Mapping)
-                else mode.from_tensor(_first_tensor(batch))
+                else mode.from_tensor(first_tensor(batch))
             )
             with flop_counter() as counter:
                 _run(model, fake)
     except Exception:
         return None
-    return counter.get_total_flops() // 2 // _first_tensor(batch).shape[0]
+    return counter.get_total_flops() // 2 // first_tensor(batch).shape[0]
 
 
 def has_bf16() -> bool:
@@ -157,7 +131,7 @@ class _InBf16:
 def _bf16_build(model: nn.Module, batch: Any, wanted: bool | Callable[..., Any] | None, rounds: int) -> Any:
     """The build for the bf16 row, or None for no such row."""
     if wanted is None:
-        tensor = _first_tensor(batch)
+        tensor = first_tensor(batch)
         wanted = rounds > 0 and tensor.device.type == "cpu" and tensor.dtype is torch.float32 and has_bf16()
     return _InBf16(model) if wanted is True else wanted or None
 
@@ -179,7 +153,7 @@ def _parameter_bytes(model: nn.Module) -> int:
 
 
 def _masked_macs(gm: IRModule, batch: Any) -> tuple[int, int]:
-    inputs = list(batch.values()) if isinstance(batch, Mapping) else [_first_tensor(batch)]
+    inputs = list(batch.values()) if isinstance(batch, Mapping) else [first_tensor(batch)]
     propagate(gm, inputs)
     macs, _ = count(gm)
     return macs.executed, macs.paper
@@ -266,7 +240,7 @@ def _samples(batch: Any) -> int:
     Raises:
         InputError: its first tensor has no axis of samples.
     """
-    tensor = _first_tensor(batch)
+    tensor = first_tensor(batch)
     if not tensor.dim():
         raise InputError("inputs have no axis of samples", expected="tensors (batch, ...)", found="a single number")
     return len(tensor)
@@ -352,14 +326,14 @@ def audit(
     known = Labels(labels)
     builds: dict[str, Callable[..., Any]] = {DENSE_EAGER: model}
     builds[DENSE_COMPILED] = torch.compile(model) if dense_compiled is None else dense_compiled
-    if dense_compiled is None and rounds and _first_tensor(first).device.type == "cpu":
+    if dense_compiled is None and rounds and first_tensor(first).device.type == "cpu":
         builds[DENSE_FROZEN] = _Frozen(model)
     in_bf16 = _bf16_build(model, first, dense_bf16, rounds)
     if in_bf16 is not None:
         builds[DENSE_BF16] = in_bf16
     builds.update(others or {})
     builds[COMPILED] = compiled
-    report = Report([Row(name) for name in builds], environment(first))
+    report = Report([Row(name) for name in builds], conditions(first))
     modules = nn.ModuleList(
         {id(m): m for m in (getattr(b, "_orig_mod", b) for b in builds.values()) if isinstance(m, nn.Module)}.values()
     )
