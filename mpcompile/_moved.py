@@ -6,7 +6,7 @@ import importlib
 import sys
 import warnings
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 # Old path -> new path, both below ``mpcompile``.
 MOVED = {
@@ -117,7 +117,9 @@ MOVED = {
 class _Moved(ModuleType):
     """Stands in ``sys.modules`` under an old path; looks every attribute up in the module at the new one."""
 
-    __path__: ClassVar[list[str]] = []  # so that old paths below this one are importable, too
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []  # old paths below this one are importable, too
 
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what is patched is what the new module holds
