@@ -31,7 +31,7 @@ from mpcompile.measure.remarks import add_remarks
 from mpcompile.measure.report import COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
 
 Build = Callable[..., Any]
-__getattr__ = renamed(
+__getattr__ = renamed(__name__, {"environment": "measure.environment.conditions"})
     __name__, {"environment": "measure.environment.conditions", "has_bf16": "measure.builds.has_bf16"}
 )
 
