@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mpcompile.ir.graph import training_flags
+from mpcompile.ir.numerics import training_flags
 from mpcompile.passes.channels.atoms import Atoms, Axis, Dims
 from mpcompile.passes.channels.rules import Axes, find_rule
 
