@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from mpcompile._moved import renamed
 from mpcompile.backend import CompiledGraph, compiled_graphs
-from mpcompile.calibration.moments import as_batches
+from mpcompile.calibration.data import as_batches
 from mpcompile.data.batches import read
 from mpcompile.data.labels import Labels
 from mpcompile.errors import InputError
-from mpcompile.ir.graph import training_flags
+from mpcompile.ir.numerics import training_flags
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.builds import Frozen, bf16_build, logits, module_of
 from mpcompile.measure.cost import fill_in_cost

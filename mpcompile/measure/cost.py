@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from mpcompile.backend import CompiledGraph
-from mpcompile.ir.flops import flop_counter
-from mpcompile.ir.graph import propagate
-from mpcompile.ir.macs import count
+from mpcompile.ir.macs import count, flop_counter
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.shapes import propagate
 from mpcompile.measure.builds import InBf16, logits, module_of
 from mpcompile.measure.environment import first_tensor
 from mpcompile.measure.report import COMPILED, Row

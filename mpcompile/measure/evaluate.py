@@ -11,7 +11,8 @@ from torch import nn
 from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.errors import InputError
-from mpcompile.ir.graph import device_of, training_flags
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.parts import device_of
 from mpcompile.measure.accuracy import top1_hits
 
 
