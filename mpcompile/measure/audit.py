@@ -32,8 +32,6 @@ from mpcompile.measure.report import COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE
 
 Build = Callable[..., Any]
 __getattr__ = renamed(__name__, {"environment": "measure.environment.conditions"})
-    __name__, {"environment": "measure.environment.conditions", "has_bf16": "measure.builds.has_bf16"}
-)
 
 
 def audit(
