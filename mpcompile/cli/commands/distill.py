@@ -31,7 +31,7 @@ from mpcompile.cli.options import (
 )
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.io.files import make_folder, read_text, write_atomically
-from mpcompile.ir.graph import device_of
+from mpcompile.ir.parts import device_of
 from mpcompile.training.events import TRACKERS, check_trackers
 
 log = logging.getLogger(__name__)
