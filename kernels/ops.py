@@ -85,23 +85,6 @@ PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
 MERGING = frozenset({token_size, token_bias, token_merge, token_mean, token_follow, token_attention})
 
 
-def masked_call(
-    x: Any, weight: Any, mask: Any, bias: Any, geometry: Geometry | None, pattern: Sequence[int]
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The masked operator for a layer, and its arguments.
-
-    Args:
-        geometry: (stride, padding, dilation, groups) of a convolution; None for a linear layer.
-        pattern: (n, m).
-    """
-    n, m = pattern
-    if geometry is None:
-        return masked_linear, tuple(schema.MaskedLinearArgs(x, weight, mask, bias, n, m))
-    stride, padding, dilation, groups = geometry
-    args = schema.MaskedConv2dArgs(x, weight, mask, bias, stride, padding, dilation, groups, n, m)
-    return masked_conv2d, tuple(args)
-
-
 def packed_call(
     x: Any,
     packed: Mapping[str, Any],
@@ -117,7 +100,8 @@ def packed_call(
     Args:
         packed: the packed weight's ``values`` and ``index``.
         shape: of the dense weight.
-        geometry, pattern: as in :func:`masked_call`; groups must be 1.
+        geometry: of a convolution; None for a linear layer. Groups must be 1.
+        pattern: (n, m).
         layout: of the packed weight.
     """
     n, m = pattern

@@ -313,11 +313,12 @@ class Mask(Pass):
             holder = gm
         holder.register_buffer(buffer, mask)
         with gm.graph.inserting_before(node):
-            x, weight = argument(node, 0, "input"), argument(node, 1, "weight")  # as they are by now
-            g = geometry
-            axes = None if g is None else (g.stride, g.padding, g.dilation, g.groups)
-            call = ops.masked_call(x, weight, gm.graph.get_attr(path), use.bias, axes, pattern)
-            new = gm.graph.call_function(*call)
+            args: list[Any] = [argument(node, 0, "input"), argument(node, 1, "weight")]  # as they are by now
+            args += [gm.graph.get_attr(path), use.bias]
+            if geometry is not None:
+                args += [geometry.stride, geometry.padding, geometry.dilation, geometry.groups]
+            target = ops.masked_linear if geometry is None else ops.masked_conv2d
+            new = gm.graph.call_function(target, (*args, pattern.n, pattern.m))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
