@@ -51,7 +51,7 @@ MOVED = {
     "effects": "ir.effects",
     "events": "training.events",
     "explain": "measure.explain",
-    "files": "io.files",
+    "files": "io",
     "flops": "ir.flops",
     "graph": "ir.graph",
     "images": "data.images",

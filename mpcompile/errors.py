@@ -121,6 +121,17 @@ class ArtifactError(MPCompileError):
     """A file that can't be read, written, or trusted."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty.
+
+    Example:
+        >>> first_line(ValueError("no such size\nmore")), first_line(ValueError())
+        ('no such size', 'ValueError')
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def summary(error: BaseException, most: int = 200) -> str:
     """What an error of somebody else's says, in one printable line: its class, and its first line if it has one.
 
