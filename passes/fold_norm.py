@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpcompile.ir.effects import erase_orphans, storage, written_tensors
-from mpcompile.ir.graph import LayerOp, Lifted, argument, layers
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.nodes import argument
 from mpcompile.ir.parts import FOLDED, attribute, keep, set_attribute
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
 

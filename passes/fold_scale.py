@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.ir.effects import erase_orphans, storage, written_tensors
-from mpcompile.ir.graph import LayerOp, argument, fake_value, layers
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import argument, fake_value
 from mpcompile.ir.parts import FOLDED, keep
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.fold_norm import parameter

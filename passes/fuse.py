@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpcompile.ir.effects import writes
-from mpcompile.ir.graph import Lifted, argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.ir.macs import is_add
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.nodes import argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.packed import BEHIND
 from mpcompile.layers import ByMode

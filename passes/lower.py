@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from mpcompile.errors import GraphError
 from mpcompile.ir.effects import erase_orphans, storage, written_tensors
-from mpcompile.ir.graph import LayerOp, argument, element_count, layers, shape_of
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import argument, element_count, shape_of
 from mpcompile.ir.parts import keep, set_attribute
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose_all, engine_named
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows

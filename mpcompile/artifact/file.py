@@ -34,12 +34,12 @@ from mpcompile.artifact.leaves import Tree, compare, restore_modules, restore_te
 from mpcompile.artifact.native_nodes import check_packed
 from mpcompile.artifact.opset import Refusal, identifier, module_path, shown
 from mpcompile.artifact.packing import pack_tensors, unpack_tensors
-from mpcompile.capture.modes import with_ordinary_tensors
 from mpcompile.errors import ArtifactError, GraphError
 from mpcompile.io.ownership import is_ours
 from mpcompile.io.reading import open_regular, read_bytes
 from mpcompile.io.writing import replacing, write_atomically
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import with_ordinary_tensors
 from mpcompile.plan import Plan
 
 KIND, VERSION = "mpcompile", 3

@@ -1,5 +1,6 @@
 """Calibration: batches of unlabelled inputs, and the statistics of each layer that are gathered from them."""
 
-from mpcompile.calibration.moments import Moments, draw
+from mpcompile.calibration.data import draw
+from mpcompile.calibration.moments import Moments
 
 __all__ = ["Moments", "draw"]

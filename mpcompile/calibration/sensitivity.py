@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.capture.importers import Imported
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies
-from mpcompile.ir.graph import LayerOp, training_flags
-from mpcompile.ir.numerics import exact
+from mpcompile.ir.module import Imported
+from mpcompile.ir.numerics import exact, training_flags
+from mpcompile.ir.view import LayerOp
 
 Batch = list[Any]  # the inputs of the graph, one a placeholder
 

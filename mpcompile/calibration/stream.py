@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from mpcompile.calibration.moments import FULL, Accumulator, Moments, batches, kind_for
-from mpcompile.capture.importers import Imported
+from mpcompile.calibration.data import batches
+from mpcompile.calibration.moments import FULL, Accumulator, Moments, kind_for
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies, storage, switches, written
-from mpcompile.ir.graph import LayerOp, training_flags
-from mpcompile.ir.numerics import modes_kept
+from mpcompile.ir.module import Imported
+from mpcompile.ir.numerics import modes_kept, training_flags
+from mpcompile.ir.view import LayerOp
 from mpcompile.kernels import ops
 
 Env = dict[fx.Node, Any]

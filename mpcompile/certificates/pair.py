@@ -18,8 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mpcompile.capture.importers import import_model
 from mpcompile.certificates.enclosures.rules import operator_name
 from mpcompile.errors import GraphError, InputError
-from mpcompile.ir.graph import layers, training_flags
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.passes.channels.axes import analyse
 from mpcompile.passes.permute import Orders, classes, fold

@@ -15,7 +15,7 @@ from mpcompile.certificates.pair import Pair, StructureChange, check_values, dou
 from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
 from mpcompile.data.labels import check_range
 from mpcompile.errors import GraphError, InputError
-from mpcompile.ir.graph import training_flags
+from mpcompile.ir.numerics import training_flags
 
 
 @dataclass

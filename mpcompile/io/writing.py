@@ -61,6 +61,9 @@ def write_atomically(
         ) from error
 
 
+replace_atomically = write_atomically  # its name in mpcompile.files, for a release
+
+
 @contextlib.contextmanager
 def replacing(
     path: str | os.PathLike[str], *, mode: int | None = None, durable: bool = True, follow: bool = True

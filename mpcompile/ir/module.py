@@ -16,7 +16,7 @@ import secrets
 import types
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -144,6 +144,24 @@ class IRModule(fx.GraphModule):
     def _kept(self) -> dict[str, Any]:
         """Attributes, without those that are made of the graph."""
         return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+
+
+@dataclass
+class Lifted:
+    """Parameters that arrive as graph inputs, by placeholder name (dynamo graphs); empty otherwise."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Imported:
+    """An owned graph, the inputs that show its shapes (one a placeholder), and its lifted parameters."""
+
+    gm: IRModule
+    inputs: list[Any]
+    lifted: Lifted
+    notes: list[str]
 
 
 # Names that the root of a transformed module has a use for, beside those of any nn.Module.

@@ -25,14 +25,14 @@ from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
 from mpcompile.backend import CompiledGraph, compiled_graphs
-from mpcompile.calibration.moments import as_batches
+from mpcompile.calibration.data import as_batches
 from mpcompile.data.batches import read
 from mpcompile.data.labels import Labels, check_range
 from mpcompile.errors import InputError
-from mpcompile.ir.flops import flop_counter
-from mpcompile.ir.graph import propagate, training_flags
-from mpcompile.ir.macs import count
+from mpcompile.ir.macs import count, flop_counter
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.shapes import propagate
 from mpcompile.measure.report import BARS, COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
 
 

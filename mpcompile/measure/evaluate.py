@@ -12,7 +12,8 @@ from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.data.labels import check_range
 from mpcompile.errors import InputError
-from mpcompile.ir.graph import device_of, training_flags
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.parts import device_of
 
 
 @torch.no_grad()

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, as_batches, collect
+from mpcompile.calibration.data import as_batches
+from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, collect
 from mpcompile.calibration.stream import Stream, batch_norms
-from mpcompile.capture.importers import Imported
 from mpcompile.errors import ArtifactError
 from mpcompile.io.writing import write_atomically
-from mpcompile.ir.graph import LayerOp
+from mpcompile.ir.module import Imported
+from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.base import Context
 from mpcompile.pruning import refit, scores

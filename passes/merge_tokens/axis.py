@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mpcompile.ir.graph import ATTENTION, argument, fake_value, target_name
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import ATTENTION, argument, fake_value, target_name
 from mpcompile.kernels import ops
 from mpcompile.layers import ByMode, MaskedLinear
 from mpcompile.passes.merge_tokens.moves import AxisMoves, Level, State

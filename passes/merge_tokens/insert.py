@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from mpcompile.errors import GraphError, NotEligibleError
-from mpcompile.ir.graph import shape_of
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import shape_of
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis

@@ -32,7 +32,7 @@ from mpcompile.cli.options import (
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.io.reading import read_text
 from mpcompile.io.writing import make_folder, write_atomically
-from mpcompile.ir.graph import device_of
+from mpcompile.ir.parts import device_of
 from mpcompile.training.events import TRACKERS, check_trackers
 
 log = logging.getLogger(__name__)
