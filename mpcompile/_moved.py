@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,7 @@ from typing import Any
 MOVED = {
     "allocation": "pruning.knapsack",
     "analysis": "rmt.analysis",
-    "audit": "measure.audit",
+    "audit": "measure.audit measure.builds",
     "certify": "certificates.api",
     "certify.batches": "certificates.batches",
     "certify.bounds": "certificates.bounds",
@@ -114,34 +114,6 @@ MOVED = {
     "yaml_options": "io.yaml_options",
 }
 
-# The same for single names: of a module that became a package, or of a function or class with another name.
-MOVED_NAMES = {
-    "artifact.assemble": "artifact.file.assemble",
-    "artifact.check_folder": "artifact.file.check_folder",
-    "artifact.describe": "artifact.file.describe",
-    "calibration.Accumulator": "calibration.moments.Accumulator",
-    "calibration.as_batches": "calibration.data.as_batches",
-    "calibration.batches": "calibration.data.batches",
-    "calibration.collect": "calibration.moments.collect",
-    "calibration.input_rows": "calibration.moments.input_rows",
-    "calibration.kind_for": "calibration.moments.kind_for",
-    "calibration.model_inputs": "calibration.data.model_inputs",
-    "calibration.output_rows": "calibration.moments.output_rows",
-    "calibration.peek": "calibration.data.peek",
-    "export.run_exported": "export.programs.run_exported",
-    "export.save_aoti": "export.programs.save_aoti",
-    "export.save_dense": "export.programs.save_dense",
-    "export.save_onnx": "export.programs.save_onnx",
-    "export.save_pt2": "export.programs.save_pt2",
-    "kernels.nm_linear.cpu.CpuEngine": "kernels.nm_linear.cpu.engine.CpuEngine",
-    "kernels.nm_linear.cpu.layout_of": "kernels.nm_linear.cpu.engine.layout_of",
-    "kernels.nm_linear.cpu.multiplies_pairs": "kernels.nm_linear.cpu.engine.multiplies_pairs",
-    "kernels.nm_linear.gpu.TensorCoreEngine": "kernels.nm_linear.gpu.engine.TensorCoreEngine",
-    "kernels.nm_linear.gpu.unsupported": "kernels.nm_linear.gpu.engine.unsupported",
-    "passes.merge_tokens.merging_cost": "passes.merge_tokens.insert.merging_cost",
-    "passes.merge_tokens.unmerged": "passes.merge_tokens.insert.unmerged",
-}
-
 
 class _Moved(ModuleType):
     """An old path in ``sys.modules``: every attribute is looked up in the modules at the new ones."""
@@ -171,8 +143,6 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):  # the import system looks for __spec__ and the like
             raise AttributeError(name)
-        if f"{self.__name__.partition('.')[2]}.{name}" in MOVED_NAMES:
-            return _renamed(self.__name__, name)
         target = self._holder(name)
         value = getattr(target, name)
         text = f"{self.__name__} has moved: import {name} from {target.__name__}"
@@ -202,32 +172,28 @@ def install(package: str) -> None:
         sys.modules.setdefault(f"{package}.{old}", _Moved(f"{package}.{old}"))
 
 
-def _renamed(module: str, name: str) -> Any:
-    package, _, old = module.partition(".")
-    home, _, new = MOVED_NAMES[f"{old}.{name}"].rpartition(".")
-    warnings.warn(f"{module}.{name} has moved: it is {package}.{home}.{new}", DeprecationWarning, stacklevel=3)
-    return getattr(importlib.import_module(f"{package}.{home}"), new)
-
-
-def names(module: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module that has lost names of :data:`MOVED_NAMES`.
-
-    Example:
-        In ``mpcompile/export/__init__.py``::
-
-            __getattr__ = _moved.names(__name__)
-    """
-
-    def lookup(name: str) -> Any:
-        if f"{module.partition('.')[2]}.{name}" in MOVED_NAMES:
-            return _renamed(module, name)
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-
-    return lookup
-
-
 def attribute(name: str) -> ModuleType:
     """``mpcompile.NAME`` for a module that has moved: the package's ``__getattr__``."""
     if name in MOVED:
         return sys.modules[f"mpcompile.{name}"]
     raise AttributeError(f"module 'mpcompile' has no attribute {name!r}")
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose public names changed: old ones still work, with a warning.
+
+    Args:
+        module: its ``__name__``.
+        names: old name -> where it is, as a path below ``mpcompile``: ``"data.loader.ImageOptions"``.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        path, _, new = names[name].rpartition(".")
+        target = f"{module.partition('.')[0]}.{path}"
+        text = f"{module}.{name} has a new name: use {target}.{new}"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(target), new)
+
+    return attribute

@@ -2,7 +2,6 @@
 
 import importlib
 import pickle
-import re
 import subprocess
 import sys
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mpcompile
-from mpcompile._moved import MOVED, MOVED_NAMES
+from mpcompile._moved import MOVED
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -37,14 +36,6 @@ def test_names_of_version_0_1_resolve(row):
     path, _, names = row.partition(":")
     module = importlib.import_module(f"mpcompile.{path}".rstrip("."))
     assert [name for name in names.split() if not hasattr(module, name)] == []
-
-
-def test_single_names_that_moved_are_the_new_ones():
-    for old, new in MOVED_NAMES.items():
-        (module, name), (home, renamed) = ((f"mpcompile.{path}").rsplit(".", 1) for path in (old, new))
-        with pytest.warns(DeprecationWarning, match=re.escape(new)):
-            value = getattr(importlib.import_module(module), name)
-        assert value is getattr(importlib.import_module(home), renamed)
 
 
 def test_old_paths_do_not_lead_into_each_other():

@@ -5,4 +5,9 @@ from mpcompile.artifact.file import load, save
 
 __all__ = ["load", "save"]
 
-__getattr__ = _moved.names(__name__)  # names from before this was a package
+_MOVED = {
+    "assemble": "artifact.file.assemble",
+    "check_folder": "artifact.file.check_folder",
+    "describe": "artifact.file.describe",
+}
+__getattr__ = _moved.renamed(__name__, _MOVED)

@@ -6,4 +6,15 @@ from mpcompile.calibration.moments import Moments
 
 __all__ = ["Moments", "draw"]
 
-__getattr__ = _moved.names(__name__)  # names from before this was a package
+_MOVED = {
+    "Accumulator": "calibration.moments.Accumulator",
+    "as_batches": "calibration.data.as_batches",
+    "batches": "calibration.data.batches",
+    "collect": "calibration.moments.collect",
+    "input_rows": "calibration.moments.input_rows",
+    "kind_for": "calibration.moments.kind_for",
+    "model_inputs": "calibration.data.model_inputs",
+    "output_rows": "calibration.moments.output_rows",
+    "peek": "calibration.data.peek",
+}
+__getattr__ = _moved.renamed(__name__, _MOVED)

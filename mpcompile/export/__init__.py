@@ -5,4 +5,11 @@ from mpcompile.export.programs import dense_state, program
 
 __all__ = ["dense_state", "program"]
 
-__getattr__ = _moved.names(__name__)  # names from before this was a package
+_MOVED = {
+    "run_exported": "export.programs.run_exported",
+    "save_aoti": "export.programs.save_aoti",
+    "save_dense": "export.programs.save_dense",
+    "save_onnx": "export.programs.save_onnx",
+    "save_pt2": "export.programs.save_pt2",
+}
+__getattr__ = _moved.renamed(__name__, _MOVED)

@@ -5,4 +5,8 @@ from mpcompile.passes.merge_tokens.insert import MergeTokens
 
 __all__ = ["MergeTokens"]
 
-__getattr__ = _moved.names(__name__)  # names from before this was a package
+_MOVED = {
+    "merging_cost": "passes.merge_tokens.insert.merging_cost",
+    "unmerged": "passes.merge_tokens.insert.unmerged",
+}
+__getattr__ = _moved.renamed(__name__, _MOVED)

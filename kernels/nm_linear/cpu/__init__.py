@@ -2,4 +2,9 @@
 
 from mpcompile import _moved
 
-__getattr__ = _moved.names(__name__)  # names from before this was a package
+_MOVED = {
+    "CpuEngine": "kernels.nm_linear.cpu.engine.CpuEngine",
+    "layout_of": "kernels.nm_linear.cpu.engine.layout_of",
+    "multiplies_pairs": "kernels.nm_linear.cpu.engine.multiplies_pairs",
+}
+__getattr__ = _moved.renamed(__name__, _MOVED)

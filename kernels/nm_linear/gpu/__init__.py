@@ -2,4 +2,8 @@
 
 from mpcompile import _moved
 
-__getattr__ = _moved.names(__name__)  # names from before this was a package
+_MOVED = {
+    "TensorCoreEngine": "kernels.nm_linear.gpu.engine.TensorCoreEngine",
+    "unsupported": "kernels.nm_linear.gpu.engine.unsupported",
+}
+__getattr__ = _moved.renamed(__name__, _MOVED)
