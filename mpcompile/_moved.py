@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ from typing import Any
 MOVED = {
     "allocation": "pruning.knapsack",
     "analysis": "rmt.analysis",
-    "audit": "measure.audit",
+    "audit": "measure.audit measure.builds",
     "certify": "certificates.api",
     "certify.batches": "certificates.batches",
     "certify.bounds": "certificates.bounds",
@@ -176,3 +177,23 @@ def attribute(name: str) -> ModuleType:
     if name in MOVED:
         return sys.modules[f"mpcompile.{name}"]
     raise AttributeError(f"module 'mpcompile' has no attribute {name!r}")
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose public names changed: old ones still work, with a warning.
+
+    Args:
+        module: its ``__name__``.
+        names: old name -> where it is, as a path below ``mpcompile``: ``"data.loader.ImageOptions"``.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        path, _, new = names[name].rpartition(".")
+        target = f"{module.partition('.')[0]}.{path}"
+        text = f"{module}.{name} has a new name: use {target}.{new}"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(target), new)
+
+    return attribute

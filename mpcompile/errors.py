@@ -10,6 +10,7 @@ __all__ = [
     "MPCompileError",
     "NotEligibleError",
     "TraceError",
+    "first_line",
     "printable",
     "printable_lines",
 ]
@@ -122,14 +123,14 @@ class ArtifactError(MPCompileError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class if the message is empty.
+    """Return the first line of an error's message in printable characters, or the name of its class if that is empty.
 
     Example:
-        >>> first_line(ValueError("no such size\nmore")), first_line(ValueError())
-        ('no such size', 'ValueError')
+        >>> first_line(ValueError("no such size\nmore")), first_line(KeyboardInterrupt())
+        ('no such size', 'KeyboardInterrupt')
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__
 
 
 def summary(error: BaseException, most: int = 200) -> str:

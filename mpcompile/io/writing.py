@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mpcompile import _moved
 from mpcompile.errors import ArtifactError, first_line, printable
 
 TEMPORARY = ".mpcompile-"  # prefix of every temporary file; a random part follows
@@ -61,7 +62,7 @@ def write_atomically(
         ) from error
 
 
-replace_atomically = write_atomically  # its name in mpcompile.files, for a release
+__getattr__ = _moved.renamed(__name__, {"replace_atomically": "io.writing.write_atomically"})
 
 
 @contextlib.contextmanager
