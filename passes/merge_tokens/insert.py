@@ -139,6 +139,7 @@ class MergeTokens(Pass):
     """Token merging with proportional attention in every self-attention block."""
 
     name = "merge_tokens"
+    decides = True
 
     def check(self, gm: IRModule, ctx: Context) -> None:
         """Merges that are in the graph stay as they are: others are refused, not passed over."""
