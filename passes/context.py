@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from mpcompile.calibration.moments import as_batches, batches
-from mpcompile.capture.importers import Imported
+from mpcompile.calibration.data import as_batches, batches
 from mpcompile.config import Config
-from mpcompile.ir.graph import LayerOp, Lifted
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import Imported, IRModule, Lifted
+from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.plan import Plan
 

@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies
-from mpcompile.ir.graph import training_flags
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.numerics import exact
+from mpcompile.ir.numerics import exact, training_flags
 
 SPARSITY = 0.35  # of the source mask of the paper's main row
 _MAGNITUDE = 0.20  # up to here weights go by magnitude alone

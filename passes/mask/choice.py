@@ -9,9 +9,9 @@ import torch
 
 from mpcompile.config import ROLES
 from mpcompile.errors import NotEligibleError
-from mpcompile.ir.graph import layers, unsupported
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.roles import roles
+from mpcompile.ir.view import layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.passes.base import UNRECORDED, Context, Decision
 from mpcompile.passes.mask.eligibility import pattern_words, reason

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from mpcompile.config import ROLES, Config
-from mpcompile.ir.graph import LayerOp, element_count, layers
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import element_count
 from mpcompile.ir.roles import roles
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels.nm_format import check_nm, group_axis
 from mpcompile.passes.base import Context
 

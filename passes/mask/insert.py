@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import GraphError
-from mpcompile.ir.graph import LayerOp, argument, layers, unsupported
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import argument
 from mpcompile.ir.parts import set_attribute
 from mpcompile.ir.roles import roles
+from mpcompile.ir.view import LayerOp, layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mpcompile.calibration.moments import Moments, collect
 from mpcompile.errors import InputError
-from mpcompile.ir.graph import LayerOp, layers
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
 from mpcompile.passes.mask.choice import Masks

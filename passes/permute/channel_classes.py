@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mpcompile.ir.graph import LayerOp
+from mpcompile.ir.view import LayerOp
 from mpcompile.passes.channels.axes import Analysis, Atoms
 
 Orders = dict[int, tuple[int | None, Tensor]]  # atom -> its owner, and an order for each of the owner's places

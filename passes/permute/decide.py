@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from mpcompile.calibration.moments import DIAGONAL, collect
 from mpcompile.ir.effects import own_copies
-from mpcompile.ir.graph import LayerOp, device_of, layers, training_flags
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.parts import device_of
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.passes.base import Context, Decision, Pass
 from mpcompile.passes.channels.axes import Analysis, analyse
 from mpcompile.passes.mask import eligible

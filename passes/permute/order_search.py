@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcompile.ir.graph import LayerOp
+from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
 from mpcompile.passes.channels.axes import Analysis
