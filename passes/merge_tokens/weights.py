@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import argument, target_name
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.layers import MaskedLinear
 from mpcompile.passes.merge_tokens.moves import REGROUPS, SIZED, AxisMoves, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
@@ -89,7 +89,8 @@ class AttentionWeights(AxisMoves):
         """Count the bias of a layer on weights of attention (mixed heads) once per token that a key stands for."""
         graph, bias = self.gm.graph, None
         if node.op == "call_function":
-            bias = node.args[3] if node.target is ops.masked_linear else argument(node, 2, "bias")
+            masked = node.target is ops.masked_linear
+            bias = schema.MaskedLinearArgs.bind(node).bias if masked else argument(node, 2, "bias")
         elif self.gm.get_submodule(str(node.target)).bias is not None:
             with graph.inserting_before(node):
                 bias = graph.get_attr(f"{node.target}.bias")
@@ -99,7 +100,8 @@ class AttentionWeights(AxisMoves):
             raise self._refusal(node, "its bias gives weight to hidden tokens")
         users = list(node.users)
         with graph.inserting_after(node):
-            log = graph.call_function(ops.token_bias, (state.level.size, node, state.axes[keys], keys))
+            log_args = schema.TokenBiasArgs(size=state.level.size, logits=node, start=state.axes[keys], dim=keys)
+            log = graph.call_function(ops.token_bias, tuple(log_args))
         with graph.inserting_after(log):
             more = graph.call_function(torch.expm1, (log,))  # size - 1: the layer has added its bias once
         with graph.inserting_after(more):
