@@ -14,8 +14,6 @@ template <class Value> struct BlockRows {
   const Value* values;
   const uint8_t* index;
   int entries;  // per row
-
-  BlockRows skip(int rows) const { return {values + (size_t)rows * entries, index + (size_t)rows * entries, entries}; }
 };
 
 // Common parameters of the loops below. V: vectors in a panel. HALF: only the lower half of the panel's last vector is
@@ -236,8 +234,9 @@ static void spread_quads(ChannelPairs channels, int count, Pair* tile, int P) {
 // For every eight columns, the 16 pairs of one of the first four columns and one of the last four.
 static void spread_octs(ChannelPairs channels, int count, Pair* tile, int P) {
   for (int k = 0; k < count; k += 8) {
-    const int j0 = k / 2;
-    __m512i first[2] = {channels[j0], channels[j0 + 1]}, second[2] = {channels[j0 + 2], channels[j0 + 3]};
+    const __m512i* const from = &channels[k / 2];
+    __m512i first[2] = {from[0], from[channels.stride]};
+    __m512i second[2] = {from[2 * channels.stride], from[3 * channels.stride]};
     for (int i = 0; i < 4; i++)
       for (int j = 0; j < 4; j++, tile += P)
         _mm512_store_si512(tile, blend_pairs(i % 2 ? _mm512_srli_epi32(first[i / 2], 16) : first[i / 2],
@@ -266,10 +265,12 @@ static void spread_ring(ChannelPairs channels, int count, Pair* tile, int P) {
 template <int V, bool HALF, class Tile, class Value>
 static void sweep_rows(const Tile* tile, BlockRows<Value> block, RowRange rows, float* sums, const float* initial) {
   constexpr int P = V * W, R = rows_together(V);
-  block = block.skip(rows.begin);
+  const int entries = block.entries, end = rows.end;
+  const Value* values = block.values + (size_t)rows.begin * entries;
+  const uint8_t* index = block.index + (size_t)rows.begin * entries;
   int n = rows.begin;
-  for (; n + R <= rows.end; n += R, block = block.skip(R), sums += R * P)
-    rows_block<V, HALF, R>(tile, block, sums, initial ? initial + n : nullptr);
-  for (; n < rows.end; n++, block = block.skip(1), sums += P)
-    rows_block<V, HALF, 1>(tile, block, sums, initial ? initial + n : nullptr);
+  for (; n + R <= end; n += R, values += R * entries, index += R * entries, sums += R * P)
+    rows_block<V, HALF, R>(tile, BlockRows<Value>{values, index, entries}, sums, initial ? initial + n : nullptr);
+  for (; n < end; n++, values += entries, index += entries, sums += P)
+    rows_block<V, HALF, 1>(tile, BlockRows<Value>{values, index, entries}, sums, initial ? initial + n : nullptr);
 }
