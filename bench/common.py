@@ -25,10 +25,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from mpcompile.kernels.nm_linear import build
+from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.timing import cpu_name
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative RMS
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from mpcompile.errors import ConfigError
 from mpcompile.kernels import ops, timing
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
-from mpcompile.kernels.nm_linear.cpu import CpuEngine, multiplies_pairs
-from mpcompile.kernels.nm_linear.cusparselt import CuSparseLtEngine
-from mpcompile.kernels.nm_linear.expand import ExpandEngine
-from mpcompile.kernels.nm_linear.gpu import MMA_SP, WGMMA_SP
+from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine, multiplies_pairs
+from mpcompile.kernels.nm_linear.gpu.cusparselt import CuSparseLtEngine
+from mpcompile.kernels.nm_linear.gpu.engine import MMA_SP, WGMMA_SP
+from mpcompile.kernels.nm_linear.gpu.expand import ExpandEngine
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 They are registered as CompositeImplicitAutograd: on a graph they are one node each, with N and M written on it, so
 that passes and engines find them; below autograd they are the plain torch code they stand for, so that gradients,
 fake tensors, export and Inductor's fusion follow without a formula of our own. The operators of native kernels
-(``nm_gemm``, ``nm_mlp``, ``nm_conv``) stay whole below autograd too: see :mod:`mpcompile.kernels.nm_linear.native`.
+(``nm_gemm``, ``nm_mlp``, ``nm_conv``) stay whole below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.library import Library
 
 from mpcompile.errors import InputError
 from mpcompile.kernels import autocast
-from mpcompile.kernels.nm_linear import checks, native, reference
+from mpcompile.kernels.nm_linear import checks, reference
+from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.token_merge import fused
 from mpcompile.kernels.token_merge import reference as merging
 

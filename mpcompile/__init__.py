@@ -2,25 +2,28 @@
 
 from pathlib import Path as _Path
 
-__version__ = "0.1.0"
-
 _root = _Path(__file__).resolve().parent.parent
 if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml").exists():
     # A checkout without symbolic links (some archives and file systems drop them): passes/ and kernels/ lie beside us.
     __path__.append(str(_root))
 
-from mpcompile.analysis import Analysis, analyze
-from mpcompile.artifact import load, save
-from mpcompile.audit import Report, audit
+from mpcompile import _moved
+from mpcompile._version import __version__ as __version__
+from mpcompile.artifact.file import load, save
 from mpcompile.backend import refresh
-from mpcompile.certify import Certificates, certify
+from mpcompile.certificates.api import Certificates, certify
 from mpcompile.config import Config
-from mpcompile.distill import Training, distill
 from mpcompile.errors import MPCompileError
-from mpcompile.explain import Explanation, explain
+from mpcompile.measure.audit import Report, audit
+from mpcompile.measure.explain import Explanation, explain
+from mpcompile.page.merged import visualize_merging
 from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
-from mpcompile.visualize import visualize_merging
+from mpcompile.rmt.analysis import Analysis, analyze
+from mpcompile.training.distill import Training, distill
+
+_moved.install(__name__)
+__getattr__ = _moved.attribute
 
 __all__ = [
     "Analysis",

@@ -23,23 +23,24 @@ from torch import Tensor, fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mpcompile import __version__
+from mpcompile._version import __version__
+from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.graph import Lifted, layers, propagate, unsupported
-from mpcompile.importers import Imported, import_model
-from mpcompile.ir_module import IRModule, owned_by_transformed
+from mpcompile.ir.module import Imported, IRModule, Lifted, owned_by_transformed
+from mpcompile.ir.numerics import autocasts, exact
+from mpcompile.ir.parts import keep
+from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.numerics import autocasts, exact
-from mpcompile.parts import keep
 from mpcompile.passes.base import Context
-from mpcompile.passes.fold import FoldNorm
+from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower, Slot
 from mpcompile.passes.mask import magnitude_mask
-from mpcompile.passes.merge_tokens import unmerged
+from mpcompile.passes.merge_tokens.insert import unmerged
 from mpcompile.pipeline import Pipeline, run_pipeline, transformed
 from mpcompile.plan import Plan
 
@@ -272,7 +273,7 @@ def _cache_tag() -> str:
     folder = Path(ops.__file__).parent
     key = hashlib.sha256(__version__.encode())
     for path in sorted(folder.rglob("*.py")):
-        key.update(path.name.encode() + path.read_bytes())
+        key.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return f"mpcompile-{key.hexdigest()[:16]}"
 
 

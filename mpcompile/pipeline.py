@@ -13,27 +13,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpcompile.calibration import as_batches, peek
+from mpcompile.calibration.data import as_batches, peek
+from mpcompile.capture.checks import check_values
+from mpcompile.capture.importers import import_model
 from mpcompile.config import CALIBRATIONS, Config
-from mpcompile.effects import explicit
 from mpcompile.errors import ConfigError, GraphError, InputError
-from mpcompile.graph import layers, propagate
-from mpcompile.importers import Imported, check_values, import_model
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.effects import explicit
+from mpcompile.ir.macs import count, node_macs
+from mpcompile.ir.module import Imported, IRModule
+from mpcompile.ir.numerics import exact, with_ordinary_tensors
+from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.macs import count, node_macs
-from mpcompile.modes import with_ordinary_tensors
-from mpcompile.numerics import exact
-from mpcompile.passes.allocate import Allocate
+from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.fold import FoldNorm
+from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower
 from mpcompile.passes.mask import Mask
-from mpcompile.passes.merge_tokens import MergeTokens, unmerged
+from mpcompile.passes.merge_tokens.insert import MergeTokens, unmerged
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 from mpcompile.plan import LayerPlan, Macs, Plan, is_lowered

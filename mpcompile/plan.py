@@ -12,9 +12,9 @@ from tabulate import tabulate
 from torch import fx
 
 from mpcompile.errors import InputError, printable
-from mpcompile.files import parse_json
+from mpcompile.io.files import parse_json
+from mpcompile.io.schema import Between, Length, Natural, check
 from mpcompile.kernels import ops
-from mpcompile.schema import Between, Length, Natural, check
 
 _CELL, _LINE = 200, 560  # characters printed at most: of a name or reason, of a remark
 
@@ -165,7 +165,7 @@ class _Macs:
 
 
 class Data(TypedDict, total=False):
-    """How images are made for a model, as :func:`mpcompile.images.data_config` says it."""
+    """How images are made for a model, as :func:`mpcompile.data.images.data_config` says it."""
 
     input_size: Annotated[list[Annotated[int, Between(1, 1 << 14)]], Length(3)]
     interpolation: str

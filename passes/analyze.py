@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mpcompile.analysis import study_all
-from mpcompile.graph import layers
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.view import layers
 from mpcompile.passes.base import Context, Pass
 from mpcompile.plan import LayerPlan
+from mpcompile.rmt.analysis import study_all
 
 
 class Analyze(Pass):

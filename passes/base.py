@@ -12,14 +12,14 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mpcompile.config import Config
-from mpcompile.graph import LayerOp, Lifted
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.plan import PassRecord, Plan
 
 if TYPE_CHECKING:
-    from mpcompile.calibration import Moments
-    from mpcompile.passes.project import Projection
+    from mpcompile.calibration.moments import Moments
+    from mpcompile.pruning.project import Projection
 
 
 @dataclass

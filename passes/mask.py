@@ -1,6 +1,6 @@
 """Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph.
 
-The scores are in mpcompile/scores.py. With calibration data the layers are decided one after another along the graph,
+The scores are in pruning/scores.py. With calibration data the layers are decided one after another along the graph,
 on the pruned prefix (``calibrate``), refitted on the way if Restore follows; or all from one dense pass.
 """
 
@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.calibration import as_batches, batches, collect
+from mpcompile.calibration.data import as_batches, batches
+from mpcompile.calibration.moments import collect
 from mpcompile.config import ROLES, Config
 from mpcompile.errors import GraphError, InputError, NotEligibleError
-from mpcompile.graph import LayerOp, argument, element_count, layers, unsupported
-from mpcompile.importers import Imported
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import Imported, IRModule
+from mpcompile.ir.nodes import argument, element_count
+from mpcompile.ir.parts import set_attribute
+from mpcompile.ir.roles import roles
+from mpcompile.ir.view import LayerOp, layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
 from mpcompile.layers import MaskedConv2d, MaskedLinear
-from mpcompile.parts import set_attribute
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.project import Projection, in_sequence, project
 from mpcompile.plan import LayerPlan, is_lowered
-from mpcompile.roles import roles
-from mpcompile.scores import covariance_mask, magnitude_mask, top_n
-from mpcompile.ser import source_masks
+from mpcompile.pruning.project import Projection, in_sequence, project
+from mpcompile.pruning.scores import covariance_mask, magnitude_mask, top_n
+from mpcompile.pruning.ser import source_masks
 
 _ALREADY = "already masked"
 

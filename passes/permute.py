@@ -1,7 +1,7 @@
 """Permute: reorder channels so that the masks keep more, folded into the weights.
 
-Channels that may be reordered without changing the network are found on any graph (passes/axes.py); for each such
-class the layers that read it are collected, and an order is searched (mpcompile/permutation.py) that leaves the least
+Channels that may be reordered without changing the network are found on any graph (channels/axes.py); for each such
+class the layers that read it are collected, and an order is searched (pruning/column_order.py) that leaves the least
 to remove. Names, shapes and run time stay as they are. Where the channels are split into heads or convolution groups,
 each has an order of its own.
 """
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile.calibration import DIAGONAL, as_batches, batches, collect
-from mpcompile.effects import own_copies
-from mpcompile.graph import LayerOp, layers, training_flags
-from mpcompile.importers import Imported
-from mpcompile.ir_module import IRModule
+from mpcompile.calibration.data import as_batches, batches
+from mpcompile.calibration.moments import DIAGONAL, collect
+from mpcompile.ir.effects import own_copies
+from mpcompile.ir.module import Imported, IRModule
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.passes.axes import Analysis, Atoms, analyse
 from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.channels.axes import Analysis, Atoms, analyse
 from mpcompile.passes.mask import eligible
-from mpcompile.permutation import retained, search
+from mpcompile.pruning.column_order import retained, search
 
 _ROWS = 512  # rows of a class that the search looks at, drawn evenly from all its readers
 _STEPS = 400

@@ -3,7 +3,7 @@
 Statistics are taken anew even if nothing is refitted: masks take variance away, most of it those that cost the outputs
 least (a removed value takes its share of it along), and in a ResNet that adds up from layer to layer.
 
-The values are refitted where the masks are chosen, layer by layer (mpcompile/refit.py, passes/project.py): a mask and
+The values are refitted where the masks are chosen, layer by layer (pruning/refit.py, pruning/project.py): a mask and
 its values are one decision, and later layers are fitted to what comes out. This pass in a pipeline asks for it; here
 BatchNorm statistics follow, and the Plan gets the error of every layer before and after.
 """
@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from mpcompile.importers import Imported
-from mpcompile.ir_module import IRModule
+from mpcompile.calibration.stream import batch_norms
+from mpcompile.ir.module import Imported, IRModule
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.project import reestimate
-from mpcompile.stream import batch_norms
+from mpcompile.pruning.project import reestimate
 
 
 class Restore(Pass):

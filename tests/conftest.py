@@ -4,34 +4,35 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 # Files of tests whose outcome could rest on the instruction set of torch, oneDNN or our kernels: `make test-isa`.
 ISA = (
-    "test_artifact_packed",
-    "test_cpu_kernels",
-    "test_cpu_operators",
-    "test_fold",
-    "test_fold_scale",
-    "test_fuse",
-    "test_fuse_nodes",
-    "test_isa",
-    "test_lower",
-    "test_lowered",
-    "test_merge_tokens",
-    "test_nm_format",
-    "test_token_merge",
-    "test_triton_kernels",
+    "artifact/test_packed.py",
+    "export/test_lowered.py",
+    "kernels/nm_linear/test_cpu_kernels.py",
+    "kernels/nm_linear/test_cpu_operators.py",
+    "kernels/test_isa.py",
+    "kernels/test_nm_format.py",
+    "kernels/test_token_merge.py",
+    "kernels/test_triton_kernels.py",
+    "passes/test_fold_norm.py",
+    "passes/test_fold_scale.py",
+    "passes/test_fuse.py",
+    "passes/test_fuse_nodes.py",
+    "passes/test_lower.py",
+    "passes/test_merge_tokens.py",
 )
 
 
 def pytest_configure():
-    missing = set(ISA) - {path.stem for path in Path(__file__).parent.rglob("test_*.py")}
+    missing = [name for name in ISA if not (HERE / name).is_file()]
     if missing:
         raise pytest.UsageError(f"tests/conftest.py names files that are not there: {', '.join(sorted(missing))}")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem in ISA:
+        if item.path.relative_to(HERE).as_posix() in ISA:
             item.add_marker(pytest.mark.isa)
 
 

@@ -13,7 +13,7 @@ from mpcompile import Config, audit, transform
 from mpcompile import backend as module
 from mpcompile.backend import compiled_graphs, mpsparse
 from mpcompile.kernels import ops
-from tests.helpers import convolutional, images, mlp, relative, tiny_vit
+from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
 
 
 @pytest.fixture(autouse=True)

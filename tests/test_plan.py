@@ -9,7 +9,7 @@ from mpcompile import Config, MPCompileError, Pipeline, Plan, transform
 from mpcompile.errors import GraphError
 from mpcompile.passes.base import Pass
 from mpcompile.passes.mask import Mask
-from tests.helpers import images, mlp, tiny_vit
+from tests.support.helpers import images, mlp, tiny_vit
 
 
 def test_plan_round_trips_and_prints_every_layer():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpcompile.artifact.codec import decode, encode
 from mpcompile.artifact.opset import LISTED, Refusal, module_path, shown
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 
 from mpcompile.artifact.opset import Refusal
 from mpcompile.errors import InputError
-from mpcompile.ir_module import IRModule
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import attribute
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear import checks
-from mpcompile.parts import attribute
 
 _HINT = "save the module again"
 

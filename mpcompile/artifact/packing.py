@@ -18,7 +18,7 @@ from torch import Tensor
 from mpcompile.artifact import combinations
 from mpcompile.artifact.opset import Refusal, shown
 from mpcompile.errors import InputError
-from mpcompile.ir_module import IRModule, masked
+from mpcompile.ir.module import IRModule, masked
 from mpcompile.kernels.nm_format import (
     MAX_M,
     Pattern,

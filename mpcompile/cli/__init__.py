@@ -1,11 +1,11 @@
 """The command line, one module a command.
 
-To add a command ``bake``, write ``mpcompile/cli/bake.py`` with
+To add a command ``bake``, write ``mpcompile/cli/commands/bake.py`` with
 
-- ``add(commands)``: declare it with :func:`mpcompile.cli.common.command` (help, a description and an example), add its
-  options (those that several commands share are in :mod:`mpcompile.cli.common`), declare those that name a file to
+- ``add(commands)``: declare it with :func:`mpcompile.cli.options.command` (help, a description and an example), add its
+  options (those that several commands share are in :mod:`mpcompile.cli.options`), declare those that name a file to
   write with :func:`mpcompile.cli.destinations.declare`, and name what runs it with ``job.set_defaults(run=run)``,
-- ``run(args) -> int``: do it, print what there is to read (with :func:`mpcompile.cli.common.show` where there is JSON,
+- ``run(args) -> int``: do it, print what there is to read (with :func:`mpcompile.cli.options.show` where there is JSON,
   too), return the exit status; imports that take long or need an extra stand inside,
 
 and put ``"bake"`` into :data:`COMMANDS`. Errors that the user can mend are raised as
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"mpcompile {mpcompile.__version__}")
     commands = top.add_subparsers(dest="job", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     for name in COMMANDS:
-        importlib.import_module(f"mpcompile.cli.{name}").add(commands)
+        importlib.import_module(f"mpcompile.cli.commands.{name}").add(commands)
     return top
 
 

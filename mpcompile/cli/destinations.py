@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mpcompile.artifact import PLAN, WEIGHTS
+from mpcompile.artifact.file import PLAN, WEIGHTS
 from mpcompile.errors import ArtifactError, ConfigError
-from mpcompile.files import check_folder_writable, check_writable, is_ours
+from mpcompile.io.files import check_folder_writable, check_writable, is_ours
 
 FILE, ARTIFACT = "file", "artifact"  # one file; a file, or a folder of WEIGHTS and PLAN where a slash is behind it
 Kind: TypeAlias = "str | tuple[str, ...]"

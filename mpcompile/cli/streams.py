@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from mpcompile.files import sha256
-from mpcompile.images import Images
+from mpcompile.data.images import Images
+from mpcompile.io.files import sha256
 
 
 class Moved:
     """Batches as a model takes them, one at a time; read anew each time they are iterated.
 
     Args:
-        images: from :func:`mpcompile.images.images_at`.
+        images: from :func:`mpcompile.data.images.images_at`.
         like: a tensor with the device and the dtype of the model.
         most: images to stop after, in whole batches; None takes all.
     """

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpcompile import __version__
+from mpcompile._version import __version__
+from mpcompile.data.images import data_config, open_image, preprocess, shown
 from mpcompile.errors import InputError
-from mpcompile.files import write_atomically
-from mpcompile.images import data_config, open_image, preprocess, shown
-from mpcompile.ir_module import IRModule
+from mpcompile.io.files import write_atomically
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.page.charts import escape
+from mpcompile.page.merged import draw_tokens, merged_patches
 from mpcompile.page.sections import SECTIONS
 from mpcompile.page.sources import Sources
 from mpcompile.page.style import CSS
-from mpcompile.visualize import draw_tokens, merged_patches
 
 STEPS = 4  # blocks shown of each image
 

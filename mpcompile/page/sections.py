@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpcompile.graph import layers
+from mpcompile.ir.view import layers
 from mpcompile.kernels.nm_format import to_rows
+from mpcompile.measure.report import BARS, COMPILED
 from mpcompile.page import spectra
 from mpcompile.page.charts import Bar, bars, data_uri, escape, heat
 from mpcompile.page.sources import Sources, number, records
-from mpcompile.report import BARS, COMPILED
 
 SHOWN = 12  # layers drawn at once; the others are folded away
 LISTED = 20  # items of a list in a table

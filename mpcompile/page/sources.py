@@ -10,11 +10,11 @@ from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
-from mpcompile import files
 from mpcompile.errors import ArtifactError
-from mpcompile.ir_module import IRModule
+from mpcompile.io import files
+from mpcompile.io.schema import Between, Mismatch, Natural, check
+from mpcompile.ir.module import IRModule
 from mpcompile.plan import Figures
-from mpcompile.schema import Between, Mismatch, Natural, check
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Sources:
     """Everything that a page may show; what is absent is None or empty, and its section says so.
 
     Attributes:
-        audit: ``mpcompile audit --json``: ``rows`` (see :class:`mpcompile.report.Row`), ``environment``, ``notes``.
+        audit: ``mpcompile audit --json``: ``rows`` (:class:`mpcompile.measure.report.Row`), ``environment``, ``notes``.
         explain: ``mpcompile explain --json``: ``layers`` with ``name``, ``engine``, ``us``, ``dense_us``.
         analyze: ``mpcompile analyze --json``: layers by name, or ``layers`` as a list with ``name``; of each ``sigma``,
             ``edge``, ``spikes``, ``verdict``, ``fit_error``, ``shape``, and ``singular_values`` (or ``eigenvalues`` of

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import ArtifactError, printable
-from mpcompile.files import TEMPORARY, open_regular, replacing
-from mpcompile.schema import Between, Mismatch, Natural, check
+from mpcompile.io.files import TEMPORARY, open_regular, replacing
+from mpcompile.io.schema import Between, Mismatch, Natural, check
 
 NAME = "checkpoint.pt"
 FORMAT = 3

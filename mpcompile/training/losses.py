@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpcompile.labels import whole_numbers
+from mpcompile.data.labels import whole_numbers
 
 _UNDECAYED = ("pos_embed", "cls_token", "dist_token", "reg_token", "relative_position_bias_table")
 

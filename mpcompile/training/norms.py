@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpcompile.graph import training_flags
-from mpcompile.training import batches as data
-from mpcompile.training import ranks
+from mpcompile.data import batches as data
+from mpcompile.data import ranks
+from mpcompile.ir.numerics import training_flags
 
 
 def reestimate(model: nn.Module, stream: Iterator[Any], device: torch.device) -> None:

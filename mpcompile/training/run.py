@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mpcompile import events
+from mpcompile.data import batches as data
+from mpcompile.data import ranks
+from mpcompile.data.labels import check_range
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.files import make_folder
-from mpcompile.graph import device_of, training_flags
-from mpcompile.ir_module import IRModule
-from mpcompile.labels import check_range
-from mpcompile.training import batches as data
-from mpcompile.training import checkpoint, features, masks, norms, ranks, sharding
-from mpcompile.training.evaluate import evaluate
-from mpcompile.training.lock import locked
+from mpcompile.io.files import make_folder
+from mpcompile.io.lock import locked
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.parts import device_of
+from mpcompile.measure.evaluate import evaluate
+from mpcompile.training import checkpoint, events, features, norms, sharding
+from mpcompile.training import policies as masks
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.options import Training
 

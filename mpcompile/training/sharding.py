@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mpcompile.training import masks
+from mpcompile.training import policies as masks
 
 
 def shard(student: nn.Module) -> nn.Module:

@@ -1,0 +1,273 @@
+"""Token merging over every timm architecture that holds an attention layer: supported, refused and why, or failed.
+
+    python -m bench.tokens.sweep --shard 0/8 --seconds 450     # resumes where it stopped; then the other shards
+    python -m bench.tokens.sweep --report                      # the table in docs/
+
+Each architecture is built at depth 2, for images of 8 x 8 patches, where its family takes a depth and a size; else as
+it is, first on the meta device. Eight tokens merge a block; what symbolic tracing can't take is exported first. An
+architecture counts as
+
+supported   transformed, and its output, with random weights, equals the one of the eager reference in
+            tests/support/merging_reference.py to a relative RMS of 1e-4, and to a tenth of what merging changes;
+refused     by an error of mpcompile's, which is the reason given;
+failed      anything else: another exception, or another output.
+
+Results go into tome_sweep.json, one record for each name, and docs/token_merging_models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import inspect
+import itertools
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from mpcompile import Config, MPCompileError, Pipeline, transform
+from mpcompile.errors import TraceError
+from mpcompile.ir.module import IRModule
+from mpcompile.passes.merge_tokens.insert import MergeTokens
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench import common  # noqa: E402
+from tests.support import helpers, merging_reference  # noqa: E402
+
+NAME = "tome_sweep"
+DOC = ROOT / "docs" / "token_merging_models.md"
+R = 8
+TOLERANCE = 1e-4
+ATTENTION = re.compile(r"attention|attn|mla$|[mhsp]sa$", re.IGNORECASE)  # class names
+SMALL = 8  # patches a side of the images whose outputs are compared
+
+
+def build(name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """An architecture at depth 2 if its family takes a depth; and the arguments it was made with."""
+    grouped = {"depth": 2, "num_heads": 8, "num_kv_heads": (8, 4)}  # for families that name heads block by block
+    for extra in ({"depth": 2, **kwargs}, {"depth": 2}, {**grouped, **kwargs}):
+        try:
+            return timm.create_model(name, **extra).eval(), extra
+        except Exception:  # families say in many ways that they take no depth, or not this size
+            continue
+    return timm.create_model(name).eval(), {}
+
+
+def architectures() -> list[str]:
+    """All names, taking turns between timm's modules, so that a sweep that stops early has seen every family."""
+    turns = [timm.list_models(module=module) for module in timm.list_modules()]
+    return [name for turn in itertools.zip_longest(*turns) for name in turn if name is not None]
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Classes of attention that a model holds."""
+    names = {type(module).__name__ for module in model.modules()}
+    return sorted(name for name in names if ATTENTION.search(name.replace("Flatten", "")))
+
+
+def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
+    """The transformed model, and how it was traced."""
+    config, pipeline = Config(pattern="dense", tome_r=R), Pipeline([MergeTokens()])
+    try:
+        return transform(model, images, config, pipeline=pipeline), "symbolic"
+    except TraceError:
+        try:
+            exported = torch.export.export(model, (images,)).module(check_guards=False)
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            raise TraceError(f"neither traced nor exported: {text[0] if text else type(error).__name__}") from error
+        return transform(exported, None, config, pipeline=pipeline), "export"
+
+
+def blocks(model: nn.Module, sites: int) -> list[nn.Module]:
+    """The last ``sites`` modules that add attention to their input: where others stand before them, windows."""
+    found = list(getattr(model, "blocks", []))
+    if not found or isinstance(found[0], (nn.ModuleList, nn.Sequential)):  # stages of blocks
+        found = [m for m in model.modules() if any(ATTENTION.search(type(child).__name__) for child in m.children())]
+    return found[-sites:]
+
+
+def small_side(model: nn.Module) -> int:
+    """Side, in pixels, of an image of about ``SMALL`` x ``SMALL`` tokens."""
+    modules = list(model.modules())
+    embeds = [m for m in modules if getattr(m, "img_size", None) and getattr(m, "grid_size", None)]
+    sizes = [m.patch_size for m in modules if hasattr(m, "patch_size")]
+    if embeds:  # pixels a token, convolutions in front included
+        patch = embeds[0].img_size[0] // embeds[0].grid_size[0]
+    else:
+        patch = sizes[0] if sizes else 16
+        patch = patch[0] if isinstance(patch, (tuple, list)) else patch
+    pooled = next((m.pooling_kernel_size for m in modules if hasattr(m, "pooling_kernel_size")), 1)
+    return int(patch * -(-SMALL // pooled) * pooled)
+
+
+def compare(name: str, model: nn.Module) -> dict[str, Any]:
+    """Transform an architecture, given on the meta device, with weights on small images; compare with the reference."""
+    side = small_side(model)
+    torch.manual_seed(0)
+    model, used = build(name, img_size=side)
+    size = side if "img_size" in used else model.default_cfg["input_size"][-1]
+    helpers.randomise(model)
+    images = torch.randn(2, 3, size, size)
+    gm, traced = merge(model, images)
+    decision = gm.plan.passes[-1].decision
+    with torch.no_grad():
+        merging = blocks(model, len(decision["sites"]))
+        while True:
+            try:
+                expected = merging_reference.forward(model, images, R, decision["prefix"], merging)
+                break
+            except merging_reference.Undecided:
+                images = torch.randn(2, 3, size, size)
+        error = common.relative_rms(gm(images), expected)
+        change = common.relative_rms(model(images), expected)
+    facts = {"traced": traced, "prefix": decision["prefix"], "tokens": decision["tokens"]}
+    return {"relative_rms": error, "change": change, "size": size, **facts}
+
+
+def examine(name: str) -> dict[str, Any]:
+    """The record of one architecture."""
+    start = time.perf_counter()
+    record: dict[str, Any] = {"name": name}
+    try:
+        with torch.device("meta"):
+            model, kwargs = build(name)
+        record |= {"family": type(model).__name__, "kwargs": kwargs, "attention": attention_layers(model)}
+        if not record["attention"]:
+            return {**record, "outcome": "no attention"}
+        if not kwargs:
+            merge(model, torch.empty(2, *model.default_cfg["input_size"], device="meta"))
+        record |= compare(name, model)
+        equal = record["relative_rms"] < min(TOLERANCE, record["change"] / 10)
+        record |= {"outcome": "supported"} if equal else {"outcome": "failed", "reason": "differs from the reference"}
+    except MPCompileError as error:
+        record |= {"outcome": "refused", "reason": str(error)}
+    except Exception as error:
+        record |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
+    return {**record, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records of all shards, by name."""
+    records = {}
+    for path in sorted(folder.glob(f"{NAME}*.json")):
+        records |= {r["name"]: r for r in (common.load(path.stem, folder) or {"records": []})["records"]}
+    return records
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Examine what this shard has not examined yet, for so many seconds."""
+    number, of = map(int, args.shard.split("/"))
+    stem = f"{NAME}-{number}of{of}"
+    names = args.models or architectures()[number::of]
+    records = (common.load(stem, args.out) or {"records": []})["records"]
+    known = load(args.out)
+    deadline = time.monotonic() + args.seconds
+    for name in names:
+        if name in known and not args.models:
+            continue
+        if time.monotonic() > deadline:
+            print("out of time; run it again to go on")
+            return
+        record = examine(name)
+        print(name, record["outcome"], record.get("reason", "")[:160], record.get("seconds", ""), flush=True)
+        records = [r for r in records if r["name"] != name] + [record]
+        common.save(stem, {"records": records}, args.out)
+        gc.collect()
+    print("done")
+
+
+def short(reason: str) -> str:
+    """A reason without what differs from variant to variant."""
+    reason = re.sub(r"^[\w.]+: ", "", reason)
+    reason = reason.split(". Use ")[0].split("; expected")[0]
+    return re.sub(r"\(\d[\d, ]*\)", "(...)", reason)
+
+
+def why(record: dict[str, Any]) -> str:
+    """The reason of a record, as the table shows it."""
+    text = record.get("reason", "")
+    found = re.search(r"no attention block to merge in.*?, found (.*?)(\. Use|$)", text)
+    return short(found.group(1) if found else text).replace("|", "/")
+
+
+def report(args: argparse.Namespace) -> int:
+    """Collect the shards into one file, and write the table; 1 if an architecture failed."""
+    records = load(args.out)
+    missing = [name for name in timm.list_models() if name not in records]
+    common.save(NAME, {"timm": timm.__version__, "records": [records[n] for n in sorted(records)]}, args.out)
+    with_attention = [r for r in records.values() if r["outcome"] != "no attention"]
+    counts = collections.Counter(r["outcome"] for r in with_attention)
+    rows: dict[tuple[str, str, str], list[str]] = collections.defaultdict(list)
+    for record in sorted(with_attention, key=lambda r: r["name"]):
+        rows[record["outcome"], record.get("family", "?"), why(record)].append(record["name"])
+    order = sorted(rows.items(), key=lambda item: (("supported", "refused", "failed").index(item[0][0]), item[0][1:]))
+    table = tabulate(
+        [
+            [f"`{family}`", len(n), outcome, reason, ", ".join(n[:3]) + (", ..." if len(n) > 3 else "")]
+            for (outcome, family, reason), n in order
+        ],
+        headers=["timm class", "architectures", "merging", "why not", "such as"],
+        tablefmt="github",
+    )
+    text = DOC.read_text(encoding="utf-8") if DOC.exists() else HEAD
+    head = text.split(MARK)[0]
+    line = f"timm {timm.__version__}: {len(with_attention)} architectures with an attention layer, " + ", ".join(
+        f"{counts[outcome]} {outcome}" for outcome in ("supported", "refused", "failed")
+    )
+    DOC.parent.mkdir(exist_ok=True)
+    DOC.write_text(f"{head}{MARK}\n\n{line}.\n\n{table}\n", encoding="utf-8")
+    print(line + (f"; {len(missing)} not examined yet" if missing else ""))
+    for record in with_attention:
+        if record["outcome"] == "failed":
+            print("failed:", record["name"], record["reason"])
+    return 1 if counts["failed"] or missing else 0
+
+
+MARK = "<!-- written by python -m bench.tokens.sweep --report -->"
+HEAD = f"""# Which timm models can merge tokens
+
+{
+    inspect.cleandoc('''
+Every architecture of timm that holds an attention layer was built (two blocks deep where its family takes a depth),
+traced, and given `Config(tome_r=8)`. "Supported" means more than that it ran: with random weights its output equals
+that of an independent eager reference, which shares no code with the pass, to a relative RMS of 1e-4 and to a tenth of
+what merging changes. "Refused" means an error that names the layer and the reason, before anything was changed. Models
+with windows or relative position biases are refused because a merged token has no place in a window and no row in such
+a bias.
+''')
+}
+
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th architecture from number I on")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after the architecture that is at work then")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="these alone, again")
+    parser.add_argument("--report", action="store_true", help="collect the shards and write the table")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="FOLDER", help="(bench/results)")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    if args.report:
+        return report(args)
+    sweep(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""Builds the CPU kernels and the operators that call them on the machine that runs them, once, and keeps the libraries.
+
+A library's name holds a checksum of source, compiler, flags and instruction set, so that a changed one is another
+file. It is written under a name of its own and renamed: processes that build at the same time do no harm. Behind the
+library's own bytes stands their checksum, since loading half a library can kill the process (SIGBUS).
+
+Loading a library runs its code. A library is loaded, or stored, only where nobody but this user and root can have
+written: the file, its folder, and every folder above are checked (:func:`others_can_write`).
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from mpcompile.kernels.nm_linear.cpu import abi
+from mpcompile.kernels.store import cache_folder, say_once, temporary_folder
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("cpu.cpp", "abi.h", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
+ISAS = {
+    "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma",
+    "portable": "",
+}
+# No -ffast-math: it takes products and sums apart again, and NaN with them.
+FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
+OPERATOR_SOURCES = ("ops.cpp", "abi.h", "layouts.h")
+OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -shared"
+SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+_SECONDS = 300
+_CHECKSUM = hashlib.sha256().digest_size
+
+
+class Kernels(ctypes.CDLL):
+    """The library; ``isa`` is one of :data:`ISAS`."""
+
+    functions = ("nm_linear", "nm_mlp", "nm_conv", "nm_pairs")
+    isa: str
+
+
+class Operators(ctypes.CDLL):
+    """What torch calls (``ops.cpp``), above the kernels."""
+
+    functions = ("nm_use",)
+
+    def use(self, kernels: Kernels | None) -> None:
+        """Call these kernels from now on; with None, the operators in Python."""
+        if kernels is None:
+            self.nm_use(None, None, 0)
+            return
+        linear, mlp = (ctypes.cast(f, ctypes.c_void_p) for f in (kernels.nm_linear, kernels.nm_mlp))
+        self.nm_use(linear, mlp, kernels.nm_pairs())
+
+
+_Library = TypeVar("_Library", Kernels, Operators)
+
+
+class Unavailable(Exception):
+    """There is no library, and why."""
+
+
+class _Rejected(Unavailable):
+    """The compiler ran and refused."""
+
+
+def detect_isa() -> str:
+    """The widest of :data:`ISAS` that this processor runs; ``MPCOMPILE_CPU_ISA`` names a narrower one."""
+    runs = _processor_isas()
+    forced = os.environ.get("MPCOMPILE_CPU_ISA")
+    if forced is None:
+        return runs[0]
+    if forced not in runs:
+        raise Unavailable(f"MPCOMPILE_CPU_ISA={forced}: this processor runs {', '.join(runs)}")
+    return forced
+
+
+@functools.cache
+def _processor_isas() -> tuple[str, ...]:
+    flags: set[str] = set()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        info = Path("/proc/cpuinfo")
+        if info.exists():
+            line = next((text for text in info.read_text().splitlines() if text.startswith("flags")), "")
+            flags = set(line.partition(":")[2].split())
+        elif torch.backends.cpu.get_cpu_capability() == "AVX2":
+            flags = {"avx2", "fma"}
+    runs = ["portable"]
+    if {"avx2", "fma"} <= flags:
+        runs.insert(0, "avx2")
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"} <= flags:
+        runs.insert(0, "avx512")
+        if "avx512_bf16" in flags:
+            runs.insert(0, "avx512_bf16")
+    return tuple(runs)
+
+
+def compiler() -> list[str]:
+    """The C++ compiler as a command: ``CXX``, else g++ or clang++.
+
+    Raises:
+        Unavailable: none is found.
+    """
+    named = os.environ.get("CXX")
+    for command in [named] if named else ["g++", "clang++", "c++"]:
+        try:
+            words = shlex.split(command)
+        except ValueError:  # a quote that isn't closed
+            words = []
+        if words and shutil.which(words[0]):
+            return words
+    raise Unavailable(f"no C++ compiler ({named or 'g++, clang++'}): install one, or name it in CXX")
+
+
+@functools.cache
+def _version(command: tuple[str, ...]) -> str:
+    try:
+        return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _folders() -> list[Path]:
+    """Where the library may lie: the cache, else a folder of this user's among temporary files."""
+    return [cache_folder() / "kernels", temporary_folder()]
+
+
+def _usable(folder: Path) -> bool:
+    """Whether files can be made there, by nobody else than this user."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _own(folder):
+            return False
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _own(folder: Path) -> bool:
+    """Whether nobody else can put files into a folder; if not, that is said once."""
+    reason = others_can_write(folder, stat.S_ISDIR)
+    if reason is not None:
+        say_once(f"mpcompile: libraries in {folder} are not used: {reason}")
+    return reason is None
+
+
+def others_can_write(path: Path, kind: Callable[[int], bool]) -> str | None:
+    """Who else than this user and root could have put what stands at a path, or None.
+
+    Args:
+        kind: what it has to be, as a test of its mode. A link is neither file nor folder here.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    place = Path(os.path.abspath(path))
+    if not kind(place.lstat().st_mode):
+        return f"{place} is a link, or of another kind"
+    for last, part in [(True, place), *((False, parent) for parent in place.parents)]:
+        found = part.lstat()
+        if stat.S_ISLNK(found.st_mode):  # on the way: what it leads to is looked at as well
+            target = Path(os.path.realpath(part, strict=True))
+            reason = _other_owner(part, found, last) or others_can_write(target, stat.S_ISDIR)
+        else:
+            reason = _other_owner(part, found, last) or _other_writer(part, found, last)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _other_owner(path: Path, found: os.stat_result, last: bool) -> str | None:
+    # In a container, folders of a user from outside show a number that stands for all of those.
+    unknown = () if last else (_overflow_user(),)
+    return None if found.st_uid in (os.getuid(), 0, *unknown) else f"{path} belongs to user {found.st_uid}"
+
+
+def _other_writer(path: Path, found: os.stat_result, last: bool) -> str | None:
+    shared = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _private_group(found.st_gid))
+    if not shared or (not last and found.st_mode & stat.S_ISVTX):  # as in /tmp, where nobody renames another's files
+        return None
+    return f"others can write to {path} (mode {stat.S_IMODE(found.st_mode):o})"
+
+
+@functools.cache
+def _overflow_user() -> int:
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+@functools.cache
+def _private_group(number: int) -> bool:
+    """Whether nobody but this user, or root, is in a group, as where every user has a group of their own."""
+    import grp
+    import pwd
+
+    try:
+        name, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(number)
+    except KeyError:
+        return False
+    return number in (0, os.getgid()) and group.gr_name in (name, "root") and set(group.gr_mem) <= {name, "root"}
+
+
+def _whole(path: Path) -> bool:
+    """Whether a library is as it was written: its bytes, then their checksum."""
+    data = path.read_bytes()
+    return hashlib.sha256(data[:-_CHECKSUM]).digest() == data[-_CHECKSUM:]
+
+
+def _find(name: str, folders: list[Path]) -> Path | None:
+    for folder in folders:
+        path = folder / name
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode) or not _own(folder):
+                continue
+            reason = others_can_write(path, stat.S_ISREG)
+            if reason is not None:
+                say_once(f"mpcompile: {path} is built again: {reason}")
+            elif _whole(path):
+                return path
+            else:
+                say_once(f"mpcompile: {path} is damaged and is built again")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            say_once(f"mpcompile: {path} can't be read and is built again: {error}")
+    return None
+
+
+def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
+    """Path of the library for an instruction set, built if it isn't there yet.
+
+    Args:
+        again: build it in any case.
+
+    Raises:
+        Unavailable: no compiler, no folder that can be written, or a failed build.
+    """
+    flags = [*shlex.split(FLAGS), *shlex.split(ISAS[isa]), *(shlex.split(SANITIZE) if sanitize else [])]
+    return _built(f"nm-{isa}", SOURCES, flags, [], again)
+
+
+def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: list[str], again: bool) -> Path:
+    """Path of a library of ``sources``, of which the first is compiled and the others are included."""
+    command = compiler()
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    asked = " ".join([*command, *flags, *libraries])
+    for part in [*(here.joinpath(name).read_bytes() for name in sources), asked.encode()]:
+        digest.update(part)
+    digest.update(_version(tuple(command)).encode())
+    name = f"{stem}-{digest.hexdigest()[:20]}.so"
+    folders = _folders()
+    found = None if again else _find(name, folders)
+    if found is not None:
+        return found
+    folder = next((f for f in folders if _usable(f)), None)
+    if folder is None:
+        raise Unavailable(f"no folder for the CPU kernels can be written: tried {', '.join(map(str, folders))}")
+    if folder != folders[0]:
+        say_once(f"mpcompile: {folders[0]} can't be written safely; the CPU kernels are kept in {folder}")
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as private:
+            made = Path(private) / name
+            subprocess.run(
+                [*command, *flags, str(here / sources[0]), "-o", str(made), *libraries],
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=True,
+            )
+            data = made.read_bytes()
+            with made.open("ab") as file:  # what loads a library ignores bytes behind its last section
+                file.write(hashlib.sha256(data).digest())
+            made.chmod(0o700)  # whatever the umask lets others do
+            os.replace(made, folder / name)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
+        raise _Rejected(f"{command[0]} can't build the CPU kernels: {said}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} can't build the CPU kernels: {error}") from error
+    log.info("built %s in %.1f s", name, time.perf_counter() - start)
+    return folder / name
+
+
+def _opened(kind: type[_Library], built: Callable[[bool], Path]) -> _Library:
+    """A library loaded; one that can't be, such as another system's or one of other functions, is built again first."""
+    path = built(False)
+    try:
+        return _loaded(kind, path)
+    except (OSError, AttributeError):
+        say_once(f"mpcompile: {path} can't be loaded and is built again")
+    try:
+        return _loaded(kind, built(True))
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"the CPU kernels can't be loaded: {error}") from error
+
+
+def _loaded(kind: type[_Library], path: Path) -> _Library:
+    """A library that has every function which is called in it; raises AttributeError for another."""
+    library = kind(str(path))
+    try:
+        for name in kind.functions:
+            getattr(library, name)
+    except AttributeError:
+        _ctypes.dlclose(library._handle)  # while it is open, its path leads to it even if another file is there
+        raise
+    return library
+
+
+def _binary(path: Path) -> str:
+    """What tells one build of a library from another of the same version."""
+    try:
+        found = path.stat()
+    except OSError:
+        return "unknown"
+    return f"{found.st_size:x}{found.st_mtime_ns:x}"
+
+
+@functools.cache
+def operators() -> Operators | None:
+    """The operators in C++ (``ops.cpp``), or None where this machine can't build them: Python's do the same, later.
+
+    They are built against the headers of the torch that is installed, and belong to its version. Once loaded they are
+    what torch calls, until the process ends.
+    """
+    folder = Path(torch.__file__).parent
+    flags = [*shlex.split(OPERATOR_FLAGS), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    flags += ["-isystem", str(folder / "include")]
+    libraries = ["-L", str(folder / "lib"), "-ltorch_cpu", "-lc10"]
+    stem = f"ops-{torch.__version__}-{_binary(folder / 'lib' / 'libtorch_cpu.so')}"
+    try:
+        loaded = _opened(Operators, lambda again: _built(stem, OPERATOR_SOURCES, flags, libraries, again))
+    except Unavailable as error:
+        log.info("mpcompile: the CPU operators stay in Python: %s", error)
+        return None
+    loaded.nm_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    loaded.nm_use.restype = None
+    return loaded
+
+
+def library() -> Kernels:
+    """The library for this process; its ``isa`` says for which instruction set.
+
+    That is the widest that the processor runs and the compiler knows. Environment: ``MPCOMPILE_CPU_ISA`` names one, and
+    ``MPCOMPILE_SANITIZE=1`` asks for a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    Raises:
+        Unavailable: it can't be built or loaded.
+    """
+    isa, sanitize = detect_isa(), os.environ.get("MPCOMPILE_SANITIZE") == "1"
+    if "MPCOMPILE_CPU_ISA" in os.environ:
+        return load(isa, sanitize)
+    refusal: _Rejected | None = None
+    for candidate in _processor_isas():
+        try:
+            loaded = load(candidate, sanitize)
+        except _Rejected as error:
+            refusal = refusal or error
+            continue
+        if refusal is not None:
+            say_once(f"mpcompile: the kernels for {isa} can't be built, those for {candidate} are used: {refusal}")
+        return loaded
+    assert refusal is not None  # there is one candidate at least
+    raise refusal
+
+
+@functools.cache
+def load(isa: str, sanitize: bool = False) -> Kernels:
+    """The library for an instruction set, with its functions' signatures set.
+
+    Raises:
+        Unavailable: it can't be built or loaded.
+    """
+    # torch is imported: its OpenMP runtime serves this library too
+    loaded = _opened(Kernels, lambda again: build(isa, sanitize, again=again))
+    loaded.nm_linear.argtypes = [ctypes.POINTER(abi.Linear)]
+    loaded.nm_mlp.argtypes = [ctypes.POINTER(abi.Mlp)]
+    loaded.nm_conv.argtypes = [ctypes.POINTER(abi.Conv)]
+    loaded.isa = isa
+    return loaded
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why there is no library, or None; said once as a warning."""
+    try:
+        library()
+    except Unavailable as error:
+        log.warning("mpcompile: no CPU kernels, masked layers stay dense: %s", error)
+        return str(error)
+    return None

@@ -1,0 +1,67 @@
+"""The CPU engine: native kernels for any N:M, linear layers and convolutions, fp32 and bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_linear import layouts
+from mpcompile.kernels.nm_linear import operators as native
+from mpcompile.kernels.nm_linear.cpu import build
+
+if TYPE_CHECKING:
+    from mpcompile.kernels.dispatch import LayerSpec
+
+
+def multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Whether the kernels for ``dtype`` read pairs of columns: bf16, on processors with bf16 dot products."""
+    return dtype is torch.bfloat16 and (lib := native.kernels()) is not None and bool(lib.nm_pairs())
+
+
+def layout_of(spec: LayerSpec) -> int:
+    """The layout that this processor runs fastest for a layer."""
+    if not multiplies_pairs(spec.dtype):
+        return layouts.ROWS
+    return {"2:4": layouts.QUADS, "1:4": layouts.OCTS}.get(str(spec.pattern), layouts.RING)
+
+
+class CpuEngine:
+    """Packed values with byte indices, multiplied by C++ kernels that this machine's compiler builds (build.py)."""
+
+    name = "cpu"
+
+    def supports(self, spec: LayerSpec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"device {spec.device.type}"
+        if spec.dtype not in (torch.float32, torch.bfloat16):
+            return f"dtype {str(spec.dtype).removeprefix('torch.')} (fp32 and bf16 have kernels)"
+        if spec.geometry is not None:
+            if spec.geometry[3] != 1:
+                return "grouped convolution"
+            if spec.dtype is torch.bfloat16 and not native.pointwise(spec.shape):
+                return "bf16 convolution other than 1x1"
+        reason = build.unavailable()
+        if reason is None:
+            native.kernels()  # the operators are built now and not in the first call
+        return reason
+
+    def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        values, index = layouts.pack(weight, mask, *spec.pattern, layout_of(spec))
+        return {"values": values, "index": index}
+
+    def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
+        head = (x, packed["values"], packed["index"], bias, None)
+        if spec.geometry is None:
+            return ops.nm_gemm, (*head, spec.shape[0], *spec.pattern, layout_of(spec), "none")
+        return ops.nm_conv, (
+            *head,
+            *(list(axes) for axes in spec.geometry[:3]),
+            *spec.pattern,
+            list(spec.shape),
+            layout_of(spec),
+            "none",
+        )

@@ -1,0 +1,1 @@
+"""Gluon kernels on sparse tensor cores."""

@@ -1,0 +1,288 @@
+"""Runs kernels that were compiled elsewhere: cubins, launched through the CUDA driver, without any Triton.
+
+``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled:
+``records.json`` files, the cubins beside them. Where the installed Triton can't compile the kernels, gpu_launch.py
+takes them from there. A :class:`Kernel` is called as Triton's are; its arguments go to the driver in the order and
+types that the compiled entry names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import InputError
+from mpcompile.kernels.nm_linear.gpu.build import EPILOGUES, Build, digest
+from mpcompile.kernels.nm_linear.gpu.tiles import tiles_for
+from mpcompile.kernels.nm_linear.packed import activate
+
+VARIABLE = "MPCOMPILE_CUBINS"
+MAP_BYTES = 128  # of a tensor map (CUtensorMap)
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SMALL_SHARED = 48 << 10  # what a launch gets without asking
+# Enumerators of cuda.h.
+_MAX_DYNAMIC_SHARED, _SWIZZLE_128B, _PROMOTE_128B = 8, 3, 2
+_ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
+
+
+@dataclass
+class Box:
+    """What a tensor map describes: a matrix of 16-bit elements, read in boxes with the 128-byte swizzle.
+
+    Attributes:
+        base: (rows, columns), neighbouring columns next to each other.
+        block_shape: rows and columns of a box.
+    """
+
+    base: Tensor
+    block_shape: Sequence[int]
+
+
+class Driver:
+    """The few calls of libcuda that a launch needs. Torch has made the context."""
+
+    def __init__(self) -> None:
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+
+    def _call(self, name: str, *args: Any) -> None:
+        code = getattr(self.cuda, name)(*args)
+        if code:
+            text = ctypes.c_char_p()
+            self.cuda.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{name}: {(text.value or b'error %d' % code).decode()}")
+
+    def function(self, cubin: bytes, name: str, shared: int) -> Any:
+        """A kernel of a cubin, ready for launches with so many bytes of shared memory."""
+        module, found = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), cubin)
+        self._call("cuModuleGetFunction", ctypes.byref(found), module, name.encode())
+        if shared > _SMALL_SHARED:
+            self._call("cuFuncSetAttribute", found, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
+        return found
+
+    def tensor_map(self, box: Box) -> Any:
+        """The 128 bytes, aligned to 64, by which the tensor memory accelerator knows a matrix."""
+        room = ctypes.create_string_buffer(MAP_BYTES + 64)
+        found = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % 64)
+        rows, columns = box.base.shape
+        self._call(
+            "cuTensorMapEncodeTiled",
+            ctypes.byref(found),
+            ctypes.c_int(_ELEMENTS[box.base.dtype]),
+            ctypes.c_uint32(2),
+            ctypes.c_void_p(box.base.data_ptr()),
+            (ctypes.c_uint64 * 2)(columns, rows),
+            (ctypes.c_uint64 * 1)(box.base.stride(0) * box.base.element_size()),
+            (ctypes.c_uint32 * 2)(*reversed(box.block_shape)),
+            (ctypes.c_uint32 * 2)(1, 1),
+            *map(ctypes.c_int, (0, _SWIZZLE_128B, _PROMOTE_128B, 0)),
+        )
+        return found
+
+    def launch(self, function: Any, blocks: int, threads: int, shared: int, stream: int, values: list[Any]) -> None:
+        """One launch of ``blocks`` blocks; ``values``: ctypes objects, one a parameter."""
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        sizes = [*map(ctypes.c_uint, (blocks, 1, 1, threads, 1, 1, shared))]
+        self._call("cuLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)
+
+
+@functools.cache
+def driver() -> Any:
+    return Driver()
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """What a ``records.json`` lists.
+
+    Raises:
+        InputError: it isn't as gpu_build.py writes it.
+    """
+    kinds = {field.name: {"str": str, "int": int, "bool": bool}[str(field.type)] for field in fields(Build)}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if all(type(record[name]) is kind for record in records for name, kind in kinds.items()):
+            return list(records)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # said below
+    raise InputError(
+        f"{path} is damaged", expected="what python -m bench.gpu.kernel_matrix --keep writes", hint="compile them again"
+    )
+
+
+@dataclass
+class Cubins:
+    """The builds in a folder.
+
+    Attributes:
+        records: of each build, as :func:`gpu_build.record_of` made them, with ``cubin``, its path.
+    """
+
+    folder: Path
+    records: dict[Build, dict[str, Any]] = field(default_factory=dict)
+    _loaded: dict[tuple[int, Build], Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, folder: Path) -> Cubins:
+        """Read every ``records.json`` in a folder and below.
+
+        Raises:
+            InputError: there is none, or kernels have changed since.
+        """
+        found = cls(folder)
+        names = [f.name for f in fields(Build)]
+        for path in sorted(folder.rglob("records.json")):
+            for record in _records(path):
+                build = Build(**{name: record[name] for name in names})
+                if "error" in record or record.get("scratch_bytes"):
+                    continue
+                if record.get("source") != digest(build.kernel):
+                    raise InputError(
+                        f"cubins in {folder} are of another version of {build.kernel}",
+                        expected=digest(build.kernel),
+                        found=record.get("source"),
+                        hint="compile them again: python -m bench.gpu.kernel_matrix --keep FOLDER",
+                    )
+                found.records[build] = {**record, "cubin": path.parent / f"{build.name}.cubin"}
+        if not found.records:
+            raise InputError(
+                f"no compiled kernels in {folder}",
+                expected="records.json and cubins",
+                hint=f"python -m bench.gpu.kernel_matrix --keep {folder}",
+            )
+        return found
+
+    def lacks(self, kernel: str, arch: int) -> str | None:
+        """What a kernel misses here to run on an architecture, or None."""
+        for tile in tiles_for(kernel, arch):
+            for dtype in _DTYPES.values():
+                for epilogue in EPILOGUES:
+                    build = Build(kernel, tile.name, dtype, epilogue, arch)
+                    if build not in self.records:
+                        return f"{self.folder} holds no cubin {build.name}"
+        return None
+
+    def function(self, build: Build, device: int) -> Any:
+        """The kernel of a build on a device; loaded once."""
+        key = device, build
+        if key not in self._loaded:
+            record = self.records[build]
+            code = record["cubin"].read_bytes()
+            self._loaded[key] = driver().function(code, record["function"], record["smem_bytes"])
+        return self._loaded[key]
+
+
+@functools.cache
+def given() -> Cubins | None:
+    """What :data:`VARIABLE` names, or None."""
+    folder = os.environ.get(VARIABLE)
+    return Cubins.of(Path(folder)) if folder else None
+
+
+def epilogue_of(act: str, bias: bool, scale: bool, residual: bool) -> str | None:
+    """The epilogue of :data:`gpu_build.EPILOGUES` that does this, given a bias of zeros if need be; or None."""
+    if act != "none":
+        return None if scale or residual else act
+    if scale:
+        return "scale_res" if residual else None
+    return "res" if residual else "bias" if bias else "none"
+
+
+def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
+    """Arguments as the entry takes them.
+
+    Args:
+        kinds: ``"map"``, ``"u32"`` or ``"u64"``, one a parameter.
+        args: tensors, numbers and boxes; None where the kernel was compiled without. A box stands for its tensor map
+            and for its shape and strides. What kinds are left over are Triton's scratch pointers, which are null.
+
+    Raises:
+        InputError: the entry takes other arguments.
+    """
+    flat: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Box):
+            flat += [arg, *arg.base.shape, *arg.base.stride()]
+        elif arg is not None:
+            flat.append(arg)
+    flat += [0] * 2
+    fits = len(flat) == len(kinds) and all(isinstance(a, Box) == (k == "map") for a, k in zip(flat, kinds, strict=True))
+    if not fits or any(isinstance(a, Tensor) and k != "u64" for a, k in zip(flat, kinds, strict=True)):
+        raise InputError("a cubin takes other arguments", expected=", ".join(kinds), found=f"{len(flat)} arguments")
+    made: list[Any] = []
+    for arg, kind in zip(flat, kinds, strict=True):
+        if isinstance(arg, Box):
+            made.append(driver().tensor_map(arg))
+        else:
+            number = arg.data_ptr() if isinstance(arg, Tensor) else arg
+            made.append(ctypes.c_uint64(number) if kind == "u64" else ctypes.c_int32(number))
+    return made
+
+
+@dataclass
+class Kernel:
+    """Stands in for a kernel's module: ``gemm[grid](...)`` as Triton would, from cubins."""
+
+    name: str
+    arch: int
+    cubins: Cubins
+
+    @property
+    def gemm(self) -> Kernel:
+        return self
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return functools.partial(self._run, grid[0])
+
+    def _run(self, blocks: int, *args: Any, **options: Any) -> None:
+        """As the kernels' signatures have it: two operands, words or pixels, bias, scale, residual, result, numbers."""
+        *operands, bias, scale, residual, y = args[:7]
+        act, numbers = options["ACT"], args[7:]
+        epilogue = epilogue_of(act, bias is not None, scale is not None, residual is not None)
+        behind: tuple[str, Any, Any] | None = None
+        if epilogue is None:  # this combination isn't compiled: what comes behind the bias is a pass of its own
+            epilogue, behind, scale, residual = "bias", (act, scale, residual), None, None
+        out = int(y.shape[-1])
+        if epilogue != "none" and bias is None:
+            bias = _zeros(out, y.dtype, y.device)
+        build = self._build(operands, epilogue, y, out, options)
+        record = self.cubins.records.get(build)
+        if record is None:
+            raise InputError(f"no cubin {build.name} in {self.cubins.folder}", hint="build it: bench.gpu.kernel_matrix")
+        values = values_of(record["parameters"], [*operands, bias, scale, residual, y, *numbers])
+        stream = _stream(y.device)
+        function = self.cubins.function(build, y.device.index or 0)
+        driver().launch(function, blocks, record["threads"], record["smem_bytes"], stream, values)
+        if behind is not None:
+            y.copy_(_finish(y, *behind))
+
+    def _build(self, operands: list[Any], epilogue: str, y: Tensor, out: int, options: dict[str, Any]) -> Build:
+        if "BN" in options:
+            n, m, k = options["BN"], options["BM"], options["BK"]
+        else:
+            n, m, k = operands[0].block_shape[0], operands[1].block_shape[0], 128
+        tile = f"{n}x{m}x{k}s{options['STAGES']}"
+        return Build(self.name, tile, _DTYPES[y.dtype], epilogue, self.arch, aligned=out % 16 == 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(out, dtype=dtype, device=device)
+
+
+def _finish(y: Tensor, act: str, scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    y = activate(y, act)
+    y = y if scale is None else y * scale
+    return y if residual is None else y + residual
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0

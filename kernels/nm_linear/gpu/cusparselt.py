@@ -1,0 +1,100 @@
+"""cuSPARSELt as an engine beside our own: torch's 2:4 product, with a search among the library's algorithms."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import InputError
+from mpcompile.kernels.nm_linear.gpu.engine import unsupported
+
+if TYPE_CHECKING:
+    from mpcompile.kernels.dispatch import LayerSpec
+
+_ROWS = 8  # the library takes tokens in eights
+
+
+@functools.lru_cache(maxsize=16)
+def missing(index: int | None) -> str | None:
+    """Why this torch and GPU have no cuSPARSELt, or None."""
+    if not getattr(torch.backends, "cusparselt", None) or not torch.backends.cusparselt.is_available():
+        return "torch was built without cuSPARSELt"
+    capability = torch.cuda.get_device_capability(index)
+    return (
+        "compute capability {}.{}: sparse tensor cores begin with 8.0".format(*capability)
+        if capability < (8, 0)
+        else None
+    )
+
+
+def version() -> str:
+    """Of the library, for records: its figures depend on it."""
+    return str(torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None)
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: int) -> Tensor:
+    """x (..., K) times a weight of ``torch._cslt_compress``, plus bias."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = len(rows)
+    if count == 0:
+        return x.new_empty((*x.shape[:-1], out))
+    if count % _ROWS:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % _ROWS))
+    y = torch._cslt_sparse_mm(packed, rows.contiguous().t(), bias=bias, transpose_result=True, alg_id=algorithm)
+    return y[:count].reshape(*x.shape[:-1], out)
+
+
+@torch.library.custom_op("mpcompile::nm_cusparselt", mutates_args=(), device_types="cuda")
+def nm_cusparselt(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: int) -> Tensor:
+    return product(x, packed, bias, out, algorithm)
+
+
+@nm_cusparselt.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out))
+
+
+@nm_cusparselt.register_kernel("cpu")
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: int) -> Tensor:
+    raise InputError(
+        "a weight packed for cuSPARSELt runs on CUDA alone", hint="lower the model again, with engine='auto'"
+    )
+
+
+class CuSparseLtEngine:
+    """2:4 products of NVIDIA's library. The algorithm is searched once for each shape and number of tokens."""
+
+    name = "cusparselt"
+
+    def __init__(self) -> None:
+        self._found: dict[Any, int] = {}
+
+    def supports(self, spec: LayerSpec) -> str | None:
+        reason = unsupported(spec)
+        if reason is None and spec.geometry is not None:
+            reason = "a convolution"
+        if reason is None and spec.shape[0] % 16:
+            reason = f"{spec.shape[0]} outputs don't divide by 16"
+        return reason or missing(spec.device.index)
+
+    def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        packed = torch._cslt_compress((weight * mask).contiguous())
+        if spec.tokens is not None and self._key(spec) not in self._found:
+            rows = -(-spec.tokens // _ROWS) * _ROWS
+            x = torch.zeros(rows, spec.shape[1], dtype=spec.dtype, device=spec.device)
+            bias = torch.zeros(spec.shape[0], dtype=spec.dtype, device=spec.device)
+            found = torch._cslt_sparse_mm_search(packed, x.t(), bias=bias, transpose_result=True)
+            self._found[self._key(spec)] = int(found)
+        return {"packed": packed}
+
+    def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
+        algorithm = self._found.get(self._key(spec), 0)
+        return torch.ops.mpcompile.nm_cusparselt.default, (x, packed["packed"], bias, spec.shape[0], algorithm)
+
+    @staticmethod
+    def _key(spec: LayerSpec) -> tuple[Any, ...]:
+        return spec.shape, spec.dtype, spec.device, spec.tokens

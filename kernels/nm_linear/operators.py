@@ -1,0 +1,336 @@
+"""The native operators as torch sees them: schema, CPU kernel, fake, gradient.
+
+Each comes twice. ``nm_gemm``, ``nm_mlp`` and ``nm_conv`` are what graphs hold. Once the kernels are built, C++
+(``ops.cpp``) stands behind them on CPUs: it takes what is plain straight to a kernel, and all else to
+``nm_gemm_general`` and its like. Those are the Python of this file, which stands behind both names where C++ can't be
+built. Where no kernel can be had (no compiler, or a layout made for another processor), the plain torch of packed.py
+runs instead, slowly. Gradients come from the masked dense weight that the layout holds, through packed.py as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.library import Library
+
+from mpcompile.kernels.nm_linear import checks, packed, sparse24
+from mpcompile.kernels.nm_linear.checks import PackedWeight
+from mpcompile.kernels.nm_linear.cpu import abi, build
+from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
+from mpcompile.kernels.nm_linear.layouts import ROWS
+
+_SCHEMAS = {
+    "nm_gemm": "(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int out, int n, int m, "
+    "int layout, str activation) -> Tensor",
+    "nm_mlp": "(Tensor x, Tensor values1, Tensor index1, Tensor? bias1, Tensor values2, Tensor index2, Tensor? bias2, "
+    "Tensor? residual, int hidden, int out, int n1, int m1, int n2, int m2, int layout1, int layout2, str activation) "
+    "-> Tensor",
+    "nm_conv": "(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, int n, int m, int[] shape, int layout, str activation) -> Tensor",
+}
+_NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
+_HALF = {torch.float32: 0, torch.bfloat16: 1}
+_FIRST_USE = threading.RLock()
+GENERAL = "_general"  # behind the name of an operator in Python, which C++ falls back on
+_TOKENS, _PLANES = 0, 1  # memory formats of activations, as in abi.h
+
+
+@functools.cache
+def kernels() -> Any:
+    """The library, or None where there is none. The operators call it from now on."""
+    with _FIRST_USE:
+        lib = build.library() if build.unavailable() is None else None
+        use(lib)
+        return lib
+
+
+def use(lib: build.Kernels | None) -> None:
+    """Have the operators in C++ call these kernels, or none."""
+    if lib is None and not build.operators.cache_info().currsize:
+        return  # nothing to take them from
+    operators = build.operators()
+    if operators is not None:
+        operators.use(lib)
+
+
+def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
+    """Whether the kernels take these tensors on this processor."""
+    lib = kernels()
+    if lib is None or not x.is_cpu or x.dtype not in _HALF or values.dtype is not x.dtype:
+        return False
+    if any(layout in sparse24.NAMES for layout in layouts):
+        return False
+    return all(layout == ROWS for layout in layouts) or (lib.nm_pairs() == 1 and x.dtype is torch.bfloat16)
+
+
+def _added(residual: Tensor | None, y: Tensor) -> Tensor | None:
+    """The residual as the kernels read it: of the output's shape and dtype, in its memory order."""
+    if residual is None:
+        return None
+    order = torch.channels_last if y.dim() == 4 and packed.runs_last(y) else torch.contiguous_format
+    return residual.to(y.dtype).expand(y.shape).contiguous(memory_format=order)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _weight(weight: PackedWeight, bias: Tensor | None) -> abi.Weight:
+    """The weight of a matrix product or convolution, and its bias, as the kernels take them."""
+    outputs, inputs = weight.shape[:2]
+    values, index = weight.values.data_ptr(), weight.index.data_ptr()
+    return abi.Weight(values, index, _at(bias), inputs, outputs, weight.n, weight.m, weight.layout)
+
+
+def _checked(failed: int) -> None:
+    if failed:
+        raise MemoryError("an N:M kernel ran out of memory for its activations: use a smaller batch")
+
+
+def _gemm(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: int,
+    n: int,
+    m: int,
+    layout: int,
+    activation: str,
+) -> Tensor:
+    k = x.shape[-1] if x.dim() else 0
+    weight = PackedWeight(values, index, (out, k), n, m, layout)
+    checks.gemm(x, weight, bias, residual, activation)
+    if not runs(x, values, layout) or not k:
+        return packed.nm_gemm(x, values, index, bias, residual, out, n, m, layout, activation)
+    y = x.new_empty((*x.shape[:-1], out))
+    if y.numel():
+        x, bias, residual = x.contiguous(), packed.row(bias, out, x.dtype), _added(residual, y)
+        args = abi.Linear(
+            x=x.data_ptr(),
+            residual=_at(residual),
+            y=y.data_ptr(),
+            weight=_weight(weight, bias),
+            tokens=y.numel() // out,
+            pixels=1,
+            bf16=_HALF[x.dtype],
+            format=_TOKENS,
+            activation=_NUMBER[activation],
+            threads=torch.get_num_threads(),
+        )
+        _checked(kernels().nm_linear(args))
+    return y
+
+
+def _mlp(
+    x: Tensor,
+    values1: Tensor,
+    index1: Tensor,
+    bias1: Tensor | None,
+    values2: Tensor,
+    index2: Tensor,
+    bias2: Tensor | None,
+    residual: Tensor | None,
+    hidden: int,
+    out: int,
+    n1: int,
+    m1: int,
+    n2: int,
+    m2: int,
+    layout1: int,
+    layout2: int,
+    activation: str,
+) -> Tensor:
+    k = x.shape[-1] if x.dim() else 0
+    one = PackedWeight(values1, index1, (hidden, k), n1, m1, layout1)
+    two = PackedWeight(values2, index2, (out, hidden), n2, m2, layout2)
+    checks.mlp(x, (one, two), (bias1, bias2), residual, activation)
+    threads = torch.get_num_threads()
+    tokens = x.numel() // max(1, x.shape[-1])
+    # One thread takes a whole panel through both products, which few panels would leave idle threads.
+    few = tokens < 64 * 4 * threads and threads > 1
+    apart = few or (layout1 == ROWS) != (layout2 == ROWS) or not k * hidden
+    if apart or not runs(x, values1, layout1, layout2) or values2.dtype is not x.dtype:
+        h = _gemm(x, values1, index1, bias1, None, hidden, n1, m1, layout1, activation)
+        return _gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none")
+    y = x.new_empty((*x.shape[:-1], out))
+    if y.numel():
+        x, bias1, bias2 = x.contiguous(), packed.row(bias1, hidden, x.dtype), packed.row(bias2, out, x.dtype)
+        residual = _added(residual, y)
+        args = abi.Mlp(
+            x=x.data_ptr(),
+            residual=_at(residual),
+            y=y.data_ptr(),
+            first=_weight(one, bias1),
+            second=_weight(two, bias2),
+            tokens=tokens,
+            bf16=_HALF[x.dtype],
+            activation=packed.ACTIVATIONS.index(activation),
+            threads=threads,
+        )
+        _checked(kernels().nm_mlp(args))
+    return y
+
+
+def _of_nothing(
+    x: Tensor, sizes: tuple[int, ...], bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    """A convolution of no channels: its bias everywhere."""
+    order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
+    y = torch.zeros(sizes, dtype=x.dtype, device=x.device)
+    y = y if bias is None else y + bias.to(x.dtype)[:, None, None]
+    return packed.finish(y, residual, activation).contiguous(memory_format=order)
+
+
+def pointwise(shape: Sequence[int]) -> bool:
+    """Whether a convolution is a matrix product over pixels."""
+    return shape[2] == shape[3] == 1
+
+
+def _sizes(x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[Any]:
+    """Of the output; sizes may be symbols here."""
+    edges = zip(x.shape[2:], shape[2:], stride, padding, dilation, strict=True)
+    return [x.shape[0], shape[0], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in edges)]
+
+
+def _conv(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    n: int,
+    m: int,
+    shape: list[int],
+    layout: int,
+    activation: str,
+) -> Tensor:
+    axes = (stride, padding, dilation)
+    weight = PackedWeight(values, index, tuple(shape), n, m, layout)
+    sizes = checks.conv(x, weight, bias, residual, axes, activation)
+    flat = pointwise(shape)
+    if not shape[1]:
+        return _of_nothing(x, sizes, bias, residual, activation)
+    if not runs(x, values, layout) or (x.dtype is not torch.float32 and not flat):
+        y = packed.nm_conv(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation)
+        return y.contiguous(memory_format=torch.channels_last if packed.runs_last(x) else torch.contiguous_format)
+    last = packed.runs_last(x)
+    order = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty(sizes, dtype=x.dtype, memory_format=order)
+    if not y.numel():
+        return y
+    if flat and any(padding):
+        x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    if flat and stride != [1, 1]:
+        x = x[:, :, :: stride[0], :: stride[1]]
+    x, bias = x.contiguous(memory_format=order), packed.row(bias, shape[0], x.dtype)
+    residual = _added(residual, y)
+    shared = {
+        "x": x.data_ptr(),
+        "residual": _at(residual),
+        "y": y.data_ptr(),
+        "weight": _weight(weight, bias),
+        "activation": _NUMBER[activation],
+        "threads": torch.get_num_threads(),
+    }
+    if flat:
+        pixels = y.shape[2] * y.shape[3]
+        args = abi.Linear(
+            tokens=y.shape[0] * pixels,
+            pixels=pixels,
+            bf16=_HALF[x.dtype],
+            format=_TOKENS if last else _PLANES,
+            **shared,
+        )
+        _checked(kernels().nm_linear(args))
+        return y
+    # A stride longer than the padded image is cut to its length: the same pixels are read, with fewer phases in memory.
+    steps = [min(s, size + 2 * p) for s, size, p in zip(stride, x.shape[2:], padding, strict=True)]
+    convolution = abi.Conv(
+        images=x.shape[0],
+        height=x.shape[2],
+        width=x.shape[3],
+        kernel_h=shape[2],
+        kernel_w=shape[3],
+        stride_h=steps[0],
+        stride_w=steps[1],
+        pad_h=padding[0],
+        pad_w=padding[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+        channels_last=int(last),
+        **shared,
+    )
+    _checked(kernels().nm_conv(convolution))
+    return y
+
+
+def _fake_gemm(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[4]))
+
+
+def _fake_mlp(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[8]))
+
+
+def _fake_conv(x: Tensor, *rest: Any) -> Tensor:
+    stride, padding, dilation, shape = rest[4], rest[5], rest[6], rest[9]
+    order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
+    return torch.empty(_sizes(x, shape, stride, padding, dilation), dtype=x.dtype, device=x.device, memory_format=order)
+
+
+def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Backward and setup_context of an operator whose value in plain torch is ``formula``."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+        ctx.inputs = [None if isinstance(v, Tensor) else (v,) for v in inputs]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if v is None else v[0] for v in ctx.inputs]
+        wanted = [i for i, v in enumerate(inputs) if ctx.needs_input_grad[i] and isinstance(v, Tensor)]
+        with torch.enable_grad():
+            for i in wanted:
+                inputs[i] = inputs[i].detach().requires_grad_()
+            found = torch.autograd.grad(formula(*inputs), [inputs[i] for i in wanted], grad)
+        result: list[Any] = [None] * len(inputs)
+        for i, value in zip(wanted, found, strict=True):
+            result[i] = value
+        return tuple(result)
+
+    return backward, setup_context
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "nm_gemm": (_gemm, _fake_gemm, packed.nm_gemm),
+    "nm_mlp": (_mlp, _fake_mlp, packed.nm_mlp),
+    "nm_conv": (_conv, _fake_conv, packed.nm_conv),
+}
+
+
+def define(library: Library) -> None:
+    """Define the operators in ``library``."""
+    for short, (kernel, fake, formula) in _IMPLEMENTATIONS.items():
+        for name in (short, short + GENERAL):
+            library.define(name + _SCHEMAS[short], tags=(torch.Tag.needs_fixed_stride_order,))
+            # Not for CPU by name: C++ takes that place when it is loaded.
+            library.impl(name, kernel, "CompositeExplicitAutograd")
+            library.impl(name, gpu_launch.IMPLEMENTATIONS[short], "CUDA")
+            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        # Both have the autograd of the first, so that graphs hold the first whichever was called, and a training
+        # step's forward runs in C++.
+        first = getattr(getattr(torch.ops, library.ns), short).default
+        above = make_autograd_impl(first, Info(*_gradient(formula)))
+        for name in (short, short + GENERAL):
+            library.impl(name, above, "Autograd", with_keyset=True)

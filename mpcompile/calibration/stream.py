@@ -1,0 +1,270 @@
+"""Stream: all calibration batches, taken through the graph layer by layer on an already pruned prefix.
+
+Every batch is held at one place of the graph, as the graph computes it in which earlier layers are replaced, and, if
+asked for, as the dense graph does too. So a layer is fitted to the inputs that it will really see, and every node runs
+once (or twice) in all, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from mpcompile.calibration.data import batches
+from mpcompile.calibration.moments import FULL, Accumulator, Moments, kind_for
+from mpcompile.errors import InputError, first_line
+from mpcompile.ir.effects import own_copies, storage, switches, written
+from mpcompile.ir.module import Imported
+from mpcompile.ir.numerics import modes_kept, training_flags
+from mpcompile.ir.view import LayerOp
+from mpcompile.kernels import ops
+
+Env = dict[fx.Node, Any]
+
+
+def _bytes(envs: Iterable[Env]) -> int:
+    seen = {id(v): v for env in envs for v in env.values() if isinstance(v, Tensor)}
+    return sum(v.numel() * v.element_size() for v in seen.values())
+
+
+class _Shelf:
+    """A list of values that lie in memory up to ``budget`` bytes and in a temporary folder beyond."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget, self.used = budget, 0
+        self.values: list[Any] = []
+        self.sizes: list[int] = []
+        self.nodes: dict[str, fx.Node] = {}
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def append(self, value: tuple[Env, Env]) -> None:
+        self.values.append(None)
+        self.sizes.append(0)
+        self[len(self) - 1] = value
+
+    def __setitem__(self, index: int, value: tuple[Env, Env]) -> None:
+        self.used -= self.sizes[index]
+        size = _bytes(value)
+        if self.used + size > self.budget:
+            if self.folder is None:
+                self.folder = tempfile.TemporaryDirectory(prefix="mpcompile-")
+            path = Path(self.folder.name) / str(index)
+            names = [{node.name: v for node, v in env.items()} for env in value[: 1 if value[0] is value[1] else 2]]
+            torch.save(names, path)
+            self.nodes |= {node.name: node for env in value for node in env}
+            self.values[index], size = path, 0
+        else:
+            self.values[index] = value
+        self.sizes[index] = size
+        self.used += size
+
+    def __getitem__(self, index: int) -> tuple[Env, Env]:
+        value = self.values[index]
+        if isinstance(value, Path):
+            sides = torch.load(value, weights_only=False)  # written by this process, in a folder of its own
+            envs = [{self.nodes[k]: v for k, v in side.items()} for side in sides]
+            return envs[0], envs[-1]
+        return value
+
+
+class _Runner(fx.Interpreter):
+    """Runs single nodes on an environment that is given to it."""
+
+    def on(self, node: fx.Node, env: Env) -> Any:
+        self.env = env
+        return super().run_node(node)
+
+
+class Stream:
+    """The batches at one place of the graph, which :meth:`advance` moves forward.
+
+    Args:
+        model: the imported model, its nodes carrying shapes. Its weights stay as they are; what replaces them is
+            given to :meth:`replace`.
+        calibration: an iterable of batches; read once, when the stream is made.
+        budget: bytes of activations to hold in memory; what is more goes to a temporary folder.
+        towards: how far the outputs that layers are to be fitted to lie from those of their own weights on pruned
+            inputs (0) towards those of the dense model (1). Above 0 the dense side is kept too.
+
+    Raises:
+        InputError: no batch, or one of another shape or type than the example inputs.
+    """
+
+    def __init__(
+        self, model: Imported, calibration: Iterable[Any], budget: float = math.inf, towards: float = 0.0
+    ) -> None:
+        self.gm = model.gm
+        self.runner = _Runner(model.gm)
+        self.nodes = list(model.gm.graph.nodes)
+        self.last_use = self.runner.user_to_last_uses
+        self.place = 0
+        self.layers: dict[fx.Node, tuple[LayerOp, Tensor, Any]] = {}
+        self.tensors: dict[fx.Node, dict[str, Tensor]] = {}
+        self.changed: set[fx.Node] = set()
+        self.towards, self.two_sided = towards, towards > 0
+        self.shelf = _Shelf(budget)
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        for values in batches(model, calibration):
+            env = dict(zip(placeholders, own_copies(model.gm, values), strict=True))
+            self.shelf.append((env, dict(env) if self.two_sided else env))
+        if not len(self.shelf):
+            raise InputError("calibration is empty", expected="at least one batch", found="none")
+
+    def replace(self, layer: LayerOp, weight: Tensor, bias: Any) -> None:
+        """From here on the pruned side computes ``layer`` with this weight and bias (a tensor, a node or None)."""
+        self.layers[layer.node] = (layer, weight, bias)
+
+    def renorm(self, node: fx.Node, mean: Tensor, variance: Tensor) -> None:
+        """From here on the pruned side computes this BatchNorm module with these statistics."""
+        self.tensors[node] = {"running_mean": mean, "running_var": variance}
+
+    @torch.no_grad()
+    def advance(self, stop: fx.Node) -> None:
+        """Run every node before ``stop``, on all batches."""
+        end = self.nodes.index(stop)
+        if end <= self.place:
+            return
+        with training_flags(self.gm, False):
+            for index in range(len(self.shelf)):
+                dense, pruned = self.shelf[index]
+                with modes_kept():
+                    modes: Env = {}  # each batch enters the modes of this place anew
+                    for position, node in enumerate(self.nodes[:end]):
+                        if switches(node):
+                            self._switch(node, modes)
+                        elif position >= self.place and node.op not in ("placeholder", "output"):
+                            self._step(node, dense, pruned)
+                self.shelf[index] = (dense, pruned)
+        self.place = end
+
+    def _switch(self, node: fx.Node, modes: Env) -> None:
+        """Enter or leave autocast; gradients are never recorded here."""
+        if "autocast" in str(getattr(node.target, "__name__", "")):
+            modes[node] = self.runner.on(node, modes)
+
+    def _step(self, node: fx.Node, dense: Env, pruned: Env) -> None:
+        if node in self.layers or node in self.tensors or not self.changed.isdisjoint(node.all_input_nodes):
+            self.changed.add(node)
+        changed = node in self.changed
+        if changed and self.two_sided:
+            for source in written(self.gm, node):
+                self._part(source, dense, pruned)
+        try:
+            if self.two_sided or not changed:
+                dense[node] = self.runner.on(node, self._paired(node, dense, pruned))
+            pruned[node] = self._pruned(node, pruned) if changed else dense[node]
+        except RuntimeError as error:
+            raise InputError(f"the model rejects a calibration batch: {first_line(error)}") from error
+        for source in self.last_use.get(node, ()):
+            dense.pop(source, None)
+            pruned.pop(source, None)
+
+    def _paired(self, node: fx.Node, dense: Env, pruned: Env) -> Env:
+        """What the dense side computes from: where tokens merge, they pair as they do on the pruned side."""
+        if node.target is not ops.token_merge:
+            return dense
+        keys: Any = node.args[1]
+        return {**dense, keys: pruned[keys]}
+
+    @staticmethod
+    def _part(source: fx.Node, dense: Env, pruned: Env) -> None:
+        """Give the pruned side memory of its own for a tensor that is about to be written, and for its views."""
+        if not isinstance(dense[source], Tensor) or storage(dense[source]) != storage(pruned[source]):
+            return
+        shared = storage(dense[source])
+        copied = dense[source].untyped_storage().clone()
+
+        def moved(value: Tensor) -> Tensor:
+            if storage(value) != shared:
+                return value
+            return value.new_empty(0).set_(copied, value.storage_offset(), value.shape, value.stride())
+
+        for node, value in pruned.items():
+            pruned[node] = tree_map_only(Tensor, moved, value)
+
+    def _pruned(self, node: fx.Node, env: Env) -> Any:
+        if node in self.tensors:
+            module = self.gm.get_submodule(str(node.target))
+            self.runner.env = env
+            args, kwargs = self.runner.fetch_args_kwargs_from_env(node)
+            return torch.func.functional_call(module, self.tensors[node], args, kwargs)
+        if node not in self.layers:
+            return self.runner.on(node, env)
+        layer, weight, bias = self.layers[node]
+        bias = env[bias] if isinstance(bias, fx.Node) else bias
+        if layer.geometry is None:
+            return F.linear(env[layer.input], weight, bias)
+        g = layer.geometry
+        return F.conv2d(env[layer.input], weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+    @torch.no_grad()
+    def moments(self, layer: LayerOp, m: int, budget: float) -> Moments:
+        """Moments of the layer's pruned inputs; with a dense side, also with the outputs that are wanted."""
+        self.advance(layer.node)
+        kind, _ = kind_for(layer, m, budget)
+        accumulator = Accumulator(layer, m, kind)
+        weight = layer.weight.tensor.detach()
+        for index in range(len(self.shelf)):
+            dense, pruned = self.shelf[index]
+            x, wanted = pruned[layer.input], None
+            if kind == FULL and self.two_sided and layer.input in self.changed:
+                wanted = _apply(layer, torch.lerp(x, dense[layer.input], self.towards), weight)
+            accumulator.add(x, wanted)
+        return accumulator.result()
+
+    def inputs(self) -> Iterable[list[Any]]:
+        """The graph inputs of every batch; for a stream that has not moved yet."""
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        return ([self.shelf[i][0][n] for n in placeholders] for i in range(len(self.shelf)))
+
+    @torch.no_grad()
+    def channel_statistics(
+        self, node: fx.Node, source: fx.Node, changed_only: bool = True
+    ) -> tuple[Tensor, Tensor] | None:
+        """Mean and unbiased variance, over batch and places, of the channels of ``source``'s pruned value (B, C, ...).
+
+        None where ``changed_only`` and no layer before ``source`` was replaced.
+        """
+        self.advance(node)
+        if changed_only and source not in self.changed:
+            return None
+        total: Any = 0
+        square: Any = 0
+        count = 0
+        for index in range(len(self.shelf)):
+            _, pruned = self.shelf[index]
+            x = pruned[source].transpose(0, 1).flatten(1).double()
+            total, square, count = total + x.sum(1), square + x.square().sum(1), count + x.shape[1]
+        mean = total / count
+        variance = (square / count - mean.square()).clamp(min=0) * (count / max(1, count - 1))
+        return mean.float(), variance.float()
+
+
+def _apply(layer: LayerOp, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer without its bias."""
+    if layer.geometry is None:
+        return F.linear(x, weight)
+    g = layer.geometry
+    return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
+
+
+def batch_norms(gm: fx.GraphModule) -> list[fx.Node]:
+    """Modules of the graph that are BatchNorms over images with running statistics, used once."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                found.setdefault(str(node.target), []).append(node)
+    return [nodes[0] for nodes in found.values() if len(nodes) == 1]

@@ -1,0 +1,50 @@
+"""Bring a model into the IR: a module by symbolic tracing, or a GraphModule (symbolic, dynamo, export) as it is.
+
+What comes out is owned: parameters are copies, unless the graph takes them as inputs (dynamo), and the user's module
+is never changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from mpcompile.capture.checks import check_finite, check_hooks, check_values, not_a_model
+from mpcompile.capture.graphs import import_graph
+from mpcompile.capture.symbolic import import_module
+from mpcompile.ir.module import Imported
+from mpcompile.ir.regions import inline_regions
+from mpcompile.ir.view import layers
+
+__all__ = ["Imported", "check_finite", "check_values", "import_model"]
+
+
+def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = False) -> Imported:
+    """A module or a GraphModule -> the IR.
+
+    Args:
+        model: traced symbolically unless it is a GraphModule already.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. For a dynamo graph, the
+            list that the backend received, parameters included. May be None when the graph carries shapes.
+        share: take the user's tensors instead of copies (the backend, which only reads them).
+
+    Raises:
+        InputError: example inputs missing or of the wrong kind, or weights that are not finite.
+        TraceError: the module can't be traced, or holds no parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise not_a_model(model)
+    if not share:
+        check_hooks(model)
+    if isinstance(model, fx.GraphModule):
+        imported = import_graph(model, example_inputs, share)
+    else:
+        imported = import_module(model, example_inputs)
+    inline_regions(imported.gm)
+    found = layers(imported.gm, imported.lifted)
+    biases = {f"{layer.name}.bias": layer.bias for layer in found if isinstance(layer.bias, Tensor)}
+    check_finite({layer.weight.name: layer.weight.tensor for layer in found} | biases)
+    everything = {imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()}
+    check_finite({**imported.gm.state_dict(), **everything}, bounds=True)
+    return imported

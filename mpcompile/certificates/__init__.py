@@ -1,0 +1,1 @@
+"""Certificates: what replacing dense weights by sparse ones cannot have changed, proved sample by sample."""

@@ -1,0 +1,79 @@
+"""Batches of samples, with or without labels, cut into chunks that fit into memory."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpcompile.calibration.data import as_batches
+from mpcompile.certificates.pair import trace
+from mpcompile.data.batches import read as read_loader
+from mpcompile.data.labels import Labels
+from mpcompile.errors import InputError, MPCompileError
+
+_BYTES = 1 << 29  # of float64 activations that a chunk may hold at once
+_COPIES = 6  # an enclosure has up to five parts, beside the value itself
+_MOST = 256  # samples a chunk; small models gain nothing from more
+
+Chunk = tuple[list[Tensor], Tensor | None]
+
+
+def _inputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """Positional inputs in a batch."""
+    if isinstance(batch, Mapping):
+        try:
+            bound = inspect.signature(getattr(model, "_orig_mod", model).forward).bind(**batch)
+        except TypeError as error:
+            raise InputError(f"a batch doesn't fit forward: {error}") from error
+        values = list(bound.arguments.values())
+    elif isinstance(batch, (tuple, list)):
+        values = [batch[0]] if batch else []
+    else:
+        values = [batch]
+    if not values or not all(isinstance(v, Tensor) and v.dim() for v in values):
+        raise InputError(
+            "a batch has the wrong type",
+            expected="a tensor, an (input, label) tuple, or a dict of tensors",
+            found=type(batch).__name__,
+        )
+    if len({len(v) for v in values}) > 1:
+        raise InputError("the inputs of a batch differ in length", found=[len(v) for v in values])
+    return values
+
+
+def read(model: nn.Module, batches: Any, labels: Any) -> Iterator[Chunk]:
+    """Batches with their labels, read one at a time; those without samples are left out.
+
+    Raises:
+        InputError: no batch, a batch of the wrong type, or labels that don't fit.
+    """
+    known = Labels(labels)
+    for batch in read_loader(as_batches(batches, "what is to be certified"), "the samples"):
+        values = _inputs(model, batch)
+        if len(values[0]):
+            yield [v.detach().cpu() for v in values], known.of(batch, len(values[0]))
+    if not known.samples:
+        raise InputError("there are no samples", expected="at least one sample", found="none")
+    known.end()
+
+
+def cut(batches: Iterable[Chunk], size: int) -> Iterator[Chunk]:
+    """Batches in chunks of at most ``size`` samples."""
+    for values, known in batches:
+        labels = [None] * -(-len(values[0]) // size) if known is None else known.split(size)
+        for parts, label in zip(zip(*(v.split(size) for v in values), strict=True), labels, strict=True):
+            yield list(parts), label
+
+
+def chunk_size(module: nn.Module, one: list[Tensor]) -> int:
+    """Samples whose activations fit into memory, from the graph of one; a float64 module."""
+    try:
+        graph = trace(module, [v.double() if v.is_floating_point() else v for v in one]).graph
+    except MPCompileError:
+        return 1
+    values = [n.meta.get("val") for n in graph.nodes if n.op == "call_function"]
+    bytes_each = 8 * _COPIES * sum(v.numel() for v in values if isinstance(v, Tensor))
+    return max(1, min(_MOST, _BYTES // max(1, bytes_each)))

@@ -1,0 +1,7 @@
+"""All rules, registered: what :mod:`mpcompile.certificates.steps` encloses a network with."""
+
+from mpcompile.certificates.enclosures import rules_linear, rules_nonlinear
+from mpcompile.certificates.enclosures.functions import Unbounded
+from mpcompile.certificates.enclosures.registry import RULES, NoRule, enclose, operator_name
+
+__all__ = ["RULES", "NoRule", "Unbounded", "enclose", "operator_name", "rules_linear", "rules_nonlinear"]

@@ -1,0 +1,360 @@
+"""Pair: a dense and a sparse model as one float64 aten graph with two sets of tensors.
+
+Certificates compare two networks that differ in weights alone. Both modules are traced, masks are multiplied into
+weights, and the two graphs are matched node by node; the first difference in structure is named.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mpcompile.capture.importers import import_model
+from mpcompile.certificates.enclosures.rules import operator_name
+from mpcompile.errors import GraphError, InputError, first_line
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.view import layers
+from mpcompile.kernels import ops
+from mpcompile.passes.channels.axes import analyse
+from mpcompile.passes.permute import Orders, classes, fold
+
+_SAME = 1e-9  # relative difference of two float64 runs of one function
+
+
+@dataclass
+class Network:
+    """A traced module: its aten graph, the tensors of its parameter placeholders, and their names.
+
+    Attributes:
+        inputs: the placeholders of the model's inputs, in order.
+    """
+
+    graph: fx.Graph
+    tensors: dict[fx.Node, Tensor]
+    names: dict[fx.Node, str]
+    inputs: list[fx.Node]
+
+
+@dataclass
+class Step:
+    """Where one replacement of weights changes a value: a layer, with the normalisation behind it if that changes too.
+
+    Attributes:
+        nodes: of the dense graph, each the only reader of the one before it; the value of the last one moves.
+        name: the layer's dotted name.
+        weights: the placeholders of weights that changed, with two axes or more.
+    """
+
+    nodes: list[fx.Node]
+    name: str
+    weights: list[fx.Node]
+
+    @property
+    def node(self) -> fx.Node:
+        """Where the segment lies."""
+        return self.nodes[-1]
+
+
+@dataclass
+class Pair:
+    """Two networks on one graph.
+
+    Attributes:
+        dense, sparse: tensors of the parameter placeholders of ``graph``.
+        steps: the nodes with changed tensors, in the graph's order.
+    """
+
+    graph: fx.Graph
+    inputs: list[fx.Node]
+    names: dict[fx.Node, str]
+    dense: dict[fx.Node, Tensor]
+    sparse: dict[fx.Node, Tensor]
+    steps: list[Step]
+
+    @property
+    def output(self) -> fx.Node:
+        """The node of the logits: the first tensor that the graph returns."""
+        return _first(next(n for n in reversed(self.graph.nodes) if n.op == "output").args[0])
+
+
+class StructureChange(Exception):
+    """Two graphs differ in more than weights; the message says where."""
+
+
+def _first(value: Any) -> fx.Node:
+    while not isinstance(value, fx.Node):
+        value = value[0] if isinstance(value, (tuple, list)) else next(iter(value.values()))
+    return value
+
+
+def double(module: nn.Module) -> nn.Module:
+    """An owned float64 copy on the CPU, in eval mode.
+
+    Raises:
+        InputError: the module can't be copied.
+    """
+    try:
+        copied = copy.deepcopy(module)
+    except Exception as error:
+        raise InputError(f"{type(module).__name__} can't be copied: {error}") from error
+    copied = copied.cpu().double()
+    for part in copied.modules():
+        part.training = False
+    return copied
+
+
+def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
+    """The aten graph of a float64 module for inputs of these shapes.
+
+    Raises:
+        GraphError: the module can't be traced, or is lowered already.
+    """
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def call(tensors: dict[str, Tensor], *values: Any) -> Any:
+        return torch.func.functional_call(module, tensors, values)
+
+    try:
+        with torch.no_grad(), training_flags(module, False):
+            tracing = make_fx(call, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
+            graph = tracing(state, *inputs).graph
+    except Exception as error:
+        raise GraphError(
+            f"{type(module).__name__} can't be traced in float64: {first_line(error)}",
+            expected="a module without data-dependent control flow that runs in float64",
+        ) from error
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    parameters = dict(zip(placeholders, state, strict=False))
+    network = Network(
+        graph, {n: state[k].detach() for n, k in parameters.items()}, parameters, placeholders[len(state) :]
+    )
+    _functionalise(graph)
+    _multiply_masks(network)
+    return network
+
+
+def _functionalise(graph: fx.Graph) -> None:
+    """Operators that write into their argument become those that don't; later readers get the result.
+
+    Whether that was right (nothing read the memory through a view) is checked on values: see :func:`check_values`.
+    """
+    for node in list(graph.nodes):
+        name = getattr(node.target, "_opname", "")
+        if node.op != "call_function" or not name.endswith("_") or name.startswith("_"):
+            continue
+        packet = getattr(torch.ops.aten, name[:-1], None)
+        target = getattr(packet, node.target._overloadname, None)
+        source = node.args[0]
+        if target is None or not isinstance(source, fx.Node):
+            continue
+        node.target = target
+        for user in [user for user in source.users if user > node]:
+            user.replace_input_with(source, node)
+    graph.lint()
+
+
+def _multiply_masks(network: Network) -> None:
+    """Masked operators become dense ones on weight * mask."""
+    for node in network.graph.nodes:
+        if node.target in ops.PACKED:
+            raise GraphError(
+                "the module is lowered: its weights are packed for kernels",
+                expected="what mpcompile.transform returned",
+                found=operator_name(node.target),
+                hint="certify the module before mpcompile.lower",
+            )
+        if node.target not in ops.MASKED:
+            continue
+        x, weight, mask, bias, *rest = node.args
+        network.tensors[weight] = network.tensors[weight] * network.tensors[mask]
+        linear = node.target is ops.masked_linear
+        node.target = torch.ops.aten.linear.default if linear else torch.ops.aten.conv2d.default
+        node.args = (x, weight, bias, *(() if linear else rest[:4]))
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+
+
+def match(dense: Network, sparse: Network) -> Pair:
+    """Two traced modules on the dense one's graph.
+
+    Raises:
+        StructureChange: they differ in an operator, its options, or a shape.
+    """
+    twin: dict[fx.Node, fx.Node] = dict(zip(sparse.inputs, dense.inputs, strict=True))
+    values: dict[fx.Node, Tensor] = {}
+
+    def same(a: Any, b: Any, where: fx.Node) -> bool:
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            if a in sparse.tensors and b in dense.tensors and sparse.tensors[a].shape == dense.tensors[b].shape:
+                values[b] = sparse.tensors[a]
+                return twin.setdefault(a, b) is b
+            return twin.get(a) is b
+        if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+            return len(a) == len(b) and all(same(x, y, where) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k], where) for k in a)
+        return bool(a == b)
+
+    ours, theirs = _calls(sparse.graph), _calls(dense.graph)
+    for s, d in zip(ours, theirs, strict=False):
+        equal = (s.op, s.target) == (d.op, d.target) and same(_arguments(s), _arguments(d), d)
+        if not equal or _shape(s) != _shape(d):
+            raise StructureChange(_difference(s, d, sparse, dense))
+        twin[s] = d
+    if len(ours) != len(theirs):
+        longer, network, kind = (ours, sparse, "sparse") if len(ours) > len(theirs) else (theirs, dense, "dense")
+        extra = _label(longer[min(len(ours), len(theirs))], network)
+        raise StructureChange(f"the {kind} model goes on after the other ends: {extra}")
+    outputs = [next(n for n in reversed(net.graph.nodes) if n.op == "output") for net in (sparse, dense)]
+    if not same(outputs[0].args, outputs[1].args, outputs[1]):
+        raise StructureChange("the models return different nodes")
+    new = {**dense.tensors, **values}
+    return Pair(dense.graph, dense.inputs, dense.names, dense.tensors, new, list(_steps(dense, new)))
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """All arguments of a node, defaults filled in where the operator has a schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return [*node.args, node.kwargs]
+    given = {**{a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}, **node.kwargs}
+    return [given.get(a.name, a.default_value) for a in schema.arguments]
+
+
+def _shape(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _label(node: fx.Node, network: Network) -> str:
+    """An operator, with the layer it reads its weights from."""
+    owners = [network.names[n] for n in node.all_input_nodes if n in network.names]
+    return operator_name(node.target) + (f" of {owners[0].rpartition('.')[0]}" if owners else "")
+
+
+def _difference(s: fx.Node, d: fx.Node, sparse: Network, dense: Network) -> str:
+    ours, theirs = _label(s, sparse), _label(d, dense)
+    if ours == theirs:
+        return f"{ours} has other arguments: {_shape(s)} sparse, {_shape(d)} dense"
+    return f"{ours} stands in the sparse model where the dense one has {theirs}"
+
+
+def _steps(network: Network, new: dict[fx.Node, Tensor]) -> Iterator[Step]:
+    changed = {n for n, t in network.tensors.items() if not torch.equal(t, new[n])}
+    open_step: Step | None = None
+    for node in _calls(network.graph):
+        moved = [n for n in node.all_input_nodes if n in changed]
+        if not moved:
+            continue
+        weights = [n for n in moved if network.tensors[n].dim() > 1]
+        name = _layer(network.names[(weights or moved)[0]])
+        sources = [n for n in node.all_input_nodes if n not in network.tensors]
+        behind = open_step is not None and sources == [open_step.node] and list(open_step.node.users) == [node]
+        if open_step is not None and behind and not weights:
+            open_step.nodes.append(node)
+            open_step.name += f" + {name.rpartition('.')[2]}"
+            continue
+        if open_step is not None:
+            yield open_step
+        open_step = Step([node], name, weights)
+    if open_step is not None:
+        yield open_step
+
+
+def _layer(name: str) -> str:
+    """A layer's name from that of a tensor of it."""
+    layer, _, leaf = name.rpartition(".")
+    return layer if layer and leaf in ("weight", "bias", "running_mean", "running_var") else name
+
+
+def run(pair: Pair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """Logits of one of the two networks, in float64."""
+    env: dict[fx.Node, Any] = dict(zip(pair.inputs, inputs, strict=True)) | tensors
+    for node in _calls(pair.graph):
+        env[node] = evaluate(node, env)
+    return env[pair.output]
+
+
+def evaluate(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """A node's value on an environment of plain tensors."""
+    args = fx.map_arg(node.args, lambda n: env[n])
+    kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def check_values(
+    pair: Pair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor], expected: Tensor, which: str
+) -> None:
+    """Compare the graph with the module that it stands for, on values.
+
+    Raises:
+        GraphError: they differ by more than float64 rounding.
+    """
+    found = run(pair, tensors, inputs)
+    scale = float(expected.abs().max().clamp(min=1e-30))
+    difference = float((found - expected).abs().max()) / scale if found.shape == expected.shape else float("inf")
+    if not difference <= _SAME:
+        raise GraphError(
+            f"the traced graph doesn't compute what the {which} model does",
+            expected=f"a relative difference of at most {_SAME:.0e}",
+            found=f"{difference:.1e}",
+            hint="the model may write into memory that it reads elsewhere",
+        )
+
+
+def replay_orders(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Tensor]) -> tuple[nn.Module, int]:
+    """The dense model with its channels in the order that the sparse model's plan chose, and how many classes moved.
+
+    Raises:
+        GraphError: the plan doesn't hold the orders, or they don't fit this model.
+    """
+    plan = sparse.meta.get("mpcompile.plan") if isinstance(sparse, IRModule) else None
+    records = [r.decision.get("classes", []) for r in plan.passes if r.name == "permute"] if plan is not None else []
+    entries = [entry for record in records for entry in record]
+    if not entries:
+        return dense, 0
+    if any("order" not in entry for entry in entries):
+        raise GraphError(
+            "the plan says that channels were reordered, but not how",
+            hint="make the sparse model again with mpcompile.transform of this version",
+        )
+    gm = import_model(dense, tuple(inputs)).gm
+    analysis = analyse(gm, list(inputs))
+    uses = {layer.name: layer for layer in layers(gm)}
+    wanted = [name for entry in entries for name in entry["layers"]]
+    found = classes(analysis, {name: uses[name] for name in wanted if name in uses})
+    orders: Orders = {}
+    for entry in entries:
+        item = next((c for c in found if entry["layers"][0] in c.readers), None)
+        order = torch.tensor(entry["order"])
+        owners = 0 if item is None else 1 if item.owner is None else analysis.atoms.size[item.owner]
+        if item is None or order.shape != (owners, analysis.atoms.size[item.atom]):
+            raise GraphError(
+                "the plan's order of channels doesn't fit the dense model",
+                layer=entry["layers"][0],
+                expected="the model that the sparse one was made from",
+            )
+        orders[item.atom] = (item.owner, order)
+    with torch.no_grad():
+        before = gm(*inputs)
+        fold(gm, analysis, orders)
+        after = gm(*inputs)
+    before, after = (v if isinstance(v, Tensor) else v[0] for v in (before, after))
+    difference = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
+    if not difference <= _SAME:
+        raise GraphError(
+            "the plan's order of channels changes the dense model",
+            expected=f"a relative difference of at most {_SAME:.0e}",
+            found=f"{difference:.1e}",
+            hint="pass the model that the sparse one was made from",
+        )
+    return gm, len(entries)

@@ -1,0 +1,98 @@
+"""``mpcompile compile``: a timm model -> a masked, merged one, saved."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import mpcompile
+from mpcompile.cli.destinations import ARTIFACT, FILE, declare
+from mpcompile.cli.options import (
+    Commands,
+    at_least,
+    command,
+    config_of,
+    config_options,
+    json_option,
+    load_model,
+    provenance,
+    seed_option,
+    show,
+    weights_options,
+)
+from mpcompile.cli.streams import digests
+from mpcompile.config import CALIBRATIONS
+from mpcompile.data.images import Images, data_config, folder
+from mpcompile.errors import ConfigError, first_line
+from mpcompile.export.programs import FORMATS, save_dense
+
+
+def add(commands: Commands) -> None:
+    """Declare it."""
+    job = command(
+        commands,
+        "compile",
+        help="mask and merge a timm model, and save what it has become",
+        description="Mask the weights of a timm model and merge its tokens, on a few hundred unlabelled images, and "
+        "save the result with its plan. It can be trained further (mpcompile distill), measured, exported and served.",
+        example="mpcompile compile vit_small_patch16_224 --pretrained --images train --pattern 8:16 --out pruned.mpc\n"
+        "mpcompile compile resnet50 --checkpoint r50.safetensors --config recipe.yaml --images train --out r50/",
+    )
+    weights_options(job)
+    job.add_argument("--images", type=Path, metavar="FOLDER", help="images to calibrate on; labels aren't used")
+    job.add_argument("--samples", type=at_least(1), default=256, help="of --images, drawn by the seed (default 256)")
+    job.add_argument("--batch", type=at_least(1), default=32, help="images at a time (default 32)")
+    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
+    job.add_argument("--device", default="cpu", help="where it is computed: cpu or cuda (default cpu)")
+    job.add_argument("--half", action="store_true", help="save the weights as fp16")
+    out = "file to write, or folder (with a slash behind it)"
+    job.add_argument("--out", required=True, metavar="FILE", help=out)
+    declare(job, out=lambda args: ARTIFACT if args.format == "mpc" else FILE)
+    kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
+    job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)
+    seed_option(job)
+    how = "where the statistics of a layer come from, as in mpcompile.transform (default pruned_to_dense)"
+    job.add_argument("--calibrate", choices=CALIBRATIONS, default="pruned_to_dense", help=how)
+    json_option(job)
+    config_options(job)
+    job.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when the file is written."""
+    config = config_of(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model = load_model(args)
+    data = data_config(model)
+    try:
+        model.to(args.device)
+        example = torch.randn(2, *data["input_size"], device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {args.device!r} can't be used: {first_line(error)}") from error
+    calibration: Images | None = None
+    if args.images is not None:
+        calibration = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
+    how = {"calibrate": args.calibrate, "seed": args.seed}
+    gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
+    used = 0 if calibration is None else calibration.count
+    gm.plan.provenance = provenance(args, args.model, model, used, args.seed)
+    if calibration is not None:
+        gm.plan.provenance["calibration_files"] = digests(calibration)
+    if args.half:
+        gm.half()
+    if args.format == "mpc":
+        mpcompile.save(gm, args.out)
+    else:
+        save_dense(gm, args.out)
+    notes = "".join(f"\nnote: {note}" for note in (() if calibration is None else calibration.notes))
+    show(args, f"{gm.plan}\n\n{_size(Path(args.out))}{notes}", gm.plan.to_json(indent=1))
+    return 0
+
+
+def _size(path: Path) -> str:
+    files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
+    return f"{path}: {sum(p.stat().st_size for p in files) / 2**20:,.2f} MiB"

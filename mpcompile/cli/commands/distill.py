@@ -1,0 +1,271 @@
+"""``mpcompile distill``: a recipe, from the dense model to a distilled one; on many GPUs under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mpcompile
+from mpcompile.cli.destinations import declare
+from mpcompile.cli.options import (
+    Commands,
+    at_least,
+    classes_option,
+    command,
+    create_with,
+    json_option,
+    provenance,
+    show,
+    source_options,
+)
+from mpcompile.errors import ArtifactError, ConfigError, InputError
+from mpcompile.io.files import make_folder, read_text, write_atomically
+from mpcompile.ir.parts import device_of
+from mpcompile.training.events import TRACKERS, check_trackers
+
+log = logging.getLogger(__name__)
+
+
+def add(commands: Commands) -> None:
+    """Declare it."""
+    job = command(
+        commands,
+        "distill",
+        help="mask, merge and distil a timm model by a recipe",
+        description="Make a student of a timm model by a recipe (the paper's, or a YAML file), and distil it from the "
+        "dense model. Under torchrun the same command runs on many GPUs. FOLDER gets the student, checkpoints, a log "
+        "and the result, distilled.mpc.",
+        example="mpcompile distill vit_base_2of4_tome8 --data imagenet --out run --pretrained --resume auto\n"
+        "torchrun --nproc-per-node 8 -m mpcompile distill resnet50_8of16 --data imagenet --out run --device cuda\n"
+        "mpcompile distill mine.yaml --data photos --out run --set train.lr=3e-4 --set data.batch=16",
+    )
+    job.add_argument("recipe", nargs="?", help="name of a recipe (--list shows them) or a YAML file")
+    job.add_argument("--list", action="store_true", help="list the recipes that come with mpcompile")
+    job.add_argument("--data", metavar="FOLDER", help="images: one sub-folder a class, in a folder for each split")
+    job.add_argument(
+        "--reader", default="", metavar="NAME", help="hfds/NAME, hfids/NAME or wds/NAME instead of a folder"
+    )
+    job.add_argument("--train-split", default="train", metavar="SPLIT", help="(default train)")
+    job.add_argument(
+        "--val-split", default="validation", metavar="SPLIT", help="none: don't evaluate (default validation)"
+    )
+    job.add_argument("--out", type=Path, metavar="FOLDER", help="for everything the run writes")
+    declare(job, out=("student.mpc", "log.jsonl", "result.json", "distilled.mpc"))
+    job.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: train.lr=3e-4")
+    job.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: go on where a run broke off")
+    source_options(job)
+    classes_option(job)
+    named = "the model's classes in their order, one folder name a line (default: folders in the order of their names)"
+    job.add_argument("--class-map", type=Path, metavar="FILE", help=named)
+    job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
+    job.add_argument("--tracker", action="append", default=[], choices=TRACKERS, help="log there too")
+    json_option(job)
+    job.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when the run came to its end."""
+    from mpcompile.data import ranks
+    from mpcompile.training.recipes.recipe import Recipe
+
+    if args.list:
+        recipes = [Recipe.load(name) for name in Recipe.names()]
+        lines = [f"{r.name:24} {r.model}, {r.compile.pattern}, tome_r = {r.compile.tome_r}" for r in recipes]
+        show(args, "\n".join(lines), json.dumps([r.to_dict() for r in recipes], indent=1))
+        return 0
+    missing = [name for name in ("recipe", "data", "out") if not getattr(args, name)]
+    if missing:
+        named = ["RECIPE" if name == "recipe" else f"--{name}" for name in missing]
+        raise ConfigError("something is missing", expected="RECIPE --data FOLDER --out FOLDER", found=f"no {named}")
+    recipe = Recipe.load(args.recipe, args.set)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        device = ranks.start(args.device)
+        return _distill(args, recipe, device)
+    except RuntimeError as error:
+        if not ranks.lost(error):
+            raise
+        raise InputError(
+            "another process is gone, so that this one can't go on", hint="its message says why"
+        ) from error
+    finally:
+        ranks.stop()
+
+
+def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
+    from mpcompile.data import ranks
+    from mpcompile.io.lock import locked
+
+    check_trackers(args.tracker)
+    if ranks.rank() == 0:
+        make_folder(args.out)
+    with locked(args.out) if ranks.rank() == 0 else contextlib.nullcontext():
+        return _alone(args, recipe, device)
+
+
+def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
+    """The run, once no other writes into its folder."""
+    from mpcompile.data import datasets, ranks
+    from mpcompile.data import loader as images
+    from mpcompile.training import checkpoint
+
+    if args.resume == "never" and (args.out / checkpoint.NAME).exists():
+        raise checkpoint.in_the_way(args.out / checkpoint.NAME)
+    torch.manual_seed(recipe.train.seed)
+    size = None if recipe.data.size is None else (3, recipe.data.size, recipe.data.size)
+    teacher = create_with(recipe.model, args.pretrained, args.checkpoint, size, args.num_classes).to(device)
+    seed, count = recipe.train.seed, getattr(teacher, "num_classes", 0)
+    names = None if args.class_map is None else datasets.read_class_map(args.class_map)
+    named_by = str(args.class_map or "")
+    train = datasets.dataset(args.data, args.train_split, True, args.reader, seed, names, named_by)
+    if args.class_map is not None and not datasets.class_names(train):
+        raise ConfigError(
+            "--class-map needs data that names its classes", expected="a folder or hfds/NAME", found=args.reader
+        )
+    datasets.check_classes(train, count, named_by)
+    held = None
+    if args.val_split != "none":
+        names = datasets.class_names(train)
+        held = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names, named_by)
+    # Both are made before the student, which takes minutes: what is wrong with them is said at once.
+    notes = [note for source in (train, held) for note in getattr(source, "notes", ())]
+    for note in notes if ranks.rank() == 0 else ():
+        log.warning("note: %s", note)
+    batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate, seed)
+    val = None if held is None else images.loader(held, teacher, recipe.data, training=False)
+    holds = datasets.fingerprint(train)
+    student = _student(args, recipe, teacher, train, holds).to(device)
+    result = mpcompile.distill(
+        student,
+        teacher,
+        batches,
+        val,
+        recipe.train,
+        out=args.out,
+        resume=args.resume,
+        fingerprint=_fingerprint(args, recipe, teacher, holds),
+        trackers=args.tracker,
+        progress=not args.quiet,
+    )
+    if ranks.rank() == 0:
+        student.plan.figures = {"distillation": result.to_dict()}
+        mpcompile.save(student.eval(), args.out / "distilled.mpc")
+        summary = {"recipe": recipe.to_dict(), "result": result.to_dict(), "macs": vars(student.plan.macs)}
+        summary["notes"] = notes
+        text = json.dumps(summary, indent=1)
+        write_atomically(args.out / "result.json", text)
+        accuracy = f", top-1 {result.accuracy[-1]:.2%}" if result.accuracy else ""
+        told = f"{recipe.name}: loss {' -> '.join(f'{loss:.4f}' for loss in result.losses)}{accuracy}\n"
+        told += f"{result.steps} steps, {result.images} images; written: {args.out / 'distilled.mpc'}"
+        if not args.pretrained and args.checkpoint is None:
+            told += "\nnote: the dense model has random weights, so accuracy means nothing"
+        if args.quiet:  # else they were told before training
+            told += "".join(f"\nnote: {note}" for note in notes)
+        show(args, told, text)
+    return 0
+
+
+def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str) -> Any:
+    """Made on the first rank, or read from an earlier run with the same recipe; the others are sent it."""
+    from mpcompile.data import ranks
+
+    path = args.out / "student.mpc"
+    failed: Exception | None = None
+    if ranks.rank() == 0:
+        try:
+            _made(args, recipe, teacher, train, holds, path)
+        except Exception as error:  # the other ranks are waiting
+            failed = error
+    told = ranks.broadcast(None if failed is None else str(failed))
+    if failed is not None:
+        raise failed
+    if told is not None:
+        raise InputError(f"the first rank failed: {told}")
+    content = ranks.broadcast(path.read_bytes() if ranks.rank() == 0 and ranks.active() else None)
+    if ranks.rank() == 0:
+        return mpcompile.load(path)
+    with tempfile.TemporaryDirectory(prefix="mpcompile-") as folder:
+        copy = Path(folder, path.name)
+        try:
+            copy.write_bytes(content)
+        except OSError as error:
+            raise ArtifactError(f"can't write {copy}", found=error.strerror or str(error)) from error
+        return mpcompile.load(copy)
+
+
+def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str, path: Path) -> None:
+    """Leave the student of this recipe at ``path``, with a stamp beside it: an earlier run's if it is the same."""
+    from mpcompile.data import datasets
+    from mpcompile.data import loader as images
+    from mpcompile.training import checkpoint
+
+    make_folder(args.out)
+    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, holds)
+    checkpoint.left_behind(args.out)
+    if args.resume == "auto" and path.exists():
+        if os.path.lexists(mark) and _read_stamp(mark) == stamp:
+            mpcompile.load(path)  # whole, or it raises
+            return
+        if (args.out / checkpoint.NAME).exists():
+            raise ArtifactError(
+                f"{args.out} holds a run of another student",
+                expected="the same recipe, dense weights and training images",
+                found="others",
+                hint="take up that run as it was started, or choose a new folder",
+            )
+    mark.unlink(missing_ok=True)  # killed from here on, nobody takes the one for the other's
+    calibration, seed = recipe.calibration, recipe.train.seed
+    drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch, seed)
+    student = recipe.student(teacher, [part.to(device_of(teacher)) for part in drawn])
+    found = provenance(args, recipe.model, teacher, calibration.images, seed)
+    numbers = datasets.class_names(train)
+    student.plan.provenance = {**found, "recipe": recipe.name, "class_names": sorted(numbers, key=lambda n: numbers[n])}
+    mpcompile.save(student.eval(), path)
+    write_atomically(mark, stamp)
+
+
+def _read_stamp(mark: Path) -> str:
+    """What an earlier run's student depends on."""
+    problem = None
+    try:
+        found = read_text(mark, 1000)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    else:
+        if re.fullmatch("[0-9a-f]{64}", found):
+            return found
+    hint = f"remove it, and {mark.with_suffix('.mpc').name} with it, to make the student again"
+    raise ArtifactError(f"{mark} is damaged", expected="a SHA-256 digest", found=problem or "another text", hint=hint)
+
+
+def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
+    """What the student depends on."""
+    from mpcompile.training import checkpoint
+
+    parts = ("model", "compile", "calibration", "prior_weight")
+    made = {key: value for key, value in recipe.to_dict().items() if key in parts}
+    text = json.dumps([made, recipe.data.size, recipe.train.seed, args.reader, args.train_split], sort_keys=True)
+    return hashlib.sha256(f"{text} {holds} {checkpoint.digest(teacher)}".encode()).hexdigest()
+
+
+def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
+    """What the training batches depend on; not where they lie, nor how many workers read them."""
+    from mpcompile.data import loader as images
+
+    how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}
+    read = [images.data_config_of(teacher, recipe.data), args.reader, args.train_split]
+    text = json.dumps([how, read], sort_keys=True)
+    return hashlib.sha256(f"{text} {holds}".encode()).hexdigest()

@@ -1,0 +1,30 @@
+"""``mpcompile explain``: every engine timed on every masked layer of a timm model."""
+
+from __future__ import annotations
+
+import argparse
+
+import mpcompile
+from mpcompile.cli.options import Commands, command, model_options, prepare, show
+
+
+def add(commands: Commands) -> None:
+    """Declare it."""
+    job = command(
+        commands,
+        "explain",
+        help="time every engine on every masked layer of a timm model, and say which one is picked",
+        description="Transform a timm model, time every engine on its masked layers, and say which one is picked.",
+        example="mpcompile explain vit_small_patch16_224 --pattern auto --tome-r 8 --batch 8 --dtype bf16",
+    )
+    model_options(job)
+    job.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when the layers were timed, whatever was picked."""
+    model, images, config = prepare(args)
+    explanation = mpcompile.explain(model, images, config, progress=False if args.quiet else None)
+    head = f"{args.model}, {args.dtype}, batch {args.batch}, tome_r = {config.tome_r}"
+    show(args, f"{head}\n\n{explanation}", explanation.to_json(indent=1))
+    return 0

@@ -1,0 +1,51 @@
+"""``mpcompile visualize``: which patches of an image become one token."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import mpcompile
+from mpcompile.cli.destinations import FILE, declare
+from mpcompile.cli.options import Commands, command, config_of, config_options, load_model, seed_option, weights_options
+from mpcompile.data.images import data_config, open_image, preprocess, shown
+from mpcompile.errors import printable, printable_lines
+
+
+def add(commands: Commands) -> None:
+    """Declare it."""
+    job = command(
+        commands,
+        "visualize",
+        help="draw which patches of an image a timm model merges into one token",
+        description="Merge tokens in a timm model and draw an image with its merged tokens outlined, block by block.",
+        example="mpcompile visualize vit_small_patch16_224 --pretrained --image cat.jpg --out merged.png",
+    )
+    weights_options(job)
+    job.add_argument("--image", type=Path, required=True, metavar="FILE", help="any format that Pillow reads")
+    job.add_argument("--out", default="merged.png", metavar="FILE", help="(default merged.png)")
+    declare(job, out=FILE)
+    merging = ("tome_r", "tome_schedule", "tome_reduction", "tome_proportional", "prefix_tokens")
+    seed_option(job)
+    config_options(job, *merging, tome_r=8)
+    job.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when the picture is written."""
+    config = dataclasses.replace(config_of(args), pattern="dense")
+    picture = open_image(args.image)
+    torch.manual_seed(args.seed)
+    model = load_model(args)
+    data = data_config(model)
+    image = preprocess(data)(picture)
+    tokens = mpcompile.visualize_merging(model, image, args.out, config, display=shown(image, data))
+    counts = " -> ".join(str(len(np.unique(block))) for block in [np.arange(tokens[0].size), *tokens])
+    print(printable_lines(f"{args.model}: {counts} patches and merged patches"), printable(args.out), sep="\n")
+    if not args.pretrained and args.checkpoint is None:
+        print("note: random weights, so what merges means nothing")
+    return 0

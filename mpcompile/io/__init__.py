@@ -1,0 +1,1 @@
+"""Files of a user: read as regular files, written whole or not at all, checked against a schema."""

@@ -1,0 +1,112 @@
+"""One run in a folder at a time: a lock that the system frees when the process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import errno
+import io
+import json
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+from mpcompile.errors import ArtifactError
+from mpcompile.io.files import parse_json
+
+NAME = ".mpcompile.lock"
+_HELD: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("held", default=frozenset())
+_FILES: weakref.WeakSet[io.FileIO] = weakref.WeakSet()
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+log = logging.getLogger(__name__)
+
+
+def _let_go() -> None:
+    """A forked child, such as a loader's worker, would keep its parent's lock beyond the parent's death."""
+    for file in list(_FILES):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes, and other threads of this one, from running in ``folder``; nested calls pass.
+
+    Where the file system has no locks, this is logged, and the run goes on.
+
+    Raises:
+        ArtifactError: another process runs there (it is named), or the folder can't be written.
+    """
+    place = os.path.realpath(folder)
+    if place in _HELD.get():
+        yield
+        return
+    file = _taken(folder)
+    token = _HELD.set(_HELD.get() | {place})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+        if file is not None and not file.closed:
+            with contextlib.suppress(OSError):
+                os.unlink(folder / NAME)  # while it is held: whoever waits for this file finds that it has no name
+            _FILES.discard(file)
+            file.close()
+
+
+def _taken(folder: Path) -> io.FileIO | None:
+    """The lock file, locked; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        log.warning("this system has no file locks: let no other run write into the folder of this one")
+        return None
+    path = folder / NAME
+    while True:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = io.FileIO(os.open(path, flags, 0o666), "r+")
+        except OSError as error:
+            found = error.strerror or str(error)
+            raise ArtifactError(f"can't lock {folder}", expected="a writable folder", found=found) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _owner(file)
+            file.close()
+            if error.errno in _NO_LOCKS:
+                log.warning("the file system of the run's folder has no locks: let no other run write into it")
+                return None
+            raise ArtifactError(
+                f"another run is writing into {folder}",
+                expected="one run in a folder at a time",
+                found=owner,
+                hint="wait for it or stop it, or choose another folder",
+            ) from error
+        if _is(file, path):
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+            _FILES.add(file)
+            return file
+        file.close()  # its last owner has removed it in the meantime
+
+
+def _is(file: io.FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(file: io.FileIO) -> str:
+    try:
+        found = parse_json(os.pread(file.fileno(), 4096, 0))
+        return f"process {int(found['pid'])} on {found['host']!s:.100}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a process that hasn't written its name yet"

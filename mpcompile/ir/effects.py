@@ -1,0 +1,189 @@
+"""Effects: which nodes do more than yield a value, and what a pass may therefore not move, merge or erase.
+
+torch.fx takes every method and every module for pure. In a model, ``h.mul_(0.1)``, ``F.relu(h, inplace=True)``,
+``torch.add(x, y, out=h)`` and ``h[0] = 1`` are statements: whoever reads ``h`` afterwards depends on them, although no
+edge of the graph says so. :func:`explicit` adds the edges where it can.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.nodes import argument, dynamo_name, fake_value, target_name
+from mpcompile.ir.parts import attribute
+
+AUGMENTED = {  # statements such as ``h += 1``, which write into a tensor: in place -> the same with a result of its own
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+}
+UNDECIDED = "mpcompile.augmented"  # in the meta of such a node as long as nobody knows whether its source is read again
+_IN_PLACE = frozenset({"setitem", *(function.__name__ for function in AUGMENTED)})
+_SWITCHES = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})
+_KNOWN = ("torch", "timm", "mpcompile", "operator", "_operator", "builtins", "math", "einops")
+
+
+def switches(node: fx.Node) -> bool:
+    """Whether a node changes the mode in which those behind it run: autocast, or whether gradients are recorded."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _SWITCHES
+
+
+def _known(target: Any) -> bool:
+    """Whether a function or class comes from a library whose naming tells what writes."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return False
+    if isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)):
+        return True
+    return (getattr(target, "__module__", None) or "torch").split(".")[0] in _KNOWN
+
+
+def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The inputs that a node is known to write into."""
+    inputs = node.all_input_nodes
+    if node.op == "call_module":
+        inplace = any(getattr(part, "inplace", False) is True for part in gm.get_submodule(str(node.target)).modules())
+        return inputs[:1] if inplace else []
+    if node.op not in ("call_function", "call_method"):
+        return []
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        marked = [(i, a) for i, a in enumerate(target._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        values: list[Any] = [argument(node, i, a.name) for i, a in marked]
+        return [n for v in values for n in (v if isinstance(v, (tuple, list)) else [v]) if isinstance(n, fx.Node)]
+    given = node.kwargs.get("out")
+    if given is not None:
+        return [n for n in (given if isinstance(given, (tuple, list)) else [given]) if isinstance(n, fx.Node)]
+    name = target_name(gm, node)
+    flag = node.kwargs.get("inplace", False) is not False or any(a is True for a in node.args)  # F.relu(x, True)
+    return inputs[:1] if flag or name in _IN_PLACE or name.endswith("_") else []
+
+
+def writes(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may write into one of its inputs, or change the mode of those behind it."""
+    if node.op == "call_module":
+        if not _known(type(gm.get_submodule(str(node.target)))):
+            return True
+    elif node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and not _known(node.target):
+        return True
+    return switches(node) or bool(written(gm, node))
+
+
+def _place(value: Any) -> tuple[Any, ...] | None:
+    """Where a fake tensor lies; fakes that are views of each other share a storage, as the real ones do."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    return value.untyped_storage()._cdata, value.storage_offset(), tuple(value.shape), tuple(value.stride())
+
+
+def explicit(gm: IRModule) -> bool:
+    """Let whoever reads a tensor behind an in-place statement read the statement's result, which is that tensor.
+
+    ``h.mul_(0.1); f(h)`` becomes ``f(h.mul_(0.1))``, so that the flow of data shows the order. Statements that yield
+    something else (``h[0] = 1``), and those on a view, stay as they are. The nodes have to carry fake values.
+
+    Returns:
+        Whether anything changed.
+    """
+    changed = False
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in gm.graph.nodes:
+        place = _place(fake_value(node)) if node.op.startswith("call") else None
+        if place is None:
+            continue
+        for source in written(gm, node):
+            if _place(fake_value(source)) != place:
+                continue
+            for user in [u for u in source.users if order[u] > order[node]]:
+                user.replace_input_with(source, node)
+                changed = True
+    return changed
+
+
+def settle(gm: IRModule) -> bool:
+    """Let what symbolic tracing met as ``h += 1`` be ``h = h + 1`` where nothing reads ``h`` or a view of it again.
+
+    So it is nearly always, and passes have fewer forms to know. The nodes have to carry fake values.
+
+    Returns:
+        Whether anything changed.
+    """
+    nodes = list(gm.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    storages = {node: {storage(t) for t in pytree.tree_leaves(fake_value(node)) if _place(t)} for node in nodes}
+    changed = False
+    for node in nodes:
+        if not node.meta.pop(UNDECIDED, False):
+            continue
+        source, other = (fake_value(a) if isinstance(a, fx.Node) else a for a in node.args)
+        if isinstance(source, Tensor):
+            if _place(source) is None or torch.result_type(source, other) != source.dtype:
+                continue
+            before = [n for n in nodes[: order[node]] if storage(source) in storages[n]]
+            if any(n.op == "get_attr" or any(order[user] > order[node] for user in n.users) for n in before):
+                continue
+        elif not isinstance(source, (int, float, tuple, torch.SymInt, torch.SymFloat)):
+            continue
+        node.target = AUGMENTED[node.target]
+        changed = True
+    return changed
+
+
+def written_tensors(gm: IRModule, lifted: Lifted) -> set[int]:
+    """Storages of parameters and buffers that the graph itself writes into, through views too."""
+    held: dict[Any, Tensor] = {}
+    for node in gm.graph.nodes:
+        tensor = attribute(gm, str(node.target)) if node.op == "get_attr" else lifted.tensors.get(node.name)
+        place = _place(fake_value(node))
+        if isinstance(tensor, Tensor) and place is not None:
+            held[place[0]] = tensor
+    found = set()
+    for node in gm.graph.nodes:
+        for source in written(gm, node):
+            place = _place(fake_value(source))
+            if place is not None and place[0] in held:
+                found.add(storage(held[place[0]]))
+    return found
+
+
+def own_copies(gm: fx.GraphModule, values: Sequence[Any]) -> list[Any]:
+    """Inputs of a graph that may be run on them: copies where it writes in place, perhaps into what it is given."""
+    if not any(written(gm, node) for node in gm.graph.nodes):
+        return list(values)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    held = (isinstance(v, torch.nn.Parameter) for v in values)
+    return [
+        v.clone() if isinstance(v, Tensor) and not parameter and dynamo_name(n) is None else v
+        for n, v, parameter in zip(placeholders, values, held, strict=True)
+    ]
+
+
+def storage(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return tensor.untyped_storage()._cdata
+
+
+def erase_orphans(graph: fx.Graph, nodes: Iterable[fx.Node | None]) -> None:
+    """Erase those of the nodes that read an attribute and have no reader left.
+
+    Nothing else in the graph is touched: a node without a reader may be a statement.
+    """
+    for node in dict.fromkeys(nodes):
+        if node is not None and node.op == "get_attr" and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,109 @@
+"""MAC accounting, from the tensors and shapes of a graph and never from a config."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mpcompile.ir.module import Lifted
+from mpcompile.ir.nodes import batch_size, shape_of
+from mpcompile.ir.view import LayerOp, layers
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_format import check_nm
+from mpcompile.plan import Macs
+
+ADD = frozenset({operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor})
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether a node adds two tensors, as a function or as a method."""
+    return node.target in ADD or (node.op == "call_method" and node.target in ("add", "add_"))
+
+
+def executed_density(layer: LayerOp) -> float:
+    """n/m if the stored weight is legal N:M in its execution layout, else 1."""
+    if layer.pattern is None:
+        return 1.0
+    weight = layer.weight.tensor.detach()
+    if layer.weight.node is not None and layer.weight.node.op == "placeholder" and layer.mask is not None:
+        weight = weight * layer.mask.tensor  # a lifted weight is the user's own: only its masked product is stored
+    return layer.pattern.density if check_nm(weight, *layer.pattern) == 0 else 1.0
+
+
+def node_macs(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, int]:
+    """Layer name -> dense MACs per sample, from the shapes on the graph."""
+    batch = batch_size(gm, lifted or Lifted())
+    total: dict[str, int] = defaultdict(int)
+    for layer in layers(gm, lifted):
+        total[layer.name] += layer.node.meta.get("macs", 0) // batch
+    return dict(total)
+
+
+def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
+    """Nodes between a token merge and the next residual addition -> tokens before / tokens after that merge."""
+    charges: dict[fx.Node, float] = {}
+    order = list(gm.graph.nodes)
+    for start, merge in enumerate(order):
+        if merge.target is not ops.token_merge:
+            continue
+        x = next(u for u in merge.users if u.target is operator.getitem and u.args[1] == 0)
+        before, after = shape_of(merge.args[0]), shape_of(x)
+        if before is None or after is None:
+            continue
+        reached = {x}
+        for node in order[start + 1 :]:
+            inputs = node.all_input_nodes
+            if not reached.intersection(inputs):
+                continue
+            if is_add(node) and x in inputs:
+                break
+            reached.add(node)
+            charges[node] = before[1] / after[1]
+    return charges
+
+
+def count(gm: fx.GraphModule, dense: int | None = None, lifted: Lifted | None = None) -> tuple[Macs, dict[str, int]]:
+    """MACs of a graph whose nodes carry ``macs`` (see :func:`mpcompile.ir.graph.propagate`).
+
+    Args:
+        gm: the graph.
+        dense: MACs per sample of the model before any pass; None when all its tokens and layers are still in ``gm``.
+
+    Returns:
+        The totals per sample, and the executed MACs of each layer.
+    """
+    batch = batch_size(gm, lifted or Lifted())
+    density = {layer.node: executed_density(layer) for layer in layers(gm, lifted)}
+    names = {layer.node: layer.name for layer in layers(gm, lifted)}
+    charges = _merge_charges(gm)
+    everything = matching = 0
+    executed = paper = 0.0
+    per_layer: dict[str, int] = defaultdict(int)
+    for node in gm.graph.nodes:
+        macs = node.meta.get("macs", 0)
+        if node.target in (ops.token_merge, ops.token_follow):
+            matching += macs
+            continue
+        everything += macs
+        run = macs * density.get(node, 1.0)
+        executed += run
+        paper += run * charges.get(node, 1.0)
+        if node in names:
+            per_layer[names[node]] += round(run / batch)
+    totals = (round(executed / batch), round(paper / batch))
+    return Macs(round(everything / batch) if dense is None else dense, *totals, matching // batch), dict(per_layer)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which before 2.15 knows no fused attention on CPUs."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={fused: _attention_flops})

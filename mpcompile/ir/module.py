@@ -1,0 +1,285 @@
+"""The IR's module: a torch-level fx.GraphModule with its plan and the mode it stands for, which can be copied.
+
+torch.fx traces a GraphModule again where it is pickled or copied, and loses its class, hooks and metadata with that;
+here the graph itself is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+import keyword
+import pickle
+import secrets
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen, PythonCode
+
+from mpcompile.errors import GraphError
+from mpcompile.ir.isolation import tensors_of
+from mpcompile.ir.parts import FOLDED, attribute
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_format import Pattern
+from mpcompile.layers import MaskedConv2d, MaskedLinear
+
+if TYPE_CHECKING:
+    from mpcompile.plan import Plan
+
+_PLAN, _LOCK = "mpcompile.plan", "mpcompile.training"
+_DERIVED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec", "_tracer_cls", "shape_env")
+_CLASSES: weakref.WeakValueDictionary[str, type[IRModule]] = weakref.WeakValueDictionary()
+_PROCESS, _COUNTER = secrets.token_hex(8), itertools.count()
+_LIVE: weakref.WeakSet[IRModule] = weakref.WeakSet()
+
+
+class IRModule(fx.GraphModule):
+    """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan.
+
+    Pickle keeps all but the shapes on the nodes and the input guards of exported programs; what it reads has the class
+    of the module that was written, if that is still there.
+    """
+
+    _made_of: ClassVar[Any] = None  # what the generated code depends on
+    _made_as: ClassVar[str] = ""  # names the class in this process
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> IRModule:
+        self: IRModule = super().__new__(cls, *args, **kwargs)  # a deep copy comes through here alone
+        _LIVE.add(self)
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """What every pass decided, per layer."""
+        plan = self.meta.get(_PLAN)
+        if plan is None:
+            raise GraphError("this graph has no plan yet", hint="make it with mpcompile.transform")
+        return plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self.meta[_PLAN] = plan
+
+    @property
+    def locked_mode(self) -> bool | None:
+        """The only training flag this graph stands for, or None when it follows ``train()`` and ``eval()``."""
+        return self.meta.get(_LOCK)
+
+    @locked_mode.setter
+    def locked_mode(self, training: bool | None) -> None:
+        self.meta[_LOCK] = training
+
+    def train(self, mode: bool = True) -> IRModule:
+        locked = self.meta.get(_LOCK) if "meta" in self.__dict__ else None
+        if locked is not None and locked != mode:
+            here, there = ("train", "eval") if locked else ("eval", "train")
+            raise GraphError(
+                "the traced module takes another path in train() than in eval()",
+                expected=f"use in {here}() mode, in which it was captured",
+                found=f"{there}()",
+                hint=f"call .{there}() on the original before it is captured (by mpcompile.transform or torch.export), "
+                "or set locked_mode = None if the model computes the same in both modes",
+            )
+        super().train(mode)
+        return self
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """As of any module, without the masks: these are no numbers that could be averaged, as AveragedModel does."""
+        masks = {id(mask) for _, mask, _ in masked(self)} if recurse else set()
+        return (buffer for buffer in super().buffers(recurse) if id(buffer) not in masks)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A state dict of the dense model leaves the masks of functional weights as they are, too."""
+        for node in self.graph.nodes:
+            if node.target in ops.MASKED and isinstance(node.args[2], fx.Node) and node.args[2].op == "get_attr":
+                path = str(node.args[2].target)
+                state_dict.setdefault(prefix + path, attribute(self, path))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def recompile(self) -> PythonCode:
+        """As of any GraphModule, but into a class of its own: no class changes once it is made."""
+        fresh: Any = types.new_class("GraphModuleImpl", (IRModule,))
+        fresh.__name__, fresh.__module__ = type(self).__name__, fx.GraphModule.__module__
+        self.__class__ = fresh
+        with _any_names([str(n.target) for n in self._graph.nodes if n.op in ("call_module", "get_attr")]):
+            code = super().recompile()
+        named = frozenset((n, v if isinstance(v, str) else id(v)) for n, v in code.globals.items())
+        fresh._made_of = (fresh.__name__, self._code, named)
+        fresh._made_as = f"{_PROCESS}-{next(_COUNTER)}"
+        _CLASSES[fresh._made_as] = fresh
+        return code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from mpcompile.artifact.codec import is_guard
+
+        guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's own can't be pickled
+        names = {str(node.target) for node in guards}
+        state = self._kept()
+        state["_modules"] = {key: module for key, module in self._modules.items() if key not in names}
+        codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
+        records = [_NodeRecord.of(node) for node in self._graph.nodes if node not in guards]
+        return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
+        # Old-style reparametrisation keeps the weight that it computed, which deepcopy refuses: it is computed anew.
+        memo |= {id(t): t.detach().clone() for t in tensors_of(self) if not t.is_leaf and id(t) not in memo}
+        twin = memo[id(self)] = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
+        twin.__dict__.update(copy.deepcopy(self._kept(), memo))
+        twin.graph = copy.deepcopy(self._graph, memo)
+        return twin
+
+    def __copy__(self) -> IRModule:
+        twin = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
+        twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in self._kept().items()})
+        twin.graph = copy.deepcopy(self._graph)
+        return twin
+
+    def _kept(self) -> dict[str, Any]:
+        """Attributes, without those that are made of the graph."""
+        return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+
+
+@dataclass
+class Lifted:
+    """Parameters that arrive as graph inputs, by placeholder name (dynamo graphs); empty otherwise."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Imported:
+    """An owned graph, the inputs that show its shapes (one a placeholder), and its lifted parameters."""
+
+    gm: IRModule
+    inputs: list[Any]
+    lifted: Lifted
+    notes: list[str]
+
+
+# Names that the root of a transformed module has a use for, beside those of any nn.Module.
+RESERVED = frozenset(
+    {"meta", "shape_env", "packed", FOLDED, "_owned", "_graph", "_code", "_in_spec", "_out_spec", "_lineno_map"}
+    | {"_prologue_start", "_tracer_cls", "_tracer_extras", "_wrapped_call"}
+    | {"_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks"}
+    | (set(dir(IRModule)) - set(dir(nn.Module)))
+)
+
+
+@contextlib.contextmanager
+def _any_names(targets: list[str]) -> Iterator[None]:
+    """Lets fx write source for names that are no identifiers there: keywords, and text with quotes."""
+    names = {atom for target in targets for atom in target.split(".")}
+    if all(name.isidentifier() and name.isascii() and not keyword.iskeyword(name) for name in names):
+        yield
+        return
+    before = torch.fx.graph._format_target
+
+    def spelt(base: str, target: str) -> str:
+        for name in target.split("."):
+            plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+            base = f"{base}.{name}" if plain else f"getattr({base}, {name!r})"
+        return base
+
+    torch.fx.graph._format_target = spelt
+    try:
+        yield
+    finally:
+        torch.fx.graph._format_target = before
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a node in what is pickled."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _NodeRecord:
+    """A node as pickle takes it: functions by the names that stand for them in a file, or as they are."""
+
+    op: str
+    name: str
+    target: Any
+    args: Any
+    kwargs: Any
+    type: Any
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _NodeRecord:
+        from mpcompile.artifact.opset import function_name
+
+        target: Any = node.target
+        if node.op == "call_function":
+            if isinstance(target, torch._ops.OpOverload):
+                target = (target.namespace, *target._schema.name.split("::")[1:], target._overloadname)
+            else:
+                target = _Reference(name) if (name := function_name(target)) else target
+        refer: Any = lambda n: _Reference(n.name)  # noqa: E731
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), refer)
+        kind = node.type
+        try:
+            pickle.dumps(kind)
+        except Exception:  # an annotation with a class of some function's
+            kind = None
+        return cls(node.op, node.name, target, args, kwargs, kind)
+
+    def create(self, graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        from mpcompile.artifact.opset import function_of
+
+        target = self.target
+        if isinstance(target, tuple):
+            target = functools.reduce(getattr, target, torch.ops)
+        elif isinstance(target, _Reference):
+            target = function_of(target.name)
+        args, kwargs = fx.node.map_aggregate(
+            (self.args, self.kwargs), lambda v: nodes[v.name] if isinstance(v, _Reference) else v
+        )
+        nodes[self.name] = graph.create_node(self.op, target, args, kwargs, self.name, self.type)
+
+
+def _unpickled(name: str, token: str, state: dict[str, Any], records: list[_NodeRecord], codegen: Any) -> IRModule:
+    """Inverse of :meth:`IRModule.__reduce__`."""
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for record in records:
+        record.create(graph, nodes)
+    if codegen is not None:
+        graph.set_codegen(codegen)
+    gm = IRModule(nn.Module(), fx.Graph(), class_name=name)
+    gm.__dict__.update(state)
+    gm.graph = graph
+    known = _CLASSES.get(token)
+    if known is not None and known._made_of == type(gm)._made_of:
+        gm.__class__ = known
+    return gm
+
+
+def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of these parameters belongs to a module with a plan.
+
+    What dynamo captures of such a module carries no plan, and where neither mask nor merge is in it, no sign either.
+    """
+    wanted = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
+    return any(id(p) in wanted for gm in list(_LIVE) if _PLAN in gm.__dict__.get("meta", ()) for p in gm.parameters())
+
+
+def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
+    """(weight, mask, pattern) of everything masked: layers, and calls of the masked operators."""
+    for module in gm.modules():
+        if isinstance(module, (MaskedLinear, MaskedConv2d)):
+            yield module.weight, module.mask, module.pattern
+    for node in gm.graph.nodes:
+        if node.target in ops.MASKED and len(node.args) > 4:
+            sources = node.args[1:3]
+            if all(getattr(source, "op", None) == "get_attr" for source in sources):
+                weight, mask = (attribute(gm, str(source.target)) for source in sources)
+                yield weight, mask, Pattern(*node.args[-2:])

@@ -1,0 +1,1 @@
+"""What a model does: audits, explanations and accuracy."""

@@ -1,0 +1,155 @@
+"""Audit: what a compiled model really does, beside the dense model it came from.
+
+Accuracy with an interval and paired with the dense model, MACs counted from tensors, bytes of the weights as stored,
+and latency against the best dense build of the same dtype, with all builds interleaved in one run. On a CPU with bf16
+dot products, an fp32 audit also shows the dense model in bf16, which is easily the fastest of all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mpcompile._moved import renamed
+from mpcompile.backend import CompiledGraph, compiled_graphs
+from mpcompile.calibration.data import as_batches
+from mpcompile.data.batches import read
+from mpcompile.data.labels import Labels
+from mpcompile.errors import InputError
+from mpcompile.ir.numerics import training_flags
+from mpcompile.measure.accuracy import Comparison
+from mpcompile.measure.builds import Frozen, bf16_build, logits, module_of
+from mpcompile.measure.cost import fill_in_cost
+from mpcompile.measure.environment import conditions, first_tensor
+from mpcompile.measure.latency import fill_in_latency, time_builds
+from mpcompile.measure.remarks import add_remarks
+from mpcompile.measure.report import COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
+
+Build = Callable[..., Any]
+__getattr__ = renamed(__name__, {"environment": "measure.environment.conditions"})
+
+
+def audit(
+    model: nn.Module,
+    compiled: Build,
+    inputs: Any,
+    labels: Any = None,
+    *,
+    others: Mapping[str, Build] | None = None,
+    dense_compiled: Build | None = None,
+    dense_bf16: bool | Build | None = None,
+    rounds: int = 20,
+    progress: bool = True,
+) -> Report:
+    """Measure a compiled model against the dense one.
+
+    Every build runs in eval mode under ``torch.no_grad()``: on all inputs once, for accuracy and agreement, then on
+    the first batch ``rounds`` times, in turn, for latency. Inputs are read once, and one batch is held at a time.
+
+    Args:
+        model: the dense model.
+        compiled: the build to audit, usually ``torch.compile(gm, backend="mpsparse")``.
+        inputs: one batch (a tensor or dict), or an iterable of batches; (input, label) tuples bring their labels.
+        labels: class numbers of all inputs, of any integer type, at once or in parts. None uses the labels in the
+            batches; without any, accuracy is not measured.
+        others: further builds to show between the dense ones and ``compiled``, by name.
+        dense_compiled: the dense model compiled. None compiles it with ``torch.compile`` and, on a CPU when latency is
+            measured, once more with freezing.
+        dense_bf16: show the dense model in bf16: True compiles it with ``torch.compile``, a callable is used as it is
+            (called with the unchanged inputs), False shows no such row. None shows it when latency is measured, inputs
+            are fp32 and the CPU has native bf16. It is not part of the bar that ``speedup`` is measured against.
+        rounds: timings of each build; 0 measures no latency.
+        progress: show progress bars (on a terminal).
+
+    Returns:
+        A :class:`Report`. If dynamo has passed its recompile limit and runs the eager model, ``fell_back`` is set, a
+        note says so, and the row's MACs are those of the code that ran.
+
+    Raises:
+        InputError: there are no inputs, labels do not match the inputs or the model's classes, or builds return
+            outputs of different shapes.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> report = audit(model, model, torch.randn(4, 16), rounds=0, dense_compiled=model)
+        >>> report["compiled sparse"].agree
+        1.0
+    """
+    batches = _non_empty(inputs)
+    first = next(batches, None)
+    if first is None:
+        raise InputError("there are no inputs", expected="at least one sample", found="none")
+    known = Labels(labels)
+    builds = _dense_builds(model, first, dense_compiled, dense_bf16, rounds) | dict(others or {})
+    builds[COMPILED] = compiled
+    report = Report([Row(name) for name in builds], conditions(first))
+    modules = {id(m): m for m in map(module_of, builds.values()) if isinstance(m, nn.Module)}
+    with training_flags(nn.ModuleList(modules.values()), False), torch.no_grad():
+        bar = tqdm(itertools.chain([first], batches), desc="compare", unit="batch", disable=None if progress else True)
+        graphs = _compare(bar, known, builds, report.rows)
+        report.fell_back = not graphs and hasattr(compiled, "_orig_mod")
+        for row in report.rows:
+            fill_in_cost(row, builds[row.name], first, graphs, report.fell_back)
+        if rounds:
+            fill_in_latency(report.rows, time_builds(builds, first, rounds, progress))
+    add_remarks(report, compiled, graphs, bool(known.labelled))
+    return report
+
+
+def _dense_builds(
+    model: nn.Module, batch: Any, compiled: Build | None, bf16: bool | Build | None, rounds: int
+) -> dict[str, Build]:
+    builds: dict[str, Build] = {DENSE_EAGER: model}
+    builds[DENSE_COMPILED] = torch.compile(model) if compiled is None else compiled
+    if compiled is None and rounds and first_tensor(batch).device.type == "cpu":
+        builds[DENSE_FROZEN] = Frozen(model)
+    in_bf16 = bf16_build(model, batch, bf16, rounds)
+    if in_bf16 is not None:
+        builds[DENSE_BF16] = in_bf16
+    return builds
+
+
+def _sample_count(batch: Any) -> int:
+    """Return the number of samples in a batch.
+
+    Raises:
+        InputError: its first tensor has no sample axis.
+    """
+    tensor = first_tensor(batch)
+    if not tensor.dim():
+        raise InputError("inputs have no axis of samples", expected="tensors (batch, ...)", found="a single number")
+    return len(tensor)
+
+
+def _non_empty(inputs: Any) -> Iterator[Any]:
+    """Yield the batches that hold samples, read one at a time."""
+    batches = read(as_batches(inputs, "what is to be audited"), "the inputs")
+    return (batch for batch in batches if _sample_count(batch))
+
+
+def _compare(
+    batches: Iterable[Any], labels: Labels, builds: Mapping[str, Build], rows: Sequence[Row]
+) -> list[CompiledGraph]:
+    """Run every build on every batch, for accuracy and agreement; return the graphs that ran in the audited build."""
+    comparisons = [Comparison(row) for row in rows]
+    graphs: dict[CompiledGraph, None] = {}
+    for batch in batches:
+        known = labels.of(batch, _sample_count(batch))
+        reference: Tensor | None = None
+        for comparison in comparisons:
+            name = comparison.row.name
+            calls = {g: g.calls for g in compiled_graphs()}
+            outputs = logits(builds[name], batch).float()
+            reference = outputs if reference is None else reference
+            comparison.add(outputs, reference, known)
+            if name == COMPILED:
+                graphs |= dict.fromkeys(g for g in compiled_graphs() if g.calls > calls.get(g, 0))
+    labels.end()
+    for comparison in comparisons:
+        comparison.finish()
+    return list(graphs)

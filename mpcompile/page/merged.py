@@ -1,0 +1,194 @@
+"""Pictures of token merging: which patches of an image each token stands for, block by block."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, fx, nn
+
+from mpcompile.config import Config
+from mpcompile.errors import InputError, NotEligibleError, first_line
+from mpcompile.io.files import replace_atomically
+from mpcompile.ir.module import IRModule
+from mpcompile.kernels import ops
+from mpcompile.passes.merge_tokens.insert import MergeTokens
+from mpcompile.pipeline import Pipeline, transform
+
+CELL = 24  # pixels a patch at least
+MARGIN = 20  # pixels for the text above a picture
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what each merge says about the place of every token."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.places: list[Tensor] = []
+        self.prefix = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target is ops.token_merge:
+            self.places.append(result[2][0])
+            self.prefix = int(n.args[4])  # type: ignore[arg-type]
+        return result
+
+
+def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of square patches that tile an image.
+
+    Raises:
+        InputError: the image doesn't divide into so many square patches.
+    """
+    for rows in range(1, patches + 1):
+        if patches % rows == 0 and rows * width == patches // rows * height and height % rows == 0:
+            return rows, patches // rows
+    raise InputError(
+        "the tokens are no grid of square patches",
+        expected=f"an image of {height}x{width} cut into squares",
+        found=f"{patches} tokens besides prefix tokens",
+    )
+
+
+@torch.no_grad()
+def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None) -> list[np.ndarray]:
+    """The token that each patch of an image has become part of, behind every merge.
+
+    Args:
+        model: a vision transformer, or what :func:`mpcompile.transform` made of one with ``tome_r``.
+        image: (3, H, W) or (1, 3, H, W), as the model takes it.
+        config: how to merge, for a model that doesn't merge yet; eight tokens a block by default.
+
+    Returns:
+        One integer array (rows, columns) a merge: patches with the same number are one token.
+
+    Raises:
+        InputError: not one image, or tokens that are no grid of patches.
+        MPCompileError: tokens can't merge in this model.
+    """
+    image = image[None] if image.dim() == 3 else image
+    if image.dim() != 4 or image.shape[0] != 1:
+        raise InputError("this is not one image", expected="(3, H, W) or (1, 3, H, W)", found=tuple(image.shape))
+    gm = model
+    if not (isinstance(gm, IRModule) and any(n.target is ops.token_merge for n in gm.graph.nodes)):
+        gm = transform(model, image, config or Config(pattern="dense", tome_r=8), pipeline=Pipeline([MergeTokens()]))
+    recorder = _Recorder(gm)
+    try:
+        recorder.run(image)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            "the model doesn't take this image",
+            expected="an image of the size that it was made for",
+            found=f"{tuple(image.shape)}: {first_line(error)}",
+        ) from error
+    if not recorder.places:
+        raise NotEligibleError("no tokens merge here", expected="tome_r of 1 or more", hint="give a config with tome_r")
+    grid = _grid(len(recorder.places[0]) - recorder.prefix, *image.shape[-2:])
+    place = torch.arange(len(recorder.places[0]), device=image.device)
+    found = []
+    for step in recorder.places:
+        place = step[place]
+        found.append(place[recorder.prefix :].reshape(grid).cpu().numpy())
+    return found
+
+
+def draw_tokens(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """An (H, W, 3) image whose merged tokens are filled with their mean colour, each outlined in its own colour."""
+    cell = image.shape[0] // tokens.shape[0]
+    label = np.kron(tokens, np.ones((cell, cell), dtype=tokens.dtype))
+    count = np.bincount(label.ravel())
+    total = np.stack([np.bincount(label.ravel(), image[..., c].ravel()) for c in range(3)], -1)
+    mean = total / np.maximum(count, 1)[:, None]
+    merged = count > cell * cell
+    result = np.where(merged[label][..., None], mean[label], image)
+    edge = np.zeros(label.shape, dtype=bool)
+    for step in range(1, max(1, cell // 12) + 1):
+        padded = np.pad(label, step, constant_values=-1)
+        for dy, dx in ((0, step), (2 * step, step), (step, 0), (step, 2 * step)):
+            edge |= padded[dy : dy + label.shape[0], dx : dx + label.shape[1]] != label
+    first = {int(t): i for i, t in reversed(list(enumerate(tokens.ravel())))}  # the same hue from block to block
+    hues = np.zeros((len(count), 3))
+    for token, patch in first.items():
+        hues[token] = colorsys.hsv_to_rgb(patch * 0.618034 % 1, 0.9, 1.0)
+    outlined = edge & merged[label]
+    result[outlined] = 255 * hues[label][outlined]
+    return result.astype(np.uint8)
+
+
+def _shown(image: Tensor) -> np.ndarray:
+    """A normalised (3, H, W) image as (H, W, 3) uint8, its values spread over the whole range."""
+    pixels = image.detach().float().cpu().numpy().transpose(1, 2, 0)
+    low, high = pixels.min(), pixels.max()
+    return (255 * (pixels - low) / max(float(high - low), 1e-12)).astype(np.uint8)
+
+
+def visualize_merging(
+    model: nn.Module,
+    image: Tensor,
+    path: str | os.PathLike[str],
+    config: Config | None = None,
+    *,
+    display: np.ndarray | Tensor | None = None,
+    columns: int = 4,
+) -> list[np.ndarray]:
+    """Draw an image with its merged tokens outlined, once for each block, into a PNG.
+
+    Patches that have become one token are filled with their mean colour and share the colour of their outline; others
+    are left as they are. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 5.2.
+
+    Args:
+        model: a vision transformer, or what :func:`mpcompile.transform` made of one with ``tome_r``.
+        image: (3, H, W) or (1, 3, H, W), as the model takes it (normalised).
+        path: the PNG to write.
+        config: how to merge, for a model that doesn't merge yet; eight tokens a block by default.
+        display: the picture to draw on, (H, W, 3) uint8; by default ``image`` with its values spread over the range.
+        columns: pictures in a row.
+
+    Returns:
+        One integer array (rows, columns) a block: patches with the same number are one token.
+
+    Raises:
+        InputError: not one image, tokens that are no grid of patches, or a display of another size.
+        ArtifactError: the file can't be written.
+        MPCompileError: tokens can't merge in this model.
+
+    Example:
+        >>> import tempfile, timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tokens = visualize_merging(vit, torch.randn(3, 64, 64), f"{folder}/merged.png", Config(tome_r=4))
+        >>> [len(set(block.ravel().tolist())) for block in tokens]
+        [12, 8]
+    """
+    tokens = merged_patches(model, image, config)
+    height, width = image.shape[-2:]
+    base = _shown(image.reshape(-1, height, width)) if display is None else np.asarray(display)
+    if base.shape != (height, width, 3) or base.dtype != np.uint8:
+        found = f"{base.dtype} of shape {base.shape}"
+        raise InputError(
+            "the display doesn't fit the image", expected=f"uint8 of shape {(height, width, 3)}", found=found
+        )
+    scale = -(-CELL * tokens[0].shape[0] // height)
+    base = base.repeat(scale, 0).repeat(scale, 1)
+    titled = [("image", base)]
+    for number, block in enumerate(tokens):
+        titled.append((f"block {number}: {len(np.unique(block))} tokens", draw_tokens(base, block)))
+    columns = max(1, min(columns, len(titled)))
+    high, wide = base.shape[0] + MARGIN, base.shape[1] + 4
+    sheet = Image.new("RGB", (columns * wide, -(-len(titled) // columns) * high), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (title, pixels) in enumerate(titled):
+        left, top = number % columns * wide, number // columns * high
+        draw.text((left + 4, top + 4), title, fill="black")
+        sheet.paste(Image.fromarray(pixels), (left, top + MARGIN))
+    note = PngInfo()
+    note.add_text("Software", "mpcompile")
+    replace_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG", pnginfo=note))
+    return tokens

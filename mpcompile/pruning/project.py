@@ -1,0 +1,286 @@
+"""Project: one layer onto N:M, its mask and its refitted values, from the moments of its inputs; and, with a stream,
+layer after layer, each on the inputs that the layers pruned before it leave to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from mpcompile.calibration.data import as_batches
+from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, collect
+from mpcompile.calibration.stream import Stream, batch_norms
+from mpcompile.errors import ArtifactError
+from mpcompile.io.files import replace_atomically
+from mpcompile.ir.module import Imported
+from mpcompile.ir.view import LayerOp
+from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
+from mpcompile.passes.base import Context
+from mpcompile.pruning import refit, scores
+
+# A fit to dense outputs from pruned inputs shrinks what it can't foretell. BatchNorm statistics that are taken anew
+# undo that; without them the whole way loses more than it wins: of 0, 1/4, 1/2 and 1, 1/4 was best on images kept out.
+TOWARDS_DENSE = 0.25
+DAMPING = 0.01  # share of the mean of the diagonal of the second moments that is added to it
+
+
+@dataclass
+class Projection:
+    """What a layer becomes.
+
+    Attributes:
+        mask: boolean, of the weight's shape.
+        weight: refitted values, zero outside the mask; None where the weight keeps its own.
+        score: what chose the mask.
+        notes: what the refit did: ``error_masked`` and ``error_refitted``, mean squared error of the outputs over
+            their mean square, on the calibration data; or ``skipped``, why there was none.
+    """
+
+    mask: Tensor
+    weight: Tensor | None
+    score: str
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def problems(weight: Tensor, moments: Moments) -> list[tuple[Tensor, Tensor]]:
+    """For each of a convolution's groups (one for a linear layer): target rows (R, K), and damped moments (K, K).
+
+    The target rows are the layer's own, or, where the moments say which outputs are wanted, those that come closest to
+    them without a mask, drawn towards the layer's own by the damping.
+    """
+    parts = to_rows(weight.detach()).float().chunk(len(moments.xx))
+    wanted = [None] * len(parts) if moments.yx is None else moments.yx.chunk(len(parts))
+    found = []
+    for rows, xx, yx in zip(parts, moments.xx, wanted, strict=True):
+        xx = xx.to(rows.device)
+        a, target = scores.damped(xx, DAMPING), rows
+        if yx is not None:
+            exact = rows.double()
+            target = (exact + torch.linalg.solve(a, yx.to(rows.device) - exact @ xx, left=False)).float()
+        found.append((target, a.float()))
+    return found
+
+
+def choose(
+    weight: Tensor, moments: Moments | None, pattern: Pattern, score: str, prior: tuple[Tensor, float] | None = None
+) -> tuple[Tensor, Tensor | None, str]:
+    """Mask of a weight, the values that the score leaves (None: its own), and the score that was used.
+
+    Args:
+        weight: (out, in) or (out, in / groups, kh, kw).
+        moments: of its inputs; without them the score is magnitude. ``obs`` needs full moments, ``covariance`` at
+            least blocks: else the next cheaper score serves.
+        prior: a source mask of the weight's shape and the weight alpha of the Hamming prior, for ``covariance``.
+    """
+    if moments is None or score == "magnitude":
+        return scores.magnitude_mask(weight, pattern), None, "magnitude"
+    rows = to_rows(weight.detach()).float()
+    if score == "obs" and moments.kind != FULL:
+        score = "covariance"
+    if score == "covariance" and moments.kind == DIAGONAL:
+        score = "wanda"
+    if score == "obs":
+        solved = [scores.obs_rows(target, a, pattern, 0.0) for target, a in problems(weight, moments)]
+        values, kept = (from_rows(torch.cat(parts), weight.shape) for parts in zip(*solved, strict=True))
+        return kept, values, score
+    chosen = []
+    parts = rows.chunk(len(moments.x))
+    blocks, power = moments.block(pattern.m), moments.power
+    source = [None] * len(parts) if prior is None else to_rows(prior[0]).chunk(len(parts))
+    for index, part in enumerate(parts):
+        if score == "wanda":
+            chosen.append(scores.wanda_rows(part, power[index].to(part), pattern))
+            continue
+        c, mask = blocks[index].to(part), source[index]
+        price = None if mask is None or prior is None else scores.prior_price(part, c, mask, prior[1], pattern.m)
+        kept = scores.covariance_rows(part, c, pattern, price)
+        if moments.kind == FULL and price is None:
+            kept = scores.sweep_rows(part, moments.xx[index].to(part), kept, pattern)
+        chosen.append(kept)
+    return from_rows(torch.cat(chosen), weight.shape), None, score
+
+
+def restore(
+    weight: Tensor, mask: Tensor, values: Tensor | None, moments: Moments | None, pattern: Pattern
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Refit the kept values and exchange kept for removed ones -> mask, values (None: unchanged), notes.
+
+    Args:
+        values: where to start, of the weight's shape; None starts from the weight itself.
+        moments: must be full; otherwise nothing is done and the notes say why.
+
+    No row ends with a larger error than it began with; the notes hold the error before and after, over the mean
+    square of the outputs.
+    """
+    if moments is None:
+        return mask, values, {"skipped": "no calibration data"}
+    if moments.kind != FULL:
+        return mask, values, {"skipped": f"{moments.kind} statistics: a larger memory budget would hold full ones"}
+    start = to_rows(weight.detach().float() * mask if values is None else values)
+    fitted, kept, before, after, energy = [], [], 0.0, 0.0, 0.0
+    pieces = problems(weight, moments)
+    for (target, a), v, k in zip(pieces, start.chunk(len(pieces)), to_rows(mask).chunk(len(pieces)), strict=True):
+        new, chosen = refit.refit(v, target, a, k, pattern)
+        before += float(refit.error(v, target, a).sum())
+        after += float(refit.error(new, target, a).sum())
+        energy += float(refit.error(torch.zeros_like(v), target, a).sum())
+        fitted.append(new)
+        kept.append(chosen)
+    notes = {"error_masked": before / max(energy, 1e-30), "error_refitted": after / max(energy, 1e-30)}
+    return from_rows(torch.cat(kept), weight.shape), from_rows(torch.cat(fitted), weight.shape), notes
+
+
+def project(
+    weight: Tensor,
+    moments: Moments | None,
+    pattern: Pattern,
+    score: str,
+    refitted: bool,
+    prior: tuple[Tensor, float] | None = None,
+) -> Projection:
+    """Mask one weight by a score and, if ``refitted``, restore it."""
+    mask, values, used = choose(weight, moments, pattern, score, prior)
+    notes: dict[str, Any] = {}
+    if refitted:
+        mask, values, notes = restore(weight, mask, values, moments, pattern)
+    return Projection(mask.contiguous(), values, used, notes)
+
+
+class Records:
+    """Moments of layers in a folder, one safetensors file each, so that an interrupted run goes on where it was.
+
+    Args:
+        folder: made if missing; None keeps nothing.
+        stamp: what the moments depend on; files with another stamp are made anew.
+
+    Raises:
+        ArtifactError: the folder can't be made or written to.
+    """
+
+    def __init__(self, folder: Path | None, stamp: str) -> None:
+        self.folder, self.stamp = folder, stamp
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ArtifactError(f"can't make the folder {folder}", found=error.strerror or str(error)) from error
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.safetensors"
+
+    def get(self, name: str) -> Moments | None:
+        """Those of a layer, or None where there are none, or not of this run."""
+        path = self._path(name)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("stamp") != self.stamp:
+                    return None
+            return Moments.from_tensors(load_file(path))
+        except Exception:  # a torn or foreign file: gathered anew
+            return None
+
+    def put(self, name: str, moments: Moments) -> None:
+        """Write a layer's, through a temporary file.
+
+        Raises:
+            ArtifactError: the folder isn't writable, or the disk is full.
+        """
+        path = self._path(name)
+        if path is None:
+            return
+        tensors = {k: v.cpu() for k, v in moments.tensors().items()}
+        try:
+            replace_atomically(path, lambda temporary: save_file(tensors, temporary, {"stamp": self.stamp}))
+        except ArtifactError:
+            raise
+        except Exception as error:
+            raise ArtifactError(f"can't write {path}", expected="a writable folder with room", found=error) from error
+
+
+def stamp(model: Imported, values: Sequence[Sequence[Any]], config: Mapping[str, Any]) -> str:
+    """A digest of the weights, of the calibration data and of the options: what moments depend on."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    tensors = [*model.gm.state_dict().values(), *model.lifted.tensors.values()]
+    for tensor in [*tensors, *(v for batch in values for v in batch if isinstance(v, Tensor))]:
+        digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def in_sequence(
+    model: Imported,
+    uses: Mapping[str, Sequence[LayerOp]],
+    patterns: Mapping[str, Pattern],
+    decide: Callable[[str, Moments], Projection],
+    ctx: Context,
+) -> tuple[dict[str, Projection], dict[fx.Node, tuple[Tensor, Tensor]]]:
+    """Project layer after layer along the graph, each on the inputs that the pruned layers before it leave.
+
+    Args:
+        uses: the nodes of each layer to project. One with several nodes is decided at the first, from dense inputs.
+        decide: name and moments -> what the layer becomes.
+
+    Returns:
+        The projections, and new means and variances of the BatchNorm nodes behind them (if ``ctx.renorm``).
+    """
+    config = ctx.config
+    norm_at = set(batch_norms(model.gm)) if ctx.renorm else set()
+    towards = 0.0
+    if ctx.calibrate == "pruned_to_dense":
+        towards = 1.0 if norm_at else TOWARDS_DENSE
+    stream = Stream(model, as_batches(ctx.calibration), ctx.memory, towards)
+    records = Records(ctx.statistics, "")
+    if ctx.statistics is not None:
+        patterns_of = {name: str(pattern) for name, pattern in patterns.items()}
+        how = {"towards": towards, "seed": ctx.seed, "patterns": patterns_of}
+        records.stamp = stamp(model, list(stream.inputs()), {**config.to_dict(), "memory": ctx.memory, **how})
+    shared = {name: patterns[name].m for name, nodes in uses.items() if len(nodes) > 1}
+    dense = collect(model, stream.inputs(), shared, ctx.memory) if shared else {}
+    layer_at = {nodes[0].node: name for name, nodes in uses.items()}
+    found: dict[str, Projection] = {}
+    norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+    stops = [n for n in model.gm.graph.nodes if n in layer_at or n in norm_at]
+    for node in tqdm(stops, desc="prune", unit="layer", disable=None):
+        if node in norm_at:
+            statistics = stream.channel_statistics(node, node.all_input_nodes[0])
+            if statistics is not None:
+                norms[node] = statistics
+                stream.renorm(node, *statistics)
+            continue
+        name = layer_at[node]
+        layer = uses[name][0]
+        moments = dense.get(name) or records.get(name)
+        if moments is None:
+            moments = stream.moments(layer, patterns[name].m, ctx.memory)
+            records.put(name, moments)
+        if len(uses[name]) == 1 and len(norm_at.intersection(node.users)) == len(node.users) == 1:
+            moments = moments.centred()  # a BatchNorm alone reads the outputs, and takes their means off
+        found[name] = projection = decide(name, moments)
+        weight = layer.weight.tensor.detach()
+        new = weight * projection.mask if projection.weight is None else projection.weight.to(weight.dtype)
+        for use in uses[name]:
+            stream.replace(use, new, use.bias)
+    return found, norms
+
+
+def reestimate(model: Imported, ctx: Context) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """Means and variances of all BatchNorm nodes of a graph as it is now, each behind the re-estimated ones before."""
+    stream = Stream(model, as_batches(ctx.calibration), ctx.memory)
+    norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+    for node in batch_norms(model.gm):
+        statistics = stream.channel_statistics(node, node.all_input_nodes[0], changed_only=False)
+        if statistics is not None:
+            norms[node] = statistics
+            stream.renorm(node, *statistics)
+    return norms

@@ -1,0 +1,187 @@
+"""Recipes: what is made of which model, how, on what data: one YAML file each, a row of the paper or your own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from torch import Tensor, nn
+
+from mpcompile.config import CALIBRATIONS, Config, only_fields
+from mpcompile.data.loader import Images
+from mpcompile.errors import ConfigError
+from mpcompile.io.files import read_text
+from mpcompile.io.schema import Mismatch, check
+from mpcompile.io.yaml_options import LARGEST, parse
+from mpcompile.ir.module import IRModule
+from mpcompile.pipeline import transform
+from mpcompile.training.options import Training, check_fields, check_type
+
+FOLDER = Path(__file__).parent
+_PARTS = ("compile", "train", "data", "calibration")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How many training images decide masks and orders, by how many at a time, and ``calibrate`` as in transform."""
+
+    images: int = 256
+    batch: int = 32
+    calibrate: str = "pruned_to_dense"
+
+    def __post_init__(self) -> None:
+        check_fields(self, ("images", 1, math.inf), ("batch", 1, math.inf))
+        if self.calibrate not in CALIBRATIONS:
+            raise ConfigError(
+                "option 'calibrate' has no such value",
+                expected=f"one of {', '.join(CALIBRATIONS)}",
+                found=self.calibrate,
+            )
+
+
+class _Described(TypedDict):
+    macs: Mapping[str, float]
+    source: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way from a dense model to a distilled one.
+
+    Attributes:
+        name: of the recipe.
+        model: timm's name, with the tag of its weights.
+        compile: what the model becomes.
+        train: how it is distilled.
+        data: how images are read.
+        calibration: images for masks and orders.
+        prior_weight: pull of the source mask with ``score="ser"``.
+        macs: multiply-accumulates to expect: ``dense`` in G, ``executed`` and ``paper`` as percent saved.
+        source: where it comes from, and what was decided where sources disagree.
+
+    Example:
+        >>> recipe = Recipe.load("deit_tiny_2of4_tome8")
+        >>> recipe.compile.pattern, recipe.train.epochs
+        ('2:4', 3)
+    """
+
+    name: str
+    model: str
+    compile: Config = field(default_factory=Config)
+    train: Training = field(default_factory=Training)
+    data: Images = field(default_factory=Images)
+    calibration: Calibration = field(default_factory=Calibration)
+    prior_weight: float = 0.1
+    macs: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        check_type("prior_weight", "float", self.prior_weight)
+        try:
+            check({"macs": self.macs, "source": self.source}, _Described)
+        except Mismatch as error:
+            raise ConfigError(
+                f"option {error.where!r} has the wrong type", expected=error.expected, found=error.found
+            ) from error
+        if not 0 <= self.prior_weight < math.inf:
+            raise ConfigError("option 'prior_weight' is out of range", expected="0 or more", found=self.prior_weight)
+        if self.train.cache and self.data.augment:
+            raise ConfigError(
+                "train.cache keeps one row of logits an image, but augmentation shows another image every epoch",
+                expected="data.augment=false with train.cache=true",
+                found="data.augment=true",
+            )
+
+    @staticmethod
+    def names() -> list[str]:
+        """Recipes that come with mpcompile."""
+        return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+    @classmethod
+    def load(cls, name: str | Path, changes: Sequence[str] = ()) -> Recipe:
+        """A recipe by its name, or from a YAML file.
+
+        Args:
+            name: one of :meth:`names`, or a path that ends in ``.yaml`` or ``.yml``.
+            changes: ``"part.option=value"``, values as in YAML, such as ``"train.lr=3e-4"``.
+
+        Raises:
+            ConfigError: no such recipe, not YAML, or an option that isn't known.
+        """
+        path = Path(name) if Path(name).suffix in (".yaml", ".yml") else FOLDER / f"{name}.yaml"
+        if not path.exists():
+            raise ConfigError(
+                f"there is no recipe {str(name)!r}", expected=f"a YAML file, or one of {', '.join(cls.names())}"
+            )
+        try:
+            values = parse(read_text(path, LARGEST), path)
+        except OSError as error:
+            found = error.strerror or str(error)
+            raise ConfigError(f"{path} can't be read", expected="a YAML file", found=found) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds no recipe", expected="keys such as model and compile", found=type(values))
+        return cls.from_dict({"name": path.stem, **values}, changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
+        """A recipe from plain values.
+
+        Raises:
+            ConfigError: an option that isn't known, or can't have this value.
+        """
+        values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+        for change in changes:
+            _change(values, change)
+        only_fields(cls, values, "a recipe has no part")
+        for key in ("name", "model"):
+            if not isinstance(values.get(key), str):
+                raise ConfigError(f"the recipe names no {key}", expected=f"{key}: NAME", found=values.get(key))
+        for part in _PARTS:
+            if not isinstance(values.get(part, {}), Mapping):
+                raise ConfigError(f"{part} has the wrong type", expected="options by name", found=values[part])
+        only_fields(Calibration, values.get("calibration", {}), "calibration has no option")
+        return cls(
+            **{
+                **values,
+                "compile": Config.from_options(values.get("compile")),
+                "train": Training.from_options(values.get("train")),
+                "data": Images.from_options(values.get("data")),
+                "calibration": Calibration(**values.get("calibration", {})),
+            }
+        )
+
+    def student(self, teacher: nn.Module, calibration: Iterable[Tensor]) -> IRModule:
+        """The teacher, masked and merged as the recipe says: not trained yet.
+
+        Args:
+            teacher: the dense model.
+            calibration: batches of images that can be read again.
+
+        Raises:
+            MPCompileError: as :func:`mpcompile.transform`.
+        """
+        how = {"prior_weight": self.prior_weight, "calibrate": self.calibration.calibrate, "seed": self.train.seed}
+        return transform(teacher, None, self.compile, calibration, **how)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_dict` takes them back."""
+        return {**dataclasses.asdict(self), "compile": self.compile.to_dict(), "macs": dict(self.macs)}
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    path, equals, text = change.partition("=")
+    *parts, last = path.split(".")
+    if not equals or len(parts) > 1 or not last:
+        raise ConfigError("a change has the wrong form", expected="part.option=value", found=change)
+    target = values
+    for part in parts:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ConfigError(
+                "a change names no part of the recipe", expected=f"one of {', '.join(_PARTS)}", found=part
+            )
+    target[last] = parse(text, f"the value in {change!r}")

@@ -1,0 +1,400 @@
+"""Follow the token axis behind a merge: rewrite what held for unmerged tokens, refuse what can't be followed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import ATTENTION, argument, fake_value, target_name
+from mpcompile.kernels import ops
+from mpcompile.layers import ByMode, MaskedLinear
+from mpcompile.passes.merge_tokens.moves import AxisMoves, Level, State
+from mpcompile.passes.merge_tokens.sites import is_matmul
+
+_LAST_AXIS = (nn.Linear, MaskedLinear, nn.LayerNorm, nn.RMSNorm)
+_POINTWISE = (
+    *(nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Mish),
+    *(nn.LeakyReLU, nn.ELU, nn.Softplus, ByMode),
+)
+_ARITHMETIC = ("add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "div", "div_", "truediv", "addcmul")
+_ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", "leaky_relu", "dropout", "DropPath")
+_UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
+_CASTS = ("alias", "to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "maybe_add_mask")
+_ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm")
+_POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + _CASTS + _ALONG_LAST)
+_SIZED = ("reshape", "view", "_unsafe_view", "expand")  # their arguments name every axis
+_REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
+_MOVES = frozenset((*_SIZED, *_REGROUPS, "permute", "transpose", "swapaxes", "getitem", "select", "slice")) | {
+    *("unbind", "chunk", "split", "split_with_sizes", "tensor_split")
+}
+_SAME = frozenset((*_CASTS, "contiguous", "clone", "detach", "neg", "dropout", "Dropout", "Identity"))
+_PRODUCTS, _QUOTIENTS = frozenset(("mul", "imul", "mul_")), frozenset(("div", "div_", "truediv", "itruediv"))
+_SUMS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_"))
+_SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
+
+
+class TokenAxis(AxisMoves):
+    """One walk over the graph, in order.
+
+    Args:
+        levels: merged tokens -> their level.
+        size: sizes of the input tokens, a node.
+        count: number of input tokens.
+        prefix: tokens in front that never merge.
+        mask: the attention mask that the sizes contain already.
+        proportional: whether log(size) joins attention logits.
+
+    Attributes:
+        extents: node -> (level, start) of each token axis that its arithmetic runs over.
+        weights: node that holds weights of attention -> the axis along which they sum up over keys. A merged key has
+            the weight of all that it stands for, which holds as long as what follows is linear in it.
+    """
+
+    def __init__(
+        self,
+        gm: IRModule,
+        levels: dict[fx.Node, Level],
+        size: fx.Node,
+        count: int,
+        prefix: int,
+        mask: fx.Node | None = None,
+        proportional: bool = True,
+    ) -> None:
+        super().__init__(gm, prefix)
+        self.levels, self.size, self.count = levels, size, count
+        self.mask, self.proportional = mask, proportional
+        self.states: dict[fx.Node, State] = {}
+        self.extents: dict[fx.Node, list[tuple[Level, int]]] = {}
+        self.weights: dict[fx.Node, int] = {}
+        self._followed: dict[tuple[fx.Node, Level, int, int], fx.Node] = {}
+        self.rules: dict[str, Callable[[fx.Node, State], State | None]] = {
+            **dict.fromkeys(_SIZED, self._reshape),
+            **dict.fromkeys(_REGROUPS, self._regroup),
+            **dict.fromkeys(("permute",), self._permute),
+            **dict.fromkeys(("transpose", "swapaxes"), self._transpose),
+            **dict.fromkeys(("unbind", "chunk", "split", "split_with_sizes", "tensor_split"), self._split),
+            **dict.fromkeys(("mean", "sum", "var", "std", "norm", "max", "amax", "min", "amin"), self._reduce),
+            **dict.fromkeys(("cat", "concat"), self._cat),
+            **dict.fromkeys(("softmax", "Softmax", "_softmax"), self._softmax),
+            "stack": self._stack,
+            "getitem": self._getitem,
+            "select": self._select,
+            "slice": self._slice,
+            "normalize": self._along_another,
+            "repeat_interleave": self._along_another,
+        }
+
+    def follow(self, original: Iterable[fx.Node]) -> None:
+        """Walk the nodes that were in the graph before any merge, rewriting it in place.
+
+        Raises:
+            GraphError: an op on merged tokens that can't be followed; it names the op.
+        """
+        for tokens, level in self.levels.items():
+            self.states[tokens] = State(level, {1: 0})
+        for node in original:
+            carriers = [n for n in node.all_input_nodes if n in self.states]
+            if not carriers or self._is_number(node):
+                self._note_number(node, carriers)
+                continue
+            if node.op == "output":
+                raise self._refusal(node, "the model returns a value for each of the unmerged tokens")
+            keys = self._keys_behind(node, carriers)
+            state = self._next(node, carriers)
+            if state is not None:
+                self.states[node] = state
+                if keys is not None:
+                    self.weights[node] = keys
+                    if self._is_linear(node, target_name(self.gm, node)):
+                        self._count_bias(node, state, keys)
+                self.extents.setdefault(node, [(state.level, start) for start in state.axes.values()])
+
+    def _next(self, node: fx.Node, carriers: list[fx.Node]) -> State | None:
+        name = target_name(self.gm, node)
+        if node.target in ATTENTION:
+            return self._attention(node)
+        if is_matmul(node):
+            return self._matmul(node)
+        if name in self.rules:
+            return self.rules[name](node, self.states[carriers[0]])
+        if self._is_pointwise(node, name):
+            return self._pointwise(node, carriers)
+        if isinstance(fake_value(node), (torch.Tensor, tuple, list)):
+            raise self._refusal(node, "an op that it doesn't know")
+        return None
+
+    def _keys_behind(self, node: fx.Node, carriers: list[fx.Node]) -> int | None:
+        """Of an op on weights of attention, the axis of keys in its result; None where it has none, or sums over it.
+
+        Raises:
+            GraphError: the op isn't linear in the weights.
+        """
+        held = [n for n in carriers if n in self.weights]
+        if not held or not self.proportional or is_matmul(node) or node.op == "output":
+            return None
+        name, source = target_name(self.gm, node), held[0]
+        keys, state = self.weights[source], self.states[source]
+        if name in _MOVES:
+            return self._moved(node, name, State(state.level, {keys: state.axes[keys]}, state.many))
+        back = len(self._shape(source)) - keys
+        place = len(self._shape(node)) - back
+        first = node.args[0] if node.args else None
+        others = [n for n in node.all_input_nodes if n is not source]
+        if name in _SAME and first is source:
+            return place
+        if name in _PRODUCTS and len(node.args) == 2 and node.args[0] is not node.args[1] and len(held) == 1:
+            return place
+        if name in _QUOTIENTS and first is source and len(held) == 1 and not node.kwargs:
+            return place
+        if name in _SUMS and others and all(self._alike(n, back) for n in (first, node.args[1])):
+            return place
+        if self._is_linear(node, name) and place != len(self._shape(node)) - 1:
+            return place
+        if name in ("mean", "sum"):
+            return self._kept(node, keys)
+        why = "it isn't linear in the weights of attention, where a merged key has the weight of all it stands for"
+        raise self._refusal(node, why)
+
+    def _alike(self, node: Any, back: int) -> bool:
+        """Whether an operand is weights of attention, with its keys on the axis ``back`` from the end."""
+        return isinstance(node, fx.Node) and len(self._shape(node)) - self.weights.get(node, -1) == back
+
+    def _is_linear(self, node: fx.Node, name: str) -> bool:
+        if node.op == "call_module":
+            return type(self.gm.get_submodule(str(node.target))) in (nn.Linear, MaskedLinear)
+        return name in ("linear", "masked_linear")
+
+    def _count_bias(self, node: fx.Node, state: State, keys: int) -> None:
+        """A bias of weights of attention (heads that are mixed) counts for every token that a key stands for."""
+        graph, bias = self.gm.graph, None
+        if node.op == "call_function":
+            bias = node.args[3] if node.target is ops.masked_linear else argument(node, 2, "bias")
+        elif self.gm.get_submodule(str(node.target)).bias is not None:
+            with graph.inserting_before(node):
+                bias = graph.get_attr(f"{node.target}.bias")
+        if bias is None:
+            return
+        if self.mask is not None:
+            raise self._refusal(node, "its bias gives weight to hidden tokens")
+        users = list(node.users)
+        with graph.inserting_after(node):
+            log = graph.call_function(ops.token_bias, (state.level.size, node, state.axes[keys], keys))
+        with graph.inserting_after(log):
+            more = graph.call_function(torch.expm1, (log,))  # size - 1: the layer has added it once
+        with graph.inserting_after(more):
+            total = graph.call_function(torch.addcmul, (node, more, bias))
+        total.meta = dict(node.meta)
+        for user in users:
+            user.replace_input_with(node, total)
+        self.states[total], self.weights[total] = state, keys
+
+    def _moved(self, node: fx.Node, name: str, state: State) -> int | None:
+        """Where an op that moves axes puts the only one of ``state``."""
+        if name in _SIZED or name in _REGROUPS:
+            return next(iter(self._places(node, state).values()))
+        moved = self.rules[name](node, state)
+        return next(iter(moved.axes)) if moved is not None and moved.axes else None
+
+    def _kept(self, node: fx.Node, keys: int) -> int | None:
+        """Where a reduction over other axes leaves that of keys; None where it runs over keys."""
+        rank, dim = len(self._shape(node.args[0])), argument(node, 1, "dim")
+        gone = {d % rank for d in (range(rank) if dim is None else (dim,) if isinstance(dim, int) else dim)}
+        if keys in gone:
+            return None
+        return keys if argument(node, 2, "keepdim", False) else keys - sum(d < keys for d in gone)
+
+    def _is_number(self, node: fx.Node) -> bool:
+        """Whether a node reads a shape, or computes with what was read from one."""
+        value = fake_value(node)
+        if target_name(self.gm, node) in _SHAPE_QUERIES or (node.target is getattr and node.args[1] == "shape"):
+            return True
+        return node.target is getattr and not isinstance(value, torch.Tensor)
+
+    def _note_number(self, node: fx.Node, carriers: list[fx.Node]) -> None:
+        if carriers:
+            self.numbers[node] = self.states[carriers[0]].level
+        else:
+            known = [self.numbers[n] for n in node.all_input_nodes if n in self.numbers]
+            if known:
+                self.numbers[node] = known[0]
+
+    def _is_pointwise(self, node: fx.Node, name: str) -> bool:
+        if node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+                return False
+            return isinstance(module, _LAST_AXIS + _POINTWISE) or name in _POINTWISE_NAMES
+        return name in _POINTWISE_NAMES
+
+    def _check_batch(self, node: fx.Node, shape: tuple[int, ...], level: Level) -> None:
+        """Sizes go by sample, so that what they meet must have the batch in front."""
+        if shape[0] != self._shape(level.tokens)[0]:
+            raise self._refusal(node, f"axis 0 of {shape} is not the batch")
+
+    def _bring(self, node: fx.Node, table: fx.Node, level: Level, start: int, dim: int) -> None:
+        """Average a value per input token over what merged, and let ``node`` read that instead."""
+        value = fake_value(table)
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or start < 0:
+            raise self._refusal(node, f"{table.name} holds a value for each of the unmerged tokens")
+        if self._shape(table)[dim] != self.count - start:
+            raise self._refusal(node, f"{table.name} holds {self._shape(table)[dim]} values for {self.count} tokens")
+        self._check_batch(node, self._shape(node), level)
+        key = (table, level, start, dim)
+        if key not in self._followed:
+            args = (table, level.places(), self.size, level.size, start, dim, len(self._shape(node)))
+            with self.gm.graph.inserting_before(node):
+                self._followed[key] = self.gm.graph.call_function(ops.token_follow, args)
+        node.replace_input_with(table, self._followed[key])
+
+    def _join(self, node: fx.Node, operands: Iterable[fx.Node], rank: int) -> State:
+        """The state of tensors that are combined with broadcasting, aligned at the last axis."""
+        operands = list(operands)
+        carriers = [self.states[n] for n in operands if n in self.states]
+        level = carriers[0].level
+        axes: dict[int, int] = {}
+        for operand in (n for n in operands if n in self.states):
+            state, shift = self.states[operand], rank - len(self._shape(operand))
+            if state.level is not level:
+                raise self._refusal(node, "its operands hold different tokens")
+            for axis, start in state.axes.items():
+                if axes.setdefault(axis + shift, start) != start:
+                    raise self._refusal(node, "its operands hold different tokens")
+        for operand in operands:
+            shape = self._shape(operand)
+            shift = rank - len(shape)
+            own = {a + shift for a in self.states[operand].axes} if operand in self.states else set()
+            full = [a for a in axes if a not in own and a >= shift and shape[a - shift] != 1]
+            if not full:
+                continue
+            if operand in self.states or len(axes) > 1:
+                why = "a value for each of the unmerged tokens (a relative position bias, or an attention mask)"
+                raise self._refusal(node, f"{operand.name} holds {why}")
+            self._bring(node, operand, level, axes[full[0]], full[0] - rank)
+        return State(level, axes)
+
+    def _pointwise(self, node: fx.Node, carriers: list[fx.Node]) -> State:
+        """Elementwise, or along the last axis: the token axis stays, counted from the back."""
+        rank = len(self._shape(node))
+        along = node.op == "call_module" or target_name(self.gm, node) in _ALONG_LAST
+        tensors = carriers[:1] if along else [n for n in node.all_input_nodes if self._shape(n)]
+        state = self._join(node, tensors, rank)
+        known = node.op == "call_module" and not isinstance(self.gm.get_submodule(str(node.target)), _LAST_AXIS)
+        if along and not known and rank - 1 in state.axes:
+            raise self._refusal(node, "it mixes the tokens")
+        return state
+
+    def _cat(self, node: fx.Node, state: State) -> State:
+        rank = len(self._shape(node))
+        axis = argument(node, 1, "dim", 0) % rank
+        parts = list(argument(node, 0, "tensors"))
+        *front, last = parts
+        if axis not in state.axes:
+            return self._join(node, parts, rank)
+        if any(part in self.states for part in front) or last not in self.states:
+            raise self._refusal(node, "it puts merged tokens before others")
+        ahead = sum(self._shape(part)[axis] for part in front)
+        return replace(self.states[last], axes={**self.states[last].axes, axis: state.axes[axis] - ahead})
+
+    def _stack(self, node: fx.Node, _: State) -> State:
+        rank = len(self._shape(node))
+        axis = argument(node, 1, "dim", 0) % rank
+        state = self._join(node, argument(node, 0, "tensors"), rank - 1)
+        return replace(state, axes={a + (a >= axis): start for a, start in state.axes.items()})
+
+    def _reduce(self, node: fx.Node, state: State) -> State | None:
+        name, rank = target_name(self.gm, node), len(self._shape(node.args[0]))
+        place = 2 if name == "norm" else 1
+        dim, keep = argument(node, place, "dim"), bool(argument(node, place + 1, "keepdim", False))
+        axes = {d % rank for d in (range(rank) if dim is None else (dim,) if isinstance(dim, int) else dim)}
+        over = axes & state.axes.keys()
+        left = {a if keep else a - sum(b < a for b in axes): s for a, s in state.axes.items() if a not in over}
+        if over:
+            if name == "mean" and len(axes) == 1 and self.mask is None:
+                self._weigh(node, state, min(over), keep)
+            elif name not in ("max", "amax", "min", "amin"):
+                why = "it averages over tokens and other axes at once" if name == "mean" else "it runs over the tokens"
+                raise self._refusal(node, why if self.mask is None else "it averages over tokens, hidden ones included")
+        many = isinstance(fake_value(node), (tuple, list))
+        return replace(state, axes=left, many=many) if left else None
+
+    def _weigh(self, node: fx.Node, state: State, axis: int, keep: bool) -> None:
+        """A mean over tokens becomes one over what they stand for."""
+        self._check_batch(node, self._shape(node.args[0]), state.level)
+        with self.gm.graph.inserting_before(node):
+            args = (node.args[0], state.level.size, state.axes[axis], axis, keep)
+            new = self.gm.graph.call_function(ops.token_mean, args)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        self.gm.graph.erase_node(node)
+
+    def _softmax(self, node: fx.Node, state: State) -> State:
+        rank = len(self._shape(node))
+        if node.op == "call_module":
+            dim = getattr(self.gm.get_submodule(str(node.target)), "dim", None)
+        else:
+            dim = argument(node, 1, "dim", -1)
+        dim = (-1 if dim is None else dim) % rank
+        if dim not in state.axes:
+            return state
+        logits = node.args[0]
+        if self.proportional:
+            self._check_batch(node, self._shape(node), state.level)
+            with self.gm.graph.inserting_before(node):
+                args = (state.level.size, logits, state.axes[dim], dim)
+                bias = self.gm.graph.call_function(ops.token_bias, args)
+                total = self.gm.graph.call_function(operator.add, (logits, bias))
+            node.replace_input_with(logits, total)  # type: ignore[arg-type]
+        self.weights[node] = dim
+        return state
+
+    def _matmul(self, node: fx.Node) -> State | None:
+        left, right = argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other"))
+        rank = len(self._shape(node))
+        a, b = self.states.get(left), self.states.get(right)
+        ranks = (len(self._shape(left)), len(self._shape(right)))
+        if rank < 2 or min(ranks) < 2:
+            raise self._refusal(node, "a product with a vector")
+        ours = {} if a is None else {x + rank - ranks[0]: s for x, s in a.axes.items()}
+        theirs = {} if b is None else {x + rank - ranks[1]: s for x, s in b.axes.items()}
+        level = (a or b).level  # type: ignore[union-attr]
+        if a is not None and b is not None and a.level is not b.level:
+            raise self._refusal(node, "its operands hold different tokens")
+        inner = (ours.pop(rank - 1, None), theirs.pop(rank - 2, None))
+        weighs = self.weights.get(left) == ranks[0] - 1 or self.weights.get(right) == ranks[1] - 2
+        if inner != (None, None) and (inner[0] != inner[1] or not weighs):
+            raise self._refusal(node, "it sums over tokens, without weights of attention")
+        if any(theirs.get(axis, start) != start for axis, start in ours.items()):
+            raise self._refusal(node, "its operands hold different tokens")
+        axes = {**ours, **theirs}
+        self.extents[node] = [(level, s) for s in axes.values()] + [(level, s) for s in inner[:1] if s is not None]
+        return State(level, axes) if axes else None
+
+    def _attention(self, node: fx.Node) -> State | None:
+        """Proportional attention: log(size) joins the logits of merged keys."""
+        query, key, value = (argument(node, i, k) for i, k in enumerate(("query", "key", "value")))
+        keys, values, state = self.states.get(key), self.states.get(value), self.states.get(query)
+        if keys is None and values is None and argument(node, 3, "attn_mask") is None:  # merged tokens ask others
+            return state
+        if keys is None or values is None or keys.level is not values.level or keys.axes != values.axes:
+            raise self._refusal(node, "its keys and values hold different tokens")
+        if set(keys.axes) != {2} or len(self._shape(key)) != 4:
+            raise self._refusal(node, "its keys don't have shape (batch, heads, tokens, channels)")
+        mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
+        if causal is not False:
+            raise self._refusal(node, "it is causal, and merging moves tokens")
+        if mask is not None and mask is not self.mask:
+            raise self._refusal(node, "it has an attention mask or bias of its own")
+        start = keys.axes[2]
+        if self.proportional:
+            scale, gqa = argument(node, 6, "scale"), argument(node, 7, "enable_gqa", False)
+            args = (query, key, value, keys.level.size, start, argument(node, 4, "dropout_p", 0.0), scale, gqa)
+            node.target, node.args, node.kwargs = ops.token_attention, args, {}
+        axes = {} if state is None else {2: state.axes[2]}
+        self.extents[node] = [(keys.level, s) for s in (start, *axes.values())]
+        return State(keys.level, axes) if axes else None

@@ -1,0 +1,183 @@
+"""Masks that hide nothing: constant and all true, or added to logits and all zero.
+
+Exported models build attention masks from ones, arange and full although every token may see every other. What such a
+mask does is nothing, and without it tokens can merge. Only what doesn't depend on data counts, and no parameter: a
+relative position bias that starts at zero is trained later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpcompile.ir.effects import writes, written
+from mpcompile.ir.macs import is_add
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.nodes import ATTENTION, argument, fake_value, hint, shape_of, target_name
+from mpcompile.ir.parts import attribute
+from mpcompile.passes.merge_tokens.sites import find_attentions, is_matmul
+
+_MOST = 1 << 26  # values of a constant that is computed
+_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "empty")
+_FILLED = {"ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0}
+_MISSING = object()
+
+
+class _Constants:
+    """The values of nodes that depend on shapes alone, as the graph's example inputs have them."""
+
+    def __init__(self, gm: IRModule, lifted: Lifted) -> None:
+        self.gm, self.lifted = gm, lifted
+        self.known: dict[fx.Node, Any] = {}
+
+    def value(self, node: Any) -> Any:
+        """What a node yields, or ``_MISSING`` where that depends on data, on parameters, or isn't known."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self.known:
+            self.known[node] = _MISSING  # while it is being computed
+            self.known[node] = self._compute(node)
+        return self.known[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        seen = fake_value(node)
+        if isinstance(seen, (bool, int, float, torch.SymInt, torch.dtype, torch.device, torch.Size)):
+            return tuple(map(hint, seen)) if isinstance(seen, torch.Size) else hint(seen)
+        if node.target is getattr and isinstance(node.args[0], fx.Node):
+            source = fake_value(node.args[0])
+            found = getattr(source, str(node.args[1]), _MISSING) if isinstance(source, Tensor) else _MISSING
+            return tuple(map(hint, found)) if isinstance(found, torch.Size) else found
+        if node.op == "call_method" and node.target == "size" and isinstance(shape_of(node.all_input_nodes[0]), tuple):
+            return shape_of(node.all_input_nodes[0])
+        if node.op in ("get_attr", "placeholder"):
+            owned = node.op == "get_attr"
+            tensor = attribute(self.gm, str(node.target)) if owned else self.lifted.tensors.get(node.name)
+            held = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
+            return tensor if held else _MISSING
+        if node.op not in ("call_function", "call_method") or not isinstance(seen, (Tensor, tuple, list)):
+            return _MISSING
+        if isinstance(seen, Tensor) and seen.numel() > _MOST:
+            return _MISSING
+        return self._called(node, seen)
+
+    def _called(self, node: fx.Node, seen: Any) -> Any:
+        name = target_name(self.gm, node)
+        if isinstance(seen, Tensor) and name in (*_FILLED, "full_like", "new_full"):
+            fill = _FILLED.get(name, argument(node, 2 if name == "new_full" else 1, "fill_value"))
+            fill = self.value(fill)
+            return fill if fill is _MISSING else torch.full([*map(hint, seen.shape)], fill, dtype=seen.dtype)
+        if any(word in name for word in _RANDOM):
+            return _MISSING
+        values = {n: self.value(n) for n in node.all_input_nodes}
+        if any(value is _MISSING for value in values.values()):
+            return _MISSING
+        values = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}  # it may write into them
+        args: Any = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
+        kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
+        try:
+            with torch.no_grad():
+                if node.op == "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:
+            return _MISSING
+
+    def fixed(self, node: fx.Node) -> Tensor | None:
+        """The tensor that a node always yields, or None: nothing that it comes from is written by a statement."""
+        value = self.value(node)
+        if not isinstance(value, Tensor):
+            return None
+        stack, behind = [node], {node}
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source not in behind and isinstance(self.known.get(source), Tensor):
+                    behind.add(source)
+                    stack.append(source)
+        views = list(behind)
+        while views:
+            for user in views.pop().users:
+                if user in behind or not isinstance(fake_value(user), (Tensor, type(None))):
+                    continue
+                if written(self.gm, user):
+                    return None
+                if isinstance(fake_value(user), Tensor) and self.value(user) is not _MISSING:
+                    behind.add(user)
+                    views.append(user)
+        return value
+
+
+def _all(value: Tensor | None, what: bool) -> bool:
+    """Whether a mask is the same everywhere: true, or zero."""
+    if value is None:
+        return False
+    return bool(value.all()) if what else not bool(value.any())
+
+
+def hides_nothing(constants: _Constants, mask: Any) -> bool:
+    """Whether a mask that attention is given (boolean, or added to its logits) lets all see all."""
+    value = constants.fixed(mask) if isinstance(mask, fx.Node) else None
+    return value is not None and _all(value, value.dtype is torch.bool)
+
+
+def _idle_step(constants: _Constants, node: fx.Node) -> fx.Node | None:
+    """The logits that a node yields unchanged, or None where it changes them, or is no masking."""
+    name = target_name(constants.gm, node)
+    source: Any = None
+    if is_add(node) and len(node.args) == 2 and not node.kwargs:
+        first, second = node.args
+        for logits, mask in ((first, second), (second, first)):
+            if isinstance(mask, fx.Node) and isinstance(logits, fx.Node) and _all(constants.fixed(mask), False):
+                source = logits
+    elif name in ("masked_fill", "masked_fill_") and isinstance(node.args[1], fx.Node):
+        source = node.args[0] if _all(constants.fixed(node.args[1]), False) else None
+    elif name == "where" and len(node.args) == 3 and isinstance(node.args[0], fx.Node):
+        source = node.args[1] if _all(constants.fixed(node.args[0]), True) else None
+    if not isinstance(source, fx.Node):
+        return None
+    before, after = fake_value(source), fake_value(node)
+    same = isinstance(before, Tensor) and shape_of(source) == shape_of(node) and before.dtype == after.dtype
+    return source if same else None
+
+
+def idle_masks(gm: IRModule, lifted: Lifted) -> Mapping[fx.Node, fx.Node | None]:
+    """Attentions whose mask hides nothing (-> None), and steps on logits of a written-out one (-> the logits)."""
+    constants, found = _Constants(gm, lifted), dict[fx.Node, fx.Node | None]()
+    for attention in find_attentions(gm):
+        if attention.anchor.target in ATTENTION:
+            if hides_nothing(constants, argument(attention.anchor, 3, "attn_mask")):
+                found[attention.anchor] = None
+            continue
+        stack, seen = [attention.anchor], {attention.anchor}
+        while stack:  # from the softmax up to the product of queries and keys
+            for node in stack.pop().all_input_nodes:
+                if node in seen or is_matmul(node) or shape_of(node) != shape_of(attention.anchor):
+                    continue
+                seen.add(node)
+                stack.append(node)
+                source = _idle_step(constants, node)
+                if source is not None:
+                    found[node] = source
+    return found
+
+
+def drop(gm: IRModule, found: Mapping[fx.Node, fx.Node | None]) -> None:
+    """Take idle masks out of a graph, and what computed them and nothing else."""
+    left = [n for node in found for n in node.all_input_nodes if n not in found]
+    for node, source in found.items():
+        if source is not None:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+        elif len(node.args) > 3:
+            node.update_arg(3, None)
+        else:
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
+    while left:
+        node = left.pop()
+        pure = node.op == "get_attr" or (node.op in ("call_function", "call_method") and not writes(gm, node))
+        if pure and not node.users and not node._erased:
+            left += node.all_input_nodes
+            gm.graph.erase_node(node)

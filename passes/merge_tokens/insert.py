@@ -1,0 +1,216 @@
+"""Merge tokens: insert ToMe after the attention residual of every block (method: section 8).
+
+Anchored on attention, fused or written out: from there the graph leads to the first addition whose other operand is
+an ancestor of the query, the attention residual. The merge goes after it, and ``log(size)`` is added to the logits of
+every later attention. Behind the first merge the token axis is followed by dataflow, never by its length, so that
+token counts burnt into reshapes can be rewritten, values per token (position embeddings, rotary tables) brought along,
+and whatever can't be followed refused by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpcompile.errors import GraphError, NotEligibleError
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import shape_of
+from mpcompile.kernels import ops
+from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
+from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
+from mpcompile.passes.merge_tokens.schedule import counts, merges, solve
+from mpcompile.passes.merge_tokens.sites import Site, count_prefix, find_sites, key_mask, opaque_attentions
+from mpcompile.plan import Plan, is_lowered
+
+
+def _keys(graph: fx.Graph, site: Site) -> fx.Node:
+    """Keys of all attentions of a block as (B, heads, N, D), in front of the graph's insertion point."""
+    keys = []
+    for attention in site.attentions:
+        node = attention.keys
+        keys.append(graph.call_method("transpose", (node, -2, -1)) if attention.transposed else node)
+    return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
+
+
+def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], proportional: bool) -> TokenAxis:
+    """Put the merges into the graph, and let everything behind them follow.
+
+    Args:
+        sites: blocks, as many as ``decision["r"]`` has numbers.
+        decision: ``r`` and ``tokens`` as planned; blocks that merge nothing are passed over.
+
+    Raises:
+        GraphError: something behind a merge can't be followed.
+    """
+    graph, prefix, numbers = gm.graph, decision["prefix"], decision["tokens"]
+    original = list(graph.nodes)
+    mask = key_mask(list(sites))
+    if mask is not None and not proportional:
+        raise GraphError(
+            "the sizes of merged tokens carry the attention mask",
+            layer=mask.name,
+            expected="tome_proportional=True for a model with an attention mask",
+            found="False",
+        )
+    levels: dict[fx.Node, Level] = {}
+    first: fx.Node | None = None
+    level: Level | None = None
+    for block, site in enumerate(sites):
+        if numbers[block + 1] == numbers[block]:
+            continue
+        users = list(site.residual.users)
+        with graph.inserting_before(site.residual.next):
+            if first is None:
+                first = graph.call_function(ops.token_size, (site.residual, mask))
+            size = first if level is None else level.size
+            args = (site.residual, _keys(graph, site), size, decision["r"][block], prefix)
+            merge = graph.call_function(ops.token_merge, args)
+            tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
+        tokens.meta["mpcompile.original"] = site.residual
+        for user in users:
+            user.replace_input_with(site.residual, tokens)
+        level = Level(tokens, after, step, numbers[block + 1], level)
+        levels[tokens] = level
+    assert first is not None  # plan() has seen to it that something merges
+    axis = TokenAxis(gm, levels, first, numbers[0], prefix, mask, proportional)
+    axis.follow(original)
+    for node in [level.step for level in levels.values() if not level.step.users]:
+        graph.erase_node(node)
+    return axis
+
+
+def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
+    """A copy of a graph to try something on, with the same tensors; and the copy of each node."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    return IRModule(gm, graph), copies
+
+
+def _unmasked(gm: IRModule, ctx: Context) -> IRModule:
+    """The graph, or where masks that hide nothing stand in it a copy without them."""
+    found = idle_masks(gm, ctx.lifted)
+    if not found:
+        return gm
+    trial, copies = _trial(gm)
+    drop(trial, {copies[node]: None if source is None else copies[source] for node, source in found.items()})
+    return trial
+
+
+def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callable[[Sequence[int]], float]:
+    """Multiply-accumulates of a graph as a function of the tokens before the first block and behind each.
+
+    Masks don't count here. The graph has to carry ``macs`` (see :func:`mpcompile.ir.graph.propagate`).
+    """
+    trial, copies = _trial(gm)
+    sites, _ = find_sites(trial)
+    decision = {"r": [1] * len(sites), "prefix": prefix, "tokens": [tokens - i for i in range(len(sites) + 1)]}
+    axis = insert(trial, sites, decision, ctx.config.tome_proportional)
+    place = {level.count: tokens - level.count for level in axis.levels.values()}
+    terms = []
+    for node in copies.values():
+        macs = node.meta.get("macs", 0)
+        if macs:
+            terms.append((macs, [(place[level.count], start) for level, start in axis.extents.get(node, [])]))
+
+    def cost(numbers: Sequence[int]) -> float:
+        return sum(
+            macs * math.prod((numbers[block] - start) / (tokens - start) for block, start in axes)
+            for macs, axes in terms
+        )
+
+    return cost
+
+
+def unmerged(plan: Plan) -> list[str]:
+    """Why nothing merged although it was asked for; empty where something did, or nothing was asked."""
+    last = [record.decision for record in plan.passes if record.name == MergeTokens.name][-1:]
+    return [decision["reason"] for decision in last if decision.get("reason")]
+
+
+class MergeTokens(Pass):
+    """Token merging with proportional attention in every self-attention block."""
+
+    name = "merge_tokens"
+
+    def check(self, gm: IRModule, ctx: Context) -> None:
+        """Merges that are in the graph stay as they are: others are refused, not passed over."""
+        asked, known = ctx.config.to_dict(), ctx.plan.config
+        if ctx.config.tome_r == 0 or not (is_lowered(gm, ctx.plan) or ctx.plan.tokens):
+            return
+        options = [key for key in asked if key.startswith(("tome_", "prefix_"))]
+        if ctx.plan.tokens and all(asked[key] == known.get(key) for key in options):
+            return
+        why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
+        raise GraphError(
+            f"this module can't merge tokens as asked: {why}",
+            expected="tome_r=0, which leaves the module's merges as they are",
+            found=f"tome_r={ctx.config.tome_r!r}" + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
+            hint="transform the model that it was made from, with this tome_r",
+        )
+
+    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
+        nothing: dict[str, Any] = {"r": [], "prefix": 0, "sites": [], "tokens": []}
+        r = ctx.config.tome_r
+        if r == 0:
+            return nothing
+        if any(node.target is ops.token_merge for node in gm.graph.nodes):
+            return {**nothing, "already": True}
+        gm = _unmasked(gm, ctx)
+        sites, reasons = find_sites(gm)
+        if not sites:
+            name, why = next(iter((reasons or opaque_attentions(gm)).items()), (None, None))
+            error = NotEligibleError(
+                f"tome_r={r}, but there is no attention block to merge in",
+                layer=name,
+                expected="attention with a residual addition, on (batch, tokens, channels)",
+                found=why or "no attention",
+                hint="use tome_r=0 for this model",
+            )
+            if ctx.tolerant:
+                return {**nothing, "reason": str(error)}
+            raise error
+        if ctx.tolerant and 0 in (shape_of(sites[0].residual) or ()):
+            return nothing  # a graph for no samples: there is nothing to save in it
+        key_mask(sites)
+        prefix = count_prefix(sites[0], ctx.lifted) if ctx.config.prefix_tokens is None else ctx.config.prefix_tokens
+        tokens = (shape_of(sites[0].residual) or (0, 0))[1]
+        if prefix > tokens:
+            raise GraphError("more prefix tokens than tokens", expected=f"at most {tokens}", found=prefix)
+        numbers = merges(ctx.config, len(sites))
+        if numbers is None:
+            cost = merging_cost(gm, ctx, prefix, tokens)
+            reduction = ctx.config.tome_reduction or 0.0
+            numbers = solve(reduction, tokens, prefix, len(sites), ctx.config.tome_schedule, cost)
+        left = counts(tokens, prefix, numbers)
+        return {"r": numbers, "prefix": prefix, "sites": [site.name for site in sites], "tokens": left}
+
+    def summary(self, decision: dict[str, Any]) -> str:
+        if not decision["sites"]:
+            return "already merged" if decision.get("already") else decision.get("reason") or "off"
+        tokens, r = decision["tokens"], decision["r"]
+        schedule = str(r[0]) if len(set(r)) == 1 else ", ".join(map(str, r))
+        text = f"r = {schedule} in {len(decision['sites'])} blocks, tokens {tokens[0]} -> {tokens[-1]}"
+        clamped = [block for block, (a, b) in enumerate(itertools.pairwise(tokens)) if a - b < r[block]]
+        text += f", {decision['prefix']} prefix"
+        return text + (f"; r clamped to half of the tokens in {len(clamped)} blocks" if clamped else "")
+
+    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
+        tokens = decision["tokens"]
+        if decision.get("reason"):
+            ctx.plan.note(f"nothing merged: {decision['reason']}")
+        if not tokens or tokens[0] == tokens[-1]:
+            return False
+        drop(gm, idle_masks(gm, ctx.lifted))
+        names = set(decision["sites"])
+        sites = [site for site in find_sites(gm)[0] if site.name in names]
+        insert(gm, sites, decision, ctx.config.tome_proportional)
+        ctx.plan.tokens = list(tokens)
+        return True

@@ -1,0 +1,224 @@
+"""What is known of merged tokens while a graph is walked, and the rules that need nothing but an axis to move."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpcompile.errors import GraphError
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import argument, element_count, fake_value, shape_of, target_name
+
+
+@dataclass(eq=False)
+class Level:
+    """The tokens behind one merge (or more), and what is known of them.
+
+    Attributes:
+        tokens: node of the merged tokens (B, N, C).
+        size: node of their sizes (B, N, 1).
+        step: node of the places of the tokens before this merge.
+        count: N.
+        before: the level that was merged, None at the first merge.
+    """
+
+    tokens: fx.Node
+    size: fx.Node
+    step: fx.Node
+    count: int
+    before: Level | None
+    _places: fx.Node | None = field(default=None, repr=False)
+
+    def places(self) -> fx.Node:
+        """Node of the place of every input token; put into the graph when first asked for."""
+        if self._places is None:
+            self._places = self.step
+            if self.before is not None:
+                source = self.before.places()
+                with self.step.graph.inserting_after(self.step):
+                    self._places = self.step.graph.call_function(torch.gather, (self.step, 1, source))
+        return self._places
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a node carries tokens.
+
+    Attributes:
+        level: which tokens.
+        axes: axis, counted from the front -> number of its first token in the whole sequence (behind a slice; negative
+            where other tokens stand in front).
+        many: whether it is a tuple of such tensors.
+    """
+
+    level: Level
+    axes: Mapping[int, int]
+    many: bool = False
+
+
+class AxisMoves:
+    """Reshapes, permutations, splits and indexing.
+
+    A rule takes a node and the state of its input and gives the state of its output, None where that holds no tokens
+    that may move. It rewrites sizes that held for unmerged tokens.
+
+    Args:
+        prefix: tokens in front that never merge.
+    """
+
+    def __init__(self, gm: IRModule, prefix: int) -> None:
+        self.gm, self.prefix = gm, prefix
+        self.numbers: dict[fx.Node, Level] = {}  # read from a shape -> the tokens whose shape that is
+
+    def _refusal(self, node: fx.Node, why: str) -> GraphError:
+        name = target_name(self.gm, node)
+        return GraphError(
+            f"token merging can't follow the tokens through {name!r}: {why}",
+            layer=str(node.target) if node.op == "call_module" else node.name,
+            expected="tokens on an axis of their own from block to block",
+            found=f"{name} on {self._shape(node.all_input_nodes[0])}",
+            hint="use tome_r=0 for this model",
+        )
+
+    def _shape(self, node: Any) -> tuple[int, ...]:
+        """Shape before any merge."""
+        return (shape_of(node.meta.get("mpcompile.original", node)) if isinstance(node, fx.Node) else None) or ()
+
+    def _places(self, node: fx.Node, state: State) -> dict[int, int]:
+        """Token axes of the input of a reshape -> those of its output."""
+        before, after = self._shape(node.args[0]), self._shape(node)
+        found = {}
+        for axis in state.axes:
+            for place, length in enumerate(after):
+                ahead = element_count(before[:axis]) == element_count(after[:place])
+                if target_name(self.gm, node) == "expand":
+                    ahead = place == axis + len(after) - len(before)
+                if ahead and length == before[axis]:
+                    found[axis] = place
+                    break
+            else:
+                raise self._refusal(node, "it joins the token axis with another, or splits it (windows, a grid)")
+        return found
+
+    def _regroup(self, node: fx.Node, state: State) -> State:
+        return replace(state, axes={place: state.axes[axis] for axis, place in self._places(node, state).items()})
+
+    def _reshape(self, node: fx.Node, state: State) -> State:
+        source, places = node.args[0], self._places(node, state)
+        result = replace(state, axes={place: state.axes[axis] for axis, place in places.items()})
+        if len(node.args) == 2 and isinstance(node.args[1], fx.Node):
+            if self.numbers.get(node.args[1]) is not state.level:
+                raise self._refusal(node, "it takes its whole shape from unmerged tokens")
+            return result
+        packed = isinstance(node.args[1], (tuple, list))
+        sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
+        for place, start in result.axes.items():
+            fresh = isinstance(sizes[place], fx.Node) and self.numbers.get(sizes[place]) is state.level
+            if sizes[place] == -1 or fresh:
+                continue
+            if -1 not in sizes or target_name(self.gm, node) == "expand":
+                sizes[place] = -1
+            elif isinstance(sizes[place], fx.Node):
+                self._exchange(node, sizes, place)
+            else:
+                sizes[place] = state.level.count - start
+        node.args = (source, sizes) if packed else (source, *sizes)
+        return result
+
+    def _exchange(self, node: fx.Node, sizes: list[Any], place: int) -> None:
+        """Leave the tokens open in place of an axis that a reshape leaves open although its length is fixed."""
+        other = sizes.index(-1)
+        length = fake_value(node).shape[other]
+        if not isinstance(length, int):
+            raise self._refusal(node, "the numbers of tokens and of something else both vary from call to call")
+        sizes[other], sizes[place] = length, -1
+
+    def _permute(self, node: fx.Node, state: State) -> State:
+        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        rank = len(self._shape(node))
+        order = [int(i) % rank for i in order]  # type: ignore[arg-type]
+        return replace(state, axes={order.index(axis): start for axis, start in state.axes.items()})
+
+    def _transpose(self, node: fx.Node, state: State) -> State:
+        rank = len(self._shape(node))
+        i, j = (int(argument(node, p, key)) % rank for p, key in ((1, "dim0"), (2, "dim1")))
+        return replace(state, axes={{i: j, j: i}.get(axis, axis): start for axis, start in state.axes.items()})
+
+    def _split(self, node: fx.Node, state: State) -> State:
+        unbind = target_name(self.gm, node) == "unbind"
+        axis = argument(node, 1 if unbind else 2, "dim", 0) % len(self._shape(node.args[0]))
+        if axis in state.axes:
+            raise self._refusal(node, "it splits the tokens")
+        axes = {a - (unbind and axis < a): start for a, start in state.axes.items()}
+        return replace(state, axes=axes, many=True)
+
+    def _getitem(self, node: fx.Node, state: State) -> State | None:
+        source, index = node.args
+        if state.many:
+            return replace(state, many=False)
+        index = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(item, (fx.Node, list, torch.Tensor)) for item in index):
+            raise self._refusal(node, "it picks tokens by an index that is computed")
+        if Ellipsis in index:
+            gap = len(self._shape(source)) - (len(index) - 1 - index.count(None))
+            place = index.index(Ellipsis)
+            index = (*index[:place], *[slice(None)] * gap, *index[place + 1 :])
+        axes: dict[int, int] = {}
+        axis = read = 0
+        for item in itertools.chain(index, itertools.repeat(slice(None), len(self._shape(source)))):
+            if item is not None and read in state.axes:
+                start = self._cut(node, state.axes[read], item)
+                if start is not None:
+                    axes[axis] = start
+            axis += item is None or isinstance(item, slice)
+            read += item is not None
+        return replace(state, axes=axes) if axes else None
+
+    def _cut(self, node: fx.Node, first: int, item: Any) -> int | None:
+        """Indexing on a token axis whose first token is number ``first``: the first one of what is left.
+
+        None for prefix tokens, whose number stays.
+        """
+        if item == slice(None):
+            return first
+        if isinstance(item, int) and item >= 0 and item + first < self.prefix:
+            return None
+        if isinstance(item, slice) and item.step in (None, 1):
+            start, stop = item.start or 0, item.stop
+            if isinstance(start, int) and 0 <= start <= self.prefix - first and stop is None:
+                return first + start
+            if isinstance(stop, int) and isinstance(start, int) and 0 <= start <= stop <= self.prefix - first:
+                return None
+        raise self._refusal(node, "it picks tokens by their place, and merging moves them")
+
+    def _one_axis(self, node: fx.Node, state: State, dim: int, item: Any, gone: bool) -> State | None:
+        axes = {a - (gone and dim < a): start for a, start in state.axes.items() if a != dim}
+        if dim in state.axes:
+            start = self._cut(node, state.axes[dim], item)
+            if start is not None:
+                axes[dim] = start
+        return replace(state, axes=axes) if axes else None
+
+    def _select(self, node: fx.Node, state: State) -> State | None:
+        dim = int(argument(node, 1, "dim")) % len(self._shape(node.args[0]))
+        return self._one_axis(node, state, dim, argument(node, 2, "index"), True)
+
+    def _slice(self, node: fx.Node, state: State) -> State | None:
+        dim = int(argument(node, 1, "dim", 0)) % len(self._shape(node))
+        start, stop = argument(node, 2, "start"), argument(node, 3, "end")
+        stop = None if stop is None or (isinstance(stop, int) and stop >= 2**31) else stop
+        step = argument(node, 4, "step", 1)
+        return self._one_axis(node, state, dim, slice(start or None, stop, None if step == 1 else step), False)
+
+    def _along_another(self, node: fx.Node, state: State) -> State:
+        """``F.normalize`` and ``repeat_interleave``, along another axis than the tokens'."""
+        where = (2, "dim", 1) if target_name(self.gm, node) == "normalize" else (2, "dim", None)
+        axis = argument(node, *where)
+        if axis is None or axis % len(self._shape(node)) in state.axes:
+            raise self._refusal(node, "it runs over the tokens")
+        return state

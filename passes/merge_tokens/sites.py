@@ -1,0 +1,290 @@
+"""Where tokens can merge: attention blocks on one stream of tokens, and the tokens in front that never merge."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from mpcompile.errors import GraphError
+from mpcompile.ir.macs import is_add
+from mpcompile.ir.module import Lifted
+from mpcompile.ir.nodes import ATTENTION, MATMUL, argument, shape_of
+
+CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
+_SOFTMAX = frozenset({F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default})
+_MATMUL = (MATMUL - {torch.einsum}) | {operator.matmul, operator.imatmul}
+_SHAPE_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: ``anchor`` is its fused call, or the softmax of one that is written out.
+
+    Attributes:
+        query: (B, heads, N, D).
+        keys: (B, heads, N, D), or (B, heads, D, N) where ``transposed``.
+        mask: what the fused call adds to its logits, or None.
+    """
+
+    anchor: fx.Node
+    query: fx.Node
+    keys: fx.Node
+    transposed: bool = False
+    mask: fx.Node | None = None
+
+    @property
+    def key_shape(self) -> tuple[int, ...]:
+        """(B, heads, N, D); empty where it isn't known to have four axes."""
+        shape = shape_of(self.keys) or ()
+        if len(shape) != 4:
+            return ()
+        return (*shape[:2], shape[3], shape[2]) if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block: its attentions (several where it runs them side by side), and the addition behind which to merge."""
+
+    attentions: tuple[Attention, ...]
+    residual: fx.Node
+
+    @property
+    def name(self) -> str:
+        return self.attentions[0].anchor.name
+
+
+def asks_shape(node: fx.Node) -> bool:
+    """Whether a node reads a tensor's shape, dtype or device only."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    return (node.op == "call_method" and node.target in ("size", "dim")) or "sym_size" in str(node.target)
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Everything that a node is computed from."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return seen
+
+
+def _is_softmax(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), nn.Softmax)
+    return node.target in _SOFTMAX or (node.op == "call_method" and node.target == "softmax")
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """Whether a node is a matrix product of two tensors, as an operator, a function or a method."""
+    if node.op == "call_method":
+        return node.target in ("matmul", "bmm", "__matmul__")
+    return node.target in _MATMUL
+
+
+def _logits(softmax: fx.Node) -> fx.Node | None:
+    """The product of queries and keys that a softmax normalises: the nearest one upstream of the same size."""
+    wanted = shape_of(softmax)
+    if wanted is None or len(wanted) != 4:
+        return None
+    seen, queue = {softmax}, [softmax]
+    while queue:
+        node = queue.pop(0)
+        for source in node.all_input_nodes:
+            shape = shape_of(source)
+            if source in seen or shape is None or sorted(shape[1:]) != sorted(wanted[1:]):
+                continue
+            if is_matmul(source):
+                return source
+            seen.add(source)
+            queue.append(source)
+    return None
+
+
+def find_attentions(gm: fx.GraphModule) -> list[Attention]:
+    """Every attention over tokens, fused or written out, in graph order."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in ATTENTION:
+            mask = argument(node, 3, "attn_mask")
+            query, keys = argument(node, 0, "query"), argument(node, 1, "key")
+            found.append(Attention(node, query, keys, mask=mask if isinstance(mask, fx.Node) else None))
+        elif _is_softmax(gm, node):
+            product = _logits(node)
+            if product is not None:
+                query, keys = argument(product, 0, "input"), argument(product, 1, "mat2", product.kwargs.get("other"))
+                if isinstance(query, fx.Node) and isinstance(keys, fx.Node):
+                    found.append(Attention(node, query, keys, transposed=True))
+    return found
+
+
+def opaque_attentions(gm: fx.GraphModule) -> dict[str, str]:
+    """Modules of torch.nn that hold an attention which symbolic tracing doesn't enter, and what they are."""
+    found = {}
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if module is not None and any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
+            kind = type(module).__name__
+            found[str(node.target)] = f"nn.{kind}, whose attention can't be seen: write it with F.linear and SDPA"
+    return found
+
+
+def _residual(attention: Attention) -> fx.Node | None:
+    """The addition that brings the attention's result back into the stream that its query came from.
+
+    Where further branches that don't depend on it are added to the sum at once (blocks whose attention and MLP run
+    side by side), the last of these additions.
+    """
+    upstream = ancestors(attention.query)
+    reached = {attention.anchor}
+    node = attention.anchor
+    found: fx.Node | None = None
+    while (node := node.next).op != "root":
+        if asks_shape(node) or not reached.intersection(node.all_input_nodes):
+            continue
+        reached.add(node)
+        if found is None:
+            if is_add(node) and any(s in upstream and shape_of(s) == shape_of(node) for s in node.all_input_nodes):
+                found = node
+                reached = {node}
+        elif (
+            is_add(node)
+            and found in node.all_input_nodes
+            and len([u for u in found.users if not asks_shape(u)]) == 1
+            and not any(s is not found and found in ancestors(s) for s in node.all_input_nodes)
+            and all(shape_of(s) == shape_of(found) for s in node.all_input_nodes)
+        ):
+            found = node
+            reached = {node}
+        else:
+            break
+    return found
+
+
+def _obstacle(attention: Attention, residual: fx.Node | None) -> str | None:
+    """Why no tokens can merge behind an attention, or None."""
+    if residual is None:
+        return "no addition brings its result back to where its query came from"
+    stream, keys = shape_of(residual) or (), attention.key_shape
+    if len(stream) != 3:
+        return f"its stream is {stream}, not (batch, tokens, channels)"
+    if not keys:
+        return f"its keys are {shape_of(attention.keys)}, not (batch, heads, tokens, channels)"
+    if stream[0] != keys[0] or stream[1] != keys[2]:
+        return f"its keys {keys} are not the tokens of its stream {stream}: windows, or fewer tokens"
+    if (shape_of(attention.query) or (0, 0, 0))[-2] != keys[2]:
+        return f"its queries {shape_of(attention.query)} are not the tokens of its keys {keys}"
+    return None
+
+
+def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
+    """Self-attention blocks on a (B, N, C) stream, in graph order, and why other attentions are none.
+
+    Raises:
+        GraphError: blocks that can merge stand on more than one token axis.
+    """
+    grouped: dict[fx.Node, list[Attention]] = {}
+    reasons: dict[str, str] = {}
+    for attention in find_attentions(gm):
+        residual = _residual(attention)
+        why = _obstacle(attention, residual)
+        if why is None and residual is not None:
+            grouped.setdefault(residual, []).append(attention)
+        else:
+            reasons[attention.anchor.name] = why or ""
+    sites = [Site(tuple(attentions), residual) for residual, attentions in grouped.items()]
+    for before, after in itertools.pairwise(sites):
+        lengths = [(shape_of(site.residual) or (0, 0))[1] for site in (before, after)]
+        if lengths[0] != lengths[1] or before.residual not in ancestors(after.residual):
+            raise GraphError(
+                "attention runs on more than one token axis",
+                layer=after.name,
+                expected=f"the {lengths[0]} tokens of {before.name}, one stream through all blocks",
+                found=f"{lengths[1]} tokens" + ("" if lengths[0] != lengths[1] else " of another branch"),
+                hint="use tome_r=0 for this model",
+            )
+    return sites, reasons
+
+
+def key_mask(sites: list[Site]) -> fx.Node | None:
+    """The attention mask over keys that every block uses, or None where none does.
+
+    Raises:
+        GraphError: a mask that differs from query to query or head to head, or from block to block; causal attention.
+    """
+    for attention in (attention for site in sites for attention in site.attentions):
+        if not attention.transposed and argument(attention.anchor, 5, "is_causal", False) is not False:
+            raise GraphError(
+                "attention is causal, and merging moves tokens",
+                layer=attention.anchor.name,
+                expected="attention of every token to every other",
+                found="is_causal",
+                hint="use tome_r=0 for this model",
+            )
+    masks = {attention.mask: attention for site in sites for attention in site.attentions}
+    if not masks.keys() - {None}:
+        return None
+    mask, attention = next((m, a) for m, a in masks.items() if m is not None)
+    shape = shape_of(mask) or ()
+    tokens = attention.key_shape[2]
+    if len(masks) > 1 or len(shape) != 4 or shape[1:] != (1, 1, tokens):
+        plain = len(shape) >= 2 and shape[-2:] == (tokens, tokens)
+        raise GraphError(
+            "a relative position bias or a mask for every query can't follow merged tokens"
+            if plain
+            else "its attention mask can't follow merged tokens",
+            layer=attention.anchor.name,
+            expected=f"no mask, or one over keys, (batch, 1, 1, {tokens}), the same in every block",
+            found=f"{mask.name} of shape {shape}" + (", not in every block" if len(masks) > 1 and not plain else ""),
+            hint="use tome_r=0 for this model",
+        )
+    return mask
+
+
+def _from_data(node: fx.Node, lifted: Lifted) -> bool:
+    """Whether a node depends on the model's input, and not on parameters and shapes alone."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder" and current.name not in lifted.tensors:
+            if shape_of(current):  # a symbolic size is no data
+                return True
+        elif current not in seen and not asks_shape(current):
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def count_prefix(site: Site, lifted: Lifted) -> int:
+    """Tokens in front that come from parameters, found at the concatenations upstream of the first block.
+
+    Raises:
+        GraphError: such tokens stand behind others.
+    """
+    prefix = 0
+    for node in ancestors(site.residual):
+        shape = shape_of(node)
+        if node.target not in CAT or shape is None or len(shape) != 3 or argument(node, 1, "dim", 0) not in (1, -2):
+            continue
+        parts = list(argument(node, 0, "tensors"))
+        data = [_from_data(part, lifted) for part in parts]
+        if not any(data):
+            continue
+        if not all(data[data.index(True) :]):
+            raise GraphError(
+                "tokens that come from parameters stand behind the image's",
+                layer=node.name,
+                expected="class, distillation and register tokens in front",
+                found=f"{data.count(False)} of {len(data)} parts, not all of them in front",
+                hint="use tome_r=0, or reorder the concatenation",
+            )
+        prefix += sum((shape_of(part) or (0, 0))[1] for part, is_data in zip(parts, data, strict=True) if not is_data)
+    return prefix

@@ -1,0 +1,142 @@
+"""The command line: the main job for real, exit codes, and errors without a traceback."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mpcompile import backend as module
+from mpcompile import cli
+from mpcompile.cli import demo_job as demo_module
+from mpcompile.io import files
+
+
+@pytest.fixture
+def no_inductor(monkeypatch):
+    """Graphs run as they are: code generation is tested with the backend."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, "_inductor", lambda gm, *_: gm)
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, backend="eager", **kwargs: real(model, backend=backend, **kwargs)
+    )
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo_module.Demo, "epochs", 3)
+    command = ["demo", "--quick", "--quiet", "--seed", "3", "--out"]
+    assert cli.main([*command, str(tmp_path / "first")]) == 0
+    rows = [
+        (r["name"], r["correct"], r["macs"]) for r in json.loads((tmp_path / "first/report.json").read_text())["rows"]
+    ]
+
+    class Enough(Exception):
+        pass
+
+    def audit(*args, **options):  # compiles what the first run has measured
+        raise Enough
+
+    monkeypatch.setattr(demo_module, "audit", audit)
+    with pytest.raises(Enough):  # the dense model comes from the cache
+        cli.main([*command, str(tmp_path / "second")])
+    first, second = (demo_module.mpcompile.load(tmp_path / name / "digits.mpc") for name in ("first", "second"))
+    assert first.plan.masked
+    for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    found = {name: (correct, macs) for name, correct, macs in rows if name != "dense bf16"}  # where there is any
+    assert list(found) == [
+        "dense eager",
+        "dense compiled",
+        "dense frozen",
+        "transformed 2:4",
+        "transformed",
+        "... distilled",
+        "compiled sparse",
+    ]
+    assert found["dense eager"][1] > 2 * found["compiled sparse"][1] * 0.99
+    assert found["... distilled"][0] == found["compiled sparse"][0]  # compiled and eager agree on every scan
+    text = capsys.readouterr().out
+    assert "blocks.0.attn.qkv" in text and "obs" in text and "top-1" in text
+    assert len(list((tmp_path / "cache" / "mpcompile").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_audit_writes_json_and_says_that_random_weights_mean_nothing(tmp_path, capsys):
+    out = tmp_path / "audit.json"
+    arguments = ["audit", "resnet10t", "--batch", "2", "--rounds", "2", "--quiet", "--json", str(out)]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "random weights: accuracy and agreement mean nothing" in text
+    report = json.loads(out.read_text())
+    assert report["rows"][-1]["macs"] < report["rows"][0]["macs"]
+    assert report["rows"][-1]["agree"] is None
+
+
+def checkpoint(path, keys):
+    save_file({key: torch.zeros(2) for key in keys}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet10t", "--pattern", "5:4"], "1 <= N <= M"),
+        (["resnet10t", "--checkpoint", "missing.safetensors"], "there is no checkpoint missing.safetensors"),
+        (["resnet10t", "--checkpoint", "truncated.safetensors"], "can't be read as a checkpoint"),
+        (["resnet10t", "--checkpoint", "pickled.pt"], "can't be read as a checkpoint"),
+        (["resnet10t", "--checkpoint", "other.safetensors"], "doesn't fit the model"),
+        (["no_such_model"], "timm has no model 'no_such_model'"),
+        (["resnet10t", "--tome-r", "8"], "no attention block"),
+        (["resnet10t", "--device", "cuda:9"], "can't be used"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = checkpoint(tmp_path / "other.safetensors", ["a", "b"]).read_bytes()
+    (tmp_path / "truncated.safetensors").write_bytes(whole[:-5])
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pt")  # a module, not a state dict
+    assert cli.main(["audit", *arguments, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("mpcompile: ") and "Traceback" not in error
+
+
+def test_report_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(files.ArtifactError, match="can't write"):
+        files.write_atomically(tmp_path / "no" / "folder.json", "{}")
+    old = tmp_path / "old.json"
+    old.write_text("old")
+    files.write_atomically(old, "new")
+    assert old.read_text() == "new" and list(tmp_path.iterdir()) == [old]
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    old = tmp_path / "old.json"
+    old.write_text("old")
+
+    def full(self, text, encoding):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.Path, "write_text", full)
+    with pytest.raises(files.ArtifactError, match="No space left"):
+        files.write_atomically(old, "new")
+    monkeypatch.undo()
+    assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("arguments", [["audit"], ["demo", "--threads", "0"], ["bake"], []])
+def test_usage_errors_exit_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_help_shows_an_example(capsys):
+    for job in cli.COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([job, "--help"])
+        assert caught.value.code == 0
+        assert f"example:\n  mpcompile {job}" in capsys.readouterr().out
