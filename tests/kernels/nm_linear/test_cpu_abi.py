@@ -91,6 +91,6 @@ def test_a_field_in_what_is_padding_is_noticed(tmp_path):
 
 
 def test_formats_have_the_numbers_of_the_header():
-    from mpcompile.kernels.nm_linear import native
+    from mpcompile.kernels.nm_linear import operators as native
 
     assert f"FORMAT_TOKENS = {native._TOKENS}, FORMAT_PLANES = {native._PLANES}," in header()
