@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
-# Old path -> new path, both below ``mpcompile``.
+# Old path -> new path, both below ``mpcompile``. A module that was split has several, joined by spaces.
 MOVED = {
     "allocation": "pruning.knapsack",
     "analysis": "rmt.analysis",
-    "audit": "measure.audit",
+    "audit": "measure.audit measure.builds",
     "certify": "certificates.api",
     "certify.batches": "certificates.batches",
     "certify.bounds": "certificates.bounds",
@@ -51,9 +52,9 @@ MOVED = {
     "effects": "ir.effects",
     "events": "training.events",
     "explain": "measure.explain",
-    "files": "io.files",
-    "flops": "ir.flops",
-    "graph": "ir.graph",
+    "files": "io.reading io.writing io.ownership io.checkpoints",
+    "flops": "ir.macs",
+    "graph": "ir.view ir.nodes ir.shapes ir.module ir.numerics ir.parts",
     "images": "data.images",
     "importers": "capture.importers",
     "ir_module": "ir.module",
@@ -75,7 +76,7 @@ MOVED = {
     "kernels.nm_linear.native": "kernels.nm_linear.operators",
     "labels": "data.labels",
     "macs": "ir.macs",
-    "modes": "capture.modes",
+    "modes": "capture.modes ir.numerics",
     "numerics": "ir.numerics",
     "package_guard": "export.package_guard",
     "parts": "ir.parts",
@@ -115,22 +116,34 @@ MOVED = {
 
 
 class _Moved(ModuleType):
-    """Stands in ``sys.modules`` under an old path; looks every attribute up in the module at the new one."""
+    """An old path in ``sys.modules``: every attribute is looked up in the modules at the new ones."""
 
-    __path__: ClassVar[list[str]] = []  # so that old paths below this one are importable, too
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []  # old paths below this one are importable, too
 
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what is patched is what the new module holds
-        return self._target().__dict__
+        targets = self._targets()
+        if len(targets) == 1:
+            return targets[0].__dict__
+        return {name: value for target in reversed(targets) for name, value in vars(target).items()}
 
-    def _target(self) -> ModuleType:
+    def _targets(self) -> list[ModuleType]:
         package, _, old = self.__name__.partition(".")
-        return importlib.import_module(f"{package}.{MOVED[old]}")
+        return [importlib.import_module(f"{package}.{new}") for new in MOVED[old].split()]
+
+    def _holder(self, name: str) -> ModuleType:
+        """The target that defines the attribute, else one that has it, else the first."""
+        targets = self._targets()
+        holders = [target for target in targets if hasattr(target, name)] or targets[:1]
+        owners = [t for t in holders if getattr(getattr(t, name, None), "__module__", None) == t.__name__]
+        return (owners or holders)[0]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):  # the import system looks for __spec__ and the like
             raise AttributeError(name)
-        target = self._target()
+        target = self._holder(name)
         value = getattr(target, name)
         text = f"{self.__name__} has moved: import {name} from {target.__name__}"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
@@ -140,13 +153,13 @@ class _Moved(ModuleType):
         if name.startswith("__") and name.endswith("__"):
             super().__setattr__(name, value)
         else:
-            setattr(self._target(), name, value)
+            setattr(self._holder(name), name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._target(), name)
+        delattr(self._holder(name), name)
 
     def __dir__(self) -> list[str]:
-        return dir(self._target())
+        return sorted({name for target in self._targets() for name in dir(target)})
 
 
 def install(package: str) -> None:
@@ -164,3 +177,23 @@ def attribute(name: str) -> ModuleType:
     if name in MOVED:
         return sys.modules[f"mpcompile.{name}"]
     raise AttributeError(f"module 'mpcompile' has no attribute {name!r}")
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose public names changed: old ones still work, with a warning.
+
+    Args:
+        module: its ``__name__``.
+        names: old name -> where it is, as a path below ``mpcompile``: ``"data.loader.ImageOptions"``.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        path, _, new = names[name].rpartition(".")
+        target = f"{module.partition('.')[0]}.{path}"
+        text = f"{module}.{name} has a new name: use {target}.{new}"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(target), new)
+
+    return attribute

@@ -23,14 +23,15 @@ from torch import Tensor, fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mpcompile import __version__
-from mpcompile.capture.importers import Imported, import_model
+from mpcompile._version import __version__
+from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
-from mpcompile.ir.graph import Lifted, layers, propagate, unsupported
-from mpcompile.ir.module import IRModule, owned_by_transformed
+from mpcompile.ir.module import Imported, IRModule, Lifted, owned_by_transformed
 from mpcompile.ir.numerics import autocasts, exact
 from mpcompile.ir.parts import keep
+from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context

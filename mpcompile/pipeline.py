@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpcompile.calibration.moments import as_batches, peek
-from mpcompile.capture.importers import Imported, check_values, import_model
-from mpcompile.capture.modes import with_ordinary_tensors
+from mpcompile.calibration.data import as_batches, peek
+from mpcompile.capture.checks import check_values
+from mpcompile.capture.importers import import_model
 from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.ir.effects import explicit
-from mpcompile.ir.graph import layers, propagate
 from mpcompile.ir.macs import count, node_macs
-from mpcompile.ir.module import IRModule
-from mpcompile.ir.numerics import exact
+from mpcompile.ir.module import Imported, IRModule
+from mpcompile.ir.numerics import exact, with_ordinary_tensors
+from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.allocate.decide import Allocate

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mpcompile.ir.graph import layers
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.view import layers
 from mpcompile.passes.base import Context, Pass
 from mpcompile.plan import LayerPlan
 from mpcompile.rmt.analysis import study_all

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mpcompile.config import Config
-from mpcompile.ir.graph import LayerOp, Lifted
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.plan import PassRecord, Plan
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.calibration.moments import as_batches, batches, collect
-from mpcompile.capture.importers import Imported
+from mpcompile.calibration.data import as_batches, batches
+from mpcompile.calibration.moments import collect
 from mpcompile.config import ROLES, Config
 from mpcompile.errors import GraphError, InputError, NotEligibleError
-from mpcompile.ir.graph import LayerOp, argument, element_count, layers, unsupported
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import Imported, IRModule
+from mpcompile.ir.nodes import argument, element_count
 from mpcompile.ir.parts import set_attribute
 from mpcompile.ir.roles import roles
+from mpcompile.ir.view import LayerOp, layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
 from mpcompile.layers import MaskedConv2d, MaskedLinear

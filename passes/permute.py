@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile.calibration.moments import DIAGONAL, as_batches, batches, collect
-from mpcompile.capture.importers import Imported
+from mpcompile.calibration.data import as_batches, batches
+from mpcompile.calibration.moments import DIAGONAL, collect
 from mpcompile.ir.effects import own_copies
-from mpcompile.ir.graph import LayerOp, layers, training_flags
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import Imported, IRModule
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.channels.axes import Analysis, Atoms, analyse

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from mpcompile.calibration.stream import batch_norms
-from mpcompile.capture.importers import Imported
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import Imported, IRModule
 from mpcompile.passes.base import Context, Pass
 from mpcompile.pruning.project import reestimate
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bench.common import RESULTS, environment, load, save
 from mpcompile import Config, transform
-from mpcompile.calibration.moments import draw
+from mpcompile.calibration.data import draw
 
 RUNGS: dict[str, dict[str, Any]] = {
     "magnitude": {"score": "magnitude"},

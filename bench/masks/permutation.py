@@ -18,7 +18,8 @@ from bench.common import RESULTS, environment, load, save
 from bench.masks.speed import shaken
 from mpcompile import Config
 from mpcompile.capture.importers import import_model
-from mpcompile.ir.graph import layers, propagate
+from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers
 from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.base import Context
 from mpcompile.passes.channels.axes import analyse

@@ -34,7 +34,7 @@ from mpcompile.artifact.opset import (
     module_path,
     shown,
 )
-from mpcompile.ir.graph import dynamo_name
+from mpcompile.ir.nodes import dynamo_name
 
 _MAX_DEPTH = 32  # of nested values; the Python parser has a limit too
 _KINDS: dict[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}

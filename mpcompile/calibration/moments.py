@@ -7,114 +7,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mpcompile.capture.importers import Imported
-from mpcompile.capture.modes import ordinary
-from mpcompile.data.labels import whole_numbers
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, first_line
 from mpcompile.ir.effects import own_copies
-from mpcompile.ir.graph import LayerOp, device_of, fake_value, hint, layers, training_flags
-from mpcompile.ir.numerics import exact
+from mpcompile.ir.module import Imported
+from mpcompile.ir.numerics import exact, training_flags
+from mpcompile.ir.view import LayerOp, layers
 
 _COLUMNS = 512  # of second moments, computed together
 _VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
 FULL, BLOCK, DIAGONAL = "full", "block", "diagonal"
-
-
-def as_batches(data: Any, what: str = "calibration") -> Iterable[Any]:
-    """One tensor or one dict is one batch; anything else is an iterable of batches.
-
-    Raises:
-        InputError: it can't be iterated; ``what`` says what it is.
-    """
-    if isinstance(data, (Tensor, Mapping)):
-        return [data]
-    if not isinstance(data, Iterable):
-        raise InputError(
-            f"{what} has the wrong type",
-            expected="an iterable of batches (tensors, tuples whose first item is the input, or dicts)",
-            found=type(data).__name__,
-        )
-    return data
-
-
-def peek(data: Any) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and an iterable that still starts with it: the data itself where it can be read again.
-
-    Raises:
-        InputError: there is none.
-    """
-    data = as_batches(data)
-    iterator = iter(data)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise InputError("calibration is empty", expected="at least one batch", found="none") from None
-    return first, itertools.chain([first], iterator) if iterator is data else data
-
-
-def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> list[Any]:
-    """The inputs in a batch, in the order of ``names``: all by keyword from a dict, else the first alone.
-
-    Args:
-        examples: of the inputs: where one is a dict or a tuple itself, so are the batches.
-    """
-    nested = len(examples) == 1 and isinstance(examples[0], (Mapping, tuple, list))
-    if isinstance(batch, Mapping):
-        if set(batch) == set(names):
-            return [batch[name] for name in names]
-        if nested:
-            return [batch]
-        raise InputError("a calibration batch has the wrong keys", expected=", ".join(names), found=list(batch))
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
-        batch = batch[0]
-    if not isinstance(batch, Tensor) and not (nested and isinstance(batch, (Mapping, tuple, list))):
-        raise InputError(
-            "a calibration batch has the wrong type",
-            expected="a tensor, a tuple whose first item is the input, or a dict",
-            found=type(batch).__name__,
-        )
-    return [batch]
-
-
-def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
-    """Indices of a class-balanced, shuffled sample of a labelled dataset.
-
-    Args:
-        labels: the label of every item, in the dataset's order.
-        count: how many to draw; classes differ by one at most, as long as they have enough items.
-        seed: the same seed draws the same sample.
-
-    Raises:
-        InputError: fewer items than that, or labels that are no whole numbers.
-
-    Example:
-        >>> sorted(draw([0, 0, 0, 0, 1, 1], 4))[-2:]
-        [4, 5]
-    """
-    values = whole_numbers(labels)
-    if not 0 < count <= len(values):
-        raise InputError("can't draw a calibration sample", expected=f"1 to {len(values)} items", found=count)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(values), generator=generator)
-    turn = torch.zeros(len(values), dtype=torch.long)
-    for label in values.unique():
-        members = order[values[order] == label]
-        turn[members] = torch.arange(len(members))
-    ranked = order[turn[order].argsort(stable=True)]  # one of every class, then a second one, ...
-    chosen = ranked[:count]
-    return chosen[torch.randperm(count, generator=generator)].tolist()
 
 
 def kind_for(layer: LayerOp, m: int, budget: float) -> tuple[str, int]:
@@ -285,78 +195,6 @@ class Accumulator:
         return Moments(self.count, self.kind, means["xx"], means["x"], means.get("yx"), means.get("y"))
 
 
-def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
-    """Each calibration batch as the full list of graph inputs, its shape checked against the example's.
-
-    Raises:
-        InputError: a batch of another shape or type than the example inputs, or not finite.
-    """
-    placeholders = [n for n in model.gm.graph.nodes if n.op == "placeholder"]
-    data = [n for n in placeholders if n.name not in model.lifted.tensors]
-    device = device_of(model.gm)
-    examples = [fake_value(node) for node in data]
-    for index, batch in enumerate(calibration):
-        values = model_inputs(batch, [str(n.target) for n in data], examples)
-        if len(values) != len(data):
-            raise InputError(
-                f"calibration batch {index} has the wrong number of inputs",
-                expected=f"{len(data)} ({', '.join(str(n.target) for n in data)}), as a dict",
-                found=len(values),
-            )
-        values = [_like(example, value) for example, value in zip(examples, values, strict=True)]
-        for example, value in zip(examples, values, strict=True):
-            _check_input(index, example, value)
-        if any(isinstance(v, Tensor) and v.dim() and not len(v) for v in pytree.tree_leaves(values)):
-            continue  # no samples: nothing to learn, and reshapes that leave an axis open would be ambiguous
-        moved = dict(zip(data, (_moved(v, device) for v in values), strict=True))
-        yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
-
-
-def _like(example: Any, value: Any) -> Any:
-    """``value`` as plain dicts, lists and tuples, without keys (such as labels) that the example lacks."""
-    if isinstance(example, Mapping) and isinstance(value, Mapping):
-        return {key: _like(example[key], value[key]) for key in example if key in value}
-    if isinstance(example, (tuple, list)) and isinstance(value, (tuple, list)) and len(example) == len(value):
-        items = [_like(a, b) for a, b in zip(example, value, strict=True)]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), ordinary(value))
-
-
-def _check_input(index: int, example: Any, value: Any) -> None:
-    """Refuse an input of a calibration batch that isn't like the example's."""
-    expected, found = (pytree.tree_leaves_with_path(tree) for tree in (example, value))
-    if [path for path, _ in expected] != [path for path, _ in found]:
-        raise InputError(
-            f"calibration batch {index} is built in another way than example_inputs",
-            expected=_outline(example),
-            found=_outline(value),
-        )
-    for (_, fake), (_, tensor) in zip(expected, found, strict=True):
-        if not isinstance(tensor, Tensor):
-            continue
-        shape = tuple(int(hint(s)) for s in fake.shape) if isinstance(fake, Tensor) else None
-        if shape is not None and tuple(tensor.shape[1:]) != shape[1:]:
-            raise InputError(
-                f"calibration batch {index} has the wrong shape",
-                expected=f"(batch, {', '.join(map(str, shape[1:]))}), as in example_inputs",
-                found=tuple(tensor.shape),
-                hint="calibrate with the transform and the resolution of inference",
-            )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"calibration batch {index} is not finite", expected="no NaN and no infinity")
-
-
-def _outline(value: Any) -> str:
-    """The kind of an input, and its keys or length."""
-    if isinstance(value, Mapping):
-        return f"a dict with {', '.join(map(str, value))}"[:100]
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
-
-
 class _Collector(fx.Interpreter):
     """Runs the graph and adds up moments at the layers it watches."""
 
@@ -407,7 +245,7 @@ def collect(
             try:
                 collector.run(*own_copies(model.gm, batch))
             except RuntimeError as error:
-                raise InputError(f"the model rejects a calibration batch: {str(error).splitlines()[0]}") from error
+                raise InputError(f"the model rejects a calibration batch: {first_line(error)}") from error
     if not seen:
         raise InputError("calibration is empty", expected="at least one batch", found="none")
     return {name: accumulator.result() for name, accumulator in by_name.items()}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
 _ATEN = torch.ops.aten
 # Operator -> position and name of its training flag.
@@ -76,25 +73,3 @@ def captured_mode(graph: fx.Graph) -> bool | None:
     if exported and not any(node.op in ("call_method", "call_module") and node.users for node in graph.nodes):
         return any(map(_draws, exported))
     return False if flags else None
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def with_ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs outside of ``torch.inference_mode``: tensors that are made inside can never be trained."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-def ordinary(inputs: Any) -> Any:
-    """Inputs with copies in place of tensors that were made in inference mode, which no gradient can go through."""
-    return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 
 from mpcompile.errors import MPCompileError, TraceError, summary
+from mpcompile.ir.effects import AUGMENTED, UNDECIDED
 from mpcompile.ir.isolation import called
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 
@@ -25,23 +25,6 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 _TAKEN = ("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")  # in generated source
 _REMOVE = "remove it first (handle.remove()), and register it on what comes out"
-
-
-AUGMENTED = {  # statements such as ``h += 1``, which write into a tensor: in place -> the same with a result of its own
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
-    operator.ipow: operator.pow,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    operator.ilshift: operator.lshift,
-    operator.irshift: operator.rshift,
-}
-UNDECIDED = "mpcompile.augmented"  # in the meta of such a node as long as nobody knows whether its source is read again
 
 
 class _Proxy(Proxy):

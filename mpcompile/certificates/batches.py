@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpcompile.calibration.moments import as_batches
+from mpcompile.calibration.data import as_batches
 from mpcompile.certificates.pair import trace
 from mpcompile.data.batches import read as read_loader
 from mpcompile.data.labels import Labels

@@ -12,7 +12,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from mpcompile.calibration.moments import draw
+from mpcompile.calibration.data import draw
 from mpcompile.config import only_fields
 from mpcompile.data import ranks
 from mpcompile.data.batches import read

@@ -7,6 +7,7 @@ edge of the graph says so. :func:`explicit` adds the edges where it can.
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,11 +16,25 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mpcompile.capture.tracing import AUGMENTED, UNDECIDED
-from mpcompile.ir.graph import Lifted, argument, dynamo_name, fake_value, target_name
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.nodes import argument, dynamo_name, fake_value, target_name
 from mpcompile.ir.parts import attribute
 
+AUGMENTED = {  # statements such as ``h += 1``, which write into a tensor: in place -> the same with a result of its own
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+}
+UNDECIDED = "mpcompile.augmented"  # in the meta of such a node as long as nobody knows whether its source is read again
 _IN_PLACE = frozenset({"setitem", *(function.__name__ for function in AUGMENTED)})
 _SWITCHES = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})
 _KNOWN = ("torch", "timm", "mpcompile", "operator", "_operator", "builtins", "math", "einops")

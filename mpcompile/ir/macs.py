@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mpcompile.ir.graph import LayerOp, Lifted, batch_size, layers, shape_of
-from mpcompile.kernels import ops
+from mpcompile.ir.module import Lifted
+from mpcompile.ir.nodes import batch_size, shape_of
+from mpcompile.ir.view import LayerOp, layers
+from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import check_nm
 from mpcompile.plan import Macs
 
@@ -48,7 +52,7 @@ def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
         if merge.target is not ops.token_merge:
             continue
         x = next(u for u in merge.users if u.target is operator.getitem and u.args[1] == 0)
-        before, after = shape_of(merge.args[0]), shape_of(x)
+        before, after = shape_of(schema.TokenMergeArgs.bind(merge).x), shape_of(x)
         if before is None or after is None:
             continue
         reached = {x}
@@ -93,3 +97,13 @@ def count(gm: fx.GraphModule, dense: int | None = None, lifted: Lifted | None = 
             per_layer[names[node]] += round(run / batch)
     totals = (round(executed / batch), round(paper / batch))
     return Macs(round(everything / batch) if dense is None else dense, *totals, matching // batch), dict(per_layer)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which before 2.15 knows no fused attention on CPUs."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={fused: _attention_flops})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def autocasts() -> bool:
@@ -40,3 +44,38 @@ def modes_kept() -> Iterator[None]:
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         yield
+
+
+@contextlib.contextmanager
+def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
+    """Every submodule in one mode for a while; afterwards each as it was, also where they differed."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in flags:
+            m.training = training
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def with_ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs outside of ``torch.inference_mode``: tensors that are made inside can never be trained."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def ordinary(inputs: Any) -> Any:
+    """Inputs with copies in place of tensors that were made in inference mode, which no gradient can go through."""
+    return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)

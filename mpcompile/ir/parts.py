@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 FOLDED = "_folded"  # holds weights that a pass computed anew, under the names of their layers
@@ -72,3 +73,8 @@ def keep(root: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module
     for key, tensor in tensors.items():
         holder.register_buffer(key, tensor)
     return holder
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -6,7 +6,9 @@ import re
 
 from torch import fx
 
-from mpcompile.ir.graph import Lifted, layers, real_inputs, target_name
+from mpcompile.ir.module import Lifted
+from mpcompile.ir.nodes import real_inputs, target_name
+from mpcompile.ir.view import layers
 
 
 def _reads_input(node: fx.Node, stops: set[fx.Node], images: set[fx.Node]) -> bool:

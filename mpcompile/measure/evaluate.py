@@ -1,4 +1,4 @@
-"""What a model gets right."""
+"""Top-1 accuracy of one model on labelled batches, over all ranks."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from torch import nn
 
 from mpcompile.data import batches as data
 from mpcompile.data import ranks
-from mpcompile.data.labels import check_range
 from mpcompile.errors import InputError
-from mpcompile.ir.graph import device_of, training_flags
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.parts import device_of
+from mpcompile.measure.accuracy import top1_hits
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, val: Iterable[Any]) -> float:
-    """Share of labelled batches (images, labels, ...) that the model gets right, over the shards of all ranks.
+    """Return the top-1 accuracy, 0 to 1, on labelled batches (images, labels, ...), over the shards of all ranks.
 
     Raises:
-        InputError: nothing to evaluate on, batches without labels, labels out of range, or images that the model
-            doesn't take.
+        InputError: there are no batches, batches without labels, labels out of range, or images that the model does
+            not accept.
+
+    Example:
+        >>> evaluate(nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))])
+        0.5
     """
     device = device_of(model)
-    right = seen = 0.0
+    correct = count = 0.0
     with training_flags(model, False):
         for item in data.read(val, "evaluation"):
             batch = data.unpack(item, need_labels=True)
             assert batch.labels is not None
             logits = data.forward(model, batch.images.to(device), "model")
             data.check_are_logits(logits, "model")
-            check_range(batch.labels, logits.shape[1])
-            right += float((logits.argmax(1).cpu() == batch.labels.cpu()).sum())
-            seen += len(batch.labels)
-    right, seen = ranks.total(right, seen, device=device)
-    if not seen:
+            correct += float(top1_hits(logits, batch.labels).sum())
+            count += len(batch.labels)
+    correct, count = ranks.total(correct, count, device=device)
+    if not count:
         raise InputError("there is nothing to evaluate on", expected="at least one batch", found="none")
-    return right / seen
+    return correct / count

@@ -14,7 +14,7 @@ from torch import nn
 from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import InputError, printable
-from mpcompile.ir.graph import layers
+from mpcompile.ir.view import layers
 from mpcompile.kernels import timing
 from mpcompile.passes.base import Context
 from mpcompile.passes.lower import Lower

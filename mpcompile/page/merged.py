@@ -14,10 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, fx, nn
 
 from mpcompile.config import Config
-from mpcompile.errors import InputError, NotEligibleError
-from mpcompile.io.files import replace_atomically
+from mpcompile.errors import InputError, NotEligibleError, first_line
+from mpcompile.io.writing import write_atomically
 from mpcompile.ir.module import IRModule
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.pipeline import Pipeline, transform
 
@@ -37,7 +37,7 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         if n.target is ops.token_merge:
             self.places.append(result[2][0])
-            self.prefix = int(n.args[4])  # type: ignore[arg-type]
+            self.prefix = schema.TokenMergeArgs.bind(n).prefix
         return result
 
 
@@ -86,7 +86,7 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
         raise InputError(
             "the model doesn't take this image",
             expected="an image of the size that it was made for",
-            found=f"{tuple(image.shape)}: {str(error).splitlines()[0]}",
+            found=f"{tuple(image.shape)}: {first_line(error)}",
         ) from error
     if not recorder.places:
         raise NotEligibleError("no tokens merge here", expected="tome_r of 1 or more", hint="give a config with tome_r")
@@ -190,5 +190,5 @@ def visualize_merging(
         sheet.paste(Image.fromarray(pixels), (left, top + MARGIN))
     note = PngInfo()
     note.add_text("Software", "mpcompile")
-    replace_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG", pnginfo=note))
+    write_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG", pnginfo=note))
     return tokens

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpcompile.ir.graph import layers
+from mpcompile.ir.view import layers
 from mpcompile.kernels.nm_format import to_rows
 from mpcompile.measure.report import BARS, COMPILED
 from mpcompile.page import spectra

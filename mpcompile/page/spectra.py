@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from mpcompile import rmt
-from mpcompile.ir.graph import layers
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.view import layers
 from mpcompile.page.charts import escape, histogram
 from mpcompile.page.sources import Sources, number, numbers, records
 

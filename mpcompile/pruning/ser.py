@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies
-from mpcompile.ir.graph import training_flags
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.numerics import exact
+from mpcompile.ir.numerics import exact, training_flags
 from mpcompile.pruning.edge_budget import layer_weights
 
 SPARSITY = 0.35  # of the source mask in the paper's main result, ViT-B/16 2:4 + ToMe

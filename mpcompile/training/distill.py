@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mpcompile.errors import ConfigError
-from mpcompile.ir.graph import training_flags
+from mpcompile.ir.numerics import training_flags
 from mpcompile.measure.evaluate import evaluate
 from mpcompile.training import checkpoint
 from mpcompile.training.losses import distillation_loss, parameter_groups

@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import InputError
-from mpcompile.ir.graph import propagate, shape_of
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import shape_of
+from mpcompile.ir.shapes import propagate
 from mpcompile.kernels import ops
 
 _BLOCK = re.compile(r"^((?:.*\.)?\d+)\.")

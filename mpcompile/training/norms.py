@@ -10,7 +10,7 @@ from torch import nn
 
 from mpcompile.data import batches as data
 from mpcompile.data import ranks
-from mpcompile.ir.graph import training_flags
+from mpcompile.ir.numerics import training_flags
 
 
 def reestimate(model: nn.Module, stream: Iterator[Any], device: torch.device) -> None:

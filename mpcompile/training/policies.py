@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import InputError
-from mpcompile.ir.graph import layers
+from mpcompile.ir.view import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.pruning.scores import magnitude_mask

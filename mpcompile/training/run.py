@@ -21,10 +21,11 @@ from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.data.labels import check_range
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.io.files import make_folder
 from mpcompile.io.lock import locked
-from mpcompile.ir.graph import device_of, training_flags
+from mpcompile.io.writing import make_folder
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.parts import device_of
 from mpcompile.measure.evaluate import evaluate
 from mpcompile.training import checkpoint, events, features, norms, sharding
 from mpcompile.training import policies as masks

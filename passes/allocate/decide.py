@@ -16,14 +16,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mpcompile.calibration.moments import Moments, as_batches, batches, collect
+from mpcompile.calibration.data import as_batches, batches
+from mpcompile.calibration.moments import Moments, collect
 from mpcompile.calibration.sensitivity import Batch, batch_length, divergence, output_energy, samples
 from mpcompile.calibration.stream import batch_norms
-from mpcompile.capture.importers import Imported
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
-from mpcompile.ir.graph import LayerOp, layers
 from mpcompile.ir.macs import count, node_macs
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import Imported, IRModule
+from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels.nm_format import Pattern, packed_bytes
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.mask import eligible

@@ -1,1 +1,1 @@
-"""Channels: which axes of which weights are the same channels, and how they may be reordered."""
+"""Channels: which axes of which weights are the same channels, and so may be reordered together."""

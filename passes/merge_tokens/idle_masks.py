@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.ir.effects import writes, written
-from mpcompile.ir.graph import ATTENTION, Lifted, argument, fake_value, hint, shape_of, target_name
 from mpcompile.ir.macs import is_add
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.nodes import ATTENTION, argument, fake_value, hint, shape_of, target_name
 from mpcompile.ir.parts import attribute
 from mpcompile.passes.merge_tokens.sites import find_attentions, is_matmul
 

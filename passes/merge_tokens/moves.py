@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from mpcompile.errors import GraphError
-from mpcompile.ir.graph import argument, element_count, fake_value, shape_of, target_name
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import argument, element_count, fake_value, shape_of, target_name
 
 
 @dataclass(eq=False)

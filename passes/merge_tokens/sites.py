@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from mpcompile.errors import GraphError
-from mpcompile.ir.graph import ATTENTION, MATMUL, Lifted, argument, shape_of
 from mpcompile.ir.macs import is_add
+from mpcompile.ir.module import Lifted
+from mpcompile.ir.nodes import ATTENTION, MATMUL, argument, shape_of
 
 CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default})

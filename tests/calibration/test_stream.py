@@ -8,7 +8,7 @@ from mpcompile import Config, transform
 from mpcompile.calibration.moments import Accumulator
 from mpcompile.calibration.stream import Stream
 from mpcompile.capture.importers import import_model
-from mpcompile.ir.graph import layers
+from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from tests.support.helpers import images, relative, tiny_vit
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mpcompile import Config, audit, certify, distill, errors, transform
-from mpcompile.calibration.moments import draw
+from mpcompile.calibration.data import draw
 from mpcompile.data.labels import Labels, class_numbers, whole_numbers
 from mpcompile.errors import InputError
 from mpcompile.measure.evaluate import evaluate

@@ -7,8 +7,8 @@ import timm
 import torch
 
 from mpcompile import Config, Pipeline, transform
-from mpcompile.ir.graph import propagate
 from mpcompile.ir.macs import count
+from mpcompile.ir.shapes import propagate
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from tests.support.helpers import images, mlp, tiny_vit

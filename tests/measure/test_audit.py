@@ -11,6 +11,7 @@ from mpcompile import Config, audit, transform
 from mpcompile import backend as module
 from mpcompile.backend import mpsparse
 from mpcompile.errors import InputError
+from mpcompile.measure.cost import dense_macs
 from tests.support.helpers import images, mlp, tiny_vit
 
 
@@ -40,7 +41,7 @@ def test_accuracy_agreement_and_paired_counts():
 def test_speedup_is_best_dense_median_over_own_median(monkeypatch):
     model = mlp()
     times = {"dense eager": [4.0, 4.0, 9.0], "dense compiled": [2.0, 2.0, 2.0], "compiled sparse": [3.0, 8.0, 4.0]}
-    monkeypatch.setattr("mpcompile.measure.audit._time", lambda *args: times)
+    monkeypatch.setattr("mpcompile.measure.audit.time_builds", lambda *args: times)
     report = audit(model, model, torch.randn(2, 32), dense_compiled=model, dense_bf16=False)
     assert [row.speedup for row in report.rows] == [0.5, 1.0, 0.5]
     assert [row.latency_ms for row in report.rows] == [4.0, 2.0, 4.0]
@@ -50,7 +51,7 @@ def test_speedup_is_best_dense_median_over_own_median(monkeypatch):
 def fake_times(monkeypatch, **medians):
     """Builds take these milliseconds in every round."""
     times = {name.replace("_", " "): [ms] * 3 for name, ms in medians.items()}
-    monkeypatch.setattr("mpcompile.measure.audit._time", lambda builds, *args: {n: times[n] for n in builds})
+    monkeypatch.setattr("mpcompile.measure.audit.time_builds", lambda builds, *args: {n: times[n] for n in builds})
 
 
 def test_a_frozen_dense_build_is_part_of_the_bar(monkeypatch):
@@ -90,7 +91,7 @@ def test_a_slower_dense_bf16_is_no_news(monkeypatch):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_dense_bf16_is_shown_where_the_processor_has_it(monkeypatch, native):
-    own = importlib.import_module("mpcompile.measure.audit")
+    own = importlib.import_module("mpcompile.measure.builds")
     monkeypatch.setattr(own, "has_bf16", lambda: native)
     monkeypatch.setattr(own.torch, "compile", lambda module: module)
     model, x = mlp(), torch.randn(6, 32)
@@ -214,3 +215,13 @@ def test_bad_input(inputs, labels, message):
 def test_other_shapes_are_refused():
     with pytest.raises(InputError, match="another shape"):
         audit(mlp(), nn.Linear(32, 3), torch.randn(4, 32), rounds=0, dense_compiled=mlp())
+
+
+def test_an_empty_batch_has_no_macs_per_sample():
+    assert dense_macs(mlp(), torch.randn(0, 32)) is None and dense_macs(mlp(), torch.randn(2, 32)) > 0
+
+
+def test_old_names_warn():
+    own = importlib.import_module("mpcompile.measure.audit")
+    with pytest.warns(DeprecationWarning, match=r"mpcompile\.measure\.environment\.conditions"):
+        assert own.environment(torch.zeros(2))["batch"] == 2

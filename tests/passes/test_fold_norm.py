@@ -11,8 +11,9 @@ from torch import nn
 
 from mpcompile import Config, load, lower, save, transform
 from mpcompile.capture.importers import import_model
-from mpcompile.ir.graph import layers, propagate
 from mpcompile.ir.parts import FOLDED
+from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold_norm import FoldNorm, norm_of

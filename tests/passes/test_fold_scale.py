@@ -9,8 +9,9 @@ from torch import nn
 import mpcompile
 from mpcompile import Config, transform
 from mpcompile.capture.importers import import_model
-from mpcompile.ir.graph import layers, propagate
 from mpcompile.ir.parts import FOLDED
+from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.passes.base import Context
 from mpcompile.passes.fold_scale import FoldScale
@@ -114,7 +115,7 @@ def test_forms(form):
 
 
 LEFT = {
-    "a factor a token": (torch.rand(5, 1), lambda s, x: s.layer(x) * s.gamma, "is not one a channel"),
+    "a factor per token": (torch.rand(5, 1), lambda s, x: s.layer(x) * s.gamma, "is not one per channel"),
     "another dtype": (G.double(), lambda s, x: s.layer(x) * s.gamma, "torch.float64"),
     "used twice": (G, lambda s, x: s.layer(x) * s.gamma + s.layer(x), "used 2 times"),
     "two users": (G, lambda s, x: (y := s.layer(x)) * s.gamma + y, None),

@@ -10,8 +10,11 @@ from torch import nn
 
 from mpcompile import Config, transform
 from mpcompile.capture.importers import import_model
-from mpcompile.ir.graph import Lifted, argument, layers, propagate
+from mpcompile.ir.module import Lifted
+from mpcompile.ir.nodes import argument
 from mpcompile.ir.parts import keep
+from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.layouts import ROWS, pack
 from mpcompile.passes.base import Context

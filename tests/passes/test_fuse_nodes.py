@@ -9,9 +9,9 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from torch import fx, nn
 
 from mpcompile import Config
-from mpcompile.capture.importers import Tracer
-from mpcompile.ir.graph import propagate
+from mpcompile.capture.tracing import Tracer
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.shapes import propagate
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear

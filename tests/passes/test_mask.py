@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcompile import Config, transform
-from mpcompile.calibration.moments import batches, collect
+from mpcompile.calibration.data import batches
+from mpcompile.calibration.moments import collect
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import InputError, NotEligibleError
-from mpcompile.ir.graph import propagate
+from mpcompile.ir.shapes import propagate
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.mask import covariance_mask, magnitude_mask, verify

@@ -7,7 +7,7 @@ from torch import nn
 
 from mpcompile import Config, transform
 from mpcompile.capture.importers import import_model
-from mpcompile.ir.graph import layers
+from mpcompile.ir.view import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.channels.axes import analyse
 from mpcompile.passes.permute import classes, fold

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcompile import Config, Pipeline, transform
-from mpcompile.calibration.moments import Moments, draw
+from mpcompile.calibration.data import draw
+from mpcompile.calibration.moments import Moments
 from mpcompile.calibration.stream import Stream
 from mpcompile.config import SCORES
 from mpcompile.errors import InputError

@@ -15,7 +15,7 @@ from mpcompile.calibration import sensitivity
 from mpcompile.calibration.moments import FULL, Moments
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
-from mpcompile.ir.graph import layers
+from mpcompile.ir.view import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze

@@ -12,7 +12,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mpcompile.capture.importers import Imported, import_model
+from mpcompile.capture.importers import import_model
+from mpcompile.ir.module import Imported
 
 
 def tiny_vit(**kwargs: Any) -> VisionTransformer:

@@ -1,0 +1,282 @@
+"""A module by symbolic tracing, in train and eval mode."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpcompile.capture.checks import check_module
+from mpcompile.capture.copies import copy_of
+from mpcompile.capture.inputs import arguments
+from mpcompile.capture.tracing import Tracer
+from mpcompile.errors import InputError, MPCompileError, TraceError, summary
+from mpcompile.ir.effects import UNDECIDED, settle
+from mpcompile.ir.isolation import untouched, without_global_hooks
+from mpcompile.ir.module import Imported, IRModule, Lifted
+from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.parts import carry
+from mpcompile.ir.shapes import propagate
+from mpcompile.layers import ByMode
+
+_SCALARS = (bool, int, float, str, type(None))
+
+
+@dataclass
+class _Traced:
+    """One symbolic trace: its graph, and the tensors that it reads but that the model doesn't hold."""
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    tracer: Tracer
+    drew: bool
+
+
+@contextlib.contextmanager
+def _generators() -> Iterator[list[bool]]:
+    """Random generators are put back at the end; the list that is yielded then says whether torch's was used."""
+    drew: list[bool] = []
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        before = torch.get_rng_state()
+        try:
+            yield drew
+        finally:
+            drew.append(not torch.equal(before, torch.get_rng_state()))
+            random.setstate(states[0])
+            if numpy is not None:
+                numpy.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def _compiled_functions_inlined() -> Iterator[None]:
+    """Functions under torch.compile are traced like others (dynamo forbids it by default)."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with sys.modules["torch._dynamo"].config.patch(error_on_nested_fx_trace=False):
+        yield
+
+
+def _graph_of(model: nn.Module, original: nn.Module, training: bool, tracer: Tracer) -> _Traced:
+    """One symbolic trace of the copy of ``original``, which leaves nothing behind in either."""
+    held = set(vars(model))
+    buffers = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    written: list[str] = []
+    try:
+        with (
+            training_flags(model, training),
+            untouched(model, original),
+            without_global_hooks(),
+            _compiled_functions_inlined(),
+            _generators() as drew,
+        ):
+            graph = tracer.trace(model)
+            tracer.prune()
+            targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+            constants = {name: vars(model)[name] for name in targets if name in vars(model) and name not in held}
+    finally:
+        for name, (buffer, version) in buffers.items():
+            if buffer._version != version:
+                written.append(name)
+                with torch.no_grad():
+                    buffer.copy_(original.get_buffer(name))
+    if written and not tracer.written:  # a write to a tensor isn't seen by the trace unless reading it is a node
+        again = Tracer(tracer.given, tracer.keywords, tuple(tracer.fixed), written)
+        return _graph_of(model, original, training, again)
+    constants = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in constants.items()}
+    return _Traced(graph, constants, tracer, drew[0])
+
+
+def _same(a: Any, b: Any, twin: dict[fx.Node, fx.Node]) -> bool:
+    if isinstance(a, fx.Node):
+        return twin.get(a) is b
+    if isinstance(a, (tuple, list)) and type(a) is type(b):
+        return len(a) == len(b) and all(_same(x, y, twin) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k], twin) for k in a)
+    if isinstance(a, slice) and isinstance(b, slice):
+        return _same((a.start, a.stop, a.step), (b.start, b.stop, b.step), twin)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _unify_modes(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:
+    """Make ``evaluation`` follow the training flag where the two graphs differ in a number only.
+
+    Returns:
+        False when they differ in more than that.
+    """
+    if len(training.nodes) != len(evaluation.nodes):
+        return False
+    twin: dict[fx.Node, fx.Node] = {}
+    switches: list[tuple[fx.Node, int | str, Any, Any]] = []
+    for t, e in zip(training.nodes, evaluation.nodes, strict=True):
+        if (t.op, t.target) != (e.op, e.target) or len(t.args) != len(e.args) or t.kwargs.keys() != e.kwargs.keys():
+            return False
+        twin[t] = e
+        for key in [*range(len(t.args)), *t.kwargs]:
+            a = t.args[key] if isinstance(key, int) else t.kwargs[key]
+            b = e.args[key] if isinstance(key, int) else e.kwargs[key]
+            if _same(a, b, twin):
+                continue
+            if not (isinstance(a, (bool, int, float)) and isinstance(b, (bool, int, float))):
+                return False
+            switches.append((e, key, a, b))
+    for node, key, a, b in switches:
+        name = f"{node.name}_{key if isinstance(key, str) else f'arg{key}'}"
+        root.add_module(name, ByMode(a, b).train(root.training))
+        with evaluation.inserting_before(node):
+            value = evaluation.create_node("call_module", name)
+        if isinstance(key, int):
+            node.update_arg(key, value)
+        else:
+            node.update_kwarg(key, value)
+    return True
+
+
+def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two traces found the same constants."""
+    if a.keys() != b.keys() or any(type(a[name]) is not type(b[name]) for name in a):
+        return False
+    return all(torch.equal(a[k], b[k]) if isinstance(a[k], Tensor) else a[k] is b[k] for k in a)
+
+
+def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, Any]:
+    """Parameters of forward that are left at a plain default."""
+    fixed = {}
+    for position, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
+        several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        placed = position < given and parameter.kind is not parameter.KEYWORD_ONLY
+        if placed or parameter.name in keywords or several or parameter.default is parameter.empty:
+            continue
+        if isinstance(parameter.default, _SCALARS):
+            fixed[parameter.name] = parameter.default
+    return fixed
+
+
+def _place(error: BaseException) -> str:
+    """The line of somebody's model that an error comes from."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> TraceError:
+    """The error of a model's own code, with the class and the place."""
+    path, cls = tracer.failed or ("", type(model).__name__)
+    return TraceError(
+        f"{type(model).__name__} can't be traced: {summary(error)}",
+        layer=path or None,
+        expected="a forward without data-dependent control flow",
+        found=f"{type(error).__name__} in {cls}.forward{_place(error)}",
+        hint="use torch.compile(model, backend='mpsparse', options={...}), or pass "
+        "torch.export.export(model, example_inputs).module()",
+    )
+
+
+def _traces(model: nn.Module, original: nn.Module, given: int, keywords: Sequence[str]) -> dict[bool, _Traced]:
+    """Training flag -> trace: of the mode that the model is in, and of the other where that can be had."""
+    fixed = tuple(_fixed(model, given, keywords))
+    traces: dict[bool, _Traced] = {}
+    for training in (model.training, not model.training):
+        tracer = Tracer(given, keywords, fixed)
+        try:
+            traces[training] = _graph_of(model, original, training, tracer)
+        except Exception as error:
+            if training != model.training:
+                continue
+            if isinstance(error, MPCompileError):
+                raise
+            raise _untraceable(model, tracer, error) from error
+        if traces[training].drew:
+            if training != model.training:
+                del traces[training]
+            elif training or _is_random(model, original, traces[training]):
+                raise TraceError(
+                    f"{type(model).__name__} draws random numbers that would be the same in every call",
+                    expected="random tensors made from an input, such as torch.rand_like(x) or x.new_empty(n)",
+                    found="torch.rand of a fixed shape, or a branch that depends on it",
+                    hint="call .eval() before mpcompile.transform, or use torch.compile(model, backend='mpsparse')",
+                )
+    return traces
+
+
+def _is_random(model: nn.Module, original: nn.Module, first: _Traced) -> bool:
+    """Whether another trace, after other random numbers, comes out differently."""
+    tracer = first.tracer
+    with torch.random.fork_rng([]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        other = Tracer(tracer.given, tracer.keywords, tuple(tracer.fixed), tuple(tracer.written))
+        again = _graph_of(model, original, model.training, other)
+    return str(again.graph) != str(first.graph) or not _alike(again.constants, first.constants)
+
+
+def _trace(model: nn.Module, original: nn.Module, given: int, keywords: Sequence[str]) -> tuple[IRModule, list[str]]:
+    """Symbolic trace of an owned module that follows ``train()`` and ``eval()``."""
+    traces = _traces(model, original, given, keywords)
+    chosen, other = traces[model.training], traces.get(not model.training)
+    follows = other is not None and _alike(chosen.constants, other.constants)
+    follows = follows and _unify_modes(model, traces[True].graph, traces[False].graph)
+    for name, value in chosen.constants.items():
+        if isinstance(value, Tensor):
+            model.register_buffer(name, value, persistent=False)
+        else:
+            setattr(model, name, value)
+    gm = IRModule(model, traces[False].graph if follows else chosen.graph, class_name=type(model).__name__)
+    gm.training = model.training
+    notes = []
+    fixed = _fixed(model, given, keywords)
+    if fixed:
+        notes.append("inputs fixed at their defaults: " + ", ".join(f"{k}={v!r}" for k, v in fixed.items()))
+    if chosen.tracer.silent:
+        silent = sorted({path or type(model).__name__ for path in chosen.tracer.silent})
+        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
+        notes.append(
+            f"hooks that return nothing are no part of the graph (on {', '.join(silent[:8])}{more}): "
+            "register them on what came out"
+        )
+    if not follows:
+        gm.locked_mode = model.training
+        mode = "train" if model.training else "eval"
+        notes.append(f"train() and eval() take different paths: this graph stands for {mode}() alone")
+    return gm, notes
+
+
+def import_module(model: nn.Module, example_inputs: Any) -> Imported:
+    """A module by symbolic tracing."""
+    check_module(model)
+    if example_inputs is None:
+        raise InputError(
+            f"the shapes in {type(model).__name__} are not known",
+            expected="example_inputs",
+            found="None",
+            hint="call mpcompile.transform(model, torch.randn(1, 3, 224, 224)) with an input of your size",
+        )
+    copied = copy_of(model)
+    inputs = arguments(model, example_inputs)
+    keywords = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+    gm, notes = _trace(copied, model, 0 if keywords else len(inputs), keywords)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != len(inputs):
+        raise InputError(
+            "the number of example inputs doesn't fit",
+            expected=f"{len(placeholders)} ({', '.join(str(p.target) for p in placeholders)})",
+            found=len(inputs),
+        )
+    carry(copied, gm)
+    if any(UNDECIDED in node.meta for node in gm.graph.nodes):
+        propagate(gm, inputs)
+        if settle(gm):
+            gm.recompile()
+    return Imported(gm, inputs, Lifted(), notes)

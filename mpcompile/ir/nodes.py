@@ -1,0 +1,100 @@
+"""Single nodes of a graph: their arguments, names and fake values, and the inputs that they stand for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mpcompile.ir.module import Lifted
+
+LINEAR = frozenset({F.linear, torch.ops.aten.linear.default})
+CONV2D = frozenset({F.conv2d, torch.ops.aten.conv2d.default})
+MATMUL = frozenset({torch.matmul, torch.bmm, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.einsum})
+ATTENTION = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
+_FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Positional argument ``index`` of a call, or its keyword ``name``, or ``default``."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def target_name(gm: fx.GraphModule, node: fx.Node) -> str:
+    """What a node does, as one word: module class, method or function name."""
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))).__name__
+    if node.op == "call_function":
+        packet = getattr(node.target, "overloadpacket", None)
+        return str(getattr(packet or node.target, "__name__", node.target))
+    return str(node.target)
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor (or tuple of them, or number) that a node yields, from ``val`` or ``example_value``."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of a node's tensor with symbolic sizes at their example values, or None where it isn't a tensor."""
+    value = fake_value(node)
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(int(hint(s)) for s in value.shape)
+
+
+def hint(size: Any) -> Any:
+    """A symbolic number's example value, read without specialising the compile on it; anything else as it is."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
+
+
+def element_count(shape: Sequence[int]) -> int:
+    """Product of a shape."""
+    return math.prod(shape)
+
+
+def reads_number(node: fx.Node) -> bool:
+    """Whether a node takes a Python number out of a tensor, as compiled code does with numbers that vary."""
+    if node.op == "call_method":
+        return node.target == "item"
+    return node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+
+
+def dynamo_name(node: fx.Node) -> str | None:
+    """Dotted name of the parameter or buffer that a dynamo placeholder stands for, or None for a real input."""
+    source = getattr(getattr(node, "_dynamo_source", None), "name", None)
+    source = source() if callable(source) else source
+    if not isinstance(source, str) or not re.search(r"_(?:parameters|buffers)\[", source):
+        return None
+    return ".".join(_FQN.findall(source)) or None
+
+
+def lifted_from(gm: fx.GraphModule, inputs: Sequence[Any] | Mapping[str, Any]) -> Lifted:
+    """Match dynamo's lifted parameters to the tensors that the backend received."""
+    lifted = Lifted()
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=False):
+        name = dynamo_name(node)
+        if name is not None and isinstance(value, Tensor):
+            lifted.tensors[node.name], lifted.names[node.name] = value, name
+    return lifted
+
+
+def real_inputs(gm: fx.GraphModule, lifted: Lifted) -> list[fx.Node]:
+    """Placeholders that carry data, not parameters."""
+    return [n for n in gm.graph.nodes if n.op == "placeholder" and n.name not in lifted.tensors]
+
+
+def batch_size(gm: fx.GraphModule, lifted: Lifted) -> int:
+    """Length of axis 0 of the first tensor input; 1 where there is none, or where it is empty."""
+    for node in real_inputs(gm, lifted):
+        for value in pytree.tree_leaves(fake_value(node)):
+            if isinstance(value, Tensor) and value.dim():
+                return max(1, int(hint(value.shape[0])))
+    return 1

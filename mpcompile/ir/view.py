@@ -1,0 +1,209 @@
+"""One typed view of the weighted layers of a graph.
+
+A linear layer may stand in a graph as a module call, as ``F.linear`` on an attribute or on a lifted placeholder, as an
+aten op, or masked or packed as one of our own. :func:`layers` shows all of them alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from mpcompile.ir.module import Lifted
+from mpcompile.ir.nodes import CONV2D, LINEAR, MATMUL, argument
+from mpcompile.ir.parts import FOLDED, attribute
+from mpcompile.ir.regions import opaque
+from mpcompile.kernels import ops, schema
+from mpcompile.kernels.nm_format import Pattern
+from mpcompile.layers import MaskedConv2d, MaskedLinear
+
+
+@dataclass(frozen=True)
+class ParamRef:
+    """A parameter or buffer: its dotted name, its tensor, and the node that brings it in (None inside a module)."""
+
+    name: str
+    tensor: Tensor
+    node: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, padding, dilation and groups of a 2-d convolution."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class LayerOp:
+    """One use of a linear or convolution weight.
+
+    Attributes:
+        name: the layer's dotted name, e.g. ``"blocks.0.attn.qkv"``.
+        kind: ``"linear"`` or ``"conv2d"``.
+        weight: (out, in) or (out, in / groups, kh, kw).
+        bias: node, tensor or None, as the node or its module has it.
+        obstacle: why this use can't be rewritten, or None.
+    """
+
+    node: fx.Node
+    name: str
+    kind: str
+    input: fx.Node
+    weight: ParamRef
+    bias: Any = None
+    geometry: Geometry | None = None
+    pattern: Pattern | None = None
+    mask: ParamRef | None = None
+    obstacle: str | None = None
+
+    @property
+    def depthwise(self) -> bool:
+        return self.geometry is not None and self.geometry.groups > 1 and self.weight.tensor.shape[1] == 1
+
+
+def _resolve(gm: fx.GraphModule, node: Any, lifted: Lifted) -> ParamRef | None:
+    """The parameter that a get_attr or lifted placeholder brings in, seen through detach, or None."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "get_attr":
+        tensor = attribute(gm, str(node.target))
+        return ParamRef(str(node.target), tensor, node) if isinstance(tensor, Tensor) else None
+    if node.op == "placeholder" and node.name in lifted.tensors:
+        return ParamRef(lifted.names[node.name], lifted.tensors[node.name], node)
+    return None
+
+
+def _ints(value: Any) -> list[int] | None:
+    """A convolution's stride, padding or dilation as two numbers, or None (a name, or a traced value)."""
+    if isinstance(value, int):
+        return [value, value]
+    if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value):
+        return list(value) * 2 if len(value) == 1 else list(value)
+    return None
+
+
+def _layer_name(weight: str) -> str:
+    return weight.removeprefix(f"{FOLDED}.").removesuffix(".weight")
+
+
+def _module_obstacle(module: nn.Module) -> str | None:
+    """Why a layer's weight isn't all that decides what it computes, or None."""
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if "weight" not in module._parameters:
+        return "its weight is computed before each call"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "it has backward hooks"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    return None
+
+
+def _module_layer(gm: fx.GraphModule, node: fx.Node) -> LayerOp | None:
+    name = str(node.target)
+    module = gm.get_submodule(name)
+    source = argument(node, 0, "input")
+    if not isinstance(source, fx.Node) or not isinstance(module, (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)):
+        return None
+    if not module.weight.is_floating_point():
+        return None
+    obstacle = _module_obstacle(module)
+    weight = ParamRef(f"{name}.weight", module.weight, None)
+    if isinstance(module, (MaskedLinear, MaskedConv2d)):
+        geometry = None
+        if isinstance(module, MaskedConv2d):
+            geometry = Geometry(module.stride, module.padding, module.dilation, module.groups)
+        kind = "linear" if geometry is None else "conv2d"
+        mask = ParamRef(f"{name}.mask", module.mask, None)
+        return LayerOp(node, name, kind, source, weight, module.bias, geometry, module.pattern, mask, obstacle)
+    if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward:
+            obstacle = f"{type(module).__name__} has a forward of its own"
+        return LayerOp(node, name, "linear", source, weight, module.bias, obstacle=obstacle)
+    stride, padding, dilation = _ints(module.stride), _ints(module.padding), _ints(module.dilation)
+    if type(module).forward is not nn.Conv2d.forward:
+        obstacle = f"{type(module).__name__} has a forward of its own"
+    elif module.padding_mode != "zeros":
+        obstacle = f"padding_mode={module.padding_mode!r}"
+    elif padding is None:
+        obstacle = f"padding={module.padding!r}"
+    geometry = Geometry(stride or [1, 1], padding or [0, 0], dilation or [1, 1], module.groups)
+    return LayerOp(node, name, "conv2d", source, weight, module.bias, geometry, obstacle=obstacle)
+
+
+def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerOp | None:
+    target: Any = node.target
+    masked = target in ops.MASKED
+    linear = target in LINEAR or target is ops.masked_linear
+    if not (masked or linear or target in CONV2D):
+        return None
+    source, weight = argument(node, 0, "input"), _resolve(gm, argument(node, 1, "weight"), lifted)
+    if weight is None or not isinstance(source, fx.Node) or not weight.tensor.is_floating_point():
+        return None
+    name, shift, mask, pattern = _layer_name(weight.name), 0, None, None
+    if masked:
+        args = schema.bind(node)
+        shift, mask, pattern = 1, _resolve(gm, args.mask, lifted), Pattern(args.n, args.m)
+    bias = argument(node, 2 + shift, "bias")
+    if linear:
+        obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"
+        return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
+    raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
+    axes = [_ints(value) for value in raw]
+    groups = argument(node, 6 + shift, "groups", 1)
+    known = None not in axes and isinstance(groups, int)
+    obstacle = None if known else "its stride, padding, dilation or groups is not a number"
+    geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups if known else 1)
+    return LayerOp(node, name, "conv2d", source, weight, bias, geometry, pattern, mask, obstacle)
+
+
+def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
+    """Every use of a linear or 2-d convolution weight, in graph order; a shared layer appears once a use."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            layer = _module_layer(gm, node)
+        elif node.op == "call_function":
+            layer = _function_layer(gm, node, lifted or Lifted())
+        else:
+            layer = None
+        if layer is not None:
+            found.append(layer)
+    return found
+
+
+def _of_dtype(weight: Tensor) -> str:
+    return "" if weight.is_floating_point() else f", of {weight.dtype}"
+
+
+def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Weights that :func:`layers` can't show: name -> (shape, why), so that a report leaves none out."""
+    known = {layer.weight.name for layer in layers(gm, lifted)}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(node.target)
+            for name, parameter in module.named_parameters():
+                full = f"{node.target}.{name}"
+                if parameter.dim() >= 2 and full not in known:
+                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}"
+                    found[_layer_name(full)] = (tuple(parameter.shape), why)
+        elif node.op == "call_function" and (
+            node.target in MATMUL | LINEAR or "conv" in str(node.target) or opaque(node)
+        ):
+            for operand in node.all_input_nodes:
+                ref = _resolve(gm, operand, lifted or Lifted())
+                if ref is not None and ref.tensor.dim() >= 2 and ref.name not in known:
+                    op = getattr(node.target, "__name__", str(node.target))
+                    why = f"inside {opaque(node)}, which holds a graph of its own" if opaque(node) else f"used by {op}"
+                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), why + _of_dtype(ref.tensor))
+    return found

@@ -1,0 +1,90 @@
+"""Builds of the dense model that an audit compares with: compiled with freezing, and in bf16."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpcompile.errors import InputError
+from mpcompile.measure.environment import first_tensor
+
+
+def has_bf16() -> bool:
+    """Return True if this processor multiplies bf16 natively, so that dense bf16 is faster than dense fp32."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return False
+    words = set(info.read_text(errors="replace").split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+class Frozen:
+    """The dense model compiled with Inductor's freezing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._orig_mod = model  # the name that torch.compile uses
+        self.run = torch.compile(model, options={"freezing": True})
+        self.shapes: set[tuple[Any, ...]] = set()  # compiled so far
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key = tuple(v.shape for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        if key in self.shapes:
+            return self.run(*args, **kwargs)
+        with torch._inductor.config.patch(freezing=True):  # dynamo reads the global setting when it compiles
+            result = self.run(*args, **kwargs)
+        self.shapes.add(key)
+        return result
+
+
+class InBf16:
+    """A bf16 build of the dense model that accepts the inputs of the fp32 one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy.deepcopy(model).bfloat16().eval()
+        self._orig_mod = self.module  # the name that torch.compile uses; MACs and bytes are counted from it
+        self.run = torch.compile(self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*map(self.cast, args), **self.cast(kwargs))
+
+    def cast(self, value: Any) -> Any:
+        """Cast a tensor, or the tensors in a mapping or sequence, to bf16; integers stay as they are."""
+        if isinstance(value, Mapping):
+            return {key: self.cast(part) for key, part in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [self.cast(part) for part in value]
+        return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def bf16_build(model: nn.Module, batch: Any, wanted: bool | Callable[..., Any] | None, rounds: int) -> Any:
+    """Return the build for the bf16 row, or None for no such row; see ``dense_bf16`` of :func:`mpcompile.audit`."""
+    if wanted is None:
+        tensor = first_tensor(batch)
+        wanted = rounds > 0 and tensor.device.type == "cpu" and tensor.dtype is torch.float32 and has_bf16()
+    return InBf16(model) if wanted is True else wanted or None
+
+
+def module_of(build: Any) -> Any:
+    """Return the module that a compiled build runs, or the build itself."""
+    return getattr(build, "_orig_mod", build)
+
+
+def logits(build: Callable[..., Any], batch: Any) -> Tensor:
+    """Run a build on one batch and return its first output.
+
+    Raises:
+        InputError: the output is no tensor.
+    """
+    if isinstance(batch, Mapping):
+        result = build(**batch)
+    else:
+        result = build(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    result = result[0] if isinstance(result, (tuple, list)) else result
+    if not isinstance(result, Tensor):
+        raise InputError("the model returns no tensor", expected="logits (batch, classes)", found=type(result).__name__)
+    return result

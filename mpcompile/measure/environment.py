@@ -1,0 +1,165 @@
+"""The environment of a run: versions, processor, compiler, caches, and what a figure was measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mpcompile
+from mpcompile.errors import InputError
+from mpcompile.kernels import store, timing
+from mpcompile.kernels.nm_linear.cpu import build
+
+_PACKAGES = ("timm", "triton", "numpy", "onnxruntime", "openvino")
+_VARIABLES = ("MPCOMPILE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # each forces an instruction set
+_LIBRARIES = (".so", ".dll", ".dylib")
+
+
+def environment() -> dict[str, Any]:
+    """Return what a bug report needs to know about this machine, as plain JSON values.
+
+    Nothing is compiled, timed or written. Unknown and missing things are None.
+
+    Returns:
+        ``mpcompile``, ``python`` and the packages ``torch``, ``timm``, ``triton``, ``numpy``, ``onnxruntime`` and
+        ``openvino``: versions. ``system``: operating system and architecture. ``processor``: model name. ``isa``: the
+        instruction set of the CPU kernels, or why there is none; ``torch_isa``: that of torch; ``isa_forced``:
+        environment variables that narrow either. ``cores``: logical cores that this process may use; ``threads``: of
+        torch; ``memory_bytes``: of the machine. ``compiler``, ``compiler_version``: the C++ compiler. ``cuda``,
+        ``cuda_driver``: versions; ``cuda_devices``: names. ``cache``: the cache folder; ``cache_bytes``: its size;
+        ``kernel_libraries``: CPU kernel libraries built there; ``timings``: the file of this machine's timings, or
+        None if nothing has been timed.
+
+    Example:
+        >>> environment()["mpcompile"] == mpcompile.__version__
+        True
+    """
+    return {
+        "mpcompile": mpcompile.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # with the build, such as +cu130
+        **{name: _version(name) for name in _PACKAGES},
+        "system": platform.platform(),
+        **_processor(),
+        **_compiler(),
+        **_cuda(),
+        **_cache(),
+    }
+
+
+def conditions(batch: Any) -> dict[str, Any]:
+    """Return what a latency of ``batch`` depends on: ``device``, ``threads``, ``torch``, ``dtype`` and ``batch`` size.
+
+    Raises:
+        InputError: the batch holds no tensor.
+    """
+    tensor = first_tensor(batch)
+    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else timing.cpu_name()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "batch": tensor.shape[0],
+    }
+
+
+def first_tensor(batch: Any) -> Tensor:
+    """Return the first tensor of a batch: a tensor, or a mapping or sequence that holds one.
+
+    Raises:
+        InputError: there is none.
+    """
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+    raise InputError("inputs hold no tensor", expected="batches of tensors", found=type(batch).__name__)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> dict[str, Any]:
+    try:
+        isa = build.detect_isa()
+    except build.Unavailable as error:
+        isa = str(error)
+    return {
+        "processor": timing.cpu_name(),
+        "isa": isa,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "isa_forced": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+    }
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return None
+
+
+def _compiler() -> dict[str, Any]:
+    try:
+        command = build.compiler()
+    except build.Unavailable:
+        return {"compiler": None, "compiler_version": None}
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {"compiler": " ".join(command), "compiler_version": None}
+    return {"compiler": " ".join(command), "compiler_version": next(iter(done.stdout.splitlines()), None)}
+
+
+def _cuda() -> dict[str, Any]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "cuda": torch.version.cuda,
+        "cuda_driver": _driver(),
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(count)],
+    }
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's kernel module on Linux."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    version = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return None if version is None else version.group()
+
+
+def _cache() -> dict[str, Any]:
+    folder, timings = store.cache_folder(), timing.cache_file()
+    files = [Path(at, name) for at, _, names in os.walk(folder) for name in names]
+    return {
+        "cache": str(folder),
+        "cache_bytes": sum(_size(path) for path in files),
+        "kernel_libraries": sorted(path.name for path in files if path.suffix in _LIBRARIES),
+        "timings": str(timings) if timings.exists() else None,
+    }
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:  # removed by another process meanwhile
+        return 0

@@ -1,0 +1,45 @@
+"""Latency of all builds, timed in interleaved rounds of one run."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mpcompile.measure.builds import logits
+from mpcompile.measure.environment import first_tensor
+from mpcompile.measure.report import BARS, Row
+
+
+def time_builds(
+    builds: Mapping[str, Callable[..., Any]], batch: Any, rounds: int, progress: bool
+) -> dict[str, list[float]]:
+    """Return the milliseconds of every call, per build. Each round times every build once, in a random order."""
+    times: dict[str, list[float]] = {name: [] for name in builds}
+    names, order = list(builds), random.Random(0)
+    cuda = first_tensor(batch).is_cuda
+    for _ in tqdm(range(rounds), desc="time", unit="round", disable=None if progress else True):
+        for name in order.sample(names, len(names)):
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            logits(builds[name], batch)
+            if cuda:
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def fill_in_latency(rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> None:
+    """Set the median, the quartiles and the speed-up over the fastest of :data:`BARS` in every row."""
+    best = min(statistics.median(times[name]) for name in BARS if name in times)
+    for row in rows:
+        samples = times[row.name]
+        row.latency_ms = statistics.median(samples)
+        low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (row.latency_ms,) * 3
+        row.quartiles_ms, row.speedup = (low, high), best / row.latency_ms

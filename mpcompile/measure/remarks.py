@@ -1,0 +1,102 @@
+"""Notes of an audit: which code ran, and what to make of its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mpcompile.backend import CompiledGraph
+from mpcompile.ir.module import IRModule
+from mpcompile.measure.builds import module_of
+from mpcompile.measure.report import DENSE_BF16, Report
+
+
+def add_remarks(report: Report, compiled: Any, graphs: Sequence[CompiledGraph], labelled: bool) -> None:
+    """Set the plan and the predicted saving of a report, and append its notes.
+
+    Args:
+        report: rows are complete; the last one is the audited build.
+        compiled: the audited build.
+        graphs: compiled graphs that ran in it.
+        labelled: labels came with the inputs.
+    """
+    report.plan = _plan(compiled, graphs)
+    _remark_on_graphs(report, graphs)
+    odd = [row.name for row in report.rows if row.difference is not None and not math.isfinite(row.difference)]
+    if odd:
+        report.notes.append(f"WARNING: outputs are not finite on some inputs: {', '.join(odd)}")
+    row = report.rows[-1]
+    if row.speedup is not None and row.speedup < 1:
+        engines = {layer.notes.get("lower", {}).get("engine") for g in graphs for layer in g.plan.layers.values()}
+        why = ": the reference engine unpacks the weights at every call" if "reference" in engines else ""
+        report.notes.append(f"slower than the best dense build ({row.speedup:.2f}x){why}")
+    _compare_prediction(report, graphs)
+    _compare_bf16(report)
+    if not labelled:
+        report.notes.append("no labels: accuracy was not measured")
+    elif row.correct is None:
+        report.notes.append("accuracy was not measured: the model returns no logits (batch, classes)")
+
+
+def _plan(compiled: Any, graphs: Sequence[CompiledGraph]) -> Any:
+    module = module_of(compiled)
+    if isinstance(module, IRModule):
+        return module.plan
+    return max((g.plan for g in graphs), key=lambda plan: len(plan.layers)) if graphs else None
+
+
+def _remark_on_graphs(report: Report, graphs: Sequence[CompiledGraph]) -> None:
+    if report.fell_back:
+        report.notes.append(
+            "WARNING: no compiled graph ran: dynamo has passed its recompile limit and runs the model's eager code (or "
+            "the function was not compiled by mpsparse). Raise torch._dynamo.config.recompile_limit, or compile with "
+            "dynamic=True"
+        )
+    elif graphs and not any(g.lowered for g in graphs):
+        report.notes.append("the graph keeps dense masked weights: no layer was lowered")
+
+
+def predicted_saving(graphs: Sequence[CompiledGraph]) -> tuple[float, float] | None:
+    """Return (saved, dense) milliseconds of the lowered layers, as lowering timed them, or None without timings."""
+    saved = total = 0.0
+    for graph in graphs:
+        for layer in graph.plan.layers.values():
+            entry = layer.notes.get("lower", {})
+            us, dense = entry.get("us"), entry.get("dense_us")
+            if isinstance(dense, (int, float)) and isinstance(us, (int, float)):
+                saved, total = saved + (dense - us) / 1e3, total + dense / 1e3
+    return (saved, total) if total else None
+
+
+def _compare_prediction(report: Report, graphs: Sequence[CompiledGraph]) -> None:
+    """Compare the saving that the layers' timings predict with that of the whole model."""
+    predicted = predicted_saving(graphs)
+    if predicted is None:
+        return
+    report.predicted_saving_ms, total = predicted
+    row = report.rows[-1]
+    if row.latency_ms is None or row.speedup is None:
+        return
+    saves = row.latency_ms * (row.speedup - 1)  # speedup = bar / latency
+    timed = f"layers were timed to save {report.predicted_saving_ms:.2f} ms of {total:.2f} ms"
+    if saves > 0:
+        report.notes.append(f"{timed}; the whole model saves {saves:.2f} ms")
+    elif report.predicted_saving_ms > 0:
+        report.notes.append(
+            f"WARNING: {timed}, but the whole model takes {-saves:.2f} ms more than the best dense build: compile it "
+            'with engine="dense" instead'
+        )
+
+
+def _compare_bf16(report: Report) -> None:
+    """Point out a faster bf16 build: another dtype is not part of the bar, but a user after speed should know."""
+    row = report.rows[-1]
+    other = next((r for r in report.rows if r.name == DENSE_BF16), None)
+    if other is None or other.latency_ms is None or row.latency_ms is None or other.latency_ms >= row.latency_ms:
+        return
+    ratio = row.latency_ms / other.latency_ms
+    report.notes.append(
+        f"dense bf16 takes {other.latency_ms:.2f} ms, {ratio:.2f}x as fast as this fp32 build "
+        f"(relative difference of outputs {other.difference:.1e}): run the model in bf16 and audit it there"
+    )
