@@ -7,7 +7,7 @@ import torch
 from mpcompile.kernels.nm_linear import layouts
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.nm_linear.layouts import OCTS, QUADS, RING, ROWS
-from mpcompile.pruning.project import top_n
+from mpcompile.pruning.scores import top_n
 
 
 def usable(dtype, n, m):
