@@ -12,7 +12,6 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations
 
 from mpcompile import Config, load, save, transform
-from mpcompile.artifact import file as artifact
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import ArtifactError
 from mpcompile.ir.module import IRModule
@@ -159,7 +158,7 @@ def test_failure_leaves_the_old_file(call, error, message, vit, tmp_path, monkey
     def fail(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(artifact.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(ArtifactError if message else KeyboardInterrupt, match=message):
         save(vit, path)
     monkeypatch.undo()

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile import Config, transform
+from mpcompile import Config, export, transform
 from mpcompile.artifact import opset
-from mpcompile.artifact.file import ArtifactError
 from mpcompile.backend import mpsparse
-from mpcompile.export import programs as export
+from mpcompile.errors import ArtifactError
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.operators import GENERAL
 from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
