@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpcompile import _moved
 from mpcompile.artifact.opset import LISTED, Refusal, shown
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
@@ -23,6 +24,10 @@ _TRANSPOSED = "in_channels out_channels kernel_size stride padding output_paddin
 _BATCH_NORM = "num_features eps momentum affine track_running_stats bias"
 _RNN = "input_size hidden_size num_layers bias batch_first dropout bidirectional"
 _AXES = ("1d", "2d", "3d")
+
+
+_MOVED = ("Tree", "restore_modules", "restore_tensors", "compare")
+__getattr__ = _moved.renamed(__name__, {name: f"artifact.tree.{name}" for name in _MOVED})
 
 
 def _each(classes: str, arguments: str) -> dict[str, str]:

@@ -17,9 +17,7 @@ from typing import Any
 
 from mpcompile.errors import GraphError
 
-_HOOK = (
-    "generate_input_output_runtime_checks"  # of Inductor: writes a function that run_impl calls before it reads inputs
-)
+_HOOK = "generate_input_output_runtime_checks"  # of Inductor: writes what run_impl calls before it reads inputs
 _CALLED = "#define __check_inputs_outputs(inputs, outputs) mpcompile_guard(inputs, outputs, this->device_idx_)"
 _CALL = "__check_inputs_outputs(input_handles"
 _ALIGNMENT = 16  # bytes that Triton kernels assume; CPU code assumes none

@@ -1,4 +1,4 @@
-"""AOTInductor packages check their inputs: in a process that has nothing but torch."""
+"""AOTInductor packages check their inputs, in a process that has only torch."""
 
 import subprocess
 import sys
