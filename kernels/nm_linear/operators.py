@@ -24,16 +24,8 @@ from mpcompile.kernels.nm_linear.checks import PackedWeight
 from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.layouts import ROWS
+from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
 
-_SCHEMAS = {
-    "nm_gemm": "(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int out, int n, int m, "
-    "int layout, str activation) -> Tensor",
-    "nm_mlp": "(Tensor x, Tensor values1, Tensor index1, Tensor? bias1, Tensor values2, Tensor index2, Tensor? bias2, "
-    "Tensor? residual, int hidden, int out, int n1, int m1, int n2, int m2, int layout1, int layout2, str activation) "
-    "-> Tensor",
-    "nm_conv": "(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
-    "int[] dilation, int n, int m, int[] shape, int layout, str activation) -> Tensor",
-}
 _NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 _FIRST_USE = threading.RLock()
@@ -278,18 +270,20 @@ def _conv(
     return y
 
 
-def _fake_gemm(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rest[4]))
+def _fake_matmul(args: type[NmGemmArgs | NmMlpArgs]) -> Callable[..., Tensor]:
+    out = args.position("out")
+
+    def fake(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty((*x.shape[:-1], rest[out - 1]))
+
+    return fake
 
 
-def _fake_mlp(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rest[8]))
-
-
-def _fake_conv(x: Tensor, *rest: Any) -> Tensor:
-    stride, padding, dilation, shape = rest[4], rest[5], rest[6], rest[9]
-    order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
-    return torch.empty(_sizes(x, shape, stride, padding, dilation), dtype=x.dtype, device=x.device, memory_format=order)
+def _fake_conv(*args: Any) -> Tensor:
+    a = NmConvArgs(*args)
+    order = torch.channels_last if packed.runs_last(a.x) else torch.contiguous_format
+    sizes = _sizes(a.x, a.shape, a.stride, a.padding, a.dilation)
+    return torch.empty(sizes, dtype=a.x.dtype, device=a.x.device, memory_format=order)
 
 
 def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -315,18 +309,19 @@ def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Calla
     return backward, setup_context
 
 
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "nm_gemm": (_gemm, _fake_gemm, packed.nm_gemm),
-    "nm_mlp": (_mlp, _fake_mlp, packed.nm_mlp),
-    "nm_conv": (_conv, _fake_conv, packed.nm_conv),
+_IMPLEMENTATIONS: dict[type[NativeArgs], tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
+    NmGemmArgs: (_gemm, _fake_matmul(NmGemmArgs), packed.nm_gemm),
+    NmMlpArgs: (_mlp, _fake_matmul(NmMlpArgs), packed.nm_mlp),
+    NmConvArgs: (_conv, _fake_conv, packed.nm_conv),
 }
 
 
 def define(library: Library) -> None:
     """Define the operators in ``library``."""
-    for short, (kernel, fake, formula) in _IMPLEMENTATIONS.items():
+    for args, (kernel, fake, formula) in _IMPLEMENTATIONS.items():
+        short = args.operator
         for name in (short, short + GENERAL):
-            library.define(name + _SCHEMAS[short], tags=(torch.Tag.needs_fixed_stride_order,))
+            library.define(name + args.signature(), tags=(torch.Tag.needs_fixed_stride_order,))
             # Not for CPU by name: C++ takes that place when it is loaded.
             library.impl(name, kernel, "CompositeExplicitAutograd")
             library.impl(name, gpu_launch.IMPLEMENTATIONS[short], "CUDA")

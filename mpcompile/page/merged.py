@@ -17,7 +17,7 @@ from mpcompile.config import Config
 from mpcompile.errors import InputError, NotEligibleError, first_line
 from mpcompile.io.writing import write_atomically
 from mpcompile.ir.module import IRModule
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.pipeline import Pipeline, transform
 
@@ -37,7 +37,7 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         if n.target is ops.token_merge:
             self.places.append(result[2][0])
-            self.prefix = int(n.args[4])  # type: ignore[arg-type]
+            self.prefix = schema.TokenMergeArgs.bind(n).prefix
         return result
 
 

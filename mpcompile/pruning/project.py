@@ -26,11 +26,11 @@ from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.base import Context
 from mpcompile.pruning import refit, scores
+from mpcompile.pruning.scores import DAMPING
 
 # A fit to dense outputs from pruned inputs shrinks what it can't foretell. BatchNorm statistics that are taken anew
 # undo that; without them the whole way loses more than it wins: of 0, 1/4, 1/2 and 1, 1/4 was best on images kept out.
 TOWARDS_DENSE = 0.25
-DAMPING = 0.01  # share of the mean of the diagonal of the second moments that is added to it
 
 
 @dataclass

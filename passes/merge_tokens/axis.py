@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import ATTENTION, argument, fake_value, target_name
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.layers import ByMode, MaskedLinear
 from mpcompile.passes.merge_tokens.moves import AxisMoves, Level, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
@@ -174,7 +174,8 @@ class TokenAxis(AxisMoves):
         """A bias of weights of attention (heads that are mixed) counts for every token that a key stands for."""
         graph, bias = self.gm.graph, None
         if node.op == "call_function":
-            bias = node.args[3] if node.target is ops.masked_linear else argument(node, 2, "bias")
+            masked = node.target is ops.masked_linear
+            bias = schema.MaskedLinearArgs.bind(node).bias if masked else argument(node, 2, "bias")
         elif self.gm.get_submodule(str(node.target)).bias is not None:
             with graph.inserting_before(node):
                 bias = graph.get_attr(f"{node.target}.bias")
@@ -184,7 +185,8 @@ class TokenAxis(AxisMoves):
             raise self._refusal(node, "its bias gives weight to hidden tokens")
         users = list(node.users)
         with graph.inserting_after(node):
-            log = graph.call_function(ops.token_bias, (state.level.size, node, state.axes[keys], keys))
+            log_args = schema.TokenBiasArgs(size=state.level.size, logits=node, start=state.axes[keys], dim=keys)
+            log = graph.call_function(ops.token_bias, tuple(log_args))
         with graph.inserting_after(log):
             more = graph.call_function(torch.expm1, (log,))  # size - 1: the layer has added it once
         with graph.inserting_after(more):
@@ -247,9 +249,17 @@ class TokenAxis(AxisMoves):
         self._check_batch(node, self._shape(node), level)
         key = (table, level, start, dim)
         if key not in self._followed:
-            args = (table, level.places(), self.size, level.size, start, dim, len(self._shape(node)))
+            args = schema.TokenFollowArgs(
+                table=table,
+                place=level.places(),
+                before=self.size,
+                size=level.size,
+                start=start,
+                dim=dim,
+                rank=len(self._shape(node)),
+            )
             with self.gm.graph.inserting_before(node):
-                self._followed[key] = self.gm.graph.call_function(ops.token_follow, args)
+                self._followed[key] = self.gm.graph.call_function(ops.token_follow, tuple(args))
         node.replace_input_with(table, self._followed[key])
 
     def _join(self, node: fx.Node, operands: Iterable[fx.Node], rank: int) -> State:
@@ -327,8 +337,9 @@ class TokenAxis(AxisMoves):
         """A mean over tokens becomes one over what they stand for."""
         self._check_batch(node, self._shape(node.args[0]), state.level)
         with self.gm.graph.inserting_before(node):
-            args = (node.args[0], state.level.size, state.axes[axis], axis, keep)
-            new = self.gm.graph.call_function(ops.token_mean, args)
+            size, start = state.level.size, state.axes[axis]
+            args = schema.TokenMeanArgs(x=node.args[0], size=size, start=start, dim=axis, keepdim=keep)
+            new = self.gm.graph.call_function(ops.token_mean, tuple(args))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
@@ -346,8 +357,8 @@ class TokenAxis(AxisMoves):
         if self.proportional:
             self._check_batch(node, self._shape(node), state.level)
             with self.gm.graph.inserting_before(node):
-                args = (state.level.size, logits, state.axes[dim], dim)
-                bias = self.gm.graph.call_function(ops.token_bias, args)
+                args = schema.TokenBiasArgs(size=state.level.size, logits=logits, start=state.axes[dim], dim=dim)
+                bias = self.gm.graph.call_function(ops.token_bias, tuple(args))
                 total = self.gm.graph.call_function(operator.add, (logits, bias))
             node.replace_input_with(logits, total)  # type: ignore[arg-type]
         self.weights[node] = dim
@@ -392,9 +403,17 @@ class TokenAxis(AxisMoves):
             raise self._refusal(node, "it has an attention mask or bias of its own")
         start = keys.axes[2]
         if self.proportional:
-            scale, gqa = argument(node, 6, "scale"), argument(node, 7, "enable_gqa", False)
-            args = (query, key, value, keys.level.size, start, argument(node, 4, "dropout_p", 0.0), scale, gqa)
-            node.target, node.args, node.kwargs = ops.token_attention, args, {}
+            args = schema.TokenAttentionArgs(
+                query=query,
+                key=key,
+                value=value,
+                size=keys.level.size,
+                start=start,
+                dropout_p=argument(node, 4, "dropout_p", 0.0),
+                scale=argument(node, 6, "scale"),
+                enable_gqa=argument(node, 7, "enable_gqa", False),
+            )
+            node.target, node.args, node.kwargs = ops.token_attention, tuple(args), {}
         axes = {} if state is None else {2: state.axes[2]}
         self.extents[node] = [(keys.level, s) for s in (start, *axes.values())]
         return State(keys.level, axes) if axes else None

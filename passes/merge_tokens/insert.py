@@ -21,7 +21,7 @@ from torch import fx
 from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
@@ -68,10 +68,11 @@ def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], propor
         users = list(site.residual.users)
         with graph.inserting_before(site.residual.next):
             if first is None:
-                first = graph.call_function(ops.token_size, (site.residual, mask))
+                first = graph.call_function(ops.token_size, tuple(schema.TokenSizeArgs(site.residual, mask)))
             size = first if level is None else level.size
-            args = (site.residual, _keys(graph, site), size, decision["r"][block], prefix)
-            merge = graph.call_function(ops.token_merge, args)
+            keys, r = _keys(graph, site), decision["r"][block]
+            merge_args = schema.TokenMergeArgs(x=site.residual, keys=keys, size=size, r=r, prefix=prefix)
+            merge = graph.call_function(ops.token_merge, tuple(merge_args))
             tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
         tokens.meta["mpcompile.original"] = site.residual
         for user in users:
