@@ -4,6 +4,7 @@
 #              instruction set: avx2, or portable, which runs on any processor
 # make lint    ruff: rules and formatting
 # make types   mypy
+# make docs    the documentation site, into site/index.html
 # Each makes its own virtual environment the first time (Python >= 3.10) and reuses it afterwards.
 #
 #   make demo ARGS=--quick        arguments for `mpcompile demo`; in `make test`, for pytest
@@ -22,7 +23,7 @@ $(error VENV has to be one path without spaces, not '$(VENV)')
 endif
 VPY := $(VENV)/bin/python
 
-.PHONY: help demo test test-isa lint types clean FORCE
+.PHONY: help demo test test-isa lint types docs clean FORCE
 .NOTPARALLEL:
 
 help:
@@ -59,11 +60,14 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(VPY) -m mypy
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VPY) -m mkdocs build --strict
+
 clean:
-	rm -rf build dist mpcompile.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site mpcompile.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The mark is made only after an installation that succeeded; a newer pyproject.toml or a lost interpreter repeats it.
-MARKS := $(foreach extra,demo test dev,$(VENV)/.installed-$(extra))
+MARKS := $(foreach extra,demo test dev docs,$(VENV)/.installed-$(extra))
 $(MARKS): $(VENV)/.installed-%: pyproject.toml $(shell test -x "$(VPY)" || echo FORCE)
 	@$(ENVIRONMENT)
 	@echo "mpcompile: installing .[$*] into $(VENV); the first time this fetches PyTorch and takes minutes"
