@@ -17,11 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile.capture.importers import import_model
 from mpcompile.certificates.enclosures.rules import operator_name
-from mpcompile.errors import GraphError, InputError
+from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.view import layers
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.passes.channels.axes import analyse
 from mpcompile.passes.permute import Orders, classes, fold
 
@@ -126,9 +126,8 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
             tracing = make_fx(call, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
             graph = tracing(state, *inputs).graph
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GraphError(
-            f"{type(module).__name__} can't be traced in float64: {reason}",
+            f"{type(module).__name__} can't be traced in float64: {first_line(error)}",
             expected="a module without data-dependent control flow that runs in float64",
         ) from error
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -173,11 +172,13 @@ def _multiply_masks(network: Network) -> None:
             )
         if node.target not in ops.MASKED:
             continue
-        x, weight, mask, bias, *rest = node.args
-        network.tensors[weight] = network.tensors[weight] * network.tensors[mask]
-        linear = node.target is ops.masked_linear
-        node.target = torch.ops.aten.linear.default if linear else torch.ops.aten.conv2d.default
-        node.args = (x, weight, bias, *(() if linear else rest[:4]))
+        args = schema.bind(node)
+        network.tensors[args.weight] = network.tensors[args.weight] * network.tensors[args.mask]
+        if isinstance(args, schema.MaskedLinearArgs):
+            node.target, node.args = torch.ops.aten.linear.default, (args.x, args.weight, args.bias)
+        else:
+            geometry = (args.stride, args.padding, args.dilation, args.groups)
+            node.target, node.args = torch.ops.aten.conv2d.default, (args.x, args.weight, args.bias, *geometry)
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:

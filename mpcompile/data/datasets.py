@@ -21,7 +21,7 @@ from mpcompile.data.sources.pictures import EXPECTED, Unreadable, decode
 from mpcompile.data.sources.regular import listed, open_regular, printable
 from mpcompile.data.sources.splits import check_is_one, split_folder
 from mpcompile.data.streamed import Streamed
-from mpcompile.errors import ConfigError, InputError
+from mpcompile.errors import ConfigError, InputError, first_line
 
 __all__ = [
     "READERS",
@@ -211,7 +211,7 @@ def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None, class
 
 def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
     """What to say where timm's reader gave up."""
-    told = printable(str(error).splitlines()[0]) if str(error).strip() else type(error).__name__
+    told = first_line(error)
     told = f"no {told} in what describes it" if isinstance(error, KeyError) else told
     if isinstance(error, ImportError) or "install webdataset" in told:
         package = "webdataset" if reader.startswith("wds") else error.name if isinstance(error, ImportError) else None

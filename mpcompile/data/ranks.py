@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import mpcompile
-from mpcompile.errors import ConfigError, InputError
+from mpcompile._version import __version__
+from mpcompile.errors import ConfigError, InputError, first_line
 from mpcompile.training.policies import digest
 
 _LOST = re.compile(r"closed by peer|reset by peer|connection (closed|reset|refused)|broken pipe|remote process", re.I)
@@ -51,7 +51,7 @@ def start(device: str) -> torch.device:
             torch.cuda.set_device(torch.device(device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(
-            f"device {device!r} can't be used: {str(error).splitlines()[0]}",
+            f"device {device!r} can't be used: {first_line(error)}",
             hint=None if alone else "start as many processes as there are devices",
         ) from error
     if not alone and not dist.is_initialized():
@@ -122,6 +122,8 @@ def lost(error: BaseException) -> bool:
 
 def source_files() -> dict[str, Path]:
     """The files of the code by their place in the package; links to folders, as a checkout has, are followed."""
+    import mpcompile  # for its path: there are two folders in a checkout without links
+
     found: dict[str, Path] = {}
     for root in mpcompile.__path__:
         for folder, below, names in os.walk(root, followlinks=True):
@@ -145,7 +147,7 @@ def code() -> dict[str, str]:
     """Versions that have to be equal on all ranks."""
     import timm
 
-    versions = {"mpcompile": mpcompile.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    versions = {"mpcompile": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return {**versions, "sources": _sources()}
 
 

@@ -20,17 +20,17 @@ from mpcompile.calibration.data import as_batches
 from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, collect
 from mpcompile.calibration.stream import Stream, batch_norms
 from mpcompile.errors import ArtifactError
-from mpcompile.io.files import replace_atomically
+from mpcompile.io.writing import write_atomically
 from mpcompile.ir.module import Imported
 from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.passes.base import Context
 from mpcompile.pruning import refit, scores
+from mpcompile.pruning.scores import DAMPING
 
 # A fit to dense outputs from pruned inputs shrinks what it can't foretell. BatchNorm statistics that are taken anew
 # undo that; without them the whole way loses more than it wins: of 0, 1/4, 1/2 and 1, 1/4 was best on images kept out.
 TOWARDS_DENSE = 0.25
-DAMPING = 0.01  # share of the mean of the diagonal of the second moments that is added to it
 
 
 @dataclass
@@ -201,7 +201,7 @@ class Records:
             return
         tensors = {k: v.cpu() for k, v in moments.tensors().items()}
         try:
-            replace_atomically(path, lambda temporary: save_file(tensors, temporary, {"stamp": self.stamp}))
+            write_atomically(path, lambda temporary: save_file(tensors, temporary, {"stamp": self.stamp}))
         except ArtifactError:
             raise
         except Exception as error:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import ArtifactError, printable
-from mpcompile.io.files import TEMPORARY, open_regular, replacing
+from mpcompile.io.reading import open_regular
 from mpcompile.io.schema import Between, Mismatch, Natural, check
+from mpcompile.io.writing import TEMPORARY, replacing
 
 NAME = "checkpoint.pt"
 FORMAT = 3

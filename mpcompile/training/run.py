@@ -21,8 +21,8 @@ from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.data.labels import check_range
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.io.files import make_folder
 from mpcompile.io.lock import locked
+from mpcompile.io.writing import make_folder
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.parts import device_of

@@ -28,8 +28,8 @@ from mpcompile.kernels.nm_format import Pattern, packed_bytes
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.mask import eligible
 from mpcompile.plan import LayerPlan
-from mpcompile.pruning import damage
-from mpcompile.pruning import knapsack as allocation
+from mpcompile.pruning import damage, knapsack
+from mpcompile.pruning.edge_budget import layer_weights
 from mpcompile.pruning.project import reestimate
 from mpcompile.rmt.analysis import study
 
@@ -131,7 +131,7 @@ class Allocate(Pass):
                 found="an empty batch, or a model without products",
                 hint="give a batch that isn't empty",
             )
-        low, high = (v / total for v in allocation.reachable([item.saved for item in found]))
+        low, high = (v / total for v in knapsack.reachable([item.saved for item in found]))
         if not low * (1 - 1e-9) <= target <= high * (1 + 1e-9):
             menu = ", ".join(dict.fromkeys("dense" if p is None else str(p) for item in found for p in item.options))
             raise NotEligibleError(
@@ -179,8 +179,8 @@ class Allocate(Pass):
         found = [replace(item) for item in found]  # each kind has costs and a menu of its own
         inadmissible = self._predict(gm, ctx, found, kind, data, target)
         costs, saved = [item.costs for item in found], [item.saved for item in found]
-        even = allocation.even_mix([item.density for item in found], saved, target)
-        best, price = (even, 0.0) if kind == "uniform" else allocation.knapsack(costs, saved, target)
+        even = knapsack.even_mix([item.density for item in found], saved, target)
+        best, price = (even, 0.0) if kind == "uniform" else knapsack.solve(costs, saved, target)
         return _Choice(kind, found, costs, saved, best, even, price, inadmissible)
 
     @staticmethod
@@ -302,9 +302,8 @@ class Allocate(Pass):
     def _seb(found: list[_Layer], fits: Sequence[Mapping[str, Any]], target: float) -> list[float]:
         most = sum(item.saved[-1] / max(1e-9, 1 - item.density[-1]) for item in found)
         sparsity = min(1.0, target / most)
-        attention, other, s_d = allocation.seb_regime(sparsity)
-        beta = [attention if "attn" in item.names[0] else other for item in found]
-        return list(allocation.seb_weights([fit["edge"] for fit in fits], sparsity, beta, s_d))
+        edges = {item.names[0]: fit["edge"] for item, fit in zip(found, fits, strict=True)}
+        return list(layer_weights(edges, sparsity).values())
 
     @staticmethod
     def _admit(found: list[_Layer], fits: Sequence[Mapping[str, Any]], target: float) -> dict[str, str]:
