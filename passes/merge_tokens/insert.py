@@ -145,6 +145,7 @@ class MergeTokens(Pass):
     """Token merging with proportional attention in every self-attention block."""
 
     name = "merge_tokens"
+    decides = True
 
     def check(self, gm: IRModule, ctx: Context) -> None:
         """Refuse merges that differ from those already in the graph, which stay as they are."""
