@@ -64,9 +64,9 @@ def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "can't read"),
-        (b"no zip", "can't read"),
-        (WHOLE[: len(WHOLE) // 2], "can't read"),
+        (b"", "cannot read"),
+        (b"no zip", "cannot read"),
+        (WHOLE[: len(WHOLE) // 2], "cannot read"),
         (flipped(STORED, 400), "CRC"),
         (packed(head((6, 8, 8, 3)) + bytes(100)), "is damaged"),
         (packed(head((6, 8, 8, 3)) + bytes(6 * 192 + 1)), "is damaged"),
@@ -77,8 +77,8 @@ def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
         (packed(head((6, 8, 0, 3))), "holds other images"),
         (packed(head((6, 8, 8, 3), "|O") + bytes(1200)), "holds other images"),
         (packed(head((6, 8, 8, 3), "<f4") + bytes(4 * 6 * 192)), "holds other images"),
-        (packed(b"\x93NUMPY\x09\x00" + bytes(99)), "can't read"),
-        (packed(b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16), "can't read"),
+        (packed(b"\x93NUMPY\x09\x00" + bytes(99)), "cannot read"),
+        (packed(b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16), "cannot read"),
         (packed(STORED, "pictures.npy"), "no 'images' in it, but pictures.npy"),
         (npz(images=PIXELS, labels=np.arange(5)), "holds other labels"),
         (npz(images=PIXELS, labels=np.arange(6.0)), "holds other labels"),
@@ -117,5 +117,5 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "folder.npz").mkdir()
     for name, found in (("pipe", "a FIFO"), ("folder", "a folder"), ("none", "No such file")):
-        with pytest.raises(InputError, match=rf"can't read .*{name}\.npz.*found {found}"):
+        with pytest.raises(InputError, match=rf"cannot read .*{name}\.npz.*found {found}"):
             images.read_images(tmp_path / f"{name}.npz", DATA, samples=2)

@@ -24,10 +24,10 @@ def test_names_are_read_as_they_show(encoding, end, tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("caf\u00e9".encode("latin-1"), "bytes that aren't UTF-8 in line 1"),
+        ("caf\u00e9".encode("latin-1"), "bytes that are not UTF-8 in line 1"),
         ("apple\ncaf\u00e9\n".encode("cp1252"), "in line 2: save it as UTF-8"),
         ("\n".join(NAMES).encode("utf-16-le"), "UTF-16 without a byte order mark"),
-        ("apple".encode("utf-16") + b"x", "bytes that aren't UTF-16"),
+        ("apple".encode("utf-16") + b"x", "bytes that are not UTF-16"),
         ("apple\nfrog\n\ufeffsky\n".encode(), "U\\+FEFF in line 3"),
         ("apple\u200e\nfrog\n".encode(), "U\\+200E in line 1"),
         ("apple\nfr\u00adog\n".encode(), "U\\+00AD in line 2"),
@@ -51,7 +51,7 @@ def test_what_would_not_be_read_as_it_shows_is_refused(content, told, tmp_path):
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, found in (("pipe", "a FIFO"), (".", "a folder"), ("none", "No such file")):
-        with pytest.raises(InputError, match=f"can't read the class map .*found {found}"):
+        with pytest.raises(InputError, match=f"cannot read the class map .*found {found}"):
             datasets.read_class_map(tmp_path / name)
 
 
@@ -62,7 +62,7 @@ def test_a_class_map_that_does_not_fit_is_named(tmp_path):
     path = tmp_path / "map.txt"
     for text in (",0\n".join(NAMES), "\n".join(NAMES[:-1])):
         path.write_text(text)
-        with pytest.raises(InputError, match=r"classes that aren't known; expected .*, the lines of .*map\.txt, found"):
+        with pytest.raises(InputError, match=r"unknown classes; expected .*, the lines of .*map\.txt, found"):
             datasets.dataset(
                 str(tmp_path / "data"), "train", True, classes=datasets.read_class_map(path), class_map=str(path)
             )

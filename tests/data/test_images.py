@@ -83,10 +83,10 @@ def test_bad_files_and_folders_are_named(tmp_path):
         images.folder(tmp_path, DATA)
     whole = write(tmp_path / "cut.png", size=(400, 300)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"can't read .*cut\.png"):
+    with pytest.raises(InputError, match=r"cannot read .*cut\.png"):
         list(images.folder(tmp_path, DATA))
     (tmp_path / "cut.png").write_text("no image")
-    with pytest.raises(InputError, match=r"can't read .*cut\.png"):
+    with pytest.raises(InputError, match=r"cannot read .*cut\.png"):
         list(images.folder(tmp_path, DATA))
 
 
@@ -110,7 +110,7 @@ def test_all_at_once_from_folders_and_archives(tmp_path):
     np.savez(file, images=np.zeros((5, 4, 4), np.float32))
     for path, message in (
         (file, "holds other images"),
-        (tmp_path / "none.npz", "can't read"),
+        (tmp_path / "none.npz", "cannot read"),
         (tmp_path / "x", "no images in"),
     ):
         with pytest.raises(InputError, match=message):

@@ -82,14 +82,14 @@ def test_every_whole_number_type_gives_the_same_figures(job):
 WRONG = {
     "fractions": (lambda y: y.float(), "labels have the wrong type.*float32"),
     "one-hot": (lambda y: torch.eye(2)[y], "labels have the wrong type.*float32.*argmax"),
-    "one-hot, whole": (lambda y: torch.eye(2).long()[y], r"labels don't fit.*shape \(\d+, 2\).*argmax"),
+    "one-hot, whole": (lambda y: torch.eye(2).long()[y], r"labels do not fit.*shape \(\d+, 2\).*argmax"),
     "texts": (lambda y: ["cat"] * COUNT, "labels have the wrong type"),
     "numpy floats": (lambda y: np.full(COUNT, np.nan), "labels have the wrong type.*float64"),
     "complex": (lambda y: y.to(torch.complex64), "labels have the wrong type"),
     "sparse": (lambda y: y.to_sparse(), "labels have the wrong type.*sparse_coo"),
     "without values": (lambda y: y.to("meta"), "labels have the wrong type.*meta device"),
-    "too few": (lambda y: y[:-1], "labels don't fit.*12 labels.*found 11"),
-    "too many": (lambda y: torch.cat([y, y[:1]]), "labels don't fit.*12 labels.*found 13"),
+    "too few": (lambda y: y[:-1], "labels do not fit.*12 labels.*found 11"),
+    "too many": (lambda y: torch.cat([y, y[:1]]), "labels do not fit.*12 labels.*found 13"),
     "negative": (lambda y: torch.where(torch.arange(COUNT) == 8, -100, y), "label is out of range.*0 to 1.*found -100"),
     "no such class": (lambda y: y + 1, "label is out of range.*0 to 1.*found 2"),
     "beyond int64": (

@@ -192,7 +192,7 @@ def test_only_regular_files_are_opened(tmp_path):
             ("none.png", "No such file"),
         )
         for name, found in kinds:
-            with pytest.raises(InputError, match=f"can't read .*{name}.*found {found}"):
+            with pytest.raises(InputError, match=f"cannot read .*{name}.*found {found}"):
                 images.open_image(tmp_path / name)
     with pytest.raises(InputError, match="found a device"):
         images.open_image("/dev/zero")

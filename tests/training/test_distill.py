@@ -18,7 +18,7 @@ from mpcompile.training import checkpoint, events
 from mpcompile.training.distill import Training, distill, evaluate
 from mpcompile.training.features import pair
 from mpcompile.training.losses import distillation_loss, parameter_groups
-from mpcompile.training.policies import digest, masked_weights
+from mpcompile.training.policies import masked_weights, masks_digest
 from tests.support.helpers import images, tiny_vit
 
 
@@ -112,10 +112,10 @@ def test_what_decays():
 def test_masks_hold_after_every_step_and_training_lowers_the_loss():
     model = mlp()
     gm = student(model)
-    before = digest(gm)
+    before = masks_digest(gm)
     found = distill(gm, model, loader(), epochs=8, lr=1e-2, weight_decay=0.1, progress=False)
     assert found.losses[-1] < found.losses[0] and found.steps == 48 and found.images == 8 * 48
-    assert digest(gm) == before
+    assert masks_digest(gm) == before
     assert all(bool((w[~m] == 0).all()) for w, m, _ in masked_weights(gm).values())
     assert not gm.training
 
@@ -144,12 +144,12 @@ def test_moving_masks_end_legal_and_removed_weights_come_back(method):
     model = mlp()
     gm = student(model)
     gm.load_state_dict(model.state_dict(), strict=False)
-    before = digest(gm)
+    before = masks_digest(gm)
     distill(gm, model, loader(), epochs=4, lr=3e-2, method=method, progress=False)
     for weight, mask, pattern in masked_weights(gm).values():
         assert bool((weight[~mask] == 0).all())
         assert bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all())
-    assert digest(gm) != before
+    assert masks_digest(gm) != before
     x = data()[:4][0]
     expected = gm(x)
     gm = copy.deepcopy(gm)  # nothing of the method is left in the layers
@@ -302,11 +302,11 @@ def test_bad_input_is_refused():
     refused(InputError, "batch is empty", train=[(x[:0], y[:0])])
     refused(InputError, r"teacher fails on a batch: mat1.*\(48, 4\)", train=[(x[:, :4], y)])
     refused(InputError, "fails on a batch.*uint8", train=[(x.byte(), y)])
-    refused(InputError, "batch 0 of epoch 1 can't be read: 'gone'", train=Raising(KeyError("gone")))
+    refused(InputError, "batch 0 of epoch 1 cannot be read: 'gone'", train=Raising(KeyError("gone")))
     refused(InputError, "yields nothing", train=Raising(None), features=1.0)
-    refused(InputError, "batch 0 of epoch 1 can't be read: lost", train=Raising(OSError("lost")), features=1.0)
-    refused(InputError, "val can't be.*no batch", val=[])
-    refused(InputError, "val can't be.*read once", val=iter([(x, y)]))
+    refused(InputError, "batch 0 of epoch 1 cannot be read: lost", train=Raising(OSError("lost")), features=1.0)
+    refused(InputError, "val cannot be.*no batch", val=[])
+    refused(InputError, "val cannot be.*read once", val=iter([(x, y)]))
     refused(InputError, "evaluation failed.*out of range.*found 9", val=[(x, torch.full_like(y, 9))], epochs=1)
     refused(InputError, "0.weight: weights in half.*float32, found torch.float16", gm=student(mlp()).half())
     refused(InputError, "no parameter.*can be trained", gm=student(mlp()).requires_grad_(False))
@@ -383,7 +383,7 @@ def test_an_evaluation_that_fails_costs_no_epoch(tmp_path):
     wanted = distill(whole, model, loader(), val, out=tmp_path / "whole", **options)
     gm = student(model)
     with pytest.raises(
-        InputError, match=r"evaluation failed: batch 0 of evaluation can't be read: gone.*checkpoint.pt"
+        InputError, match=r"evaluation failed: batch 0 of evaluation cannot be read: gone.*checkpoint.pt"
     ):
         distill(gm, model, loader(), Raising(OSError("gone")), out=tmp_path / "run", **options)
     gm = student(model)
@@ -444,7 +444,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     refused(ArtifactError, "expected lr=0.0001, found lr=0.1", model=model, resume="auto", lr=0.1, **refused_by)
     path = tmp_path / checkpoint.NAME
     path.write_bytes(path.read_bytes()[:1000])
-    refused(ArtifactError, "can't be read as a checkpoint.*a damaged file", model=model, resume="auto", **refused_by)
+    refused(ArtifactError, "cannot be read as a checkpoint.*a damaged file", model=model, resume="auto", **refused_by)
 
 
 def test_other_images_or_another_teacher_are_another_run(tmp_path):

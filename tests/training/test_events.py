@@ -66,9 +66,9 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
 
 def test_errors_name_the_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match=r"can't write the log .*run\.jsonl"):
+    with pytest.raises(ArtifactError, match=r"cannot write the log .*run\.jsonl"):
         EventLog(tmp_path / "file" / "run.jsonl")
-    with pytest.raises(ArtifactError, match="can't read the log"):
+    with pytest.raises(ArtifactError, match="cannot read the log"):
         list(events.read(tmp_path / "none.jsonl"))
     (tmp_path / "bad.jsonl").write_text('{"event": "start"}\n[1]\n{}\n')
     with pytest.raises(ArtifactError, match=r"line 2 of .* is damaged"):

@@ -13,8 +13,8 @@ from torch import nn
 
 from mpcompile.data import datasets, ranks
 from mpcompile.data import loader as images
+from mpcompile.data.seeding import seed_everything
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training.checkpoint import seed_everything
 from mpcompile.training.recipes.recipe import Recipe
 from tests.support.helpers import labelled_images
 
@@ -109,7 +109,7 @@ def test_files_that_are_no_recipe(tmp_path):
 def test_images_of_a_folder(folder):
     model = timm.create_model("resnet10t", num_classes=3)
     source = datasets.dataset(str(folder), "train", True)
-    options = images.Images(batch=4, size=32, workers=0)
+    options = images.ImageOptions(batch=4, size=32, workers=0)
     batches = images.loader(source, model, options, training=True)
     seed_everything(0, 0, 0)
     first = list(batches)
@@ -123,7 +123,7 @@ def test_images_of_a_folder(folder):
     plain = images.loader(datasets.dataset(str(folder), "validation", False), model, options, training=False)
     labels = torch.cat([batch[1] for batch in plain])
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    fixed = images.loader(source, model, images.Images(batch=4, size=32, workers=0, augment=False), training=True)
+    fixed = images.loader(source, model, images.ImageOptions(batch=4, size=32, workers=0, augment=False), training=True)
     seen = [{int(i): x for xs, _, index in fixed for x, i in zip(xs, index, strict=True)} for _ in range(2)]
     assert all(torch.equal(seen[0][i], seen[1][i]) for i in range(24))
 
@@ -144,7 +144,7 @@ def test_splits_are_what_they_are_called(folder, tmp_path):
     with pytest.raises(InputError, match=r"is a file.*--reader wds/NAME"):
         datasets.dataset(str(folder / "train" / "bee" / "0.png"), "train", True)
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"no images of split 'train'.*one sub-folder of images a class"):
+    with pytest.raises(InputError, match=r"no images of split 'train'.*one sub-folder of images per class"):
         datasets.dataset(str(tmp_path / "empty"), "train", True)
 
 
@@ -177,7 +177,7 @@ def test_a_class_map_numbers_the_classes(folder, tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=match):
             datasets.read_class_map(path)
-    with pytest.raises(InputError, match="can't read the class map"):
+    with pytest.raises(InputError, match="cannot read the class map"):
         datasets.read_class_map(tmp_path / "none.txt")
 
 
@@ -205,6 +205,10 @@ def test_data_that_can_not_be_used(folder, tmp_path):
     with pytest.raises(InputError, match="no images of split 'train' in"):
         datasets.dataset(str(tmp_path / "nowhere"), "train", True)
     with pytest.raises(InputError, match=r"fewer training images than make a batch; expected at least 25, found 24"):
-        images.loader(datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.Images(batch=25), True)
+        images.loader(
+            datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.ImageOptions(batch=25), True
+        )
     with pytest.raises(ConfigError, match="multiple of 4"):
-        images.loader(datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.Images(batch=6), True, 4)
+        images.loader(
+            datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.ImageOptions(batch=6), True, 4
+        )
