@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mpcompile._version import __version__
 from mpcompile.kernels import store
 from mpcompile.kernels.nm_format import from_rows
 
@@ -110,9 +111,7 @@ def triton_version() -> str:
 @functools.cache
 def machine_key() -> str:
     """Changes with the processor, its instruction set, torch, mpcompile, and the kernels' sources."""
-    import mpcompile
-
-    parts = [cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__, mpcompile.__version__]
+    parts = [cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__, __version__]
     parts += [os.environ.get(name, "") for name in ("MPCOMPILE_CPU_ISA", "ONEDNN_MAX_CPU_ISA")]
     if torch.version.cuda is not None:
         parts += [torch.version.cuda, triton_version()]

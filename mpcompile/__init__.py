@@ -2,14 +2,13 @@
 
 from pathlib import Path as _Path
 
-__version__ = "0.1.0"
-
 _root = _Path(__file__).resolve().parent.parent
 if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml").exists():
     # A checkout without symbolic links (some archives and file systems drop them): passes/ and kernels/ lie beside us.
     __path__.append(str(_root))
 
 from mpcompile import _moved
+from mpcompile._version import __version__ as __version__
 from mpcompile.artifact.file import load, save
 from mpcompile.backend import refresh
 from mpcompile.certificates.api import Certificates, certify

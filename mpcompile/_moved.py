@@ -13,7 +13,7 @@ from typing import Any
 MOVED = {
     "allocation": "pruning.knapsack",
     "analysis": "rmt.analysis",
-    "audit": "measure.audit",
+    "audit": "measure.audit measure.builds",
     "certify": "certificates.api",
     "certify.batches": "certificates.batches",
     "certify.bounds": "certificates.bounds",

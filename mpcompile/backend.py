@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mpcompile import __version__
+from mpcompile._version import __version__
 from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError

@@ -10,6 +10,7 @@ __all__ = [
     "MPCompileError",
     "NotEligibleError",
     "TraceError",
+    "first_line",
     "printable",
     "printable_lines",
 ]
@@ -119,6 +120,17 @@ class NotEligibleError(MPCompileError):
 
 class ArtifactError(MPCompileError):
     """A file that can't be read, written, or trusted."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message in printable characters, or the name of its class if it has no message.
+
+    Example:
+        >>> first_line(ValueError("no such size\nmore")), first_line(KeyboardInterrupt())
+        ('no such size', 'KeyboardInterrupt')
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return printable(lines[0]) if lines else type(error).__name__
 
 
 def summary(error: BaseException, most: int = 200) -> str:

@@ -1,21 +1,21 @@
-"""Fuse: activations, residual additions and whole MLPs become part of the native operators.
+"""Fuse: make activations, residual additions and whole MLPs part of the native operators.
 
-A native operator has a tile of its output in cache when it is done with it: bias, activation and residual cost nothing
-there, and a pass over memory each when they are nodes of their own. ``nm_mlp`` doesn't write its hidden layer to memory
-at all. The pass walks from each ``nm_gemm`` and ``nm_conv`` along single users, through what does nothing in inference,
-to the activation, then to the addition (or, as in a ResNet, to the addition and then the activation), then to the next
+A native operator has a tile of its output in cache when the tile is complete: bias, activation and residual cost
+nothing there. As nodes of their own, each costs a pass over memory. ``nm_mlp`` never writes its hidden layer to memory.
+The pass walks from each ``nm_gemm`` and ``nm_conv`` along single users, past nodes that do nothing in inference, to the
+activation, then to the addition (or, as in a ResNet, to the addition and then the activation), then to the next
 ``nm_gemm``.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from mpcompile.ir.effects import writes
 from mpcompile.ir.macs import is_add
@@ -23,12 +23,13 @@ from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.packed import BEHIND
-from mpcompile.layers import ByMode
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.lower import PACKED
+from mpcompile.passes.rewriting import does_nothing, exact_class, follow, supersede
+
+__all__ = ["Fuse", "activation_of", "does_nothing", "follow"]
 
 _VALUES, _RESIDUAL = 1, 4  # positions in the schemas of nm_gemm and nm_conv; the activation is last
-_KINDS = ("activations", "residuals", "behind", "mlps")
 
 _aten = torch.ops.aten
 _RELU = frozenset({F.relu, torch.relu, torch.relu_, _aten.relu.default, _aten.relu_.default})
@@ -41,23 +42,14 @@ _ACTIVATION_MODULES = {  # exact types; subclasses may compute something else
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
 }
-_DROPOUT = frozenset({F.dropout, torch.dropout, _aten.dropout.default})
-_DROPOUT_MODULES = {"torch.nn.modules.dropout.Dropout": "p", "timm.layers.drop.DropPath": "drop_prob"}
-
-
-def _class_name(module: nn.Module) -> str | None:
-    """Qualified name of a module's class, or None where hooks may do something else besides."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def activation_of(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """The activation that a node computes, by its name in the native operators, or None."""
+    """Return the activation that a node computes, by its name in the native operators, or None."""
     target: Any = node.target
     if node.op == "call_module":
         module = gm.get_submodule(target)
-        name = _class_name(module)
+        name = exact_class(module)
         if name == "torch.nn.modules.activation.GELU":
             return _APPROXIMATE.get(str(module.approximate))
         return _ACTIVATION_MODULES.get(name or "")
@@ -70,69 +62,46 @@ def activation_of(gm: fx.GraphModule, node: fx.Node) -> str | None:
     return "silu" if target in _SILU else None
 
 
-def _number(gm: fx.GraphModule, value: Any) -> Any:
-    """A literal, or what a :class:`ByMode` yields in the present mode; None where it isn't known."""
-    if not isinstance(value, fx.Node):
-        return value
-    module = gm.get_submodule(str(value.target)) if value.op == "call_module" else None
-    return module() if isinstance(module, ByMode) else None
-
-
-def does_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node yields its input: an identity, or dropout that is off."""
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        name = _class_name(module) or ""
-        if name in _DROPOUT_MODULES:
-            return not module.training or not getattr(module, _DROPOUT_MODULES[name])
-        return name == "torch.nn.modules.linear.Identity"
-    if node.op != "call_function" or node.target not in _DROPOUT:
-        return False
-    p, on = argument(node, 1, "p", 0.5), argument(node, 2, "training", node.kwargs.get("train", True))
-    return _number(gm, p) == 0 or _number(gm, on) in (False, 0)
-
-
-def follow(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
-    """From a node along single users: what does nothing, and the first user that does something (None: several)."""
-    idle: list[fx.Node] = []
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if not does_nothing(gm, user) or argument(user, 0, "input") is not node:
-            return idle, user
-        idle.append(user)
-        node = user
-    return idle, None
-
-
 def _operands(add: fx.Node) -> tuple[Any, Any]:
     return argument(add, 0, "input", add.kwargs.get("self")), argument(add, 1, "other")
 
 
-def _from_data(gm: fx.GraphModule, lifted: Lifted) -> set[fx.Node]:
-    """Nodes that depend on an input that is no parameter."""
-    found = set(real_inputs(gm, lifted))
+def _other_operand(add: fx.Node, node: fx.Node) -> Any:
+    """Return what an addition adds to ``node``, one of its operands."""
+    first, second = _operands(add)
+    return second if first is node else first
+
+
+def _data_dependent(gm: fx.GraphModule, lifted: Lifted) -> set[fx.Node]:
+    """Return the nodes that depend on an input that is no parameter."""
+    dependent = set(real_inputs(gm, lifted))
     for node in gm.graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+        if not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
+    return dependent
 
 
-class _Plan:
-    """The walk over one graph.
+class _Search:
+    """One walk over a graph, which finds what each native operator can take in.
 
     Attributes:
         paths: operator -> the nodes whose work it takes over, from itself to the one whose value it will yield.
+        activations: operator -> the activation of its product.
+        residuals: operator -> the addition that it takes in.
+        late: operator -> the activation of that sum.
+        mlps: operator -> the second operator of its MLP.
+        left: operator -> why it takes in nothing, or not all that it might.
     """
 
     def __init__(self, gm: IRModule, lifted: Lifted) -> None:
-        self.gm, self.data = gm, _from_data(gm, lifted)
+        self.gm, self.data = gm, _data_dependent(gm, lifted)
         self.nodes = list(gm.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.natives = [n for n in self.nodes if n.target in (ops.nm_gemm, ops.nm_conv)]
         self.paths = {op: [op] for op in self.natives}
         self.activations: dict[fx.Node, fx.Node] = {}
         self.residuals: dict[fx.Node, fx.Node] = {}
-        self.behind: dict[fx.Node, fx.Node] = {}  # activations of the sum
+        self.late: dict[fx.Node, fx.Node] = {}
         self.mlps: dict[fx.Node, fx.Node] = {}
         self.left: dict[fx.Node, str] = {}
 
@@ -158,7 +127,7 @@ class _Plan:
         if user is None or activation_of(self.gm, user) is None or argument(user, 0, "input") is not [*path, *idle][-1]:
             return
         if op.args[_RESIDUAL] is None and op.args[-1] == "none" and op not in self.activations:
-            table = self.behind if op in self.residuals else self.activations
+            table = self.late if op in self.residuals else self.activations
             table[op], self.paths[op] = user, [*path, *idle, user]
 
     def _residual(self, op: fx.Node) -> None:
@@ -166,30 +135,30 @@ class _Plan:
         if add is None or not is_add(add) or op.args[_RESIDUAL] is not None or add in self.residuals.values():
             return
         path = [*self.paths[op], *idle]
-        why = self._refusal(path, add)
+        why = self._obstacle(path, add)
         if why is None:
             self.residuals[op], self.paths[op] = add, [*path, add]
         else:
             self.left[op] = why
 
-    def _refusal(self, path: list[fx.Node], add: fx.Node) -> str | None:
-        """Why an addition can't be part of the operator at the head of ``path``, or None."""
-        operands, last = _operands(add), path[-1]
-        other = operands[operands[0] is last]
+    def _obstacle(self, path: list[fx.Node], add: fx.Node) -> str | None:
+        """Return why an addition can't be part of the operator at the head of ``path``, or None."""
+        last = path[-1]
+        other = _other_operand(add, last)
         if not isinstance(other, fx.Node):
             return "adds no tensor"
         if other is last:
             return "added to itself"
         if argument(add, 2, "alpha", 1) != 1 or "out" in add.kwargs:
             return "a scaled addition, or one into a given tensor"
-        if add.target in (operator.iadd, "add_") and other is operands[0]:
+        if add.target in (operator.iadd, "add_") and other is _operands(add)[0]:
             return "the addition writes into its other operand"
         mine, its = fake_value(last), fake_value(other)
         if not isinstance(mine, Tensor) or not isinstance(its, Tensor):
             return "shapes are not known"
         if shape_of(last) != shape_of(other) or mine.dtype != its.dtype:
-            found = [f"{tuple(shape_of(n) or ())} {t.dtype}" for n, t in ((last, mine), (other, its))]
-            return f"adds unlike tensors: {found[0]} and {found[1]}"
+            both = [f"{tuple(shape_of(n) or ())} {t.dtype}" for n, t in ((last, mine), (other, its))]
+            return f"adds unlike tensors: {both[0]} and {both[1]}"
         if other not in self.data:
             return "adds what doesn't depend on the input: it broadcasts at another batch size"
         return self._written(path[0], add, path)
@@ -201,7 +170,7 @@ class _Plan:
         last = [*self.paths[op], *idle][-1]
         alone = user.args[0] is last and last not in user.args[1:]
         plain = op.args[_RESIDUAL] is None and op not in self.residuals
-        if not alone or not plain or user.args[-1] != "none" or user in self.activations or user in self.behind:
+        if not alone or not plain or user.args[-1] != "none" or user in self.activations or user in self.late:
             return
         why = self._written(op, self.paths[user][-1], [*self.paths[op], *idle, *self.paths[user]])
         if why is None:
@@ -210,16 +179,16 @@ class _Plan:
             self.left.setdefault(op, why)
 
     def _written(self, op: fx.Node, place: fx.Node, own: Iterable[fx.Node]) -> str | None:
-        """Why an operator can't read its input as late as ``place``, or None."""
+        """Return why an operator can't read its input as late as ``place``, or None."""
         between = self.nodes[self.order[op] + 1 : self.order[place]]
-        guilty = [n.name for n in between if n not in own and writes(self.gm, n)]
-        return f"{guilty[0]} writes in place before {place.name}" if guilty else None
+        writers = [n.name for n in between if n not in own and writes(self.gm, n)]
+        return f"{writers[0]} writes in place before {place.name}" if writers else None
 
 
 class Fuse(Pass):
-    """Native operators take in the activation, the residual addition and the second linear layer behind them.
+    """Native operators take in the activation, the residual addition and the second linear layer that follow them.
 
-    Runs after Lower. Dropout and whatever else depends on the mode counts as the module's flags say.
+    Runs after Lower. Dropout and everything else that depends on the mode counts as the modules' flags say.
 
     Example:
         >>> from mpcompile import Pipeline
@@ -231,70 +200,84 @@ class Fuse(Pass):
     name = "fuse"
 
     def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        found = _Plan(gm, ctx.lifted)
-        found.walk()
-        tables = zip(_KINDS, (found.activations, found.residuals, found.behind, found.mlps), strict=True)
-        decision: dict[str, Any] = {k: [[a.name, b.name] for a, b in table.items()] for k, table in tables}
-        return {**decision, "left": {node.name: why for node, why in found.left.items()}}
+        search = _Search(gm, ctx.lifted)
+        search.walk()
+        return {
+            "activations": _names(search.activations),
+            "residuals": _names(search.residuals),
+            "behind": _names(search.late),
+            "mlps": _names(search.mlps),
+            "left": {node.name: why for node, why in search.left.items()},
+        }
 
     def summary(self, decision: dict[str, Any]) -> str:
-        ahead, residuals, behind, mlps = (len(decision[key]) for key in _KINDS)
-        if not ahead + residuals + mlps:
+        activations = len(decision["activations"]) + len(decision["behind"])
+        residuals, mlps = len(decision["residuals"]), len(decision["mlps"])
+        if not len(decision["activations"]) + residuals + mlps:
             return "nothing to fuse"
-        return f"{ahead + behind} activations, {residuals} residual additions, {mlps} mlps"
+        return f"{activations} activations, {residuals} residual additions, {mlps} mlps"
 
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
         nodes = {node.name: node for node in gm.graph.nodes}
-        layers = {f"{PACKED}.{name}.values": plan for name, plan in ctx.plan.layers.items()}
+        plans = {f"{PACKED}.{name}.values": plan for name, plan in ctx.plan.layers.items()}
 
         def note(op: fx.Node, key: str, value: Any) -> None:
             values = op.args[_VALUES]
-            plan = layers.get(str(values.target)) if isinstance(values, fx.Node) else None
+            plan = plans.get(str(values.target)) if isinstance(values, fx.Node) else None
             if plan is not None:
                 plan.notes.setdefault("fuse", {})[key] = value
 
-        def activate(name: str, end: str, prefix: str) -> None:
-            op, activation = nodes[name], activation_of(gm, nodes[end])
-            note(op, "activation", activation)
-            op.update_arg(len(op.args) - 1, f"{prefix}{activation}")
-            self._absorb(gm, op, nodes[end])
+        for op, end in decision["activations"]:
+            note(nodes[op], "activation", _activate(gm, nodes[op], nodes[end], ""))
+        for op, add in decision["residuals"]:
+            note(nodes[op], "residual", True)
+            _add(gm, nodes[op], nodes[add])
+        for op, end in decision["behind"]:
+            note(nodes[op], "activation", _activate(gm, nodes[op], nodes[end], BEHIND))
+        for first, second in decision["mlps"]:
+            note(nodes[first], "mlp", True)
+            note(nodes[second], "mlp", True)
+            _join(gm, nodes[first], nodes[second])
+        return any(decision[key] for key in ("activations", "residuals", "behind", "mlps"))
 
-        for name, end in decision["activations"]:
-            activate(name, end, "")
-        for name, end in decision["residuals"]:
-            op, add = nodes[name], nodes[end]
-            note(op, "residual", True)
-            idle, _ = follow(gm, op)
-            operands = _operands(add)
-            add.prepend(op)  # the residual may be computed later than the operator was
-            op.update_arg(_RESIDUAL, operands[operands[0] is [op, *idle][-1]])
-            self._absorb(gm, op, add)
-        for name, end in decision["behind"]:
-            activate(name, end, BEHIND)
-        for name, end in decision["mlps"]:
-            note(nodes[name], "mlp", True)
-            note(nodes[end], "mlp", True)
-            self._join(gm, nodes[name], nodes[end])
-        return any(decision[key] for key in _KINDS)
 
-    @staticmethod
-    def _absorb(gm: IRModule, op: fx.Node, end: fx.Node) -> None:
-        """``op`` yields the value of ``end`` from now on; what lay between goes."""
-        idle, _ = follow(gm, op)
-        end.replace_all_uses_with(op)
-        op.meta.update({key: end.meta[key] for key in ("val", "example_value") if key in end.meta})
-        for gone in [end, *reversed(idle)]:
-            gm.graph.erase_node(gone)
+def _names(table: Mapping[fx.Node, fx.Node]) -> list[list[str]]:
+    return [[op.name, end.name] for op, end in table.items()]
 
-    @staticmethod
-    def _join(gm: IRModule, first: fx.Node, second: fx.Node) -> None:
-        idle, _ = follow(gm, first)
-        x, *head1, _, hidden, n1, m1, layout1, activation = first.args
-        _, *head2, residual, out, n2, m2, layout2, _ = second.args
-        args = (x, *head1, *head2, residual, hidden, out, n1, m1, n2, m2, layout1, layout2, activation)
-        with gm.graph.inserting_before(second):
-            new = gm.graph.call_function(ops.nm_mlp, args)
-        new.meta = dict(second.meta)
-        second.replace_all_uses_with(new)
-        for gone in [second, *reversed(idle), first]:
-            gm.graph.erase_node(gone)
+
+def _activate(gm: IRModule, op: fx.Node, end: fx.Node, prefix: str) -> str | None:
+    """Make an activation the epilogue of an operator; return its name."""
+    activation = activation_of(gm, end)
+    op.update_arg(len(op.args) - 1, f"{prefix}{activation}")
+    _absorb(gm, op, end)
+    return activation
+
+
+def _add(gm: IRModule, op: fx.Node, add: fx.Node) -> None:
+    """Make an addition the residual of an operator."""
+    idle, _ = follow(gm, op)
+    other = _other_operand(add, [op, *idle][-1])
+    add.prepend(op)  # the residual may be computed later than the operator was
+    op.update_arg(_RESIDUAL, other)
+    _absorb(gm, op, add)
+
+
+def _absorb(gm: IRModule, op: fx.Node, end: fx.Node) -> None:
+    """Let ``op`` yield the value of ``end``; erase ``end`` and the nodes in between."""
+    idle, _ = follow(gm, op)
+    end.replace_all_uses_with(op)
+    op.meta.update({key: end.meta[key] for key in ("val", "example_value") if key in end.meta})
+    for node in [end, *reversed(idle)]:
+        gm.graph.erase_node(node)
+
+
+def _join(gm: IRModule, first: fx.Node, second: fx.Node) -> None:
+    """Replace two ``nm_gemm`` by one ``nm_mlp``."""
+    idle, _ = follow(gm, first)
+    x, *head1, _, hidden, n1, m1, layout1, activation = first.args
+    _, *head2, residual, out, n2, m2, layout2, _ = second.args
+    args = (x, *head1, *head2, residual, hidden, out, n1, m1, n2, m2, layout1, layout2, activation)
+    with gm.graph.inserting_before(second):
+        new = gm.graph.call_function(ops.nm_mlp, args)
+    new.meta = dict(second.meta)
+    supersede(gm.graph, [first, *idle, second], new)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.errors import GraphError
+from mpcompile.errors import GraphError, first_line
 from mpcompile.ir.effects import erase_orphans, storage, written_tensors
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import argument, element_count, shape_of
@@ -175,7 +175,7 @@ class Lower(Pass):
                 "there is no memory to pack its weight in",
                 layer=layer.name,
                 expected=f"a few times {size:,.0f} MiB",
-                found=str(error).splitlines()[0],
+                found=first_line(error),
                 hint="leave the layer dense (exclude=...), or give the process more memory",
             ) from error
         keep(gm, f"{PACKED}.{layer.name}", packed)

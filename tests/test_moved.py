@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,18 @@ def test_old_paths_give_what_the_new_ones_hold(old):
         name = next(iter(defined), None) or next(name for name in vars(new) if not name.startswith("_"))
         with pytest.warns(DeprecationWarning, match=new.__name__):
             assert getattr(module, name) is getattr(new, name)
+
+
+NAMES = (Path(__file__).parent / "support" / "public_names.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("row", NAMES, ids=lambda row: row.partition(":")[0] or "mpcompile")
+def test_names_of_version_0_1_resolve(row):
+    """Public functions and classes, by the module that held them before the package was divided into rooms."""
+    path, _, names = row.partition(":")
+    module = importlib.import_module(f"mpcompile.{path}".rstrip("."))
+    assert [name for name in names.split() if not hasattr(module, name)] == []
 
 
 def test_old_paths_do_not_lead_into_each_other():

@@ -97,7 +97,7 @@ def test_every_folder_is_a_listed_package(configured: Distribution):
 
 
 def test_version_is_read_from_the_source(configured: Distribution):
-    tree = ast.parse((ROOT / "mpcompile" / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "mpcompile" / "_version.py").read_text(encoding="utf-8"))
     literals = [
         node.value.value
         for node in tree.body

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile import __version__
+from mpcompile._version import __version__
 from mpcompile.artifact.codec import decode_nodes, decode_signature, encode_nodes, encode_signature, is_guard
 from mpcompile.artifact.leaves import Tree, compare, restore_modules, restore_tensors
 from mpcompile.artifact.native_nodes import check_packed

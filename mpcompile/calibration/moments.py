@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, first_line
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import Imported
 from mpcompile.ir.numerics import exact, training_flags
@@ -245,7 +245,7 @@ def collect(
             try:
                 collector.run(*own_copies(model.gm, batch))
             except RuntimeError as error:
-                raise InputError(f"the model rejects a calibration batch: {str(error).splitlines()[0]}") from error
+                raise InputError(f"the model rejects a calibration batch: {first_line(error)}") from error
     if not seen:
         raise InputError("calibration is empty", expected="at least one batch", found="none")
     return {name: accumulator.result() for name, accumulator in by_name.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, first_line
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import Imported
 from mpcompile.ir.numerics import exact, training_flags
@@ -113,8 +113,7 @@ def output_energy(
                     loss = torch.stack([(y * _direction(y, kind, generator)).sum() for y in found]).sum()
                     grads = torch.autograd.grad(loss, [p for _, p in runner.probes], allow_unused=True)
                 except RuntimeError as error:
-                    text = str(error).splitlines()[0]
-                    raise InputError(f"a backward pass through the model failed: {text}") from error
+                    raise InputError(f"a backward pass through the model failed: {first_line(error)}") from error
                 count += batch_length(part, model)
                 for (name, probe), grad in zip(runner.probes, grads, strict=True):
                     g = torch.zeros_like(probe) if grad is None else grad

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from mpcompile.calibration.data import batches
 from mpcompile.calibration.moments import FULL, Accumulator, Moments, kind_for
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, first_line
 from mpcompile.ir.effects import own_copies, storage, switches, written
 from mpcompile.ir.module import Imported
 from mpcompile.ir.numerics import modes_kept, training_flags
@@ -165,7 +165,7 @@ class Stream:
                 dense[node] = self.runner.on(node, self._paired(node, dense, pruned))
             pruned[node] = self._pruned(node, pruned) if changed else dense[node]
         except RuntimeError as error:
-            raise InputError(f"the model rejects a calibration batch: {str(error).splitlines()[0]}") from error
+            raise InputError(f"the model rejects a calibration batch: {first_line(error)}") from error
         for source in self.last_use.get(node, ()):
             dense.pop(source, None)
             pruned.pop(source, None)

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile.capture.importers import import_model
 from mpcompile.certificates.enclosures.rules import operator_name
-from mpcompile.errors import GraphError, InputError
+from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.view import layers
@@ -126,9 +126,8 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
             tracing = make_fx(call, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
             graph = tracing(state, *inputs).graph
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GraphError(
-            f"{type(module).__name__} can't be traced in float64: {reason}",
+            f"{type(module).__name__} can't be traced in float64: {first_line(error)}",
             expected="a module without data-dependent control flow that runs in float64",
         ) from error
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]

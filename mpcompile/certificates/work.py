@@ -14,7 +14,7 @@ from mpcompile.certificates import bounds
 from mpcompile.certificates.pair import Pair, StructureChange, check_values, double, match, replay_orders, trace
 from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
 from mpcompile.data.labels import check_range
-from mpcompile.errors import GraphError, InputError
+from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.numerics import training_flags
 
 
@@ -175,7 +175,7 @@ def _logits(model: nn.Module, inputs: list[Tensor]) -> Tensor:
             found = model(*place)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise InputError(
-            f"the model rejects a batch: {(str(error) or type(error).__name__).splitlines()[0]}",
+            f"the model rejects a batch: {first_line(error)}",
             expected="inputs that both models accept",
             found=", ".join(str(tuple(v.shape)) for v in inputs),
         ) from error

@@ -13,12 +13,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-import mpcompile
+from mpcompile._version import __version__
 from mpcompile.artifact.file import WEIGHTS
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.data.images import data_config
-from mpcompile.errors import ArtifactError, ConfigError, InputError, printable_lines
+from mpcompile.errors import ArtifactError, ConfigError, InputError, first_line, printable_lines
 from mpcompile.io.files import load_checkpoint, read_text, sha256, write_atomically
 from mpcompile.io.yaml_options import LARGEST, parse
 
@@ -243,7 +243,7 @@ def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
         return model
     except Exception as error:
         raise InputError(
-            f"timm can't make {name!r}: {str(error).splitlines()[0]}",
+            f"timm can't make {name!r}: {first_line(error)}",
             hint="check the connection, or give --checkpoint FILE" if pretrained else None,
         ) from error
 
@@ -351,7 +351,7 @@ def provenance(
         "data": data_config(model),
         "calibration_images": calibration_images,
         "versions": {
-            "mpcompile": mpcompile.__version__,
+            "mpcompile": __version__,
             "torch": torch.__version__,
             "timm": timm.__version__,
             "python": platform.python_version(),
@@ -372,5 +372,5 @@ def prepare(args: argparse.Namespace, like: Mapping[str, Any] | None = None) -> 
         images = torch.randn(args.batch, *size, dtype=DTYPES[args.dtype], device=device)
         model = model.to(device, DTYPES[args.dtype])
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device {args.device!r} can't be used: {first_line(error)}") from error
     return model, images, config

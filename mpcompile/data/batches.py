@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mpcompile.data import ranks
 from mpcompile.data.labels import class_numbers
 from mpcompile.data.seeding import seed_everything, set_random_state
-from mpcompile.errors import InputError, MPCompileError
+from mpcompile.errors import InputError, MPCompileError, first_line
 
 
 @dataclass
@@ -102,7 +102,7 @@ def read(source: Iterable[Any], what: str, where: str | None = None) -> Iterator
         except StopIteration:
             return
         except Exception as error:
-            text = _first_line(error)
+            text = _message(error)
             if not isinstance(error, MPCompileError):
                 text = f"batch {count} of {what} cannot be read: {text}"
             raise InputError(f"{text}. {where}" if where else text) from error
@@ -110,11 +110,11 @@ def read(source: Iterable[Any], what: str, where: str | None = None) -> Iterator
         yield batch
 
 
-def _first_line(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """Return an error's own message, without the traceback that a DataLoader's worker wraps around it."""
     text = str(getattr(error, "message", error)).strip()  # with the line ends that str() of our own errors escapes
     if not text.startswith("Caught "):
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     lines = text.splitlines()
     return re.sub(r"^[\w.]*mpcompile\.errors\.\w+: ", "", lines[-1])
 
@@ -151,7 +151,7 @@ def forward(module: Any, images: Tensor, who: str) -> Any:
         if ranks.lost(error):
             raise
         raise InputError(
-            f"the {who} fails on a batch: {_first_line(error)}",
+            f"the {who} fails on a batch: {_message(error)}",
             expected="images as the model accepts them",
             found=f"{tuple(images.shape)}, {images.dtype}",
         ) from error

@@ -22,7 +22,7 @@ from mpcompile.data.sources.pictures import EXPECTED, Unreadable, decode
 from mpcompile.data.sources.regular import listed, open_regular, printable
 from mpcompile.data.sources.splits import split_folder
 from mpcompile.data.streamed import Streamed
-from mpcompile.errors import ConfigError, InputError
+from mpcompile.errors import ConfigError, InputError, first_line
 
 __all__ = [
     "READERS",
@@ -83,7 +83,7 @@ class Readable(ImageDataset):
                 image = decode(source)
         except Exception as error:  # also of timm's readers: damaged files and caches make them raise anything
             found = error.found if isinstance(error, InputError) else error if isinstance(error, Unreadable) else None
-            found = found or printable((str(error).splitlines() or [""])[0]) or type(error).__name__
+            found = found or first_line(error)
             raise InputError(
                 f"image {printable(self._name(index))} cannot be read",
                 expected="a whole image file",
@@ -211,7 +211,7 @@ def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None, class
 
 def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
     """Return the error for data that timm's reader fails on."""
-    reason = printable(str(error).splitlines()[0]) if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     reason = f"no {reason} in its description" if isinstance(error, KeyError) else reason
     if isinstance(error, ImportError) or "install webdataset" in reason:
         package = "webdataset" if reader.startswith("wds") else error.name if isinstance(error, ImportError) else None

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import mpcompile
 from mpcompile._moved import renamed
-from mpcompile.errors import ConfigError, InputError
+from mpcompile._version import __version__
+from mpcompile.errors import ConfigError, InputError, first_line
 
 __getattr__ = renamed(__name__, {"check_masks": "training.policies.check_masks"})
 _LOST = re.compile(r"closed by peer|reset by peer|connection (closed|reset|refused)|broken pipe|remote process", re.I)
@@ -52,7 +52,7 @@ def start(device: str) -> torch.device:
             torch.cuda.set_device(torch.device(device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}",
+            f"device {device!r} cannot be used: {first_line(error)}",
             hint=None if alone else "start as many processes as there are devices",
         ) from error
     if not alone and not dist.is_initialized():
@@ -123,6 +123,8 @@ def lost(error: BaseException) -> bool:
 
 def source_files() -> dict[str, Path]:
     """Return the source files by their path in the package; links to folders, as in a checkout, are followed."""
+    import mpcompile  # for its path: a checkout without links has two folders
+
     files: dict[str, Path] = {}
     for root in mpcompile.__path__:
         for folder, below, names in os.walk(root, followlinks=True):
@@ -146,7 +148,7 @@ def code() -> dict[str, str]:
     """Return the versions that have to be equal on all ranks."""
     import timm
 
-    versions = {"mpcompile": mpcompile.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    versions = {"mpcompile": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return {**versions, "sources": _sources()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile import __version__
+from mpcompile._version import __version__
 from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, ConfigError, GraphError
 from mpcompile.export.package_guard import guarded

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from mpcompile.errors import ArtifactError, printable
+from mpcompile.errors import ArtifactError, first_line, printable
 from mpcompile.io.state_dicts import Found, explain_misfit, find_state, fitted, stand_ins, unwrapped
 
 MARK = b"mpcompile"  # by which our own archives are recognised
@@ -468,7 +468,7 @@ def _state(path: Path) -> Found:
         raise ArtifactError(
             f"{path} can't be read as a checkpoint",
             expected="a whole safetensors file, or a torch file of tensors alone",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=first_line(error),
             hint="fetch the file again, or save the state dict with safetensors",
         ) from error
     return find_state(raw, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpcompile import __version__
+from mpcompile._version import __version__
 from mpcompile.data.images import data_config, open_image, preprocess, shown
 from mpcompile.errors import InputError
 from mpcompile.io.files import write_atomically

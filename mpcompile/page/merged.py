@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, fx, nn
 
 from mpcompile.config import Config
-from mpcompile.errors import InputError, NotEligibleError
+from mpcompile.errors import InputError, NotEligibleError, first_line
 from mpcompile.io.files import replace_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
@@ -86,7 +86,7 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
         raise InputError(
             "the model doesn't take this image",
             expected="an image of the size that it was made for",
-            found=f"{tuple(image.shape)}: {str(error).splitlines()[0]}",
+            found=f"{tuple(image.shape)}: {first_line(error)}",
         ) from error
     if not recorder.places:
         raise NotEligibleError("no tokens merge here", expected="tome_r of 1 or more", hint="give a config with tome_r")

@@ -115,7 +115,7 @@ def test_forms(form):
 
 
 LEFT = {
-    "a factor a token": (torch.rand(5, 1), lambda s, x: s.layer(x) * s.gamma, "is not one a channel"),
+    "a factor per token": (torch.rand(5, 1), lambda s, x: s.layer(x) * s.gamma, "is not one per channel"),
     "another dtype": (G.double(), lambda s, x: s.layer(x) * s.gamma, "torch.float64"),
     "used twice": (G, lambda s, x: s.layer(x) * s.gamma + s.layer(x), "used 2 times"),
     "two users": (G, lambda s, x: (y := s.layer(x)) * s.gamma + y, None),

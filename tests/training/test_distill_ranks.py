@@ -72,19 +72,19 @@ def worker(rank: int, folder: str) -> None:
     refused = {}
     for name in ("masks", "code", "loss"):
         gm, data = copy.deepcopy(fresh), batches(rank, 2)
-        version = mpcompile.__version__
+        version = ranks.__version__
         if rank == 1 and name == "masks":
             _, mask, _ = next(iter(masked_weights(gm).values()))
             mask.copy_(mask.roll(1, -1))
         if rank == 1 and name == "code":
-            mpcompile.__version__ = "0.0.1"
+            ranks.__version__ = "0.0.1"
         if rank == 1 and name == "loss":
             data[0] = (data[0][0] * float("nan"), data[0][1])
         try:
             distill(gm, dense, data, **OPTIONS)
         except InputError as error:
             refused[name] = str(error)
-        mpcompile.__version__ = version
+        ranks.__version__ = version
     (out / f"{rank}.json").write_text(json.dumps([found, refused]))
     dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()

@@ -25,7 +25,7 @@ from mpcompile.cli.options import (
 from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.data.images import Images, data_config, folder
-from mpcompile.errors import ConfigError
+from mpcompile.errors import ConfigError, first_line
 from mpcompile.export.programs import FORMATS, save_dense
 
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         model.to(args.device)
         example = torch.randn(2, *data["input_size"], device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device {args.device!r} can't be used: {first_line(error)}") from error
     calibration: Images | None = None
     if args.images is not None:
         calibration = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mpcompile.data.sources.regular import open_regular, printable
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, first_line
 
 EXPECTED = "an .npz file with uint8 'images' (N, H, W, 3) and, optionally, 'labels' (N)"
 _PART = 1 << 20  # bytes skipped at a time
@@ -149,6 +149,4 @@ def _skip(entry: IO[bytes], size: int) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    text = (str(error).strip().splitlines() or [""])[0]
-    found = printable(text) if text else type(error).__name__
-    return InputError(f"cannot read {printable(path)}", expected=EXPECTED, found=found)
+    return InputError(f"cannot read {printable(path)}", expected=EXPECTED, found=first_line(error))

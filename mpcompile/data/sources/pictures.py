@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from mpcompile.data.sources.regular import open_regular, printable
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, first_line
 
 _FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -89,12 +89,7 @@ def decode(file: BinaryIO) -> Image.Image:
     except UnidentifiedImageError as error:
         raise Unreadable("no image of a known format") from error
     except Exception as error:  # decoders raise anything on damaged files
-        raise Unreadable(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return printable(text) if text else type(error).__name__
+        raise Unreadable(first_line(error)) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

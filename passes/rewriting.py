@@ -1,0 +1,123 @@
+"""Rewriting: what several passes need to find calls in a graph and to replace them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from mpcompile.ir.effects import erase_orphans
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.nodes import argument
+from mpcompile.ir.parts import FOLDED, attribute, keep
+from mpcompile.ir.view import LayerOp
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_format import Pattern
+from mpcompile.layers import ByMode
+
+_DROPOUT = frozenset({F.dropout, torch.dropout, torch.ops.aten.dropout.default})
+_DROPOUT_MODULES = {"torch.nn.modules.dropout.Dropout": "p", "timm.layers.drop.DropPath": "drop_prob"}
+
+
+def parameter(gm: fx.GraphModule, value: Any, lifted: Lifted) -> Tensor | None:
+    """Return the parameter or buffer that a node reads, or that a module holds; None for anything computed."""
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        value = attribute(gm, str(value.target))
+    elif isinstance(value, fx.Node):
+        value = lifted.tensors.get(value.name) if value.op == "placeholder" else None
+    return value if isinstance(value, Tensor) else None
+
+
+def exact_class(module: nn.Module) -> str | None:
+    """Return the qualified name of a module's class, or None if the module has hooks, which may do something else."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _number(gm: fx.GraphModule, value: Any) -> Any:
+    """Return a literal, or what a :class:`ByMode` yields in the graph's present mode; None if unknown."""
+    if not isinstance(value, fx.Node):
+        return value
+    module = gm.get_submodule(str(value.target)) if value.op == "call_module" else None
+    return module() if isinstance(module, ByMode) else None
+
+
+def does_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Return True if a node yields its input: an identity, or dropout that is off."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        name = exact_class(module) or ""
+        if name in _DROPOUT_MODULES:
+            return not module.training or not getattr(module, _DROPOUT_MODULES[name])
+        return name == "torch.nn.modules.linear.Identity"
+    if node.op != "call_function" or node.target not in _DROPOUT:
+        return False
+    p, on = argument(node, 1, "p", 0.5), argument(node, 2, "training", node.kwargs.get("train", True))
+    return _number(gm, p) == 0 or _number(gm, on) in (False, 0)
+
+
+def follow(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+    """Walk from a node along single users past those that do nothing.
+
+    Returns:
+        The users that do nothing, and the first one that does something; None for that where several users branch off.
+    """
+    idle: list[fx.Node] = []
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if not does_nothing(gm, user) or argument(user, 0, "input") is not node:
+            return idle, user
+        idle.append(user)
+        node = user
+    return idle, None
+
+
+def supersede(graph: fx.Graph, chain: Sequence[fx.Node], new: fx.Node) -> None:
+    """Let the users of a chain's last node read ``new``; erase the chain, and attributes that only it read.
+
+    Args:
+        chain: nodes in graph order, each but the last read by its successor alone.
+    """
+    sources = [*chain[-1].all_input_nodes, *chain[0].all_input_nodes]
+    chain[-1].replace_all_uses_with(new)
+    for node in reversed(chain):
+        graph.erase_node(node)
+    erase_orphans(graph, sources)
+
+
+def masked_call(graph: fx.Graph, layer: LayerOp, weight: Any, mask: Any, bias: Any, pattern: Pattern) -> fx.Node:
+    """Call a layer's masked operator on other operands, at the graph's insertion point.
+
+    Args:
+        weight, mask, bias: nodes; the bias may be None.
+    """
+    operands = (argument(layer.node, 0, "input"), weight, mask, bias)  # not layer.input: it may have been replaced
+    if (g := layer.geometry) is None:
+        return graph.call_function(ops.masked_linear, (*operands, *pattern))
+    return graph.call_function(
+        ops.masked_conv2d, (*operands, g.stride, g.padding, g.dilation, g.groups, pattern.n, pattern.m)
+    )
+
+
+def folded_call(gm: IRModule, layer: LayerOp, weight: Tensor, bias: Tensor | None) -> fx.Node:
+    """Put a call of a masked layer on new tensors, which the graph then owns, before the layer's own call.
+
+    The mask, the input and the layer's name stay. The caller replaces the layer's own call.
+    """
+    assert layer.pattern is not None  # only masked layers are folded into
+    with gm.graph.inserting_before(layer.node):
+        new_weight = _owned(gm, f"{FOLDED}.{layer.name}", "weight", weight)
+        # Apart from the weight, so that Lower can drop the weight alone.
+        new_bias = None if bias is None else _owned(gm, f"{FOLDED}_bias.{layer.name}", "bias", bias)
+        module = layer.node.op == "call_module"
+        mask = gm.graph.get_attr(f"{layer.name}.mask") if module else layer.node.args[2]
+        return masked_call(gm.graph, layer, new_weight, mask, new_bias, layer.pattern)
+
+
+def _owned(gm: IRModule, path: str, key: str, tensor: Tensor) -> fx.Node:
+    keep(gm, path, {key: tensor})
+    return gm.graph.get_attr(f"{path}.{key}")
