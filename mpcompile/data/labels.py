@@ -130,6 +130,35 @@ def check_range(labels: Tensor, classes: int | None, what: str = "a label") -> N
             raise _out_of_range(low if low < 0 else high, expected, what)
 
 
+def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
+    """Draw a class-balanced, shuffled sample of a labelled dataset, and return its indices.
+
+    Args:
+        labels: of every item, in the dataset's order.
+        count: size of the sample; class counts differ by at most one, as long as classes have enough items.
+        seed: the same seed draws the same sample.
+
+    Raises:
+        InputError: there are fewer items than ``count``, or labels are no integers.
+
+    Example:
+        >>> sorted(draw([0, 0, 0, 0, 1, 1], 4))[-2:]
+        [4, 5]
+    """
+    values = whole_numbers(labels)
+    if not 0 < count <= len(values):
+        raise InputError("cannot draw a calibration sample", expected=f"1 to {len(values)} items", found=count)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(values), generator=generator)
+    turn = torch.zeros(len(values), dtype=torch.long)
+    for label in values.unique():
+        members = order[values[order] == label]
+        turn[members] = torch.arange(len(members))
+    ranked = order[turn[order].argsort(stable=True)]  # one of every class, then a second one, ...
+    chosen = ranked[:count]
+    return chosen[torch.randperm(count, generator=generator)].tolist()
+
+
 class Labels:
     """Labels of a stream of batches: passed separately, or the second element of each (input, label) batch.
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from mpcompile._moved import renamed
-from mpcompile.calibration.data import draw
 from mpcompile.config import only_fields
 from mpcompile.data import ranks
 from mpcompile.data.batches import read
 from mpcompile.data.datasets import labels_of
 from mpcompile.data.images import data_config, preprocess
+from mpcompile.data.labels import draw
 from mpcompile.data.streamed import Streamed
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.io.fields import check_fields

@@ -49,7 +49,7 @@ STORED = packed(head((6, 8, 8, 3)) + PIXELS.tobytes())
 
 @pytest.mark.parametrize("labels", [np.arange(6), np.arange(6, dtype=np.uint8), np.arange(6, dtype=">i2")])
 @pytest.mark.parametrize("pixels", [PIXELS, np.asfortranarray(PIXELS)])
-def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
+def test_a_sample_equals_the_array(labels, pixels, tmp_path):
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", images=pixels, labels=labels)
         found = images.images_at(tmp_path / "a.npz", DATA, samples=4, batch=3, classes=6, seed=1)
@@ -62,7 +62,7 @@ def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "cannot read"),
         (b"no zip", "cannot read"),
@@ -87,10 +87,10 @@ def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
         (npz(images=PIXELS, labels=np.array(["a"] * 6, object)), "holds other labels"),
     ],
 )
-def test_damaged_and_hostile_archives_are_refused(content, told, tmp_path):
+def test_damaged_and_hostile_archives_are_refused(content, message, tmp_path):
     path = tmp_path / "a.npz"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         images.read_images(path, DATA, samples=6, classes=6)
     assert str(path) in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 600
 
@@ -113,7 +113,7 @@ def test_a_sample_takes_no_memory_for_the_rest(tmp_path):
     assert len(found) == 3 and peak < 8 << 20
 
 
-def test_what_is_no_file(tmp_path):
+def test_only_regular_files_are_accepted(tmp_path):
     os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "folder.npz").mkdir()
     for name, found in (("pipe", "a FIFO"), ("folder", "a folder"), ("none", "No such file")):

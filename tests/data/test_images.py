@@ -1,4 +1,4 @@
-"""Folders of images as batches, labelled by the folders they are in; files that are no images are named."""
+"""Folders of images as batches with labels from their folders; errors name unreadable files."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_labels_are_the_order_of_the_folders(tmp_path):
     assert images.folder(tmp_path, DATA, classes=4).labels == [1, 2, 3]
 
 
-def test_labels_count_as_those_of_training_do(tmp_path):
+def test_labels_are_numbered_as_in_training(tmp_path):
     for name in ("1", "2", "10"):
         write(tmp_path / name / "a.png")
     trained = datasets.dataset(str(tmp_path), "train", True)

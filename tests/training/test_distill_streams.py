@@ -22,12 +22,12 @@ CLASSES, COUNTS, SHARDS = 3, {"train": 24, "validation": 9}, 2
 
 
 def picture(number: int) -> Image.Image:
-    """Of one colour, by which it is known again."""
+    """An image of a single colour that identifies it."""
     return Image.new("RGB", (40, 40), (10 * number, 10 * number, 10 * number))
 
 
 def numbers(batches) -> list[int]:
-    """Of the pictures in batches that were not normalised."""
+    """The numbers of the pictures in batches without normalisation."""
     return [round(float(x) * 25.5) for batch in batches for x in batch[0].mean((1, 2, 3))]
 
 
@@ -66,7 +66,7 @@ def model():
 
 @pytest.fixture(params=["wds", "hfds", "hfids"])
 def opened(request, root, tmp_path, monkeypatch):
-    """What opens a split."""
+    """A function that opens a split."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     where = root / "shards" if request.param == "wds" else tmp_path / "cache"
     reader = "wds/x" if request.param == "wds" else f"{request.param}/{root / 'folders'}"
@@ -165,7 +165,7 @@ def saved(image, form):
 
 
 def test_shards_are_decoded_as_files_are(tmp_path, monkeypatch, caplog):
-    """Every suffix, 16 bits scaled, and no format that starts a program."""
+    """Every suffix is read, 16 bits are scaled, and no format starts a program."""
     called = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: called.append(1) or Image.new("RGB", (9, 9)).im)
     deep = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))
@@ -233,7 +233,7 @@ def test_hugging_face_datasets_are_decoded_as_files_are(reader, tmp_path, monkey
             list(source)
 
 
-def test_readers_that_can_not_be_used(root, tmp_path, monkeypatch):
+def test_unusable_readers_are_refused(root, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no images of split 'test'"):
         datasets.dataset(str(root / "shards"), "test", True, "wds/x")
     with pytest.raises(ConfigError, match=r"no reader 'zip/x'.*hfds/NAME"):

@@ -96,7 +96,7 @@ def test_wrong_recipes_are_refused(changes, match):
         Recipe.load("resnet50_2of4", changes)
 
 
-def test_files_that_are_no_recipe(tmp_path):
+def test_other_files_are_no_recipe(tmp_path):
     with pytest.raises(ConfigError, match=r"no recipe.*vit_base_2of4_tome8"):
         Recipe.load("vit_huge")
     path = tmp_path / "a.yaml"
@@ -128,7 +128,7 @@ def test_images_of_a_folder(folder):
     assert all(torch.equal(seen[0][i], seen[1][i]) for i in range(24))
 
 
-def test_splits_are_what_they_are_called(folder, tmp_path):
+def test_splits_are_recognised_by_name(folder, tmp_path):
     assert len(datasets.dataset(str(folder), "val", False)) == 9  # validation/ by another name
     assert len(datasets.dataset(str(folder / "train"), "train", True)) == 24  # a folder of classes
     with pytest.raises(InputError, match=r"no images of split 'trian'.*found train, validation"):
@@ -148,7 +148,7 @@ def test_splits_are_what_they_are_called(folder, tmp_path):
         datasets.dataset(str(tmp_path / "empty"), "train", True)
 
 
-def test_classes_of_all_splits_are_numbered_alike(folder, tmp_path):
+def test_all_splits_number_their_classes_the_same_way(folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     shutil.rmtree(data / "validation" / "bee")
@@ -182,7 +182,7 @@ def test_a_class_map_numbers_the_classes(folder, tmp_path):
 
 
 def test_a_step_has_the_same_images_on_one_process_and_on_many(monkeypatch):
-    """Whatever the number of processes and of batches that make a step."""
+    """The number of processes and of batches per step makes no difference."""
 
     def steps(world: int, accumulate: int, epoch: int = 0) -> list[list[int]]:
         parts, found = world * accumulate, []
@@ -201,7 +201,7 @@ def test_a_step_has_the_same_images_on_one_process_and_on_many(monkeypatch):
     assert steps(2, 1) == steps(3, 2) == steps(1, 4) == alone != steps(1, 1, epoch=1)
 
 
-def test_data_that_can_not_be_used(folder, tmp_path):
+def test_unusable_data_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="no images of split 'train' in"):
         datasets.dataset(str(tmp_path / "nowhere"), "train", True)
     with pytest.raises(InputError, match=r"fewer training images than make a batch; expected at least 25, found 24"):
