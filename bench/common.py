@@ -15,7 +15,6 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from mpcompile.io.writing import write_atomically
 from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.timing import cpu_name
 
@@ -150,15 +150,7 @@ def save(name: str, data: Any, folder: Path = RESULTS) -> Path:
     """Write JSON to ``folder/name.json``: whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        try:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_atomically(path, json.dumps(data, indent=1) + "\n")
     return path
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
-import stat
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from mpcompile.io.reading import read_text
+from mpcompile.io.writing import replacing
 
 log = logging.getLogger(__name__)
 _SAID: set[str] = set()
@@ -45,20 +46,10 @@ def temporary_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"mpcompile-{user}"
 
 
-def _text(path: Path) -> str:
-    """A regular file's text. A pipe isn't waited for, and nothing without an end is read."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
-            raise OSError("it is no regular file, or a very large one")
-        return file.read(_MOST_BYTES).decode("utf-8")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where the file is missing or damaged (which is said once)."""
     try:
-        data = json.loads(_text(path))
+        data = json.loads(read_text(path, _MOST_BYTES))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -72,18 +63,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, update: dict[str, Any]) -> None:
     """Add the keys of ``update`` to a JSON file; a reader sees the old file or the new one, whole."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps({**read_json(path), **update}, indent=0))
-        os.replace(temporary, path)
+        text = json.dumps({**read_json(path), **update}, indent=0)
+        # A cache needs no flush, and a link may have been planted by another user among temporary files.
+        with replacing(path, mode=0o600, durable=False, follow=False) as file:
+            file.write(text.encode("utf-8"))
     except (OSError, RecursionError) as error:
         say_once(f"mpcompile: {path} can't be written, so nothing is kept for the next run: {error}")
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def positive(value: Any) -> float | None:

@@ -52,7 +52,7 @@ MOVED = {
     "effects": "ir.effects",
     "events": "training.events",
     "explain": "measure.explain",
-    "files": "io.files",
+    "files": "io.reading io.writing io.ownership io.checkpoints",
     "flops": "ir.macs",
     "graph": "ir.view ir.nodes ir.shapes ir.module ir.numerics ir.parts",
     "images": "data.images",

@@ -123,7 +123,7 @@ class ArtifactError(MPCompileError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message in printable characters, or the name of its class if it has no message.
+    """Return the first line of an error's message in printable characters, or the name of its class if that is empty.
 
     Example:
         >>> first_line(ValueError("no such size\nmore")), first_line(KeyboardInterrupt())

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import fx
 
 from mpcompile.errors import InputError, printable
-from mpcompile.io.files import parse_json
+from mpcompile.io.reading import parse_json
 from mpcompile.io.schema import Between, Length, Natural, check
 from mpcompile.kernels import ops
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import common
+from mpcompile.io.writing import write_atomically
 from mpcompile.kernels import timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,9 +86,7 @@ def run_worker(module: str, job: dict[str, Any], kind: str, given: Mapping[str, 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Whole or not at all: the parent may read at any time."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(result))
 
 
 def worker_arguments(argv: list[str] | None) -> tuple[dict[str, Any], Path] | None:

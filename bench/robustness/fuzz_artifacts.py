@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from mpcompile import Config, load, lower, save, transform
 from mpcompile.errors import ArtifactError
+from mpcompile.io.writing import write_atomically
 from mpcompile.ir.module import IRModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -132,7 +133,7 @@ def main() -> None:
         result = graphs(args.rounds, args.seed, args.limit)
         print(json.dumps(result, indent=1))
         if args.json is not None:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_atomically(args.json, json.dumps(result, indent=1) + "\n")
         raise SystemExit(1 if result["crashed"] else 0)
     draw, endings, slowest = random.Random(args.seed), Counter[str](), 0.0
     kept: list[str] = []
@@ -162,7 +163,7 @@ def main() -> None:
     found = {"rounds": endings.total(), "seed": args.seed, "outcomes": dict(endings), "slowest_s": round(slowest, 3)}
     print(json.dumps({**found, "failures": kept[:20]}, indent=1))
     if args.json is not None:
-        args.json.write_text(json.dumps({**found, "failures": kept[:20]}, indent=1) + "\n")
+        write_atomically(args.json, json.dumps({**found, "failures": kept[:20]}, indent=1) + "\n")
     raise SystemExit(1 if failures or slowest > args.limit else 0)
 
 

@@ -35,7 +35,9 @@ from mpcompile.artifact.native_nodes import check_packed
 from mpcompile.artifact.opset import Refusal, identifier, module_path, shown
 from mpcompile.artifact.packing import pack_tensors, unpack_tensors
 from mpcompile.errors import ArtifactError, GraphError
-from mpcompile.io.files import is_ours, open_regular, read_bytes, replacing, write_atomically
+from mpcompile.io.ownership import is_ours
+from mpcompile.io.reading import open_regular, read_bytes
+from mpcompile.io.writing import replacing, write_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import with_ordinary_tensors
 from mpcompile.plan import Plan

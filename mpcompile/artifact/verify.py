@@ -172,6 +172,6 @@ def read(path: Path) -> Mapping[str, Tensor] | IRModule:
         ArtifactError: the file is missing or can't be read.
     """
     from mpcompile.artifact.file import load
-    from mpcompile.io.files import is_artifact, read_checkpoint
+    from mpcompile.io.checkpoints import is_artifact, read_checkpoint
 
     return load(path) if is_artifact(path) else read_checkpoint(path)

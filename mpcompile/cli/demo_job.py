@@ -23,7 +23,7 @@ import mpcompile
 from mpcompile.backend import mpsparse
 from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, MPCompileError
-from mpcompile.io.files import make_folder, replace_atomically, write_atomically
+from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.kernels.store import cache_folder
 from mpcompile.measure.audit import audit
 from mpcompile.pipeline import transform
@@ -140,7 +140,7 @@ def train_dense(demo: Demo, data: Digits, fold: int = 0) -> nn.Module:
             schedule.step()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_atomically(cached, lambda temporary: save_file(model.state_dict(), temporary))
+        write_atomically(cached, lambda temporary: save_file(model.state_dict(), temporary))
     except (OSError, ArtifactError):
         pass  # a cache that can't be written only costs the next run its time
     return model.eval()

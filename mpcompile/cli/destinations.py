@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 from mpcompile.artifact.file import PLAN, WEIGHTS
 from mpcompile.errors import ArtifactError, ConfigError
-from mpcompile.io.files import check_folder_writable, check_writable, is_ours
+from mpcompile.io.ownership import is_ours
+from mpcompile.io.writing import check_folder_writable, check_writable
 
 FILE, ARTIFACT = "file", "artifact"  # one file; a file, or a folder of WEIGHTS and PLAN where a slash is behind it
 Kind: TypeAlias = "str | tuple[str, ...]"

@@ -19,7 +19,9 @@ from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.data.images import data_config
 from mpcompile.errors import ArtifactError, ConfigError, InputError, first_line, printable_lines
-from mpcompile.io.files import load_checkpoint, read_text, sha256, write_atomically
+from mpcompile.io.checkpoints import load_checkpoint
+from mpcompile.io.reading import read_text, sha256
+from mpcompile.io.writing import write_atomically
 from mpcompile.io.yaml_options import LARGEST, parse
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what add(commands) is given

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mpcompile.data.images import Images
-from mpcompile.io.files import sha256
+from mpcompile.io.reading import sha256
 
 
 class Moved:

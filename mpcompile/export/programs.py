@@ -17,7 +17,8 @@ from mpcompile._version import __version__
 from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, ConfigError, GraphError
 from mpcompile.export.package_guard import guarded
-from mpcompile.io.files import sign, temporary_path
+from mpcompile.io.ownership import sign
+from mpcompile.io.writing import temporary_path
 from mpcompile.ir.module import IRModule, masked
 from mpcompile.kernels import ops
 from mpcompile.pipeline import lower

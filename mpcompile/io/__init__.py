@@ -1,1 +1,1 @@
-"""Files of a user: read as regular files, written whole or not at all, checked against a schema."""
+"""Files of a user: only regular ones are read, each is written as a whole or not at all, and content is validated."""

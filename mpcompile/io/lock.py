@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpcompile.errors import ArtifactError
-from mpcompile.io.files import parse_json
+from mpcompile.io.reading import parse_json
 
 NAME = ".mpcompile.lock"
 _HELD: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("held", default=frozenset())

@@ -10,7 +10,7 @@ import torch
 from mpcompile._version import __version__
 from mpcompile.data.images import data_config, open_image, preprocess, shown
 from mpcompile.errors import InputError
-from mpcompile.io.files import write_atomically
+from mpcompile.io.writing import write_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.page.charts import escape

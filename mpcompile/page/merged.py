@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.config import Config
 from mpcompile.errors import InputError, NotEligibleError, first_line
-from mpcompile.io.files import replace_atomically
+from mpcompile.io.writing import write_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels import ops
 from mpcompile.passes.merge_tokens.insert import MergeTokens
@@ -190,5 +190,5 @@ def visualize_merging(
         sheet.paste(Image.fromarray(pixels), (left, top + MARGIN))
     note = PngInfo()
     note.add_text("Software", "mpcompile")
-    replace_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG", pnginfo=note))
+    write_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG", pnginfo=note))
     return tokens

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypedDict
 import numpy as np
 
 from mpcompile.errors import ArtifactError
-from mpcompile.io import files
+from mpcompile.io import reading
 from mpcompile.io.schema import Between, Mismatch, Natural, check
 from mpcompile.ir.module import IRModule
 from mpcompile.plan import Figures
@@ -113,7 +113,7 @@ def read_json(path: Path | None, command: str) -> dict[str, Any] | None:
     """
     if path is None:
         return None
-    found = files.read_json(path)
+    found = reading.read_json(path)
     if command == "analyze":  # layers by name
         right = isinstance(found, dict) and any(isinstance(v, dict) and "fits" in v for v in found.values())
     else:

@@ -20,7 +20,7 @@ from mpcompile.calibration.data import as_batches
 from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, collect
 from mpcompile.calibration.stream import Stream, batch_norms
 from mpcompile.errors import ArtifactError
-from mpcompile.io.files import replace_atomically
+from mpcompile.io.writing import write_atomically
 from mpcompile.ir.module import Imported
 from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
@@ -201,7 +201,7 @@ class Records:
             return
         tensors = {k: v.cpu() for k, v in moments.tensors().items()}
         try:
-            replace_atomically(path, lambda temporary: save_file(tensors, temporary, {"stamp": self.stamp}))
+            write_atomically(path, lambda temporary: save_file(tensors, temporary, {"stamp": self.stamp}))
         except ArtifactError:
             raise
         except Exception as error:

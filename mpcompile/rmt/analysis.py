@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mpcompile import rmt
 from mpcompile.errors import ArtifactError, InputError, MPCompileError, printable
-from mpcompile.io.files import replace_atomically
+from mpcompile.io.writing import write_atomically
 from mpcompile.ir.numerics import exact
 from mpcompile.rmt import Fit
 from mpcompile.rmt.fitting import fit_and_spectra
@@ -306,7 +306,7 @@ def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:
     kind = path.suffix.removeprefix(".").lower()
     name = {"png": "Software", "pdf": "Creator", "svg": "Creator"}.get(kind)  # by which the file is known as ours
     metadata = None if name is None else {name: "mpcompile"}
-    replace_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=110, metadata=metadata))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=110, metadata=metadata))
 
 
 def _panel(axis: Any, title: str, fitted: Fit, spectrum: NDArray[np.float64]) -> None:

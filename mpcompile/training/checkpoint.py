@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mpcompile._moved import renamed
 from mpcompile.errors import ArtifactError, printable
-from mpcompile.io.files import TEMPORARY, open_regular, replacing
+from mpcompile.io.reading import open_regular
 from mpcompile.io.schema import Between, Mismatch, Natural, check
+from mpcompile.io.writing import TEMPORARY, replacing
 
 __getattr__ = renamed(
     __name__,

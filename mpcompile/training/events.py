@@ -25,8 +25,9 @@ from typing import Any, BinaryIO, Protocol, TypedDict, TypeGuard
 import torch
 
 from mpcompile.errors import ArtifactError, ConfigError, printable
-from mpcompile.io.files import open_regular, parse_json, read_text, replacing, write_atomically
+from mpcompile.io.reading import open_regular, parse_json, read_text
 from mpcompile.io.schema import Mismatch, Natural, check
+from mpcompile.io.writing import replacing, write_atomically
 
 TRACKERS = ("tensorboard", "wandb")
 _FRAME = ("event", "time", "step")

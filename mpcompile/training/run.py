@@ -16,8 +16,8 @@ from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.data.labels import check_range
 from mpcompile.errors import InputError
-from mpcompile.io.files import make_folder
 from mpcompile.io.lock import locked
+from mpcompile.io.writing import make_folder
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.parts import device_of
 from mpcompile.training import checkpoint, events, policies, result, sharding

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mpcompile import Config, cli, load, save, transform
 from mpcompile.cli import destinations
-from mpcompile.io.files import is_ours
+from mpcompile.io.ownership import is_ours
 from tests.support.helpers import mlp
 
 MODEL = "test_resnet"

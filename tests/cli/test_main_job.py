@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from mpcompile import backend as module
 from mpcompile import cli
 from mpcompile.cli import demo_job as demo_module
-from mpcompile.io import files
 
 
 @pytest.fixture
@@ -101,30 +100,6 @@ def test_errors_are_one_line_and_exit_2(arguments, message, tmp_path, monkeypatc
     assert cli.main(["audit", *arguments, "--quiet"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("mpcompile: ") and "Traceback" not in error
-
-
-def test_report_that_cannot_be_written_leaves_nothing(tmp_path):
-    with pytest.raises(files.ArtifactError, match="can't write"):
-        files.write_atomically(tmp_path / "no" / "folder.json", "{}")
-    old = tmp_path / "old.json"
-    old.write_text("old")
-    files.write_atomically(old, "new")
-    assert old.read_text() == "new" and list(tmp_path.iterdir()) == [old]
-
-
-def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    old = tmp_path / "old.json"
-    old.write_text("old")
-
-    def full(self, text, encoding):
-        self.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.Path, "write_text", full)
-    with pytest.raises(files.ArtifactError, match="No space left"):
-        files.write_atomically(old, "new")
-    monkeypatch.undo()
-    assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
 
 
 @pytest.mark.parametrize("arguments", [["audit"], ["demo", "--threads", "0"], ["bake"], []])

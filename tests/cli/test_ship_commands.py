@@ -18,7 +18,7 @@ from mpcompile.cli import options as common
 from mpcompile.cli.options import config_of
 from mpcompile.errors import ConfigError, GraphError
 from mpcompile.export import programs as export
-from mpcompile.io import files
+from mpcompile.io.ownership import sign
 from mpcompile.passes.mask import Mask
 from tests.support.helpers import convolutional, images, relative, tiny_created, tiny_vit
 
@@ -142,7 +142,7 @@ def test_an_export_that_fails_leaves_the_old_file(pruned, tmp_path, monkeypatch,
     out = tmp_path / "m.pt2"
     with out.open("wb") as file:
         np.savez(file, old=1)
-    files.sign(out)  # as an earlier export is
+    sign(out)  # as an earlier export is
     old = out.read_bytes()
 
     def full(program, path):

@@ -29,6 +29,7 @@ from typing import TypeVar
 
 import torch
 
+from mpcompile.io.writing import replacing
 from mpcompile.kernels.store import cache_folder, say_once, temporary_folder
 
 log = logging.getLogger(__name__)
@@ -292,10 +293,9 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
                 check=True,
             )
             data = made.read_bytes()
-            with made.open("ab") as file:  # what loads a library ignores bytes behind its last section
-                file.write(hashlib.sha256(data).digest())
-            made.chmod(0o700)  # whatever the umask lets others do
-            os.replace(made, folder / name)
+        # Renamed, not overwritten: other processes may have the library mapped.
+        with replacing(folder / name, mode=0o700, durable=False, follow=False) as file:
+            file.write(data + hashlib.sha256(data).digest())  # a loader ignores bytes behind the last section
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
         raise _Rejected(f"{command[0]} can't build the CPU kernels: {said}") from error

@@ -30,7 +30,8 @@ from mpcompile.cli.options import (
     source_options,
 )
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.io.files import make_folder, read_text, write_atomically
+from mpcompile.io.reading import read_text
+from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.ir.parts import device_of
 from mpcompile.training.events import TRACKERS, check_trackers
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from mpcompile.data.sources.pictures import SUFFIXES
 from mpcompile.data.sources.regular import listed, printable
 from mpcompile.errors import InputError
-from mpcompile.io.files import kind_of
+from mpcompile.io.reading import kind_of
 
 # Names that systems and editors leave in folders, besides all that start with a dot.
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from mpcompile import errors
 from mpcompile.errors import InputError
-from mpcompile.io import files
+from mpcompile.io import reading
 
 _SHOWN = 240  # characters of a path in a message
 
@@ -26,7 +26,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def open_regular(path: Path | str, expected: str, what: str = "") -> BinaryIO:
-    """As :func:`mpcompile.io.files.open_regular`, for what a user gave as input.
+    """As :func:`mpcompile.io.reading.open_regular`, for what a user gave as input.
 
     Args:
         path: the file, or a link to it.
@@ -37,7 +37,7 @@ def open_regular(path: Path | str, expected: str, what: str = "") -> BinaryIO:
         InputError: the file is missing, cannot be opened, or is not a regular file.
     """
     try:
-        return files.open_regular(path)
+        return reading.open_regular(path)
     except OSError as error:
         named = f"cannot read {what} {printable(path)}" if what else f"cannot read {printable(path)}"
         raise InputError(named, expected=expected, found=error.strerror or printable(error)) from error

@@ -15,7 +15,7 @@ from mpcompile.config import CALIBRATIONS, Config, only_fields
 from mpcompile.data.loader import ImageOptions
 from mpcompile.errors import ConfigError
 from mpcompile.io.fields import check_fields, check_type
-from mpcompile.io.files import read_text
+from mpcompile.io.reading import read_text
 from mpcompile.io.schema import Mismatch, check
 from mpcompile.io.yaml_options import LARGEST, parse
 from mpcompile.ir.module import IRModule

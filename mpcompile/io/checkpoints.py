@@ -1,0 +1,126 @@
+"""Checkpoints: state dicts read from files of any origin, without running or importing anything that a file names."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from mpcompile.errors import ArtifactError, first_line
+from mpcompile.io.reading import open_regular
+from mpcompile.io.state_dicts import Found, explain_misfit, find_state, fitted, stand_ins, unwrapped
+
+WEIGHTS = "model.safetensors"  # the file read where a folder is given
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Return the state dict in a safetensors file, or in a torch file of tensors (``weights_only``).
+
+    Prefixes of wrappers in front of all names (``module.``, ``_orig_mod.``) are removed, and the state dict is found
+    where training scripts put it; each such step is logged. A folder stands for the ``model.safetensors`` in it, and a
+    file of :func:`mpcompile.save` for its dense weights, with zeros where masks remove.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or not a checkpoint.
+    """
+    state = unwrapped(_read_state(path))
+    state.tell(path)
+    return state.state
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint file into a model. Prefixes of wrappers that only the file's names have are removed.
+
+    Raises:
+        ArtifactError: as :func:`read_checkpoint`, or the tensors are not the model's.
+    """
+    state = fitted(_read_state(path), model)
+    misfit = explain_misfit(state.state, model)
+    if misfit is None:
+        try:
+            model.load_state_dict(state.state)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            misfit = "its own tensors", " ".join(lines[1:3]) or str(error)
+        else:
+            state.tell(path)
+            return
+    raise ArtifactError(f"{path} doesn't fit the model", expected=misfit[0], found=misfit[1])
+
+
+def is_artifact(path: Path) -> bool:
+    """Return True if a file says that :func:`mpcompile.save` wrote it, or if a folder holds such a file."""
+    from safetensors import safe_open
+
+    path = path / WEIGHTS if path.is_dir() else path
+    try:
+        with open_regular(path), safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            return metadata.get("format") == "mpcompile" or "modules" in metadata
+    except Exception:
+        return False
+
+
+def _read_state(path: Path) -> Found:
+    if path.is_dir():
+        path = path / WEIGHTS
+    if not path.is_file():
+        problem = "something other than a regular file" if path.exists() else "none"
+        expected = "a .safetensors, .pt or .pth file"
+        raise ArtifactError(f"there is no checkpoint {path}", expected=expected, found=problem)
+    try:
+        content = _read(path)
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"{path} can't be read as a checkpoint",
+            expected="a complete safetensors file, or a torch file that holds only tensors",
+            found=first_line(error),
+            hint="fetch the file again, or save the state dict with safetensors",
+        ) from error
+    return find_state(content, path)
+
+
+def _read(path: Path) -> Any:
+    """Whatever the file holds, by its format."""
+    with open_regular(path) as file:
+        head = file.read(9)
+        if head[8:9] != b"{" and path.suffix != ".safetensors":
+            return _unpickle(file, path)
+    if is_artifact(path):
+        from mpcompile.artifact import load
+        from mpcompile.export import dense_state
+
+        return dense_state(load(path))
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _unpickle(file: BinaryIO, path: Path) -> Any:
+    """The content of a torch file. Objects other than tensors are ignored; nothing that the file names is imported."""
+    problem: pickle.UnpicklingError | None = None
+    # Objects of a class of dicts have to be filled like dicts. Such a class is recognised by its name, or else by the
+    # failure of the first attempt.
+    for as_dicts in (False, True):
+        file.seek(0)
+        classes = stand_ins(file, as_dicts)
+        file.seek(0)
+        try:
+            with torch.serialization.safe_globals(classes):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            problem = error
+            if "SETITEM" not in str(error):
+                break
+    reason = str(problem).rpartition("WeightsUnpickler error: ")[2].strip()
+    raise ArtifactError(
+        f"{path} can't be read as a checkpoint",
+        expected="tensors by name, and plain values",
+        found=reason.partition("\n")[0].partition(" Please use")[0],
+        hint="save model.state_dict() with torch.save or safetensors",
+    ) from problem

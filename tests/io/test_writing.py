@@ -1,0 +1,170 @@
+"""Files are replaced as a whole or not at all; nothing is left behind, and no planted link is followed."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mpcompile.errors import ArtifactError
+from mpcompile.io import writing
+from mpcompile.io.writing import TEMPORARY, replacing, temporary_path, write_atomically
+
+
+def named(monkeypatch):
+    """As on a file system that has no files without names."""
+    monkeypatch.setattr(writing, "_unnamed", lambda folder, mode: None)
+
+
+@pytest.mark.parametrize("content", ["grün", b"\0bytes", lambda path: path.write_bytes(b"written")])
+def test_content_of_every_kind(content, tmp_path):
+    expected = {str: "grün".encode(), bytes: b"\0bytes"}.get(type(content), b"written")
+    for _ in range(2):  # a new file, and one in the place of another
+        write_atomically(tmp_path / "file", content)
+        assert (tmp_path / "file").read_bytes() == expected
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("content", ["text", lambda path: path.write_text("text")])
+def test_only_regular_files_are_replaced(content, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("fifo", "link", "folder", "loop", "no/such/folder"):
+        with pytest.raises(ArtifactError, match=f"can't write .*{name}"):
+            write_atomically(tmp_path / name, content)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_temporary_files_follow_no_planted_link(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    names = []
+    monkeypatch.setattr(writing.secrets, "token_hex", lambda n: names.append(n) or "guessed")
+    for name in ("guessed.tmp", "guessed.tmp.html"):
+        (tmp_path / f"{TEMPORARY}{name}").symlink_to(victim)
+    for content in ("x", lambda path: path.write_text("x")):
+        with pytest.raises(ArtifactError, match="can't write"):
+            write_atomically(tmp_path / "page.html", content)
+    named(monkeypatch)
+    with pytest.raises(FileExistsError), replacing(tmp_path / "page.html"):
+        pass
+    assert len(names) == 3 and victim.read_text() == "precious" and not (tmp_path / "page.html").exists()
+    assert (tmp_path / f"{TEMPORARY}guessed.tmp").is_symlink()  # only what was created is removed
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_permissions_and_links(unnamed, tmp_path, monkeypatch):
+    if not unnamed:
+        named(monkeypatch)
+    (tmp_path / "link").symlink_to("real")
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "text", "x")
+        write_atomically(tmp_path / "path", lambda path: path.write_text("x"))
+        with replacing(tmp_path / "link") as file:
+            file.write(b"y")
+        with replacing(tmp_path / "exact", mode=0o604) as file:
+            file.write(b"z")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "y"
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("text", "path", "real")} == {0o640}
+    assert (tmp_path / "exact").stat().st_mode & 0o777 == 0o604
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_link_that_is_not_followed_is_replaced(tmp_path):
+    """A cache may be in a folder where others can plant links to this user's files."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "cache").symlink_to(victim)
+    with replacing(tmp_path / "cache", follow=False) as file:
+        file.write(b"{}")
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "cache").is_symlink() and (tmp_path / "cache").read_text() == "{}"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileExistsError), replacing(tmp_path / "folder", follow=False):
+        pass
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_has_to_outlive_a_power_failure_is_flushed(durable, tmp_path, monkeypatch):
+    """The file before it gets its name, the folder after."""
+    calls = []
+    flush, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("flush") or flush(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("rename") or rename(*paths))
+    with replacing(tmp_path / "a", durable=durable) as file:
+        file.write(b"x")
+    assert calls == (["flush", "rename", "flush"] if durable else ["rename"])
+    calls.clear()
+    write_atomically(tmp_path / "a", lambda path: path.write_text("x"))
+    assert calls == ["flush", "rename", "flush"]
+
+
+WRITERS = {
+    "stream": "with writing.replacing(path) as file: file.write(b'x' * 10**6); end()",
+    "named stream": "writing._unnamed = lambda *_: None\nwith writing.replacing(path) as file: end()",
+    "path": "with writing.temporary_path(path) as file: file.write_bytes(b'x' * 10**6); end()",
+    "nested": "with writing.temporary_path(path), writing.temporary_path(path + '2'): end()",
+}
+
+
+ENDS = [*((writer, signal.SIGTERM) for writer in WRITERS), ("stream", signal.SIGKILL)]
+
+
+@pytest.mark.parametrize(("writer", "number"), ENDS)
+def test_an_ended_process_leaves_the_old_file_and_no_other(writer, number, tmp_path):
+    """After SIGKILL nothing can be removed: only the stream, whose file has no name yet, leaves nothing."""
+    code = "import os, sys; from mpcompile.io import writing\npath = sys.argv[1]\n"
+    code += f"def end(): os.kill(os.getpid(), {int(number)}); print('alive')\n{WRITERS[writer]}"
+    (tmp_path / "a").write_text("old")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, check=False)
+    assert done.returncode == -number and not done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_program_keeps_its_own_handler_of_sigterm(tmp_path):
+    def handle(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        with pytest.raises(KeyboardInterrupt), temporary_path(tmp_path / "a"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
+    with temporary_path(tmp_path / "a"):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+FULL = [
+    lambda path: save_file({"a": torch.zeros(50_000)}, path),
+    lambda path: torch.save(torch.zeros(50_000), path),
+    lambda path: path.write_bytes(bytes(200_000)),
+    bytes(200_000),
+]
+
+
+@pytest.mark.parametrize("content", FULL)
+@pytest.mark.parametrize("old", [True, False])
+def test_a_full_disk_is_one_line_whoever_reports_it(content, old, tmp_path):
+    if old:
+        (tmp_path / "a").write_text("old")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(ArtifactError, match=r"can't write .*a; expected a writable folder with room"):
+            write_atomically(tmp_path / "a", content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"] * old
