@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mpcompile.errors import ConfigError
-from mpcompile.kernels import ops, timing
+from mpcompile.kernels import ops, schema, timing
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
 from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine, multiplies_pairs
 from mpcompile.kernels.nm_linear.gpu.cusparselt import CuSparseLtEngine
@@ -86,10 +86,11 @@ class Reference:
         return {"values": values, "words": words}
 
     def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
-        head = (x, packed["values"], packed["words"], bias)
+        values, words, (n, m) = packed["values"], packed["words"], spec.pattern
         if spec.geometry is None:
-            return ops.nm_linear, (*head, *spec.pattern, spec.shape[1])
-        return ops.nm_conv2d, (*head, *spec.geometry, *spec.pattern, list(spec.shape))
+            return ops.nm_linear, tuple(schema.NmLinearArgs(x, values, words, bias, n, m, k=spec.shape[1]))
+        shape, geometry = list(spec.shape), spec.geometry
+        return ops.nm_conv2d, tuple(schema.NmConv2dArgs(x, values, words, bias, *geometry, n, m, shape))
 
 
 class Dense:

@@ -34,12 +34,12 @@ from mpcompile.ir.shapes import propagate
 from mpcompile.ir.view import layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.passes.base import Context
+from mpcompile.passes.base import Context, Results
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower, Slot
-from mpcompile.passes.mask import magnitude_mask
+from mpcompile.passes.mask import Masked, magnitude_mask
 from mpcompile.passes.merge_tokens.insert import unmerged
 from mpcompile.pipeline import Pipeline, run_pipeline, transformed
 from mpcompile.plan import Plan
@@ -214,13 +214,16 @@ def _transform(imported: Imported, config: Config) -> Plan:
     masks = _known_masks(gm, imported.lifted, config, allocated)
     weights = {layer.name: layer.weight.tensor for layer in layers(gm, imported.lifted)}
     options: dict[str, Any] = {"masks": masks, "owned": False, "allocated": allocated or None, "tolerant": True}
-    plan = run_pipeline(imported, config, Pipeline(), **options).plan
+    results = Results()
+    plan = run_pipeline(imported, config, Pipeline(), results=results, **options).plan
     hidden = {name: why for name, (_, why) in unsupported(gm, imported.lifted).items() if why.startswith("inside ")}
     if hidden and config.pattern != "dense":
         name, why = next(iter(hidden.items()))
         _STATE.say_once(f"mpsparse: {len(hidden)} weights stay dense, such as {name}: {why}")
     for why in unmerged(plan):
         _STATE.say_once(f"mpsparse: nothing merged in this graph: {why}")
+    masked = results.get(Masked) or Masked()
+    masks |= {name: projection.mask for name, projection in masked.projections.items()}
     for name, mask in masks.items():
         _STATE.masks.setdefault(weights[name], {})[Pattern.parse(plan.layers[name].pattern)] = mask
     for name, entry in plan.layers.items() if config.mac_reduction is not None else ():

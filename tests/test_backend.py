@@ -12,7 +12,7 @@ import mpcompile
 from mpcompile import Config, audit, transform
 from mpcompile import backend as module
 from mpcompile.backend import compiled_graphs, mpsparse
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
 
 
@@ -162,7 +162,7 @@ def test_a_transformed_module_is_not_transformed_again():
     (graph,) = graphs()
     assert {slot.spec.pattern for slot in graph.slots} == {(1, 4)}
     merges = [n for n in graph.run.graph.nodes if n.target is ops.token_merge]
-    assert [n.args[3] for n in merges] == [2, 2]
+    assert [schema.TokenMergeArgs.bind(n).r for n in merges] == [2, 2]
 
 
 def test_nothing_eligible_is_inductor_and_said_once(caplog):

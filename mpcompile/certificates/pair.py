@@ -21,7 +21,7 @@ from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.view import layers
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.passes.channels.axes import analyse
 from mpcompile.passes.permute import Orders, classes, fold
 
@@ -172,11 +172,13 @@ def _multiply_masks(network: Network) -> None:
             )
         if node.target not in ops.MASKED:
             continue
-        x, weight, mask, bias, *rest = node.args
-        network.tensors[weight] = network.tensors[weight] * network.tensors[mask]
-        linear = node.target is ops.masked_linear
-        node.target = torch.ops.aten.linear.default if linear else torch.ops.aten.conv2d.default
-        node.args = (x, weight, bias, *(() if linear else rest[:4]))
+        args = schema.bind(node)
+        network.tensors[args.weight] = network.tensors[args.weight] * network.tensors[args.mask]
+        if isinstance(args, schema.MaskedLinearArgs):
+            node.target, node.args = torch.ops.aten.linear.default, (args.x, args.weight, args.bias)
+        else:
+            geometry = (args.stride, args.padding, args.dilation, args.groups)
+            node.target, node.args = torch.ops.aten.conv2d.default, (args.x, args.weight, args.bias, *geometry)
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:

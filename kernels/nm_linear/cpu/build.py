@@ -30,11 +30,12 @@ from typing import TypeVar
 import torch
 
 from mpcompile.io.writing import replacing
+from mpcompile.kernels.nm_linear.cpu import abi
 from mpcompile.kernels.store import cache_folder, say_once, temporary_folder
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("cpu.cpp", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
+SOURCES = ("cpu.cpp", "abi.h", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
 ISAS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -43,7 +44,7 @@ ISAS = {
 }
 # No -ffast-math: it takes products and sums apart again, and NaN with them.
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
-OPERATOR_SOURCES = ("ops.cpp", "layouts.h")
+OPERATOR_SOURCES = ("ops.cpp", "abi.h", "layouts.h")
 OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -shared"
 SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 _SECONDS = 300
@@ -396,10 +397,9 @@ def load(isa: str, sanitize: bool = False) -> Kernels:
     """
     # torch is imported: its OpenMP runtime serves this library too
     loaded = _opened(Kernels, lambda again: build(isa, sanitize, again=again))
-    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    loaded.nm_linear.argtypes = [number, *[pointer] * 6, long, long, *[number] * 8]
-    loaded.nm_mlp.argtypes = [number, *[pointer] * 9, long, *[number] * 11]
-    loaded.nm_conv.argtypes = [*[pointer] * 7, *[number] * 5]
+    loaded.nm_linear.argtypes = [ctypes.POINTER(abi.Linear)]
+    loaded.nm_mlp.argtypes = [ctypes.POINTER(abi.Mlp)]
+    loaded.nm_conv.argtypes = [ctypes.POINTER(abi.Conv)]
     loaded.isa = isa
     return loaded
 

@@ -54,14 +54,5 @@ class CpuEngine:
         return {"values": values, "index": index}
 
     def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
-        head = (x, packed["values"], packed["index"], bias, None)
-        if spec.geometry is None:
-            return ops.nm_gemm, (*head, spec.shape[0], *spec.pattern, layout_of(spec), "none")
-        return ops.nm_conv, (
-            *head,
-            *(list(axes) for axes in spec.geometry[:3]),
-            *spec.pattern,
-            list(spec.shape),
-            layout_of(spec),
-            "none",
-        )
+        shape, geometry, layout = spec.shape, spec.geometry, layout_of(spec)
+        return ops.packed_call(x, packed, bias, shape=shape, geometry=geometry, pattern=spec.pattern, layout=layout)

@@ -59,11 +59,8 @@ class TensorCoreEngine:
         return {"values": values, "index": index}
 
     def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
-        head = (x, packed["values"], packed["index"], bias, None)
-        if spec.geometry is None:
-            return ops.nm_gemm, (*head, spec.shape[0], *spec.pattern, self.layout, "none")
-        axes = [list(axes) for axes in spec.geometry[:3]]
-        return ops.nm_conv, (*head, *axes, *spec.pattern, list(spec.shape), self.layout, "none")
+        shape, geometry, layout = spec.shape, spec.geometry, self.layout
+        return ops.packed_call(x, packed, bias, shape=shape, geometry=geometry, pattern=spec.pattern, layout=layout)
 
 
 MMA_SP, WGMMA_SP = TensorCoreEngine(sparse24.MMA_SP), TensorCoreEngine(sparse24.WGMMA_SP)
