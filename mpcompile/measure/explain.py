@@ -16,6 +16,7 @@ from mpcompile.config import Config
 from mpcompile.errors import InputError, printable
 from mpcompile.ir.view import layers
 from mpcompile.kernels import timing
+from mpcompile.kernels.machine import cpu_name
 from mpcompile.passes.base import Context
 from mpcompile.passes.lower import Lower
 from mpcompile.pipeline import complete
@@ -144,5 +145,5 @@ def explain(
     capability = torch.backends.cpu.get_cpu_capability()
     devices = {layer.weight.tensor.device for layer in masked.values() if layer.weight.tensor.is_cuda}
     cards = ", ".join(sorted({torch.cuda.get_device_name(device) for device in devices}))
-    machine = f"{cards or timing.cpu_name()}, {capability}, {torch.get_num_threads()} threads"
+    machine = f"{cards or cpu_name()}, {capability}, {torch.get_num_threads()} threads"
     return Explanation(rows, machine, str(timing.cache_file()))
