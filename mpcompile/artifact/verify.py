@@ -128,7 +128,7 @@ def inspect(weight: Tensor, pattern: Pattern | None = None) -> Verdict:
     if pattern is not None:
         verdict.pattern = str(pattern)
         if cin % pattern.m:
-            verdict.note = f"{cin} inputs don't divide by {pattern.m}"
+            verdict.note = f"{cin} inputs are not divisible by {pattern.m}"
             return verdict
         verdict.groups = nonzero.numel() // pattern.m
         verdict.bad = check_nm(weight, *pattern)
