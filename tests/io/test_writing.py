@@ -1,15 +1,18 @@
 """Files are replaced as a whole or not at all; nothing is left behind, and no planted link is followed."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import mpcompile
 from mpcompile.errors import ArtifactError
 from mpcompile.io import writing
 from mpcompile.io.writing import TEMPORARY, replacing, temporary_path, write_atomically
@@ -168,3 +171,12 @@ def test_a_full_disk_is_one_line_whoever_reports_it(content, old, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"] * old
+
+
+def test_no_other_module_renames_files():
+    """The guarantees of the one writer hold for everything that mpcompile writes."""
+    root = Path(mpcompile.__file__).parent
+    by_hand = re.compile(r"os\.(replace|rename)\(|mkstemp\(|NamedTemporaryFile\(")
+    paths = [path for folder in (root, root / "kernels", root / "passes") for path in folder.rglob("*.py")]
+    writers = {path.relative_to(root).as_posix() for path in paths if by_hand.search(path.read_text("utf-8"))}
+    assert len(paths) > 100 and writers == {"io/writing.py"}
