@@ -27,6 +27,7 @@ from mpcompile._version import __version__
 from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
+from mpcompile.ir import spec
 from mpcompile.ir.module import Imported, IRModule, Lifted, owned_by_transformed
 from mpcompile.ir.numerics import autocasts, exact
 from mpcompile.ir.parts import keep
@@ -318,6 +319,7 @@ def mpsparse(
         with exact():
             for step in [FoldNorm(), FoldScale(), lower, Fuse()] if config.frozen else [lower, Fuse()]:
                 step.run(imported.gm, context)
+            spec.check(imported.gm, spec.Stage.FUSED, lifted=imported.lifted, plan=plan)
         _STATE.watch_optimizers()
     run = _inductor(imported.gm, example_inputs, mode, None if trains or not config.frozen else imported.lifted)
     return CompiledGraph(run, plan, lower.slots, imported, config, not trains)

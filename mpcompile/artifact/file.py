@@ -38,6 +38,7 @@ from mpcompile.errors import ArtifactError, GraphError
 from mpcompile.io.ownership import is_ours
 from mpcompile.io.reading import open_regular, read_bytes
 from mpcompile.io.writing import replacing, write_atomically
+from mpcompile.ir import spec
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import with_ordinary_tensors
 from mpcompile.plan import Plan
@@ -250,14 +251,25 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
             raise Refusal("the mode that the graph stands for is malformed", found=shown(graph["locked"]))
         gm.locked_mode = graph["locked"]
         check_packed(gm)
-        if texts["plan"] != "null":
-            gm.plan = Plan.from_json(texts["plan"])
+        plan = None if texts["plan"] == "null" else Plan.from_json(texts["plan"])
+        if plan is not None:
+            gm.plan = plan
+        _check_stage(gm, plan)
     except Refusal:
         raise
     except Exception as error:  # whatever a table can make constructors and fx do
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise Refusal(f"its parts make no module ({reason})", expected="what mpcompile.save writes") from error
     return gm
+
+
+def _check_stage(gm: IRModule, plan: Plan | None) -> None:
+    """Refuse a graph that is not legal after the passes that its plan records."""
+    stage = max(spec.stage_of(gm), spec.recorded(plan) if plan is not None else spec.Stage.TRANSFORMED)
+    try:
+        spec.check(gm, stage, plan=plan)
+    except GraphError as error:
+        raise Refusal(error.message, expected=error.expected, found=error.found) from error
 
 
 # --- The file ---

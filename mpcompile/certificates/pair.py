@@ -20,6 +20,7 @@ from mpcompile.certificates.enclosures.rules import operator_name
 from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.spec import family_of
 from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.passes.channels.axes import analyse
@@ -163,14 +164,15 @@ def _functionalise(graph: fx.Graph) -> None:
 def _multiply_masks(network: Network) -> None:
     """Masked operators become dense ones on weight * mask."""
     for node in network.graph.nodes:
-        if node.target in ops.PACKED:
+        family = family_of(node)
+        if family in ("packed", "native"):
             raise GraphError(
                 "the module is lowered: its weights are packed for kernels",
                 expected="what mpcompile.transform returned",
                 found=operator_name(node.target),
                 hint="certify the module before mpcompile.lower",
             )
-        if node.target not in ops.MASKED:
+        if family != "masked":
             continue
         x, weight, mask, bias, *rest = node.args
         network.tensors[weight] = network.tensors[weight] * network.tensors[mask]

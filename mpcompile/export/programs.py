@@ -20,6 +20,7 @@ from mpcompile.export.package_guard import guarded
 from mpcompile.io.ownership import sign
 from mpcompile.io.writing import temporary_path
 from mpcompile.ir.module import IRModule, masked
+from mpcompile.ir.spec import family_of
 from mpcompile.kernels import ops
 from mpcompile.pipeline import lower
 
@@ -63,7 +64,7 @@ def dense_state(gm: IRModule) -> dict[str, Tensor]:
         >>> model.load_state_dict(dense_state(gm))
         <All keys matched successfully>
     """
-    if any(node.target in ops.PACKED for node in gm.graph.nodes):
+    if any(family_of(node) in ("packed", "native") for node in gm.graph.nodes):
         raise GraphError("a lowered module has no dense weights", hint="take what mpcompile.transform returned")
     removing: dict[int, Tensor] = {}
     masks: set[int] = set()
@@ -88,7 +89,7 @@ def save_dense(gm: IRModule, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    if any(node.target in ops.MERGING for node in gm.graph.nodes):
+    if any(family_of(node) == "merging" for node in gm.graph.nodes):
         log.warning("a state dict holds no token merging: %s computes with all tokens", path)
     with _written(path) as temporary:
         save_file(dense_state(gm), temporary, metadata={"format": "pt", "mpcompile": __version__})
