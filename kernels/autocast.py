@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-_RESIDUAL = {"nm_gemm": 4, "nm_mlp": 7, "nm_conv": 4}  # its position in the signature
+from mpcompile.kernels.schema import NmConvArgs, NmGemmArgs, NmMlpArgs
+
+_RESIDUAL = {cls.operator: cls.position("residual") for cls in (NmGemmArgs, NmMlpArgs, NmConvArgs)}
 _EXACT = ("token_size", "token_bias", "token_merge", "token_mean", "token_follow")
 _KEYS = ("AutocastCPU", "AutocastCUDA")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(

@@ -8,6 +8,7 @@ fake tensors, export and Inductor's fusion follow without a formula of our own. 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor, fx
 from torch.library import Library
 
 from mpcompile.errors import InputError
-from mpcompile.kernels import autocast
+from mpcompile.kernels import autocast, schema
 from mpcompile.kernels.nm_linear import checks, reference
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.token_merge import fused
 from mpcompile.kernels.token_merge import reference as merging
 
 NAMESPACE = "mpcompile"
+Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups of a convolution
 _LIBRARY = Library(NAMESPACE, "DEF")
 
 
@@ -44,35 +46,21 @@ def _masked_conv2d(
     return torch.nn.functional.conv2d(x, weight * mask, bias, stride, padding, dilation, groups)
 
 
-_CONV = "Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, int n, int m"
-_DEFINITIONS = (
-    ("masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias, int n, int m) -> Tensor", _masked_linear),
-    (f"masked_conv2d(Tensor x, Tensor weight, Tensor mask, {_CONV}) -> Tensor", _masked_conv2d),
-    (
-        "nm_linear(Tensor x, Tensor values, Tensor words, Tensor? bias, int n, int m, int k) -> Tensor",
-        reference.nm_linear,
-    ),
-    (f"nm_conv2d(Tensor x, Tensor values, Tensor words, {_CONV}, int[] shape) -> Tensor", reference.nm_conv2d),
-    ("token_size(Tensor x, Tensor? mask=None) -> Tensor", merging.token_size),
-    ("token_bias(Tensor size, Tensor logits, int start, int dim) -> Tensor", merging.token_bias),
-    (
-        "token_merge(Tensor x, Tensor keys, Tensor size, int r, int prefix) -> (Tensor, Tensor, Tensor)",
-        fused.token_merge,
-    ),
-    ("token_mean(Tensor x, Tensor size, int start, int dim, bool keepdim) -> Tensor", merging.token_mean),
-    (
-        "token_follow(Tensor table, Tensor place, Tensor before, Tensor size, int start, int dim, int rank) -> Tensor",
-        merging.token_follow,
-    ),
-    (
-        "token_attention(Tensor query, Tensor key, Tensor value, Tensor size, int start, float dropout_p, "
-        "float? scale, bool enable_gqa) -> Tensor",
-        merging.token_attention,
-    ),
-)
-for _schema, _implementation in _DEFINITIONS:
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_schema.split("(", 1)[0], _implementation, "CompositeImplicitAutograd")
+_IMPLEMENTATIONS: dict[type[schema.Args], Callable[..., Any]] = {
+    schema.MaskedLinearArgs: _masked_linear,
+    schema.MaskedConv2dArgs: _masked_conv2d,
+    schema.NmLinearArgs: reference.nm_linear,
+    schema.NmConv2dArgs: reference.nm_conv2d,
+    schema.TokenSizeArgs: merging.token_size,
+    schema.TokenBiasArgs: merging.token_bias,
+    schema.TokenMergeArgs: fused.token_merge,
+    schema.TokenMeanArgs: merging.token_mean,
+    schema.TokenFollowArgs: merging.token_follow,
+    schema.TokenAttentionArgs: merging.token_attention,
+}
+for _args, _implementation in _IMPLEMENTATIONS.items():
+    _LIBRARY.define(_args.operator + _args.signature())
+    _LIBRARY.impl(_args.operator, _implementation, "CompositeImplicitAutograd")
 
 native.define(_LIBRARY)
 autocast.define(_LIBRARY)
@@ -97,6 +85,42 @@ PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
 MERGING = frozenset({token_size, token_bias, token_merge, token_mean, token_follow, token_attention})
 
 
+def packed_call(
+    x: Any,
+    packed: Mapping[str, Any],
+    bias: Any,
+    *,
+    shape: Sequence[int],
+    geometry: Geometry | None,
+    pattern: Sequence[int],
+    layout: int,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The native operator for a layer, without residual and activation, and its arguments.
+
+    Args:
+        packed: the packed weight's ``values`` and ``index``.
+        shape: of the dense weight.
+        geometry: of a convolution; None for a linear layer. Groups must be 1.
+        pattern: (n, m).
+        layout: of the packed weight.
+    """
+    n, m = pattern
+    common: dict[str, Any] = {
+        "x": x,
+        "values": packed["values"],
+        "index": packed["index"],
+        "bias": bias,
+        "n": n,
+        "m": m,
+    }
+    common |= {"residual": None, "layout": layout, "activation": "none"}
+    if geometry is None:
+        return nm_gemm, tuple(schema.NmGemmArgs(out=shape[0], **common))
+    stride, padding, dilation = (list(axes) for axes in geometry[:3])
+    args = schema.NmConvArgs(stride=stride, padding=padding, dilation=dilation, shape=list(shape), **common)
+    return nm_conv, tuple(args)
+
+
 def packed_arguments(node: fx.Node) -> list[checks.PackedWeight]:
     """The packed weights that a node of a native operator takes; none of another.
 
@@ -105,9 +129,11 @@ def packed_arguments(node: fx.Node) -> list[checks.PackedWeight]:
     """
     if node.target not in NATIVE:
         return []
-    target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if given.keys() != set(names):
-        raise InputError(f"{target} lacks arguments", expected=", ".join(names), found=", ".join(given))
-    return checks.stored(target._schema.name.rpartition("::")[2], given)
+    expected = schema.OPERATORS[schema.operator_name(node.target)]
+    try:
+        args: Any = expected.bind(node)
+    except TypeError as error:
+        given = [*expected.names()[: len(node.args)], *node.kwargs]
+        names = ", ".join(expected.names())
+        raise InputError(f"{node.target} lacks arguments", expected=names, found=", ".join(given)) from error
+    return checks.stored(args)

@@ -9,6 +9,7 @@ activation, then to the addition (or, as in a ResNet, to the addition and then t
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,15 +23,15 @@ from mpcompile.ir.macs import is_add
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.ir.spec import operator_of
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_linear.packed import BEHIND
+from mpcompile.kernels.schema import NmGemmArgs, NmMlpArgs
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.lower import PACKED
 from mpcompile.passes.rewriting import does_nothing, exact_class, follow, supersede
 
 __all__ = ["Fuse", "activation_of", "does_nothing", "follow"]
 
-_VALUES, _RESIDUAL = 1, 4  # positions in the schemas of nm_gemm and nm_conv; the activation is last
 
 _aten = torch.ops.aten
 _RELU = frozenset({F.relu, torch.relu, torch.relu_, _aten.relu.default, _aten.relu_.default})
@@ -127,13 +128,16 @@ class _Search:
         idle, user = follow(self.gm, path[-1])
         if user is None or activation_of(self.gm, user) is None or argument(user, 0, "input") is not [*path, *idle][-1]:
             return
-        if op.args[_RESIDUAL] is None and op.args[-1] == "none" and op not in self.activations:
+        args = schema.bind(op)
+        if args.residual is None and args.activation == "none" and op not in self.activations:
             table = self.late if op in self.residuals else self.activations
             table[op], self.paths[op] = user, [*path, *idle, user]
 
     def _residual(self, op: fx.Node) -> None:
         idle, add = follow(self.gm, self.paths[op][-1])
-        if add is None or not is_add(add) or op.args[_RESIDUAL] is not None or add in self.residuals.values():
+        if add is None or not is_add(add) or add in self.residuals.values():
+            return
+        if schema.bind(op).residual is not None:
             return
         path = [*self.paths[op], *idle]
         why = self._obstacle(path, add)
@@ -169,9 +173,10 @@ class _Search:
         if user is None or {op.target, user.target} != {ops.nm_gemm} or op in self.mlps.values():
             return
         last = [*self.paths[op], *idle][-1]
-        alone = user.args[0] is last and last not in user.args[1:]
-        plain = op.args[_RESIDUAL] is None and op not in self.residuals
-        if not alone or not plain or user.args[-1] != "none" or user in self.activations or user in self.late:
+        second = NmGemmArgs.bind(user)
+        alone = second.x is last and list(second).count(last) == 1
+        plain = NmGemmArgs.bind(op).residual is None and op not in self.residuals
+        if not alone or not plain or second.activation != "none" or user in self.activations or user in self.late:
             return
         why = self._written(op, self.paths[user][-1], [*self.paths[op], *idle, *self.paths[user]])
         if why is None:
@@ -223,7 +228,7 @@ class Fuse(Pass):
         plans = {f"{PACKED}.{name}.values": plan for name, plan in ctx.plan.layers.items()}
 
         def note(op: fx.Node, key: str, value: Any) -> None:
-            values = op.args[_VALUES]
+            values = schema.bind(op).values
             plan = plans.get(str(values.target)) if isinstance(values, fx.Node) else None
             if plan is not None:
                 plan.notes.setdefault("fuse", {})[key] = value
@@ -249,7 +254,7 @@ def _names(table: Mapping[fx.Node, fx.Node]) -> list[list[str]]:
 def _activate(gm: IRModule, op: fx.Node, end: fx.Node, prefix: str) -> str | None:
     """Make an activation the epilogue of an operator; return its name."""
     activation = activation_of(gm, end)
-    op.update_arg(len(op.args) - 1, f"{prefix}{activation}")
+    _update(op, activation=f"{prefix}{activation}")
     _absorb(gm, op, end)
     return activation
 
@@ -259,8 +264,13 @@ def _add(gm: IRModule, op: fx.Node, add: fx.Node) -> None:
     idle, _ = follow(gm, op)
     other = _other_operand(add, [op, *idle][-1])
     add.prepend(op)  # the residual may be computed later than the operator was
-    op.update_arg(_RESIDUAL, other)
+    _update(op, residual=other)
     _absorb(gm, op, add)
+
+
+def _update(op: fx.Node, **changes: Any) -> None:
+    """Change arguments of a native operator by name."""
+    op.args, op.kwargs = tuple(dataclasses.replace(schema.bind(op), **changes)), {}
 
 
 def _absorb(gm: IRModule, op: fx.Node, end: fx.Node) -> None:
@@ -275,10 +285,27 @@ def _absorb(gm: IRModule, op: fx.Node, end: fx.Node) -> None:
 def _join(gm: IRModule, first: fx.Node, second: fx.Node) -> None:
     """Replace two ``nm_gemm`` by one ``nm_mlp``."""
     idle, _ = follow(gm, first)
-    x, *head1, _, hidden, n1, m1, layout1, activation = first.args
-    _, *head2, residual, out, n2, m2, layout2, _ = second.args
-    args = (x, *head1, *head2, residual, hidden, out, n1, m1, n2, m2, layout1, layout2, activation)
+    a, b = NmGemmArgs.bind(first), NmGemmArgs.bind(second)
+    args = NmMlpArgs(
+        x=a.x,
+        values1=a.values,
+        index1=a.index,
+        bias1=a.bias,
+        values2=b.values,
+        index2=b.index,
+        bias2=b.bias,
+        residual=b.residual,
+        hidden=a.out,
+        out=b.out,
+        n1=a.n,
+        m1=a.m,
+        n2=b.n,
+        m2=b.m,
+        layout1=a.layout,
+        layout2=b.layout,
+        activation=a.activation,
+    )
     with gm.graph.inserting_before(second):
-        new = gm.graph.call_function(ops.nm_mlp, args)
+        new = gm.graph.call_function(ops.nm_mlp, tuple(args))
     new.meta = dict(second.meta)
     supersede(gm.graph, [first, *idle, second], new)

@@ -14,7 +14,7 @@ from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument
 from mpcompile.ir.parts import FOLDED, attribute, keep
 from mpcompile.ir.view import LayerOp
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import ByMode
 
@@ -95,12 +95,12 @@ def masked_call(graph: fx.Graph, layer: LayerOp, weight: Any, mask: Any, bias: A
     Args:
         weight, mask, bias: nodes; the bias may be None.
     """
-    operands = (argument(layer.node, 0, "input"), weight, mask, bias)  # not layer.input: it may have been replaced
+    x, (n, m) = argument(layer.node, 0, "input"), pattern  # not layer.input: it may have been replaced
     if (g := layer.geometry) is None:
-        return graph.call_function(ops.masked_linear, (*operands, *pattern))
-    return graph.call_function(
-        ops.masked_conv2d, (*operands, g.stride, g.padding, g.dilation, g.groups, pattern.n, pattern.m)
-    )
+        linear = schema.MaskedLinearArgs(x, weight, mask, bias, n, m)
+        return graph.call_function(ops.masked_linear, tuple(linear))
+    conv = schema.MaskedConv2dArgs(x, weight, mask, bias, g.stride, g.padding, g.dilation, g.groups, n, m)
+    return graph.call_function(ops.masked_conv2d, tuple(conv))
 
 
 def folded_call(gm: IRModule, layer: LayerOp, weight: Tensor, bias: Tensor | None) -> fx.Node:
@@ -114,7 +114,7 @@ def folded_call(gm: IRModule, layer: LayerOp, weight: Tensor, bias: Tensor | Non
         # Apart from the weight, so that Lower can drop the weight alone.
         new_bias = None if bias is None else _owned(gm, f"{FOLDED}_bias.{layer.name}", "bias", bias)
         module = layer.node.op == "call_module"
-        mask = gm.graph.get_attr(f"{layer.name}.mask") if module else layer.node.args[2]
+        mask = gm.graph.get_attr(f"{layer.name}.mask") if module else schema.bind(layer.node).mask
         return masked_call(gm.graph, layer, new_weight, mask, new_bias, layer.pattern)
 
 

@@ -12,7 +12,8 @@ import mpcompile
 from mpcompile import Config, audit, transform
 from mpcompile import backend as module
 from mpcompile.backend import compiled_graphs, mpsparse
-from mpcompile.kernels import ops
+from mpcompile.io import messages
+from mpcompile.kernels import ops, schema
 from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
 
 
@@ -162,12 +163,12 @@ def test_a_transformed_module_is_not_transformed_again():
     (graph,) = graphs()
     assert {slot.spec.pattern for slot in graph.slots} == {(1, 4)}
     merges = [n for n in graph.run.graph.nodes if n.target is ops.token_merge]
-    assert [n.args[3] for n in merges] == [2, 2]
+    assert [schema.TokenMergeArgs.bind(n).r for n in merges] == [2, 2]
 
 
 def test_nothing_eligible_is_inductor_and_said_once(caplog):
     model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 6)
-    module._STATE.said.clear()
+    messages._WARNED.clear()
     with caplog.at_level(logging.WARNING, "mpcompile"), torch.no_grad():
         for _ in range(2):
             torch._dynamo.reset()

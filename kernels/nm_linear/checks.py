@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import MAX_M
 from mpcompile.kernels.nm_linear import layouts, packed, sparse24
 from mpcompile.kernels.nm_linear.layouts import RING, ROWS
+from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
 
 COUNT = 2**31 - 1024  # rows and columns of a weight: the kernels count in int, and a few further
 NUMBER = 2**31 - 1  # a stride, padding, dilation or kernel size
@@ -49,23 +50,19 @@ class PackedWeight(NamedTuple):
         return f"packed weights don't fit a weight {tuple(self.shape)} {self.n}:{self.m}"
 
 
-def weights(name: str, given: Mapping[str, Any], columns: int | None = None) -> list[PackedWeight]:
+def weights(args: NativeArgs, columns: int | None = None) -> list[PackedWeight]:
     """The packed weights among an operator's arguments.
 
     Args:
-        name: ``nm_gemm``, ``nm_mlp`` or ``nm_conv``.
-        given: arguments by the names of the operator's schema.
+        args: arguments of ``nm_gemm``, ``nm_mlp`` or ``nm_conv``.
         columns: features of the input.
     """
-    g = given
-    if name == "nm_gemm":
-        return [PackedWeight(g["values"], g["index"], (g["out"], columns), g["n"], g["m"], g["layout"])]
-    if name == "nm_conv":
-        return [PackedWeight(g["values"], g["index"], tuple(g["shape"]), g["n"], g["m"], g["layout"])]
-    return [
-        PackedWeight(g[f"values{i}"], g[f"index{i}"], (out, k), g[f"n{i}"], g[f"m{i}"], g[f"layout{i}"])
-        for i, out, k in ((1, g["hidden"], columns), (2, g["out"], g["hidden"]))
-    ]
+    if isinstance(args, NmMlpArgs):
+        one = PackedWeight(args.values1, args.index1, (args.hidden, columns), args.n1, args.m1, args.layout1)
+        two = PackedWeight(args.values2, args.index2, (args.out, args.hidden), args.n2, args.m2, args.layout2)
+        return [one, two]
+    shape = (args.out, columns) if isinstance(args, NmGemmArgs) else tuple(args.shape)
+    return [PackedWeight(args.values, args.index, shape, args.n, args.m, args.layout)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -287,23 +284,22 @@ def conv(
     return size
 
 
-def stored(name: str, given: Mapping[str, Any]) -> list[PackedWeight]:
-    """The packed weights of a node, with its numbers checked as far as they can be without an input.
+def stored(args: NativeArgs) -> list[PackedWeight]:
+    """The packed weights of a node, with its numbers checked as far as possible without an input.
 
     Args:
-        name: of the operator.
-        given: the node's arguments by name.
+        args: the node's arguments.
 
     Raises:
-        InputError: an input would be refused whatever it is.
+        InputError: the operator would refuse any input.
     """
-    epilogue(given["activation"], packed.ACTIVATIONS if name == "nm_mlp" else packed.EPILOGUES)
-    if name == "nm_conv":
-        geometry(given["shape"], given["stride"], given["padding"], given["dilation"])
-    found = weights(name, given)
-    for weight in found:
+    epilogue(args.activation, packed.ACTIVATIONS if isinstance(args, NmMlpArgs) else packed.EPILOGUES)
+    if isinstance(args, NmConvArgs):
+        geometry(args.shape, args.stride, args.padding, args.dilation)
+    packed_weights = weights(args)
+    for weight in packed_weights:
         weight_numbers(tuple(0 if size is None else size for size in weight.shape), weight.n, weight.m, weight.layout)
-    return found
+    return packed_weights
 
 
 def contents(weight: PackedWeight, values: Tensor, index: Tensor) -> None:

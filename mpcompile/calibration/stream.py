@@ -25,7 +25,7 @@ from mpcompile.ir.effects import own_copies, storage, switches, written
 from mpcompile.ir.module import Imported
 from mpcompile.ir.numerics import modes_kept, training_flags
 from mpcompile.ir.view import LayerOp
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 
 Env = dict[fx.Node, Any]
 
@@ -174,7 +174,7 @@ class Stream:
         """What the dense side computes from: where tokens merge, they pair as they do on the pruned side."""
         if node.target is not ops.token_merge:
             return dense
-        keys: Any = node.args[1]
+        keys = schema.TokenMergeArgs.bind(node).keys
         return {**dense, keys: pruned[keys]}
 
     @staticmethod

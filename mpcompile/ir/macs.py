@@ -14,7 +14,7 @@ from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import batch_size, shape_of
 from mpcompile.ir.spec import operator_of
 from mpcompile.ir.view import LayerOp, layers
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import check_nm
 from mpcompile.plan import Macs
 
@@ -53,7 +53,7 @@ def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
         if merge.target is not ops.token_merge:
             continue
         x = next(u for u in merge.users if u.target is operator.getitem and u.args[1] == 0)
-        before, after = shape_of(merge.args[0]), shape_of(x)
+        before, after = shape_of(schema.TokenMergeArgs.bind(merge).x), shape_of(x)
         if before is None or after is None:
             continue
         reached = {x}

@@ -26,7 +26,7 @@ from torch.fx.graph import CodeGen, PythonCode
 from mpcompile.errors import GraphError
 from mpcompile.ir.isolation import tensors_of
 from mpcompile.ir.parts import FOLDED, attribute
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 
@@ -98,8 +98,10 @@ class IRModule(fx.GraphModule):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """A state dict of the dense model leaves the masks of functional weights as they are, too."""
         for node in self.graph.nodes:
-            if node.target in ops.MASKED and isinstance(node.args[2], fx.Node) and node.args[2].op == "get_attr":
-                path = str(node.args[2].target)
+            masked_args = schema.try_bind(node) if node.target in ops.MASKED else None
+            mask = None if masked_args is None else masked_args.mask
+            if isinstance(mask, fx.Node) and mask.op == "get_attr":
+                path = str(mask.target)
                 state_dict.setdefault(prefix + path, attribute(self, path))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -278,8 +280,9 @@ def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
         if isinstance(module, (MaskedLinear, MaskedConv2d)):
             yield module.weight, module.mask, module.pattern
     for node in gm.graph.nodes:
-        if node.target in ops.MASKED and len(node.args) > 4:
-            sources = node.args[1:3]
+        args = schema.try_bind(node) if node.target in ops.MASKED else None
+        if args is not None:
+            sources = (args.weight, args.mask)
             if all(getattr(source, "op", None) == "get_attr" for source in sources):
                 weight, mask = (attribute(gm, str(source.target)) for source in sources)
-                yield weight, mask, Pattern(*node.args[-2:])
+                yield weight, mask, Pattern(args.n, args.m)

@@ -29,7 +29,7 @@ from mpcompile.errors import GraphError
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.parts import attribute
 from mpcompile.ir.view import layers
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_linear.packed import EPILOGUES
 
 if TYPE_CHECKING:
@@ -76,12 +76,7 @@ class Operator:
     @property
     def name(self) -> str:
         """The operator's name in the namespace ``mpcompile``."""
-        return str(self.target._schema.name.rpartition("::")[2])
-
-    @property
-    def by_position(self) -> bool:
-        """True if passes read the arguments by position, so that none may be given by keyword or left out."""
-        return self.family != "merging"
+        return schema.operator_name(self.target)
 
 
 _PACKED_TENSORS = frozenset({"values", "words", "index", "values1", "index1", "values2", "index2"})
@@ -133,8 +128,8 @@ def stage_of(gm: fx.GraphModule) -> Stage:
     for node in gm.graph.nodes:
         row = operator_of(node)
         if row is not None:
-            given = _arguments(row, node)
-            fused = any(given.get(name, idle) != idle for name, idle in row.epilogue)
+            given = schema.try_bind(node)
+            fused = given is not None and any(getattr(given, name) != idle for name, idle in row.epilogue)
             stage = max(stage, Stage.FUSED if fused else row.since)
     return stage
 
@@ -198,28 +193,20 @@ def _check_structure(gm: fx.GraphModule, stage: Stage) -> None:
 
 
 def _check_arguments(gm: fx.GraphModule, row: Operator, node: fx.Node, stage: Stage) -> None:
-    schema = row.target._schema.arguments
-    if row.by_position and (node.kwargs or len(node.args) != len(schema)):
-        found = f"{len(node.args)} and {', '.join(node.kwargs) or 'no keywords'}"
-        raise _illegal(node, stage, f"the {len(schema)} arguments of {row.name} by position", found)
-    given = _arguments(row, node)
-    for argument in schema:
-        name = argument.name
-        if name not in given:
-            if argument.has_default_value():
-                continue
-            raise _illegal(node, stage, f"an argument {name!r} of {row.name}", ", ".join(given) or "none")
-        expected = _violation(gm, row, argument, given[name])
+    try:
+        given = schema.bind(node)
+    except TypeError as error:
+        names = ", ".join(schema.OPERATORS[row.name].names())
+        raise _illegal(node, stage, f"the arguments of {row.name}: {names}", error) from error
+    for argument, value in zip(row.target._schema.arguments, given, strict=True):
+        expected = _violation(gm, row, argument, value)
         if expected is not None:
-            raise _illegal(node, stage, f"{expected} as {name!r} of {row.name}", _shown(given[name]))
+            raise _illegal(node, stage, f"{expected} as {argument.name!r} of {row.name}", _shown(value))
     for name, idle in row.epilogue:
-        if stage < Stage.FUSED and given[name] != idle:
-            raise _illegal(node, stage, f"{name!r} of {row.name} to be {idle!r} before fuse", _shown(given[name]))
-
-
-def _arguments(row: Operator, node: fx.Node) -> dict[str, Any]:
-    names = (argument.name for argument in row.target._schema.arguments)
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if stage < Stage.FUSED and getattr(given, name) != idle:
+            raise _illegal(
+                node, stage, f"{name!r} of {row.name} to be {idle!r} before fuse", _shown(getattr(given, name))
+            )
 
 
 def _violation(gm: fx.GraphModule, row: Operator, argument: Any, value: Any) -> str | None:

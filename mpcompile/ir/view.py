@@ -16,7 +16,7 @@ from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import CONV2D, LINEAR, MATMUL, argument
 from mpcompile.ir.parts import FOLDED, attribute
 from mpcompile.ir.regions import opaque
-from mpcompile.kernels import ops
+from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 
@@ -151,8 +151,8 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
         return None
     name, shift, mask, pattern = _layer_name(weight.name), 0, None, None
     if masked:
-        shift, mask = 1, _resolve(gm, node.args[2], lifted)
-        pattern = Pattern(*node.args[-2:])  # type: ignore[arg-type]
+        args = schema.bind(node)
+        shift, mask, pattern = 1, _resolve(gm, args.mask, lifted), Pattern(args.n, args.m)
     bias = argument(node, 2 + shift, "bias")
     if linear:
         obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"

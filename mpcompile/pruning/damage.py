@@ -1,31 +1,51 @@
-"""Damage: what a pattern does to a layer, in units in which layers can be compared.
+"""Damage: what a pattern does to a layer, in units that are comparable across layers.
 
-With data: the loss of the model's output, to second order. Without: from the weights, by how much of them is removed.
+With calibration data, the loss of the model's output to second order; without, the share of the weights' energy that
+is removed. Pure functions of tensors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
+from scipy.integrate import quad
+from scipy.stats import binom, chi
 from torch import Tensor
 
 from mpcompile.calibration.moments import DIAGONAL, FULL, Moments
 from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.pruning import refit, scores
-from mpcompile.pruning.knapsack import lost_energy
-from mpcompile.pruning.project import DAMPING
+from mpcompile.pruning.scores import DAMPING
 
 _STEPS = 8  # of least squares
-MARGIN = 0.1  # by which a finite random matrix may pass its edge
-SPIKE_SHARE = 3.0  # times the share of a random matrix
+MARGIN = 0.1  # δ: how far a finite random matrix may exceed its edge
+SPIKE_SHARE = 3.0  # the most that is admissible, in multiples of a random matrix's share
+
+
+@lru_cache
+def lost_energy(pattern: Pattern) -> float:
+    """rho(N:M), the share of the energy of Gaussian weights that a magnitude mask removes.
+
+    A value |z| = x is among the M - N smallest of its group with the probability that at most M - N - 1 of the others
+    are smaller: rho = ∫ x² f(x) P[Bin(M - 1, F(x)) <= M - N - 1] dx, f and F the density and distribution of |z|.
+
+    >>> round(lost_energy(Pattern(2, 4)), 4), round(lost_energy(Pattern(8, 16)), 4)
+    (0.1324, 0.0876)
+    """
+    n, m = pattern
+    if n == m:
+        return 0.0
+    removed = lambda x: x * x * chi.pdf(x, 1) * binom.cdf(m - n - 1, m - 1, chi.cdf(x, 1))  # noqa: E731
+    return float(quad(removed, 0, 10, epsabs=1e-10, limit=200)[0])
 
 
 def removed_energy(weight: Tensor, patterns: Sequence[Pattern]) -> list[float]:
-    """‖R‖_F² of what a magnitude mask removes from a weight, for each pattern.
+    """‖R‖_F², where R is what a magnitude mask removes from the weight, for each pattern.
 
     >>> removed_energy(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), [Pattern(2, 4), Pattern(1, 4)])
     [5.0, 14.0]
@@ -36,12 +56,13 @@ def removed_energy(weight: Tensor, patterns: Sequence[Pattern]) -> list[float]:
 
 
 def gaussian(weight: Tensor, noise: float, patterns: Sequence[Pattern]) -> list[float]:
-    """Relative error of the layer's outputs as the Marchenko-Pastur model has it: rho(N:M) σ̂² N tr C / E‖y‖².
+    """Relative error of the layer's outputs in the Marchenko-Pastur model: rho(N:M) σ̂² N tr C / E‖y‖², per pattern.
 
-    With inputs that are alike in all directions (C a multiple of the identity), which is all that can be said without
-    data, E‖y‖² = ‖W‖_F² tr C / M, and that is rho(N:M) times the noise share of the weight.
+    Without data, inputs are assumed isotropic (C a multiple of the identity). Then E‖y‖² = ‖W‖_F² tr C / M, and the
+    error is rho(N:M) times the weight's noise share.
 
     Args:
+        weight: any shape, N x M values in all.
         noise: NMσ̂², the energy of the weight's noise.
     """
     total = float(weight.detach().double().square().sum()) or 1.0
@@ -52,10 +73,15 @@ def gaussian(weight: Tensor, noise: float, patterns: Sequence[Pattern]) -> list[
 def calibrated(
     weight: Tensor, moments: Moments, patterns: Sequence[Pattern], output_energy: Tensor, refitted: bool = True
 ) -> list[float]:
-    """½ Σ_i G_i d_i' C d_i for each pattern: what the model's output loses if this layer alone gets it.
+    """½ Σ_i G_i d_i' C d_i for each pattern: the loss of the model's output if only this layer is pruned to it.
 
-    d_i is how row i of the weight changes, as :func:`projections` has it, C = E[x x'] of the layer's inputs, G from
+    d_i is the change of row i of the weight by :func:`projections`, C = E[x x'] of the layer's inputs, and G comes from
     :func:`mpcompile.calibration.sensitivity.output_energy`.
+
+    Args:
+        weight: (out, in) or (out, in / groups, kh, kw).
+        output_energy: G, (out,).
+        refitted: the kept values are refitted by least squares, where the moments are full.
     """
     total = dict.fromkeys(patterns, 0.0)
     rows = to_rows(weight.detach()).float()
@@ -69,7 +95,7 @@ def calibrated(
 
 @exact()
 def projected(weight: Tensor, moments: Moments, pattern: Pattern, refitted: bool = True) -> Tensor:
-    """The weight as :func:`calibrated` has it under one pattern."""
+    """The weight under one pattern, as :func:`calibrated` assumes it."""
     parts = to_rows(weight.detach()).float().chunk(len(moments.x))
     new = [next(projections(part, moments, i, [pattern], refitted))[1] for i, part in enumerate(parts)]
     return from_rows(torch.cat(new), weight.shape).to(weight.dtype)
@@ -78,29 +104,31 @@ def projected(weight: Tensor, moments: Moments, pattern: Pattern, refitted: bool
 def projections(
     rows: Tensor, moments: Moments, index: int, patterns: Sequence[Pattern], refitted: bool
 ) -> Iterator[tuple[Pattern, Tensor]]:
-    """Rows (R, K) of one of a layer's groups under each pattern: a cheap stand-in for the masks to come.
+    """Rows (R, K) of one of a layer's groups under each pattern: a cheap approximation of the masks that are chosen
+    later.
 
-    Within every M columns, optimal brain surgeon; one walk down from M kept values serves all N of that M. Then, with
-    full moments and if ``refitted``, a few steps of least squares on the whole row.
+    Optimal brain surgeon within every M columns: one pass that removes values one by one serves all N of the same M.
+    Then, with full moments and if ``refitted``, a few steps of least squares on the whole row.
     """
     for m in dict.fromkeys(p.m for p in patterns):
-        wanted = sorted((p for p in patterns if p.m == m), key=lambda p: -p.n)
-        found = {p: torch.empty_like(rows) for p in wanted}
+        densest_first = sorted((p for p in patterns if p.m == m), key=lambda p: -p.n)
+        pruned = {p: torch.empty_like(rows) for p in densest_first}
         for group, block in enumerate(moments.block(m)[index].to(rows.device)):
             columns = slice(group * m, (group + 1) * m)
-            walk = peel(rows[:, columns], block, [m - p.n for p in wanted])
-            for p, new in zip(wanted, walk, strict=True):
-                found[p][:, columns] = new
+            inverse = torch.linalg.inv(scores.damped(block.double(), DAMPING)).to(rows)
+            walk = scores.peel(rows[:, columns], inverse, [m - p.n for p in densest_first])
+            for p, (new, _) in zip(densest_first, walk, strict=True):
+                pruned[p][:, columns] = new
         if refitted and moments.kind == FULL:
             a = scores.damped(moments.xx[index].to(rows.device), DAMPING).float()
-            for p, new in found.items():
-                kept = scores.top_rows(new.abs(), p)
-                found[p] = refit.least_squares(new, rows, a, kept, _STEPS)
-        yield from found.items()
+            for p, new in pruned.items():
+                mask = scores.top_rows(new.abs(), p)
+                pruned[p] = refit.least_squares(new, rows, a, mask, _STEPS)
+        yield from pruned.items()
 
 
 def _error(d: Tensor, moments: Moments, index: int) -> Tensor:
-    """d C d' of each row (R, K), float64, with as much of C as there is."""
+    """d C d' of each row (R, K), float64, with the part of C that the moments hold (full, blocks, or diagonal)."""
     c, d = moments.xx[index].to(d.device), d.double()
     if moments.kind == FULL:
         return ((d @ c) * d).sum(-1)
@@ -110,62 +138,36 @@ def _error(d: Tensor, moments: Moments, index: int) -> Tensor:
     return torch.einsum("rgi,gij,rgj->r", groups, c, groups)
 
 
-def peel(w: Tensor, c: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
-    """Optimal brain surgeon within one group: remove values one at a time, each time the one that costs least once the
-    others have moved to make up for it.
-
-    Args:
-        w: (R, M), the group's values in every row.
-        c: (M, M), second moments of its inputs.
-        counts: after how many removals to stop, rising.
-
-    Yields:
-        The values (R, M) at each stop, zero where removed.
-    """
-    p = torch.linalg.inv(scores.damped(c.double(), DAMPING)).to(w).expand(len(w), -1, -1).clone()
-    w, row = w.clone(), torch.arange(len(w), device=w.device)
-    gone = torch.zeros_like(w, dtype=torch.bool)
-    done = 0
-    for count in counts:
-        for _ in range(count - done):
-            diagonal = p.diagonal(dim1=1, dim2=2)
-            i = (w.square() / diagonal.clamp(min=1e-30)).masked_fill(gone, torch.inf).argmin(1)
-            gone[row, i] = True
-            column, pivot = p[row, :, i], diagonal[row, i].clone().clamp(min=1e-30)
-            w -= column * (w[row, i] / pivot)[:, None]
-            p.baddbmm_(column[:, :, None], (column / pivot[:, None])[:, None, :], alpha=-1)
-        done = count
-        yield w.masked_fill(gone, 0.0)
-
-
 @exact()
 def inadmissible(weight: Tensor, fit: Mapping[str, Any], patterns: Sequence[Pattern]) -> dict[Pattern, str]:
-    """Patterns under which what a magnitude mask removes, R, is more than noise; with the reason.
+    """Patterns whose magnitude mask removes more than noise, each with the reason.
 
-    R of a weight that is noise is noise itself, of variance rho(N:M) σ̂². So ‖R‖₂ has to stay below (1 + δ) √rho σ₊, and
-    its share in the spikes' subspace, ‖U_k' R V_k‖_F / ‖R‖_F, near the k / √(NM) of a random matrix. Weights that don't
-    follow the law as they are (without scales taken out) are not judged. Source: method section 2 (ii).
+    If the weight is noise, what is removed, R, is noise of variance rho(N:M) σ̂². So ‖R‖₂ must stay below
+    (1 + δ) √rho σ₊, δ = 0.1, and the share of R in the subspace of the k spikes, ‖U_k' R V_k‖_F / ‖R‖_F, within 3 times
+    the k / √(NM) of a random matrix. Weights that follow the law only with their scales taken out, or not at all, are
+    not judged.
 
     Args:
-        fit: ``verdict``, ``separable``, ``edge``, ``spikes`` and, where there are any, ``blocks``, as from
+        weight: (out, in) or (out, in, kh, kw).
+        fit: ``verdict``, ``separable``, ``edge``, ``spikes`` and, if the layer was fitted in blocks, ``blocks``, from
             :meth:`mpcompile.rmt.analysis.LayerAnalysis.notes`.
     """
     if fit["verdict"] != "mp" or fit.get("separable") or not patterns:
         return {}
     w = to_rows(weight.detach()).float()
     blocks = list(fit.get("blocks", {"": fit}).values())
-    found: dict[Pattern, str] = {}
+    reasons: dict[Pattern, str] = {}
     for pattern in patterns:
         removed = torch.where(to_rows(scores.magnitude_mask(weight, pattern)), 0.0, w)
         pairs = zip(w.chunk(len(blocks)), removed.chunk(len(blocks)), blocks, strict=True)
         why = next((reason for part, r, block in pairs if (reason := _structure(part, r, block, pattern))), None)
         if why:
-            found[pattern] = why
-    return found
+            reasons[pattern] = why
+    return reasons
 
 
 def _structure(w: Tensor, removed: Tensor, fit: Mapping[str, Any], pattern: Pattern) -> str | None:
-    """Why what was removed from ``w`` is more than noise, or None."""
+    """Why ``removed``, taken from ``w``, is more than noise; None if it is not."""
     limit = (1 + MARGIN) * math.sqrt(lost_energy(pattern)) * fit["edge"]
     largest = float(_top(removed, 1)[1][0])
     if largest > limit:
@@ -180,7 +182,7 @@ def _structure(w: Tensor, removed: Tensor, fit: Mapping[str, Any], pattern: Patt
 
 
 def _top(matrix: Tensor, k: int, steps: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest singular values (R, C) -> u (R, k), s (k,), v (C, k), by subspace iteration."""
+    """The k largest singular triplets of (R, C), by subspace iteration: u (R, k), s (k,), v (C, k)."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(matrix.shape[1], min(k + 8, *matrix.shape), generator=generator).to(matrix)
     for _ in range(steps):

@@ -1,16 +1,22 @@
-"""Scores: which values a group keeps. Pure functions of a weight in its execution layout and of input statistics.
+"""Scores: which values of a group to keep. Pure functions of a weight in its execution layout and of input statistics.
 
-From cheap to dear: magnitude keeps the largest |w|; Wanda the largest |w| times the size of its input; covariance
-minimises r' C r of the removed values r; OBS removes one value after another, each time moving the remaining ones of
-the row to where they make up best for it. All of them see rows (R, K), group M consecutive columns, and treat all rows
-and groups at once. Sources: Sun et al. 2023 (Wanda); arXiv 2606.02608 (covariance); Hassibi and Stork 1993, Frantar
-and Alistarh 2023 (OBS).
+From cheap to expensive:
+
+- magnitude keeps the largest |w|;
+- Wanda keeps the largest |w| times the RMS of its input (Sun et al. 2023);
+- covariance minimises r' C r over the removed values r, C the second moments of the group's inputs
+  (arXiv 2606.02608, Online Resource 2, "Stage 1: per-row 2:4 search with free restoration");
+- optimal brain surgeon (OBS) removes one value at a time, and each time moves the row's remaining values to where they
+  compensate best (Hassibi and Stork 1993; Frantar and Alistarh 2023).
+
+All of them take rows (R, K), group M consecutive columns, and process all rows and groups at once.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,26 +24,30 @@ from torch import Tensor
 from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 
-_FEW_MASKS = 8  # up to so many masks a group (2:4 has 6), all are tried
+DAMPING = 0.01  # share of the mean of the diagonal of the second moments that is added to it
+_FEW_MASKS = 8  # up to this many masks per group (2:4 has 6) are enumerated
 _CHUNK = 1 << 22  # values per chunk of the vectorised searches: 16 MiB per temporary
-_BLOCK = 128  # columns whose effect on later ones is collected before it is applied to them
+_BLOCK = 128  # columns whose effect on later columns is accumulated before it is applied to them
 
 
 def top_n(score: Tensor, n: int) -> Tensor:
-    """The ``n`` largest of the last axis as a boolean mask; ties go to the lower index."""
+    """Boolean mask of the ``n`` largest values along the last axis; ties go to the lower index."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :n], True)
 
 
 def top_rows(score: Tensor, pattern: Pattern) -> Tensor:
-    """The largest of each group of a score (R, K), as a mask of its shape."""
+    """Boolean mask (R, K) of the ``pattern.n`` largest values of each group of a score (R, K)."""
     groups = score.unflatten(-1, (-1, pattern.m)).reshape(-1, pattern.m)
-    kept = torch.cat([top_n(part, pattern.n) for part in groups.split(max(1, _CHUNK // pattern.m))])
-    return kept.reshape(score.shape)
+    mask = torch.cat([top_n(part, pattern.n) for part in groups.split(max(1, _CHUNK // pattern.m))])
+    return mask.reshape(score.shape)
 
 
 def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Boolean mask of the weight's shape that keeps the largest |w| of every group.
+    """Boolean mask, of the weight's shape, that keeps the largest |w| of every group.
+
+    Args:
+        weight: (out, in) or (out, in / groups, kh, kw).
 
     Example:
         >>> magnitude_mask(torch.tensor([[1.0, -3.0, 2.0, 0.0]]), Pattern(2, 4)).tolist()
@@ -47,18 +57,21 @@ def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def wanda_rows(rows: Tensor, power: Tensor, pattern: Pattern) -> Tensor:
-    """Mask of rows (R, K) that keeps the largest w_j^2 E[x_j^2] of every group; ``power`` is E[x_j^2], (K,)."""
+    """Mask (R, K) that keeps the largest w_j^2 E[x_j^2] of every group; ``power`` is E[x_j^2], (K,)."""
     return top_rows(rows.square() * power, pattern)
 
 
 def exchange(u: Tensor, c: Tensor, kept: Tensor, price: Tensor | None = None) -> Tensor:
-    """Best-improvement exchanges of a kept for a removed value until none lowers r' C r + p' (removed).
+    """Exchange a kept for a removed value, the best exchange first, until none lowers r' C r + p' (removed).
 
     Args:
-        u: (G, M) values of which r are the removed ones.
-        c: (G, M, M), or (M, M) for all alike.
-        kept: (G, M), N of them set.
-        price: p, (G, M), what removing a value costs besides; nothing if left out.
+        u: (G, M), values of the groups; r are the removed ones.
+        c: (G, M, M), or one (M, M) for all groups.
+        kept: (G, M), the mask to start from, N values of each group set.
+        price: p, (G, M), an additional cost of removing each value; None is zero.
+
+    Returns:
+        The mask (G, M).
     """
     kept = kept.clone()
     c = c.expand(len(u), -1, -1)
@@ -83,7 +96,7 @@ def exchange(u: Tensor, c: Tensor, kept: Tensor, price: Tensor | None = None) ->
 
 
 def all_masks(pattern: Pattern, device: torch.device) -> Tensor:
-    """Every mask of one group, (C(M, N), M)."""
+    """All masks of one group, (C(M, N), M)."""
     kept = torch.zeros(math.comb(pattern.m, pattern.n), pattern.m, dtype=torch.bool, device=device)
     for row, places in zip(kept, itertools.combinations(range(pattern.m), pattern.n), strict=True):
         row[list(places)] = True
@@ -91,7 +104,8 @@ def all_masks(pattern: Pattern, device: torch.device) -> Tensor:
 
 
 def _best(u: Tensor, c: Tensor, pattern: Pattern, kept: Tensor | None = None, price: Tensor | None = None) -> Tensor:
-    """The mask of each group that minimises r' C r + p' (removed): the least of all where there are few, else a search.
+    """The mask of each group that minimises r' C r + p' (removed): by enumeration if there are few masks, else by
+    :func:`exchange`.
 
     u (G, M), c (G, M, M) or (M, M), kept (G, M) where the search starts, price p (G, M) -> (G, M).
     """
@@ -109,10 +123,12 @@ def _best(u: Tensor, c: Tensor, pattern: Pattern, kept: Tensor | None = None, pr
 
 
 def prior_price(rows: Tensor, blocks: Tensor, source: Tensor, alpha: float, m: int) -> Tensor:
-    """What removing each value costs by the Hamming prior towards a source mask, up to a constant a group.
+    """What removing each value costs by the Hamming prior towards a source mask, up to a constant per group.
 
-    alpha times the mean of w_j^2 C_jj over the rows and the group, for every place in which the mask differs from the
-    source; rows and source (R, K), blocks (K / m, m, m) -> (R, K). Source: arXiv 2606.02608, the projection cost.
+    The prior adds, for every place in which the mask differs from the source, alpha times the mean of w_j^2 C_jj over
+    all rows and the group. rows and source (R, K), blocks (K / m, m, m) -> (R, K).
+
+    Source: arXiv 2606.02608, Online Resource 2, "Stage 1: per-row 2:4 search with free restoration", the SER prior.
     """
     power = blocks.diagonal(dim1=-2, dim2=-1).flatten()
     mean = (rows.square() * power).unflatten(-1, (-1, m)).mean(dim=(0, 2))
@@ -121,11 +137,12 @@ def prior_price(rows: Tensor, blocks: Tensor, source: Tensor, alpha: float, m: i
 
 @exact()
 def covariance_rows(rows: Tensor, blocks: Tensor, pattern: Pattern, price: Tensor | None = None) -> Tensor:
-    """Mask of rows (R, K) for which r' C r is least in every group.
+    """Mask (R, K) of the rows that minimises r' C r in every group.
 
     Args:
+        rows: (R, K).
         blocks: (K / m, m, m), the C of each group.
-        price: (R, K), what removing a value costs besides, as from :func:`prior_price`.
+        price: (R, K), an additional cost of removing each value, as from :func:`prior_price`.
     """
     groups = rows.unflatten(-1, (-1, pattern.m))
     step, parts = max(1, _CHUNK // (groups.shape[1] * pattern.m * pattern.m)), []
@@ -139,14 +156,18 @@ def covariance_rows(rows: Tensor, blocks: Tensor, pattern: Pattern, price: Tenso
 
 @exact()
 def covariance_mask(weight: Tensor, moments: Tensor, pattern: Pattern) -> Tensor:
-    """Boolean mask that keeps ``pattern.n`` of every group so that r' C r is least (up to single exchanges).
+    """Boolean mask, of the weight's shape, that keeps ``pattern.n`` of every group such that r' C r is least.
+
+    Up to 8 masks per group are enumerated; beyond that no single exchange of a kept for a removed value improves the
+    result.
 
     Args:
         weight: (out, in) or (out, in / groups, kh, kw).
         moments: (groups, K / m, m, m), second moments of the inputs of each group of columns in the execution layout,
             for each of the convolution's groups (1 for linear layers).
 
-    Source: arXiv 2606.02608, the projection cost; search as in method section 4 (a).
+    Source: arXiv 2606.02608, Online Resource 2, "Stage 1: per-row 2:4 search with free restoration", the covariance
+    cost.
     """
     rows = to_rows(weight.detach()).float()
     moments = moments.to(rows.device, torch.float32)
@@ -156,15 +177,15 @@ def covariance_mask(weight: Tensor, moments: Tensor, pattern: Pattern) -> Tensor
 
 @exact()
 def sweep_rows(rows: Tensor, a: Tensor, kept: Tensor, pattern: Pattern) -> Tensor:
-    """One Gauss-Seidel sweep: each group's mask is chosen anew with the full second moments, the others standing.
+    """One Gauss-Seidel sweep: each group's mask is chosen again, by the full second moments, all others fixed.
 
     Args:
         rows: (R, K).
         a: (K, K), second moments of the inputs.
-        kept: (R, K), the masks before.
+        kept: (R, K), the masks before the sweep.
 
     Returns:
-        Masks for which r' A r of the whole row is at most what it was.
+        Masks (R, K) for which r' A r of the whole row is no larger than before.
     """
     kept, m = kept.clone(), pattern.m
     removed = rows * ~kept
@@ -191,9 +212,9 @@ def sweep_rows(rows: Tensor, a: Tensor, kept: Tensor, pattern: Pattern) -> Tenso
 
 
 def damped(a: Tensor, damping: float) -> Tensor:
-    """``a`` (K, K) plus ``damping`` times the mean of its diagonal; inputs that are always zero get that mean too.
+    """``a`` (K, K) with ``damping`` times the mean of its diagonal added to the diagonal.
 
-    A singular matrix becomes positive definite; an all-zero one, the identity.
+    A singular matrix becomes positive definite, and an all-zero matrix the identity.
     """
     diagonal = a.diagonal()
     mean = float(diagonal.mean())
@@ -202,29 +223,41 @@ def damped(a: Tensor, damping: float) -> Tensor:
     return result
 
 
-def _peel(w: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Remove ``count`` values of each group, each time the one whose loss costs least once the others have moved.
+def peel(w: Tensor, inverse: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Optimal brain surgeon within one group: remove values one at a time, each time the one whose removal costs least
+    once the remaining values have moved to compensate.
 
-    w (R, M), p (M, M) the inverse of their second moments given what may still move -> new values, kept.
+    Args:
+        w: (R, M), the group's values in every row.
+        inverse: (M, M), the inverse of the damped second moments of the group's inputs, of w's dtype.
+        counts: after how many removals to yield, rising.
+
+    Yields:
+        The values and the mask of those kept, (R, M) each, after each count; removed values are zero.
     """
-    p = p.expand(len(w), -1, -1).clone()
-    w = w.clone()
+    p, w = inverse.expand(len(w), -1, -1).clone(), w.clone()
     row = torch.arange(len(w), device=w.device)
     kept = torch.ones_like(w, dtype=torch.bool)
-    for _ in range(count):
-        diagonal = p.diagonal(dim1=-2, dim2=-1)
-        cost = (w.square() / diagonal.clamp(min=1e-30)).masked_fill(~kept, torch.inf)
-        i = cost.argmin(-1)
-        kept[row, i] = False
-        column, pivot = p[row, :, i], diagonal[row, i].clone().clamp(min=1e-30)
-        w -= column * (w[row, i] / pivot)[:, None]
-        p -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
-    return w * kept, kept
+    done = 0
+    for count in counts:
+        for _ in range(count - done):
+            diagonal = p.diagonal(dim1=-2, dim2=-1)
+            cost = w.square() / diagonal.clamp(min=1e-30)
+            i = cost.masked_fill(~kept, torch.inf).argmin(-1)
+            kept[row, i] = False
+            column, pivot = p[row, :, i], diagonal[row, i].clone().clamp(min=1e-30)
+            w -= column * (w[row, i] / pivot)[:, None]
+            p.baddbmm_(column[:, :, None], (column / pivot[:, None])[:, None, :], alpha=-1)
+        done = count
+        yield w.masked_fill(~kept, 0.0), kept.clone()
 
 
 @exact()
-def obs_rows(rows: Tensor, a: Tensor, pattern: Pattern, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Optimal brain surgeon, group by group from left to right: masks, and values that make up for what is removed.
+def obs_rows(rows: Tensor, a: Tensor, pattern: Pattern, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """Optimal brain surgeon, group by group from left to right: masks, and values that compensate for what is removed.
+
+    Within a group, values are removed one at a time at the exact cost w_j^2 / P_jj, where P is the inverse of the
+    moments restricted to the columns that may still move. Columns to the left are final.
 
     Args:
         rows: (R, K).
@@ -234,8 +267,8 @@ def obs_rows(rows: Tensor, a: Tensor, pattern: Pattern, damping: float = 0.01) -
     Returns:
         Values (R, K), zero where removed, and the mask (R, K).
 
-    Within a group the values are removed one at a time at the exact cost w_j^2 / P_jj, P the inverse of the moments
-    restricted to the columns that may still move; columns to the left are final. Source: method section 6.
+    Source: Hassibi and Stork 1993 (the cost); Frantar and Alistarh 2023, SparseGPT (left to right, by the Cholesky
+    factor of the inverse).
     """
     m = pattern.m
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(a.double(), damping)))
@@ -250,7 +283,7 @@ def obs_rows(rows: Tensor, a: Tensor, pattern: Pattern, damping: float = 0.01) -
             group = slice(j, j + m)
             u = upper[group, group]
             p = (u.T @ u).to(rows.dtype)
-            parts = [_peel(part, p, m - pattern.n) for part in w[:, group].split(step)]
+            parts = [next(peel(part, p, [m - pattern.n])) for part in w[:, group].split(step)]
             new = torch.cat([part[0] for part in parts])
             kept[:, group] = torch.cat([part[1] for part in parts])
             error = torch.linalg.solve_triangular(u, (new - w[:, group]).double(), upper=True, left=False)

@@ -21,8 +21,7 @@ from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.mask import Mask, verify
 from mpcompile.pipeline import run_pipeline
-from mpcompile.pruning import damage
-from mpcompile.pruning import knapsack as allocation
+from mpcompile.pruning import damage, knapsack
 from mpcompile.pruning.scores import magnitude_mask
 from tests.support.helpers import capture, convolutional, images, mlp, tiny_vit
 
@@ -42,8 +41,8 @@ from tests.support.helpers import capture, convolutional, images, mlp, tiny_vit
 )
 def test_no_choice_that_meets_the_target_costs_less(options, share):
     costs, saved = [[c for c, _ in row] for row in options], [[s for _, s in row] for row in options]
-    target = share * allocation.reachable(saved)[1]
-    chosen, price = allocation.knapsack(costs, saved, target)
+    target = share * knapsack.reachable(saved)[1]
+    chosen, price = knapsack.solve(costs, saved, target)
     total = lambda table, choice: sum(row[i] for row, i in zip(table, choice, strict=True))  # noqa: E731
     meeting = [c for c in itertools.product(*(range(len(r)) for r in costs)) if total(saved, c) >= target * (1 - 1e-9)]
     assert total(saved, chosen) >= target * (1 - 1e-6)
@@ -59,20 +58,20 @@ def test_156_layers_with_6_patterns_take_a_second(alike):
     size = np.array([3, 1, 4, 4] * 39) * rng.choice([1.0, 2.0, 4.0], 156)
     costs, saved = [loss * rng.lognormal(0, alike) for _ in size], [s * (1 - density) for s in size]
     start = time.thread_time()
-    chosen, _ = allocation.knapsack(costs, saved, 0.5 * size.sum())
+    chosen, _ = knapsack.solve(costs, saved, 0.5 * size.sum())
     assert time.thread_time() - start < 3  # 1 s is measured by bench.law.analysis; a test must hold on a busy machine
     got = sum(s[i] for s, i in zip(saved, chosen, strict=True)) / size.sum()
     assert 0.5 * (1 - 1e-6) <= got < 0.502
-    even = allocation.even_mix([density] * 156, saved, 0.5 * size.sum())
+    even = knapsack.even_mix([density] * 156, saved, 0.5 * size.sum())
     assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) <= sum(c[i] for c, i in zip(costs, even, strict=True))
 
 
 def test_the_even_mix_is_spread_over_the_depth():
     density, saved = [[1.0, 0.5]] * 12, [[0.0, 1.0]] * 12
-    assert allocation.even_mix(density, saved, 4) == [0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
-    assert allocation.even_mix(density, saved, 12) == [1] * 12
-    assert allocation.even_mix(density, saved, 0) == [0] * 12
-    assert sum(allocation.even_mix(density, saved, 4.2)) == 5  # never below the target
+    assert knapsack.even_mix(density, saved, 4) == [0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
+    assert knapsack.even_mix(density, saved, 12) == [1] * 12
+    assert knapsack.even_mix(density, saved, 0) == [0] * 12
+    assert sum(knapsack.even_mix(density, saved, 4.2)) == 5  # never below the target
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_the_even_mix_is_spread_over_the_depth():
 )
 def test_refusals_of_the_knapsack(costs, saved, target, error, says):
     with pytest.raises(error, match=says):
-        allocation.knapsack(costs, saved, target)
+        knapsack.solve(costs, saved, target)
 
 
 # Damages
@@ -96,19 +95,11 @@ def test_refusals_of_the_knapsack(costs, saved, target, error, says):
     ("n", "m", "rho"), [(1, 4, 0.3825), (3, 4, 0.0302), (6, 12, 0.0930), (8, 16, 0.0876), (12, 16, 0.0135)]
 )
 def test_lost_energy_is_what_magnitude_masks_of_gaussian_weights_lose(n, m, rho):
-    assert allocation.lost_energy(Pattern(n, m)) == pytest.approx(rho, abs=2e-4)
+    assert damage.lost_energy(Pattern(n, m)) == pytest.approx(rho, abs=2e-4)
     w = torch.randn(512, 960 // m * m, generator=torch.Generator().manual_seed(0))
     removed = damage.removed_energy(w, [Pattern(n, m)])[0]
     assert removed == pytest.approx(float((w * ~magnitude_mask(w, Pattern(n, m))).square().sum()), rel=1e-6)
     assert removed / float(w.square().sum()) == pytest.approx(rho, rel=0.03)
-
-
-def test_seb_weights_follow_the_edge_and_its_regimes():
-    assert allocation.seb_weights([1.0, 1.0], 0.5, 1.0, 0.7).tolist() == [1, 1]
-    low, _, high = allocation.seb_weights([1.0, 2.0, 9.0], 0.3, 5.0, 0.5)
-    assert low == 0.1 and high > 1
-    assert [allocation.seb_regime(s)[0] for s in (0.1, 0.3, 0.5, 0.6)] == [0.0, 1.0, 1.25, 1.0]
-    assert allocation.seb_weights([1.0, 2.0], 0.1, *allocation.seb_regime(0.1)[1:]).tolist() == [1, 1]
 
 
 def test_the_energy_of_outputs_is_the_fisher_information():
@@ -223,7 +214,7 @@ def test_convolutional_models(name):
 
 def test_batch_norms_and_convolutions_are_compared_with_data(monkeypatch):
     sparsest = lambda costs, saved, target: ([len(row) - 1 for row in costs], 1.0)  # noqa: E731
-    monkeypatch.setattr(allocation, "knapsack", sparsest)
+    monkeypatch.setattr(knapsack, "solve", sparsest)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
@@ -327,6 +318,6 @@ def test_a_dynamo_graph_keeps_its_weights_while_choices_are_compared():
 
 
 def test_examples():
-    for module in (allocation, damage):
+    for module in (knapsack, damage):
         results = doctest.testmod(module, extraglobs={"torch": torch})
         assert (results.failed, results.attempted > 0) == (0, True)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcompile.kernels import ops
+from mpcompile.kernels.engine import LayerSpec
 from mpcompile.kernels.nm_linear import layouts
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.nm_linear.cpu import build
-
-if TYPE_CHECKING:
-    from mpcompile.kernels.dispatch import LayerSpec
 
 
 def multiplies_pairs(dtype: torch.dtype) -> bool:
@@ -54,14 +52,5 @@ class CpuEngine:
         return {"values": values, "index": index}
 
     def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
-        head = (x, packed["values"], packed["index"], bias, None)
-        if spec.geometry is None:
-            return ops.nm_gemm, (*head, spec.shape[0], *spec.pattern, layout_of(spec), "none")
-        return ops.nm_conv, (
-            *head,
-            *(list(axes) for axes in spec.geometry[:3]),
-            *spec.pattern,
-            list(spec.shape),
-            layout_of(spec),
-            "none",
-        )
+        shape, geometry, layout = spec.shape, spec.geometry, layout_of(spec)
+        return ops.packed_call(x, packed, bias, shape=shape, geometry=geometry, pattern=spec.pattern, layout=layout)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcompile.kernels import ops
+from mpcompile.kernels.engine import LayerSpec
 from mpcompile.kernels.nm_linear import sparse24
 from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.gpu.tiles import CONV_CHANNELS
-
-if TYPE_CHECKING:
-    from mpcompile.kernels.dispatch import LayerSpec
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -59,11 +57,8 @@ class TensorCoreEngine:
         return {"values": values, "index": index}
 
     def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
-        head = (x, packed["values"], packed["index"], bias, None)
-        if spec.geometry is None:
-            return ops.nm_gemm, (*head, spec.shape[0], *spec.pattern, self.layout, "none")
-        axes = [list(axes) for axes in spec.geometry[:3]]
-        return ops.nm_conv, (*head, *axes, *spec.pattern, list(spec.shape), self.layout, "none")
+        shape, geometry, layout = spec.shape, spec.geometry, self.layout
+        return ops.packed_call(x, packed, bias, shape=shape, geometry=geometry, pattern=spec.pattern, layout=layout)
 
 
 MMA_SP, WGMMA_SP = TensorCoreEngine(sparse24.MMA_SP), TensorCoreEngine(sparse24.WGMMA_SP)
