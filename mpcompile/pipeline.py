@@ -28,7 +28,7 @@ from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
-from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.base import Calibration, Context, Pass, Results
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
@@ -56,10 +56,10 @@ class Pipeline:
         chosen = (
             [Analyze(), Allocate(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
         )
-        for item in chosen:
-            if not isinstance(item, Pass):
+        for step in chosen:
+            if not isinstance(step, Pass):
                 raise ConfigError(
-                    "this is not a pass", expected="an instance of mpcompile.passes.base.Pass", found=repr(item)
+                    "this is not a pass", expected="an instance of mpcompile.passes.base.Pass", found=repr(step)
                 )
         self.passes: list[Pass] = chosen
 
@@ -79,21 +79,21 @@ class Pipeline:
         output = _shapes(propagate(gm, ctx.inputs))
         if explicit(gm):
             gm.recompile()
-        for item in self.passes:
-            item.check(gm, ctx)
+        for step in self.passes:
+            step.check(gm, ctx)
         accounts = _Accounts(gm, ctx)
-        for item in self.passes:
-            if isinstance(item, Lower):
+        for step in self.passes:
+            if step.closes_accounts:
                 accounts.close(gm)
-            result = item.run(gm, ctx)
+            result = step.run(gm, ctx)
             gm = result.graph_module
             if result.modified:
                 try:
                     after = _shapes(propagate(gm, ctx.inputs))
                 except GraphError as error:
-                    raise GraphError(f"pass {item.name!r} broke the graph: {error}") from error
+                    raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
                 if after != output:
-                    raise GraphError(f"pass {item.name!r} changed the output", expected=output, found=after)
+                    raise GraphError(f"pass {step.name!r} changed the output", expected=output, found=after)
         accounts.close(gm)
         accounts.enter(ctx.plan)
         gm.plan = ctx.plan
@@ -288,7 +288,7 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
     plan = Plan() if before is None else copy.deepcopy(before)
     options, old = config.to_dict(), plan.config
     merged = any(node.target is ops.token_merge for node in imported.gm.graph.nodes)
-    decides = any(isinstance(p, (Mask, MergeTokens)) for p in pipeline)
+    decides = any(step.decides for step in pipeline)
     kept = [key for key in old if key not in ("engine", "frozen")] if before and not decides else []
     if before and decides and merged:
         kept += [key for key in old if key.startswith(("tome_", "prefix_"))]
@@ -312,7 +312,7 @@ def run_pipeline(
     pipeline: Pipeline,
     *,
     calibration: Iterable[Any] | None = None,
-    masks: dict[str, torch.Tensor] | None = None,
+    masks: Mapping[str, torch.Tensor] | None = None,
     owned: bool = True,
     statistics: Path | None = None,
     memory: int = 2 << 30,
@@ -322,6 +322,7 @@ def run_pipeline(
     seed: int = 0,
     allocated: Mapping[str, Pattern | None] | None = None,
     tolerant: bool = False,
+    results: Results | None = None,
 ) -> IRModule:
     """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
     for name, value in (("memory", memory), ("prior_weight", prior_weight)):
@@ -329,38 +330,50 @@ def run_pipeline(
             raise ConfigError(f"{name} is negative", expected="0 or more", found=value)
     if calibrate not in CALIBRATIONS:
         raise ConfigError("calibrate has no such value", expected=f"one of {', '.join(CALIBRATIONS)}", found=calibrate)
-    decided = allocated is not None or any(isinstance(p, Allocate) for p in pipeline)
-    if config.mac_reduction is not None and not decided and any(isinstance(p, Mask) for p in pipeline):
-        raise ConfigError("mac_reduction needs the pass Allocate", expected="Allocate() before Mask()", found=pipeline)
+    if allocated is None:
+        _check_needs(pipeline, config)
     plan = _begun(imported, config, pipeline)
-    again = calibration is not None and iter(as_batches(calibration)) is not calibration
-    if calibration is not None and not again and (calibrate != "dense" or config.mac_reduction is not None):
-        calibration, again = list(calibration), True  # held between layers anyway, or read more than once
-    restores = any(isinstance(p, Restore) for p in pipeline)
+    data: Calibration | None = None
+    if calibration is not None:
+        rereadable = iter(as_batches(calibration)) is not calibration
+        if not rereadable and (calibrate != "dense" or config.mac_reduction is not None):
+            calibration, rereadable = list(calibration), True  # held between layers anyway, or read more than once
+        data = Calibration(calibration, rereadable, memory, statistics, calibrate)
     ctx = Context(
         config,
         imported.inputs,
         imported.lifted,
         owned,
-        calibration,
-        again=again,
-        statistics=statistics,
-        refit=config.restore and restores,
-        renorm=restores and owned and calibration is not None,
-        memory=memory,
+        calibration=data,
+        plan=plan,
+        results=results,
+        requests=[request for step in pipeline for request in step.requests],
         prior=_checked(prior or {}, imported),
         prior_weight=prior_weight,
-        calibrate=calibrate,
         seed=seed,
-        patterns=dict(allocated or {}),
-        masks={} if masks is None else masks,
+        patterns=allocated or {},
+        masks=masks or {},
         tolerant=tolerant,
-        plan=plan,
     )
     gm = pipeline(imported, ctx)
     if config.score != "magnitude" and calibration is None and config.pattern != "dense" and plan.masked:
         plan.note(f"no calibration data: score={config.score!r} fell back to magnitude")
     return gm
+
+
+def _check_needs(pipeline: Pipeline, config: Config) -> None:
+    """Refuse a pipeline in which a pass lacks the result of an earlier one that it needs."""
+    provided: set[type] = set()
+    for step in pipeline:
+        for option, result in step.needs:
+            if getattr(config, option) is not None and result not in provided:
+                provider = getattr(result, "provider", result.__name__)
+                raise ConfigError(
+                    f"{option} needs the pass {provider}",
+                    expected=f"{provider}() before {type(step).__name__}()",
+                    found=pipeline,
+                )
+        provided.update(step.provides)
 
 
 def _checked(prior: Mapping[str, torch.Tensor], model: Imported) -> Mapping[str, torch.Tensor]:

@@ -1,85 +1,18 @@
-"""The pass contract: ``plan`` decides and touches nothing, ``apply`` changes the owned graph."""
+"""The contract of a pass: ``plan`` decides and changes nothing; ``apply`` carries the decision out on the graph."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from mpcompile.config import Config
-from mpcompile.ir.module import IRModule, Lifted
-from mpcompile.ir.view import LayerOp
-from mpcompile.kernels.nm_format import Pattern
-from mpcompile.plan import PassRecord, Plan
+from mpcompile.ir.module import IRModule
+from mpcompile.passes.context import Allocated, Calibration, Context, Inputs, Request, Results
+from mpcompile.passes.decision import UNRECORDED, Decision
+from mpcompile.plan import PassRecord
 
-if TYPE_CHECKING:
-    from mpcompile.calibration.moments import Moments
-    from mpcompile.pruning.project import Projection
-
-
-@dataclass
-class Context:
-    """What the passes of one run share.
-
-    Attributes:
-        inputs: example inputs, one a placeholder; they give shapes, not values.
-        lifted: parameters that are graph inputs.
-        owned: whether the graph owns its weights and may write zeros into them.
-        calibration: an iterable of batches, or None.
-        again: whether the calibration data can be read more than once.
-        statistics: a folder that keeps the moments of layers, or None.
-        refit: whether a later pass asks for refitted values.
-        renorm: whether a later pass asks for BatchNorm statistics of the pruned network.
-        memory: bytes that calibration statistics, and again held activations, may take.
-        prior: source masks of the Hamming prior, by layer name.
-        prior_weight: alpha of that prior.
-        moments: layer name -> moments of its dense inputs, where one pass over the data gathered them.
-        calibrate: where the statistics of a layer come from, as in :func:`mpcompile.transform`.
-        seed: seeds whatever is random.
-        patterns: layer name -> the pattern that was allocated to it, or None where it is to stay dense.
-        masks: masks that were decided before (other graphs of the same model), by layer name.
-        projections: what each masked layer became, by name.
-        norms: BatchNorm node -> mean and variance of its inputs in the pruned network.
-        tolerant: whether what finds no place in the graph is noted and left out, and what does is done all the same.
-    """
-
-    config: Config
-    inputs: list[Any]
-    lifted: Lifted = field(default_factory=Lifted)
-    owned: bool = True
-    calibration: Any = None
-    again: bool = False
-    statistics: Path | None = None
-    refit: bool = False
-    renorm: bool = False
-    memory: int = 2 << 30
-    prior: Mapping[str, Tensor] = field(default_factory=dict)
-    prior_weight: float = 0.1
-    calibrate: str = "pruned_to_dense"
-    seed: int = 0
-    patterns: dict[str, Pattern | None] = field(default_factory=dict)
-    moments: dict[str, Moments] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    projections: dict[str, Projection] = field(default_factory=dict)
-    norms: dict[fx.Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    tolerant: bool = False
-    plan: Plan = field(default_factory=Plan)
-
-    def pattern_for(self, layer: LayerOp) -> Pattern | None:
-        """The pattern of a layer: the one that was allocated to it, else the config's; None for dense."""
-        if layer.name in self.patterns:
-            return self.patterns[layer.name]
-        return self.config.pattern_for(layer.weight.tensor)
-
-    def writable(self, layer: LayerOp) -> bool:
-        """Whether the graph may change the values of the layer's weight."""
-        node = layer.weight.node
-        return self.owned and (node is None or node.op == "get_attr")
+__all__ = ["UNRECORDED", "Allocated", "Calibration", "Context", "Decision", "Inputs", "Pass", "Request", "Results"]
 
 
 class Pass(PassBase):
@@ -88,34 +21,62 @@ class Pass(PassBase):
     Subclasses give :attr:`name`, :meth:`plan` and :meth:`apply`. A pass that leaves a node alone says why, in the
     layer's reason or in its summary.
 
+    ``plan`` is pure: it changes neither the graph, nor the context, nor the pass, so that planning twice gives the same
+    decision. Whatever is computed from data is computed there. ``apply`` reads nothing but the graph, the decision and
+    the inputs of the run: a fresh pass gives the same graph from the decision read back from JSON.
+
+    Attributes:
+        name: the pass in the Plan.
+        decision_type: what ``plan`` returns, to read a decision back from JSON; None for a pass that returns a dict.
+        provides: types of the results that ``apply`` puts into ``ctx.results``.
+        needs: pairs of an option of :class:`mpcompile.Config` and the type of result that an earlier pass must provide
+            if the option is given.
+        requests: what earlier passes are to compute for this one.
+        decides: True if the pass carries out the options that shape the model (patterns, merging), so that the Plan
+            records those of this run.
+        closes_accounts: True if multiply-accumulates can't be counted behind the pass; they are counted before it.
+
     Example:
         A pass that removes dropout::
 
+            @dataclass(frozen=True, eq=False)
+            class Dropped(Decision):
+                nodes: tuple[str, ...]
+
             class DropDropout(Pass):
                 name = "drop_dropout"
+                decision_type = Dropped
 
                 def plan(self, gm, ctx):
-                    return {"nodes": [n.name for n in gm.graph.nodes if "drop" in n.name]}
+                    return Dropped(tuple(n.name for n in gm.graph.nodes if "drop" in n.name))
 
                 def apply(self, gm, decision, ctx):
                     for node in list(gm.graph.nodes):
-                        if node.name in decision["nodes"]:
+                        if node.name in decision.nodes:
                             node.replace_all_uses_with(node.args[0])
                             gm.graph.erase_node(node)
-                    return bool(decision["nodes"])
+                    return bool(decision.nodes)
+
+        A decision may be a plain dict of JSON values, too.
     """
 
     name: ClassVar[str]
+    decision_type: ClassVar[type[Decision] | None] = None
+    provides: ClassVar[tuple[type, ...]] = ()
+    needs: ClassVar[tuple[tuple[str, type], ...]] = ()
+    requests: ClassVar[frozenset[Request]] = frozenset()
+    decides: ClassVar[bool] = False
+    closes_accounts: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.context: Context | None = None
 
     @abc.abstractmethod
-    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        """The decision, as JSON values. Changes nothing."""
+    def plan(self, gm: IRModule, ctx: Context) -> Any:
+        """The decision: a :class:`Decision`, or a dict of JSON values. Changes nothing."""
 
     @abc.abstractmethod
-    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
+    def apply(self, gm: IRModule, decision: Any, ctx: Context) -> bool:
         """Carry the decision out on the graph; True if it changed."""
 
     def check(self, gm: IRModule, ctx: Context) -> None:
@@ -125,9 +86,10 @@ class Pass(PassBase):
             MPCompileError: it can't.
         """
 
-    def summary(self, decision: dict[str, Any]) -> str:
+    def summary(self, decision: Any) -> str:
         """The decision in a sentence."""
-        return ", ".join(f"{k}: {v}" for k, v in decision.items())
+        values = decision.record() if isinstance(decision, Decision) else decision
+        return ", ".join(f"{k}: {v}" for k, v in values.items())
 
     def run(self, gm: IRModule, ctx: Context) -> PassResult:
         """Plan, apply, record; afterwards lint and recompile if the graph changed."""
@@ -148,5 +110,6 @@ class Pass(PassBase):
         if modified:
             gm.graph.lint()
             gm.recompile()
-        ctx.plan.passes.append(PassRecord(self.name, decision, self.summary(decision)))
+        record = decision.record() if isinstance(decision, Decision) else decision
+        ctx.plan.passes.append(PassRecord(self.name, record, self.summary(decision)))
         return PassResult(gm, modified)

@@ -110,6 +110,7 @@ class Lower(Pass):
     """
 
     name = "lower"
+    closes_accounts = True
 
     def __init__(self, *, measured: bool = False, progress: bool | None = None) -> None:
         super().__init__()

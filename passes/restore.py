@@ -1,78 +1,112 @@
-"""Restore: what was refitted behind the masks, and BatchNorm statistics that fit the pruned network.
+"""Restore: refitted values behind the masks, and BatchNorm statistics that fit the pruned network.
 
-Statistics are taken anew even if nothing is refitted: masks take variance away, most of it those that cost the outputs
-least (a removed value takes its share of it along), and in a ResNet that adds up from layer to layer.
+Statistics are re-estimated even if nothing is refitted. Masks take variance away, and those that cost the outputs least
+take most of it (a removed value takes its share along); in a ResNet that adds up from layer to layer.
 
-The values are refitted where the masks are chosen, layer by layer (pruning/refit.py, pruning/project.py): a mask and
-its values are one decision, and later layers are fitted to what comes out. This pass in a pipeline asks for it; here
-BatchNorm statistics follow, and the Plan gets the error of every layer before and after.
+Values are refitted where the masks are chosen, layer by layer (pruning/refit.py, pruning/project.py): a mask and its
+values are one decision, and later layers are fitted to the result. This pass requests both from Mask. It adds the
+BatchNorm statistics, and enters the error of every layer, before and after the refit, into the Plan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mpcompile.calibration.stream import batch_norms
-from mpcompile.ir.module import Imported, IRModule
-from mpcompile.passes.base import Context, Pass
-from mpcompile.pruning.project import reestimate
+from mpcompile.ir.module import IRModule
+from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass, Request
+from mpcompile.passes.mask import Masked
+from mpcompile.pruning.project import reestimate, write_norms
+
+
+@dataclass(frozen=True, eq=False)
+class Restored(Decision):
+    """What is restored.
+
+    Attributes:
+        requested: False if the options switch refitting off.
+        restored: names of the refitted layers, sorted.
+        skipped: layer name -> why it was not refitted.
+        error_masked, error_refitted: mean relative error of the outputs of refitted layers, before and after.
+        norms: where the BatchNorm statistics come from, or why they stay.
+        norm_count: number of BatchNorms that get new statistics.
+        layers: layer name -> its notes in the Plan.
+        statistics: BatchNorm module -> mean and variance.
+    """
+
+    requested: bool
+    restored: list[str]
+    skipped: Mapping[str, str]
+    error_masked: float
+    error_refitted: float
+    norms: str
+    norm_count: int
+    layers: Mapping[str, Any] = field(default_factory=dict, metadata=UNRECORDED)
+    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, metadata=UNRECORDED)
 
 
 class Restore(Pass):
     """Refitted values and re-estimated BatchNorm statistics; needs calibration data."""
 
     name = "restore"
+    decision_type = Restored
+    requests = frozenset({Request.REFIT, Request.NORMS})
 
-    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        done = {name: p.notes for name, p in ctx.projections.items() if "error_refitted" in p.notes}
-        skipped = {name: p.notes["skipped"] for name, p in ctx.projections.items() if "skipped" in p.notes}
-        requested = ctx.config.restore
-        return {
-            "requested": requested,
-            "restored": sorted(done),
-            "skipped": skipped,
-            "error_masked": sum(n["error_masked"] for n in done.values()) / max(1, len(done)),
-            "error_refitted": sum(n["error_refitted"] for n in done.values()) / max(1, len(done)),
-            "norms": self._norms(gm, ctx),
-        }
+    @torch.no_grad()
+    def plan(self, gm: IRModule, ctx: Context) -> Restored:
+        masked = ctx.results.get(Masked) or Masked()
+        notes = {name: projection.notes for name, projection in masked.projections.items() if projection.notes}
+        refitted = {name: note for name, note in notes.items() if "error_refitted" in note}
+        source, statistics = self._source(gm, ctx, masked), masked.norms
+        if source == "after":
+            assert ctx.calibration is not None  # _source() looks
+            statistics = reestimate(ctx.imported(gm), ctx.calibration, ctx.calibration.memory)
+        return Restored(
+            requested=ctx.config.restore,
+            restored=sorted(refitted),
+            skipped={name: note["skipped"] for name, note in notes.items() if "skipped" in note},
+            error_masked=sum(note["error_masked"] for note in refitted.values()) / max(1, len(refitted)),
+            error_refitted=sum(note["error_refitted"] for note in refitted.values()) / max(1, len(refitted)),
+            norms=source,
+            norm_count=len(statistics),
+            layers=notes,
+            statistics=statistics,
+        )
 
-    def _norms(self, gm: IRModule, ctx: Context) -> str:
+    @staticmethod
+    def _source(gm: IRModule, ctx: Context, masked: Masked) -> str:
         """Where the statistics of BatchNorms come from, or why they stay."""
-        if ctx.norms:
+        if masked.norms:
             return "in sequence"
-        if not ctx.renorm or not ctx.projections:
+        if not ctx.renorm or not masked.projections:
             return "nothing was masked with data"
         if not batch_norms(gm):
             return "there are none"
-        return "after" if ctx.again else "data can be read once only"
+        rereadable = ctx.calibration is not None and ctx.calibration.rereadable
+        return "after" if rereadable else "data can be read once only"
 
-    def summary(self, decision: dict[str, Any]) -> str:
-        count = len(decision["restored"])
-        if not decision["requested"]:
+    def summary(self, decision: Restored) -> str:
+        if not decision.requested:
             text = "off"
-        elif not count:
-            why = sorted(set(decision["skipped"].values()))
+        elif not decision.restored:
+            why = sorted(set(decision.skipped.values()))
             text = "nothing refitted: " + ("; ".join(why) or "no layer was masked with data")
         else:
-            text = f"{count} layers refitted, mean relative error {decision['error_masked']:.3g}"
-            text += f" -> {decision['error_refitted']:.3g}"
-            if decision["skipped"]:
-                text += f", {len(decision['skipped'])} not"
-        return text + (f", {decision['norm_count']} BatchNorms re-estimated" if decision.get("norm_count") else "")
+            text = f"{len(decision.restored)} layers refitted, mean relative error {decision.error_masked:.3g}"
+            text += f" -> {decision.error_refitted:.3g}"
+            if decision.skipped:
+                text += f", {len(decision.skipped)} not"
+        return text + (f", {decision.norm_count} BatchNorms re-estimated" if decision.norm_count else "")
 
     @torch.no_grad()
-    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
-        for name, projection in ctx.projections.items():
-            if projection.notes and name in ctx.plan.layers:
-                ctx.plan.layers[name].notes["restore"] = projection.notes
-        norms = ctx.norms
-        if decision["norms"] == "after":
-            norms = reestimate(Imported(gm, ctx.inputs, ctx.lifted, []), ctx)
-        for node, (mean, variance) in norms.items():
-            module: Any = gm.get_submodule(str(node.target))
-            module.running_mean.copy_(mean)
-            module.running_var.copy_(variance)
-        decision["norm_count"] = len(norms)
-        return bool(decision["restored"]) or bool(norms)
+    def apply(self, gm: IRModule, decision: Restored, ctx: Context) -> bool:
+        for name, notes in decision.layers.items():
+            if name in ctx.plan.layers:
+                ctx.plan.layers[name].notes["restore"] = dict(notes)
+        write_norms(gm, decision.statistics)
+        return bool(decision.restored) or bool(decision.statistics)

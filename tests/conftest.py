@@ -15,12 +15,14 @@ ISA = (
     "kernels/test_nm_format.py",
     "kernels/test_token_merge.py",
     "kernels/test_triton_kernels.py",
+    "passes/merge_tokens/test_axis.py",
+    "passes/merge_tokens/test_models.py",
+    "passes/merge_tokens/test_schedules.py",
     "passes/test_fold_norm.py",
     "passes/test_fold_scale.py",
     "passes/test_fuse.py",
     "passes/test_fuse_nodes.py",
     "passes/test_lower.py",
-    "passes/test_merge_tokens.py",
 )
 
 

@@ -21,7 +21,7 @@ from torch.library import Library
 
 from mpcompile.kernels.nm_linear import checks, packed, sparse24
 from mpcompile.kernels.nm_linear.checks import PackedWeight
-from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.nm_linear.cpu import abi, build
 from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.layouts import ROWS
 from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
@@ -30,7 +30,7 @@ _NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 _FIRST_USE = threading.RLock()
 GENERAL = "_general"  # behind the name of an operator in Python, which C++ falls back on
-_TOKENS, _PLANES = 0, 1  # formats of activations, as in tiles.h
+_TOKENS, _PLANES = 0, 1  # memory formats of activations, as in abi.h
 
 
 @functools.cache
@@ -73,6 +73,13 @@ def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _weight(weight: PackedWeight, bias: Tensor | None) -> abi.Weight:
+    """The weight of a matrix product or convolution, and its bias, as the kernels take them."""
+    outputs, inputs = weight.shape[:2]
+    values, index = weight.values.data_ptr(), weight.index.data_ptr()
+    return abi.Weight(values, index, _at(bias), inputs, outputs, weight.n, weight.m, weight.layout)
+
+
 def _checked(failed: int) -> None:
     if failed:
         raise MemoryError("an N:M kernel ran out of memory for its activations: use a smaller batch")
@@ -91,34 +98,26 @@ def _gemm(
     activation: str,
 ) -> Tensor:
     k = x.shape[-1] if x.dim() else 0
-    checks.gemm(x, PackedWeight(values, index, (out, k), n, m, layout), bias, residual, activation)
+    weight = PackedWeight(values, index, (out, k), n, m, layout)
+    checks.gemm(x, weight, bias, residual, activation)
     if not runs(x, values, layout) or not k:
         return packed.nm_gemm(x, values, index, bias, residual, out, n, m, layout, activation)
     y = x.new_empty((*x.shape[:-1], out))
     if y.numel():
         x, bias, residual = x.contiguous(), packed.row(bias, out, x.dtype), _added(residual, y)
-        tokens = y.numel() // out
-        _checked(
-            kernels().nm_linear(
-                _HALF[x.dtype],
-                x.data_ptr(),
-                values.data_ptr(),
-                index.data_ptr(),
-                _at(bias),
-                _at(residual),
-                y.data_ptr(),
-                tokens,
-                1,
-                k,
-                out,
-                n,
-                m,
-                layout,
-                _NUMBER[activation],
-                _TOKENS,
-                torch.get_num_threads(),
-            )
+        args = abi.Linear(
+            x=x.data_ptr(),
+            residual=_at(residual),
+            y=y.data_ptr(),
+            weight=_weight(weight, bias),
+            tokens=y.numel() // out,
+            pixels=1,
+            bf16=_HALF[x.dtype],
+            format=_TOKENS,
+            activation=_NUMBER[activation],
+            threads=torch.get_num_threads(),
         )
+        _checked(kernels().nm_linear(args))
     return y
 
 
@@ -157,32 +156,18 @@ def _mlp(
     if y.numel():
         x, bias1, bias2 = x.contiguous(), packed.row(bias1, hidden, x.dtype), packed.row(bias2, out, x.dtype)
         residual = _added(residual, y)
-        _checked(
-            kernels().nm_mlp(
-                _HALF[x.dtype],
-                x.data_ptr(),
-                values1.data_ptr(),
-                index1.data_ptr(),
-                _at(bias1),
-                values2.data_ptr(),
-                index2.data_ptr(),
-                _at(bias2),
-                _at(residual),
-                y.data_ptr(),
-                tokens,
-                x.shape[-1],
-                hidden,
-                out,
-                n1,
-                m1,
-                layout1,
-                n2,
-                m2,
-                layout2,
-                packed.ACTIVATIONS.index(activation),
-                threads,
-            )
+        args = abi.Mlp(
+            x=x.data_ptr(),
+            residual=_at(residual),
+            y=y.data_ptr(),
+            first=_weight(one, bias1),
+            second=_weight(two, bias2),
+            tokens=tokens,
+            bf16=_HALF[x.dtype],
+            activation=packed.ACTIVATIONS.index(activation),
+            threads=threads,
         )
+        _checked(kernels().nm_mlp(args))
     return y
 
 
@@ -223,7 +208,8 @@ def _conv(
     activation: str,
 ) -> Tensor:
     axes = (stride, padding, dilation)
-    sizes = checks.conv(x, PackedWeight(values, index, tuple(shape), n, m, layout), bias, residual, axes, activation)
+    weight = PackedWeight(values, index, tuple(shape), n, m, layout)
+    sizes = checks.conv(x, weight, bias, residual, axes, activation)
     flat = pointwise(shape)
     if not shape[1]:
         return _of_nothing(x, sizes, bias, residual, activation)
@@ -241,32 +227,43 @@ def _conv(
         x = x[:, :, :: stride[0], :: stride[1]]
     x, bias = x.contiguous(memory_format=order), packed.row(bias, shape[0], x.dtype)
     residual = _added(residual, y)
-    threads, lib = torch.get_num_threads(), kernels()
-    head = (x.data_ptr(), values.data_ptr(), index.data_ptr(), _at(bias), _at(residual), y.data_ptr())
+    shared = {
+        "x": x.data_ptr(),
+        "residual": _at(residual),
+        "y": y.data_ptr(),
+        "weight": _weight(weight, bias),
+        "activation": _NUMBER[activation],
+        "threads": torch.get_num_threads(),
+    }
     if flat:
         pixels = y.shape[2] * y.shape[3]
-        _checked(
-            lib.nm_linear(
-                _HALF[x.dtype],
-                *head,
-                y.shape[0] * pixels,
-                pixels,
-                shape[1],
-                shape[0],
-                n,
-                m,
-                layout,
-                _NUMBER[activation],
-                _TOKENS if last else _PLANES,
-                threads,
-            )
+        args = abi.Linear(
+            tokens=y.shape[0] * pixels,
+            pixels=pixels,
+            bf16=_HALF[x.dtype],
+            format=_TOKENS if last else _PLANES,
+            **shared,
         )
-    else:
-        # A longer stride takes no other pixels than one as long as the padded image, and no more memory for its phases.
-        steps = (min(s, size + 2 * p) for s, size, p in zip(stride, x.shape[2:], padding, strict=True))
-        numbers = (*x.shape, shape[0], *shape[2:], *steps, *padding, *dilation)
-        geometry = (build.ctypes.c_int64 * 13)(*numbers)
-        _checked(lib.nm_conv(*head, build.ctypes.addressof(geometry), n, m, _NUMBER[activation], int(last), threads))
+        _checked(kernels().nm_linear(args))
+        return y
+    # A stride longer than the padded image is cut to its length: the same pixels are read, with fewer phases in memory.
+    steps = [min(s, size + 2 * p) for s, size, p in zip(stride, x.shape[2:], padding, strict=True)]
+    convolution = abi.Conv(
+        images=x.shape[0],
+        height=x.shape[2],
+        width=x.shape[3],
+        kernel_h=shape[2],
+        kernel_w=shape[3],
+        stride_h=steps[0],
+        stride_w=steps[1],
+        pad_h=padding[0],
+        pad_w=padding[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+        channels_last=int(last),
+        **shared,
+    )
+    _checked(kernels().nm_conv(convolution))
     return y
 
 

@@ -1,9 +1,10 @@
-"""Pictures of token merging: which patches of an image each token stands for, block by block."""
+"""Pictures of token merging: the patches of an image that each token stands for, block by block."""
 
 from __future__ import annotations
 
 import colorsys
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from mpcompile.kernels import ops, schema
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.pipeline import Pipeline, transform
 
-CELL = 24  # pixels a patch at least
-MARGIN = 20  # pixels for the text above a picture
+CELL = 24  # least width of a patch, in pixels
+MARGIN = 20  # height of the text above a picture, in pixels
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each merge says about the place of every token."""
+    """Runs a graph and records where each merge puts every token."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -42,10 +43,10 @@ class _Recorder(fx.Interpreter):
 
 
 def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of square patches that tile an image.
+    """Return the rows and columns of square patches that tile an image.
 
     Raises:
-        InputError: the image doesn't divide into so many square patches.
+        InputError: the image doesn't divide into that number of square patches.
     """
     for rows in range(1, patches + 1):
         if patches % rows == 0 and rows * width == patches // rows * height and height % rows == 0:
@@ -59,18 +60,18 @@ def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None) -> list[np.ndarray]:
-    """The token that each patch of an image has become part of, behind every merge.
+    """Return the token that each patch of an image is part of after every merge.
 
     Args:
-        model: a vision transformer, or what :func:`mpcompile.transform` made of one with ``tome_r``.
+        model: a vision transformer, or the result of :func:`mpcompile.transform` with ``tome_r``.
         image: (3, H, W) or (1, 3, H, W), as the model takes it.
-        config: how to merge, for a model that doesn't merge yet; eight tokens a block by default.
+        config: how to merge, for a model that doesn't merge yet; by default, eight tokens per block.
 
     Returns:
-        One integer array (rows, columns) a merge: patches with the same number are one token.
+        One integer array (rows, columns) per merge: patches with the same number are one token.
 
     Raises:
-        InputError: not one image, or tokens that are no grid of patches.
+        InputError: there is not exactly one image, or the tokens are not a grid of patches.
         MPCompileError: tokens can't merge in this model.
     """
     image = image[None] if image.dim() == 3 else image
@@ -85,22 +86,22 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
             "the model doesn't take this image",
-            expected="an image of the size that it was made for",
+            expected="an image of the size that it was traced for",
             found=f"{tuple(image.shape)}: {first_line(error)}",
         ) from error
     if not recorder.places:
         raise NotEligibleError("no tokens merge here", expected="tome_r of 1 or more", hint="give a config with tome_r")
     grid = _grid(len(recorder.places[0]) - recorder.prefix, *image.shape[-2:])
     place = torch.arange(len(recorder.places[0]), device=image.device)
-    found = []
+    tokens = []
     for step in recorder.places:
         place = step[place]
-        found.append(place[recorder.prefix :].reshape(grid).cpu().numpy())
-    return found
+        tokens.append(place[recorder.prefix :].reshape(grid).cpu().numpy())
+    return tokens
 
 
 def draw_tokens(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """An (H, W, 3) image whose merged tokens are filled with their mean colour, each outlined in its own colour."""
+    """Fill each merged token of an (H, W, 3) image with its mean colour, and outline it in a colour of its own."""
     cell = image.shape[0] // tokens.shape[0]
     label = np.kron(tokens, np.ones((cell, cell), dtype=tokens.dtype))
     count = np.bincount(label.ravel())
@@ -123,10 +124,24 @@ def draw_tokens(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def _shown(image: Tensor) -> np.ndarray:
-    """A normalised (3, H, W) image as (H, W, 3) uint8, its values spread over the whole range."""
+    """Return a normalised (3, H, W) image as (H, W, 3) uint8, its values spread over the whole range."""
     pixels = image.detach().float().cpu().numpy().transpose(1, 2, 0)
     low, high = pixels.min(), pixels.max()
     return (255 * (pixels - low) / max(float(high - low), 1e-12)).astype(np.uint8)
+
+
+def _sheet(titled: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image:
+    """Arrange pictures of one size in rows, each under its title."""
+    columns = max(1, min(columns, len(titled)))
+    height, width = titled[0][1].shape[:2]
+    high, wide = height + MARGIN, width + 4
+    sheet = Image.new("RGB", (columns * wide, -(-len(titled) // columns) * high), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (title, pixels) in enumerate(titled):
+        left, top = number % columns * wide, number // columns * high
+        draw.text((left + 4, top + 4), title, fill="black")
+        sheet.paste(Image.fromarray(pixels), (left, top + MARGIN))
+    return sheet
 
 
 def visualize_merging(
@@ -138,24 +153,25 @@ def visualize_merging(
     display: np.ndarray | Tensor | None = None,
     columns: int = 4,
 ) -> list[np.ndarray]:
-    """Draw an image with its merged tokens outlined, once for each block, into a PNG.
+    """Draw an image with its merged tokens outlined, once per block, and write it as a PNG.
 
-    Patches that have become one token are filled with their mean colour and share the colour of their outline; others
-    are left as they are. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 5.2.
+    Patches that form one token are filled with their mean colour and share an outline; other patches stay as they
+    are. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 5.2.
 
     Args:
-        model: a vision transformer, or what :func:`mpcompile.transform` made of one with ``tome_r``.
+        model: a vision transformer, or the result of :func:`mpcompile.transform` with ``tome_r``.
         image: (3, H, W) or (1, 3, H, W), as the model takes it (normalised).
         path: the PNG to write.
-        config: how to merge, for a model that doesn't merge yet; eight tokens a block by default.
-        display: the picture to draw on, (H, W, 3) uint8; by default ``image`` with its values spread over the range.
-        columns: pictures in a row.
+        config: how to merge, for a model that doesn't merge yet; by default, eight tokens per block.
+        display: the picture to draw on, (H, W, 3) uint8; by default, ``image`` with its values spread over the range.
+        columns: pictures per row.
 
     Returns:
-        One integer array (rows, columns) a block: patches with the same number are one token.
+        One integer array (rows, columns) per block: patches with the same number are one token.
 
     Raises:
-        InputError: not one image, tokens that are no grid of patches, or a display of another size.
+        InputError: there is not exactly one image, the tokens are not a grid of patches, or the display has another
+            size.
         ArtifactError: the file can't be written.
         MPCompileError: tokens can't merge in this model.
 
@@ -180,14 +196,7 @@ def visualize_merging(
     titled = [("image", base)]
     for number, block in enumerate(tokens):
         titled.append((f"block {number}: {len(np.unique(block))} tokens", draw_tokens(base, block)))
-    columns = max(1, min(columns, len(titled)))
-    high, wide = base.shape[0] + MARGIN, base.shape[1] + 4
-    sheet = Image.new("RGB", (columns * wide, -(-len(titled) // columns) * high), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (title, pixels) in enumerate(titled):
-        left, top = number % columns * wide, number // columns * high
-        draw.text((left + 4, top + 4), title, fill="black")
-        sheet.paste(Image.fromarray(pixels), (left, top + MARGIN))
+    sheet = _sheet(titled, columns)
     note = PngInfo()
     note.add_text("Software", "mpcompile")
     write_atomically(Path(path), lambda temporary: sheet.save(temporary, format="PNG", pnginfo=note))

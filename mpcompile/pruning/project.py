@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from mpcompile.calibration.data import as_batches
 from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, collect
 from mpcompile.calibration.stream import Stream, batch_norms
 from mpcompile.errors import ArtifactError
@@ -24,7 +23,6 @@ from mpcompile.io.writing import write_atomically
 from mpcompile.ir.module import Imported
 from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
-from mpcompile.passes.base import Context
 from mpcompile.pruning import refit, scores
 from mpcompile.pruning.scores import DAMPING
 
@@ -32,8 +30,10 @@ from mpcompile.pruning.scores import DAMPING
 # undo that; without them the whole way loses more than it wins: of 0, 1/4, 1/2 and 1, 1/4 was best on images kept out.
 TOWARDS_DENSE = 0.25
 
+Statistics = dict[str, tuple[Tensor, Tensor]]  # BatchNorm module -> mean and variance of its inputs
 
-@dataclass
+
+@dataclass(frozen=True)
 class Projection:
     """What a layer becomes.
 
@@ -223,64 +223,95 @@ def in_sequence(
     uses: Mapping[str, Sequence[LayerOp]],
     patterns: Mapping[str, Pattern],
     decide: Callable[[str, Moments], Projection],
-    ctx: Context,
-) -> tuple[dict[str, Projection], dict[fx.Node, tuple[Tensor, Tensor]]]:
+    calibration: Iterable[Any],
+    *,
+    memory: int,
+    towards_dense: bool,
+    renorm: bool,
+    statistics: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Projection], Statistics]:
     """Project layer after layer along the graph, each on the inputs that the pruned layers before it leave.
 
     Args:
+        model: not changed.
         uses: the nodes of each layer to project. One with several nodes is decided at the first, from dense inputs.
         decide: name and moments -> what the layer becomes.
+        calibration: batches; read once.
+        memory: bytes that moments may take, and again the activations held between layers.
+        towards_dense: fit layers towards the outputs of the dense model: all the way in models with BatchNorms that are
+            re-estimated, :data:`TOWARDS_DENSE` of the way in others.
+        renorm: re-estimate the statistics of BatchNorms behind projected layers.
+        statistics: a folder that keeps the moments of layers, so that an interrupted run resumes.
+        options: whatever else the moments depend on; moments of other options are gathered again.
 
     Returns:
-        The projections, and new means and variances of the BatchNorm nodes behind them (if ``ctx.renorm``).
+        The projections by layer name, and the mean and variance of each re-estimated BatchNorm by module name.
     """
-    config = ctx.config
-    norm_at = set(batch_norms(model.gm)) if ctx.renorm else set()
+    norm_at = set(batch_norms(model.gm)) if renorm else set()
     towards = 0.0
-    if ctx.calibrate == "pruned_to_dense":
+    if towards_dense:
         towards = 1.0 if norm_at else TOWARDS_DENSE
-    stream = Stream(model, as_batches(ctx.calibration), ctx.memory, towards)
-    records = Records(ctx.statistics, "")
-    if ctx.statistics is not None:
+    stream = Stream(model, calibration, memory, towards)
+    records = Records(statistics, "")
+    if statistics is not None:
         patterns_of = {name: str(pattern) for name, pattern in patterns.items()}
-        how = {"towards": towards, "seed": ctx.seed, "patterns": patterns_of}
-        records.stamp = stamp(model, list(stream.inputs()), {**config.to_dict(), "memory": ctx.memory, **how})
+        how = {"memory": memory, "towards": towards, "patterns": patterns_of}
+        records.stamp = stamp(model, list(stream.inputs()), {**(options or {}), **how})
     shared = {name: patterns[name].m for name, nodes in uses.items() if len(nodes) > 1}
-    dense = collect(model, stream.inputs(), shared, ctx.memory) if shared else {}
+    dense = collect(model, stream.inputs(), shared, memory) if shared else {}
     layer_at = {nodes[0].node: name for name, nodes in uses.items()}
-    found: dict[str, Projection] = {}
-    norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+    projections: dict[str, Projection] = {}
+    norms: Statistics = {}
     stops = [n for n in model.gm.graph.nodes if n in layer_at or n in norm_at]
     for node in tqdm(stops, desc="prune", unit="layer", disable=None):
         if node in norm_at:
-            statistics = stream.channel_statistics(node, node.all_input_nodes[0])
-            if statistics is not None:
-                norms[node] = statistics
-                stream.renorm(node, *statistics)
+            _renorm(stream, node, norms)
             continue
         name = layer_at[node]
         layer = uses[name][0]
         moments = dense.get(name) or records.get(name)
         if moments is None:
-            moments = stream.moments(layer, patterns[name].m, ctx.memory)
+            moments = stream.moments(layer, patterns[name].m, memory)
             records.put(name, moments)
         if len(uses[name]) == 1 and len(norm_at.intersection(node.users)) == len(node.users) == 1:
             moments = moments.centred()  # a BatchNorm alone reads the outputs, and takes their means off
-        found[name] = projection = decide(name, moments)
+        projections[name] = projection = decide(name, moments)
         weight = layer.weight.tensor.detach()
         new = weight * projection.mask if projection.weight is None else projection.weight.to(weight.dtype)
         for use in uses[name]:
             stream.replace(use, new, use.bias)
-    return found, norms
+    return projections, norms
 
 
-def reestimate(model: Imported, ctx: Context) -> dict[fx.Node, tuple[Tensor, Tensor]]:
-    """Means and variances of all BatchNorm nodes of a graph as it is now, each behind the re-estimated ones before."""
-    stream = Stream(model, as_batches(ctx.calibration), ctx.memory)
-    norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+def reestimate(model: Imported, calibration: Iterable[Any], memory: int) -> Statistics:
+    """Mean and variance of every BatchNorm of the graph as it is, each behind the re-estimated ones before it.
+
+    Args:
+        model: not changed.
+        calibration: batches; read once.
+        memory: bytes of activations to hold.
+
+    Returns:
+        Mean and variance by module name.
+    """
+    stream = Stream(model, calibration, memory)
+    norms: Statistics = {}
     for node in batch_norms(model.gm):
-        statistics = stream.channel_statistics(node, node.all_input_nodes[0], changed_only=False)
-        if statistics is not None:
-            norms[node] = statistics
-            stream.renorm(node, *statistics)
+        _renorm(stream, node, norms, changed_only=False)
     return norms
+
+
+def _renorm(stream: Stream, node: fx.Node, norms: Statistics, changed_only: bool = True) -> None:
+    statistics = stream.channel_statistics(node, node.all_input_nodes[0], changed_only)
+    if statistics is not None:
+        norms[str(node.target)] = statistics
+        stream.renorm(node, *statistics)
+
+
+def write_norms(gm: nn.Module, norms: Statistics) -> None:
+    """Put means and variances into the BatchNorm modules that they belong to, in place."""
+    for name, (mean, variance) in norms.items():
+        module: Any = gm.get_submodule(name)
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(variance)

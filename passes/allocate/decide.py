@@ -16,7 +16,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mpcompile.calibration.data import as_batches, batches
 from mpcompile.calibration.moments import Moments, collect
 from mpcompile.calibration.sensitivity import Batch, batch_length, divergence, output_energy, samples
 from mpcompile.calibration.stream import batch_norms
@@ -25,12 +24,12 @@ from mpcompile.ir.macs import count, node_macs
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels.nm_format import Pattern, packed_bytes
-from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.base import Allocated, Context, Pass
 from mpcompile.passes.mask import eligible
 from mpcompile.plan import LayerPlan
 from mpcompile.pruning import damage, knapsack
 from mpcompile.pruning.edge_budget import layer_weights
-from mpcompile.pruning.project import reestimate
+from mpcompile.pruning.project import reestimate, write_norms
 from mpcompile.rmt.analysis import study
 
 DAMAGES = ("calibrated", "mp", "magnitude", "seb", "uniform")
@@ -103,6 +102,7 @@ class Allocate(Pass):
     """
 
     name = "allocate"
+    provides = (Allocated,)
 
     def __init__(
         self, damage: str | None = None, *, bytes_reduction: float | None = None, compare: bool = True
@@ -162,7 +162,7 @@ class Allocate(Pass):
             "inadmissible": c.inadmissible,
         }
         if data is not None and lost:
-            model = Imported(gm, ctx.inputs, ctx.lifted, [])
+            model = ctx.imported(gm)
             held_out: dict[str, Any] = {"samples": sum(batch_length(b, model) for b in data.held_out)}
             held_out |= {"allocation": lost[c.kind], "uniform": self._lost(gm, ctx, c.found, data, c.even)}
             decision["held_out"] = {**held_out, "tried": lost}
@@ -240,8 +240,8 @@ class Allocate(Pass):
             return None
         if kind == "uniform" or (kind != "calibrated" and not self.compare):
             return None
-        model = Imported(gm, ctx.inputs, ctx.lifted, [])
-        everything = list(batches(model, as_batches(ctx.calibration)))
+        model = ctx.imported(gm)
+        everything = list(ctx.calibration.batches(model))
         if not everything:
             raise InputError("calibration is empty", expected="at least one batch", found="none")
         if len(everything) == 1:  # what can't be cut stays one part, and nothing is compared
@@ -249,7 +249,7 @@ class Allocate(Pass):
         held = math.ceil(HELD_OUT * len(everything)) if self.compare and len(everything) > 1 else 0
         fit = everything[: len(everything) - held]
         sizes = {item.names[0]: max((p.m for p in item.options if p is not None), default=1) for item in found}
-        moments = collect(model, fit, sizes, ctx.memory)
+        moments = collect(model, fit, sizes, ctx.calibration.memory)
         return _Data(fit, everything[len(fit) :], moments)
 
     def _predict(
@@ -258,7 +258,7 @@ class Allocate(Pass):
         """Fill in the damage of every option; returns the options that were taken from the menu, and why."""
         if kind == "calibrated":
             assert data is not None
-            model = Imported(gm, ctx.inputs, ctx.lifted, [])
+            model = ctx.imported(gm)
             seen = batch_length(data.fit[0], model)
             some = data.fit[:: max(1, len(data.fit) * seen // GRADIENT_SAMPLES)]
             uses = {item.names[0]: item.uses for item in found}
@@ -346,11 +346,9 @@ class Allocate(Pass):
             else:
                 weight.tensor.data.copy_(new)
         pruned = Imported(trial, ctx.inputs, lifted, [])
-        context = replace(ctx, lifted=lifted, calibration=as_given)
-        for node, (mean, variance) in reestimate(pruned, context).items() if batch_norms(trial) else ():
-            norm: Any = trial.get_submodule(str(node.target))
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
+        if batch_norms(trial):
+            assert ctx.calibration is not None
+            write_norms(trial, reestimate(pruned, as_given, ctx.calibration.memory))
         values = [[lifted.tensors.get(n.name, v) for n, v in zip(places, b, strict=True)] for b in data.held_out]
         return divergence(gm, trial, data.held_out, values)
 
@@ -377,12 +375,14 @@ class Allocate(Pass):
 
     def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
         known = {layer.name: layer for layer in layers(gm, ctx.lifted)}
+        patterns = dict(ctx.patterns)
         for name, entry in decision.get("layers", {}).items():
             pattern = entry["pattern"]
-            ctx.patterns[name] = None if pattern == "dense" else Pattern.parse(pattern)
+            patterns[name] = None if pattern == "dense" else Pattern.parse(pattern)
             layer = known[name]
             plan = LayerPlan(layer.kind, tuple(layer.weight.tensor.shape))
             ctx.plan.layers.setdefault(name, plan).notes["allocate"] = entry
+        ctx.results.put(Allocated(patterns))
         return False  # masks come later
 
 

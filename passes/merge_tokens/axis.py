@@ -1,11 +1,10 @@
-"""Follow the token axis behind a merge: rewrite what held for unmerged tokens, refuse what can't be followed."""
+"""Follow the token axis after a merge: rewrite what held for unmerged tokens, refuse what can't be followed."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,8 +13,9 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import ATTENTION, argument, fake_value, target_name
 from mpcompile.kernels import ops, schema
 from mpcompile.layers import ByMode, MaskedLinear
-from mpcompile.passes.merge_tokens.moves import AxisMoves, Level, State
+from mpcompile.passes.merge_tokens.moves import Level, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
+from mpcompile.passes.merge_tokens.weights import CASTS, AttentionWeights
 
 _LAST_AXIS = (nn.Linear, MaskedLinear, nn.LayerNorm, nn.RMSNorm)
 _POINTWISE = (
@@ -25,35 +25,24 @@ _POINTWISE = (
 _ARITHMETIC = ("add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "div", "div_", "truediv", "addcmul")
 _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", "leaky_relu", "dropout", "DropPath")
 _UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
-_CASTS = ("alias", "to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "maybe_add_mask")
 _ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm")
-_POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + _CASTS + _ALONG_LAST)
-_SIZED = ("reshape", "view", "_unsafe_view", "expand")  # their arguments name every axis
-_REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
-_MOVES = frozenset((*_SIZED, *_REGROUPS, "permute", "transpose", "swapaxes", "getitem", "select", "slice")) | {
-    *("unbind", "chunk", "split", "split_with_sizes", "tensor_split")
-}
-_SAME = frozenset((*_CASTS, "contiguous", "clone", "detach", "neg", "dropout", "Dropout", "Identity"))
-_PRODUCTS, _QUOTIENTS = frozenset(("mul", "imul", "mul_")), frozenset(("div", "div_", "truediv", "itruediv"))
-_SUMS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_"))
+_POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + CASTS + _ALONG_LAST)
 _SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
 
 
-class TokenAxis(AxisMoves):
+class TokenAxis(AttentionWeights):
     """One walk over the graph, in order.
 
     Args:
-        levels: merged tokens -> their level.
-        size: sizes of the input tokens, a node.
+        levels: node of merged tokens -> their level.
+        size: node of the sizes of the input tokens.
         count: number of input tokens.
         prefix: tokens in front that never merge.
-        mask: the attention mask that the sizes contain already.
-        proportional: whether log(size) joins attention logits.
+        mask: the attention mask, which the sizes contain already, or None.
+        proportional: True if log(size) is added to attention logits.
 
     Attributes:
         extents: node -> (level, start) of each token axis that its arithmetic runs over.
-        weights: node that holds weights of attention -> the axis along which they sum up over keys. A merged key has
-            the weight of all that it stands for, which holds as long as what follows is linear in it.
     """
 
     def __init__(
@@ -66,35 +55,25 @@ class TokenAxis(AxisMoves):
         mask: fx.Node | None = None,
         proportional: bool = True,
     ) -> None:
-        super().__init__(gm, prefix)
+        super().__init__(gm, prefix, mask, proportional)
         self.levels, self.size, self.count = levels, size, count
-        self.mask, self.proportional = mask, proportional
-        self.states: dict[fx.Node, State] = {}
         self.extents: dict[fx.Node, list[tuple[Level, int]]] = {}
-        self.weights: dict[fx.Node, int] = {}
         self._followed: dict[tuple[fx.Node, Level, int, int], fx.Node] = {}
         self.rules: dict[str, Callable[[fx.Node, State], State | None]] = {
-            **dict.fromkeys(_SIZED, self._reshape),
-            **dict.fromkeys(_REGROUPS, self._regroup),
-            **dict.fromkeys(("permute",), self._permute),
-            **dict.fromkeys(("transpose", "swapaxes"), self._transpose),
-            **dict.fromkeys(("unbind", "chunk", "split", "split_with_sizes", "tensor_split"), self._split),
+            **self.moves,
             **dict.fromkeys(("mean", "sum", "var", "std", "norm", "max", "amax", "min", "amin"), self._reduce),
             **dict.fromkeys(("cat", "concat"), self._cat),
             **dict.fromkeys(("softmax", "Softmax", "_softmax"), self._softmax),
             "stack": self._stack,
-            "getitem": self._getitem,
-            "select": self._select,
-            "slice": self._slice,
             "normalize": self._along_another,
             "repeat_interleave": self._along_another,
         }
 
     def follow(self, original: Iterable[fx.Node]) -> None:
-        """Walk the nodes that were in the graph before any merge, rewriting it in place.
+        """Walk the nodes that were in the graph before any merge, and rewrite the graph in place.
 
         Raises:
-            GraphError: an op on merged tokens that can't be followed; it names the op.
+            GraphError: an op on merged tokens can't be followed; the message names it.
         """
         for tokens, level in self.levels.items():
             self.states[tokens] = State(level, {1: 0})
@@ -105,7 +84,7 @@ class TokenAxis(AxisMoves):
                 continue
             if node.op == "output":
                 raise self._refusal(node, "the model returns a value for each of the unmerged tokens")
-            keys = self._keys_behind(node, carriers)
+            keys = self._keys_axis(node, carriers)
             state = self._next(node, carriers)
             if state is not None:
                 self.states[node] = state
@@ -129,90 +108,8 @@ class TokenAxis(AxisMoves):
             raise self._refusal(node, "an op that it doesn't know")
         return None
 
-    def _keys_behind(self, node: fx.Node, carriers: list[fx.Node]) -> int | None:
-        """Of an op on weights of attention, the axis of keys in its result; None where it has none, or sums over it.
-
-        Raises:
-            GraphError: the op isn't linear in the weights.
-        """
-        held = [n for n in carriers if n in self.weights]
-        if not held or not self.proportional or is_matmul(node) or node.op == "output":
-            return None
-        name, source = target_name(self.gm, node), held[0]
-        keys, state = self.weights[source], self.states[source]
-        if name in _MOVES:
-            return self._moved(node, name, State(state.level, {keys: state.axes[keys]}, state.many))
-        back = len(self._shape(source)) - keys
-        place = len(self._shape(node)) - back
-        first = node.args[0] if node.args else None
-        others = [n for n in node.all_input_nodes if n is not source]
-        if name in _SAME and first is source:
-            return place
-        if name in _PRODUCTS and len(node.args) == 2 and node.args[0] is not node.args[1] and len(held) == 1:
-            return place
-        if name in _QUOTIENTS and first is source and len(held) == 1 and not node.kwargs:
-            return place
-        if name in _SUMS and others and all(self._alike(n, back) for n in (first, node.args[1])):
-            return place
-        if self._is_linear(node, name) and place != len(self._shape(node)) - 1:
-            return place
-        if name in ("mean", "sum"):
-            return self._kept(node, keys)
-        why = "it isn't linear in the weights of attention, where a merged key has the weight of all it stands for"
-        raise self._refusal(node, why)
-
-    def _alike(self, node: Any, back: int) -> bool:
-        """Whether an operand is weights of attention, with its keys on the axis ``back`` from the end."""
-        return isinstance(node, fx.Node) and len(self._shape(node)) - self.weights.get(node, -1) == back
-
-    def _is_linear(self, node: fx.Node, name: str) -> bool:
-        if node.op == "call_module":
-            return type(self.gm.get_submodule(str(node.target))) in (nn.Linear, MaskedLinear)
-        return name in ("linear", "masked_linear")
-
-    def _count_bias(self, node: fx.Node, state: State, keys: int) -> None:
-        """A bias of weights of attention (heads that are mixed) counts for every token that a key stands for."""
-        graph, bias = self.gm.graph, None
-        if node.op == "call_function":
-            masked = node.target is ops.masked_linear
-            bias = schema.MaskedLinearArgs.bind(node).bias if masked else argument(node, 2, "bias")
-        elif self.gm.get_submodule(str(node.target)).bias is not None:
-            with graph.inserting_before(node):
-                bias = graph.get_attr(f"{node.target}.bias")
-        if bias is None:
-            return
-        if self.mask is not None:
-            raise self._refusal(node, "its bias gives weight to hidden tokens")
-        users = list(node.users)
-        with graph.inserting_after(node):
-            log_args = schema.TokenBiasArgs(size=state.level.size, logits=node, start=state.axes[keys], dim=keys)
-            log = graph.call_function(ops.token_bias, tuple(log_args))
-        with graph.inserting_after(log):
-            more = graph.call_function(torch.expm1, (log,))  # size - 1: the layer has added it once
-        with graph.inserting_after(more):
-            total = graph.call_function(torch.addcmul, (node, more, bias))
-        total.meta = dict(node.meta)
-        for user in users:
-            user.replace_input_with(node, total)
-        self.states[total], self.weights[total] = state, keys
-
-    def _moved(self, node: fx.Node, name: str, state: State) -> int | None:
-        """Where an op that moves axes puts the only one of ``state``."""
-        if name in _SIZED or name in _REGROUPS:
-            return next(iter(self._places(node, state).values()))
-        moved = self.rules[name](node, state)
-        return next(iter(moved.axes)) if moved is not None and moved.axes else None
-
-    def _kept(self, node: fx.Node, keys: int) -> int | None:
-        """Where a reduction over other axes leaves that of keys; None where it runs over keys."""
-        rank, dim = len(self._shape(node.args[0])), argument(node, 1, "dim")
-        gone = {d % rank for d in (range(rank) if dim is None else (dim,) if isinstance(dim, int) else dim)}
-        if keys in gone:
-            return None
-        return keys if argument(node, 2, "keepdim", False) else keys - sum(d < keys for d in gone)
-
     def _is_number(self, node: fx.Node) -> bool:
-        """Whether a node reads a shape, or computes with what was read from one."""
+        """Return True if a node reads a shape, or computes with numbers read from one."""
         value = fake_value(node)
         if target_name(self.gm, node) in _SHAPE_QUERIES or (node.target is getattr and node.args[1] == "shape"):
             return True
@@ -235,12 +132,12 @@ class TokenAxis(AxisMoves):
         return name in _POINTWISE_NAMES
 
     def _check_batch(self, node: fx.Node, shape: tuple[int, ...], level: Level) -> None:
-        """Sizes go by sample, so that what they meet must have the batch in front."""
+        """Refuse a tensor whose axis 0 is not the batch: sizes of tokens differ from sample to sample."""
         if shape[0] != self._shape(level.tokens)[0]:
             raise self._refusal(node, f"axis 0 of {shape} is not the batch")
 
     def _bring(self, node: fx.Node, table: fx.Node, level: Level, start: int, dim: int) -> None:
-        """Average a value per input token over what merged, and let ``node`` read that instead."""
+        """Average a value per input token over the tokens that merged, and let ``node`` read the averages."""
         value = fake_value(table)
         if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or start < 0:
             raise self._refusal(node, f"{table.name} holds a value for each of the unmerged tokens")
@@ -263,7 +160,7 @@ class TokenAxis(AxisMoves):
         node.replace_input_with(table, self._followed[key])
 
     def _join(self, node: fx.Node, operands: Iterable[fx.Node], rank: int) -> State:
-        """The state of tensors that are combined with broadcasting, aligned at the last axis."""
+        """Return the state of tensors that are combined with broadcasting, aligned at the last axis."""
         operands = list(operands)
         carriers = [self.states[n] for n in operands if n in self.states]
         level = carriers[0].level
@@ -289,7 +186,7 @@ class TokenAxis(AxisMoves):
         return State(level, axes)
 
     def _pointwise(self, node: fx.Node, carriers: list[fx.Node]) -> State:
-        """Elementwise, or along the last axis: the token axis stays, counted from the back."""
+        """Elementwise, or along the last axis: the token axis stays where it is, counted from the last."""
         rank = len(self._shape(node))
         along = node.op == "call_module" or target_name(self.gm, node) in _ALONG_LAST
         tensors = carriers[:1] if along else [n for n in node.all_input_nodes if self._shape(n)]
@@ -318,6 +215,7 @@ class TokenAxis(AxisMoves):
         return replace(state, axes={a + (a >= axis): start for a, start in state.axes.items()})
 
     def _reduce(self, node: fx.Node, state: State) -> State | None:
+        """A mean over tokens is weighed by their sizes, a maximum or minimum stays, anything else is refused."""
         name, rank = target_name(self.gm, node), len(self._shape(node.args[0]))
         place = 2 if name == "norm" else 1
         dim, keep = argument(node, place, "dim"), bool(argument(node, place + 1, "keepdim", False))
@@ -334,7 +232,7 @@ class TokenAxis(AxisMoves):
         return replace(state, axes=left, many=many) if left else None
 
     def _weigh(self, node: fx.Node, state: State, axis: int, keep: bool) -> None:
-        """A mean over tokens becomes one over what they stand for."""
+        """Make a mean over tokens one over the input tokens that they stand for."""
         self._check_batch(node, self._shape(node.args[0]), state.level)
         with self.gm.graph.inserting_before(node):
             size, start = state.level.size, state.axes[axis]
@@ -387,11 +285,11 @@ class TokenAxis(AxisMoves):
         return State(level, axes) if axes else None
 
     def _attention(self, node: fx.Node) -> State | None:
-        """Proportional attention: log(size) joins the logits of merged keys."""
+        """Proportional attention: log(size) is added to the logits of merged keys."""
         query, key, value = (argument(node, i, k) for i, k in enumerate(("query", "key", "value")))
         keys, values, state = self.states.get(key), self.states.get(value), self.states.get(query)
-        if keys is None and values is None and argument(node, 3, "attn_mask") is None:  # merged tokens ask others
-            return state
+        if keys is None and values is None and argument(node, 3, "attn_mask") is None:
+            return state  # merged tokens as queries over keys that never merge
         if keys is None or values is None or keys.level is not values.level or keys.axes != values.axes:
             raise self._refusal(node, "its keys and values hold different tokens")
         if set(keys.axes) != {2} or len(self._shape(key)) != 4:
@@ -417,3 +315,11 @@ class TokenAxis(AxisMoves):
         axes = {} if state is None else {2: state.axes[2]}
         self.extents[node] = [(keys.level, s) for s in (start, *axes.values())]
         return State(keys.level, axes) if axes else None
+
+    def _along_another(self, node: fx.Node, state: State) -> State:
+        """``F.normalize`` and ``repeat_interleave`` along any axis but the tokens'."""
+        where = (2, "dim", 1) if target_name(self.gm, node) == "normalize" else (2, "dim", None)
+        axis = argument(node, *where)
+        if axis is None or axis % len(self._shape(node)) in state.axes:
+            raise self._refusal(node, "it runs over the tokens")
+        return state

@@ -1,8 +1,8 @@
-"""Masks that hide nothing: constant and all true, or added to logits and all zero.
+"""Idle masks: attention masks that hide nothing, being constant and all true, or all zero and added to logits.
 
-Exported models build attention masks from ones, arange and full although every token may see every other. What such a
-mask does is nothing, and without it tokens can merge. Only what doesn't depend on data counts, and no parameter: a
-relative position bias that starts at zero is trained later.
+Exported models build attention masks from ones, arange and full although every token may see every other. Such a mask
+has no effect, and without it tokens can merge. Only masks that depend neither on data nor on parameters count: a
+relative position bias that starts at zero may be trained later.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from mpcompile.ir.nodes import ATTENTION, argument, fake_value, hint, shape_of, 
 from mpcompile.ir.parts import attribute
 from mpcompile.passes.merge_tokens.sites import find_attentions, is_matmul
 
-_MOST = 1 << 26  # values of a constant that is computed
+_LARGEST = 1 << 26  # elements of a constant that is evaluated
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "empty")
 _FILLED = {"ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0}
 _MISSING = object()
 
 
 class _Constants:
-    """The values of nodes that depend on shapes alone, as the graph's example inputs have them."""
+    """Evaluates nodes that depend on shapes alone, for the shapes of the graph's example inputs."""
 
     def __init__(self, gm: IRModule, lifted: Lifted) -> None:
         self.gm, self.lifted = gm, lifted
         self.known: dict[fx.Node, Any] = {}
 
     def value(self, node: Any) -> Any:
-        """What a node yields, or ``_MISSING`` where that depends on data, on parameters, or isn't known."""
+        """Return what a node yields, or ``_MISSING`` if that depends on data or parameters, or is unknown."""
         if not isinstance(node, fx.Node):
             return node
         if node not in self.known:
@@ -48,8 +48,8 @@ class _Constants:
             return tuple(map(hint, seen)) if isinstance(seen, torch.Size) else hint(seen)
         if node.target is getattr and isinstance(node.args[0], fx.Node):
             source = fake_value(node.args[0])
-            found = getattr(source, str(node.args[1]), _MISSING) if isinstance(source, Tensor) else _MISSING
-            return tuple(map(hint, found)) if isinstance(found, torch.Size) else found
+            read = getattr(source, str(node.args[1]), _MISSING) if isinstance(source, Tensor) else _MISSING
+            return tuple(map(hint, read)) if isinstance(read, torch.Size) else read
         if node.op == "call_method" and node.target == "size" and isinstance(shape_of(node.all_input_nodes[0]), tuple):
             return shape_of(node.all_input_nodes[0])
         if node.op in ("get_attr", "placeholder"):
@@ -59,7 +59,7 @@ class _Constants:
             return tensor if held else _MISSING
         if node.op not in ("call_function", "call_method") or not isinstance(seen, (Tensor, tuple, list)):
             return _MISSING
-        if isinstance(seen, Tensor) and seen.numel() > _MOST:
+        if isinstance(seen, Tensor) and seen.numel() > _LARGEST:
             return _MISSING
         return self._called(node, seen)
 
@@ -74,7 +74,9 @@ class _Constants:
         values = {n: self.value(n) for n in node.all_input_nodes}
         if any(value is _MISSING for value in values.values()):
             return _MISSING
-        values = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}  # it may write into them
+        values = {
+            n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()
+        }  # the call may write into them
         args: Any = fx.node.map_arg(node.args, values.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
         kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
@@ -87,55 +89,55 @@ class _Constants:
             return _MISSING
 
     def fixed(self, node: fx.Node) -> Tensor | None:
-        """The tensor that a node always yields, or None: nothing that it comes from is written by a statement."""
+        """Return the tensor that a node always yields, or None; no statement may write into what it comes from."""
         value = self.value(node)
         if not isinstance(value, Tensor):
             return None
-        stack, behind = [node], {node}
+        stack, related = [node], {node}
         while stack:
             for source in stack.pop().all_input_nodes:
-                if source not in behind and isinstance(self.known.get(source), Tensor):
-                    behind.add(source)
+                if source not in related and isinstance(self.known.get(source), Tensor):
+                    related.add(source)
                     stack.append(source)
-        views = list(behind)
+        views = list(related)
         while views:
             for user in views.pop().users:
-                if user in behind or not isinstance(fake_value(user), (Tensor, type(None))):
+                if user in related or not isinstance(fake_value(user), (Tensor, type(None))):
                     continue
                 if written(self.gm, user):
                     return None
                 if isinstance(fake_value(user), Tensor) and self.value(user) is not _MISSING:
-                    behind.add(user)
+                    related.add(user)
                     views.append(user)
         return value
 
 
-def _all(value: Tensor | None, what: bool) -> bool:
-    """Whether a mask is the same everywhere: true, or zero."""
+def _is_all(value: Tensor | None, what: bool) -> bool:
+    """Return True if a mask is the same everywhere: true, or zero."""
     if value is None:
         return False
     return bool(value.all()) if what else not bool(value.any())
 
 
 def hides_nothing(constants: _Constants, mask: Any) -> bool:
-    """Whether a mask that attention is given (boolean, or added to its logits) lets all see all."""
+    """Return True if attention's mask (boolean, or added to its logits) lets every token see every other."""
     value = constants.fixed(mask) if isinstance(mask, fx.Node) else None
-    return value is not None and _all(value, value.dtype is torch.bool)
+    return value is not None and _is_all(value, value.dtype is torch.bool)
 
 
 def _idle_step(constants: _Constants, node: fx.Node) -> fx.Node | None:
-    """The logits that a node yields unchanged, or None where it changes them, or is no masking."""
+    """Return the logits that a masking node yields unchanged; None if it changes them, or masks nothing."""
     name = target_name(constants.gm, node)
     source: Any = None
     if is_add(node) and len(node.args) == 2 and not node.kwargs:
         first, second = node.args
         for logits, mask in ((first, second), (second, first)):
-            if isinstance(mask, fx.Node) and isinstance(logits, fx.Node) and _all(constants.fixed(mask), False):
+            if isinstance(mask, fx.Node) and isinstance(logits, fx.Node) and _is_all(constants.fixed(mask), False):
                 source = logits
     elif name in ("masked_fill", "masked_fill_") and isinstance(node.args[1], fx.Node):
-        source = node.args[0] if _all(constants.fixed(node.args[1]), False) else None
+        source = node.args[0] if _is_all(constants.fixed(node.args[1]), False) else None
     elif name == "where" and len(node.args) == 3 and isinstance(node.args[0], fx.Node):
-        source = node.args[1] if _all(constants.fixed(node.args[0]), True) else None
+        source = node.args[1] if _is_all(constants.fixed(node.args[0]), True) else None
     if not isinstance(source, fx.Node):
         return None
     before, after = fake_value(source), fake_value(node)
@@ -144,12 +146,12 @@ def _idle_step(constants: _Constants, node: fx.Node) -> fx.Node | None:
 
 
 def idle_masks(gm: IRModule, lifted: Lifted) -> Mapping[fx.Node, fx.Node | None]:
-    """Attentions whose mask hides nothing (-> None), and steps on logits of a written-out one (-> the logits)."""
-    constants, found = _Constants(gm, lifted), dict[fx.Node, fx.Node | None]()
+    """Return attentions with an idle mask (-> None), and idle steps on written-out logits (-> the logits)."""
+    constants, idle = _Constants(gm, lifted), dict[fx.Node, fx.Node | None]()
     for attention in find_attentions(gm):
         if attention.anchor.target in ATTENTION:
             if hides_nothing(constants, argument(attention.anchor, 3, "attn_mask")):
-                found[attention.anchor] = None
+                idle[attention.anchor] = None
             continue
         stack, seen = [attention.anchor], {attention.anchor}
         while stack:  # from the softmax up to the product of queries and keys
@@ -160,14 +162,14 @@ def idle_masks(gm: IRModule, lifted: Lifted) -> Mapping[fx.Node, fx.Node | None]
                 stack.append(node)
                 source = _idle_step(constants, node)
                 if source is not None:
-                    found[node] = source
-    return found
+                    idle[node] = source
+    return idle
 
 
-def drop(gm: IRModule, found: Mapping[fx.Node, fx.Node | None]) -> None:
-    """Take idle masks out of a graph, and what computed them and nothing else."""
-    left = [n for node in found for n in node.all_input_nodes if n not in found]
-    for node, source in found.items():
+def drop(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> None:
+    """Remove idle masks from a graph, along with the nodes that computed nothing else."""
+    unread = [n for node in idle for n in node.all_input_nodes if n not in idle]
+    for node, source in idle.items():
         if source is not None:
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
@@ -175,9 +177,9 @@ def drop(gm: IRModule, found: Mapping[fx.Node, fx.Node | None]) -> None:
             node.update_arg(3, None)
         else:
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
-    while left:
-        node = left.pop()
+    while unread:
+        node = unread.pop()
         pure = node.op == "get_attr" or (node.op in ("call_function", "call_method") and not writes(gm, node))
         if pure and not node.users and not node._erased:
-            left += node.all_input_nodes
+            unread += node.all_input_nodes
             gm.graph.erase_node(node)

@@ -1,10 +1,10 @@
 """Merge tokens: insert ToMe after the attention residual of every block (method: section 8).
 
-Anchored on attention, fused or written out: from there the graph leads to the first addition whose other operand is
-an ancestor of the query, the attention residual. The merge goes after it, and ``log(size)`` is added to the logits of
-every later attention. Behind the first merge the token axis is followed by dataflow, never by its length, so that
-token counts burnt into reshapes can be rewritten, values per token (position embeddings, rotary tables) brought along,
-and whatever can't be followed refused by name.
+Sites are anchored on attention, fused or written out. From there the graph leads to the attention residual, the first
+addition whose other operand is an ancestor of the query. The merge follows it, and ``log(size)`` is added to the logits
+of every later attention. After the first merge the token axis is followed by dataflow, never by its length: token
+counts in reshapes are rewritten, values per token (position embeddings, rotary tables) are averaged over the tokens
+that merged, and an op that can't be followed is refused by name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mpcompile.plan import Plan, is_lowered
 
 
 def _keys(graph: fx.Graph, site: Site) -> fx.Node:
-    """Keys of all attentions of a block as (B, heads, N, D), in front of the graph's insertion point."""
+    """Concatenate the keys of all attentions of a block as (B, heads, N, D), at the graph's insertion point."""
     keys = []
     for attention in site.attentions:
         node = attention.keys
@@ -39,17 +39,22 @@ def _keys(graph: fx.Graph, site: Site) -> fx.Node:
     return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
 
 
-def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], proportional: bool) -> TokenAxis:
-    """Put the merges into the graph, and let everything behind them follow.
+def insert_merges(
+    gm: IRModule, sites: Sequence[Site], r: Sequence[int], prefix: int, numbers: Sequence[int], proportional: bool
+) -> TokenAxis:
+    """Insert the merges into a graph, and rewrite what follows them.
 
     Args:
-        sites: blocks, as many as ``decision["r"]`` has numbers.
-        decision: ``r`` and ``tokens`` as planned; blocks that merge nothing are passed over.
+        sites: the blocks.
+        r: tokens to merge, one number per block.
+        prefix: tokens in front that never merge.
+        numbers: tokens before the first block and after each one; a block that merges nothing is skipped.
+        proportional: True to add log(size) to attention logits.
 
     Raises:
-        GraphError: something behind a merge can't be followed.
+        GraphError: an op after a merge can't be followed.
     """
-    graph, prefix, numbers = gm.graph, decision["prefix"], decision["tokens"]
+    graph = gm.graph
     original = list(graph.nodes)
     mask = key_mask(list(sites))
     if mask is not None and not proportional:
@@ -70,8 +75,8 @@ def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], propor
             if first is None:
                 first = graph.call_function(ops.token_size, tuple(schema.TokenSizeArgs(site.residual, mask)))
             size = first if level is None else level.size
-            keys, r = _keys(graph, site), decision["r"][block]
-            merge_args = schema.TokenMergeArgs(x=site.residual, keys=keys, size=size, r=r, prefix=prefix)
+            keys = _keys(graph, site)
+            merge_args = schema.TokenMergeArgs(x=site.residual, keys=keys, size=size, r=r[block], prefix=prefix)
             merge = graph.call_function(ops.token_merge, tuple(merge_args))
             tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
         tokens.meta["mpcompile.original"] = site.residual
@@ -79,7 +84,7 @@ def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], propor
             user.replace_input_with(site.residual, tokens)
         level = Level(tokens, after, step, numbers[block + 1], level)
         levels[tokens] = level
-    assert first is not None  # plan() has seen to it that something merges
+    assert first is not None  # callers merge in at least one block
     axis = TokenAxis(gm, levels, first, numbers[0], prefix, mask, proportional)
     axis.follow(original)
     for node in [level.step for level in levels.values() if not level.step.users]:
@@ -88,7 +93,7 @@ def insert(gm: IRModule, sites: Sequence[Site], decision: dict[str, Any], propor
 
 
 def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
-    """A copy of a graph to try something on, with the same tensors; and the copy of each node."""
+    """Return a copy of a graph to try something on, with the same tensors, and the copy of each node."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -96,24 +101,24 @@ def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
 
 
 def _unmasked(gm: IRModule, ctx: Context) -> IRModule:
-    """The graph, or where masks that hide nothing stand in it a copy without them."""
-    found = idle_masks(gm, ctx.lifted)
-    if not found:
+    """Return the graph, or a copy without its idle masks if it has any."""
+    idle = idle_masks(gm, ctx.lifted)
+    if not idle:
         return gm
     trial, copies = _trial(gm)
-    drop(trial, {copies[node]: None if source is None else copies[source] for node, source in found.items()})
+    drop(trial, {copies[node]: None if source is None else copies[source] for node, source in idle.items()})
     return trial
 
 
 def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callable[[Sequence[int]], float]:
-    """Multiply-accumulates of a graph as a function of the tokens before the first block and behind each.
+    """Return the multiply-accumulates of a graph as a function of the tokens before the first block and after each.
 
-    Masks don't count here. The graph has to carry ``macs`` (see :func:`mpcompile.ir.graph.propagate`).
+    N:M masks are not counted. The nodes must carry ``macs`` (see :func:`mpcompile.ir.shapes.propagate`).
     """
     trial, copies = _trial(gm)
     sites, _ = find_sites(trial)
-    decision = {"r": [1] * len(sites), "prefix": prefix, "tokens": [tokens - i for i in range(len(sites) + 1)]}
-    axis = insert(trial, sites, decision, ctx.config.tome_proportional)
+    numbers = [tokens - i for i in range(len(sites) + 1)]
+    axis = insert_merges(trial, sites, [1] * len(sites), prefix, numbers, ctx.config.tome_proportional)
     place = {level.count: tokens - level.count for level in axis.levels.values()}
     terms = []
     for node in copies.values():
@@ -131,7 +136,7 @@ def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callab
 
 
 def unmerged(plan: Plan) -> list[str]:
-    """Why nothing merged although it was asked for; empty where something did, or nothing was asked."""
+    """Return why nothing merged although merging was asked for; empty if something merged, or nothing was asked."""
     last = [record.decision for record in plan.passes if record.name == MergeTokens.name][-1:]
     return [decision["reason"] for decision in last if decision.get("reason")]
 
@@ -140,9 +145,10 @@ class MergeTokens(Pass):
     """Token merging with proportional attention in every self-attention block."""
 
     name = "merge_tokens"
+    decides = True
 
     def check(self, gm: IRModule, ctx: Context) -> None:
-        """Merges that are in the graph stay as they are: others are refused, not passed over."""
+        """Refuse merges that differ from those already in the graph, which stay as they are."""
         asked, known = ctx.config.to_dict(), ctx.plan.config
         if ctx.config.tome_r == 0 or not (is_lowered(gm, ctx.plan) or ctx.plan.tokens):
             return
@@ -179,7 +185,7 @@ class MergeTokens(Pass):
                 return {**nothing, "reason": str(error)}
             raise error
         if ctx.tolerant and 0 in (shape_of(sites[0].residual) or ()):
-            return nothing  # a graph for no samples: there is nothing to save in it
+            return nothing  # a graph for an empty batch: there is nothing to save
         key_mask(sites)
         prefix = count_prefix(sites[0], ctx.lifted) if ctx.config.prefix_tokens is None else ctx.config.prefix_tokens
         tokens = (shape_of(sites[0].residual) or (0, 0))[1]
@@ -212,6 +218,7 @@ class MergeTokens(Pass):
         drop(gm, idle_masks(gm, ctx.lifted))
         names = set(decision["sites"])
         sites = [site for site in find_sites(gm)[0] if site.name in names]
-        insert(gm, sites, decision, ctx.config.tome_proportional)
+        r, prefix = decision["r"], decision["prefix"]
+        insert_merges(gm, sites, r, prefix, tokens, ctx.config.tome_proportional)
         ctx.plan.tokens = list(tokens)
         return True

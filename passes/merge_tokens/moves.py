@@ -1,9 +1,9 @@
-"""What is known of merged tokens while a graph is walked, and the rules that need nothing but an axis to move."""
+"""Where merged tokens are while a graph is walked, and the rules of ops that only move axes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,15 +14,19 @@ from mpcompile.errors import GraphError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import argument, element_count, fake_value, shape_of, target_name
 
+SIZED = ("reshape", "view", "_unsafe_view", "expand")  # their arguments name every axis
+REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
+_SPLITS = ("unbind", "chunk", "split", "split_with_sizes", "tensor_split")
+
 
 @dataclass(eq=False)
 class Level:
-    """The tokens behind one merge (or more), and what is known of them.
+    """The tokens after one merge or more.
 
     Attributes:
         tokens: node of the merged tokens (B, N, C).
         size: node of their sizes (B, N, 1).
-        step: node of the places of the tokens before this merge.
+        step: node of the places that the tokens before this merge have after it.
         count: N.
         before: the level that was merged, None at the first merge.
     """
@@ -35,7 +39,7 @@ class Level:
     _places: fx.Node | None = field(default=None, repr=False)
 
     def places(self) -> fx.Node:
-        """Node of the place of every input token; put into the graph when first asked for."""
+        """Return the node of the place of every input token; it is put into the graph at the first call."""
         if self._places is None:
             self._places = self.step
             if self.before is not None:
@@ -51,9 +55,9 @@ class State:
 
     Attributes:
         level: which tokens.
-        axes: axis, counted from the front -> number of its first token in the whole sequence (behind a slice; negative
-            where other tokens stand in front).
-        many: whether it is a tuple of such tensors.
+        axes: axis, counted from the front -> number of its first token in the whole sequence: positive after a slice,
+            negative where other tokens were put in front.
+        many: True if the node yields a tuple of such tensors.
     """
 
     level: Level
@@ -64,16 +68,31 @@ class State:
 class AxisMoves:
     """Reshapes, permutations, splits and indexing.
 
-    A rule takes a node and the state of its input and gives the state of its output, None where that holds no tokens
-    that may move. It rewrites sizes that held for unmerged tokens.
+    A rule takes a node and the state of its input. It returns the state of the node's output, or None if that holds no
+    tokens that may move. It rewrites sizes that held for unmerged tokens.
 
     Args:
         prefix: tokens in front that never merge.
+
+    Attributes:
+        moves: name of an op -> its rule.
+        numbers: node that reads a number from a shape -> the tokens whose shape that is.
     """
 
     def __init__(self, gm: IRModule, prefix: int) -> None:
         self.gm, self.prefix = gm, prefix
-        self.numbers: dict[fx.Node, Level] = {}  # read from a shape -> the tokens whose shape that is
+        self.numbers: dict[fx.Node, Level] = {}
+        self.moves: dict[str, Callable[[fx.Node, State], State | None]] = {
+            **dict.fromkeys(SIZED, self._reshape),
+            **dict.fromkeys(REGROUPS, self._regroup),
+            "permute": self._permute,
+            "transpose": self._transpose,
+            "swapaxes": self._transpose,
+            **dict.fromkeys(_SPLITS, self._split),
+            "getitem": self._getitem,
+            "select": self._select,
+            "slice": self._slice,
+        }
 
     def _refusal(self, node: fx.Node, why: str) -> GraphError:
         name = target_name(self.gm, node)
@@ -86,24 +105,24 @@ class AxisMoves:
         )
 
     def _shape(self, node: Any) -> tuple[int, ...]:
-        """Shape before any merge."""
+        """Return the shape that a node's tensor had before any merge."""
         return (shape_of(node.meta.get("mpcompile.original", node)) if isinstance(node, fx.Node) else None) or ()
 
     def _places(self, node: fx.Node, state: State) -> dict[int, int]:
-        """Token axes of the input of a reshape -> those of its output."""
+        """Return the token axes of a reshape's input, each with its axis in the output."""
         before, after = self._shape(node.args[0]), self._shape(node)
-        found = {}
+        places = {}
         for axis in state.axes:
             for place, length in enumerate(after):
                 ahead = element_count(before[:axis]) == element_count(after[:place])
                 if target_name(self.gm, node) == "expand":
                     ahead = place == axis + len(after) - len(before)
                 if ahead and length == before[axis]:
-                    found[axis] = place
+                    places[axis] = place
                     break
             else:
                 raise self._refusal(node, "it joins the token axis with another, or splits it (windows, a grid)")
-        return found
+        return places
 
     def _regroup(self, node: fx.Node, state: State) -> State:
         return replace(state, axes={place: state.axes[axis] for axis, place in self._places(node, state).items()})
@@ -131,7 +150,7 @@ class AxisMoves:
         return result
 
     def _exchange(self, node: fx.Node, sizes: list[Any], place: int) -> None:
-        """Leave the tokens open in place of an axis that a reshape leaves open although its length is fixed."""
+        """Write -1 for the tokens instead of for another axis, whose fixed length takes the place of its own -1."""
         other = sizes.index(-1)
         length = fake_value(node).shape[other]
         if not isinstance(length, int):
@@ -162,7 +181,7 @@ class AxisMoves:
         if state.many:
             return replace(state, many=False)
         index = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(item, (fx.Node, list, torch.Tensor)) for item in index):
+        if any(isinstance(entry, (fx.Node, list, torch.Tensor)) for entry in index):
             raise self._refusal(node, "it picks tokens by an index that is computed")
         if Ellipsis in index:
             gap = len(self._shape(source)) - (len(index) - 1 - index.count(None))
@@ -170,55 +189,48 @@ class AxisMoves:
             index = (*index[:place], *[slice(None)] * gap, *index[place + 1 :])
         axes: dict[int, int] = {}
         axis = read = 0
-        for item in itertools.chain(index, itertools.repeat(slice(None), len(self._shape(source)))):
-            if item is not None and read in state.axes:
-                start = self._cut(node, state.axes[read], item)
+        for entry in itertools.chain(index, itertools.repeat(slice(None), len(self._shape(source)))):
+            if entry is not None and read in state.axes:
+                start = self._cut(node, state.axes[read], entry)
                 if start is not None:
                     axes[axis] = start
-            axis += item is None or isinstance(item, slice)
-            read += item is not None
+            axis += entry is None or isinstance(entry, slice)
+            read += entry is not None
         return replace(state, axes=axes) if axes else None
 
-    def _cut(self, node: fx.Node, first: int, item: Any) -> int | None:
-        """Indexing on a token axis whose first token is number ``first``: the first one of what is left.
+    def _cut(self, node: fx.Node, first: int, index: Any) -> int | None:
+        """Index a token axis whose first token is number ``first``; return the number of the first one left.
 
-        None for prefix tokens, whose number stays.
+        None if only prefix tokens are left, whose number is fixed.
         """
-        if item == slice(None):
+        if index == slice(None):
             return first
-        if isinstance(item, int) and item >= 0 and item + first < self.prefix:
+        if isinstance(index, int) and index >= 0 and index + first < self.prefix:
             return None
-        if isinstance(item, slice) and item.step in (None, 1):
-            start, stop = item.start or 0, item.stop
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop = index.start or 0, index.stop
             if isinstance(start, int) and 0 <= start <= self.prefix - first and stop is None:
                 return first + start
             if isinstance(stop, int) and isinstance(start, int) and 0 <= start <= stop <= self.prefix - first:
                 return None
         raise self._refusal(node, "it picks tokens by their place, and merging moves them")
 
-    def _one_axis(self, node: fx.Node, state: State, dim: int, item: Any, gone: bool) -> State | None:
+    def _index_axis(self, node: fx.Node, state: State, dim: int, index: Any, gone: bool) -> State | None:
+        """Index one axis, which is ``gone`` afterwards if ``index`` is a number."""
         axes = {a - (gone and dim < a): start for a, start in state.axes.items() if a != dim}
         if dim in state.axes:
-            start = self._cut(node, state.axes[dim], item)
+            start = self._cut(node, state.axes[dim], index)
             if start is not None:
                 axes[dim] = start
         return replace(state, axes=axes) if axes else None
 
     def _select(self, node: fx.Node, state: State) -> State | None:
         dim = int(argument(node, 1, "dim")) % len(self._shape(node.args[0]))
-        return self._one_axis(node, state, dim, argument(node, 2, "index"), True)
+        return self._index_axis(node, state, dim, argument(node, 2, "index"), True)
 
     def _slice(self, node: fx.Node, state: State) -> State | None:
         dim = int(argument(node, 1, "dim", 0)) % len(self._shape(node))
         start, stop = argument(node, 2, "start"), argument(node, 3, "end")
         stop = None if stop is None or (isinstance(stop, int) and stop >= 2**31) else stop
         step = argument(node, 4, "step", 1)
-        return self._one_axis(node, state, dim, slice(start or None, stop, None if step == 1 else step), False)
-
-    def _along_another(self, node: fx.Node, state: State) -> State:
-        """``F.normalize`` and ``repeat_interleave``, along another axis than the tokens'."""
-        where = (2, "dim", 1) if target_name(self.gm, node) == "normalize" else (2, "dim", None)
-        axis = argument(node, *where)
-        if axis is None or axis % len(self._shape(node)) in state.axes:
-            raise self._refusal(node, "it runs over the tokens")
-        return state
+        return self._index_axis(node, state, dim, slice(start or None, stop, None if step == 1 else step), False)

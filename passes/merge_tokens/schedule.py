@@ -1,4 +1,4 @@
-"""How many tokens each block merges: constant, linearly decreasing, listed, or solved for a MAC budget."""
+"""Schedules of merging: constant, linearly decreasing, listed block by block, or solved for a MAC budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpcompile.kernels.token_merge.reference import merged_count
 
 
 def spread(total: int, blocks: int, schedule: str) -> list[int]:
-    """``total`` merges over ``blocks``: alike in all of them, or falling linearly to 0 in the last.
+    """Distribute ``total`` merges over ``blocks``: evenly, or falling linearly to 0 in the last.
 
     Example:
         >>> spread(16, 4, "constant"), spread(16, 4, "linear")
@@ -29,7 +29,7 @@ def spread(total: int, blocks: int, schedule: str) -> list[int]:
 
 
 def counts(tokens: int, prefix: int, merges: Sequence[int]) -> list[int]:
-    """Tokens before the first block and behind each of them.
+    """Return the number of tokens before the first block and after each one.
 
     Example:
         >>> counts(197, 1, [8, 8, 150])
@@ -41,13 +41,14 @@ def counts(tokens: int, prefix: int, merges: Sequence[int]) -> list[int]:
 def solve(
     reduction: float, tokens: int, prefix: int, blocks: int, schedule: str, cost: Callable[[Sequence[int]], float]
 ) -> list[int]:
-    """The schedule that merges least and still saves ``reduction`` of the cost.
+    """Return the schedule with the fewest merges that saves ``reduction`` of the cost.
 
     Args:
-        cost: tokens before the first block and behind each -> cost.
+        reduction: share of the cost of the unmerged model, between 0 and 1.
+        cost: numbers of tokens before the first block and after each one -> cost.
 
     Raises:
-        ConfigError: not even merging half of all tokens in every block saves that much.
+        ConfigError: even merging half of all tokens in every block saves less.
     """
     dense = cost([tokens] * (blocks + 1))
 
@@ -68,10 +69,10 @@ def solve(
 
 
 def merges(config: Config, blocks: int) -> list[int] | None:
-    """Tokens to merge in each block as the config names them; None where they are to be solved for.
+    """Return the number of tokens to merge in each block as the config lists them; None for ``tome_r="auto"``.
 
     Raises:
-        ConfigError: a list of another length than the model has blocks.
+        ConfigError: the list has another length than the model has blocks.
     """
     r = config.tome_r
     if isinstance(r, str):

@@ -1,4 +1,4 @@
-"""Where tokens can merge: attention blocks on one stream of tokens, and the tokens in front that never merge."""
+"""Sites: the attention blocks in which tokens can merge, and the tokens in front that never merge."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SHAPE_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: ``anchor`` is its fused call, or the softmax of one that is written out.
+    """One attention. ``anchor`` is its fused call, or the softmax of an attention that is written out.
 
     Attributes:
         query: (B, heads, N, D).
         keys: (B, heads, N, D), or (B, heads, D, N) where ``transposed``.
-        mask: what the fused call adds to its logits, or None.
+        mask: the mask that the fused call adds to its logits, or None.
     """
 
     anchor: fx.Node
@@ -39,7 +39,7 @@ class Attention:
 
     @property
     def key_shape(self) -> tuple[int, ...]:
-        """(B, heads, N, D); empty where it isn't known to have four axes."""
+        """(B, heads, N, D); empty unless the keys are known to have four axes."""
         shape = shape_of(self.keys) or ()
         if len(shape) != 4:
             return ()
@@ -48,7 +48,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Site:
-    """One block: its attentions (several where it runs them side by side), and the addition behind which to merge."""
+    """One block: its attentions (several if it runs them in parallel), and the addition after which tokens merge."""
 
     attentions: tuple[Attention, ...]
     residual: fx.Node
@@ -59,14 +59,14 @@ class Site:
 
 
 def asks_shape(node: fx.Node) -> bool:
-    """Whether a node reads a tensor's shape, dtype or device only."""
+    """Return True if a node reads nothing but a tensor's shape, dtype or device."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in _SHAPE_ATTRIBUTES
     return (node.op == "call_method" and node.target in ("size", "dim")) or "sym_size" in str(node.target)
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Everything that a node is computed from."""
+    """Return all nodes that a node is computed from."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -84,14 +84,14 @@ def _is_softmax(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def is_matmul(node: fx.Node) -> bool:
-    """Whether a node is a matrix product of two tensors, as an operator, a function or a method."""
+    """Return True if a node is a matrix product of two tensors, as an operator, a function or a method."""
     if node.op == "call_method":
         return node.target in ("matmul", "bmm", "__matmul__")
     return node.target in _MATMUL
 
 
 def _logits(softmax: fx.Node) -> fx.Node | None:
-    """The product of queries and keys that a softmax normalises: the nearest one upstream of the same size."""
+    """Return the product of queries and keys that a softmax normalises: the nearest one upstream of the same size."""
     wanted = shape_of(softmax)
     if wanted is None or len(wanted) != 4:
         return None
@@ -110,67 +110,73 @@ def _logits(softmax: fx.Node) -> fx.Node | None:
 
 
 def find_attentions(gm: fx.GraphModule) -> list[Attention]:
-    """Every attention over tokens, fused or written out, in graph order."""
-    found = []
+    """Return every attention over tokens, fused or written out, in graph order."""
+    attentions = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in ATTENTION:
             mask = argument(node, 3, "attn_mask")
             query, keys = argument(node, 0, "query"), argument(node, 1, "key")
-            found.append(Attention(node, query, keys, mask=mask if isinstance(mask, fx.Node) else None))
+            attentions.append(Attention(node, query, keys, mask=mask if isinstance(mask, fx.Node) else None))
         elif _is_softmax(gm, node):
             product = _logits(node)
             if product is not None:
                 query, keys = argument(product, 0, "input"), argument(product, 1, "mat2", product.kwargs.get("other"))
                 if isinstance(query, fx.Node) and isinstance(keys, fx.Node):
-                    found.append(Attention(node, query, keys, transposed=True))
-    return found
+                    attentions.append(Attention(node, query, keys, transposed=True))
+    return attentions
 
 
 def opaque_attentions(gm: fx.GraphModule) -> dict[str, str]:
-    """Modules of torch.nn that hold an attention which symbolic tracing doesn't enter, and what they are."""
-    found = {}
+    """Return the modules of torch.nn that hide an attention from symbolic tracing, each with what it is."""
+    opaque = {}
     for node in gm.graph.nodes:
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if module is not None and any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
             kind = type(module).__name__
-            found[str(node.target)] = f"nn.{kind}, whose attention can't be seen: write it with F.linear and SDPA"
-    return found
+            opaque[str(node.target)] = f"nn.{kind}, whose attention can't be seen: write it with F.linear and SDPA"
+    return opaque
 
 
 def _residual(attention: Attention) -> fx.Node | None:
-    """The addition that brings the attention's result back into the stream that its query came from.
+    """Return the addition that brings an attention's result back into the stream that its query came from.
 
-    Where further branches that don't depend on it are added to the sum at once (blocks whose attention and MLP run
-    side by side), the last of these additions.
+    If further branches that don't depend on the sum are added to it directly (blocks whose attention and MLP run in
+    parallel), return the last of these additions.
     """
     upstream = ancestors(attention.query)
     reached = {attention.anchor}
     node = attention.anchor
-    found: fx.Node | None = None
+    residual: fx.Node | None = None
     while (node := node.next).op != "root":
         if asks_shape(node) or not reached.intersection(node.all_input_nodes):
             continue
         reached.add(node)
-        if found is None:
-            if is_add(node) and any(s in upstream and shape_of(s) == shape_of(node) for s in node.all_input_nodes):
-                found = node
-                reached = {node}
-        elif (
-            is_add(node)
-            and found in node.all_input_nodes
-            and len([u for u in found.users if not asks_shape(u)]) == 1
-            and not any(s is not found and found in ancestors(s) for s in node.all_input_nodes)
-            and all(shape_of(s) == shape_of(found) for s in node.all_input_nodes)
-        ):
-            found = node
-            reached = {node}
+        if residual is None:
+            returns = is_add(node) and any(
+                s in upstream and shape_of(s) == shape_of(node) for s in node.all_input_nodes
+            )
+            if returns:
+                residual, reached = node, {node}
+        elif _adds_branch(node, residual):
+            residual, reached = node, {node}
         else:
             break
-    return found
+    return residual
+
+
+def _adds_branch(node: fx.Node, total: fx.Node) -> bool:
+    """Return True if a node adds a branch that doesn't depend on ``total`` to it, as its only reader."""
+    return (
+        is_add(node)
+        and total in node.all_input_nodes
+        and len([u for u in total.users if not asks_shape(u)]) == 1
+        and not any(s is not total and total in ancestors(s) for s in node.all_input_nodes)
+        and all(shape_of(s) == shape_of(total) for s in node.all_input_nodes)
+    )
 
 
 def _obstacle(attention: Attention, residual: fx.Node | None) -> str | None:
-    """Why no tokens can merge behind an attention, or None."""
+    """Return why no tokens can merge after an attention, or None."""
     if residual is None:
         return "no addition brings its result back to where its query came from"
     stream, keys = shape_of(residual) or (), attention.key_shape
@@ -186,10 +192,10 @@ def _obstacle(attention: Attention, residual: fx.Node | None) -> str | None:
 
 
 def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
-    """Self-attention blocks on a (B, N, C) stream, in graph order, and why other attentions are none.
+    """Return the self-attention blocks on a (B, N, C) stream in graph order, and why other attentions can't merge.
 
     Raises:
-        GraphError: blocks that can merge stand on more than one token axis.
+        GraphError: the blocks that can merge work on more than one token axis.
     """
     grouped: dict[fx.Node, list[Attention]] = {}
     reasons: dict[str, str] = {}
@@ -214,12 +220,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
     return sites, reasons
 
 
-def key_mask(sites: list[Site]) -> fx.Node | None:
-    """The attention mask over keys that every block uses, or None where none does.
-
-    Raises:
-        GraphError: a mask that differs from query to query or head to head, or from block to block; causal attention.
-    """
+def _refuse_causal(sites: list[Site]) -> None:
     for attention in (attention for site in sites for attention in site.attentions):
         if not attention.transposed and argument(attention.anchor, 5, "is_causal", False) is not False:
             raise GraphError(
@@ -229,6 +230,15 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
                 found="is_causal",
                 hint="use tome_r=0 for this model",
             )
+
+
+def key_mask(sites: list[Site]) -> fx.Node | None:
+    """Return the attention mask over keys that every block uses, or None if none does.
+
+    Raises:
+        GraphError: a mask differs between queries, heads or blocks; causal attention.
+    """
+    _refuse_causal(sites)
     masks = {attention.mask: attention for site in sites for attention in site.attentions}
     if not masks.keys() - {None}:
         return None
@@ -250,7 +260,7 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
 
 
 def _from_data(node: fx.Node, lifted: Lifted) -> bool:
-    """Whether a node depends on the model's input, and not on parameters and shapes alone."""
+    """Return True if a node depends on the model's input, and not on parameters and shapes alone."""
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
@@ -264,10 +274,10 @@ def _from_data(node: fx.Node, lifted: Lifted) -> bool:
 
 
 def count_prefix(site: Site, lifted: Lifted) -> int:
-    """Tokens in front that come from parameters, found at the concatenations upstream of the first block.
+    """Count the tokens in front that come from parameters, at the concatenations upstream of the first block.
 
     Raises:
-        GraphError: such tokens stand behind others.
+        GraphError: such tokens follow others.
     """
     prefix = 0
     for node in ancestors(site.residual):
@@ -280,7 +290,7 @@ def count_prefix(site: Site, lifted: Lifted) -> int:
             continue
         if not all(data[data.index(True) :]):
             raise GraphError(
-                "tokens that come from parameters stand behind the image's",
+                "tokens that come from parameters follow the image's",
                 layer=node.name,
                 expected="class, distillation and register tokens in front",
                 found=f"{data.count(False)} of {len(data)} parts, not all of them in front",

@@ -1,4 +1,4 @@
-"""Folding BatchNorm into masked convolutions: same values, same names, nothing of the user's written."""
+"""Folding BatchNorm into masked convolutions: same values, same names, and the user's tensors are not written."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ X = torch.randn(2, 8, 7, 7, generator=torch.Generator().manual_seed(1))
 
 
 def shake(model):
-    """Statistics and parameters that are not the trivial ones."""
+    """Give every BatchNorm statistics and parameters that change values."""
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
@@ -51,7 +51,7 @@ def masked(model, x=X):
 
 
 def brought(gm, x, bring):
-    """The masked graph as it is, from dynamo, or from export."""
+    """Import a masked graph as it is, through dynamo, or through export."""
     if bring == "dynamo":
         return capture(gm, x)
     if bring == "export":
@@ -60,7 +60,7 @@ def brought(gm, x, bring):
 
 
 def fold(imported):
-    """Run the pass and say what it decided."""
+    """Run the pass; return what it decided, and the context."""
     ctx, step = Context(Config(engine="reference"), imported.inputs, imported.lifted), FoldNorm()
     propagate(imported.gm, imported.inputs)
     before = imported.gm.code
@@ -93,9 +93,9 @@ def test_folded_and_lowered_equal_the_original(bring, affine):
     assert ctx.plan.passes[-1].summary == "2 BatchNorms folded, 0 left"
     assert not norms(imported)
     assert relative(value(imported), gm(X)) < 1e-6
-    found = layers(imported.gm, imported.lifted)
-    assert [(layer.name, str(layer.pattern)) for layer in found] == [("0", "2:4"), ("3", "2:4")]
-    for layer in found:
+    convolutions = layers(imported.gm, imported.lifted)
+    assert [(layer.name, str(layer.pattern)) for layer in convolutions] == [("0", "2:4"), ("3", "2:4")]
+    for layer in convolutions:
         assert torch.equal(layer.mask.tensor, names[layer.name])
         assert layer.weight.node.op == "get_attr" and not layer.weight.tensor.requires_grad
     step = Lower()
@@ -133,7 +133,7 @@ def test_timm_norms_keep_their_activation(bring, options):
     assert relative(value(imported), gm(X)) < 1e-6
 
 
-def test_what_is_left_of_a_timm_norm_can_be_saved(tmp_path):
+def test_the_parts_of_a_folded_timm_norm_can_be_saved(tmp_path):
     gm = transform(shake(nn.Sequential(nn.Conv2d(8, 8, 1), BatchNormAct2d(8))), X, Config(include=("*",)))
     lowered = lower(gm, X, Config(engine="reference"))
     save(lowered, tmp_path / "lowered.mpc")
@@ -153,7 +153,7 @@ def test_half_precision_is_folded_in_double():
 
 
 class Functional(nn.Module):
-    """A convolution and whatever a test puts behind it."""
+    """A convolution, a BatchNorm, and what a test does with them."""
 
     def __init__(self, after):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Folding LayerScale into masked layers: same values, and residual additions come within Fuse's reach."""
+"""Folding LayerScale into masked layers: same values, and Fuse can take in the residual additions."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_layer_scale_of_a_transformer(bring):
     propagate(imported.gm, imported.inputs)
     fuse = Fuse()
     fuse.run(imported.gm, ctx)
-    assert len(ctx.plan.passes[-1].decision["residuals"]) == 4  # all of them, where the scales stood in the way
+    assert len(ctx.plan.passes[-1].decision["residuals"]) == 4  # all of them: no scale is left in between
     assert relative(value(imported), gm(x)) < 1e-6
 
 
@@ -76,7 +76,7 @@ def test_half_precision(dtype):
 
 
 class Scaled(nn.Module):
-    """A layer and what a test does with it and a factor."""
+    """A layer, a factor, and what a test does with them."""
 
     def __init__(self, layer, factor, body):
         super().__init__()

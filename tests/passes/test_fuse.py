@@ -1,4 +1,4 @@
-"""Fusion into native operators in whole models: the same values from as few nodes as expected."""
+"""Fusion into native operators in whole models: the same values, from the expected number of nodes."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ from tests.support.helpers import capture, convolutional, images, mlp, relative,
 
 @torch.no_grad()
 def lower_natively(gm, lifted=None):
-    """Masked layers -> nm_gemm and nm_conv, whichever engines are there."""
+    """Replace masked layers by nm_gemm and nm_conv, whichever engines this machine has."""
     for layer in layers(gm, lifted):
         if layer.mask is None or (layer.geometry is not None and layer.geometry.groups > 1):
             continue
@@ -52,7 +52,7 @@ def lower_natively(gm, lifted=None):
 
 
 def fuse(gm, inputs, lifted=None):
-    """Run the pass on a copy: the copy, the decision, the context."""
+    """Run the pass on a copy; return the copy, the decision and the context."""
     ctx = Context(Config(), list(inputs), lifted or Lifted())
     ctx.plan.layers = {name: LayerPlan("linear", (1, 1)) for name in ("fc1", "fc2", "blocks.0.mlp.fc1", "conv3")}
     fused, step = copy.deepcopy(gm), Fuse()
@@ -94,7 +94,7 @@ def test_vit_by_symbolic_trace(tome_r):
         assert relative(fused(images(batch)), gm(images(batch))) < 1e-6
 
 
-def test_example_batch_of_one_is_no_obstacle():
+def test_an_example_batch_of_one_fuses_too():
     gm = transform(tiny_vit(), images(1), Config(score="magnitude")).eval()
     lower_natively(gm)
     fused, decision, _ = fuse(gm, [images(1)])
@@ -111,11 +111,11 @@ def test_vit_by_dynamo(options, expected):
     fused, decision, _ = fuse(imported.gm, imported.inputs, imported.lifted)
     assert counts(decision) == expected
     assert relative(fused(*imported.inputs)[0], masked(images())) < 1e-6
-    if options:  # the layer scale stands between
+    if options:  # the layer scale is in between
         assert set(decision["left"].values()) == {"followed by mul", "followed by reshape"}
 
 
-def test_no_mlp_where_the_second_has_an_activation():
+def test_no_mlp_if_the_second_layer_has_an_activation():
     gm = transform(mlp(), torch.randn(2, 32), Config(score="magnitude")).eval()
     lower_natively(gm)
     fused, decision, _ = fuse(gm, [torch.randn(2, 32)])
@@ -162,7 +162,7 @@ def test_bottleneck(downsample, bring):
     fused, decision, ctx = fuse(gm, inputs, lifted)
     assert counts(decision) == (2, 1, 0)
     assert not any(activation_of(fused, n) for n in fused.graph.nodes)
-    assert ("fuse" in ctx.plan.layers["conv3"].notes) != downsample  # of two, the later takes the sum
+    assert ("fuse" in ctx.plan.layers["conv3"].notes) != downsample  # of two operands, the later one takes in the sum
     result = fused(*inputs)
     assert relative(result[0] if bring == "dynamo" else result, expected) < 1e-6
 

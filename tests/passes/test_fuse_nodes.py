@@ -27,7 +27,7 @@ def masked_linear(inputs, outputs):
 
 
 class Net(nn.Module):
-    """Two masked layers and whatever a test does with them."""
+    """Two masked layers, and what a test does with them."""
 
     def __init__(self, body, **modules):
         super().__init__()
@@ -46,7 +46,7 @@ class Leaves(Tracer):
 
 
 def check(body, expected, why=None, x=None, **modules):
-    """Fuse a net; compare what was fused, and the values."""
+    """Fuse a net; compare the numbers of fused nodes, and the values."""
     net = Net(body, **modules).eval()
     x = torch.randn(4, 8) if x is None else x
     gm = IRModule(net, Leaves().trace(net))
@@ -93,7 +93,7 @@ def test_activation_modules(module, activation):
 
 
 def empty(**modules):
-    """A graph that returns its input, beside modules that it doesn't call yet; and that input."""
+    """Return a graph that yields its input, with modules that it doesn't call yet, and that input."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(x)
@@ -214,7 +214,7 @@ def test_unknown_shapes_are_refused():
     assert list(decision["left"].values()) == ["shapes are not known"]
 
 
-def test_the_sum_may_be_added_to_again():
+def test_a_sum_that_is_added_to_again():
     check(lambda net, x: x + (x + net.fc1(x)), (0, 1, 0))
 
 
@@ -253,7 +253,7 @@ BEHIND = {
 
 
 @pytest.mark.parametrize("name", BEHIND)
-def test_activations_behind_the_addition(name):
+def test_activations_after_the_addition(name):
     body, expected, epilogue = BEHIND[name]
     fused, _, _ = check(body, expected)
     assert next(n for n in fused.graph.nodes if n.target is ops.nm_gemm).args[-1] == epilogue

@@ -24,7 +24,7 @@ MODELS = {
 
 
 def lowered(gm, **options):
-    """A lowered copy, and the pass that made it."""
+    """Lower a copy; return it and the pass."""
     gm, step = copy.deepcopy(gm), Lower()
     step.run(gm, Context(Config(**options), []))
     return gm, step
@@ -126,5 +126,5 @@ def test_weights_too_large_to_pack(monkeypatch):
         lowered(gm, engine="reference")
     assert "allocate" in caught.value.found and "exclude" in caught.value.hint
     monkeypatch.setattr(Reference, "pack", lambda *args: torch.empty(2) @ torch.empty(3))
-    with pytest.raises(RuntimeError, match="size"):  # any other error is its own
+    with pytest.raises(RuntimeError, match="size"):  # other errors pass through
         lowered(gm, engine="reference")

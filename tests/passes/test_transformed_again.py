@@ -1,4 +1,4 @@
-"""Whether a module was transformed is asked of its plan, and the plan goes on to say what the weights are."""
+"""Transforming a module again: its plan shows what was done, and later plans keep describing its weights."""
 
 import copy
 
@@ -26,7 +26,7 @@ def saved(gm, folder):
 
 @pytest.mark.parametrize("way", ["as it is", "deepcopy", "saved"])
 @pytest.mark.parametrize("r", [0, 2])
-def test_what_was_asked_to_stay_dense_is_not_pruned(way, r, tmp_path):
+def test_layers_that_were_to_stay_dense_are_not_pruned(way, r, tmp_path):
     x = images(2)
     gm = mpcompile.transform(tiny_vit(), x, Config(pattern="dense", tome_r=r)).eval()
     gm = {"as it is": gm, "deepcopy": copy.deepcopy(gm), "saved": saved(gm, tmp_path)}[way]
@@ -90,7 +90,7 @@ def test_layers_left_out_can_be_masked_later_and_channels_stay():
 CONV = (nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 8))
 
 
-def test_masks_stay_where_nothing_can_merge(caplog):
+def test_masks_stay_if_nothing_can_merge(caplog):
     model, x = nn.Sequential(*copy.deepcopy(CONV)).eval(), torch.randn(2, 3, 8, 8)
     torch._dynamo.reset()
     before = set(compiled_graphs())

@@ -1,7 +1,7 @@
-// Every N:M with convolutions and matrix products of many sizes, each tensor in heap memory of exactly its size, compared
-// with sums in double. Compiled with sanitizers by test_cpu_sanitizers.py; prints how many products it has checked.
+// Convolutions and matrix products of many sizes for every N:M. Each tensor has a heap allocation of exactly its size;
+// results are compared with sums in double precision. test_cpu_sanitizers.py compiles it with sanitizers.
 //
-//   kernel_sweep STRIDE [FIRST]   every STRIDE-th case of the whole product of cases, from the FIRST on
+//   kernel_sweep STRIDE [FIRST]   runs every STRIDE-th case, starting with case FIRST; prints how many cases it ran
 
 #include "cpu.cpp"
 
@@ -22,7 +22,7 @@ struct Random {
   float value() { return (float)(next() % 2001) / 1000.0f - 1.0f; }
 };
 
-// Exactly so many elements, so that one more is found out.
+// An array without slack: AddressSanitizer reports an access to the element after the last.
 template <class T> struct Exact {
   std::unique_ptr<T[]> data;
   size_t size;
@@ -31,7 +31,7 @@ template <class T> struct Exact {
   T* get() { return data.get(); }
 };
 
-// A weight (outputs, taps, channels) with N of every M channels kept, and the same packed in blocks of columns.
+// A dense weight (outputs, taps, channels) with N of every M channels kept.
 struct Sample {
   int outputs, taps, channels, n, m;
   std::vector<float> dense;
@@ -46,7 +46,8 @@ struct Sample {
   }
   float at(int o, int column) const { return dense[(size_t)o * taps * channels + column]; }
 
-  // `wide` channels at `some` taps make a block. `put` is given an entry: value, and its column in the block.
+  // Packs it in blocks of `wide` channels at `some` taps. Calls put(entry, value, column in the block) for each kept
+  // value, and returns the number of entries.
   template <class Put> size_t pack(int wide, int some, Put put) const {
     size_t entry = 0;
     for (int c0 = 0; c0 < channels; c0 += wide)
@@ -68,26 +69,28 @@ struct Sample {
   }
 };
 
-[[noreturn]] void differs(const char* what, double found, double expected) {
-  printf("%s: found %g, expected %g\n", what, found, expected);
+[[noreturn]] void fail(const char* what, double actual, double expected) {
+  printf("%s: got %g, expected %g\n", what, actual, expected);
   exit(1);
 }
 
-void compare(const char* what, double found, double expected, double scale, double tolerance) {
-  if (!(std::fabs(found - expected) <= tolerance * (1 + scale))) differs(what, found, expected);
+void compare(const char* what, double actual, double expected, double scale, double tolerance) {
+  if (!(std::fabs(actual - expected) <= tolerance * (1 + scale))) fail(what, actual, expected);
 }
 
 void convolution(int n, int m, int kh, int kw, int stride, int dilation, int groups, bool last, Random& r) {
   const int channels = m * groups, outputs = 1 + r.below(3), taps = kh * kw, images = 1 + r.below(2);
   const int ph = r.below(kh * dilation), pw = r.below(kw * dilation);
-  const int h = std::max(1, dilation * (kh - 1) + 1 - 2 * ph) + r.below(4), w = std::max(1, dilation * (kw - 1) + 1 - 2 * pw) + r.below(20);
-  const Convolution g{images, channels, h, w, outputs, kh, kw, stride, stride, ph, pw, dilation, dilation};
+  const int h = std::max(1, dilation * (kh - 1) + 1 - 2 * ph) + r.below(4);
+  const int w = std::max(1, dilation * (kw - 1) + 1 - 2 * pw) + r.below(20);
+  const Convolution g{images, channels, h, w, kh, kw, stride, stride, ph, pw, dilation, dilation};
   const Sample weight(outputs, taps, channels, n, m, r);
   const int wide = m * std::max(1, CONV_CHANNELS / m), parts = (taps * wide + CONV_COLUMNS - 1) / CONV_COLUMNS;
   const int some = (taps + parts - 1) / parts;
-  const size_t held = weight.pack(wide, some, [](size_t, float, int) {});
-  Exact<float> values(held), x((size_t)images * channels * h * w), y((size_t)images * outputs * g.out_h() * g.out_w()), bias(outputs);
-  Exact<uint8_t> index(held);
+  const size_t entries = weight.pack(wide, some, [](size_t, float, int) {});
+  Exact<float> values(entries), x((size_t)images * channels * h * w), bias(outputs);
+  Exact<float> y((size_t)images * outputs * g.out_h() * g.out_w());
+  Exact<uint8_t> index(entries);
   weight.pack(wide, some, [&](size_t e, float v, int column) {
     if (column > 255) abort();
     values[e] = v;
@@ -95,8 +98,16 @@ void convolution(int n, int m, int kh, int kw, int stride, int dilation, int gro
   });
   for (size_t i = 0; i < x.size; i++) x[i] = r.value();
   for (int o = 0; o < outputs; o++) bias[o] = r.value();
-  const int64_t sizes[13] = {images, channels, h, w, outputs, kh, kw, stride, stride, ph, pw, dilation, dilation};
-  if (nm_conv(x.get(), values.get(), index.get(), bias.get(), nullptr, y.get(), sizes, n, m, NONE, last, 1)) abort();
+  NmConv args{};
+  args.x = x.get(), args.y = y.get();
+  args.weight = {values.get(), index.get(), bias.get(), channels, outputs, n, m, LAYOUT_ROWS};
+  args.images = images, args.height = h, args.width = w;
+  args.kernel_h = kh, args.kernel_w = kw;
+  args.stride_h = args.stride_w = stride;
+  args.pad_h = ph, args.pad_w = pw;
+  args.dilation_h = args.dilation_w = dilation;
+  args.channels_last = last, args.threads = 1;
+  if (nm_conv(&args)) abort();
   const int64_t oh = g.out_h(), ow = g.out_w();
   for (int check = 0; check < 6; check++) {  // a few outputs, the last one among them
     const int64_t at = check ? r.below((int)y.size) : (int64_t)y.size - 1;
@@ -105,9 +116,12 @@ void convolution(int n, int m, int kh, int kw, int stride, int dilation, int gro
     double sum = bias[o], scale = 0;
     for (int t = 0; t < taps; t++)
       for (int c = 0; c < channels; c++) {
-        const int64_t yy = pixel / ow * stride - ph + t / kw * dilation, xx = pixel % ow * stride - pw + t % kw * dilation;
+        const int64_t yy = pixel / ow * stride - ph + t / kw * dilation;
+        const int64_t xx = pixel % ow * stride - pw + t % kw * dilation;
         if (yy < 0 || yy >= h || xx < 0 || xx >= w) continue;
-        const float v = last ? x[((image * h + yy) * w + xx) * channels + c] : x[((image * channels + c) * h + yy) * w + xx];
+        const int64_t from =
+            last ? ((image * h + yy) * w + xx) * channels + c : ((image * channels + c) * h + yy) * w + xx;
+        const float v = x[from];
         sum += (double)v * weight.at((int)o, t * channels + c);
         scale += std::fabs((double)v * weight.at((int)o, t * channels + c));
       }
@@ -115,10 +129,13 @@ void convolution(int n, int m, int kh, int kw, int stride, int dilation, int gro
   }
 }
 
-// Rows of a matrix into exact memory, for X = float or bf16.
+// A matrix packed in LAYOUT_ROWS, X = float or bf16.
 template <class X> struct Matrix {
   Exact<X> values;
   Exact<uint8_t> index;
+  NmWeight weight(int inputs, int outputs, int n, int m) {
+    return {values.get(), index.get(), nullptr, inputs, outputs, n, m, LAYOUT_ROWS};
+  }
   static Matrix of(const Sample& s) {
     const int wide = block_columns(LAYOUT_ROWS, s.m);
     Matrix made{Exact<X>(s.pack(wide, 1, [](size_t, float, int) {})), Exact<uint8_t>(0)};
@@ -138,16 +155,20 @@ template <class X> void product(int n, int m, int groups, int format, Random& r)
   Exact<X> x((size_t)tokens * k), y((size_t)tokens * outputs);
   for (size_t i = 0; i < x.size; i++) from_float(r.value(), &x[i]);
   const bool half = sizeof(X) == 2;
-  if (nm_linear(half, x.get(), packed.values.get(), packed.index.get(), nullptr, nullptr, y.get(), tokens, pixels, k, outputs, n, m,
-                LAYOUT_ROWS, NONE, format, 1))
-    abort();
+  NmLinear args{};
+  args.x = x.get(), args.y = y.get();
+  args.weight = packed.weight(k, outputs, n, m);
+  args.tokens = tokens, args.pixels = pixels;
+  args.bf16 = half, args.format = format, args.threads = 1;
+  if (nm_linear(&args)) abort();
   for (int check = 0; check < 6; check++) {
     const int t = check ? r.below(tokens) : tokens - 1, o = check ? r.below(outputs) : outputs - 1;
     double sum = 0, scale = 0;
     for (int c = 0; c < k; c++) {
       X w;
       from_float(s.at(o, c), &w);
-      const double v = to_float(format ? x[((size_t)t / pixels * k + c) * pixels + t % pixels] : x[(size_t)t * k + c]) * to_float(w);
+      const size_t from = format ? ((size_t)t / pixels * k + c) * pixels + t % pixels : (size_t)t * k + c;
+      const double v = to_float(x[from]) * to_float(w);
       sum += v;
       scale += std::fabs(v);
     }
@@ -156,28 +177,34 @@ template <class X> void product(int n, int m, int groups, int format, Random& r)
   }
 }
 
-// Two products, whose indices may be anything: only where they read matters.
-void hostile(int n, int m, int groups, Random& r) {
+// An MLP whose indices are random bytes: only where it reads and writes matters, which the sanitizers check.
+void random_indices(int n, int m, int groups, Random& r) {
   const int k = m * groups, hidden = m * (1 + r.below(3)), outputs = 1 + r.below(20), tokens = 1 + r.below(100);
   const Sample one(hidden, 1, k, n, m, r), two(outputs, 1, hidden, n, m, r);
   auto first = Matrix<float>::of(one), second = Matrix<float>::of(two);
-  for (auto* held : {&first, &second})
-    for (size_t i = 0; i < held->index.size; i++) held->index[i] = (uint8_t)r.next();
+  for (auto* packed : {&first, &second})
+    for (size_t i = 0; i < packed->index.size; i++) packed->index[i] = (uint8_t)r.next();
   Exact<float> x((size_t)tokens * k), y((size_t)tokens * outputs);
-  if (nm_mlp(0, x.get(), first.values.get(), first.index.get(), nullptr, second.values.get(), second.index.get(), nullptr, nullptr,
-             y.get(), tokens, k, hidden, outputs, n, m, LAYOUT_ROWS, n, m, LAYOUT_ROWS, GELU, 1))
-    abort();
+  NmMlp args{};
+  args.x = x.get(), args.y = y.get();
+  args.first = first.weight(k, hidden, n, m);
+  args.second = second.weight(hidden, outputs, n, m);
+  args.tokens = tokens, args.activation = GELU, args.threads = 1;
+  if (nm_mlp(&args)) abort();
 }
 
-// A weight without columns leaves the bias.
-void nothing(Random& r) {
+// A weight without columns: the output is the bias.
+void no_columns(Random& r) {
   const int outputs = 1 + r.below(40), tokens = 1 + r.below(100);
   Exact<float> x(0), values(0), bias(outputs), y((size_t)tokens * outputs);
   Exact<uint8_t> index(0);
   for (int o = 0; o < outputs; o++) bias[o] = r.value();
-  if (nm_linear(0, x.get(), values.get(), index.get(), bias.get(), nullptr, y.get(), tokens, 1, 0, outputs, 2, 4, LAYOUT_ROWS, NONE, 0, 1))
-    abort();
-  for (size_t i = 0; i < y.size; i++) compare("nothing", y[i], bias[i % outputs], 0, 0);
+  NmLinear args{};
+  args.x = x.get(), args.y = y.get();
+  args.weight = {values.get(), index.get(), bias.get(), 0, outputs, 2, 4, LAYOUT_ROWS};
+  args.tokens = tokens, args.pixels = 1, args.threads = 1;
+  if (nm_linear(&args)) abort();
+  for (size_t i = 0; i < y.size; i++) compare("no columns", y[i], bias[i % outputs], 0, 0);
 }
 
 }  // namespace
@@ -198,8 +225,8 @@ int main(int count, char** words) {
               if (++checked % 4) continue;
               product<float>(n, m, groups * (1 + r.below(5)), checked / 4 % 2, r);
               product<bf16>(n, m, groups, checked / 4 % 2, r);
-              hostile(n, m, groups, r);
-              nothing(r);
+              random_indices(n, m, groups, r);
+              no_columns(r);
             }
   printf("%ld of %ld cases, %d lanes\n", checked, number, W);
   return 0;

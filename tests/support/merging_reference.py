@@ -1,11 +1,11 @@
 """Token merging in eager mode, written from the conventions alone and sharing no code with the product.
 
-The model runs as it is, under a function mode that knows which input tokens every token stands for: it merges them
-where a block adds its attention to its input, one token at a time in Python, and gives attention, mean pooling and
-tables of one value per input token what they need. Slow and plain.
+The model runs unchanged under a function mode that knows which input tokens every token stands for. The mode merges
+tokens where a block adds its attention to its input, one token at a time in Python, and weighs attention, mean pooling
+and tables of one value per input token accordingly. Slow and plain.
 
-Similarities that differ by at most ``EQUAL`` count as equal, and the lower index goes first. Where one lies so close to
-that bound that rounding decides, the right answer isn't known, and ``Undecided`` asks for other inputs.
+Similarities that differ by at most ``EQUAL`` count as equal, and the lower index wins. If a difference is so close to
+that bound that rounding decides, the right answer is unknown, and ``Undecided`` asks for other inputs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Members = list[list[int]]  # of one sample: for every token, the input tokens that it stands for
+Members = list[list[int]]  # for every token of one sample, the input tokens that it stands for
 ADD = ("add", "add_", "__add__", "__radd__", "__iadd__")
 MUL = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
 EQUAL = 1 / 4096
-ROUNDING = 2e-6  # more than keys of a few blocks in fp32 move a similarity
+ROUNDING = 2e-6  # more than the fp32 rounding of a few blocks' keys changes a similarity
 
 
 class Undecided(Exception):
@@ -33,13 +33,16 @@ class Undecided(Exception):
 def _decided(differences: Iterable[float]) -> None:
     nearest = min(abs(difference - EQUAL) for difference in differences)
     if nearest < ROUNDING:
-        raise Undecided(f"a similarity lies {nearest:.1g} from where two count as equal; choose another seed")
+        raise Undecided(f"a similarity is {nearest:.1g} from the bound below which two are equal; choose another seed")
 
 
 def merge_one(
     x: Tensor, members: Members, weights: Sequence[float], metric: Tensor, r: int, prefix: int
 ) -> tuple[Tensor, Members]:
-    """x (N, C), weights of the input tokens, metric (N, D) of one sample -> merged x and what its tokens stand for."""
+    """Merge x (N, C) of one sample by its metric (N, D); return it and what its tokens stand for.
+
+    ``weights`` are those of the input tokens.
+    """
     count = len(x)
     r = min(r, (count - prefix) // 2)
     if r <= 0:
@@ -70,7 +73,7 @@ def merge_one(
 
 
 class Merging(TorchFunctionMode):
-    """Merge ``r[i]`` tokens in block ``i`` of whatever runs inside."""
+    """Merges ``r[i]`` tokens in block ``i`` of the model that runs inside."""
 
     def __init__(self, blocks: Sequence[nn.Module], r: Sequence[int], prefix: int, proportional: bool = True) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class Merging(TorchFunctionMode):
         super().__exit__(*args)
 
     def sizes(self, count: int) -> Tensor | None:
-        """(B, count): of the last tokens, with ones in front where there are more; None if nothing merged."""
+        """Sizes of the last ``count`` tokens as (B, count), ones for tokens in front; None before the first merge."""
         if self.members is None:
             return None
         rows = [
@@ -101,7 +104,7 @@ class Merging(TorchFunctionMode):
         return torch.tensor([[1.0] * (count - len(row)) + row[max(0, len(row) - count) :] for row in rows])
 
     def average(self, table: Tensor, like: Tensor) -> Tensor:
-        """A table of one value per input token along some axis -> averaged there, for every sample of ``like``."""
+        """Average a table of one value per input token along its axis of tokens, for every sample of ``like``."""
         assert self.members is not None
         table = table.reshape((1,) * (like.dim() - table.dim()) + tuple(table.shape))
         pairs = zip(table.shape, like.shape, strict=True)
@@ -117,7 +120,7 @@ class Merging(TorchFunctionMode):
         return torch.cat(samples)
 
     def merge(self, x: Tensor) -> Tensor:
-        """The sum that ends a block's attention -> merged."""
+        """Merge the tokens of the sum that ends a block's attention."""
         if self.members is None:
             self.inputs = x.shape[1]
             self.members = [[[i] for i in range(x.shape[1])] for _ in x]
@@ -183,7 +186,7 @@ def forward(
     proportional: bool = True,
     **inputs: Any,
 ) -> Tensor:
-    """Output of a timm transformer with ``r`` tokens merged in every block."""
+    """Return the output of a timm transformer with ``r`` tokens merged in every block."""
     blocks = list(model.blocks if blocks is None else blocks)
     with Merging(blocks, [r] * len(blocks) if isinstance(r, int) else r, prefix, proportional):
         return model(images, **inputs)

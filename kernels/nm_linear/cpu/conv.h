@@ -1,144 +1,182 @@
-// Direct convolution: output pixels in the lanes, nothing unfolded in memory.
+// Direct convolution, with output pixels in the lanes: no im2col matrix is written to memory.
 //
-// The image is laid out once, padded, as one plane a channel (and, for stride s, as s * s planes of every s-th row and
-// column). What a kernel tap reads for a row of output pixels is then a run of one plane. A block of (tap, channel)
-// columns is copied from there into the tile, and the sparse product of sweep.h follows.
+// The image is copied once into padded planes, one per channel; for stride s, each plane is stored as s * s phases, the
+// planes of every s-th row and column. What a kernel tap reads for a row of output pixels is then contiguous in one
+// phase. Blocks of (tap, channel) columns are copied from there into the tile, and sweep.h computes the product.
 #pragma once
 
 #include "gemm.h"
 
-constexpr int CONV_COLUMNS = 96, CONV_CHANNELS = 10;  // of a block: as in layouts.py
+constexpr int CONV_COLUMNS = 96, CONV_CHANNELS = 10;  // maximum per block, as in layouts.py
 
 struct Convolution {
-  int64_t images, channels, height, width, outputs;
+  int64_t images, channels, height, width;
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 
+  int taps() const { return kernel_h * kernel_w; }
   int64_t out_h() const { return (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
   int64_t out_w() const { return (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
-  int64_t rows() const { return (height + 2 * pad_h + stride_h - 1) / stride_h; }  // of a phase
-  int64_t columns() const { return (width + 2 * pad_w + stride_w - 1) / stride_w; }
-  int64_t plane() const { return rows() * columns() * stride_h * stride_w; }  // floats of a channel
+  int64_t phase_rows() const { return (height + 2 * pad_h + stride_h - 1) / stride_h; }
+  int64_t phase_columns() const { return (width + 2 * pad_w + stride_w - 1) / stride_w; }
+  int64_t phase_size() const { return phase_rows() * phase_columns(); }
+  int64_t plane_size() const { return phase_size() * stride_h * stride_w; }  // all phases of a channel
 
-  // From an output pixel's place in a plane (row * columns + column) to what a tap reads for it.
-  int64_t distance(int tap) const {
+  // Distance from an output pixel's position in a phase (row * phase_columns() + column) to the input pixel that a tap
+  // reads for it.
+  int64_t tap_offset(int tap) const {
     const int64_t dy = tap / kernel_w * dilation_h, dx = tap % kernel_w * dilation_w;
     const int64_t phase = dy % stride_h * stride_w + dx % stride_w;
-    return phase * rows() * columns() + dy / stride_h * columns() + dx / stride_w;
+    return phase * phase_size() + dy / stride_h * phase_columns() + dx / stride_w;
   }
-  // Where row y of the image begins in its plane; `x` columns on, for stride 1.
-  int64_t row_at(int64_t y) const {
+  // Position of input pixel (y, x) in its channel's plane: row_offset(y) + column_offset(x).
+  int64_t row_offset(int64_t y) const {
     y += pad_h;
-    return y % stride_h * stride_w * rows() * columns() + y / stride_h * columns();
+    return y % stride_h * stride_w * phase_size() + y / stride_h * phase_columns();
   }
-  int64_t column_at(int64_t x) const {
+  int64_t column_offset(int64_t x) const {
     x += pad_w;
-    return x % stride_w * rows() * columns() + x / stride_w;
+    return x % stride_w * phase_size() + x / stride_w;
   }
 };
 
-// A row of `count` pixels of the image, from column x on, into its plane.
-NM_INLINE void lay_run(const Convolution& g, const float* pixels, int64_t count, int64_t y, int64_t x, float* plane) {
-  float* row = plane + g.row_at(y);
-  if (g.stride_w == 1) memcpy(row + g.column_at(x), pixels, count * sizeof(float));
-  else for (int64_t i = 0; i < count; i++) row[g.column_at(x + i)] = pixels[i];
+// How the columns of a convolution are cut into blocks: `channels` channels at `taps` taps.
+struct ConvBlocks {
+  int channels, taps;
+
+  static ConvBlocks of(int taps, int m) {
+    const int channels = m * std::max(1, CONV_CHANNELS / m);
+    const int parts = (taps * channels + CONV_COLUMNS - 1) / CONV_COLUMNS;
+    return {channels, (taps + parts - 1) / parts};
+  }
+};
+
+// Copies `count` pixels of row y of the image, from column x on, into their plane.
+NM_INLINE void copy_row(const Convolution& g, const float* pixels, int64_t count, int64_t y, int64_t x, float* plane) {
+  float* row = plane + g.row_offset(y);
+  if (g.stride_w == 1) {
+    memcpy(row + g.column_offset(x), pixels, count * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < count; i++) row[g.column_offset(x + i)] = pixels[i];
 }
 
-// Channels [c, c + count) of one image -> their padded planes. `x` is the image, (C, H, W) or, `last`, (H, W, C).
-static void lay_planes(const Convolution& g, const float* x, bool last, int64_t c, int count, float* planes) {
-  memset(planes, 0, count * g.plane() * sizeof(float));
+// Copies channels of one image, (C, H, W) or channels-last (H, W, C), into their padded planes.
+static void fill_planes(const Convolution& g, const float* image, bool channels_last, ChannelRange channels,
+                        float* planes) {
+  const int64_t plane_size = g.plane_size();
+  const int count = channels.count;
+  memset(planes, 0, count * plane_size * sizeof(float));
   for (int64_t y = 0; y < g.height; y++) {
-    if (!last) {
-      for (int j = 0; j < count; j++)
-        lay_run(g, x + ((c + j) * g.height + y) * g.width, g.width, y, 0, planes + j * g.plane());
+    if (!channels_last) {
+      for (int j = 0; j < count; j++) {
+        const float* row = image + ((channels.begin + j) * g.height + y) * g.width;
+        copy_row(g, row, g.width, y, 0, planes + j * plane_size);
+      }
       continue;
     }
-    for (int64_t left = 0; left < g.width; left += W) {
-      const int here = (int)std::min<int64_t>(W, g.width - left);
+    for (int64_t x = 0; x < g.width; x += W) {
+      const int pixels = (int)std::min<int64_t>(W, g.width - x);
       vf r[W];
-      read_block(x + (y * g.width + left) * g.channels + c, g.channels, here, count, r);
+      read_block(image + (y * g.width + x) * g.channels + channels.begin, g.channels, pixels, count, r);
       for (int j = 0; j < count; j++) {
-        float pixels[W];
-        store(pixels, r[j]);
-        lay_run(g, pixels, here, y, left, planes + j * g.plane());
+        float channel[W];
+        store(channel, r[j]);
+        copy_row(g, channel, pixels, y, x, planes + j * plane_size);
       }
     }
   }
 }
 
-// Output pixels of a panel that follow one another in a plane.
+// Output pixels of a panel that are consecutive in a phase.
 struct Run {
   int lane, length;
-  int64_t place;  // in the planes of the image's first channel
+  int64_t position;  // in the planes, for the image's first channel and a tap offset of 0
 };
 
-static std::vector<Run> runs(const Convolution& g, int64_t first, int64_t tokens, int lanes) {
-  const int64_t pixels = g.out_h() * g.out_w(), wide = g.out_w();
-  std::vector<Run> found;
+static std::vector<Run> find_runs(const Convolution& g, int64_t first, int64_t tokens, int lanes) {
+  const int64_t out_w = g.out_w(), pixels = g.out_h() * out_w, plane_size = g.plane_size(), columns = g.phase_columns();
+  std::vector<Run> runs;
   for (int64_t t = first, end = std::min(tokens, first + lanes); t < end;) {
-    const int64_t image = t / pixels, y = t % pixels / wide, x = t % wide, length = std::min(end - t, wide - x);
-    found.push_back({(int)(t - first), (int)length, image * g.channels * g.plane() + y * g.columns() + x});
+    const int64_t image = t / pixels, y = t % pixels / out_w, x = t % out_w;
+    const int64_t length = std::min(end - t, out_w - x);
+    runs.push_back({(int)(t - first), (int)length, image * g.channels * plane_size + y * columns + x});
     t += length;
   }
-  return found;
+  return runs;
 }
 
-// x (images, channels, height, width), or channels last with `last`; residual and y likewise.
-static void convolve(const Convolution& g, const Weight<float>& w, const float* x, bool last, const float* residual, float* y,
-                     int activation, int threads) {
-  static thread_local Scratch<float> laid;
-  const int64_t plane = g.plane(), pixels = g.out_h() * g.out_w(), tokens = g.images * pixels, sets = (g.channels + W - 1) / W;
-  float* planes = laid.need(g.images * g.channels * plane + W);  // copies into a tile read up to W floats past a run
-  memset(planes + g.images * g.channels * plane, 0, W * sizeof(float));
-  const int taps = g.kernel_h * g.kernel_w, wide = w.m * std::max(1, CONV_CHANNELS / w.m);
-  const int parts = (taps * wide + CONV_COLUMNS - 1) / CONV_COLUMNS, some = (taps + parts - 1) / parts;
-  const Split cut = split(tokens, WIDEST, w.outputs, w.fill(), threads);
-  const Panels panels = cut.panels;
-  const int rows = cut.rows;
-  const int64_t tasks = panels.count * ceil_div(w.outputs, rows);
-  const Input<float> in{x, last ? ROWS : PLANES, tokens, pixels};
-  const Output<float> out{residual, y, in.format};
+// Copies the (tap, channel) columns of a block into the tile. `planes` is that of the block's first channel.
+template <int V>
+static void fill_conv_tile(const Convolution& g, const std::vector<Run>& runs, const float* planes, int first_tap,
+                           ConvBlocks block, float* tile) {
+  constexpr int P = V * W;
+  const int64_t plane_size = g.plane_size();
+  memset(tile, 0, (size_t)block.taps * block.channels * P * sizeof(float));
+  for (int t = 0; t < block.taps; t++) {
+    const float* const shifted = planes + g.tap_offset(first_tap + t);
+    for (int k = 0; k < block.channels; k++) {
+      // Whole vectors: what is copied past the end of a run is overwritten by the next run or the next tile row.
+      const float* from = shifted + k * plane_size;
+      float* row = tile + (size_t)(t * block.channels + k) * P;
+      for (const Run& run : runs)
+        for (int i = 0; i < run.length; i += W) store(row + run.lane + i, load(from + run.position + i));
+    }
+  }
+}
+
+// Computes output rows `rows` of the panel that starts at output pixel `first`, before the epilogue: sums (rows, P).
+template <int V>
+static void accumulate_conv(const Convolution& g, const PackedWeight<float>& w, const float* planes, int64_t first,
+                            RowRange rows, float* sums) {
+  constexpr int P = V * W;
+  const int64_t plane_size = g.plane_size(), tokens = g.images * g.out_h() * g.out_w();
+  const int taps = g.taps();
+  const ConvBlocks full = ConvBlocks::of(taps, w.m);
+  const std::vector<Run> runs = find_runs(g, first, tokens, P);
+  const bool half = last_vector_half_used<V>(first, tokens);
+  auto sweep = half ? sweep_rows<V, HALVES, float, float> : sweep_rows<V, false, float, float>;
+  const float* initial = w.initial_sums();
+  float* tile = scratch().tile.get((size_t)TILE_ROWS * P + W, true);  // W more for the last whole vector
+  size_t offset = 0;
+  for (int c0 = 0; c0 < w.inputs; c0 += full.channels)
+    for (int t0 = 0; t0 < taps; t0 += full.taps) {
+      const ConvBlocks block{std::min(full.channels, w.inputs - c0), std::min(full.taps, taps - t0)};
+      fill_conv_tile<V>(g, runs, planes + c0 * plane_size, t0, block, tile);
+      const int entries = w.entries_per_row(block.taps * block.channels);
+      sweep(tile, {w.values + offset, w.index + offset, entries}, rows, sums, initial);
+      initial = nullptr;
+      offset += (size_t)w.outputs * entries;
+    }
+}
+
+// Input and output are (images, channels, height, width), in FORMAT_PLANES or, channels last, in FORMAT_TOKENS.
+static void convolve(const Convolution& g, const PackedWeight<float>& w, const Activations<float>& in,
+                     const Output<float>& out, int threads) {
+  static thread_local Scratch<float> plane_scratch;
+  const int64_t plane_size = g.plane_size(), sets = (g.channels + W - 1) / W;
+  // W floats more than the planes: tiles are filled by whole vectors, which read past the last run.
+  float* planes = plane_scratch.get(g.images * g.channels * plane_size + W);
+  memset(planes + g.images * g.channels * plane_size, 0, W * sizeof(float));
+  const Split split = find_split({out.tokens, MAX_PANEL_VECTORS, w.outputs, w.fill_cost(), threads});
+  const int64_t tasks = split.tasks(w.outputs);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < g.images * sets; i++) {
-      const int64_t image = i / sets, c = i % sets * W, count = std::min<int64_t>(W, g.channels - c);
-      lay_planes(g, x + image * g.channels * g.height * g.width, last, c, (int)count, planes + (image * g.channels + c) * plane);
+      const int64_t image = i / sets, c = i % sets * W;
+      const ChannelRange channels{(int)c, (int)std::min<int64_t>(W, g.channels - c)};
+      fill_planes(g, in.data + image * g.channels * g.height * g.width, in.format == FORMAT_TOKENS, channels,
+                  planes + (image * g.channels + c) * plane_size);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) {
-      const int64_t p = task % panels.count, first = panels.first(p);
-      const int n0 = (int)(task / panels.count) * rows, n1 = std::min(w.outputs, n0 + rows);
-      with_width(panels.width(p), [&](auto v) {
+      const int64_t p = split.panel(task), first = split.panels.first(p);
+      const RowRange rows = split.chunk(task, w.outputs);
+      with_panel_width(split.panels.width(p), [&](auto v) {
         constexpr int V = decltype(v)::value, P = V * W;
-        const std::vector<Run> pieces = runs(g, first, tokens, P);
-        auto sweep = half_used<V>(first, tokens) ? sweep_rows<V, HALVES, float, float> : sweep_rows<V, false, float, float>;
-        const float* start = w.start();
-        float* c = scratch().sums.need((size_t)rows * P);
-        float* tile = scratch().tile.need((size_t)TILE_ROWS * P + W, true);  // whole vectors are copied, and the last may begin late
-        size_t offset = 0;
-        bool begun = false;
-        for (int c0 = 0; c0 < w.inputs; c0 += wide) {
-          const int count = std::min(wide, w.inputs - c0);
-          for (int t0 = 0; t0 < taps; t0 += some) {
-            const int here = std::min(some, taps - t0);
-            memset(tile, 0, (size_t)here * count * P * sizeof(float));
-            for (int t = 0; t < here; t++)
-              for (int k = 0; k < count; k++) {
-                // Whole vectors: what is copied past a run is overwritten by the next run or the next row of the tile.
-                const float* from = planes + (c0 + k) * plane + g.distance(t0 + t);
-                float* row = tile + (size_t)(t * count + k) * P;
-                for (const Run& piece : pieces)
-                  for (int i = 0; i < piece.length; i += W) store(row + piece.lane + i, load(from + piece.place + i));
-              }
-            const int entries = w.entries(here * count);
-            sweep(tile, w.values + offset, w.index + offset, entries, n0, n1, c, begun ? nullptr : start);
-            begun = true;
-            offset += (size_t)w.outputs * entries;
-          }
-        }
-        std::vector<Segment> where;
-        if (!last) where = segments(first, tokens, pixels, P);
-        finish(out, c, P, first, in, where, n0, n1, w.outputs, activation);
+        float* sums = scratch().sums.get((size_t)split.rows * P);
+        accumulate_conv<V>(g, w, planes, first, rows, sums);
+        write_panel({sums, P, rows}, {first, find_segments(out, first, P)}, out);
       });
     }
   }

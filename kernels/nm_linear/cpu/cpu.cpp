@@ -1,17 +1,16 @@
-// N:M sparse products on the CPU, for any N:M. A C interface without torch headers: built once on the machine it runs
-// on, by build.py. Layouts of weights: layouts.py. Each function returns 0, or 1 where memory ran out.
+// N:M sparse products on the CPU, for any N:M, behind the C interface of abi.h. Uses no torch headers; build.py
+// compiles it on the machine it runs on.
 
 #include "conv.h"
 
 namespace {
 
-template <class X>
-Weight<X> weight(const void* values, const void* index, const void* bias, int inputs, int outputs, int n, int m, int layout) {
-  return {(const X*)values, (const uint8_t*)index, (const X*)bias, inputs, outputs, n, m, layout};
+template <class X> PackedWeight<X> unwrap(const NmWeight& w) {
+  return {(const X*)w.values, (const uint8_t*)w.index, (const X*)w.bias, w.inputs, w.outputs, w.n, w.m, w.layout};
 }
 
-// Exceptions must not leave a C function; inside a parallel region the scratch is asked for before the loop can throw
-// only by running out of memory, which terminates. The callers check that sizes are sane.
+// Exceptions must not leave a C function. Inside a parallel region only running out of memory throws, when scratch is
+// allocated, and that terminates the process. The callers check that sizes are sane.
 template <class F> int guarded(F f) {
   try {
     f();
@@ -21,24 +20,28 @@ template <class F> int guarded(F f) {
   }
 }
 
-template <class X>
-int linear(const void* x, const void* values, const void* index, const void* bias, const void* residual, void* y, int64_t tokens,
-           int64_t pixels, int inputs, int outputs, int n, int m, int layout, int activation, int format, int threads) {
-  return guarded([&] {
-    gemm<X>(weight<X>(values, index, bias, inputs, outputs, n, m, layout), {(const X*)x, (Format)format, tokens, pixels},
-            {(const X*)residual, (X*)y, (Format)format}, activation, threads);
-  });
+template <class X> void linear(const NmLinear& a) {
+  const Format format = (Format)a.format;
+  const Activations<X> in{(const X*)a.x, format, a.tokens, a.pixels, a.weight.inputs};
+  const Output<X> out{(X*)a.y, (const X*)a.residual, format, a.tokens, a.pixels, a.weight.outputs, a.activation};
+  gemm(unwrap<X>(a.weight), in, out, a.threads);
 }
 
-template <class X>
-int both_linears(const void* x, const void* values1, const void* index1, const void* bias1, const void* values2,
-                 const void* index2, const void* bias2, const void* residual, void* y, int64_t tokens, int inputs, int hidden,
-                 int outputs, int n1, int m1, int layout1, int n2, int m2, int layout2, int activation, int threads) {
-  return guarded([&] {
-    mlp<X>(weight<X>(values1, index1, bias1, inputs, hidden, n1, m1, layout1),
-           weight<X>(values2, index2, bias2, hidden, outputs, n2, m2, layout2), {(const X*)x, ROWS, tokens, 1},
-           {(const X*)residual, (X*)y, ROWS}, activation, threads);
-  });
+template <class X> void two_linears(const NmMlp& a) {
+  const Activations<X> in{(const X*)a.x, FORMAT_TOKENS, a.tokens, 1, a.first.inputs};
+  const Output<X> out{(X*)a.y, (const X*)a.residual, FORMAT_TOKENS, a.tokens, 1, a.second.outputs, NONE};
+  mlp<X>({unwrap<X>(a.first), unwrap<X>(a.second), a.activation}, in, out, a.threads);
+}
+
+void convolution(const NmConv& a) {
+  const Convolution g{a.images,   a.weight.inputs, a.height, a.width, a.kernel_h,   a.kernel_w,
+                      a.stride_h, a.stride_w,      a.pad_h,  a.pad_w, a.dilation_h, a.dilation_w};
+  const Format format = a.channels_last ? FORMAT_TOKENS : FORMAT_PLANES;
+  const int64_t pixels = g.out_h() * g.out_w(), tokens = g.images * pixels;
+  const int64_t in_pixels = g.height * g.width;
+  Activations<float> in{(const float*)a.x, format, g.images * in_pixels, in_pixels, a.weight.inputs};
+  Output<float> out{(float*)a.y, (const float*)a.residual, format, tokens, pixels, a.weight.outputs, a.activation};
+  convolve(g, unwrap<float>(a.weight), in, out, a.threads);
 }
 
 }  // namespace
@@ -48,32 +51,16 @@ extern "C" {
 int nm_lanes() { return W; }
 int nm_pairs() { return NM_PAIRS; }
 
-// x, residual and y: token-major (tokens, channels) with format 0; (images, channels, pixels) with format 1, tokens
-// being images * pixels.
-int nm_linear(int half, const void* x, const void* values, const void* index, const void* bias, const void* residual, void* y,
-              int64_t tokens, int64_t pixels, int inputs, int outputs, int n, int m, int layout, int activation, int format,
-              int threads) {
-  return (half ? linear<bf16> : linear<float>)(x, values, index, bias, residual, y, tokens, pixels, inputs, outputs, n, m,
-                                               layout, activation, format, threads);
+int nm_linear(const NmLinear* args) {
+  return guarded([&] { args->bf16 ? linear<bf16>(*args) : linear<float>(*args); });
 }
 
-int nm_mlp(int half, const void* x, const void* values1, const void* index1, const void* bias1, const void* values2,
-           const void* index2, const void* bias2, const void* residual, void* y, int64_t tokens, int inputs, int hidden,
-           int outputs, int n1, int m1, int layout1, int n2, int m2, int layout2, int activation, int threads) {
-  return (half ? both_linears<bf16> : both_linears<float>)(x, values1, index1, bias1, values2, index2, bias2, residual, y,
-                                                           tokens, inputs, hidden, outputs, n1, m1, layout1, n2, m2, layout2,
-                                                           activation, threads);
+int nm_mlp(const NmMlp* args) {
+  return guarded([&] { args->bf16 ? two_linears<bf16>(*args) : two_linears<float>(*args); });
 }
 
-// geometry: images, channels, height, width, outputs, kernel, stride, padding and dilation (two each).
-int nm_conv(const void* x, const void* values, const void* index, const void* bias, const void* residual, void* y,
-            const int64_t* geometry, int n, int m, int activation, int last, int threads) {
-  return guarded([&] {
-    const int64_t* g = geometry;
-    const Convolution c{g[0], g[1], g[2], g[3], g[4], (int)g[5], (int)g[6], (int)g[7], (int)g[8], (int)g[9], (int)g[10], (int)g[11], (int)g[12]};
-    convolve(c, weight<float>(values, index, bias, (int)g[1], (int)g[4], n, m, LAYOUT_ROWS), (const float*)x, last,
-             (const float*)residual, (float*)y, activation, threads);
-  });
+int nm_conv(const NmConv* args) {
+  return guarded([&] { convolution(*args); });
 }
 
 }  // extern "C"

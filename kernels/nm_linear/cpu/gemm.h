@@ -1,4 +1,4 @@
-// The matrix product of a packed weight with panels of tokens.
+// Products of a packed weight and panels of tokens, and how they are split into tasks for threads.
 #pragma once
 
 #include <omp.h>
@@ -15,18 +15,18 @@
 #include "sweep.h"
 #include "tiles.h"
 
-constexpr int WIDEST = 4;       // vectors in a panel
-constexpr int MOST_ROWS = 768;  // output rows of a task: their sums stay in the second-level cache
-constexpr int FEWEST_ROWS = 128;
-constexpr int MANY_TASKS = 16;  // for each thread: with more than that, how they are cut makes no difference
+constexpr int MAX_PANEL_VECTORS = 4;
+constexpr int MAX_TASK_ROWS = 768;  // output rows of a task: their sums stay in the L2 cache
+constexpr int MIN_TASK_ROWS = 128;
+constexpr int MANY_TASKS = 16;  // tasks per thread above which the choice of split no longer matters
 
-// Memory that a thread keeps from call to call.
+// A buffer that its thread keeps between calls.
 template <class T> class Scratch {
  public:
   ~Scratch() { free(data_); }
-  // `clean`: zeros where nothing has been written since.
-  T* need(size_t count, bool clean = false) {
-#ifdef __SANITIZE_ADDRESS__  // so much and no more, that what is read or written behind is seen
+  // Room for `count` elements. With `zeroed`, elements that were never written are zero.
+  T* get(size_t count, bool zeroed = false) {
+#ifdef __SANITIZE_ADDRESS__  // exactly the requested size, so that accesses past the end are reported
     constexpr size_t unit = 64;
     const bool fits = count == size_;
 #else
@@ -39,7 +39,7 @@ template <class T> class Scratch {
       size_t bytes = (count * sizeof(T) + unit - 1) / unit * unit;
       data_ = (T*)aligned_alloc(unit, bytes);
       if (!data_) throw std::bad_alloc();
-      if (clean) memset(data_, 0, bytes);
+      if (zeroed) memset(data_, 0, bytes);
       size_ = count;
     }
     return data_;
@@ -51,45 +51,39 @@ template <class T> class Scratch {
 };
 
 struct ThreadScratch {
-  Scratch<float> sums, tile, start, panel;
-  Scratch<uint32_t> pairs;
-  Scratch<uint16_t> channels, hidden;
-  Scratch<unsigned char> joined;
+  Scratch<float> sums, tile, initial, float_panel;
+  Scratch<uint32_t> pair_tile;
+  Scratch<uint16_t> channels, half_panel;
+  Scratch<unsigned char> channel_pairs;
 };
 static ThreadScratch& scratch() {
-  static thread_local ThreadScratch own;
-  return own;
+  static thread_local ThreadScratch instance;
+  return instance;
 }
 
-// X: float or bf16, the type of activations, values and bias.
-template <class X> struct Weight {
+// A packed weight. X: float or bf16, the dtype of activations, values and bias.
+template <class X> struct PackedWeight {
   const X* values;
   const uint8_t* index;
   const X* bias;
   int inputs, outputs, n, m, layout;
 
-  int entries(int count) const { return block_entries(layout, count, n, m); }
-  int block() const { return block_columns(layout, m); }
-  int widest() const { return layout == LAYOUT_RING || layout == LAYOUT_OCTS ? 2 : WIDEST; }
+  int entries_per_row(int columns) const { return block_entries(layout, columns, n, m); }
+  int block_width() const { return block_columns(layout, m); }
+  int max_panel_vectors() const { return layout == LAYOUT_RING || layout == LAYOUT_OCTS ? 2 : MAX_PANEL_VECTORS; }
 
-  // As many rows take the time of filling a tile: the fewer entries a row has, the more.
-  int fill() const { return layout == LAYOUT_ROWS ? 32 * m / n : 64; }
+  // Cost of filling the tiles of a panel, in weight rows of the same cost: the fewer entries a row has, the more rows.
+  int fill_cost() const { return layout == LAYOUT_ROWS ? 32 * m / n : 64; }
 
-  // The bias as floats, zeros where there is none and behind it.
-  const float* start() const {
-    float* s = scratch().start.need(outputs + RING_ROWS);
-    for (int n = 0; n < outputs + RING_ROWS; n++) s[n] = bias && n < outputs ? to_float(bias[n]) : 0.0f;
-    return s;
+  // The bias as floats: zeros without a bias, and for the padding rows of LAYOUT_RING.
+  const float* initial_sums() const {
+    float* sums = scratch().initial.get(outputs + RING_ROWS);
+    for (int n = 0; n < outputs + RING_ROWS; n++) sums[n] = bias && n < outputs ? to_float(bias[n]) : 0.0f;
+    return sums;
   }
 };
 
-template <class X> struct Input {
-  const X* x;
-  Format format;
-  int64_t tokens, pixels;  // pixels of an image, for PLANES
-};
-
-// Tokens cut into panels, as even as they come.
+// A partition of `vectors` vectors of W tokens into `count` panels whose widths differ by at most one vector.
 struct Panels {
   int64_t vectors;
   int64_t count;
@@ -99,68 +93,95 @@ struct Panels {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t vectors_of(int64_t tokens) { return ceil_div(tokens, W); }
+inline int64_t vectors_for(int64_t tokens) { return ceil_div(tokens, W); }
 
-// As few panels of up to `widest` vectors as there are for every thread as many.
-inline Panels even_panels(int64_t tokens, int widest, int threads) {
-  const int64_t vectors = vectors_of(tokens), least = ceil_div(vectors, widest);
-  return {vectors, least > threads ? std::min(vectors, ceil_div(least, threads) * threads) : least};
+// The fewest panels of at most `max_vectors` vectors such that every thread gets the same number. A product that needs
+// fewer panels than there are threads gets just those.
+inline Panels even_panels(int64_t tokens, int max_vectors, int threads) {
+  const int64_t vectors = vectors_for(tokens), fewest = ceil_div(vectors, max_vectors);
+  return {vectors, fewest > threads ? std::min(vectors, ceil_div(fewest, threads) * threads) : fewest};
 }
 
-// What a product is cut into: panels of tokens, and chunks of that many output rows. A task is one of each.
+// What the best split of a product depends on.
+struct SplitProblem {
+  int64_t tokens;
+  int max_panel_vectors, outputs, fill_cost, threads;
+
+  bool operator<(const SplitProblem& other) const { return key() < other.key(); }
+
+ private:
+  std::tuple<int64_t, int, int, int, int> key() const {
+    return {tokens, max_panel_vectors, outputs, fill_cost, threads};
+  }
+};
+
+// A product split into tasks: each computes one panel for one chunk of `rows` output rows.
 struct Split {
   Panels panels;
   int rows;
+
+  int64_t tasks(int outputs) const { return panels.count * ceil_div(outputs, rows); }
+
+  // Successive tasks are panels of the same chunk, so that its weights stay in the cache.
+  int64_t panel(int64_t task) const { return task % panels.count; }
+  RowRange chunk(int64_t task, int outputs) const {
+    const int begin = (int)(task / panels.count) * rows;
+    return {begin, std::min(outputs, begin + rows)};
+  }
 };
 
-// When threads that take the next task as they get free are all done. A row of a task takes its vectors and the reading
-// of its weights; filling the tiles takes as long as `fill` more rows.
-inline double makespan(const Split& s, int outputs, int fill, int threads) {
-  std::vector<double> busy(threads, 0.0);  // a heap, the thread that is free first in front
-  for (int n = 0; n < outputs; n += s.rows)
-    for (int64_t p = 0; p < s.panels.count; p++) {
+// Estimated time until all threads are done, if each takes the next task when it becomes free. A weight row costs one
+// unit per vector of the panel, and 0.3 for reading its entries; filling the tiles costs as much as `fill_cost` rows.
+inline double makespan(const Split& split, const SplitProblem& problem) {
+  std::vector<double> busy(problem.threads, 0.0);  // a heap; in front, the thread that becomes free first
+  for (int n = 0; n < problem.outputs; n += split.rows)
+    for (int64_t p = 0; p < split.panels.count; p++) {
       std::pop_heap(busy.begin(), busy.end(), std::greater<>());
-      busy.back() += (s.panels.width(p) + 0.3) * (std::min(s.rows, outputs - n) + fill);
+      const int rows = std::min(split.rows, problem.outputs - n);
+      busy.back() += (split.panels.width(p) + 0.3) * (rows + problem.fill_cost);
       std::push_heap(busy.begin(), busy.end(), std::greater<>());
     }
   return *std::max_element(busy.begin(), busy.end());
 }
 
-// The cut that keeps all threads at work with as little repeated as possible.
-inline Split best_split(int64_t tokens, int widest, int outputs, int fill, int threads) {
-  const int64_t vectors = vectors_of(tokens);
-  const int least = (int)ceil_div(outputs, MOST_ROWS), most = std::max(least, outputs / FEWEST_ROWS);
-  auto cut = [&](Panels panels, int chunks) { return Split{panels, (int)ceil_div(ceil_div(outputs, chunks), 16) * 16}; };
-  const Split even = cut(even_panels(tokens, widest, threads), least);
-  if (threads == 1 || even.panels.count * least > MANY_TASKS * threads) return even;
+// The split with the smallest makespan: it keeps all threads busy and repeats little of the tile filling.
+inline Split best_split(const SplitProblem& problem) {
+  const int64_t vectors = vectors_for(problem.tokens);
+  const int outputs = problem.outputs, threads = problem.threads, max_vectors = problem.max_panel_vectors;
+  const int fewest = (int)ceil_div(outputs, MAX_TASK_ROWS), most = std::max(fewest, outputs / MIN_TASK_ROWS);
+  auto make_split = [&](Panels panels, int chunks) {
+    return Split{panels, (int)ceil_div(ceil_div(outputs, chunks), 16) * 16};
+  };
+  const Split even = make_split(even_panels(problem.tokens, max_vectors, threads), fewest);
+  if (threads == 1 || even.panels.count * fewest > MANY_TASKS * threads) return even;
   Split best = even;
-  double done = makespan(even, outputs, fill, threads);
-  for (Panels panels : {even.panels, Panels{vectors, ceil_div(vectors, widest)}})
-    for (int chunks = least; chunks <= most && panels.count * (chunks - 1) < MANY_TASKS * threads; chunks++) {
-      const Split other = cut(panels, chunks);
-      const double end = makespan(other, outputs, fill, threads);
-      if (end < done) best = other, done = end;
+  double best_time = makespan(even, problem);
+  for (Panels panels : {even.panels, Panels{vectors, ceil_div(vectors, max_vectors)}})
+    for (int chunks = fewest; chunks <= most && panels.count * (chunks - 1) < MANY_TASKS * threads; chunks++) {
+      const Split candidate = make_split(panels, chunks);
+      const double time = makespan(candidate, problem);
+      if (time < best_time) best = candidate, best_time = time;
     }
   return best;
 }
 
-// The same, remembered: a model asks again and again for a few shapes.
-static Split split(int64_t tokens, int widest, int outputs, int fill, int threads) {
-  static thread_local std::map<std::tuple<int64_t, int, int, int, int>, Split> known;
-  const auto key = std::make_tuple(tokens, widest, outputs, fill, threads);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  if (known.size() > 1000) known.clear();
-  return known[key] = best_split(tokens, widest, outputs, fill, threads);
+// best_split, memoized: a model repeats a small number of shapes.
+static Split find_split(const SplitProblem& problem) {
+  static thread_local std::map<SplitProblem, Split> memo;
+  const auto entry = memo.find(problem);
+  if (entry != memo.end()) return entry->second;
+  if (memo.size() > 1000) memo.clear();
+  return memo[problem] = best_split(problem);
 }
 
-// Whether of a panel of V vectors the last is used in its lower half alone.
-template <int V> static bool half_used(int64_t first, int64_t tokens) {
+// True if only the lower half of the panel's last vector is used.
+template <int V> static bool last_vector_half_used(int64_t first, int64_t tokens) {
   return HALVES && first + V * W - tokens >= W / 2;
 }
 
-template <class F> static void with_width(int v, F f) {
-  switch (v) {
+// Calls f with the number of vectors as a compile-time constant.
+template <class F> static void with_panel_width(int vectors, F f) {
+  switch (vectors) {
     case 1: f(std::integral_constant<int, 1>()); break;
     case 2: f(std::integral_constant<int, 2>()); break;
     case 3: f(std::integral_constant<int, 3>()); break;
@@ -168,168 +189,180 @@ template <class F> static void with_width(int v, F f) {
   }
 }
 
-template <class X> static void foresee_block(const Weight<X>& w, const Input<X>& in, int64_t first, int lanes, int k0) {
-  if (in.format == ROWS) foresee(in.x, first, in.tokens, lanes, w.inputs, k0, std::min(w.block(), w.inputs - k0));
+// Prefetches the input channels of the block that starts at column k0.
+template <class X>
+static void prefetch_block(const PackedWeight<X>& w, const Activations<X>& in, int64_t first, int lanes, int k0) {
+  if (in.format != FORMAT_TOKENS) return;
+  prefetch_channels(in, first, lanes, {k0, std::min(w.block_width(), w.inputs - k0)});
 }
 
 #if NM_PAIRS
+// Fills a tile with all column pairs of a block.
 template <int V>
-static void fill_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::vector<Segment>& where, int64_t first, int k0,
-                       int count, Pair* tile) {
+static void fill_pairs(int layout, const Activations<bf16>& in, const Panel& panel, ChannelRange channels, Pair* tile) {
   constexpr int P = V * W;
-  __m512i* a = (__m512i*)scratch().joined.need((OCTS_BLOCK / 2 + 4) * V * 64);
-  memset(a + (size_t)(count / 2) * V, 0, (size_t)4 * V * 64);  // columns behind the last
-  if (in.format == ROWS) {
+  const int k0 = channels.begin, count = channels.count;
+  __m512i* pairs = (__m512i*)scratch().channel_pairs.get((OCTS_BLOCK / 2 + 4) * V * 64);
+  memset(pairs + (size_t)(count / 2) * V, 0, (size_t)4 * V * 64);  // zeros behind the last channel
+  if (in.format == FORMAT_TOKENS) {
     for (int v = 0; v < V; v++) {
-      int tokens = (int)std::max<int64_t>(0, std::min<int64_t>(W, in.tokens - first - v * W));
-      if (tokens) read_channel_pairs(in.x + (first + v * W) * w.inputs + k0, w.inputs, tokens, count, a + v, V);
+      int tokens = (int)std::max<int64_t>(0, std::min<int64_t>(W, in.tokens - panel.first - v * W));
+      if (!tokens) continue;
+      const bf16* from = in.data + (panel.first + v * W) * in.channels + k0;
+      read_channel_pairs(from, in.channels, tokens, count, {pairs + v, V});
     }
   } else {
-    const uint16_t* rows = (const uint16_t*)in.x + (size_t)k0 * P;
-    if (in.format == PLANES) {
-      uint16_t* copy = scratch().channels.need((size_t)OCTS_BLOCK * P);
+    const uint16_t* rows = (const uint16_t*)in.data + (size_t)k0 * P;
+    if (in.format == FORMAT_PLANES) {
+      uint16_t* copy = scratch().channels.get((size_t)OCTS_BLOCK * P);
       memset(copy, 0, (size_t)count * P * 2);
       for (int k = 0; k < count; k++)
-        for (const Segment& s : where)
-          memcpy(copy + (size_t)k * P + s.lane, in.x + (s.image * w.inputs + k0 + k) * in.pixels + s.pixel, s.length * 2);
+        for (const Segment& s : panel.segments) {
+          const bf16* from = in.data + (s.image * in.channels + k0 + k) * in.pixels + s.pixel;
+          memcpy(copy + (size_t)k * P + s.lane, from, s.length * 2);
+        }
       rows = copy;
     }
-    for (int v = 0; v < V; v++)
-      join_channel_pairs([&](int k) { return _mm256_loadu_si256((const __m256i*)(rows + (size_t)k * P + v * W)); }, count,
-                         a + v, V);
+    for (int v = 0; v < V; v++) {
+      auto channel = [&](int k) { return _mm256_loadu_si256((const __m256i*)(rows + (size_t)k * P + v * W)); };
+      join_channel_pairs(channel, count, {pairs + v, V});
+    }
   }
-  auto spread = w.layout == LAYOUT_QUADS ? spread_quads : w.layout == LAYOUT_OCTS ? spread_octs : spread_ring;
-  for (int v = 0; v < V; v++) spread(a + v, V, count, tile + v * W, P);
+  auto spread = layout == LAYOUT_QUADS ? spread_quads : layout == LAYOUT_OCTS ? spread_octs : spread_ring;
+  for (int v = 0; v < V; v++) spread({pairs + v, V}, count, tile + v * W, P);
 }
 
+// accumulate for the layouts of bf16 pairs.
 template <int V>
-static void accumulate_pairs(const Weight<bf16>& w, const Input<bf16>& in, const std::vector<Segment>& where, int64_t first,
-                             int n0, int n1, float* c) {
+static void accumulate_pairs(const PackedWeight<bf16>& w, const Activations<bf16>& in, const Panel& panel,
+                             RowRange rows, float* sums) {
   constexpr int P = V * W;
-  const bool half = half_used<V>(first, in.tokens);
-  const float* start = w.start();
-  Pair* tile = scratch().pairs.need((size_t)TILE_ROWS * P, true);
+  const bool half = last_vector_half_used<V>(panel.first, in.tokens), ring = w.layout == LAYOUT_RING;
+  const float* bias = w.initial_sums();
+  Pair* tile = scratch().pair_tile.get((size_t)TILE_ROWS * P, true);
   const Pair* values = (const Pair*)w.values;
-  const int fours = (w.outputs + RING_ROWS - 1) / RING_ROWS, wide = w.block(), blocks = (w.inputs + wide - 1) / wide;
-  const uint8_t* index = w.index + (w.layout == LAYOUT_RING ? ((size_t)blocks * fours + 1) * 4 : 0);
-  int32_t held = 0;  // entries of RING: the caller has compared their number with what there is
-  if (w.layout == LAYOUT_RING) memcpy(&held, w.index + (size_t)blocks * fours * 4, 4);
+  const int width = w.block_width(), blocks = (w.inputs + width - 1) / width;
+  // The index of LAYOUT_RING begins with a table of entry offsets: for each block, one per RING_ROWS rows, and at the
+  // end the total. The caller has compared the total with the size of the weight.
+  const int offsets_per_block = (w.outputs + RING_ROWS - 1) / RING_ROWS;
+  const size_t table = ring ? ((size_t)blocks * offsets_per_block + 1) * 4 : 0;
+  const uint8_t* index = w.index + table;
+  int32_t total_entries = 0;
+  if (ring) memcpy(&total_entries, index - 4, 4);
   size_t offset = 0;
   for (int b = 0; b < blocks; b++) {
-    const int k0 = b * wide, count = std::min(wide, w.inputs - k0);
-    fill_pairs<V>(w, in, where, first, k0, count, tile);
-    foresee_block(w, in, first, P, k0 + count);
-    const float* from = b ? nullptr : start;
-    if (w.layout == LAYOUT_RING) {
-      const uint8_t* begin = w.index + (size_t)b * fours * 4;
-      (half ? sweep_ring<V, HALVES> : sweep_ring<V, false>)(tile, values, index, begin, held, n0, n1, c, from);
+    const int k0 = b * width, count = std::min(width, w.inputs - k0);
+    fill_pairs<V>(w.layout, in, panel, {k0, count}, tile);
+    prefetch_block(w, in, panel.first, P, k0 + count);
+    const float* initial = b ? nullptr : bias;
+    if (ring) {
+      const RingBlock block{values, index, w.index + (size_t)b * offsets_per_block * 4, total_entries};
+      (half ? sweep_ring<V, HALVES> : sweep_ring<V, false>)(tile, block, rows, sums, initial);
       continue;
     }
-    const int entries = w.entries(count);
+    const int entries = w.entries_per_row(count);
     auto sweep = half ? sweep_rows<V, HALVES, Pair, Pair> : sweep_rows<V, false, Pair, Pair>;
-    sweep(tile, values + offset, index + offset, entries, n0, n1, c, from);
+    sweep(tile, {values + offset, index + offset, entries}, rows, sums, initial);
     offset += (size_t)w.outputs * entries;
   }
 }
 #endif
 
-// Output rows [n0, n1) of the panel that begins with token `first` -> c (n1 - n0, P), before activation. `panel`, if
-// given, holds the inputs as floats (K, P).
+// Computes output rows `rows` of a panel of V vectors, before the epilogue: sums (rows, P).
 template <int V, class X>
-static void accumulate(const Weight<X>& w, const Input<X>& in, const float* panel, const std::vector<Segment>& where,
-                       int64_t first, int n0, int n1, float* c) {
+static void accumulate(const PackedWeight<X>& w, const Activations<X>& in, const Panel& panel, RowRange rows,
+                       float* sums) {
   constexpr int P = V * W;
 #if NM_PAIRS
   if constexpr (std::is_same<X, bf16>::value) {
-    if (w.layout != LAYOUT_ROWS && w.inputs) return accumulate_pairs<V>(w, in, where, first, n0, n1, c);
+    if (w.layout != LAYOUT_ROWS && w.inputs) return accumulate_pairs<V>(w, in, panel, rows, sums);
   }
 #endif
-  auto sweep = half_used<V>(first, in.tokens) ? sweep_rows<V, HALVES, float, X> : sweep_rows<V, false, float, X>;
-  const float* start = w.start();
-  if (!w.inputs)  // no block, so nothing below begins the sums
-    for (int n = n0; n < n1; n++) std::fill_n(c + (size_t)(n - n0) * P, P, start[n]);
-  float* own = panel ? nullptr : scratch().tile.need((size_t)TILE_ROWS * P, true);
+  const bool half = last_vector_half_used<V>(panel.first, in.tokens);
+  auto sweep = half ? sweep_rows<V, HALVES, float, X> : sweep_rows<V, false, float, X>;
+  const float* bias = w.initial_sums();
+  if (!w.inputs)  // no block below to start the sums
+    for (int n = rows.begin; n < rows.end; n++) std::fill_n(sums + (size_t)(n - rows.begin) * P, P, bias[n]);
+  float* filled = in.float_panel ? nullptr : scratch().tile.get((size_t)TILE_ROWS * P, true);
   size_t offset = 0;
-  for (int k0 = 0; k0 < w.inputs; k0 += w.block()) {
-    const int count = std::min(w.block(), w.inputs - k0), entries = w.entries(count);
-    if (!panel) fill_tile<V>(in.x, in.format, where, first, in.tokens, in.pixels, w.inputs, k0, count, own);
-    if (!panel) foresee_block(w, in, first, P, k0 + count);
-    const float* tile = panel ? panel + (size_t)k0 * P : own;
-    sweep(tile, w.values + offset, w.index + offset, entries, n0, n1, c, k0 ? nullptr : start);
+  for (int k0 = 0; k0 < w.inputs; k0 += w.block_width()) {
+    const int count = std::min(w.block_width(), w.inputs - k0), entries = w.entries_per_row(count);
+    if (!in.float_panel) {
+      fill_tile<V>(in, panel, {k0, count}, filled);
+      prefetch_block(w, in, panel.first, P, k0 + count);
+    }
+    const float* tile = in.float_panel ? in.float_panel + (size_t)k0 * P : filled;
+    sweep(tile, {w.values + offset, w.index + offset, entries}, rows, sums, k0 ? nullptr : bias);
     offset += (size_t)w.outputs * entries;
   }
 }
 
-template <class X> struct Output {
-  const X* residual;
-  X* y;
-  Format format;
-};
-
-// Sums of a panel -> y.
-template <class X>
-static void finish(const Output<X>& out, const float* c, int lanes, int64_t first, const Input<X>& in,
-                   const std::vector<Segment>& where, int n0, int n1, int outputs, int activation) {
-  if (out.format == PLANES) return write_planes(c, lanes, n0, n1, activation, where, out.residual, out.y, outputs, in.pixels);
-  int64_t place[WIDEST * W];
-  for (int i = 0; i < lanes; i++) place[i] = first + i < in.tokens ? first + i : -1;
-  write_rows(c, lanes, n0, n1, activation, place, out.residual, out.y, outputs);
+// Applies the epilogue to the sums of a panel and writes them to y.
+template <class X> static void write_panel(const PanelSums& sums, const Panel& panel, const Output<X>& out) {
+  if (out.format == FORMAT_PLANES) return write_planes(sums, panel.segments, out);
+  int64_t place[MAX_PANEL_VECTORS * W];
+  for (int i = 0; i < sums.lanes; i++) place[i] = panel.first + i < out.tokens ? panel.first + i : -1;
+  write_tokens(sums, place, out);
 }
 
 template <class X>
-static void gemm(const Weight<X>& w, const Input<X>& in, const Output<X>& out, int activation, int threads) {
-  const Split cut = split(in.tokens, w.widest(), w.outputs, w.fill(), threads);
-  const Panels panels = cut.panels;
-  const int rows = cut.rows;
-  const int64_t tasks = panels.count * ceil_div(w.outputs, rows);
+static void gemm(const PackedWeight<X>& w, const Activations<X>& in, const Output<X>& out, int threads) {
+  const Split split = find_split({in.tokens, w.max_panel_vectors(), w.outputs, w.fill_cost(), threads});
+  const int64_t tasks = split.tasks(w.outputs);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && tasks > 1)
   for (int64_t task = 0; task < tasks; task++) {
-    // Panel after panel over the same rows: their weights stay in the cache.
-    const int64_t p = task % panels.count, first = panels.first(p);
-    const int n0 = (int)(task / panels.count) * rows, n1 = std::min(w.outputs, n0 + rows);
-    with_width(panels.width(p), [&](auto v) {
-      constexpr int V = decltype(v)::value;
-      std::vector<Segment> where;
-      if (in.format == PLANES) where = segments(first, in.tokens, in.pixels, V * W);
-      float* c = scratch().sums.need((size_t)(rows + RING_ROWS) * V * W);
-      accumulate<V>(w, in, nullptr, where, first, n0, n1, c);
-      finish(out, c, V * W, first, in, where, n0, n1, w.outputs, activation);
+    const int64_t p = split.panel(task), first = split.panels.first(p);
+    const RowRange rows = split.chunk(task, w.outputs);
+    with_panel_width(split.panels.width(p), [&](auto v) {
+      constexpr int V = decltype(v)::value, P = V * W;
+      const Panel panel{first, find_segments(in, first, P)};
+      float* sums = scratch().sums.get((size_t)(split.rows + RING_ROWS) * P);
+      accumulate<V>(w, in, panel, rows, sums);
+      write_panel({sums, P, rows}, panel, out);
     });
   }
 }
 
-// Two products with an activation between them, panel by panel: what lies between never leaves the thread's caches.
-template <class X>
-static void mlp(const Weight<X>& one, const Weight<X>& two, const Input<X>& in, const Output<X>& out, int activation,
-                int threads) {
-  const Panels panels = even_panels(in.tokens, std::min(one.widest(), two.widest()), threads);
+// Two products with an activation in between, one panel at a time: the hidden activations stay in the thread's caches.
+template <class X> struct Mlp {
+  PackedWeight<X> first, second;
+  int activation;
+};
+
+template <class X> static void mlp(const Mlp<X>& layers, const Activations<X>& in, const Output<X>& out, int threads) {
+  const PackedWeight<X>&one = layers.first, &two = layers.second;
+  const Panels panels = even_panels(in.tokens, std::min(one.max_panel_vectors(), two.max_panel_vectors()), threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && panels.count > 1)
   for (int64_t p = 0; p < panels.count; p++) {
-    const int64_t first = panels.first(p);
-    with_width(panels.width(p), [&](auto v) {
+    const Panel panel{panels.first(p), {}};
+    with_panel_width(panels.width(p), [&](auto v) {
       constexpr int V = decltype(v)::value, P = V * W;
-      const std::vector<Segment> nowhere;
       const int hidden = one.outputs;
-      float* panel = nullptr;
-      X* half = nullptr;
-      if (two.layout == LAYOUT_ROWS) panel = scratch().panel.need((size_t)(hidden + TILE_ROWS) * P, true);
-      else half = (X*)scratch().hidden.need((size_t)hidden * P);
-      for (int n0 = 0; n0 < hidden; n0 += MOST_ROWS) {
-        const int n1 = std::min(hidden, n0 + MOST_ROWS);
-        float* c = panel ? panel + (size_t)n0 * P : scratch().sums.need((size_t)(MOST_ROWS + RING_ROWS) * P);
-        accumulate<V>(one, in, nullptr, nowhere, first, n0, n1, c);
-        for (size_t i = 0; i < (size_t)(n1 - n0) * P; i += W) {
-          vf h = activate(load(c + i), activation);
-          if (panel) store(c + i, h);
-          else store(half + (size_t)n0 * P + i, h);
+      float* float_panel = nullptr;
+      X* half_panel = nullptr;
+      if (two.layout == LAYOUT_ROWS)
+        float_panel = scratch().float_panel.get((size_t)(hidden + TILE_ROWS) * P, true);
+      else
+        half_panel = (X*)scratch().half_panel.get((size_t)hidden * P);
+      for (int n0 = 0; n0 < hidden; n0 += MAX_TASK_ROWS) {
+        const RowRange rows{n0, std::min(hidden, n0 + MAX_TASK_ROWS)};
+        float* sums =
+            float_panel ? float_panel + (size_t)n0 * P : scratch().sums.get((size_t)(MAX_TASK_ROWS + RING_ROWS) * P);
+        accumulate<V>(one, in, panel, rows, sums);
+        for (size_t i = 0; i < (size_t)(rows.end - n0) * P; i += W) {
+          vf h = activate(load(sums + i), layers.activation);
+          if (float_panel)
+            store(sums + i, h);
+          else
+            store(half_panel + (size_t)n0 * P + i, h);
         }
       }
-      const Input<X> middle{half, PANEL, in.tokens, 1};
-      for (int n0 = 0; n0 < two.outputs; n0 += MOST_ROWS) {
-        const int n1 = std::min(two.outputs, n0 + MOST_ROWS);
-        float* c = scratch().sums.need((size_t)(MOST_ROWS + RING_ROWS) * P);
-        accumulate<V>(two, middle, panel, nowhere, first, n0, n1, c);
-        finish(out, c, P, first, in, nowhere, n0, n1, two.outputs, NONE);
+      const Activations<X> middle{half_panel, FORMAT_PANEL, in.tokens, 1, hidden, float_panel};
+      for (int n0 = 0; n0 < two.outputs; n0 += MAX_TASK_ROWS) {
+        const RowRange rows{n0, std::min(two.outputs, n0 + MAX_TASK_ROWS)};
+        float* sums = scratch().sums.get((size_t)(MAX_TASK_ROWS + RING_ROWS) * P);
+        accumulate<V>(two, middle, panel, rows, sums);
+        write_panel({sums, P, rows}, panel, out);
       }
     });
   }

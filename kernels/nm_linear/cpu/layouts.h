@@ -1,4 +1,4 @@
-// How a packed weight lies in memory, as layouts.py has it: what the kernels read by, and what their callers check by.
+// Memory layouts of packed weights, as layouts.py packs them. The kernels read and ops.cpp validates by these rules.
 #pragma once
 
 #include <algorithm>
@@ -6,21 +6,21 @@
 
 enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2, LAYOUT_OCTS = 3 };
 constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96;
-constexpr int RING_ROWS = 4;  // of RING, that share one number of entries
+constexpr int RING_ROWS = 4;  // consecutive output rows that share one entry count in LAYOUT_RING
 
-// Rows of every tile: as many as an index byte can name. No index, wherever it comes from, leads outside; rows that no
-// block fills stay untouched and take no cache.
+// Every tile has as many rows as an index byte can address, so no index, whatever its origin, reads outside the tile.
+// Rows that no block fills are never touched and cost no cache.
 constexpr int TILE_ROWS = 256;
 
-// Columns of a full block of a matrix whose groups are m long.
+// Columns in a full block, for groups of m columns.
 inline int block_columns(int layout, int m) {
   return layout == LAYOUT_ROWS ? ROWS_BLOCK / m * m : layout == LAYOUT_OCTS ? OCTS_BLOCK : PAIRS_BLOCK;
 }
 
-// How many entries a row has in a ROWS, QUADS or OCTS block of `count` columns.
-inline int block_entries(int layout, int count, int n, int m) {
-  if (layout == LAYOUT_QUADS) return (count + 3) / 4;
-  if (layout == LAYOUT_OCTS) return (count + 7) / 8;
-  int kept = count / m * n + std::min(n, count % m);
+// Entries per row in a block of `columns` columns; LAYOUT_ROWS, LAYOUT_QUADS or LAYOUT_OCTS.
+inline int block_entries(int layout, int columns, int n, int m) {
+  if (layout == LAYOUT_QUADS) return (columns + 3) / 4;
+  if (layout == LAYOUT_OCTS) return (columns + 7) / 8;
+  int kept = columns / m * n + std::min(n, columns % m);
   return (kept + 3) / 4 * 4;
 }

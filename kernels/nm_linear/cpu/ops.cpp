@@ -1,7 +1,7 @@
-// nm_gemm, nm_mlp and pointwise nm_conv as torch calls them, with no Python between torch and the kernels: a layer of
-// few tokens takes less time than an interpreter's way to it. Whatever is out of the ordinary (another dtype, strides, a
-// gradient that is asked for, tensors that don't fit) goes to the operator of the same name with _general behind it, which
-// native.py defines. Built by build.py against the headers of the torch that is installed.
+// nm_gemm, nm_mlp and pointwise nm_conv, called by torch without going through Python: a layer with few tokens takes
+// less time than the interpreter would. Anything unusual (another dtype, strides, tensors that do not fit, a gradient)
+// goes to the operator of the same name with the suffix _general, which native.py implements. build.py compiles this
+// file against the headers of the installed torch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -19,220 +19,296 @@
 #include <string>
 #include <utility>
 
+#include "abi.h"
 #include "layouts.h"
 
 namespace {
 
 using at::Tensor;
-using Maybe = std::optional<Tensor>;
-using Text = c10::string_view;
-using Ints = at::IntArrayRef;
+using OptionalTensor = std::optional<Tensor>;
+using StringView = c10::string_view;
+using IntList = at::IntArrayRef;
 
-// The functions of cpu.cpp, by address: which instruction set they are for is build.py's choice.
-using Linear = int(int, const void*, const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int, int, int,
-                   int, int, int, int, int);
-using Mlp = int(int, const void*, const void*, const void*, const void*, const void*, const void*, const void*, const void*,
-                void*, int64_t, int, int, int, int, int, int, int, int, int, int, int);
+// The functions of cpu.cpp, by address: build.py decides which instruction set they were built for.
+using LinearKernel = int(const NmLinear*);
+using MlpKernel = int(const NmMlp*);
 struct Kernels {
-  Linear* linear;
-  Mlp* mlp;
+  LinearKernel* linear;
+  MlpKernel* mlp;
   bool pairs;
 };
-std::atomic<const Kernels*> in_use{nullptr};  // never freed: a call may still be reading it
+std::atomic<const Kernels*> current_kernels{nullptr};  // never freed: a concurrent call may still be reading it
 
 constexpr int64_t MAX_M = 32;
+constexpr int ACTIVATIONS = 5;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The number of an epilogue in packed.EPILOGUES, or -1.
-int number(Text name) {
-  constexpr const char* names[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-  const bool behind = name.substr(0, 4) == "add_";
-  if (behind) name = name.substr(4);
-  for (int i = 0; i < 5; i++)
-    if (name == names[i]) return i + 5 * behind;
+// The index of an epilogue in packed.EPILOGUES, or -1.
+int epilogue_number(StringView name) {
+  constexpr const char* names[ACTIVATIONS] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
+  const bool after_residual = name.substr(0, 4) == "add_";
+  if (after_residual) name = name.substr(4);
+  for (int i = 0; i < ACTIVATIONS; i++)
+    if (name == names[i]) return i + ACTIVATIONS * after_residual;
   return -1;
 }
 
-// checks.held for a matrix: whether the kernels find in both tensors what they will read.
-bool fits(const Tensor& values, const Tensor& index, int64_t outputs, int64_t inputs, int64_t n, int64_t m, int64_t layout) {
-  constexpr int64_t most = INT_MAX - 1024;  // the kernels count in int, a few rows further
-  if (n < 1 || m < n || m > MAX_M || outputs < 1 || inputs < 1 || outputs > most || inputs > most || (int)inputs % (int)m) return false;
-  const int64_t wide = block_columns((int)layout, (int)m), blocks = ceil_div(inputs, wide);
-  const int64_t held = values.numel(), named = index.numel();
+// A packed weight as an operator receives it. It does not own the tensors.
+struct WeightArgs {
+  const Tensor& values;
+  const Tensor& index;
+  const OptionalTensor& bias;
+  int64_t outputs, inputs, n, m, layout;
+};
+
+// True if `values` and `index` have the sizes that the kernels will read; checks.held does the same in Python.
+bool storage_matches(const WeightArgs& w) {
+  constexpr int64_t most = INT_MAX - 1024;  // the kernels count in int, and a few rows beyond the last
+  if (w.n < 1 || w.m < w.n || w.m > MAX_M) return false;
+  if (w.outputs < 1 || w.inputs < 1 || w.outputs > most || w.inputs > most) return false;
+  const int n = (int)w.n, m = (int)w.m, layout = (int)w.layout;
+  if ((int)w.inputs % m) return false;
+  const int64_t width = block_columns(layout, m), blocks = ceil_div(w.inputs, width);
+  const int64_t values = w.values.numel(), indices = w.index.numel();
+  const uint8_t* const index_end = (const uint8_t*)w.index.const_data_ptr() + indices;
   if (layout == LAYOUT_RING) {
-    const int64_t end = 4 * (blocks * ceil_div(outputs, RING_ROWS) + 1);
-    if (named - held / 2 != end) return false;
-    int32_t entries;  // where the table ends: the kernel reads as many
-    memcpy(&entries, (const uint8_t*)index.const_data_ptr() + end - 4, 4);
-    return entries >= 0 && entries <= held / 2;
+    const int64_t table = 4 * (blocks * ceil_div(w.outputs, RING_ROWS) + 1);
+    if (indices - values / 2 != table) return false;
+    int32_t total_entries;  // the last element of the table; the kernel reads that many entries
+    memcpy(&total_entries, (const uint8_t*)w.index.const_data_ptr() + table - 4, 4);
+    return total_entries >= 0 && total_entries <= values / 2;
   }
-  const int64_t entries = inputs / wide * block_entries((int)layout, (int)wide, (int)n, (int)m) +
-                          block_entries((int)layout, (int)(inputs % wide), (int)n, (int)m);
-  if (named != outputs * entries || held != named * (layout == LAYOUT_ROWS ? 1 : 2)) return false;
+  const int64_t entries_per_row =
+      w.inputs / width * block_entries(layout, (int)width, n, m) + block_entries(layout, (int)(w.inputs % width), n, m);
+  if (indices != w.outputs * entries_per_row || values != indices * (layout == LAYOUT_ROWS ? 1 : 2)) return false;
   if (layout != LAYOUT_ROWS) return true;
-  // A few inputs more or less leave the sizes as they are, but not the last row's places.
-  const int64_t width = (inputs - 1) % wide + 1, kept = width / m * n;
-  const int64_t last = block_entries(LAYOUT_ROWS, (int)width, (int)n, (int)m);
-  const uint8_t* const end = (const uint8_t*)index.const_data_ptr() + named - last;
-  return end[kept - 1] >= width - m && std::all_of(end + kept, end + last, [](uint8_t place) { return !place; });
+  // A slightly different number of inputs can give the same sizes, but not the same column numbers in the last row.
+  const int64_t columns = (w.inputs - 1) % width + 1, kept = columns / m * n;
+  const int64_t last_row = block_entries(LAYOUT_ROWS, (int)columns, n, m);
+  const uint8_t* const row = index_end - last_row;
+  return row[kept - 1] >= columns - m && std::all_of(row + kept, index_end, [](uint8_t column) { return !column; });
 }
 
-bool held(const Tensor& t, c10::ScalarType type, at::MemoryFormat order = at::MemoryFormat::Contiguous) {
-  return t.is_cpu() && t.scalar_type() == type && t.is_contiguous(order);
+bool is_plain(const Tensor& t, c10::ScalarType type, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return t.is_cpu() && t.scalar_type() == type && t.is_contiguous(format);
 }
 
-// Whether a residual lies as the outputs do.
-bool alike(const Maybe& residual, const Tensor& y, at::MemoryFormat order = at::MemoryFormat::Contiguous) {
-  return !residual || (held(*residual, y.scalar_type(), order) && residual->sizes() == y.sizes());
+// True if there is no residual, or if it has the dtype, shape and memory format of the output.
+bool residual_matches(const OptionalTensor& residual, const Tensor& y,
+                      at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return !residual || (is_plain(*residual, y.scalar_type(), format) && residual->sizes() == y.sizes());
 }
 
-// Outputs for tokens x (..., inputs).
-Tensor outputs_for(const Tensor& x, int64_t out) {
+// An empty output for tokens x (..., inputs).
+Tensor empty_output(const Tensor& x, int64_t outputs) {
   auto sizes = x.sizes().vec();
-  sizes.back() = out;
+  sizes.back() = outputs;
   return at::empty(sizes, x.options());
 }
 
-// Whether the kernels take activations and a weight as they are.
-bool ready(const Tensor& x, const Tensor& values, const Tensor& index, const Maybe& bias, int64_t outputs, int64_t inputs,
-           int64_t n, int64_t m, int64_t layout, bool pairs) {
+// True if the kernels can multiply x by the weight without any conversion.
+bool kernels_accept(const Kernels& kernels, const Tensor& x, const WeightArgs& w) {
   const auto type = x.scalar_type();
   if (!x.is_cpu() || (type != at::kFloat && type != at::kBFloat16)) return false;
-  if (layout != LAYOUT_ROWS && (layout < LAYOUT_ROWS || layout > LAYOUT_OCTS || type != at::kBFloat16 || !pairs)) return false;
-  if (bias && !(held(*bias, type) && bias->dim() == 1 && bias->numel() == outputs)) return false;
-  return held(values, type) && held(index, at::kByte) && fits(values, index, outputs, inputs, n, m, layout);
+  if (w.layout != LAYOUT_ROWS) {
+    if (w.layout < LAYOUT_ROWS || w.layout > LAYOUT_OCTS || type != at::kBFloat16 || !kernels.pairs) return false;
+  }
+  if (w.bias && !(is_plain(*w.bias, type) && w.bias->dim() == 1 && w.bias->numel() == w.outputs)) return false;
+  return is_plain(w.values, type) && is_plain(w.index, at::kByte) && storage_matches(w);
 }
 
-const void* at(const Maybe& t) { return t ? t->const_data_ptr() : nullptr; }
+const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-template <class Signature> auto general(const char* name) {
+// For a weight that kernels_accept has accepted.
+NmWeight to_abi(const WeightArgs& w) {
+  return {
+      .values = w.values.const_data_ptr(),
+      .index = w.index.const_data_ptr(),
+      .bias = data_or_null(w.bias),
+      .inputs = (int32_t)w.inputs,
+      .outputs = (int32_t)w.outputs,
+      .n = (int32_t)w.n,
+      .m = (int32_t)w.m,
+      .layout = (int32_t)w.layout,
+  };
+}
+
+template <class Signature> auto find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-using Gemm = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, int64_t, int64_t, int64_t, int64_t, Text);
+// The operators' parameters are those of the schemas in native.py.
+using GemmSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                             int64_t, int64_t, int64_t, int64_t, StringView);
 
-Tensor gemm(const Tensor& x, const Tensor& values, const Tensor& index, const Maybe& bias, const Maybe& residual, int64_t out,
-            int64_t n, int64_t m, int64_t layout, Text activation) {
-  const Kernels* const run = in_use.load();
-  const int epilogue = number(activation);
-  if (run && epilogue >= 0 && x.dim() && x.is_contiguous() && ready(x, values, index, bias, out, x.size(-1), n, m, layout, run->pairs)) {
-    Tensor y = outputs_for(x, out);
-    if (!y.numel()) return y;
-    if (alike(residual, y) &&
-        !run->linear(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
-               at(residual), y.data_ptr(), y.numel() / out, 1, (int)x.size(-1), (int)out, (int)n, (int)m, (int)layout, epilogue,
-               /*format, tokens*/ 0, at::get_num_threads()))
-        return y;
+Tensor gemm(const Tensor& x, const Tensor& values, const Tensor& index, const OptionalTensor& bias,
+            const OptionalTensor& residual, int64_t out, int64_t n, int64_t m, int64_t layout, StringView activation) {
+  const Kernels* const kernels = current_kernels.load();
+  const int epilogue = epilogue_number(activation);
+  if (kernels && epilogue >= 0 && x.dim() && x.is_contiguous()) {
+    const WeightArgs weight{values, index, bias, out, x.size(-1), n, m, layout};
+    if (kernels_accept(*kernels, x, weight)) {
+      Tensor y = empty_output(x, out);
+      if (!y.numel()) return y;
+      if (residual_matches(residual, y)) {
+        const NmLinear args{
+            .x = x.const_data_ptr(),
+            .residual = data_or_null(residual),
+            .y = y.data_ptr(),
+            .weight = to_abi(weight),
+            .tokens = y.numel() / out,
+            .pixels = 1,
+            .bf16 = x.scalar_type() == at::kBFloat16,
+            .format = FORMAT_TOKENS,
+            .activation = epilogue,
+            .threads = at::get_num_threads(),
+        };
+        if (!kernels->linear(&args)) return y;
+      }
+    }
   }
-  const at::AutoDispatchBelowADInplaceOrView below;  // whose autograd leads back here
-  static const auto otherwise = general<Gemm>("mpcompile::nm_gemm_general");
-  return otherwise.call(x, values, index, bias, residual, out, n, m, layout, activation);
+  const at::AutoDispatchBelowADInplaceOrView below;  // autograd of the general operator would lead back here
+  static const auto general = find_operator<GemmSignature>("mpcompile::nm_gemm_general");
+  return general.call(x, values, index, bias, residual, out, n, m, layout, activation);
 }
 
-using Two = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Tensor&, const Tensor&, const Maybe&,
-                   const Maybe&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, Text);
+using MlpSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                            const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, int64_t,
+                            int64_t, int64_t, int64_t, int64_t, int64_t, StringView);
 
-Tensor two(const Tensor& x, const Tensor& values1, const Tensor& index1, const Maybe& bias1, const Tensor& values2,
-           const Tensor& index2, const Maybe& bias2, const Maybe& residual, int64_t hidden, int64_t out, int64_t n1, int64_t m1,
-           int64_t n2, int64_t m2, int64_t layout1, int64_t layout2, Text activation) {
-  const Kernels* const run = in_use.load();
-  const int between = number(activation), threads = at::get_num_threads();
-  const int64_t tokens = x.dim() && x.size(-1) ? x.numel() / x.size(-1) : 0;
-  // One thread takes a whole panel through both products, which few panels would leave idle threads.
-  const bool known = between >= 0 && between < 5;
-  if (known && ((tokens < 64 * 4 * threads && threads > 1) || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS))) {
+Tensor mlp(const Tensor& x, const Tensor& values1, const Tensor& index1, const OptionalTensor& bias1,
+           const Tensor& values2, const Tensor& index2, const OptionalTensor& bias2, const OptionalTensor& residual,
+           int64_t hidden, int64_t out, int64_t n1, int64_t m1, int64_t n2, int64_t m2, int64_t layout1,
+           int64_t layout2, StringView activation) {
+  const Kernels* const kernels = current_kernels.load();
+  const int between = epilogue_number(activation), threads = at::get_num_threads();
+  const int64_t inputs = x.dim() ? x.size(-1) : 0, tokens = inputs ? x.numel() / inputs : 0;
+  const bool known = between >= 0 && between < ACTIVATIONS;
+  // In the fused kernel one thread takes a whole panel through both products: too few panels leave threads idle.
+  const bool too_few = tokens < 64 * 4 * threads && threads > 1;
+  if (known && (too_few || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS))) {
     const Tensor h = gemm(x, values1, index1, bias1, std::nullopt, hidden, n1, m1, layout1, activation);
     return gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none");
   }
-  if (run && known && x.dim() && x.is_contiguous() &&
-      ready(x, values1, index1, bias1, hidden, x.size(-1), n1, m1, layout1, run->pairs) &&
-      ready(x, values2, index2, bias2, out, hidden, n2, m2, layout2, run->pairs)) {
-    Tensor y = outputs_for(x, out);
-    if (!y.numel()) return y;
-    if (alike(residual, y) &&
-        !run->mlp(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values1.const_data_ptr(), index1.const_data_ptr(), at(bias1),
-               values2.const_data_ptr(), index2.const_data_ptr(), at(bias2), at(residual), y.data_ptr(), tokens, (int)x.size(-1),
-               (int)hidden, (int)out, (int)n1, (int)m1, (int)layout1, (int)n2, (int)m2, (int)layout2, between, threads))
-        return y;
-  }
-  const at::AutoDispatchBelowADInplaceOrView below;  // whose autograd leads back here
-  static const auto otherwise = general<Two>("mpcompile::nm_mlp_general");
-  return otherwise.call(x, values1, index1, bias1, values2, index2, bias2, residual, hidden, out, n1, m1, n2, m2, layout1, layout2,
-                        activation);
-}
-
-using Conv = Tensor(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, Ints, Ints, Ints, int64_t, int64_t,
-                    Ints, int64_t, Text);
-
-Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Maybe& bias, const Maybe& residual, Ints stride,
-            Ints padding, Ints dilation, int64_t n, int64_t m, Ints shape, int64_t layout, Text activation) {
-  const Kernels* const run = in_use.load();
-  const int epilogue = number(activation);
-  const bool flat = shape.size() == 4 && shape[2] == 1 && shape[3] == 1 && stride == Ints{1, 1} && padding == Ints{0, 0} &&
-                    dilation == Ints{1, 1};
-  if (run && flat && epilogue >= 0 && x.dim() == 4 && x.size(1) == shape[1]) {
-    // Where both orders fit, the plain one counts.
-    const bool last = !x.is_contiguous();
-    const auto order = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    if (x.is_contiguous(order) && ready(x, values, index, bias, shape[0], shape[1], n, m, layout, run->pairs)) {
-      Tensor y = at::empty({x.size(0), shape[0], x.size(2), x.size(3)}, x.options().memory_format(order));
+  if (kernels && known && x.dim() && x.is_contiguous()) {
+    const WeightArgs first{values1, index1, bias1, hidden, inputs, n1, m1, layout1};
+    const WeightArgs second{values2, index2, bias2, out, hidden, n2, m2, layout2};
+    if (kernels_accept(*kernels, x, first) && kernels_accept(*kernels, x, second)) {
+      Tensor y = empty_output(x, out);
       if (!y.numel()) return y;
-      const int64_t pixels = x.size(2) * x.size(3);
-      if (alike(residual, y, order) &&
-          !run->linear(x.scalar_type() == at::kBFloat16, x.const_data_ptr(), values.const_data_ptr(), index.const_data_ptr(), at(bias),
-                 at(residual), y.data_ptr(), x.size(0) * pixels, pixels, (int)shape[1], (int)shape[0], (int)n, (int)m, (int)layout,
-                 epilogue, /*format, tokens or planes*/ last ? 0 : 1, at::get_num_threads()))
-          return y;
+      if (residual_matches(residual, y)) {
+        const NmMlp args{
+            .x = x.const_data_ptr(),
+            .residual = data_or_null(residual),
+            .y = y.data_ptr(),
+            .first = to_abi(first),
+            .second = to_abi(second),
+            .tokens = tokens,
+            .bf16 = x.scalar_type() == at::kBFloat16,
+            .activation = between,
+            .threads = threads,
+        };
+        if (!kernels->mlp(&args)) return y;
+      }
     }
   }
-  const at::AutoDispatchBelowADInplaceOrView below;  // whose autograd leads back here
-  static const auto otherwise = general<Conv>("mpcompile::nm_conv_general");
-  return otherwise.call(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation);
+  const at::AutoDispatchBelowADInplaceOrView below;  // autograd of the general operator would lead back here
+  static const auto general = find_operator<MlpSignature>("mpcompile::nm_mlp_general");
+  return general.call(x, values1, index1, bias1, values2, index2, bias2, residual, hidden, out, n1, m1, n2, m2, layout1,
+                      layout2, activation);
 }
 
-bool wants_gradient(const Tensor& t) { return t.requires_grad(); }
-bool wants_gradient(const Maybe& t) { return t && t->requires_grad(); }
-template <class T> bool wants_gradient(const T&) { return false; }
+using ConvSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                             IntList, IntList, IntList, int64_t, int64_t, IntList, int64_t, StringView);
 
-// What stands between autograd and the kernels: the way with a formula where a gradient is asked for, straight to the
-// kernel where the tensors are plain, and else (tracing, functionalization, modes of Python) on as the dispatcher goes.
-template <class Signature, Signature& kernel> struct Above;
-template <class... Args, Tensor (&kernel)(Args...)> struct Above<Tensor(Args...), kernel> {
+// True for a 1x1 convolution without stride, padding or dilation: a matrix product over pixels.
+bool is_pointwise(IntList shape, IntList stride, IntList padding, IntList dilation) {
+  return shape.size() == 4 && shape[2] == 1 && shape[3] == 1 && stride == IntList{1, 1} && padding == IntList{0, 0} &&
+         dilation == IntList{1, 1};
+}
+
+Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const OptionalTensor& bias,
+            const OptionalTensor& residual, IntList stride, IntList padding, IntList dilation, int64_t n, int64_t m,
+            IntList shape, int64_t layout, StringView activation) {
+  const Kernels* const kernels = current_kernels.load();
+  const int epilogue = epilogue_number(activation);
+  const bool pointwise = is_pointwise(shape, stride, padding, dilation);
+  if (kernels && pointwise && epilogue >= 0 && x.dim() == 4 && x.size(1) == shape[1]) {
+    // A tensor that is contiguous in both formats counts as channels first.
+    const bool channels_last = !x.is_contiguous();
+    const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    const WeightArgs weight{values, index, bias, shape[0], shape[1], n, m, layout};
+    if (x.is_contiguous(format) && kernels_accept(*kernels, x, weight)) {
+      Tensor y = at::empty({x.size(0), shape[0], x.size(2), x.size(3)}, x.options().memory_format(format));
+      if (!y.numel()) return y;
+      const int64_t pixels = x.size(2) * x.size(3);
+      if (residual_matches(residual, y, format)) {
+        const NmLinear args{
+            .x = x.const_data_ptr(),
+            .residual = data_or_null(residual),
+            .y = y.data_ptr(),
+            .weight = to_abi(weight),
+            .tokens = x.size(0) * pixels,
+            .pixels = pixels,
+            .bf16 = x.scalar_type() == at::kBFloat16,
+            .format = channels_last ? FORMAT_TOKENS : FORMAT_PLANES,
+            .activation = epilogue,
+            .threads = at::get_num_threads(),
+        };
+        if (!kernels->linear(&args)) return y;
+      }
+    }
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;  // autograd of the general operator would lead back here
+  static const auto general = find_operator<ConvSignature>("mpcompile::nm_conv_general");
+  return general.call(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation);
+}
+
+bool needs_gradient(const Tensor& t) { return t.requires_grad(); }
+bool needs_gradient(const OptionalTensor& t) { return t && t->requires_grad(); }
+template <class T> bool needs_gradient(const T&) { return false; }
+
+// The autograd kernel of an operator. If a gradient is needed, it calls the general operator, which has a backward
+// formula; if the next dispatch key is CPU, it calls the CPU kernel directly; otherwise (tracing, functionalization,
+// Python modes) it redispatches.
+template <class Signature, Signature& kernel> struct AutogradKernel;
+template <class... Args, Tensor (&kernel)(Args...)> struct AutogradKernel<Tensor(Args...), kernel> {
   static const char* name;
   static Tensor call(c10::DispatchKeySet keys, Args... args) {
-    if (c10::GradMode::is_enabled() && (wants_gradient(args) || ...)) {
-      static const auto formula = general<Tensor(Args...)>((std::string(name) + "_general").c_str());
-      return formula.call(args...);
+    if (c10::GradMode::is_enabled() && (needs_gradient(args) || ...)) {
+      static const auto general = find_operator<Tensor(Args...)>((std::string(name) + "_general").c_str());
+      return general.call(args...);
     }
     const auto below = keys & c10::after_ADInplaceOrView_keyset;
     if (below.highestPriorityTypeId() == c10::DispatchKey::CPU) return kernel(args...);
-    static const auto self = general<Tensor(Args...)>(name);
+    static const auto self = find_operator<Tensor(Args...)>(name);
     return self.redispatch(below, args...);
   }
 };
-using AboveGemm = Above<Gemm, gemm>;
-using AboveTwo = Above<Two, two>;
-using AboveConv = Above<Conv, conv>;
-template <> const char* AboveGemm::name = "mpcompile::nm_gemm";
-template <> const char* AboveTwo::name = "mpcompile::nm_mlp";
-template <> const char* AboveConv::name = "mpcompile::nm_conv";
+using GemmAutograd = AutogradKernel<GemmSignature, gemm>;
+using MlpAutograd = AutogradKernel<MlpSignature, mlp>;
+using ConvAutograd = AutogradKernel<ConvSignature, conv>;
+template <> const char* GemmAutograd::name = "mpcompile::nm_gemm";
+template <> const char* MlpAutograd::name = "mpcompile::nm_mlp";
+template <> const char* ConvAutograd::name = "mpcompile::nm_conv";
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mpcompile, CPU, m) {
   m.impl("nm_gemm", TORCH_FN(gemm));
-  m.impl("nm_mlp", TORCH_FN(two));
+  m.impl("nm_mlp", TORCH_FN(mlp));
   m.impl("nm_conv", TORCH_FN(conv));
 }
 
 TORCH_LIBRARY_IMPL(mpcompile, AutogradCPU, m) {
-  m.impl("nm_gemm", TORCH_FN(AboveGemm::call));
-  m.impl("nm_mlp", TORCH_FN(AboveTwo::call));
-  m.impl("nm_conv", TORCH_FN(AboveConv::call));
+  m.impl("nm_gemm", TORCH_FN(GemmAutograd::call));
+  m.impl("nm_mlp", TORCH_FN(MlpAutograd::call));
+  m.impl("nm_conv", TORCH_FN(ConvAutograd::call));
 }
 
-// The kernels to call from now on, and whether they multiply pairs; null for none: all goes the general way.
-extern "C" void nm_use(Linear* one, Mlp* both, int pairs) {
-  in_use = one ? new Kernels{one, both, pairs != 0} : nullptr;
+// Sets the kernels that the operators call from now on, and whether they support layouts of pairs. With null, every
+// call goes to the general operators.
+extern "C" void nm_use(LinearKernel* linear, MlpKernel* mlp, int pairs) {
+  current_kernels = linear ? new Kernels{linear, mlp, pairs != 0} : nullptr;
 }

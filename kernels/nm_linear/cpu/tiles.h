@@ -1,32 +1,75 @@
-// Activations on their way in and out of a panel: P = V * W tokens side by side in the lanes, one row a channel.
+// Reading activations into tiles and writing sums out. A panel is P = V * W consecutive tokens; a tile holds it with
+// the tokens side by side in the lanes and one row per channel.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "abi.h"
 #include "vec.h"
 
-// Where activations lie. ROWS: token-major (T, K). PLANES: (images, K, pixels), a token being a pixel. PANEL: as
-// the kernel itself leaves them, (K, P).
-enum Format { ROWS = 0, PLANES = 1, PANEL = 2 };
+// Output rows [begin, end) of a weight, and input channels [begin, begin + count).
+struct RowRange {
+  int begin, end;
+};
+struct ChannelRange {
+  int begin, count;
+};
 
-// A run of a panel's lanes that lies in one piece in memory: `length` pixels of image `image` from `pixel` on.
+// Consecutive lanes of a panel that are contiguous in memory in FORMAT_PLANES: `length` pixels of image `image`, from
+// `pixel` on.
 struct Segment {
   int lane, length;
   int64_t image, pixel;
 };
 
-inline std::vector<Segment> segments(int64_t first, int64_t tokens, int64_t pixels, int lanes) {
-  std::vector<Segment> found;
-  for (int64_t t = first, end = std::min(tokens, first + lanes); t < end;) {
-    int64_t image = t / pixels, pixel = t % pixels, length = std::min(end - t, pixels - pixel);
-    found.push_back({(int)(t - first), (int)length, image, pixel});
+// Input of a product. FORMAT_PANEL is a panel computed by the kernels themselves, (channels, P): `float_panel` for
+// LAYOUT_ROWS, which serves as the tile, and `data` for the layouts of pairs.
+template <class X> struct Activations {
+  const X* data;
+  Format format;
+  int64_t tokens, pixels;  // `pixels` per image, for FORMAT_PLANES
+  int channels;
+  const float* float_panel = nullptr;
+};
+
+// Output of a product. `residual` (null: none) has the format of `y`.
+template <class X> struct Output {
+  X* y;
+  const X* residual;
+  Format format;
+  int64_t tokens, pixels;
+  int channels;
+  int epilogue;
+};
+
+// A panel of tokens, from `first` on, with its segments in FORMAT_PLANES.
+struct Panel {
+  int64_t first;
+  std::vector<Segment> segments;
+};
+
+// Sums of a panel before the epilogue: (rows.end - rows.begin, lanes).
+struct PanelSums {
+  const float* data;
+  int lanes;
+  RowRange rows;
+};
+
+// The segments of a panel of an input or output; none in other formats.
+template <class X> std::vector<Segment> find_segments(const X& matrix, int64_t first, int lanes) {
+  std::vector<Segment> segments;
+  if (matrix.format != FORMAT_PLANES) return segments;
+  for (int64_t t = first, end = std::min(matrix.tokens, first + lanes); t < end;) {
+    const int64_t image = t / matrix.pixels, pixel = t % matrix.pixels;
+    const int64_t length = std::min(end - t, matrix.pixels - pixel);
+    segments.push_back({(int)(t - first), (int)length, image, pixel});
     t += length;
   }
-  return found;
+  return segments;
 }
 
-// W tokens x W channels of a token-major matrix -> W channel vectors; zeros where there is no token or channel.
+// Reads W tokens x W channels of a token-major matrix into W channel vectors; missing tokens and channels read as zero.
 template <class X> NM_INLINE void read_block(const X* x, size_t stride, int tokens, int channels, vf* r) {
   if (tokens >= W && channels >= W) {
     for (int i = 0; i < W; i++) r[i] = load(x + i * stride);
@@ -42,25 +85,28 @@ template <class X> NM_INLINE void read_block(const X* x, size_t stride, int toke
   transpose(r);
 }
 
-// Asks for channels [k0, k0 + count) of a token-major panel ahead of their use. Each token's are elsewhere in memory, and
-// the processor doesn't guess that.
-template <class X> static void foresee(const X* x, int64_t first, int64_t tokens, int lanes, int64_t stride, int k0, int count) {
+// Prefetches channels of a token-major panel. The tokens are far apart in memory, a pattern that hardware prefetchers
+// do not detect.
+template <class X>
+static void prefetch_channels(const Activations<X>& in, int64_t first, int lanes, ChannelRange channels) {
   constexpr int line = 64 / sizeof(X);
-  for (int64_t t = first, end = std::min(tokens, first + lanes); t < end; t++)
-    for (int k = 0; k < count; k += line) __builtin_prefetch(x + t * stride + k0 + k, 0, 2);
+  for (int64_t t = first, end = std::min(in.tokens, first + lanes); t < end; t++)
+    for (int k = 0; k < channels.count; k += line)
+      __builtin_prefetch(in.data + t * in.channels + channels.begin + k, 0, 2);
 }
 
-// Channels [k0, k0 + count) of a panel -> tile (count, V * W) of floats.
+// Copies channels of a panel into a tile of floats, (channels.count, P), with zeros for missing tokens.
 template <int V, class X>
-static void fill_tile(const X* x, Format format, const std::vector<Segment>& where, int64_t first, int64_t tokens,
-                      int64_t pixels, int channels, int k0, int count, float* tile) {
+static void fill_tile(const Activations<X>& in, const Panel& panel, ChannelRange channels, float* tile) {
   constexpr int P = V * W;
-  if (format == ROWS) {
+  const int count = channels.count;
+  if (in.format == FORMAT_TOKENS) {
     for (int v = 0; v < V; v++) {
-      int here = (int)std::max<int64_t>(0, std::min<int64_t>(W, tokens - first - v * W));
+      int tokens = (int)std::max<int64_t>(0, std::min<int64_t>(W, in.tokens - panel.first - v * W));
       for (int k = 0; k < count; k += W) {
         vf r[W];
-        read_block(x + (first + v * W) * channels + k0 + k, channels, here, count - k, r);
+        const X* from = in.data + (panel.first + v * W) * in.channels + channels.begin + k;
+        read_block(from, in.channels, tokens, count - k, r);
         for (int j = 0; j < std::min(W, count - k); j++) store(tile + (size_t)(k + j) * P + v * W, r[j]);
       }
     }
@@ -69,8 +115,8 @@ static void fill_tile(const X* x, Format format, const std::vector<Segment>& whe
   for (int k = 0; k < count; k++) {
     float* row = tile + (size_t)k * P;
     int filled = 0;
-    for (const Segment& s : where) {
-      const X* from = x + (s.image * channels + k0 + k) * pixels + s.pixel;
+    for (const Segment& s : panel.segments) {
+      const X* from = in.data + (s.image * in.channels + channels.begin + k) * in.pixels + s.pixel;
       int i = 0;
       for (; i + W <= s.length; i += W) store(row + s.lane + i, load(from + i));
       for (; i < s.length; i++) row[s.lane + i] = to_float(from[i]);
@@ -80,51 +126,56 @@ static void fill_tile(const X* x, Format format, const std::vector<Segment>& whe
   }
 }
 
-// `count` sums -> y, with the residual (null: none) and the activation behind it.
-template <class X> NM_INLINE void put(vf sums, int count, const X* residual, int after, X* y) {
+// Writes the first `count` lanes: adds the residual (null: none), then applies the activation that follows it.
+template <class X> NM_INLINE void write_lanes(vf sums, int count, const X* residual, int activation, X* y) {
   if (count == W) {
-    store(y, activate(residual ? sums + load(residual) : sums, after));
+    store(y, activate(residual ? sums + load(residual) : sums, activation));
     return;
   }
   if (residual)
     for (int j = 0; j < count; j++) sums[j] += to_float(residual[j]);
-  sums = activate(sums, after);
+  sums = activate(sums, activation);
   for (int j = 0; j < count; j++) from_float(sums[j], y + j);
 }
 
-// Outputs [n0, n1) of a panel, c (n1 - n0, lanes), -> y with activation and residual. Token-major: lane i goes to row
-// place[i] of (., stride), or nowhere where that is negative.
-template <class X>
-static void write_rows(const float* c, int lanes, int n0, int n1, int activation, const int64_t* place, const X* residual,
-                       X* y, int64_t stride) {
-  const int before = ahead(activation), after = behind(activation);
+// Applies the epilogue and writes the sums token-major. `place[i]` is the row of y for lane i, negative for none.
+template <class X> static void write_tokens(const PanelSums& sums, const int64_t* place, const Output<X>& out) {
+  const int before = activation_before_residual(out.epilogue), after = activation_after_residual(out.epilogue);
+  const int begin = sums.rows.begin, end = sums.rows.end, lanes = sums.lanes;
+  const float* const c = sums.data;
+  const X* const residual = out.residual;
+  X* const y = out.y;
+  const int64_t stride = out.channels;
   for (int v = 0; v < lanes; v += W)
-    for (int n = n0; n < n1; n += W) {
-      int count = std::min(W, n1 - n);
+    for (int n = begin; n < end; n += W) {
+      int count = std::min(W, end - n);
       vf r[W];
-      for (int j = 0; j < W; j++) r[j] = j < count ? activate(load(c + (size_t)(n - n0 + j) * lanes + v), before) : (vf){};
+      for (int j = 0; j < W; j++)
+        r[j] = j < count ? activate(load(c + (size_t)(n - begin + j) * lanes + v), before) : (vf){};
       transpose(r);
       for (int i = 0; i < W; i++) {
         if (place[v + i] < 0) continue;
         size_t at = place[v + i] * stride + n;
-        put(r[i], count, residual ? residual + at : nullptr, after, y + at);
+        write_lanes(r[i], count, residual ? residual + at : nullptr, after, y + at);
       }
     }
 }
 
-// The same into planes: y (images, outputs, pixels).
+// Applies the epilogue and writes the sums into planes, y (images, channels, pixels).
 template <class X>
-static void write_planes(const float* c, int lanes, int n0, int n1, int activation, const std::vector<Segment>& where,
-                         const X* residual, X* y, int outputs, int64_t pixels) {
+static void write_planes(const PanelSums& sums, const std::vector<Segment>& segments, const Output<X>& out) {
   alignas(64) float row[64 * W];
-  const int before = ahead(activation), after = behind(activation);
-  for (int n = n0; n < n1; n++) {
-    const float* from = c + (size_t)(n - n0) * lanes;
-    for (int v = 0; v < lanes; v += W) store(row + v, activate(load(from + v), before));
-    for (const Segment& s : where) {
-      int64_t at = (s.image * outputs + n) * pixels + s.pixel;
+  const int before = activation_before_residual(out.epilogue), after = activation_after_residual(out.epilogue);
+  const X* const residual = out.residual;
+  X* const y = out.y;
+  for (int n = sums.rows.begin; n < sums.rows.end; n++) {
+    const float* from = sums.data + (size_t)(n - sums.rows.begin) * sums.lanes;
+    for (int v = 0; v < sums.lanes; v += W) store(row + v, activate(load(from + v), before));
+    for (const Segment& s : segments) {
+      int64_t at = (s.image * out.channels + n) * out.pixels + s.pixel;
       for (int i = 0; i < s.length; i += W)
-        put(load(row + s.lane + i), std::min(W, s.length - i), residual ? residual + at + i : nullptr, after, y + at + i);
+        write_lanes(load(row + s.lane + i), std::min(W, s.length - i), residual ? residual + at + i : nullptr, after,
+                    y + at + i);
     }
   }
 }

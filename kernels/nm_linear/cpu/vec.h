@@ -1,7 +1,7 @@
-// One vector of floats on whatever the compiler targets: AVX-512 (16 lanes), AVX2 (8) or anything else (4, by the
-// compiler's vector extensions: SSE2, NEON). All arithmetic above this file is written once, in terms of it.
-// -DMPCOMPILE_LANES=4, 8 or 16 sets the number of lanes by hand and takes no instructions of a processor's own: so are
-// the sizes that another processor works with tested on any.
+// A float vector for the target instruction set: AVX-512 (16 lanes), AVX2 (8), or 4 lanes through the compiler's vector
+// extensions (SSE2, NEON). All other kernel code is written once, in terms of this header.
+// -DMPCOMPILE_LANES=4, 8 or 16 fixes the lane count and uses vector extensions only, so that the tile sizes of every
+// target can be tested on any processor.
 #pragma once
 
 #include <cstddef>
@@ -12,16 +12,25 @@
 static_assert(MPCOMPILE_LANES == 4 || MPCOMPILE_LANES == 8 || MPCOMPILE_LANES == 16, "MPCOMPILE_LANES: 4, 8 or 16");
 constexpr int W = MPCOMPILE_LANES;
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#include <immintrin.h>
 #define NM_AVX512 1
 constexpr int W = 16;
 #elif defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
 #define NM_AVX2 1
 constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
+
+#if NM_AVX512 || NM_AVX2
+#pragma GCC diagnostic push
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13  // GCC PR 105593: false positives inside the header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+// W is the number of lanes. The kernels compute on panels of V vectors, that is P = V * W tokens.
 
 #define NM_INLINE static inline __attribute__((always_inline))
 
@@ -40,7 +49,7 @@ NM_INLINE vf load(const float* p) { return *(const vf_mem*)p; }
 NM_INLINE void store(float* p, vf v) { *(vf_mem*)p = v; }
 NM_INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh_mem*)p, vu) << 16); }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even; NaN stays NaN.
 NM_INLINE void store(bf16* p, vf v) {
 #if NM_AVX512 && defined(__AVX512BF16__)
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
@@ -76,19 +85,19 @@ NM_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// Half a vector, for a last one that is at most half full. Only where it costs less than a whole one does anybody ask
-// for it: a processor that computes 16 lanes in two halves.
+// Half a vector, for a panel whose last vector is at most half full. Used only where half a vector is cheaper than a
+// whole one: with 16 lanes, on processors that execute them as two halves.
 #if NM_AVX512
 constexpr bool HALVES = true;
 typedef float vl __attribute__((vector_size(W * 2)));
 typedef float vl_mem __attribute__((vector_size(W * 2), aligned(4), may_alias));
-NM_INLINE vl low(vf x) { return (vl)_mm512_castps512_ps256((__m512)x); }
+NM_INLINE vl low_half(vf x) { return (vl)_mm512_castps512_ps256((__m512)x); }
 NM_INLINE vl fma(vl a, vl b, vl c) { return (vl)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #elif defined(MPCOMPILE_LANES) && MPCOMPILE_LANES == 16
 constexpr bool HALVES = true;
 typedef float vl __attribute__((vector_size(W * 2)));
 typedef float vl_mem __attribute__((vector_size(W * 2), aligned(4), may_alias));
-NM_INLINE vl low(vf x) {
+NM_INLINE vl low_half(vf x) {
   vl half;
   memcpy(&half, &x, sizeof half);
   return half;
@@ -98,42 +107,44 @@ NM_INLINE vl fma(vl a, vl b, vl c) { return a * b + c; }
 constexpr bool HALVES = false;
 typedef vf vl;
 typedef vf_mem vl_mem;
-NM_INLINE vl low(vf x) { return x; }
+NM_INLINE vl low_half(vf x) { return x; }
 #endif
 NM_INLINE vl load_low(const float* p) { return *(const vl_mem*)p; }
 NM_INLINE void store_low(float* p, vl v) { *(vl_mem*)p = v; }
 
-// NaN in x comes through, as torch's activations have it.
+// Propagates NaN in x, as torch's activations do.
 NM_INLINE vf clamp(vf x, float low, float high) {
   x = x < splat(low) ? splat(low) : x;
   return x > splat(high) ? splat(high) : x;
 }
 
-// Four neighbouring weights, of which each in turn is spread over a vector. One load for four: a broadcast load each
-// would take a load slot from the activations.
+// Four consecutive weights, loaded once and broadcast one at a time by a permutation. Four broadcast loads would
+// compete with the activations for load ports.
 #if NM_AVX512
-typedef __m512 Four;
-NM_INLINE Four spread(__m128 w) { return _mm512_broadcast_f32x4(w); }
-template <int Q> NM_INLINE vf pick(Four w) { return (vf)_mm512_permute_ps(w, Q * 0x55); }
+typedef __m512 Weights4;
+NM_INLINE Weights4 repeat128(__m128 w) { return _mm512_broadcast_f32x4(w); }
+template <int Q> NM_INLINE vf broadcast_weight(Weights4 w) { return (vf)_mm512_permute_ps(w, Q * 0x55); }
 #elif NM_AVX2
-typedef __m256 Four;
-NM_INLINE Four spread(__m128 w) { return _mm256_insertf128_ps(_mm256_castps128_ps256(w), w, 1); }
-template <int Q> NM_INLINE vf pick(Four w) { return (vf)_mm256_permute_ps(w, Q * 0x55); }
+typedef __m256 Weights4;
+NM_INLINE Weights4 repeat128(__m128 w) { return _mm256_insertf128_ps(_mm256_castps128_ps256(w), w, 1); }
+template <int Q> NM_INLINE vf broadcast_weight(Weights4 w) { return (vf)_mm256_permute_ps(w, Q * 0x55); }
 #endif
 #if NM_AVX512 || NM_AVX2
-NM_INLINE Four four(const float* p) { return spread(_mm_loadu_ps(p)); }
-NM_INLINE Four four(const bf16* p) {
-  return spread(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16)));
+NM_INLINE Weights4 load_weights4(const float* p) { return repeat128(_mm_loadu_ps(p)); }
+NM_INLINE Weights4 load_weights4(const bf16* p) {
+  return repeat128(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16)));
 }
 #else
-typedef float Four __attribute__((vector_size(16)));
-typedef float Four_mem __attribute__((vector_size(16), aligned(4), may_alias));
-NM_INLINE Four four(const float* p) { return *(const Four_mem*)p; }
-NM_INLINE Four four(const bf16* p) { return Four{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
-template <int Q> NM_INLINE vf pick(Four w) { return splat(w[Q]); }
+typedef float Weights4 __attribute__((vector_size(16)));
+typedef float Weights4_mem __attribute__((vector_size(16), aligned(4), may_alias));
+NM_INLINE Weights4 load_weights4(const float* p) { return *(const Weights4_mem*)p; }
+NM_INLINE Weights4 load_weights4(const bf16* p) {
+  return Weights4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+template <int Q> NM_INLINE vf broadcast_weight(Weights4 w) { return splat(w[Q]); }
 #endif
 
-// r[i][j] -> r[j][i], W vectors.
+// Transposes a W x W matrix in place: r[i][j] <-> r[j][i].
 NM_INLINE void transpose(vf* r) {
 #if NM_AVX512
   __m512 a[16], b[16];
@@ -184,7 +195,7 @@ NM_INLINE void transpose(vf* r) {
 #endif
 }
 
-// exp, relative error 1e-7 in [-87, 88]; clamped outside.
+// exp with relative error 1e-7 on [-87, 88]; the argument is clamped to that range.
 NM_INLINE vf exp(vf x) {
   x = clamp(x, -87.0f, 88.0f);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -199,16 +210,16 @@ NM_INLINE vf exp(vf x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
-  vu power = ((vu)shifted + 127u) << 23;  // the low bits of `shifted` hold k
+  vu power = ((vu)shifted + 127u) << 23;  // the low bits of `shifted` are the integer k
   return p * (vf)power;
 }
 
-// erf by a rational approximation, |error| < 2e-7; exactly 1 where a float can't tell it from 1, so that GELU is exactly
-// 0 far to the left.
+// Rational approximation of erf, |error| < 2e-7. Exactly +-1 where erf rounds to +-1 in float, so that GELU is exactly
+// 0 for large negative arguments.
 NM_INLINE vf erf(vf x) {
-  const float far = 3.832506856900711f;
-  const vf all = x;
-  x = clamp(x, -far, far);
+  const float saturation = 3.832506856900711f;
+  const vf unclamped = x;
+  x = clamp(x, -saturation, saturation);
   vf z = x * x;
   vf p = splat(-2.72614225801306e-10f);
   p = fma(p, z, splat(2.77068142495902e-08f));
@@ -223,14 +234,17 @@ NM_INLINE vf erf(vf x) {
   q = fma(q, z, splat(-7.37332916720468e-03f));
   q = fma(q, z, splat(-1.42647390514189e-02f));
   vf y = p * x / q;
-  y = all >= splat(far) ? splat(1.0f) : y;
-  return all <= splat(-far) ? splat(-1.0f) : y;
+  y = unclamped >= splat(saturation) ? splat(1.0f) : y;
+  return unclamped <= splat(-saturation) ? splat(-1.0f) : y;
 }
 
-// As in packed.py. With BEHIND added it follows the residual, else it comes before.
-enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4, BEHIND = 5 };
-inline int ahead(int activation) { return activation < BEHIND ? activation : NONE; }
-inline int behind(int activation) { return activation < BEHIND ? NONE : activation - BEHIND; }
+// Epilogues, numbered as in packed.EPILOGUES: an activation applied before the residual is added or, with
+// AFTER_RESIDUAL added to its number, after.
+enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4, AFTER_RESIDUAL = 5 };
+inline int activation_before_residual(int epilogue) { return epilogue < AFTER_RESIDUAL ? epilogue : NONE; }
+inline int activation_after_residual(int epilogue) {
+  return epilogue < AFTER_RESIDUAL ? NONE : epilogue - AFTER_RESIDUAL;
+}
 
 NM_INLINE vf activate(vf x, int activation) {
   switch (activation) {

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpcompile.io import messages
 from mpcompile.kernels import ops, store
 from mpcompile.kernels.dispatch import LayerSpec
 from mpcompile.kernels.nm_format import Pattern
@@ -25,7 +27,8 @@ CACHES = (build.load, build.unavailable, build._version, native.kernels)
 SCRIPT = """
 import json, os, pathlib, re, sys, torch
 from mpcompile.kernels import ops
-from mpcompile.kernels.nm_linear import build, layouts
+from mpcompile.kernels.nm_linear import layouts
+from mpcompile.kernels.nm_linear.cpu import build
 build.FLAGS = build.FLAGS.replace("-O3", "-O0")
 build.operators = lambda: None  # built as the kernels are, but for longer
 torch.set_num_threads(1)  # packing starts no threads then
@@ -56,7 +59,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("MPCOMPILE_CPU_ISA", "portable")
     for name in ("CXX", "MPCOMPILE_SANITIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(store, "_SAID", set())
+    monkeypatch.setattr(messages, "_WARNED", set())
     monkeypatch.setattr(build, "FLAGS", FLAGS)
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
 
@@ -195,6 +198,34 @@ def test_a_library_without_the_functions_is_built_again(caplog, tmp_path):
     assert warnings(caplog) == [f"mpcompile: {path} can't be loaded and is built again"]
     with pytest.raises(build.Unavailable, match="undefined symbol"):
         build._opened(build.Operators, built)
+
+
+@pytest.mark.parametrize(
+    ("sources", "flags"),
+    [
+        (build.SOURCES, build.FLAGS),
+        (build.OPERATOR_SOURCES, f"{build.OPERATOR_FLAGS} -isystem {Path(torch.__file__).parent / 'include'}"),
+    ],
+)
+def test_a_librarys_name_depends_on_every_file_it_is_compiled_from(sources, flags):
+    """A header missing from the list could change without a new build."""
+    here = Path(build.__file__).parent
+    command = [*build.compiler(), *shlex.split(flags), "-MM", str(here / sources[0])]
+    rule = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    read = rule.partition(":")[2].replace("\\\n", " ").split()
+    assert sorted(Path(file).resolve() for file in read) == sorted((here / name).resolve() for name in sources)
+
+
+def test_a_changed_header_is_another_library(tmp_path, monkeypatch):
+    here = Path(build.__file__).parent
+    for name in build.SOURCES:
+        (tmp_path / name).write_bytes((here / name).read_bytes())
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    names = {place().name}
+    for name in build.SOURCES:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\n")
+        names.add(place().name)
+    assert len(names) == len(build.SOURCES) + 1
 
 
 def test_a_good_library_is_kept(caplog, built, monkeypatch):

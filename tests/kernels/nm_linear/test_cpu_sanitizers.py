@@ -16,7 +16,8 @@ from mpcompile.kernels.nm_linear.cpu import build
 ISAS = build._processor_isas()
 CALL = """
 import json, os, sys, tempfile, torch
-from mpcompile.kernels.nm_linear import build, layouts
+from mpcompile.kernels.nm_linear import layouts
+from mpcompile.kernels.nm_linear.cpu import abi, build
 
 
 def call(isa, dtype, fault):
@@ -37,7 +38,10 @@ def call(isa, dtype, fault):
         kept.append(raw)
         at.append(raw.data_ptr() + shift)
     print("called", flush=True)
-    assert lib.nm_linear(int(half), *at[:3], None, None, at[3], 33, 1, 64, 48, 2, 4, layout, 0, 0, 1) == 0
+    x, values, index, y = at
+    weight = abi.Weight(values, index, None, inputs=64, outputs=48, n=2, m=4, layout=layout)
+    args = abi.Linear(x=x, y=y, weight=weight, tokens=33, pixels=1, bf16=int(half), threads=1)
+    assert lib.nm_linear(args) == 0
     print("returned", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Merging where attention has masks that hide nothing, or does something with its weights."""
+"""Merging with idle attention masks, and with ops on the weights of attention."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("kind", LINEAR)
-def test_alike_tokens_merge_without_loss_where_weights_are_used_linearly(kind):
+def test_equal_tokens_merge_without_loss_if_ops_on_weights_are_linear(kind):
     model, x = Vit(weigh=LINEAR[kind]).eval(), torch.randn(1, 3, 1, 1).expand(1, 3, 16, 16).contiguous()
     gm = mpcompile.transform(model, x, Config(pattern="dense", tome_r=2))
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_alike_tokens_merge_without_loss_where_weights_are_used_linearly(kind):
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_what_is_not_linear_in_the_weights_is_refused(kind):
+def test_ops_not_linear_in_the_weights_are_refused(kind):
     with pytest.raises(MPCompileError, match=r"isn't linear in the weights|without weights of attention"):
         mpcompile.transform(Vit(weigh=OTHER[kind]).eval(), torch.randn(1, 3, 16, 16), Config(pattern="dense", tome_r=2))
 
@@ -94,7 +94,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("kind", IDLE)
-def test_masks_that_hide_nothing_do_not_keep_tokens_from_merging(kind):
+def test_tokens_merge_under_idle_masks(kind):
     x = torch.randn(2, 3, 16, 16)
     gm = mpcompile.transform(Vit(mask=IDLE[kind]).eval(), x, Config(pattern="dense", tome_r=2))
     assert gm.plan.tokens == [17, 15, 13, 11]

@@ -1,0 +1,243 @@
+"""What the passes of one run share: its inputs, its calibration data, the results of earlier passes, and the Plan."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from mpcompile.calibration.data import as_batches, batches
+from mpcompile.config import Config
+from mpcompile.ir.module import Imported, IRModule, Lifted
+from mpcompile.ir.view import LayerOp
+from mpcompile.kernels.nm_format import Pattern
+from mpcompile.plan import Plan
+
+if TYPE_CHECKING:
+    from mpcompile.passes.base import Pass
+    from mpcompile.passes.decision import Decision
+
+T = TypeVar("T")
+Observer = Callable[["Pass", str, IRModule, "Decision | dict[str, Any]"], None]
+
+
+class Request(enum.Enum):
+    """What a pass asks earlier passes of the pipeline to compute for it."""
+
+    REFIT = "refitted values of masked weights"
+    NORMS = "BatchNorm statistics of the pruned network"
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The result of Allocate: layer name -> its pattern, or None where it stays dense."""
+
+    provider: ClassVar[str] = "Allocate"  # as errors name it
+    patterns: Mapping[str, Pattern | None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run was given. Nothing here changes while it lasts.
+
+    Attributes:
+        config: the options.
+        example: example inputs, one per placeholder; their shapes count, not their values.
+        lifted: parameters that are graph inputs.
+        owned: True if the graph owns its weights and may write zeros into them.
+        tolerant: True if what finds no place in the graph is noted and left out, rather than refused.
+        seed: seeds every random choice.
+        prior: source masks of the Hamming prior, by layer name.
+        prior_weight: alpha of that prior.
+        masks: masks chosen for other graphs of the same model, by layer name.
+        patterns: patterns allocated for other graphs of the same model, by layer name; None for dense.
+    """
+
+    config: Config
+    example: list[Any]
+    lifted: Lifted = field(default_factory=Lifted)
+    owned: bool = True
+    tolerant: bool = False
+    seed: int = 0
+    prior: Mapping[str, Tensor] = field(default_factory=dict)
+    prior_weight: float = 0.1
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    patterns: Mapping[str, Pattern | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data, and how statistics are taken from it. Iterating gives the batches as they were given.
+
+    Attributes:
+        data: an iterable of batches; a tensor or a dict is one batch.
+        rereadable: True if the data can be read more than once.
+        memory: bytes that statistics may take, and again the activations held between layers.
+        statistics: a folder that keeps the moments of layers, or None.
+        policy: where the statistics of a layer come from: ``calibrate`` of :func:`mpcompile.transform`.
+    """
+
+    data: Any
+    rereadable: bool = True
+    memory: int = 2 << 30
+    statistics: Path | None = None
+    policy: str = "pruned_to_dense"
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(as_batches(self.data))
+
+    def batches(self, model: Imported) -> Iterator[list[Any]]:
+        """Each batch as the full list of graph inputs; see :func:`mpcompile.calibration.moments.batches`."""
+        return batches(model, self)
+
+
+class Results:
+    """Results of the passes that have run, at most one of each type; the last one counts.
+
+    Example:
+        >>> results = Results()
+        >>> results.put(Allocated({"fc": None}))
+        >>> results.get(Allocated)
+        Allocated(patterns={'fc': None})
+        >>> results.get(Calibration) is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self._by_type: dict[type, Any] = {}
+
+    def put(self, result: object) -> None:
+        """Store a result under its type."""
+        self._by_type[type(result)] = result
+
+    def get(self, kind: type[T]) -> T | None:
+        """The result of a type, or None if no pass has stored one."""
+        return self._by_type.get(kind)
+
+
+class Context:
+    """What the passes of one run share.
+
+    Args:
+        config, inputs, lifted, owned, given: as in :class:`Inputs`, ``inputs`` being the example inputs.
+        calibration: calibration data; anything but a :class:`Calibration` becomes one with default options.
+        plan: what the passes add their records to.
+        results: what the passes leave for later ones.
+        requests: what passes of the pipeline ask earlier ones to compute.
+        observers: called after every pass with the pass, the code of the graph before it, the graph, and the decision.
+
+    Attributes:
+        run: the inputs of the run, frozen.
+        calibration: a :class:`Calibration`, or None without data.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        inputs: Sequence[Any],
+        lifted: Lifted | None = None,
+        owned: bool = True,
+        *,
+        calibration: Any = None,
+        plan: Plan | None = None,
+        results: Results | None = None,
+        requests: Iterable[Request] = (),
+        observers: Iterable[Observer] = (),
+        **given: Any,
+    ) -> None:
+        self.run = Inputs(config, list(inputs), Lifted() if lifted is None else lifted, owned, **given)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            calibration = Calibration(calibration)
+        self.calibration: Calibration | None = calibration
+        self.plan = Plan() if plan is None else plan
+        self.results = Results() if results is None else results
+        self.requests, self.observers = frozenset(requests), tuple(observers)
+
+    @property
+    def config(self) -> Config:
+        """The options of the run."""
+        return self.run.config
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Example inputs, one per placeholder; their shapes count, not their values."""
+        return self.run.example
+
+    @property
+    def lifted(self) -> Lifted:
+        """Parameters that are graph inputs."""
+        return self.run.lifted
+
+    @property
+    def owned(self) -> bool:
+        """True if the graph owns its weights and may write zeros into them."""
+        return self.run.owned
+
+    @property
+    def tolerant(self) -> bool:
+        """True if what finds no place in the graph is noted and left out, rather than refused."""
+        return self.run.tolerant
+
+    @property
+    def seed(self) -> int:
+        """Seeds every random choice."""
+        return self.run.seed
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Masks chosen for other graphs of the same model, by layer name."""
+        return self.run.masks
+
+    @property
+    def patterns(self) -> Mapping[str, Pattern | None]:
+        """Allocated patterns by layer name, None for dense: from this run, or from another graph of the same model."""
+        allocated = self.results.get(Allocated)
+        return self.run.patterns if allocated is None else allocated.patterns
+
+    @property
+    def refit(self) -> bool:
+        """True if masked weights are to be refitted: the options allow it, and a later pass asks for it."""
+        return self.config.restore and Request.REFIT in self.requests
+
+    @property
+    def renorm(self) -> bool:
+        """True if BatchNorm statistics of the pruned network are asked for, and can be taken and written."""
+        return Request.NORMS in self.requests and self.owned and self.calibration is not None
+
+    def imported(self, gm: IRModule) -> Imported:
+        """The graph together with the example inputs and lifted parameters of the run."""
+        return Imported(gm, self.inputs, self.lifted, [])
+
+    def pattern_for(self, layer: LayerOp) -> Pattern | None:
+        """The pattern of a layer: the allocated one, else the config's; None for dense."""
+        patterns = self.patterns
+        return patterns[layer.name] if layer.name in patterns else self.config.pattern_for(layer.weight.tensor)
+
+    def writable(self, layer: LayerOp) -> bool:
+        """True if the graph may change the values of the layer's weight."""
+        node = layer.weight.node
+        return self.owned and (node is None or node.op == "get_attr")
+
+    def __getattr__(self, name: str) -> Any:
+        """Earlier names of what has its own object now, for one release."""
+        if name not in _EARLIER:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        owner, attribute, default = _EARLIER[name]
+        warnings.warn(f"ctx.{name} has moved to ctx.{owner}.{attribute}", DeprecationWarning, stacklevel=2)
+        return getattr(getattr(self, owner), attribute, default)
+
+
+# Earlier attribute of a Context -> its owner, its name there, and its value without calibration data.
+_EARLIER: dict[str, tuple[str, str, Any]] = {
+    "again": ("calibration", "rereadable", False),
+    "memory": ("calibration", "memory", 2 << 30),
+    "statistics": ("calibration", "statistics", None),
+    "calibrate": ("calibration", "policy", "pruned_to_dense"),
+    "prior": ("run", "prior", None),
+    "prior_weight": ("run", "prior_weight", None),
+}

@@ -1,0 +1,18 @@
+"""Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph."""
+
+from mpcompile.passes.mask.choice import Masked, Masks
+from mpcompile.passes.mask.eligibility import eligible, reason, verify
+from mpcompile.passes.mask.insert import Mask
+from mpcompile.pruning.scores import covariance_mask, magnitude_mask, top_n
+
+__all__ = [
+    "Mask",
+    "Masked",
+    "Masks",
+    "covariance_mask",
+    "eligible",
+    "magnitude_mask",
+    "reason",
+    "top_n",
+    "verify",
+]

@@ -1,0 +1,156 @@
+"""Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph.
+
+The scores are in pruning/scores.py. With calibration data, layers are decided one after another along the graph, each
+on the outputs of the pruned layers before it, and refitted on the way if a later pass requests that; or, with
+``calibrate="dense"``, all from one pass over the dense model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import GraphError
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import argument
+from mpcompile.ir.parts import set_attribute
+from mpcompile.ir.roles import roles
+from mpcompile.ir.view import LayerOp, layers, unsupported
+from mpcompile.kernels import ops
+from mpcompile.kernels.nm_format import Pattern
+from mpcompile.layers import MaskedConv2d, MaskedLinear
+from mpcompile.passes.base import Allocated, Context, Pass
+from mpcompile.passes.mask.choice import ALREADY, Masked, Masks, choose
+from mpcompile.passes.mask.eligibility import pattern_words, reason
+from mpcompile.passes.mask.projector import Projector, uses_by_name
+from mpcompile.plan import LayerPlan, is_lowered
+from mpcompile.pruning.project import Projection
+
+
+class Mask(Pass):
+    """N:M masks on every eligible layer; see :class:`mpcompile.Config` for what is excluded."""
+
+    name = "mask"
+    decision_type = Masks
+    provides = (Masked,)
+    needs = (("mac_reduction", Allocated),)
+    decides = True
+
+    def check(self, gm: IRModule, ctx: Context) -> None:
+        """A masked layer keeps its mask: another pattern for it is refused, not passed over."""
+        config, role = ctx.config, roles(gm, ctx.lifted)
+        if config.pattern != "dense" and is_lowered(gm, ctx.plan):
+            raise GraphError(
+                "a lowered module can't be masked: its weights are packed",
+                expected="a module that isn't lowered",
+                found="packed weights",
+                hint="transform the model that it was made from, then lower that",
+            )
+        for layer in layers(gm, ctx.lifted):
+            if layer.pattern is None or reason(layer, role.get(layer.name), ctx) is not None:
+                continue
+            if config.mac_reduction is None and config.pattern_for(layer.weight.tensor) == layer.pattern:
+                continue
+            asked = pattern_words(config) if config.mac_reduction is None else f"mac_reduction={config.mac_reduction}"
+            raise GraphError(
+                "this layer is masked already, and a second mask would be chosen among what the first one left",
+                layer=layer.name,
+                expected=f"pattern='{layer.pattern}' as it is, or pattern='dense' to leave all masks alone",
+                found=asked,
+                hint="for another pattern transform the dense model, or leave the layer out with exclude",
+            )
+
+    @torch.no_grad()
+    def plan(self, gm: IRModule, ctx: Context) -> Masks:
+        choice = choose(gm, ctx)
+        fell_back = sum(score == "magnitude" for score in choice.masked.values())
+        projections, norms = Projector(gm, choice, ctx).run()
+        return replace(
+            choice,
+            fell_back=fell_back if ctx.config.score != "magnitude" else 0,
+            projections=projections,
+            norms=norms,
+        )
+
+    def summary(self, decision: Masks) -> str:
+        patterns = list(decision.patterns.values())
+        parts = [f"{patterns.count(p)} layers {p}" for p in dict.fromkeys(patterns)]
+        text = ", ".join([*(parts or [f"0 layers {decision.pattern}"]), f"{len(decision.dense)} dense"])
+        if decision.fell_back:
+            text += f"; no calibration data for {decision.fell_back}: score is magnitude"
+        return text
+
+    @torch.no_grad()
+    def apply(self, gm: IRModule, decision: Masks, ctx: Context) -> bool:
+        uses = uses_by_name(gm, ctx)
+        shapes = {name: shape for name, (shape, _) in unsupported(gm, ctx.lifted).items()}
+        for name, why in decision.dense.items():
+            if name not in uses:
+                ctx.plan.layers[name] = LayerPlan("other", shapes[name], reason=why)
+                continue
+            layer = uses[name][0]
+            entry = ctx.plan.layers.setdefault(name, LayerPlan(layer.kind, tuple(layer.weight.tensor.shape)))
+            if why != ALREADY:
+                entry.reason = why
+        for name, projection in decision.projections.items():
+            self._mask_layer(gm, uses[name], projection, Pattern.parse(decision.patterns[name]), ctx)
+        for name in uses:  # in the graph's order, whichever layers earlier passes entered first
+            ctx.plan.layers[name] = ctx.plan.layers.pop(name)
+        ctx.results.put(Masked(decision.projections, decision.norms))
+        return bool(decision.masked)
+
+    def _mask_layer(
+        self, gm: IRModule, uses: list[LayerOp], projection: Projection, pattern: Pattern, ctx: Context
+    ) -> None:
+        """Write a layer's values, put its mask into the graph, and enter it into the Plan."""
+        weight = uses[0].weight.tensor
+        mask = projection.mask.to(weight.device)
+        energy = weight.detach().square()  # before the masked values are set to zero
+        kept = float((energy * mask).sum() / energy.sum().clamp(min=1e-30))
+        if projection.weight is not None and ctx.writable(uses[0]):
+            weight.copy_(projection.weight.to(weight.device).masked_fill(~mask, 0))
+        for use in uses:
+            self._mask_use(gm, use, mask, pattern, ctx)
+        entry = ctx.plan.layers.setdefault(uses[0].name, LayerPlan(uses[0].kind, tuple(weight.shape)))
+        entry.pattern, entry.density, entry.reason = str(pattern), pattern.density, None
+        entry.notes["mask"] = {"score": projection.score, "kept_energy": kept}
+
+    def _mask_use(self, gm: IRModule, use: LayerOp, mask: Tensor, pattern: Pattern, ctx: Context) -> None:
+        """Replace one use of a layer by its masked module or operator."""
+        node, geometry = use.node, use.geometry
+        if node.op == "call_module":
+            module = gm.get_submodule(use.name)
+            if isinstance(module, (MaskedLinear, MaskedConv2d)):  # an earlier use of a shared layer
+                return
+            masked: MaskedLinear | MaskedConv2d
+            if isinstance(module, torch.nn.Conv2d):
+                masked = MaskedConv2d.from_conv(module, mask, pattern)
+            else:
+                masked = MaskedLinear.from_linear(module, mask, pattern)  # type: ignore[arg-type]
+            set_attribute(gm, use.name, masked)
+            if ctx.owned:
+                masked.apply_mask()
+            return
+        if use.weight.node is not None and use.weight.node.op == "get_attr":
+            owner, _, leaf = use.weight.name.rpartition(".")
+            buffer = "mask" if leaf == "weight" else f"{leaf}_mask"
+            holder, path = gm.get_submodule(owner), f"{owner}.{buffer}".lstrip(".")
+        else:
+            buffer = path = "mask_" + use.name.replace(".", "_")
+            holder = gm
+        holder.register_buffer(buffer, mask)
+        with gm.graph.inserting_before(node):
+            args: list[Any] = [argument(node, 0, "input"), argument(node, 1, "weight")]  # as the graph has them here
+            args += [gm.graph.get_attr(path), use.bias]
+            if geometry is not None:
+                args += [geometry.stride, geometry.padding, geometry.dilation, geometry.groups]
+            target = ops.masked_linear if geometry is None else ops.masked_conv2d
+            new = gm.graph.call_function(target, (*args, pattern.n, pattern.m))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        if ctx.owned and use.weight.node is not None and use.weight.node.op == "get_attr":
+            use.weight.tensor.masked_fill_(~mask, 0)
