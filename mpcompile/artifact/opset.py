@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.artifact import guards
-from mpcompile.kernels import ops as _ops
+from mpcompile.ir import spec
 
 LISTED = "something on the lists in mpcompile/artifact/"
 
@@ -180,7 +180,7 @@ _HOMES: tuple[tuple[str, Any, frozenset[str]], ...] = (
     ("torch.linalg", torch.linalg, words("matrix_norm norm vector_norm")),
     ("torch.fft", torch.fft, words("fft fft2 fftn ifft ifft2 ifftn rfft rfft2 rfftn irfft irfft2 irfftn")),
 )
-_OWN = frozenset(op._schema.name.rpartition("::")[2] for op in _ops.MASKED | _ops.PACKED | _ops.MERGING)
+_OWN = frozenset(row.name for row in spec.OPERATORS.values())
 _PACKETS = {"aten": ATEN, "mpcompile": _OWN}
 _SCRIPT = words("size sym_size sym_stride")  # their overload without an axis is TorchScript's
 _OVERLOAD = re.compile(r"(aten|mpcompile)\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
