@@ -28,6 +28,7 @@ from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
 from mpcompile.io.messages import warn_once
+from mpcompile.ir import spec
 from mpcompile.ir.module import Imported, IRModule, Lifted, owned_by_transformed
 from mpcompile.ir.numerics import autocasts, exact
 from mpcompile.ir.parts import keep
@@ -39,7 +40,7 @@ from mpcompile.passes.base import Context, Results
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
-from mpcompile.passes.lower import Lower, Slot
+from mpcompile.passes.lower import Lower, Slot, Slots
 from mpcompile.passes.mask import Masked, magnitude_mask
 from mpcompile.passes.merge_tokens.insert import unmerged
 from mpcompile.pipeline import Pipeline, run_pipeline, transformed
@@ -310,14 +311,17 @@ def mpsparse(
             _inductor(imported.gm, example_inputs, mode), Plan(notes=[str(error)]), [], imported, config, False
         )
     trains = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
-    lower = Lower()
+    slots: list[Slot] = []
     if not trains:
         if autocasts():  # what is next to each other in which dtype depends on it
             propagate(imported.gm, imported.inputs)
         context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan)
         with exact():
-            for step in [FoldNorm(), FoldScale(), lower, Fuse()] if config.frozen else [lower, Fuse()]:
+            for step in [FoldNorm(), FoldScale(), Lower(), Fuse()] if config.frozen else [Lower(), Fuse()]:
                 step.run(imported.gm, context)
+            spec.check(imported.gm, spec.Stage.FUSED, lifted=imported.lifted, plan=plan)
+        lowered = context.results.get(Slots)
+        slots = [] if lowered is None else lowered.slots
         _STATE.watch_optimizers()
     run = _inductor(imported.gm, example_inputs, mode, None if trains or not config.frozen else imported.lifted)
-    return CompiledGraph(run, plan, lower.slots, imported, config, not trains)
+    return CompiledGraph(run, plan, slots, imported, config, not trains)

@@ -1,4 +1,4 @@
-"""Verify: which weights are legally N:M, and where the others break the rule. Looks at tensors, not at promises."""
+"""Verify: which weights are legal N:M, and where the others violate it. Judged by values, not by metadata."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _TENSORRT = Pattern(2, 4)
 
 @dataclass
 class Verdict:
-    """One weight.
+    """The result for one weight.
 
     Attributes:
         shape: (out, in) or (out, in / groups, kh, kw).
         zeros: share of exact zeros.
-        legal: the patterns that it meets with zeros to show for it, the most sparse first: for every M of 4, 8, 12,
-            16, 32 that divides its inputs, the least N below M.
-        pattern: what it is held to: the pattern asked for, or that of its own mask; None where there is neither.
-        groups: of that pattern in the weight; 0 where M doesn't divide the inputs.
+        legal: the patterns that it meets, sparsest first: for every M of 4, 8, 12, 16 and 32 that divides its inputs,
+            the smallest N, if that is below M.
+        pattern: its required pattern: the one asked for, or that of its own mask; None without either.
+        groups: number of groups of that pattern in the weight; 0 if M does not divide the inputs.
         bad: groups with more than N nonzeros.
-        first: where the first of them starts: output row, input channel, and kernel tap of a convolution.
-        tensorrt: whether TensorRT takes it for 2:4: at most 2 nonzeros in every 4 input channels, at every tap.
-        note: what else there is to say.
+        first: where the first bad group starts: output row, input channel, and kernel tap of a convolution.
+        tensorrt: True if TensorRT treats it as 2:4: at most 2 nonzeros in every 4 input channels, at every tap.
+        note: further remarks.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether it meets the pattern that it is held to."""
+        """True if it meets its required pattern."""
         return self.pattern is None or (self.groups > 0 and self.bad == 0)
 
 
@@ -60,28 +60,28 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether every weight meets the pattern that it is held to."""
+        """True if every weight meets its required pattern."""
         return all(v.ok for v in self.verdicts.values())
 
     def to_json(self, indent: int | None = None) -> str:
-        """All verdicts as JSON."""
+        """Return all verdicts as JSON."""
         return json.dumps({name: {**asdict(v), "ok": v.ok} for name, v in self.verdicts.items()}, indent=indent)
 
     def __str__(self) -> str:
         rows = []
         for name, v in self.verdicts.items():
-            held = "" if v.pattern is None else f"{v.pattern}: " + ("yes" if v.ok else f"{v.bad} of {v.groups} bad")
+            met = "" if v.pattern is None else f"{v.pattern}: " + ("yes" if v.ok else f"{v.bad} of {v.groups} bad")
             where = "" if v.first is None else ", ".join(f"{k} {p}" for k, p in v.first.items())
             shape = "x".join(map(str, v.shape))
             legal = " ".join(v.legal) or "none"
             tensorrt = "yes" if v.tensorrt else "no"
-            rows.append([printable(name, 200), shape, f"{v.zeros:.1%}", legal, held, where, tensorrt, v.note])
-        head = ["weight", "shape", "zeros", "legal", "held to", "first bad group", "TensorRT 2:4", "note"]
-        held_to = [v for v in self.verdicts.values() if v.pattern is not None]
-        good, sparse = sum(v.ok for v in held_to), sum(bool(v.legal) for v in self.verdicts.values())
+            rows.append([printable(name, 200), shape, f"{v.zeros:.1%}", legal, met, where, tensorrt, v.note])
+        head = ["weight", "shape", "zeros", "legal", "required", "first bad group", "TensorRT 2:4", "note"]
+        required = [v for v in self.verdicts.values() if v.pattern is not None]
+        good, sparse = sum(v.ok for v in required), sum(bool(v.legal) for v in self.verdicts.values())
         text = f"{len(self.verdicts)} weights, {sparse} legal under some N:M"
-        if held_to:
-            text += f"; {good} of {len(held_to)} meet the pattern that they are held to"
+        if required:
+            text += f"; {good} of {len(required)} meet their required pattern"
         text += f"; TensorRT takes {sum(v.tensorrt for v in self.verdicts.values())} for 2:4"
         return f"{tabulate(rows, headers=head, disable_numparse=True)}\n\n{text}"
 
@@ -99,7 +99,11 @@ def _first_bad(weight: Tensor, pattern: Pattern) -> dict[str, Any]:
 
 
 def inspect(weight: Tensor, pattern: Pattern | None = None) -> Verdict:
-    """One weight (out, in) or (out, in / groups, kh, kw), held to ``pattern`` if there is one.
+    """Return the verdict on one weight.
+
+    Args:
+        weight: (out, in) or (out, in / groups, kh, kw).
+        pattern: the required pattern; None for none.
 
     Example:
         >>> inspect(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), Pattern(2, 4)).ok
@@ -124,7 +128,7 @@ def inspect(weight: Tensor, pattern: Pattern | None = None) -> Verdict:
     if pattern is not None:
         verdict.pattern = str(pattern)
         if cin % pattern.m:
-            verdict.note = f"{cin} inputs don't divide by {pattern.m}"
+            verdict.note = f"{cin} inputs are not divisible by {pattern.m}"
             return verdict
         verdict.groups = nonzero.numel() // pattern.m
         verdict.bad = check_nm(weight, *pattern)
@@ -137,21 +141,25 @@ def verify(source: Mapping[str, Tensor] | nn.Module, pattern: Pattern | str | No
     """Check every linear and convolution weight of a state dict or a model.
 
     Args:
-        source: a state dict, or a module; masked layers of a transformed module are held to their own pattern.
-        pattern: what all weights are held to instead; None holds only masked layers to something.
+        source: a state dict, or a module; masked layers of a transformed module have to meet their own pattern.
+        pattern: the pattern that all weights have to meet instead; None for none beyond the masked layers' own.
 
     Raises:
-        ConfigError: ``pattern`` isn't one.
-        ArtifactError: there is no weight to look at.
+        ConfigError: ``pattern`` is not a pattern.
+        ArtifactError: there is no weight to check.
+
+    Example:
+        >>> verify({"fc.weight": torch.tensor([[1.0, 0.0, 2.0, 0.0]])}, "2:4").ok
+        True
     """
     if isinstance(pattern, str):
         pattern = Pattern.parse(pattern)
     own: dict[str, Pattern] = {}
     if isinstance(source, nn.Module):
         for name, module in source.named_modules():
-            found = getattr(module, "pattern", None)
-            if isinstance(found, Pattern):
-                own[f"{name}.weight"] = found
+            masking = getattr(module, "pattern", None)
+            if isinstance(masking, Pattern):
+                own[f"{name}.weight"] = masking
         source = source.state_dict()
     verdicts = {}
     for name, tensor in source.items():
@@ -166,12 +174,12 @@ def verify(source: Mapping[str, Tensor] | nn.Module, pattern: Pattern | str | No
 
 
 def read(path: Path) -> Mapping[str, Tensor] | IRModule:
-    """What :func:`mpcompile.save` wrote, a file or a folder, or a checkpoint: safetensors, or a torch file of tensors.
+    """Read a file or folder of :func:`mpcompile.save`, or a checkpoint: safetensors, or a torch file of tensors.
 
     Raises:
-        ArtifactError: the file is missing or can't be read.
+        ArtifactError: the file is missing or cannot be read.
     """
-    from mpcompile.artifact.file import load
+    from mpcompile.artifact.loading import load
     from mpcompile.io.checkpoints import is_artifact, read_checkpoint
 
     return load(path) if is_artifact(path) else read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""AOTInductor packages check their inputs: in a process that has nothing but torch."""
+"""AOTInductor packages check their inputs, in a process that has only torch."""
 
 import subprocess
 import sys
@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mpcompile import Config, transform
+from mpcompile import Config, export, transform
 from mpcompile.errors import GraphError
 from mpcompile.export import package_guard
-from mpcompile.export import programs as export
 
 SERVE = """import sys, torch
 from safetensors.torch import load_file, save_file
@@ -97,6 +96,6 @@ def test_without_a_place_for_checks_no_package_is_written(tmp_path, monkeypatch)
     gm = transform(net(), torch.randn(2, 3, 8, 8), Config(pattern="2:4"))
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, package_path: None)
     monkeypatch.delattr(CppWrapperCpu, package_guard._HOOK)
-    with pytest.raises(GraphError, match="can't check its inputs"):
+    with pytest.raises(GraphError, match="cannot check its inputs"):
         export.save_aoti(gm, torch.randn(2, 3, 8, 8), tmp_path / "p.pt2", engine="dense")
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mpcompile import Config, load, lower, save, transform
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import MPCompileError, TraceError
-from mpcompile.export.programs import dense_state
+from mpcompile.export import dense_state
 from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
 
 HALF = Config(pattern="2:4")
@@ -265,7 +265,7 @@ def test_names_that_pytorch_allows(names, tmp_path):
 def test_names_that_could_end_a_text_are_refused_by_files_alone(name, tmp_path):
     gm = transform(named((name, "b", "c")), X, HALF)
     assert gm(X).shape == (3, 8)
-    with pytest.raises(MPCompileError, match="can't name a layer") as raised:
+    with pytest.raises(MPCompileError, match="cannot name a layer") as raised:
         save(gm, tmp_path / "m.mpc")
     assert str(raised.value).isprintable()
 
