@@ -89,7 +89,7 @@ def test_plots_are_written_atomically(found, tmp_path):
     found.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     found.plot(tmp_path / "a.pdf")
-    with pytest.raises(ArtifactError, match=r"can't write .*a\.nonsense.*format"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*a\.nonsense.*format"):
         found.plot(tmp_path / "a.nonsense")
     with pytest.raises(ArtifactError, match="writable folder"):
         found.plot(tmp_path / "missing" / "a.png")
