@@ -1,10 +1,10 @@
-"""The native operators as torch sees them: schema, CPU kernel, fake, gradient.
+"""The native operators for torch: CPU kernel, fake implementation and gradient.
 
-Each comes twice. ``nm_gemm``, ``nm_mlp`` and ``nm_conv`` are what graphs hold. Once the kernels are built, C++
-(``ops.cpp``) stands behind them on CPUs: it takes what is plain straight to a kernel, and all else to
-``nm_gemm_general`` and its like. Those are the Python of this file, which stands behind both names where C++ can't be
-built. Where no kernel can be had (no compiler, or a layout made for another processor), the plain torch of packed.py
-runs instead, slowly. Gradients come from the masked dense weight that the layout holds, through packed.py as well.
+Each operator is registered under two names. ``nm_gemm``, ``nm_mlp`` and ``nm_conv`` are those that graphs hold. Once
+the kernels are built, these are implemented on CPUs by C++ (``ops.cpp``), which passes ordinary calls directly to a
+kernel, and all others to ``nm_gemm_general`` and so on, the Python in this file. If C++ cannot be built, the Python
+implements both names. Without a kernel (no compiler, or a layout for another processor) the plain torch of packed.py
+runs instead, slowly. Gradients are those of the dense masked weight that the layout holds, also through packed.py.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpAr
 _NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 _FIRST_USE = threading.RLock()
-GENERAL = "_general"  # behind the name of an operator in Python, which C++ falls back on
+GENERAL = "_general"  # suffix of the Python operators, which C++ falls back to
 _TOKENS, _PLANES = 0, 1  # memory formats of activations, as in abi.h
 
 
 @functools.cache
 def kernels() -> Any:
-    """The library, or None where there is none. The operators call it from now on."""
+    """Return the kernel library, or None if there is none, and make the operators call it."""
     with _FIRST_USE:
         lib = build.library() if build.unavailable() is None else None
         use(lib)
@@ -43,16 +43,16 @@ def kernels() -> Any:
 
 
 def use(lib: build.Kernels | None) -> None:
-    """Have the operators in C++ call these kernels, or none."""
+    """Make the operators in C++ call these kernels; None for no kernels."""
     if lib is None and not build.operators.cache_info().currsize:
-        return  # nothing to take them from
+        return  # the operators are not loaded
     operators = build.operators()
     if operators is not None:
         operators.use(lib)
 
 
 def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
-    """Whether the kernels take these tensors on this processor."""
+    """Return True if this processor's kernels accept these tensors."""
     lib = kernels()
     if lib is None or not x.is_cpu or x.dtype not in _HALF or values.dtype is not x.dtype:
         return False
@@ -62,7 +62,7 @@ def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
 
 
 def _added(residual: Tensor | None, y: Tensor) -> Tensor | None:
-    """The residual as the kernels read it: of the output's shape and dtype, in its memory order."""
+    """Return the residual as the kernels read it: in the output's shape, dtype and memory format."""
     if residual is None:
         return None
     order = torch.channels_last if y.dim() == 4 and packed.runs_last(y) else torch.contiguous_format
@@ -146,7 +146,7 @@ def _mlp(
     checks.mlp(x, (one, two), (bias1, bias2), residual, activation)
     threads = torch.get_num_threads()
     tokens = x.numel() // max(1, x.shape[-1])
-    # One thread takes a whole panel through both products, which few panels would leave idle threads.
+    # One thread computes both products of a panel, so that with few panels threads would be idle.
     few = tokens < 64 * 4 * threads and threads > 1
     apart = few or (layout1 == ROWS) != (layout2 == ROWS) or not k * hidden
     if apart or not runs(x, values1, layout1, layout2) or values2.dtype is not x.dtype:
@@ -174,7 +174,7 @@ def _mlp(
 def _of_nothing(
     x: Tensor, sizes: tuple[int, ...], bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
-    """A convolution of no channels: its bias everywhere."""
+    """Return the output of a convolution without input channels: its bias everywhere."""
     order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
     y = torch.zeros(sizes, dtype=x.dtype, device=x.device)
     y = y if bias is None else y + bias.to(x.dtype)[:, None, None]
@@ -182,12 +182,12 @@ def _of_nothing(
 
 
 def pointwise(shape: Sequence[int]) -> bool:
-    """Whether a convolution is a matrix product over pixels."""
+    """Return True if a convolution is a matrix product over pixels."""
     return shape[2] == shape[3] == 1
 
 
 def _sizes(x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[Any]:
-    """Of the output; sizes may be symbols here."""
+    """Return the shape of a convolution's output; sizes may be symbolic."""
     edges = zip(x.shape[2:], shape[2:], stride, padding, dilation, strict=True)
     return [x.shape[0], shape[0], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in edges)]
 
@@ -284,7 +284,7 @@ def _fake_conv(*args: Any) -> Tensor:
 
 
 def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Backward and setup_context of an operator whose value in plain torch is ``formula``."""
+    """Return backward and setup_context of an operator that equals ``formula`` in plain torch."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
@@ -297,9 +297,9 @@ def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Calla
         with torch.enable_grad():
             for i in wanted:
                 inputs[i] = inputs[i].detach().requires_grad_()
-            found = torch.autograd.grad(formula(*inputs), [inputs[i] for i in wanted], grad)
+            gradients = torch.autograd.grad(formula(*inputs), [inputs[i] for i in wanted], grad)
         result: list[Any] = [None] * len(inputs)
-        for i, value in zip(wanted, found, strict=True):
+        for i, value in zip(wanted, gradients, strict=True):
             result[i] = value
         return tuple(result)
 
@@ -319,12 +319,12 @@ def define(library: Library) -> None:
         short = args.operator
         for name in (short, short + GENERAL):
             library.define(name + args.signature(), tags=(torch.Tag.needs_fixed_stride_order,))
-            # Not for CPU by name: C++ takes that place when it is loaded.
+            # Not for the CPU key, which C++ takes when it is loaded.
             library.impl(name, kernel, "CompositeExplicitAutograd")
             library.impl(name, gpu_launch.IMPLEMENTATIONS[short], "CUDA")
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-        # Both have the autograd of the first, so that graphs hold the first whichever was called, and a training
-        # step's forward runs in C++.
+        # Both names share the autograd of the first: graphs hold the first whichever was called, and the forward of a
+        # training step runs in C++.
         first = getattr(getattr(torch.ops, library.ns), short).default
         above = make_autograd_impl(first, Info(*_gradient(formula)))
         for name in (short, short + GENERAL):

@@ -1,9 +1,9 @@
-"""Runs kernels that were compiled elsewhere: cubins, launched through the CUDA driver, without any Triton.
+"""Kernels compiled on another machine: cubins, launched through the CUDA driver without Triton.
 
-``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled:
-``records.json`` files, the cubins beside them. Where the installed Triton can't compile the kernels, gpu_launch.py
-takes them from there. A :class:`Kernel` is called as Triton's are; its arguments go to the driver in the order and
-types that the compiled entry names.
+``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled with
+``records.json`` files and cubins. If the installed Triton cannot compile the kernels, launch.py uses these. A
+:class:`Kernel` is called like a Triton kernel; its arguments go to the driver in the order and types of the compiled
+entry.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
 
 @dataclass
 class Box:
-    """What a tensor map describes: a matrix of 16-bit elements, read in boxes with the 128-byte swizzle.
+    """The content of a tensor map: a matrix of 16-bit elements, read in boxes with the 128-byte swizzle.
 
     Attributes:
-        base: (rows, columns), neighbouring columns next to each other.
+        base: (rows, columns), columns contiguous.
         block_shape: rows and columns of a box.
     """
 
@@ -48,7 +48,7 @@ class Box:
 
 
 class Driver:
-    """The few calls of libcuda that a launch needs. Torch has made the context."""
+    """The calls of libcuda that a launch needs. Torch has created the context."""
 
     def __init__(self) -> None:
         self.cuda = ctypes.CDLL("libcuda.so.1")
@@ -61,22 +61,22 @@ class Driver:
             raise RuntimeError(f"{name}: {(text.value or b'error %d' % code).decode()}")
 
     def function(self, cubin: bytes, name: str, shared: int) -> Any:
-        """A kernel of a cubin, ready for launches with so many bytes of shared memory."""
-        module, found = ctypes.c_void_p(), ctypes.c_void_p()
+        """Load a kernel of a cubin for launches with ``shared`` bytes of shared memory."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(module), cubin)
-        self._call("cuModuleGetFunction", ctypes.byref(found), module, name.encode())
+        self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         if shared > _SMALL_SHARED:
-            self._call("cuFuncSetAttribute", found, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
-        return found
+            self._call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
+        return function
 
     def tensor_map(self, box: Box) -> Any:
-        """The 128 bytes, aligned to 64, by which the tensor memory accelerator knows a matrix."""
+        """Return the tensor map of a matrix: 128 bytes, aligned to 64, for the tensor memory accelerator."""
         room = ctypes.create_string_buffer(MAP_BYTES + 64)
-        found = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % 64)
+        tensor_map = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % 64)
         rows, columns = box.base.shape
         self._call(
             "cuTensorMapEncodeTiled",
-            ctypes.byref(found),
+            ctypes.byref(tensor_map),
             ctypes.c_int(_ELEMENTS[box.base.dtype]),
             ctypes.c_uint32(2),
             ctypes.c_void_p(box.base.data_ptr()),
@@ -86,10 +86,10 @@ class Driver:
             (ctypes.c_uint32 * 2)(1, 1),
             *map(ctypes.c_int, (0, _SWIZZLE_128B, _PROMOTE_128B, 0)),
         )
-        return found
+        return tensor_map
 
     def launch(self, function: Any, blocks: int, threads: int, shared: int, stream: int, values: list[Any]) -> None:
-        """One launch of ``blocks`` blocks; ``values``: ctypes objects, one a parameter."""
+        """Launch ``blocks`` blocks; ``values`` are ctypes objects, one per parameter."""
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         sizes = [*map(ctypes.c_uint, (blocks, 1, 1, threads, 1, 1, shared))]
         self._call("cuLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)
@@ -101,10 +101,10 @@ def driver() -> Any:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """What a ``records.json`` lists.
+    """Return the records of a ``records.json``.
 
     Raises:
-        InputError: it isn't as gpu_build.py writes it.
+        InputError: the file is not as build.py writes it.
     """
     kinds = {field.name: {"str": str, "int": int, "bool": bool}[str(field.type)] for field in fields(Build)}
     try:
@@ -112,7 +112,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         if all(type(record[name]) is kind for record in records for name, kind in kinds.items()):
             return list(records)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # said below
+        pass  # reported below
     raise InputError(
         f"{path} is damaged", expected="what python -m bench.gpu.kernel_matrix --keep writes", hint="compile them again"
     )
@@ -123,7 +123,7 @@ class Cubins:
     """The builds in a folder.
 
     Attributes:
-        records: of each build, as :func:`gpu_build.record_of` made them, with ``cubin``, its path.
+        records: record of each build, as made by :func:`build.record_of`, with the path of its ``cubin``.
     """
 
     folder: Path
@@ -137,7 +137,7 @@ class Cubins:
         Raises:
             InputError: there is none, or kernels have changed since.
         """
-        found = cls(folder)
+        cubins = cls(folder)
         names = [f.name for f in fields(Build)]
         for path in sorted(folder.rglob("records.json")):
             for record in _records(path):
@@ -151,17 +151,17 @@ class Cubins:
                         found=record.get("source"),
                         hint="compile them again: python -m bench.gpu.kernel_matrix --keep FOLDER",
                     )
-                found.records[build] = {**record, "cubin": path.parent / f"{build.name}.cubin"}
-        if not found.records:
+                cubins.records[build] = {**record, "cubin": path.parent / f"{build.name}.cubin"}
+        if not cubins.records:
             raise InputError(
                 f"no compiled kernels in {folder}",
                 expected="records.json and cubins",
                 hint=f"python -m bench.gpu.kernel_matrix --keep {folder}",
             )
-        return found
+        return cubins
 
     def lacks(self, kernel: str, arch: int) -> str | None:
-        """What a kernel misses here to run on an architecture, or None."""
+        """Return which cubin of a kernel is missing for an architecture, or None if all exist."""
         for tile in tiles_for(kernel, arch):
             for dtype in _DTYPES.values():
                 for epilogue in EPILOGUES:
@@ -171,7 +171,7 @@ class Cubins:
         return None
 
     def function(self, build: Build, device: int) -> Any:
-        """The kernel of a build on a device; loaded once."""
+        """Return the kernel of a build on a device; each is loaded once."""
         key = device, build
         if key not in self._loaded:
             record = self.records[build]
@@ -182,13 +182,13 @@ class Cubins:
 
 @functools.cache
 def given() -> Cubins | None:
-    """What :data:`VARIABLE` names, or None."""
+    """Return the cubins in the folder that :data:`VARIABLE` names, or None if it is not set."""
     folder = os.environ.get(VARIABLE)
     return Cubins.of(Path(folder)) if folder else None
 
 
 def epilogue_of(act: str, bias: bool, scale: bool, residual: bool) -> str | None:
-    """The epilogue of :data:`gpu_build.EPILOGUES` that does this, given a bias of zeros if need be; or None."""
+    """Return the epilogue of :data:`build.EPILOGUES` that does this, with a zero bias if need be; None if none does."""
     if act != "none":
         return None if scale or residual else act
     if scale:
@@ -197,12 +197,12 @@ def epilogue_of(act: str, bias: bool, scale: bool, residual: bool) -> str | None
 
 
 def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
-    """Arguments as the entry takes them.
+    """Return arguments as the compiled entry takes them.
 
     Args:
-        kinds: ``"map"``, ``"u32"`` or ``"u64"``, one a parameter.
-        args: tensors, numbers and boxes; None where the kernel was compiled without. A box stands for its tensor map
-            and for its shape and strides. What kinds are left over are Triton's scratch pointers, which are null.
+        kinds: ``"map"``, ``"u32"`` or ``"u64"``, one per parameter.
+        args: tensors, numbers and boxes; None for an argument that the kernel was compiled without. A box becomes its
+            tensor map, followed by its shape and strides. Triton's scratch pointers come last and are null.
 
     Raises:
         InputError: the entry takes other arguments.
@@ -229,7 +229,7 @@ def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
 
 @dataclass
 class Kernel:
-    """Stands in for a kernel's module: ``gemm[grid](...)`` as Triton would, from cubins."""
+    """A kernel's module backed by cubins: ``gemm[grid](...)`` launches like Triton."""
 
     name: str
     arch: int
@@ -243,13 +243,13 @@ class Kernel:
         return functools.partial(self._run, grid[0])
 
     def _run(self, blocks: int, *args: Any, **options: Any) -> None:
-        """As the kernels' signatures have it: two operands, words or pixels, bias, scale, residual, result, numbers."""
+        """Launch with a kernel's arguments: two operands, words or pixels, bias, scale, residual, result, numbers."""
         *operands, bias, scale, residual, y = args[:7]
         act, numbers = options["ACT"], args[7:]
         epilogue = epilogue_of(act, bias is not None, scale is not None, residual is not None)
-        behind: tuple[str, Any, Any] | None = None
-        if epilogue is None:  # this combination isn't compiled: what comes behind the bias is a pass of its own
-            epilogue, behind, scale, residual = "bias", (act, scale, residual), None, None
+        late: tuple[str, Any, Any] | None = None
+        if epilogue is None:  # not compiled: everything after the bias is a separate pass
+            epilogue, late, scale, residual = "bias", (act, scale, residual), None, None
         out = int(y.shape[-1])
         if epilogue != "none" and bias is None:
             bias = _zeros(out, y.dtype, y.device)
@@ -261,8 +261,8 @@ class Kernel:
         stream = _stream(y.device)
         function = self.cubins.function(build, y.device.index or 0)
         driver().launch(function, blocks, record["threads"], record["smem_bytes"], stream, values)
-        if behind is not None:
-            y.copy_(_finish(y, *behind))
+        if late is not None:
+            y.copy_(_finish(y, *late))
 
     def _build(self, operands: list[Any], epilogue: str, y: Tensor, out: int, options: dict[str, Any]) -> Build:
         if "BN" in options:

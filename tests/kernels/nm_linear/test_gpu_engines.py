@@ -169,7 +169,7 @@ def test_no_tokens_launch_nothing():
         (PROBLEM.x[:, :120], {}, "don't divide by 16"),
         (PROBLEM.x[:1].expand(2**31, 128), {}, "a product too large"),
         (PROBLEM.x, {"bias": torch.zeros(63, dtype=torch.float16), "tile": TILES[0]}, "the bias doesn't fit"),
-        (PROBLEM.x.to("meta"), {}, "packed weights lie elsewhere"),
+        (PROBLEM.x.to("meta"), {}, "packed weights are on another device"),
     ],
 )
 def test_bad_input_is_refused_before_the_launch(x, how, message):
