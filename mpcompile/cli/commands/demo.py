@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mpcompile.cli.destinations import declare
-from mpcompile.cli.options import Commands, at_least, command
+from mpcompile.cli.options import Commands, as_path, at_least, command
 from mpcompile.errors import printable_lines
 
 
@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     )
     job.add_argument("--quick", action="store_true", help="a smaller model and fewer epochs, for a first look")
     job.add_argument("--seed", type=at_least(0), default=0, help="seeds split, weights and batches (default 0)")
-    job.add_argument("--out", type=Path, default=Path("mpcompile-demo"), help="folder for the results as files")
+    job.add_argument("--out", type=as_path, default=Path("mpcompile-demo"), help="folder for the results as files")
     declare(job, out=("digits.mpc", "report.json", "plan.json", "analysis.json", "analysis.png"))
     job.add_argument("--threads", type=at_least(1), help="threads of PyTorch (default: its own choice)")
     job.set_defaults(run=run)

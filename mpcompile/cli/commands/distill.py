@@ -18,16 +18,16 @@ from torch import nn
 
 import mpcompile
 from mpcompile.cli.destinations import declare
+from mpcompile.cli.models import create_with, provenance
 from mpcompile.cli.options import (
     Commands,
-    at_least,
+    as_path,
     classes_option,
     command,
-    create_with,
     json_option,
-    provenance,
     show,
     source_options,
+    threads_option,
 )
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.io.reading import read_text
@@ -61,16 +61,16 @@ def add(commands: Commands) -> None:
     job.add_argument(
         "--val-split", default="validation", metavar="SPLIT", help="none: don't evaluate (default validation)"
     )
-    job.add_argument("--out", type=Path, metavar="FOLDER", help="for everything the run writes")
+    job.add_argument("--out", type=as_path, metavar="FOLDER", help="for everything the run writes")
     declare(job, out=("student.mpc", "log.jsonl", "result.json", "distilled.mpc"))
     job.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: train.lr=3e-4")
     job.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: go on where a run broke off")
     source_options(job)
     classes_option(job)
     named = "the model's classes in their order, one folder name a line (default: folders in the order of their names)"
-    job.add_argument("--class-map", type=Path, metavar="FILE", help=named)
+    job.add_argument("--class-map", type=as_path, metavar="FILE", help=named)
     job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
+    threads_option(job)
     job.add_argument("--tracker", action="append", default=[], choices=TRACKERS, help="log there too")
     json_option(job)
     job.set_defaults(run=run)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from pathlib import Path
 
 import mpcompile
 from mpcompile.artifact.file import PLAN, WEIGHTS
 from mpcompile.cli.destinations import FILE, declare
-from mpcompile.cli.options import Commands, command
+from mpcompile.cli.options import Commands, as_path, command
 from mpcompile.errors import ConfigError, printable
 from mpcompile.page.sources import Sources, read_json
 
@@ -27,10 +26,10 @@ def add(commands: Commands) -> None:
         example="mpcompile report pruned.mpc --audit audit.json --explain explain.json --image cat.jpg "
         "--out report.html",
     )
-    job.add_argument("artifact", type=Path, nargs="?", help="what mpcompile compile or mpcompile.save wrote")
+    job.add_argument("artifact", type=as_path, nargs="?", help="what mpcompile compile or mpcompile.save wrote")
     for name in READ:
-        job.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"what mpcompile {name} --json FILE wrote")
-    job.add_argument("--image", type=Path, nargs="*", default=[], metavar="FILE", help="show how its tokens merge")
+        job.add_argument(f"--{name}", type=as_path, metavar="FILE", help=f"what mpcompile {name} --json FILE wrote")
+    job.add_argument("--image", type=as_path, nargs="*", default=[], metavar="FILE", help="show how its tokens merge")
     job.add_argument("--title", default="", help="heading of the page (default: the model's name)")
     job.add_argument("--out", default="report.html", metavar="FILE", help="(default report.html)")
     declare(job, out=FILE)
