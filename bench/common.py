@@ -25,8 +25,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mpcompile.io.writing import write_atomically
+from mpcompile.kernels.machine import cpu_name
 from mpcompile.kernels.nm_linear.cpu import build
-from mpcompile.kernels.timing import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -199,6 +199,28 @@ def plot(
     figure.savefig(folder / f"{name}.png", dpi=150)
     plt.close(figure)
     print(f"plot: {folder / f'{name}.png'}")
+
+
+@contextlib.contextmanager
+def plotted(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes to draw on, saved to ``path`` afterwards; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'mpcompile[report]')")
+        yield None
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    try:
+        yield axes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        print(f"plot: {path}")
+    finally:
+        plt.close(figure)
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,13 @@
-"""Engines: what can run a masked layer, and which one does.
+"""The choice of an engine: the engines there are, and which of them runs a masked layer.
 
-Among the engines that support a layer, ``"auto"`` takes the fastest, as timed on this machine (see timing.py), and a
-sparse one only if it beats the best dense build of the layer by more than the noise.
+``"auto"`` takes the fastest engine that supports the layer, as timed on this machine (timing.py). A sparse engine must
+beat the best dense build by more than the noise (:data:`MARGIN`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,62 +15,34 @@ from tqdm import tqdm
 
 from mpcompile.errors import ConfigError
 from mpcompile.kernels import ops, schema, timing
+from mpcompile.kernels.engine import DENSE, Candidate, Choice, Engine, LayerSpec
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
 from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine, multiplies_pairs
 from mpcompile.kernels.nm_linear.gpu.cusparselt import CuSparseLtEngine
 from mpcompile.kernels.nm_linear.gpu.engine import MMA_SP, WGMMA_SP
 from mpcompile.kernels.nm_linear.gpu.expand import ExpandEngine
 
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One masked layer as an engine sees it.
-
-    Attributes:
-        shape: of the weight, (out, in) or (out, in / groups, kh, kw).
-        geometry: (stride, padding, dilation, groups), or None for a linear layer.
-        inputs: example shape of the input, (..., in) or (B, C, H, W); None where it isn't known.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    pattern: Pattern
-    geometry: tuple[list[int], list[int], list[int], int] | None = None
-    inputs: tuple[int, ...] | None = None
-
-    @property
-    def tokens(self) -> int | None:
-        """Rows of the matrix product: tokens of the whole batch, or output pixels. None where the input is unknown."""
-        if self.inputs is None:
-            return None
-        if self.geometry is None:
-            return math.prod(self.inputs[:-1])
-        axes = zip(self.inputs[2:], self.shape[2:], *self.geometry[:3], strict=True)
-        return self.inputs[0] * math.prod((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in axes)
-
-
-class Engine(Protocol):
-    """What lowering needs of an engine.
-
-    ``pack`` turns a weight and its mask into the tensors that the engine keeps; ``call`` gives the operator and its
-    arguments for an input, those tensors and a bias. Both take graph nodes as well as tensors where it matters.
-    """
-
-    name: str
-
-    def supports(self, spec: LayerSpec) -> str | None:
-        """Why the engine can't run the layer, or None."""
-
-    def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
-        """The tensors that the engine keeps."""
-
-    def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
-        """Operator and arguments."""
+__all__ = [
+    "DENSE",
+    "ENGINES",
+    "GPU_ENGINES",
+    "MARGIN",
+    "Candidate",
+    "Choice",
+    "Dense",
+    "Engine",
+    "LayerSpec",
+    "Reference",
+    "auto_menu",
+    "auto_pattern",
+    "choose",
+    "choose_all",
+    "engine_named",
+]
 
 
 class Reference:
-    """Packed values + bitmask, spread out at every call, then a dense op. Saves memory; slower than dense."""
+    """Kept values and bit masks, unpacked at every call for a dense operator. Saves memory; slower than dense."""
 
     name = "reference"
 
@@ -94,7 +64,7 @@ class Reference:
 
 
 class Dense:
-    """The masked weight as it is, and a dense op: no faster and no smaller than the unpruned layer."""
+    """The masked weight and a dense operator: neither faster nor smaller than the unpruned layer."""
 
     name = "dense"
 
@@ -110,16 +80,17 @@ class Dense:
         return torch.nn.functional.conv2d, (x, packed["weight"], bias, *spec.geometry)
 
 
-# The preferred ones first, for want of timings.
+# In order of preference, which decides where nothing is timed.
 GPU_ENGINES: tuple[Engine, ...] = (WGMMA_SP, MMA_SP, CuSparseLtEngine(), ExpandEngine())
 ENGINES: tuple[Engine, ...] = (CpuEngine(), *GPU_ENGINES, Reference(), Dense())
-MARGIN = 0.97  # a sparse engine has to take less than this share of the best dense time
+MARGIN = 0.97  # a sparse engine must take less than this fraction of the best dense time
 
 
 def auto_pattern(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...]:
-    """Patterns of density 1/2 that the device's engines run at full speed, widest first (wider ones keep more).
+    """Return the patterns of density 1/2 that the device runs at full speed, widest first (wider groups keep more).
 
-    Where bf16 is multiplied in pairs of columns, that is 2:4 alone: in a wider group some values find no partner.
+    GPUs and processors that multiply bf16 in pairs of columns run only 2:4 at full speed. In wider groups some values
+    have no partner within reach.
     """
     if device.type == "cuda" or (device.type == "cpu" and multiplies_pairs(dtype)):
         return (Pattern(2, 4),)
@@ -127,7 +98,7 @@ def auto_pattern(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...
 
 
 def auto_menu(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...]:
-    """Patterns to choose from layer by layer, where the device's engines run them well; widest groups first."""
+    """Return the patterns to choose from for each layer, those that the device runs well; widest groups first."""
     if device.type == "cuda":
         return (Pattern(2, 4),)
     if device.type == "cpu" and multiplies_pairs(dtype):
@@ -136,38 +107,8 @@ def auto_menu(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...]:
     return *wide, Pattern(3, 4), Pattern(2, 4), Pattern(1, 4)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What is known of one way to run a layer: microseconds a call, or why it can't run it. Both None: not timed."""
-
-    name: str
-    us: float | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The engine for a layer, why, and what it was chosen from.
-
-    Attributes:
-        dense_us: microseconds of what a sparse engine has to beat; None where nothing was timed.
-    """
-
-    engine: Engine
-    why: str
-    candidates: tuple[Candidate, ...] = ()
-    dense_us: float | None = None
-
-    @property
-    def us(self) -> float | None:
-        """Microseconds of what was chosen, or None where nothing was timed."""
-        if self.engine.name in timing.DENSE:
-            return self.dense_us
-        return next((c.us for c in self.candidates if c.name == self.engine.name), None)
-
-
 def engine_named(name: str) -> Engine:
-    """One of :data:`ENGINES`.
+    """Return one of :data:`ENGINES` by its name.
 
     Raises:
         ConfigError: no engine of that name.
@@ -179,14 +120,14 @@ def engine_named(name: str) -> Engine:
 
 
 def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, frozen: bool = True) -> Choice:
-    """The engine for a layer.
+    """Choose the engine for a layer.
 
     Args:
-        engine: ``"auto"`` takes the fastest; where it can't be timed (input shape unknown, or switched off by
-            ``MPCOMPILE_TIMING=off``), the first in :data:`ENGINES` that supports the layer. A name takes that one, or
-            dense when it doesn't support the layer.
-        measured: time the candidates also when one is asked for, and those that can't be the fastest.
-        frozen: weights don't change: dense layers are prepacked, and that is what the others have to beat.
+        engine: ``"auto"`` takes the fastest. If nothing can be timed (input shape unknown, or
+            ``MPCOMPILE_TIMING=off``), it takes the first in :data:`ENGINES` that supports the layer. A name takes that
+            engine, or dense if it does not support the layer.
+        measured: time the candidates even if an engine is named, including those that cannot be the fastest.
+        frozen: weights do not change, so that dense layers are prepacked, and sparse engines have to beat that.
 
     Raises:
         ConfigError: no engine of that name.
@@ -200,16 +141,17 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
     asked = None if engine == "auto" else engine_named(engine)
     reasons = {candidate.name: candidate.supports(spec) for candidate in ENGINES}
     eligible = [candidate for candidate in ENGINES if reasons[candidate.name] is None]
-    sparse = [candidate for candidate in eligible if candidate.name not in timing.DENSE]
+    sparse = [candidate for candidate in eligible if candidate.name not in DENSE]
     if not measured and len(sparse) > 1:
-        sparse = [candidate for candidate in sparse if candidate.name != Reference.name]  # it spreads weights: slower
+        # The reference unpacks its weights at every call: it is never the fastest.
+        sparse = [candidate for candidate in sparse if candidate.name != Reference.name]
         eligible = [candidate for candidate in eligible if candidate.name != Reference.name]
     us: dict[str, float] = {}
     if measured or (engine == "auto" and sparse):
         us = timing.times(spec, eligible) or {}
     names = [*reasons, *(name for name in us if name not in reasons)]
     candidates = tuple(Candidate(name, us.get(name), reasons.get(name)) for name in names)
-    bars = [name for name in timing.DENSE if name in us and (frozen or name == "dense")]
+    bars = [name for name in DENSE if name in us and (frozen or name == "dense")]
     bar = min(bars, key=us.__getitem__, default=None)
     dense_us = None if bar is None else us[bar]
     if asked is not None:
@@ -236,7 +178,7 @@ def choose_all(
     frozen: bool = True,
     progress: bool | None = None,
 ) -> list[Choice]:
-    """:func:`choose` for many layers, with a progress bar where it takes long.
+    """Call :func:`choose` for many layers, with a progress bar if it takes more than two seconds.
 
     Args:
         progress: False shows no bar; None shows one on a terminal.

@@ -10,19 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mpcompile.io.messages import warn_once
 from mpcompile.io.reading import read_text
 from mpcompile.io.writing import replacing
 
 log = logging.getLogger(__name__)
-_SAID: set[str] = set()
 _MOST_BYTES = 64 << 20  # of a JSON file
-
-
-def say_once(text: str) -> None:
-    """Log a warning that this process has not logged yet."""
-    if text not in _SAID:
-        _SAID.add(text)
-        log.warning(text)
 
 
 def cache_folder() -> Path:
@@ -53,10 +46,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        say_once(f"mpcompile: {path} can't be read and is ignored: {str(error)[:200]}")
+        warn_once(log, f"mpcompile: {path} can't be read and is ignored: {str(error)[:200]}")
         return {}
     if not isinstance(data, dict):
-        say_once(f"mpcompile: {path} can't be read and is ignored: it holds no JSON object")
+        warn_once(log, f"mpcompile: {path} can't be read and is ignored: it holds no JSON object")
         return {}
     return data
 
@@ -70,7 +63,7 @@ def write_json(path: Path, update: dict[str, Any]) -> None:
         with replacing(path, mode=0o600, durable=False, follow=False) as file:
             file.write(text.encode("utf-8"))
     except (OSError, RecursionError) as error:
-        say_once(f"mpcompile: {path} can't be written, so nothing is kept for the next run: {error}")
+        warn_once(log, f"mpcompile: {path} can't be written, so nothing is kept for the next run: {error}")
 
 
 def positive(value: Any) -> float | None:

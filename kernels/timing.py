@@ -18,32 +18,46 @@ import importlib.metadata
 import itertools
 import math
 import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcompile._version import __version__
 from mpcompile.kernels import store
+from mpcompile.kernels.engine import DENSE, PREPACKED, Engine, LayerSpec
+from mpcompile.kernels.machine import cpu_name
 from mpcompile.kernels.nm_format import from_rows
 
-if TYPE_CHECKING:
-    from mpcompile.kernels.dispatch import Engine, LayerSpec
-
-PREPACKED = "dense prepacked"
-DENSE = ("dense", PREPACKED)
+__all__ = [
+    "DENSE",
+    "PREPACKED",
+    "CostModel",
+    "CudaClock",
+    "bucket",
+    "bucketed",
+    "cache_file",
+    "cpu_name",
+    "entry_key",
+    "machine_key",
+    "measure",
+    "set_cost_model",
+    "sources",
+    "times",
+    "triton_version",
+    "wall_clock",
+]
 
 _ROUNDS, _ENOUGH_S, _TOO_LONG_S, _SAMPLE_S = 5, 0.06, 0.25, 0.006
 _COPIES, _COPIES_BYTES = 16, 48 << 20  # at most so many, and so much memory of weights and inputs
 _HOPELESS = 3  # times slower than the best after two rounds: no further ones
 
-CostModel = Callable[[str, "LayerSpec", int], "float | None"]
+CostModel = Callable[[str, LayerSpec, int], "float | None"]
 _MODEL: CostModel | None = None
 _MEMORY: dict[tuple[str, str], dict[str, float]] = {}  # (file, entry key) -> name -> microseconds
 
@@ -89,15 +103,6 @@ def entry_key(spec: LayerSpec, threads: int) -> str:
     shape, inputs = ("x".join(map(str, axes or ())) for axes in (spec.shape, spec.inputs))
     kind = "linear" if spec.geometry is None else f"conv2d {spec.geometry}"
     return f"{kind}, {shape}, {str(spec.dtype).removeprefix('torch.')}, {spec.pattern}, {inputs}, {threads}, {device}"
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def triton_version() -> str:
@@ -300,7 +305,7 @@ def _runs(spec: LayerSpec, engines: Sequence[Engine]) -> Iterator[tuple[str, lis
             yield PREPACKED, calls_made
 
 
-_Maker = Callable[["LayerSpec", Tensor, Tensor, Tensor], "Callable[[], Any] | None"]
+_Maker = Callable[[LayerSpec, Tensor, Tensor, Tensor], "Callable[[], Any] | None"]
 
 
 def _prepacked(

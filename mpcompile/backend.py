@@ -27,6 +27,7 @@ from mpcompile._version import __version__
 from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
+from mpcompile.io.messages import warn_once
 from mpcompile.ir.module import Imported, IRModule, Lifted, owned_by_transformed
 from mpcompile.ir.numerics import autocasts, exact
 from mpcompile.ir.parts import keep
@@ -60,7 +61,6 @@ class _State:
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
         self.generation = 0  # optimizer steps and refreshes so far: fused optimizers bump no version counter
         self.hook: Any = None
-        self.said: set[str] = set()
 
     def watch_optimizers(self) -> None:
         if self.hook is None:
@@ -68,11 +68,6 @@ class _State:
 
     def _stepped(self, *_: Any) -> None:
         self.generation += 1
-
-    def say_once(self, text: str) -> None:
-        if text not in self.said:
-            self.said.add(text)
-            log.warning(text)
 
 
 _STATE = _State()
@@ -141,9 +136,10 @@ class CompiledGraph:
         _STATE.masks.setdefault(weight, {})[slot.spec.pattern] = mask
         values = weight.detach().square()
         if float((values * mask).sum()) < 0.9 * float((values * magnitude_mask(weight, slot.spec.pattern)).sum()):
-            _STATE.say_once(
+            warn_once(
+                log,
                 f"mpsparse: the weights of {slot.name} (and perhaps others) have changed so much that their mask no "
-                "longer fits; mpcompile.refresh(remask=True) chooses it again"
+                "longer fits; mpcompile.refresh(remask=True) chooses it again",
             )
 
 
@@ -219,9 +215,9 @@ def _transform(imported: Imported, config: Config) -> Plan:
     hidden = {name: why for name, (_, why) in unsupported(gm, imported.lifted).items() if why.startswith("inside ")}
     if hidden and config.pattern != "dense":
         name, why = next(iter(hidden.items()))
-        _STATE.say_once(f"mpsparse: {len(hidden)} weights stay dense, such as {name}: {why}")
+        warn_once(log, f"mpsparse: {len(hidden)} weights stay dense, such as {name}: {why}")
     for why in unmerged(plan):
-        _STATE.say_once(f"mpsparse: nothing merged in this graph: {why}")
+        warn_once(log, f"mpsparse: nothing merged in this graph: {why}")
     masked = results.get(Masked) or Masked()
     masks |= {name: projection.mask for name, projection in masked.projections.items()}
     for name, mask in masks.items():
@@ -232,9 +228,10 @@ def _transform(imported: Imported, config: Config) -> Plan:
             _STATE.allocated.setdefault(weights[name], {})[_budget(config)] = pattern
     if plan.masked:
         patterns = ", ".join(sorted({plan.layers[name].pattern for name in plan.masked}))
-        _STATE.say_once(
+        warn_once(
+            log,
             f"mpsparse: masked {len(plan.masked)} layers {patterns} by magnitude, with no data: expect to lose "
-            "accuracy until it is trained (mpcompile.transform with calibration data keeps more)"
+            "accuracy until it is trained (mpcompile.transform with calibration data keeps more)",
         )
     return plan
 
@@ -307,7 +304,7 @@ def mpsparse(
     try:
         plan = _transform(imported, config)
     except NotEligibleError as error:
-        _STATE.say_once(f"mpsparse: {error}. This graph is compiled by Inductor alone")
+        warn_once(log, f"mpsparse: {error}. This graph is compiled by Inductor alone")
         imported = import_model(gm, list(example_inputs), share=True)
         return CompiledGraph(
             _inductor(imported.gm, example_inputs, mode), Plan(notes=[str(error)]), [], imported, config, False

@@ -12,6 +12,7 @@ import mpcompile
 from mpcompile import Config, audit, transform
 from mpcompile import backend as module
 from mpcompile.backend import compiled_graphs, mpsparse
+from mpcompile.io import messages
 from mpcompile.kernels import ops, schema
 from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
 
@@ -167,7 +168,7 @@ def test_a_transformed_module_is_not_transformed_again():
 
 def test_nothing_eligible_is_inductor_and_said_once(caplog):
     model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 6)
-    module._STATE.said.clear()
+    messages._WARNED.clear()
     with caplog.at_level(logging.WARNING, "mpcompile"), torch.no_grad():
         for _ in range(2):
             torch._dynamo.reset()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mpcompile._version import __version__
-from mpcompile.artifact.file import WEIGHTS
+from mpcompile.artifact.container import WEIGHTS
 from mpcompile.cli.options import DTYPES, config_of
 from mpcompile.config import Config
 from mpcompile.data.images import data_config

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import InputError
+from mpcompile.kernels.machine import has_bf16
 from mpcompile.measure.environment import first_tensor
-
-
-def has_bf16() -> bool:
-    """Return True if this processor multiplies bf16 natively, so that dense bf16 is faster than dense fp32."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return False
-    words = set(info.read_text(errors="replace").split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 class Frozen:

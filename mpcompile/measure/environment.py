@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mpcompile
+from mpcompile._version import __version__
 from mpcompile.errors import InputError
-from mpcompile.kernels import store, timing
+from mpcompile.kernels import machine, store, timing
 from mpcompile.kernels.nm_linear.cpu import build
 
 _PACKAGES = ("timm", "triton", "numpy", "onnxruntime", "openvino")
@@ -40,11 +40,11 @@ def environment() -> dict[str, Any]:
         None if nothing has been timed.
 
     Example:
-        >>> environment()["mpcompile"] == mpcompile.__version__
+        >>> environment()["mpcompile"] == __version__
         True
     """
     return {
-        "mpcompile": mpcompile.__version__,
+        "mpcompile": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,  # with the build, such as +cu130
         **{name: _version(name) for name in _PACKAGES},
@@ -63,7 +63,7 @@ def conditions(batch: Any) -> dict[str, Any]:
         InputError: the batch holds no tensor.
     """
     tensor = first_tensor(batch)
-    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else timing.cpu_name()
+    device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else machine.cpu_name()
     return {
         "device": device,
         "threads": torch.get_num_threads(),
@@ -99,11 +99,11 @@ def _processor() -> dict[str, Any]:
     except build.Unavailable as error:
         isa = str(error)
     return {
-        "processor": timing.cpu_name(),
+        "processor": machine.cpu_name(),
         "isa": isa,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "isa_forced": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": machine.core_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
     }

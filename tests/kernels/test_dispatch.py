@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mpcompile.errors import ConfigError
+from mpcompile.io import messages
 from mpcompile.kernels import dispatch, store, timing
 from mpcompile.kernels.dispatch import Dense, LayerSpec, Reference, auto_pattern, choose, choose_all
 from mpcompile.kernels.nm_format import Pattern
@@ -36,7 +37,7 @@ def clean(monkeypatch, tmp_path):
     monkeypatch.setenv("MPCOMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "ENGINES", (Fake(), Reference(), Dense()))
     monkeypatch.setattr(timing, "_MEMORY", {})
-    monkeypatch.setattr(store, "_SAID", set())
+    monkeypatch.setattr(messages, "_WARNED", set())
     yield
     timing.set_cost_model(None)
 

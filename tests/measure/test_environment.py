@@ -7,7 +7,7 @@ import torch
 
 import mpcompile
 from mpcompile.errors import InputError
-from mpcompile.kernels import timing
+from mpcompile.kernels import machine, timing
 from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.measure.environment import conditions, environment
 
@@ -48,6 +48,6 @@ def test_a_compiler_that_fails_has_no_version(monkeypatch):
 def test_conditions_of_a_batch():
     values = conditions({"pixels": torch.zeros(3, 2, dtype=torch.bfloat16)})
     assert values["batch"] == 3 and values["dtype"] == "bfloat16" and values["threads"] == torch.get_num_threads()
-    assert values["device"] == timing.cpu_name()
+    assert values["device"] == machine.cpu_name()
     with pytest.raises(InputError, match="no tensor"):
         conditions(["text"])

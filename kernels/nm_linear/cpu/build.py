@@ -16,7 +16,6 @@ import functools
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import stat
@@ -29,9 +28,11 @@ from typing import TypeVar
 
 import torch
 
+from mpcompile.io.messages import warn_once
 from mpcompile.io.writing import replacing
+from mpcompile.kernels import machine
 from mpcompile.kernels.nm_linear.cpu import abi
-from mpcompile.kernels.store import cache_folder, say_once, temporary_folder
+from mpcompile.kernels.store import cache_folder, temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +97,13 @@ def detect_isa() -> str:
 
 @functools.cache
 def _processor_isas() -> tuple[str, ...]:
-    flags: set[str] = set()
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        info = Path("/proc/cpuinfo")
-        if info.exists():
-            line = next((text for text in info.read_text().splitlines() if text.startswith("flags")), "")
-            flags = set(line.partition(":")[2].split())
+    flags: frozenset[str] = frozenset()
+    if machine.is_x86_64():
+        listed = machine.cpu_flags()
+        if listed is not None:
+            flags = listed
         elif torch.backends.cpu.get_cpu_capability() == "AVX2":
-            flags = {"avx2", "fma"}
+            flags = frozenset({"avx2", "fma"})
     runs = ["portable"]
     if {"avx2", "fma"} <= flags:
         runs.insert(0, "avx2")
@@ -160,7 +160,7 @@ def _own(folder: Path) -> bool:
     """Whether nobody else can put files into a folder; if not, that is said once."""
     reason = others_can_write(folder, stat.S_ISDIR)
     if reason is not None:
-        say_once(f"mpcompile: libraries in {folder} are not used: {reason}")
+        warn_once(log, f"mpcompile: libraries in {folder} are not used: {reason}")
     return reason is None
 
 
@@ -238,15 +238,15 @@ def _find(name: str, folders: list[Path]) -> Path | None:
                 continue
             reason = others_can_write(path, stat.S_ISREG)
             if reason is not None:
-                say_once(f"mpcompile: {path} is built again: {reason}")
+                warn_once(log, f"mpcompile: {path} is built again: {reason}")
             elif _whole(path):
                 return path
             else:
-                say_once(f"mpcompile: {path} is damaged and is built again")
+                warn_once(log, f"mpcompile: {path} is damaged and is built again")
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            say_once(f"mpcompile: {path} can't be read and is built again: {error}")
+            warn_once(log, f"mpcompile: {path} can't be read and is built again: {error}")
     return None
 
 
@@ -281,7 +281,7 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
     if folder is None:
         raise Unavailable(f"no folder for the CPU kernels can be written: tried {', '.join(map(str, folders))}")
     if folder != folders[0]:
-        say_once(f"mpcompile: {folders[0]} can't be written safely; the CPU kernels are kept in {folder}")
+        warn_once(log, f"mpcompile: {folders[0]} can't be written safely; the CPU kernels are kept in {folder}")
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(dir=folder) as private:
@@ -312,7 +312,7 @@ def _opened(kind: type[_Library], built: Callable[[bool], Path]) -> _Library:
     try:
         return _loaded(kind, path)
     except (OSError, AttributeError):
-        say_once(f"mpcompile: {path} can't be loaded and is built again")
+        warn_once(log, f"mpcompile: {path} can't be loaded and is built again")
     try:
         return _loaded(kind, built(True))
     except (OSError, AttributeError) as error:
@@ -382,7 +382,9 @@ def library() -> Kernels:
             refusal = refusal or error
             continue
         if refusal is not None:
-            say_once(f"mpcompile: the kernels for {isa} can't be built, those for {candidate} are used: {refusal}")
+            warn_once(
+                log, f"mpcompile: the kernels for {isa} can't be built, those for {candidate} are used: {refusal}"
+            )
         return loaded
     assert refusal is not None  # there is one candidate at least
     raise refusal

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcompile.kernels import ops
+from mpcompile.kernels.engine import LayerSpec
 from mpcompile.kernels.nm_linear import layouts
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.nm_linear.cpu import build
-
-if TYPE_CHECKING:
-    from mpcompile.kernels.dispatch import LayerSpec
 
 
 def multiplies_pairs(dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcompile.errors import InputError
-from mpcompile.kernels.nm_linear.gpu.tiles import Tile, tiles_of
+from mpcompile.kernels.nm_linear.gpu.tiles import MODULES, Tile, tiles_of
 from mpcompile.kernels.nm_linear.gpu.triton_support import old_triton
 
 _SPARSE = {"mma": r"\bHMMA\.SP\.16832\.F32", "wgmma": r"\bHGMMA\.SP\.64x\d+x32\.F32"}
@@ -68,10 +69,14 @@ class Build:
 @functools.cache
 def digest(kernel: str) -> str:
     """Of the sources that a kernel is compiled from: a record with another one tells of another kernel."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in kernel_files(kernel))).hexdigest()[:12]
+
+
+def kernel_files(kernel: str) -> list[Path]:
+    """Return the files that a kernel is compiled from."""
     folder = Path(__file__).parent.parent / "gluon"
     own = {"gluon_mma_conv": ("mma_conv", "mma_sp")}.get(kernel, (kernel.removeprefix("gluon_"),))
-    sources = b"".join((folder / f"{name}.py").read_bytes() for name in (*own, "parts"))
-    return hashlib.sha256(sources).hexdigest()[:12]
+    return [folder / f"{name}.py" for name in (*own, "parts")]
 
 
 def parts_of(epilogue: str) -> tuple[str, bool, bool, bool]:
@@ -89,21 +94,14 @@ def source_of(build: Build) -> Any:
     pointers = {"bias_ptr": bias, "scale_ptr": scale, "res_ptr": res}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
-    kernel: Any
+    kernel = importlib.import_module(MODULES[build.kernel]).gemm
     if build.kernel != "gluon_wgmma_sp":
-        from mpcompile.kernels.nm_linear.gluon import mma_conv as gluon_mma_conv
-        from mpcompile.kernels.nm_linear.gluon import mma_sp as gluon_mma_sp
-
-        kernel = (gluon_mma_conv if build.kernel == "gluon_mma_conv" else gluon_mma_sp).gemm
         signature |= {"A_ptr": "*i32", "E_ptr": "*i32", "X_ptr": "*i32"}
         constants |= {"BN": tile.n, "BM": tile.m, "BK": tile.k, "WN": tile.warps_n, "WM": tile.warps_m}
         numbers = tuple(name for name in kernel.arg_names if not name.endswith("_ptr"))
     else:
         from triton.experimental.gluon import language as gl
 
-        from mpcompile.kernels.nm_linear.gluon import wgmma_sp as gluon_wgmma_sp
-
-        kernel = gluon_wgmma_sp.gemm
         shared = gl.NVMMASharedLayout(128, 16, 2)
         signature |= {
             key: f"tensordesc<{half}[{rows},64],{shared!r}>" for key, rows in (("wd", tile.n), ("xd", tile.m))

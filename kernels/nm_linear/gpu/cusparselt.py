@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
+from mpcompile.kernels.engine import LayerSpec
 from mpcompile.kernels.nm_linear.gpu.engine import unsupported
-
-if TYPE_CHECKING:
-    from mpcompile.kernels.dispatch import LayerSpec
 
 _ROWS = 8  # the library takes tokens in eights
 

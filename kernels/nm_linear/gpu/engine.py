@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcompile.kernels import ops
+from mpcompile.kernels.engine import LayerSpec
 from mpcompile.kernels.nm_linear import sparse24
 from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.gpu.tiles import CONV_CHANNELS
-
-if TYPE_CHECKING:
-    from mpcompile.kernels.dispatch import LayerSpec
 
 HALVES = (torch.float16, torch.bfloat16)
 

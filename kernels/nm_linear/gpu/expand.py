@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
+from mpcompile.kernels.engine import LayerSpec
 from mpcompile.kernels.nm_format import MAX_M, groups_per_word, pack, word_count
 from mpcompile.kernels.nm_linear import reference
-
-if TYPE_CHECKING:
-    from mpcompile.kernels.dispatch import LayerSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

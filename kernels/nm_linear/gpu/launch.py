@@ -20,7 +20,7 @@ from mpcompile.kernels.nm_linear import checks, packed, sparse24
 from mpcompile.kernels.nm_linear.checks import PackedWeight
 from mpcompile.kernels.nm_linear.gpu import cubin as gpu_cubin
 from mpcompile.kernels.nm_linear.gpu import model as gpu_model
-from mpcompile.kernels.nm_linear.gpu.tiles import CONV_CHANNELS, Tile, family
+from mpcompile.kernels.nm_linear.gpu.tiles import CONV_CHANNELS, MODULES, Tile, family
 from mpcompile.kernels.nm_linear.gpu.triton_support import old_triton
 from mpcompile.kernels.nm_linear.sparse24 import MMA_SP, WGMMA_SP
 
@@ -72,7 +72,7 @@ def _kernel(name: str, device: torch.device) -> Any:
     if cubins is not None and from_cubins():
         arch, _ = _device(torch.cuda.current_device() if device.index is None else device.index)
         return gpu_cubin.Kernel(name, arch, cubins)
-    return importlib.import_module(f"mpcompile.kernels.nm_linear.{name}")
+    return importlib.import_module(MODULES[name])
 
 
 def _box(kernel: Any, matrix: Tensor, shape: list[int]) -> Any:

@@ -45,6 +45,11 @@ class Tile:
         return self.n * self.k + self.m * self.k * 2 + words
 
 
+# The name of a kernel, in tiles, records and cubins -> the module that holds it.
+MODULES = {
+    name: f"mpcompile.kernels.nm_linear.gluon.{name.removeprefix('gluon_')}"
+    for name in ("gluon_mma_sp", "gluon_mma_conv", "gluon_wgmma_sp")
+}
 CONV_CHANNELS = 64  # input channels of a convolution come in so many at a time
 _ALL, _BIG, _SMALL = (80, 86, 89, 90, 100), (80, 90, 100), (86, 89)
 # Compute capability 8.6 and 8.9 have 99 KiB of shared memory a block, 8.0 has 163, 9.0 and 10.0 have 227.

@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 
 import mpcompile
-from mpcompile.artifact.file import PLAN, WEIGHTS
+from mpcompile.artifact.container import PLAN, WEIGHTS
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.cli.options import Commands, as_path, command
 from mpcompile.errors import ConfigError, printable

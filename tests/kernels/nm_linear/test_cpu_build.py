@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpcompile.io import messages
 from mpcompile.kernels import ops, store
 from mpcompile.kernels.dispatch import LayerSpec
 from mpcompile.kernels.nm_format import Pattern
@@ -58,7 +59,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("MPCOMPILE_CPU_ISA", "portable")
     for name in ("CXX", "MPCOMPILE_SANITIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(store, "_SAID", set())
+    monkeypatch.setattr(messages, "_WARNED", set())
     monkeypatch.setattr(build, "FLAGS", FLAGS)
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
 
