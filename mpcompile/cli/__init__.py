@@ -45,6 +45,7 @@ COMMANDS = (
     "export",
     "report",
     "demo",
+    "env",
 )
 
 

@@ -1,6 +1,5 @@
 """Where commands write: checked before the work, for every command and every option that names a file."""
 
-import argparse
 import json
 import os
 

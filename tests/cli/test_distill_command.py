@@ -198,7 +198,7 @@ def test_the_artifact_knows_its_size_and_classes(folder, tmp_path, monkeypatch, 
     picture = str(folder / "validation" / "ant" / "0.png")
     assert main(["report", artifact, "--image", picture, "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "distillation: losses" in page and "behind merge 1" in page
+    assert "distillation: losses" in page and "after merge 1" in page
     assert main(["export", artifact, "--format", "pt2", "--engine", "dense", "--out", str(tmp_path / "m.pt2")]) == 0
 
 
