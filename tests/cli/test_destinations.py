@@ -54,6 +54,7 @@ COMMANDS = {
     "analyze --json": ["analyze", "a.mpc"],
     "analyze --plot": ["analyze", "a.mpc"],
     "visualize --out": ["visualize", MODEL, "--image", "cat.jpg"],
+    "env --json": ["env"],
     "certify --json": ["certify", MODEL, "--artifact", "a.mpc", "--images", "."],
     "distill --json": ["distill", "r.yaml", "--data", ".", "--out", "run"],
     "export --out": ["export", "a.mpc", "--format", "onnx"],
