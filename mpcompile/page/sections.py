@@ -164,7 +164,7 @@ def _size_card(sources: Sources) -> str | None:
     if macs.dense:
         done = f"multiply-accumulates: {_millions(macs.executed / 1e6)} of {_millions(macs.dense / 1e6)} M, by the plan"
         cards = _card(f"−{macs.reduction:.1%}", done) + cards
-    note = "Accuracy and latency aren't measured: <code>mpcompile audit MODEL --artifact FILE --record</code> does that."
+    note = "Accuracy and latency aren't measured: <code>mpcompile audit MODEL --artifact FILE --record</code> does."
     return f'<div class="cards">{cards}</div><p>{note}</p>'
 
 

@@ -75,4 +75,4 @@ def test_the_command_draws_a_timm_model(tmp_path, capsys):
     assert "100 -> 91 -> 86 patches" in capsys.readouterr().out
     assert out.exists()
     assert main([*arguments[:3], str(tmp_path / "none.png")]) == 2
-    assert "can't read" in capsys.readouterr().err
+    assert "cannot read" in capsys.readouterr().err
