@@ -3,13 +3,13 @@
     python -m bench.law.bulk_collapse
 
 W2 (256, 256) starts iid N(0, 1/N) between a fixed random first layer and a fixed random readout, with ReLU before and
-behind it; 120 samples of 4 clusters; full-batch gradient descent on cross-entropy + lambda ||W2||_F^2. The gradient of
-the cross-entropy lies in the span of the layer's inputs, so that off it W2 only decays: R(t) = (1 - 2 lambda lr)^t
-R(0), the bulk with it, while 4 spikes, one a cluster, stay. Without the penalty the bulk stays. Source: the additive
+after it; 120 samples of 4 clusters; full-batch gradient descent on cross-entropy + lambda ||W2||_F^2. The gradient of
+the cross-entropy is in the span of the layer's inputs. Outside it W2 only decays, and the bulk with it: R(t) =
+(1 - 2 lambda lr)^t R(0). 4 spikes, one per cluster, stay. Without the penalty the bulk stays. Source: the additive
 model of arXiv 2606.02608.
 
-Passes if, as long as the law describes the bulk (fit error below 0.02), its edge falls as theory has it to 2 %; if the
-4 spikes don't move by more than 1 % after step 2400; and if the control's edge moves by less than 1 %.
+The experiment passes if the edge follows theory to 2 % while the law describes the bulk (fit error below 0.02), if the
+4 spikes move by at most 1 % after step 2400, and if the edge of the control moves by less than 1 %.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LENGTH = 3.0  # RMS norm of the inputs of the middle layer
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs of the middle layer (N, samples), labels, W2 at the start, and the readout."""
+    """Return the inputs of the middle layer (N, samples), labels, the initial W2, and the readout."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,7 +43,7 @@ def problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def run(decay: float, steps: int, looks: list[int], seed: int) -> list[dict[str, Any]]:
-    """Train, and fit the law at some steps."""
+    """Train, and fit the law at some of the steps."""
     psi, labels, w, readout = problem(seed)
     target = torch.nn.functional.one_hot(labels, CLUSTERS).double().T
     u, s, _ = torch.linalg.svd(psi, full_matrices=False)
@@ -74,7 +74,7 @@ def run(decay: float, steps: int, looks: list[int], seed: int) -> list[dict[str,
 
 
 def verdict(rows: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pass criteria, each with the figure that it judges."""
+    """Return the pass criteria, each with the figure that it judges."""
     described = list(takewhile(lambda r: r["fit error"] < 0.02, rows))
     off_theory = [abs(r["edge"] / rows[0]["edge"] / r["theory"] - 1) for r in described]
     worst = max(off_theory)
@@ -96,7 +96,7 @@ def verdict(rows: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[s
 
 
 def draw(rows: list[dict[str, Any]], control: list[dict[str, Any]], path: Any) -> None:
-    """Edge and spikes against steps."""
+    """Plot edge and spikes over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""Is the edge where it should be? The Marchenko-Pastur fit on matrices whose truth is known.
+"""Is the fitted edge right? The Marchenko-Pastur fit on matrices with known spectra.
 
-    python -m bench.law.marchenko_pastur              # null calibration, planted spikes, what has to be rejected
+    python -m bench.law.marchenko_pastur              # null calibration, planted spikes, cases to reject
     python -m bench.law.marchenko_pastur --draws 1000
 
-Null: iid Gaussian matrices of six shapes; bias and spread of the fitted edge, how often a spike is seen where none is
+Null: iid Gaussian matrices of six shapes; bias and spread of the fitted edge, how often a spike is reported without one
 (nominal: 10 %), how often the law is rejected. Eigenvalues are drawn exactly, from the bidiagonal form of a Wishart
 matrix (Dumitriu and Edelman, math-ph/0206043).
 """
@@ -29,7 +29,7 @@ PLANTED = 40
 
 
 def wishart(n: int, m: int, rng: np.random.Generator) -> np.ndarray:
-    """Falling eigenvalues of WᵀW/N for a Gaussian (N, M) matrix."""
+    """Return the eigenvalues of WᵀW/N for a Gaussian (N, M) matrix, in descending order."""
     a = np.sqrt(rng.chisquare(n - np.arange(m)))
     b = np.sqrt(rng.chisquare(np.arange(m - 1, 0, -1)))
     diagonal = a**2
@@ -38,7 +38,7 @@ def wishart(n: int, m: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def null(n: int, m: int, draws: int) -> dict[str, Any]:
-    """One row of the calibration table."""
+    """Return one row of the calibration table."""
     rng = np.random.default_rng([n, m])
     ratio, false, rejected, errors = [], 0, 0, []
     for _ in range(draws):
@@ -62,7 +62,7 @@ def null(n: int, m: int, draws: int) -> dict[str, Any]:
 
 
 def cases(generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
-    """Matrices that noise alone doesn't explain, or that it does."""
+    """Return matrices that noise alone explains, and others that it does not."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -93,7 +93,7 @@ def cases(generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
 
 
 def judge(name: str, make: Callable[[], Tensor]) -> dict[str, Any]:
-    """Plain and row x column fit of one case, and two thresholds that know no law."""
+    """Return the plain and the row x column fit of one case, and two thresholds that use no law."""
     w = make()
     plain, full = rmt.fit(w, separable=False), rmt.fit(w)
     return {
@@ -111,7 +111,7 @@ def judge(name: str, make: Callable[[], Tensor]) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Histograms of the edge over its true value."""
+    """Plot histograms of the fitted edge divided by the true one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,11 +1,11 @@
-"""What the demo's job costs in accuracy, over all scans: cross-validated on scikit-learn's digits.
+"""The accuracy that the demo's job costs, cross-validated over all scans of scikit-learn's digits.
 
     python -m bench.training.digits --seeds 0 1 2
 
-Of four parts of the 1,797 scans each is held out once: the dense transformer is trained on the other three, pruned
-(8:16) and merged until at least 60 % of its executed multiply-accumulates are gone, distilled for three epochs on what
-it was trained on, and both predict the held-out part. Drops are paired, scan by scan; scans of different seeds are the
-same scans, so the interval over all seeds treats them as one scan each with the mean of its drops.
+Each of four parts of the 1,797 scans is held out once: the dense transformer is trained on the other three parts,
+pruned (8:16) and merged until at least 60 % of its executed multiply-accumulates are gone, and distilled for three
+epochs on its training data; then both predict the held-out part. Drops are paired, scan by scan. All seeds share the
+same scans, so the interval over all seeds counts each scan once, with the mean of its drops.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCANS = 1797
 
 
 def held_out(demo: Demo, fold: int, args: argparse.Namespace) -> tuple[float, dict[str, Tensor]]:
-    """MACs saved, and which of the held-out scans the dense model, the pruned and the distilled one get right."""
+    """Return the MACs saved, and which held-out scans the dense, the pruned and the distilled model get right."""
     data = load_data(demo.seed, fold)
     dense = train_dense(demo, data, fold)
     config = Config(pattern=args.pattern, tome_r=args.tome_r)
@@ -40,7 +40,7 @@ def held_out(demo: Demo, fold: int, args: argparse.Namespace) -> tuple[float, di
 
 
 def over_seeds(drops: Tensor) -> tuple[float, float, float]:
-    """Mean and 95 % interval of the drop, in shares.
+    """Return the mean and the 95 % interval of the drop, in shares.
 
     Args:
         drops: (seeds, scans), dense right minus distilled right.
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def summarise(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """The table, and the drop of each seed and over all of them, into the JSON file."""
+    """Print the table; write the drop of each seed, and over all of them, to the JSON file."""
     rows, drops = [], []
     for seed in args.seeds:
         parts = sorted((p for p in result["parts"] if p["seed"] == seed), key=lambda p: p["fold"])

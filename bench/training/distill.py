@@ -1,13 +1,13 @@
-"""What a few epochs of distillation bring back on real models and images.
+"""The accuracy that a few epochs of distillation recover on real models and images.
 
     python -m bench.training.distill DATA --task vit_tiny --patterns 2:4 --tome-r 0 8
     python -m bench.training.distill DATA --task resnet20 --patterns 2:4 8:16 --seeds 0 1
 
-DATA is a folder with ``load.py``, weights and labelled images. Training and calibration images are one set, evaluation
-images another, never looked at before the end. Methods: ``ours`` (masks by OBS, restored and permuted), ``magnitude``
+DATA is a folder with ``load.py``, weights and labelled images. Training and calibration images are one set; evaluation
+images are another, unused until the end. Methods: ``ours`` (masks by OBS, restored and permuted), ``magnitude``
 (masks by magnitude, then the same distillation), ``sr-ste`` and ``gradual`` (dense weights under moving masks, the same
-distillation). Rows that the JSON file holds already are not measured again; ``--holdout N`` keeps N training images out
-and evaluates on them instead, to choose options by.
+distillation). Rows that are already in the JSON file are not measured again; ``--holdout N`` holds out N training images
+and evaluates on them instead, to choose options.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from mpcompile.ir.module import IRModule
 from mpcompile.training.distill import apply_masks
 
 METHODS = ("ours", "magnitude", "sr-ste", "gradual")
-# ViT-Tiny's by the divergence on 100 training images kept out, the others set beforehand; never on evaluation images.
+# ViT-Tiny's: chosen by the divergence on 100 held-out training images, never on evaluation images;
+# the others were set in advance.
 OPTIONS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"lr": 1e-4, "alpha": 1.0, "features": 10.0, "weight_decay": 0.01, "precision": "bf16"},
     "resnet20": {"lr": 1e-3, "alpha": 1.0, "features": 1.0, "weight_decay": 1e-4, "bn_batches": 20},
@@ -44,7 +45,7 @@ CALIBRATION = {"vit_tiny": 500, "resnet20": 512}
 
 
 class Crop:
-    """Random crops of images padded by 4 pixels, and flips."""
+    """Random crops of images padded by 4 pixels, and random flips."""
 
     def __call__(self, image: Tensor) -> Tensor:
         y, x = torch.randint(0, 9, (2,)).tolist()
@@ -59,7 +60,7 @@ AUGMENT: dict[str, Any] = {
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
-    """Images and labels, augmented each time they are read."""
+    """Images and labels, augmented on every read."""
 
     def __init__(self, data: tuple[Tensor, Tensor], augment: Any) -> None:
         self.images, self.labels, self.augment = *data, augment
@@ -72,10 +73,10 @@ class Augmented(Dataset[tuple[Tensor, int]]):
 
 
 def paired_drop(dense: Tensor, found: Tensor) -> tuple[float, float, float]:
-    """Drop in accuracy on the same images, and its 95 % interval (Agresti and Min 2005), as shares.
+    """Return the drop in accuracy on the same images and its 95 % interval (Agresti and Min 2005), as shares.
 
     Args:
-        dense, found: which images each gets right, boolean.
+        dense, found: boolean, True for images that each gets right.
     """
     lost, won, n = int((dense & ~found).sum()), int((found & ~dense).sum()), len(dense)
     centre = (lost - won) / (n + 2)
@@ -84,7 +85,7 @@ def paired_drop(dense: Tensor, found: Tensor) -> tuple[float, float, float]:
 
 
 def student(job: Task, method: str, pattern: str, r: int, seed: int, images: int) -> IRModule:
-    """Before training."""
+    """Return the student before training."""
     x, labels = job.calibration
     if method == "ours":
         batches = list(x[draw(labels.tolist(), min(images, len(x)), seed)].split(50))
@@ -97,7 +98,7 @@ def student(job: Task, method: str, pattern: str, r: int, seed: int, images: int
 
 
 def measure(job: Task, args: argparse.Namespace, method: str, pattern: str, r: int, seed: int) -> dict[str, Any]:
-    """One row."""
+    """Measure one row."""
     torch.manual_seed(seed)
     start, cpu = time.perf_counter(), time.process_time()
     key = f"{args.task}-{method}-{pattern.replace(':', 'of')}-{r}-{seed}-{args.holdout}"
@@ -153,7 +154,7 @@ def _number(value: Any) -> Any:
 
 
 def held_out(job: Task, count: int) -> Task:
-    """The last ``count`` images of a shuffled training set are evaluated on, the others are trained on."""
+    """Split a shuffled training set: the last ``count`` images for evaluation, the others for training."""
     x, labels = job.calibration
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, rest = order[:-count], order[-count:]
