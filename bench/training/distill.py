@@ -6,8 +6,8 @@
 DATA is a folder with ``load.py``, weights and labelled images. Training and calibration images are one set; evaluation
 images are another, unused until the end. Methods: ``ours`` (masks by OBS, restored and permuted), ``magnitude``
 (masks by magnitude, then the same distillation), ``sr-ste`` and ``gradual`` (dense weights under moving masks, the same
-distillation). Rows that are already in the JSON file are not measured again; ``--holdout N`` holds out N training images
-and evaluates on them instead, to choose options.
+distillation). Rows that are already in the JSON file are not measured again; ``--holdout N`` holds out N training
+images and evaluates on them instead, to choose options.
 """
 
 from __future__ import annotations
