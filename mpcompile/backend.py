@@ -28,6 +28,7 @@ from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.errors import NotEligibleError
 from mpcompile.io.messages import warn_once
+from mpcompile.ir import spec
 from mpcompile.ir.module import Imported, IRModule, Lifted, owned_by_transformed
 from mpcompile.ir.numerics import autocasts, exact
 from mpcompile.ir.parts import keep
@@ -318,6 +319,7 @@ def mpsparse(
         with exact():
             for step in [FoldNorm(), FoldScale(), Lower(), Fuse()] if config.frozen else [Lower(), Fuse()]:
                 step.run(imported.gm, context)
+            spec.check(imported.gm, spec.Stage.FUSED, lifted=imported.lifted, plan=plan)
         lowered = context.results.get(Slots)
         slots = [] if lowered is None else lowered.slots
         _STATE.watch_optimizers()

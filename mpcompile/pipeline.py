@@ -18,6 +18,7 @@ from mpcompile.capture.checks import check_values
 from mpcompile.capture.importers import import_model
 from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.errors import ConfigError, GraphError, InputError
+from mpcompile.ir import spec
 from mpcompile.ir.effects import explicit
 from mpcompile.ir.macs import count, node_macs
 from mpcompile.ir.module import Imported, IRModule
@@ -82,14 +83,17 @@ class Pipeline:
         for step in self.passes:
             step.check(gm, ctx)
         accounts = _Accounts(gm, ctx)
+        stage = spec.stage_of(gm)
         for step in self.passes:
             if step.closes_accounts:
                 accounts.close(gm)
             result = step.run(gm, ctx)
             gm = result.graph_module
             if result.modified:
+                stage = max(stage, spec.REACHED_BY.get(step.name, stage))
                 try:
                     after = _shapes(propagate(gm, ctx.inputs))
+                    spec.check(gm, stage, lifted=ctx.lifted, plan=ctx.plan)
                 except GraphError as error:
                     raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
                 if after != output:
@@ -115,7 +119,7 @@ class _Accounts:
         self.macs: Macs | None = plan.macs if known and lowered else None
         self.executed = {name: entry.macs_executed for name, entry in plan.layers.items()} if self.macs else {}
         self.dense, self.layers = count(gm, lifted=ctx.lifted)[0].dense, node_macs(gm, ctx.lifted)
-        if known and (lowered or any(node.target in ops.PACKED | ops.MERGING for node in gm.graph.nodes)):
+        if known and (lowered or any(spec.family_of(node) not in (None, "masked") for node in gm.graph.nodes)):
             self.dense = plan.macs.dense
             self.layers |= {name: entry.macs_dense for name, entry in plan.layers.items() if entry.macs_dense}
 
@@ -268,10 +272,9 @@ def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
 
 def transformed(imported: Imported) -> bool:
     """Whether a graph has been through :func:`transform`: its plan says so, or (a captured graph has none) its ops."""
-    ours = ops.MASKED | ops.MERGING | ops.PACKED
     return (
         plan_of(imported.gm) is not None
-        or any(node.target in ours for node in imported.gm.graph.nodes)
+        or any(spec.operator_of(node) for node in imported.gm.graph.nodes)
         or any(layer.pattern is not None for layer in layers(imported.gm, imported.lifted))
     )
 

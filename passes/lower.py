@@ -124,7 +124,7 @@ def spec_of(layer: LayerOp) -> LayerSpec:
     return LayerSpec(tuple(weight.shape), weight.dtype, weight.device, layer.pattern, axes, shape_of(layer.input))
 
 
-def _choice(spec: LayerSpec, choice: Choice) -> EngineChoice:
+def describe(spec: LayerSpec, choice: Choice) -> EngineChoice:
     """Return an engine's choice with its microseconds rounded to the nanosecond."""
     candidates = {c.name: c.reason if c.us is None else round(c.us, 3) for c in choice.candidates}
     us, dense_us = (None if figure is None else round(figure, 3) for figure in (choice.us, choice.dense_us))
@@ -171,7 +171,7 @@ class Lower(Pass):
             frozen=ctx.config.frozen,
             progress=self.progress,
         )
-        return Lowering({name: _choice(spec, c) for (name, spec), c in zip(specs.items(), choices, strict=True)}, left)
+        return Lowering({name: describe(spec, c) for (name, spec), c in zip(specs.items(), choices, strict=True)}, left)
 
     def summary(self, decision: Lowering) -> str:
         names = [choice.engine for choice in decision.engines.values()]

@@ -1,11 +1,11 @@
-"""Is the fitted edge right? The Marchenko-Pastur fit on matrices with known spectra.
+"""Is the fitted edge right? The Marchenko-Pastur fit on matrices of known structure.
 
-    python -m bench.law.marchenko_pastur              # null calibration, planted spikes, cases to reject
+    python -m bench.law.marchenko_pastur              # null calibration, planted spikes, matrices to reject
     python -m bench.law.marchenko_pastur --draws 1000
 
-Null: iid Gaussian matrices of six shapes; bias and spread of the fitted edge, how often a spike is reported without one
-(nominal: 10 %), how often the law is rejected. Eigenvalues are drawn exactly, from the bidiagonal form of a Wishart
-matrix (Dumitriu and Edelman, math-ph/0206043).
+Null: iid Gaussian matrices of six shapes; bias and spread of the fitted edge, the rate of false spikes (nominal: 10 %),
+and the rate of rejections. Eigenvalues are drawn exactly, from the bidiagonal form of a Wishart matrix (Dumitriu and
+Edelman, math-ph/0206043).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PLANTED = 40
 
 
 def wishart(n: int, m: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the eigenvalues of WᵀW/N for a Gaussian (N, M) matrix, in descending order."""
+    """Falling eigenvalues of WᵀW/N for a Gaussian (N, M) matrix."""
     a = np.sqrt(rng.chisquare(n - np.arange(m)))
     b = np.sqrt(rng.chisquare(np.arange(m - 1, 0, -1)))
     diagonal = a**2
@@ -38,7 +38,7 @@ def wishart(n: int, m: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def null(n: int, m: int, draws: int) -> dict[str, Any]:
-    """Return one row of the calibration table."""
+    """One row of the calibration table."""
     rng = np.random.default_rng([n, m])
     ratio, false, rejected, errors = [], 0, 0, []
     for _ in range(draws):
@@ -62,7 +62,7 @@ def null(n: int, m: int, draws: int) -> dict[str, Any]:
 
 
 def cases(generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
-    """Return matrices that noise alone explains, and others that it does not."""
+    """Matrices that are noise, and matrices that are not."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -93,7 +93,7 @@ def cases(generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
 
 
 def judge(name: str, make: Callable[[], Tensor]) -> dict[str, Any]:
-    """Return the plain and the row x column fit of one case, and two thresholds that use no law."""
+    """Plain and row x column fit of one case, and two thresholds that assume no law."""
     w = make()
     plain, full = rmt.fit(w, separable=False), rmt.fit(w)
     return {
@@ -111,7 +111,7 @@ def judge(name: str, make: Callable[[], Tensor]) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Plot histograms of the fitted edge divided by the true one."""
+    """Plot histograms of the edge relative to its true value."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,10 +127,10 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
-    parser.add_argument("--draws", type=int, help="matrices of each shape (200)")
+    parser.add_argument("--draws", type=int, help="matrices per shape (200)")
     args = parser.parse_args()
     fill(args, {"draws": 200}, {"draws": 5})
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
-"""The accuracy that a few epochs of distillation recover on real models and images.
+"""How much accuracy a few epochs of distillation recover on real models and images.
 
     python -m bench.training.distill DATA --task vit_tiny --patterns 2:4 --tome-r 0 8
     python -m bench.training.distill DATA --task resnet20 --patterns 2:4 8:16 --seeds 0 1
 
-DATA is a folder with ``load.py``, weights and labelled images. Training and calibration images are one set; evaluation
-images are another, unused until the end. Methods: ``ours`` (masks by OBS, restored and permuted), ``magnitude``
-(masks by magnitude, then the same distillation), ``sr-ste`` and ``gradual`` (dense weights under moving masks, the same
-distillation). Rows that are already in the JSON file are not measured again; ``--holdout N`` holds out N training
-images and evaluates on them instead, to choose options.
+DATA is a folder with ``load.py``, weights and labelled images. Training and calibration use one set of images,
+evaluation another, which is not used before the end. Methods: ``ours`` (masks by OBS, restored and permuted),
+``magnitude`` (masks by magnitude, then the same distillation), ``sr-ste`` and ``gradual`` (dense weights under moving
+masks, the same distillation). Rows that are in the JSON file are not measured again. ``--holdout N`` holds out N
+training images and evaluates on them instead, to choose options.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.training.distill import apply_masks
 
 METHODS = ("ours", "magnitude", "sr-ste", "gradual")
-# ViT-Tiny's: chosen by the divergence on 100 held-out training images, never on evaluation images;
-# the others were set in advance.
+# ViT-Tiny's by the divergence on 100 held-out training images, the others set beforehand; never on evaluation images.
 OPTIONS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"lr": 1e-4, "alpha": 1.0, "features": 10.0, "weight_decay": 0.01, "precision": "bf16"},
     "resnet20": {"lr": 1e-3, "alpha": 1.0, "features": 1.0, "weight_decay": 1e-4, "bn_batches": 20},
@@ -45,7 +44,7 @@ CALIBRATION = {"vit_tiny": 500, "resnet20": 512}
 
 
 class Crop:
-    """Random crops of images padded by 4 pixels, and random flips."""
+    """Random crops of images padded by 4 pixels, and flips."""
 
     def __call__(self, image: Tensor) -> Tensor:
         y, x = torch.randint(0, 9, (2,)).tolist()
@@ -60,7 +59,7 @@ AUGMENT: dict[str, Any] = {
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
-    """Images and labels, augmented on every read."""
+    """Images and labels, augmented each time they are read."""
 
     def __init__(self, data: tuple[Tensor, Tensor], augment: Any) -> None:
         self.images, self.labels, self.augment = *data, augment
@@ -72,20 +71,20 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         return self.augment(self.images[index]), int(self.labels[index])
 
 
-def paired_drop(dense: Tensor, found: Tensor) -> tuple[float, float, float]:
-    """Return the drop in accuracy on the same images and its 95 % interval (Agresti and Min 2005), as shares.
+def paired_drop(dense: Tensor, sparse: Tensor) -> tuple[float, float, float]:
+    """Drop in accuracy on the same images, and its 95 % interval (Agresti and Min 2005), as shares.
 
     Args:
-        dense, found: boolean, True for images that each gets right.
+        dense, sparse: which images each model classifies correctly, boolean.
     """
-    lost, won, n = int((dense & ~found).sum()), int((found & ~dense).sum()), len(dense)
+    lost, won, n = int((dense & ~sparse).sum()), int((sparse & ~dense).sum()), len(dense)
     centre = (lost - won) / (n + 2)
     width = 1.96 * ((lost + won + 1) - (lost - won) ** 2 / (n + 2)) ** 0.5 / (n + 2)
     return (lost - won) / n, centre - width, centre + width
 
 
 def student(job: Task, method: str, pattern: str, r: int, seed: int, images: int) -> IRModule:
-    """Return the student before training."""
+    """The student before training."""
     x, labels = job.calibration
     if method == "ours":
         batches = list(x[draw(labels.tolist(), min(images, len(x)), seed)].split(50))
@@ -154,7 +153,7 @@ def _number(value: Any) -> Any:
 
 
 def held_out(job: Task, count: int) -> Task:
-    """Split a shuffled training set: the last ``count`` images for evaluation, the others for training."""
+    """Evaluate on the last ``count`` images of a shuffled training set, and train on the others."""
     x, labels = job.calibration
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, rest = order[:-count], order[-count:]
@@ -162,7 +161,7 @@ def held_out(job: Task, count: int) -> Task:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--task", default="vit_tiny", choices=list(OPTIONS))
@@ -171,12 +170,14 @@ def main() -> None:
     parser.add_argument("--tome-r", nargs="+", type=int, default=[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--train", type=int, default=1 << 30, metavar="N", help="training images (default all)")
+    parser.add_argument("--train", type=int, default=1 << 30, metavar="N", help="training images (default: all)")
     parser.add_argument("--calibration", type=int, metavar="N", help="calibration images")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="evaluate on N training images instead")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="other training options")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep students and checkpoints there, and go on")
-    parser.add_argument("--name", default="distill", help="of the JSON file")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="folder of students and checkpoints, from which runs are resumed"
+    )
+    parser.add_argument("--name", default="distill", help="name of the JSON file")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()
     args.calibration = args.calibration or CALIBRATION[args.task]

@@ -1,11 +1,11 @@
-"""Does every recipe run at full model size?
+"""Does every recipe start and run at full model size?
 
     python -m bench.training.recipes
     python -m bench.training.recipes --only vit_base_2of4_tome8
 
-Each recipe runs in its own process: its model (random weights), its student from 4 random calibration images, and two
-optimiser steps of distillation on batches of 2. The checks: masks are legal before and after, the loss is finite, and
-the multiply-accumulates, counted from the tensors, are those of method section 8.
+Each recipe makes its model (random weights), its student from 4 random images, and two optimiser steps of distillation
+on batches of 2, in a separate process. Checks: the masks are legal before and after, the loss is finite, and the
+multiply-accumulates, counted from the tensors, are those that the recipe expects.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def check(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Check, print, write."""
+    """Check, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=Recipe.names(), help="recipes (default all)")
+    parser.add_argument("--only", nargs="*", choices=Recipe.names(), help="recipes (default: all)")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()
