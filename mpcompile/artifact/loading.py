@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str]) -> IRModule:
         'blocks.0.attn.qkv'
     """
     target = resolve(path)
-    with naming(target, "can't be loaded"):
+    with naming(target, "cannot be loaded"):
         if not os.path.isdir(target):
             return assemble(*read(target))
         if not os.path.exists(os.path.join(target, WEIGHTS)):
@@ -99,7 +99,7 @@ def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
         text = read_bytes(path, MAX_HEADER)
     except OSError as error:
         hint = f"remove it: {WEIGHTS} holds the plan, too"
-        raise Refusal(f"its {PLAN} can't be read", found=error.strerror or str(error), hint=hint) from error
+        raise Refusal(f"its {PLAN} cannot be read", found=error.strerror or str(error), hint=hint) from error
     if parse(text, PLAN) != readable(metadata):
         raise Refusal(
             f"{PLAN} is not that of {WEIGHTS}",

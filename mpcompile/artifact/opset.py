@@ -55,7 +55,7 @@ def keyword_name(text: object) -> str:
     """Return ``text`` if it can name an argument in generated source, else raise Refusal."""
     if isinstance(text, str) and _IDENTIFIER.fullmatch(text) and not keyword.iskeyword(text):
         return text
-    raise Refusal("a name can't stand in Python source", expected="a plain identifier", found=shown(text))
+    raise Refusal("a name cannot stand in Python source", expected="a plain identifier", found=shown(text))
 
 
 def identifier(text: object) -> str:
@@ -77,7 +77,7 @@ def module_path(text: object) -> str:
     if isinstance(text, str) and text.count(".") < _MAX_PARTS and all(map(_is_name, text.split("."))):
         return text
     raise Refusal(
-        "a path can't name a layer or tensor",
+        "a path cannot name a layer or tensor",
         expected="names of printable characters without quotation marks and backslashes, joined by dots",
         found=shown(text),
     )

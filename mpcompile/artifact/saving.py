@@ -53,7 +53,7 @@ def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
         True
     """
     target = resolve(path)
-    with naming(target, "can't be saved"):
+    with naming(target, "cannot be saved"):
         texts, tensors = describe(gm)
         folder = os.path.isdir(target) or os.fsdecode(os.fspath(path)).endswith(os.sep)
         if not folder:
@@ -75,7 +75,7 @@ def check_folder(folder: str) -> None:
         path = Path(folder, name)
         if os.path.lexists(path) and not is_ours(path):
             raise Refusal(
-                f"the folder holds a {name} that mpcompile didn't write",
+                f"the folder holds a {name} that mpcompile did not write",
                 hint="choose another folder, or move that file",
             )
 
