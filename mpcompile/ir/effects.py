@@ -95,7 +95,7 @@ def _place(value: Any) -> tuple[Any, ...] | None:
 def explicit(gm: IRModule) -> bool:
     """Make readers of a tensor after an in-place statement read the result of that statement.
 
-    The result is the same tensor: ``h.mul_(0.1); f(h)`` becomes ``f(h.mul_(0.1))``, so that data flow implies the order.
+    The result is the same tensor: ``h.mul_(0.1); f(h)`` becomes ``f(h.mul_(0.1))``, so data flow implies the order.
     Statements that yield something else (``h[0] = 1``), and those on a view, stay as they are. The nodes must carry
     fake values.
 
