@@ -53,7 +53,7 @@ def dense_macs(model: nn.Module, batch: Any) -> int | None:
     if not samples:
         return None
     try:
-        # With gradients enabled, for the counter's module tracker: see mpcompile.ir.graph.propagate.
+        # With gradients enabled, for the counter's module tracker: see mpcompile.ir.shapes.propagate.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
             fake = (
                 {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
