@@ -37,8 +37,11 @@ def load(path: str | os.PathLike[str]) -> IRModule:
             operator or layer that is not allowed.
 
     Example:
-        >>> load("model.safetensors").plan.masked[0]
-        'blocks.0.attn.qkv'
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> gm = mpcompile.transform(model, torch.randn(2, 16), mpcompile.Config(pattern="2:4"))
+        >>> mpcompile.save(gm, "model.mpc")
+        >>> load("model.mpc").plan.masked
+        ['0']
     """
     target = resolve(path)
     with naming(target, "cannot be loaded"):

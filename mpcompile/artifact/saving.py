@@ -48,8 +48,10 @@ def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
             a folder whose files of these names belong to another program, or a full disk.
 
     Example:
-        >>> save(gm, "model.safetensors")
-        >>> torch.equal(load("model.safetensors")(x), gm(x))
+        >>> model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(2, 16)
+        >>> gm = mpcompile.transform(model, x, mpcompile.Config(pattern="2:4"))
+        >>> save(gm, "model.mpc")
+        >>> torch.equal(mpcompile.load("model.mpc")(x), gm(x))
         True
     """
     target = resolve(path)

@@ -28,7 +28,7 @@ def dense_state(gm: IRModule) -> dict[str, Tensor]:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
-        >>> gm = transform(model, torch.randn(2, 16), Config(pattern="2:4"))
+        >>> gm = mpcompile.transform(model, torch.randn(2, 16), mpcompile.Config(pattern="2:4"))
         >>> model.load_state_dict(dense_state(gm))
         <All keys matched successfully>
     """

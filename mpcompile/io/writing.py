@@ -47,7 +47,7 @@ def write_atomically(
         ArtifactError: the folder is missing or not writable, or the disk is full; an older file is untouched.
 
     Example:
-        >>> write_atomically("plan.json", plan.to_json())
+        >>> write_atomically("plan.json", mpcompile.Plan().to_json())
     """
     try:
         if callable(content):

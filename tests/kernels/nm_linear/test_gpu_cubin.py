@@ -16,7 +16,7 @@ from mpcompile.kernels.nm_linear.gpu.build import Build, entry_parameters, parts
 from mpcompile.kernels.nm_linear.gpu.cubin import Cubins, epilogue_of
 from tests.support.gpu_builds import CONVOLUTIONS, EXTRA, compiled
 from tests.support.helpers import relative
-from tests.support.ptx_emulator import Block, Memory, Program, TensorMap
+from tests.support.ptx import Block, Memory, Program, TensorMap
 from tests.support.sparse_gemm import LAYOUTS, TOLERANCE, Problem, bits
 
 ROUGH, _, WIDE_WGMMA = EXTRA
