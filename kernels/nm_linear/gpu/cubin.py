@@ -1,9 +1,9 @@
-"""Kernels compiled on another machine: cubins, launched through the CUDA driver without Triton.
+"""Runs kernels that were compiled elsewhere: cubins, launched through the CUDA driver, without Triton.
 
-``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled with
-``records.json`` files and cubins. If the installed Triton cannot compile the kernels, launch.py uses these. A
-:class:`Kernel` is called like a Triton kernel; its arguments go to the driver in the order and types of the compiled
-entry.
+``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled
+with ``records.json`` files and, beside them, the cubins. Where the installed Triton can't compile the kernels,
+gpu/launch.py takes them from there. A :class:`Kernel` is called like a Triton kernel; its arguments go to the driver in
+the order and with the types that the compiled entry point declares.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mpcompile.kernels.nm_linear.gpu.tiles import tiles_for
 from mpcompile.kernels.nm_linear.packed import activate
 
 VARIABLE = "MPCOMPILE_CUBINS"
-MAP_BYTES = 128  # of a tensor map (CUtensorMap)
+MAP_BYTES = 128  # size of a tensor map (CUtensorMap)
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_SMALL_SHARED = 48 << 10  # what a launch gets without asking
+_SMALL_SHARED = 48 << 10  # bytes of shared memory that a launch may use without setting an attribute
 # Enumerators of cuda.h.
 _MAX_DYNAMIC_SHARED, _SWIZZLE_128B, _PROMOTE_128B = 8, 3, 2
 _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
@@ -36,10 +36,10 @@ _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
 
 @dataclass
 class Box:
-    """The content of a tensor map: a matrix of 16-bit elements, read in boxes with the 128-byte swizzle.
+    """A matrix of 16-bit elements that a tensor map describes, read in boxes with the 128-byte swizzle.
 
     Attributes:
-        base: (rows, columns), columns contiguous.
+        base: the matrix, (rows, columns), with a column stride of 1.
         block_shape: rows and columns of a box.
     """
 
@@ -48,7 +48,7 @@ class Box:
 
 
 class Driver:
-    """The calls of libcuda that a launch needs. Torch has created the context."""
+    """The few libcuda calls that a launch needs. The CUDA context is the one that torch has created."""
 
     def __init__(self) -> None:
         self.cuda = ctypes.CDLL("libcuda.so.1")
@@ -61,22 +61,22 @@ class Driver:
             raise RuntimeError(f"{name}: {(text.value or b'error %d' % code).decode()}")
 
     def function(self, cubin: bytes, name: str, shared: int) -> Any:
-        """Load a kernel of a cubin for launches with ``shared`` bytes of shared memory."""
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        """A kernel of a cubin, ready for launches with ``shared`` bytes of shared memory."""
+        module, found = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(module), cubin)
-        self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        self._call("cuModuleGetFunction", ctypes.byref(found), module, name.encode())
         if shared > _SMALL_SHARED:
-            self._call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
-        return function
+            self._call("cuFuncSetAttribute", found, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
+        return found
 
     def tensor_map(self, box: Box) -> Any:
-        """Return the tensor map of a matrix: 128 bytes, aligned to 64, for the tensor memory accelerator."""
+        """The tensor map that describes a matrix to the tensor memory accelerator: 128 bytes, aligned to 64."""
         room = ctypes.create_string_buffer(MAP_BYTES + 64)
-        tensor_map = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % 64)
+        found = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % 64)
         rows, columns = box.base.shape
         self._call(
             "cuTensorMapEncodeTiled",
-            ctypes.byref(tensor_map),
+            ctypes.byref(found),
             ctypes.c_int(_ELEMENTS[box.base.dtype]),
             ctypes.c_uint32(2),
             ctypes.c_void_p(box.base.data_ptr()),
@@ -86,10 +86,10 @@ class Driver:
             (ctypes.c_uint32 * 2)(1, 1),
             *map(ctypes.c_int, (0, _SWIZZLE_128B, _PROMOTE_128B, 0)),
         )
-        return tensor_map
+        return found
 
     def launch(self, function: Any, blocks: int, threads: int, shared: int, stream: int, values: list[Any]) -> None:
-        """Launch ``blocks`` blocks; ``values`` are ctypes objects, one per parameter."""
+        """One launch of ``blocks`` blocks; ``values``: ctypes objects, one per parameter."""
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         sizes = [*map(ctypes.c_uint, (blocks, 1, 1, threads, 1, 1, shared))]
         self._call("cuLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)
@@ -101,10 +101,10 @@ def driver() -> Any:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a ``records.json``.
+    """The records in a ``records.json`` file.
 
     Raises:
-        InputError: the file is not as build.py writes it.
+        InputError: the file isn't in the form that gpu/build.py writes.
     """
     kinds = {field.name: {"str": str, "int": int, "bool": bool}[str(field.type)] for field in fields(Build)}
     try:
@@ -114,7 +114,9 @@ def _records(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # reported below
     raise InputError(
-        f"{path} is damaged", expected="what python -m bench.gpu.kernel_matrix --keep writes", hint="compile them again"
+        f"{path} is damaged",
+        expected="what python -m bench.gpu.kernel_matrix --keep writes",
+        hint="compile the kernels again",
     )
 
 
@@ -123,7 +125,7 @@ class Cubins:
     """The builds in a folder.
 
     Attributes:
-        records: record of each build, as made by :func:`build.record_of`, with the path of its ``cubin``.
+        records: the record of each build, from ``record_of`` in gpu/build.py, plus ``cubin``, the path of its cubin.
     """
 
     folder: Path
@@ -132,12 +134,12 @@ class Cubins:
 
     @classmethod
     def of(cls, folder: Path) -> Cubins:
-        """Read every ``records.json`` in a folder and below.
+        """Read every ``records.json`` in a folder and its subfolders.
 
         Raises:
-            InputError: there is none, or kernels have changed since.
+            InputError: there is no usable build, a file is damaged, or a kernel's source has changed since.
         """
-        cubins = cls(folder)
+        found = cls(folder)
         names = [f.name for f in fields(Build)]
         for path in sorted(folder.rglob("records.json")):
             for record in _records(path):
@@ -146,22 +148,22 @@ class Cubins:
                     continue
                 if record.get("source") != digest(build.kernel):
                     raise InputError(
-                        f"cubins in {folder} are of another version of {build.kernel}",
+                        f"cubins in {folder} were compiled from another version of {build.kernel}",
                         expected=digest(build.kernel),
                         found=record.get("source"),
                         hint="compile them again: python -m bench.gpu.kernel_matrix --keep FOLDER",
                     )
-                cubins.records[build] = {**record, "cubin": path.parent / f"{build.name}.cubin"}
-        if not cubins.records:
+                found.records[build] = {**record, "cubin": path.parent / f"{build.name}.cubin"}
+        if not found.records:
             raise InputError(
                 f"no compiled kernels in {folder}",
                 expected="records.json and cubins",
                 hint=f"python -m bench.gpu.kernel_matrix --keep {folder}",
             )
-        return cubins
+        return found
 
     def lacks(self, kernel: str, arch: int) -> str | None:
-        """Return which cubin of a kernel is missing for an architecture, or None if all exist."""
+        """A message naming the first cubin that a kernel lacks here for an architecture, or None if it has all."""
         for tile in tiles_for(kernel, arch):
             for dtype in _DTYPES.values():
                 for epilogue in EPILOGUES:
@@ -171,7 +173,7 @@ class Cubins:
         return None
 
     def function(self, build: Build, device: int) -> Any:
-        """Return the kernel of a build on a device; each is loaded once."""
+        """The kernel of a build on a device; loaded once."""
         key = device, build
         if key not in self._loaded:
             record = self.records[build]
@@ -182,13 +184,13 @@ class Cubins:
 
 @functools.cache
 def given() -> Cubins | None:
-    """Return the cubins in the folder that :data:`VARIABLE` names, or None if it is not set."""
+    """The builds in the folder that :data:`VARIABLE` names, or None if it isn't set."""
     folder = os.environ.get(VARIABLE)
     return Cubins.of(Path(folder)) if folder else None
 
 
 def epilogue_of(act: str, bias: bool, scale: bool, residual: bool) -> str | None:
-    """Return the epilogue of :data:`build.EPILOGUES` that does this, with a zero bias if need be; None if none does."""
+    """The one of :data:`EPILOGUES` that does this (with a bias of zeros if there is none), or None if none does."""
     if act != "none":
         return None if scale or residual else act
     if scale:
@@ -197,15 +199,15 @@ def epilogue_of(act: str, bias: bool, scale: bool, residual: bool) -> str | None
 
 
 def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
-    """Return arguments as the compiled entry takes them.
+    """Convert the arguments of a launch to those of the compiled entry point.
 
     Args:
         kinds: ``"map"``, ``"u32"`` or ``"u64"``, one per parameter.
-        args: tensors, numbers and boxes; None for an argument that the kernel was compiled without. A box becomes its
-            tensor map, followed by its shape and strides. Triton's scratch pointers come last and are null.
+        args: tensors, numbers and boxes; None for an operand that the kernel was compiled without. A box becomes its
+            tensor map, shape and strides. The last two parameters are Triton's scratch pointers, which are null.
 
     Raises:
-        InputError: the entry takes other arguments.
+        InputError: the arguments don't match the entry point's parameters.
     """
     flat: list[Any] = []
     for arg in args:
@@ -216,7 +218,11 @@ def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
     flat += [0] * 2
     fits = len(flat) == len(kinds) and all(isinstance(a, Box) == (k == "map") for a, k in zip(flat, kinds, strict=True))
     if not fits or any(isinstance(a, Tensor) and k != "u64" for a, k in zip(flat, kinds, strict=True)):
-        raise InputError("a cubin takes other arguments", expected=", ".join(kinds), found=f"{len(flat)} arguments")
+        raise InputError(
+            "the arguments don't match the parameters of a cubin",
+            expected=", ".join(kinds),
+            found=f"{len(flat)} arguments",
+        )
     made: list[Any] = []
     for arg, kind in zip(flat, kinds, strict=True):
         if isinstance(arg, Box):
@@ -229,7 +235,7 @@ def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
 
 @dataclass
 class Kernel:
-    """A kernel's module backed by cubins: ``gemm[grid](...)`` launches like Triton."""
+    """Replaces a kernel's module: ``gemm[grid](...)`` launches a cubin, with the arguments of the Triton kernel."""
 
     name: str
     arch: int
@@ -243,26 +249,34 @@ class Kernel:
         return functools.partial(self._run, grid[0])
 
     def _run(self, blocks: int, *args: Any, **options: Any) -> None:
-        """Launch with a kernel's arguments: two operands, words or pixels, bias, scale, residual, result, numbers."""
+        """Launch a cubin.
+
+        Args:
+            args: those of the Triton kernel: values, metadata and input in its order, bias, scale, residual, result,
+                numbers.
+        """
         *operands, bias, scale, residual, y = args[:7]
         act, numbers = options["ACT"], args[7:]
         epilogue = epilogue_of(act, bias is not None, scale is not None, residual is not None)
-        late: tuple[str, Any, Any] | None = None
-        if epilogue is None:  # not compiled: everything after the bias is a separate pass
-            epilogue, late, scale, residual = "bias", (act, scale, residual), None, None
+        behind: tuple[str, Any, Any] | None = None
+        if epilogue is None:  # not a compiled combination: all that follows the bias runs as a separate pass
+            epilogue, behind, scale, residual = "bias", (act, scale, residual), None, None
         out = int(y.shape[-1])
         if epilogue != "none" and bias is None:
             bias = _zeros(out, y.dtype, y.device)
         build = self._build(operands, epilogue, y, out, options)
         record = self.cubins.records.get(build)
         if record is None:
-            raise InputError(f"no cubin {build.name} in {self.cubins.folder}", hint="build it: bench.gpu.kernel_matrix")
+            raise InputError(
+                f"no cubin {build.name} in {self.cubins.folder}",
+                hint="compile it: python -m bench.gpu.kernel_matrix --keep FOLDER",
+            )
         values = values_of(record["parameters"], [*operands, bias, scale, residual, y, *numbers])
         stream = _stream(y.device)
         function = self.cubins.function(build, y.device.index or 0)
         driver().launch(function, blocks, record["threads"], record["smem_bytes"], stream, values)
-        if late is not None:
-            y.copy_(_finish(y, *late))
+        if behind is not None:
+            y.copy_(_finish(y, *behind))
 
     def _build(self, operands: list[Any], epilogue: str, y: Tensor, out: int, options: dict[str, Any]) -> Build:
         if "BN" in options:
