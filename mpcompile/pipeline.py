@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.passes.infra.pass_base import PassResult
 
 from mpcompile.calibration.data import as_batches, peek
 from mpcompile.capture.checks import check_values
 from mpcompile.capture.importers import import_model
 from mpcompile.config import CALIBRATIONS, Config
+from mpcompile.dump import observers
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.ir.effects import explicit
 from mpcompile.ir.macs import count, node_macs
@@ -28,7 +31,8 @@ from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
-from mpcompile.passes.base import Calibration, Context, Pass, Results
+from mpcompile.passes.base import Calibration, Context, Pass, Results, run_pass
+from mpcompile.passes.context import Observer
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
@@ -45,6 +49,11 @@ log = logging.getLogger(__name__)
 class Pipeline:
     """An ordered list of passes. Without arguments, the one that :func:`mpcompile.transform` runs.
 
+    Args:
+        passes: instances of :class:`mpcompile.passes.base.Pass`.
+        after_each: called after every pass with the pass, the code of the graph before it as text, the graph as it is
+            then, and the decision. :class:`mpcompile.dump.Dump` is one that writes files.
+
     Example:
         >>> [p.name for p in Pipeline()]
         ['analyze', 'allocate', 'permute', 'merge_tokens', 'mask', 'restore']
@@ -52,7 +61,7 @@ class Pipeline:
         ['mask', 'merge_tokens']
     """
 
-    def __init__(self, passes: Sequence[Pass] | None = None) -> None:
+    def __init__(self, passes: Sequence[Pass] | None = None, *, after_each: Observer | None = None) -> None:
         chosen = (
             [Analyze(), Allocate(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
         )
@@ -62,6 +71,7 @@ class Pipeline:
                     "this is not a pass", expected="an instance of mpcompile.passes.base.Pass", found=repr(step)
                 )
         self.passes: list[Pass] = chosen
+        self.after_each = after_each
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
@@ -85,19 +95,23 @@ class Pipeline:
         for step in self.passes:
             if step.closes_accounts:
                 accounts.close(gm)
-            result = step.run(gm, ctx)
-            gm = result.graph_module
-            if result.modified:
-                try:
-                    after = _shapes(propagate(gm, ctx.inputs))
-                except GraphError as error:
-                    raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
-                if after != output:
-                    raise GraphError(f"pass {step.name!r} changed the output", expected=output, found=after)
+            gm = run_pass(step, gm, ctx, functools.partial(_check_output, step, ctx, output)).graph_module
         accounts.close(gm)
         accounts.enter(ctx.plan)
         gm.plan = ctx.plan
         return gm
+
+
+def _check_output(step: Pass, ctx: Context, expected: Any, result: PassResult) -> None:
+    """Refuse a changed graph that doesn't fit together, or whose output has other shapes than before."""
+    if not result.modified:
+        return
+    try:
+        shapes = _shapes(propagate(result.graph_module, ctx.inputs))
+    except GraphError as error:
+        raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
+    if shapes != expected:
+        raise GraphError(f"pass {step.name!r} changed the output", expected=expected, found=shapes)
 
 
 class _Accounts:
@@ -158,6 +172,7 @@ def transform(
     prior_weight: float = 0.1,
     calibrate: str = "pruned_to_dense",
     seed: int = 0,
+    dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
     """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
 
@@ -186,6 +201,8 @@ def transform(
             make of the pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which is
             faster and less accurate.
         seed: seeds whatever is random.
+        dump: a folder for the graph before and after every pass, as readable Python with a diff; see
+            :class:`mpcompile.dump.Dump`. ``MPCOMPILE_DUMP=FOLDER`` asks for it without a change of code.
 
     Raises:
         MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or data doesn't fit.
@@ -223,11 +240,18 @@ def transform(
         prior_weight=prior_weight,
         calibrate=calibrate,
         seed=seed,
+        dump=dump,
     )
 
 
 @with_ordinary_tensors
-def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = None) -> IRModule:
+def lower(
+    model: nn.Module,
+    example_inputs: Any = None,
+    config: Config | None = None,
+    *,
+    dump: str | os.PathLike[str] | None = None,
+) -> IRModule:
     """The lowered module, ahead of time: packed weights, fused layers, no dense copy of what is masked.
 
     The result stands alone: the model can be deleted. It is for inference, runs as it is, and faster behind
@@ -238,6 +262,7 @@ def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = 
         model: from :func:`transform`, or any that it takes: that is masked by magnitude first.
         example_inputs: as in :func:`transform`; engines are timed for their batch size.
         config: ``engine`` says what runs masked layers.
+        dump: as in :func:`transform`.
 
     Raises:
         MPCompileError: as :func:`transform`.
@@ -252,7 +277,7 @@ def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = 
     imported = import_model(model, example_inputs)
     check_values(imported.gm)
     imported.gm.eval()
-    gm = complete(imported, config, [FoldNorm(), FoldScale(), Lower(), Fuse()])
+    gm = complete(imported, config, [FoldNorm(), FoldScale(), Lower(), Fuse()], dump=dump)
     for reason in unmerged(gm.plan):
         log.warning("nothing merged: %s", reason)
     return gm
@@ -276,10 +301,15 @@ def transformed(imported: Imported) -> bool:
     )
 
 
-def complete(imported: Imported, config: Config, passes: Sequence[Pass] = ()) -> IRModule:
+def complete(
+    imported: Imported,
+    config: Config,
+    passes: Sequence[Pass] = (),
+    dump: str | os.PathLike[str] | None = None,
+) -> IRModule:
     """Run the default passes unless the graph has been transformed already, then ``passes``."""
     first: list[Pass] = [] if transformed(imported) else list(Pipeline())
-    return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True)
+    return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True, dump=dump)
 
 
 def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
@@ -323,6 +353,7 @@ def run_pipeline(
     allocated: Mapping[str, Pattern | None] | None = None,
     tolerant: bool = False,
     results: Results | None = None,
+    dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
     """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
     for name, value in (("memory", memory), ("prior_weight", prior_weight)):
@@ -348,6 +379,7 @@ def run_pipeline(
         plan=plan,
         results=results,
         requests=[request for step in pipeline for request in step.requests],
+        observers=[*([pipeline.after_each] if pipeline.after_each else []), *observers(dump)],
         prior=_checked(prior or {}, imported),
         prior_weight=prior_weight,
         seed=seed,

@@ -16,6 +16,7 @@ from mpcompile.errors import ArtifactError, ConfigError
 from mpcompile.io.ownership import is_ours
 from mpcompile.io.writing import check_folder_writable, check_writable
 
+FOLDER: tuple[str, ...] = ()  # a folder in which nothing is replaced
 FILE, ARTIFACT = "file", "artifact"  # one file; a file, or a folder of WEIGHTS and PLAN where a slash is behind it
 Kind: TypeAlias = "str | tuple[str, ...]"
 _STANDARD_OUTPUT = "-"
