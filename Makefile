@@ -5,6 +5,7 @@
 # make lint    ruff (rules and formatting), and clang-format for the C++ sources
 # make cpp-warnings   the C++ sources compiled with -Wall -Wextra -Werror, for each instruction set; part of `make test`
 # make types   mypy
+# make docs    the documentation site, into site/index.html
 # Each makes its own virtual environment the first time (Python >= 3.10) and reuses it afterwards.
 #
 #   make demo ARGS=--quick        arguments for `mpcompile demo`; in `make test`, for pytest
@@ -23,7 +24,7 @@ $(error VENV has to be one path without spaces, not '$(VENV)')
 endif
 VPY := $(VENV)/bin/python
 
-.PHONY: help demo test test-isa cpp-warnings lint types clean FORCE
+.PHONY: help demo test test-isa cpp-warnings lint types docs clean FORCE
 .NOTPARALLEL:
 
 help:
@@ -66,11 +67,14 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(VPY) -m mypy
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VPY) -m mkdocs build --strict
+
 clean:
-	rm -rf build dist mpcompile.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site mpcompile.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The mark is made only after an installation that succeeded; a newer pyproject.toml or a lost interpreter repeats it.
-MARKS := $(foreach extra,demo test dev,$(VENV)/.installed-$(extra))
+MARKS := $(foreach extra,demo test dev docs,$(VENV)/.installed-$(extra))
 $(MARKS): $(VENV)/.installed-%: pyproject.toml $(shell test -x "$(VPY)" || echo FORCE)
 	@$(ENVIRONMENT)
 	@echo "mpcompile: installing .[$*] into $(VENV); the first time this fetches PyTorch and takes minutes"

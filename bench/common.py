@@ -201,6 +201,28 @@ def plot(
     print(f"plot: {folder / f'{name}.png'}")
 
 
+@contextlib.contextmanager
+def plotted(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes to draw on, saved to ``path`` afterwards; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'mpcompile[report]')")
+        yield None
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    try:
+        yield axes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        print(f"plot: {path}")
+    finally:
+        plt.close(figure)
+
+
 def common_arguments(parser: argparse.ArgumentParser) -> None:
     """``--quick`` and ``--out``."""
     parser.add_argument(

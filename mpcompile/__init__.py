@@ -9,7 +9,7 @@ if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml
 
 from mpcompile import _moved
 from mpcompile._version import __version__ as __version__
-from mpcompile.artifact.file import load, save
+from mpcompile.artifact import load, save
 from mpcompile.backend import refresh
 from mpcompile.certificates.api import Certificates, certify
 from mpcompile.config import Config

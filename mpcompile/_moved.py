@@ -106,6 +106,7 @@ MOVED = {
     "training.images": "data.loader",
     "training.lock": "io.lock",
     "training.masks": "training.policies",
+    "training.norms": "training.result",
     "training.ranks": "data.ranks",
     "training.recipe": "training.recipes.recipe",
     "training.streamed": "data.streamed",

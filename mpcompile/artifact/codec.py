@@ -1,11 +1,12 @@
 """A graph as JSON, and back.
 
-fx turns node names, targets and arguments into Python source and executes it, so everything that reaches that source
-is checked here: names are plain identifiers, paths lead to layers and tensors of the tree, operators and methods stand
-on the lists of :mod:`mpcompile.artifact.opset`, and values are rebuilt from tagged JSON, never evaluated.
+fx turns node names, targets and arguments into Python source and executes it. Everything that reaches that source is
+checked here: names are plain identifiers, paths lead to layers and tensors of the tree, operators and methods are
+listed in :mod:`mpcompile.artifact.opset`, and values are rebuilt from tagged JSON, never evaluated.
 
-A value is itself in JSON, except ``{"tag": content}`` for what JSON lacks: ``node``, ``tuple``, ``size``, ``slice``,
-``dict``, ``ellipsis``, ``float`` (inf and nan), ``dtype``, ``device``, ``memory_format``, ``layout``.
+JSON values stand for themselves. Other values are written as ``{"tag": content}``. The tags are ``node``, ``tuple``,
+``size``, ``slice``, ``dict``, ``ellipsis``, ``float`` (inf and nan), ``dtype``, ``device``, ``memory_format`` and
+``layout``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from mpcompile.artifact.opset import (
 )
 from mpcompile.ir.nodes import dynamo_name
 
-_MAX_DEPTH = 32  # of nested values; the Python parser has a limit too
+_MAX_DEPTH = 32  # of nested values; the Python parser has a limit, too
 _KINDS: dict[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
 _CONSTANTS = {tag: {k: v for k, v in vars(torch).items() if isinstance(v, kind)} for tag, kind in _KINDS.items()}
 _DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
@@ -46,10 +47,14 @@ _DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
 
 
 def encode(value: Any, depth: int = 0) -> Any:
-    """A node's argument, or a layer's, as JSON.
+    """Return an argument of a node or layer as JSON.
+
+    Args:
+        value: the argument.
+        depth: how deeply it is nested in others.
 
     Raises:
-        Refusal: a value of another type.
+        Refusal: a value of a type that has no JSON form, or more than 32 levels of nesting.
 
     Example:
         >>> encode((1, [2.0, slice(None, 3)], torch.float16))
@@ -85,7 +90,11 @@ def encode(value: Any, depth: int = 0) -> Any:
 
 
 def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
-    """Inverse of :func:`encode`; ``nodes`` are those that may be referred to."""
+    """Return the value that :func:`encode` wrote; ``nodes`` are the ones it may refer to, by name.
+
+    Raises:
+        Refusal: an unknown tag or malformed content, a node that does not exist, or more than 32 levels of nesting.
+    """
     if depth > _MAX_DEPTH:
         raise Refusal("a value is nested too deeply", expected=f"at most {_MAX_DEPTH} levels")
     if value is None or type(value) in (bool, int, str):
@@ -120,7 +129,7 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
 
 
 def is_guard(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node only checks inputs, as torch.export puts it there."""
+    """Return True for a node that only checks inputs, as torch.export inserts them."""
     if node.op != "call_module" or node.users:
         return False
     cls = type(gm.get_submodule(str(node.target)))
@@ -135,7 +144,7 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
             raise Refusal(f"it calls {node._pretty_print_target(node.target)}", expected=LISTED)
     if node.op == "placeholder" and dynamo_name(node):
         raise Refusal(
-            "it stands for a weight that the graph takes as an input (it comes from dynamo): a file wouldn't hold it",
+            "it stands for a weight that the graph takes as an input (it comes from dynamo): a file would not hold it",
             hint="call mpcompile.transform on the module itself, and save that",
         )
     args, kwargs = [encode(a) for a in node.args], {k: encode(v) for k, v in node.kwargs.items()}
@@ -143,10 +152,10 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
 
 
 def encode_nodes(nodes: Sequence[fx.Node]) -> list[dict[str, Any]]:
-    """Nodes as JSON, in order.
+    """Return nodes as JSON, in order.
 
     Raises:
-        Refusal: a node that a file can't hold; it is named.
+        Refusal: a node that a file cannot hold; it is named.
     """
     entries = []
     for node in nodes:
@@ -158,7 +167,7 @@ def encode_nodes(nodes: Sequence[fx.Node]) -> list[dict[str, Any]]:
 
 
 def _lookup(root: nn.Module, path: str) -> Any:
-    """The layer or tensor at a path, found in the tables of the tree and nowhere else."""
+    """The layer or tensor at a path, looked up only in the tables of the tree; None if there is none."""
     *owners, leaf = path.split(".")
     module: nn.Module | None = root
     for atom in owners:
@@ -168,10 +177,10 @@ def _lookup(root: nn.Module, path: str) -> Any:
 
 
 def _target(root: nn.Module, op: object, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a node may be created with.
+    """The target with which a node is created.
 
     Raises:
-        Refusal: the operator, method, attribute or path isn't allowed.
+        Refusal: the operator, method, attribute or path is not allowed.
     """
     on_node, allowed = bool(args) and isinstance(args[0], fx.Node), False
     if op == "placeholder" and isinstance(target, str):
@@ -203,10 +212,10 @@ def _target(root: nn.Module, op: object, target: Any, args: tuple[Any, ...], kwa
 
 
 def decode_nodes(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
-    """Inverse of :func:`encode_nodes`; ``root`` holds the layers and tensors that the nodes use.
+    """Return the graph that :func:`encode_nodes` described; ``root`` holds the layers and tensors that the nodes use.
 
     Raises:
-        Refusal: a node that names something which isn't allowed or isn't there.
+        Refusal: a node that names something that is not allowed or does not exist; the node is named.
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -235,10 +244,10 @@ def decode_nodes(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
 
 
 def encode_signature(graph: fx.Graph) -> Any:
-    """None for a plain signature; names and trees of inputs and outputs for that of an exported program.
+    """Return None for a plain signature; for that of an exported program, names and trees of inputs and outputs.
 
     Raises:
-        Refusal: a signature of another kind, or inputs that aren't tuples, lists and dicts.
+        Refusal: a signature of another kind, or inputs that are not tuples, lists and dicts.
     """
     codegen = graph._codegen
     if type(codegen) is _PyTreeCodeGen and codegen._body_transformer is None:
@@ -250,12 +259,16 @@ def encode_signature(graph: fx.Graph) -> Any:
             trees.append(tree)
         return {"names": list(codegen.pytree_info.orig_args), "in": trees[0], "out": trees[1]}
     if type(codegen) is not CodeGen or codegen._body_transformer is not None:
-        raise Refusal("the graph generates its code in a way of its own", found=type(codegen).__name__)
+        raise Refusal("the graph generates its code in its own way", found=type(codegen).__name__)
     return None
 
 
 def decode_signature(graph: fx.Graph, value: Any) -> None:
-    """Give ``graph`` the signature that :func:`encode_signature` described."""
+    """Give ``graph`` the signature that :func:`encode_signature` described.
+
+    Raises:
+        Refusal: names that cannot be arguments, or another number of inputs than the graph has.
+    """
     if value is None:
         return
     names, spec = [identifier(name) for name in value["names"]], _decode_spec(value["in"])
@@ -267,15 +280,15 @@ def decode_signature(graph: fx.Graph, value: Any) -> None:
 
 
 def _decode_spec(value: Any) -> pytree.TreeSpec:
-    """A tree of tuples, lists and dicts. The keys of its dicts reach generated source."""
+    """The structure of nested tuples, lists and dicts. The keys of dicts end up in generated source."""
     tree = decode(value, {})
     stack = [tree]
     while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack.extend(item.values())
-            for key in item:
+        value = stack.pop()
+        if isinstance(value, dict):
+            stack.extend(value.values())
+            for key in value:
                 keyword_name(key)
-        elif isinstance(item, (tuple, list)):
-            stack.extend(item)
+        elif isinstance(value, (tuple, list)):
+            stack.extend(value)
     return pytree.tree_structure(tree)

@@ -1,9 +1,9 @@
-"""N:M masks as numbers: a group of M has C(M, N) masks, so its rank among them says which one it is.
+"""N:M masks as numbers: a group of M weights has C(M, N) masks, and the rank among them identifies one.
 
-Ranks follow the combinatorial number system: a mask with kept places p_1 < ... < p_N has the rank
-C(p_1, 1) + ... + C(p_N, N). As C(M, N) is no power of two, several groups share one number of at most 63 bits (17
-groups of 2:4 take 44 bits, 3 of 8:16 take 41), and the numbers follow each other bit by bit, the lowest first. A weight
-takes .65 bits at 2:4 and .85 bits at 8:16. Whatever is decoded is legal N:M.
+Ranks follow the combinatorial number system: a mask that keeps the places p_1 < ... < p_N has the rank
+C(p_1, 1) + ... + C(p_N, N). C(M, N) is not a power of two, so several groups share one number of at most 63 bits (17
+groups of 2:4 take 44 bits, 3 of 8:16 take 41). The numbers are concatenated bit by bit, lowest bit first. A mask takes
+0.65 bits per weight at 2:4 and 0.85 bits at 8:16. Every code that decodes is legal N:M.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def encode(kept: Masks, n: int) -> Bytes:
-    """Masks (groups, M), each with ``n`` places set -> their code, as bytes.
+    """Return the code of masks, as bytes.
+
+    Args:
+        kept: (groups, M) booleans, True where a weight is kept; ``n`` per group.
+        n: weights kept per group.
 
     Example:
         >>> encode(np.array([[True, True, False, False]]), 2), encode(np.array([[False, False, True, True]]), 2)
@@ -40,10 +44,10 @@ def encode(kept: Masks, n: int) -> Bytes:
 
 
 def decode(code: Bytes, groups: int, n: int, m: int) -> Masks:
-    """Inverse of :func:`encode`: bytes -> masks (groups, m).
+    """Return the masks (groups, m) that :func:`encode` wrote.
 
     Raises:
-        Refusal: bytes that no masks have.
+        Refusal: bytes that encode no masks.
     """
     together, bits = _numbers(n, m)
     count = -(-groups // together)
@@ -77,7 +81,7 @@ def length(groups: int, n: int, m: int) -> int:
 
 @functools.cache
 def _numbers(n: int, m: int) -> tuple[int, int]:
-    """How many groups share a number, and the bits of one: the fewest bits a group."""
+    """The groups that share a number, and the bits of that number, for the fewest bits per group."""
     masks = math.comb(m, n)
     sizes = [(together, (masks**together - 1).bit_length()) for together in range(1, 64)]
     return min((size for size in sizes if size[1] <= 63), key=lambda size: size[1] / size[0])
@@ -85,7 +89,7 @@ def _numbers(n: int, m: int) -> tuple[int, int]:
 
 @functools.cache
 def _powers(n: int, m: int) -> npt.NDArray[np.int64]:
-    """What a rank counts for, by its place in a number."""
+    """The weight of a rank, by its place in a number: powers of C(m, n)."""
     return np.array([math.comb(m, n) ** place for place in range(_numbers(n, m)[0])], np.int64)
 
 

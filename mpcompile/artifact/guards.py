@@ -1,6 +1,6 @@
-"""Operators that torch runs without checking all of their sizes or numbers, checked in front of each call.
+"""Checks in front of operators that torch runs without validating all of their sizes or numbers.
 
-In a loaded graph a function of this module stands for such an operator; a file holds the operator's own name. The
+A loaded graph calls a function of this module in place of such an operator; a file holds the operator's own name. The
 checks are plain Python on sizes, so a tracer sees only the operator.
 """
 
@@ -66,7 +66,7 @@ def _smooth_resize(given: dict[str, Any]) -> str | None:
 def _resize(given: dict[str, Any]) -> str | None:
     scales = [given.get(name) for name in ("scales", "scales_d", "scales_h", "scales_w")]
     for scale in (*scales, *(given.get("scale_factors") or ())):
-        # A pixel's place, divided by the scale, becomes a 64-bit integer before it is clamped to the image.
+        # A pixel's position, divided by the scale, becomes a 64-bit integer before it is clamped to the image.
         if scale is not None and not 2**-30 <= scale <= 2**30:
             return "scales from 2**-30 to 2**30"
     return None
@@ -82,7 +82,7 @@ def _folding(given: dict[str, Any]) -> str | None:
 
 
 _Check = Callable[[dict[str, Any]], "str | None"]
-_CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # what stands in a graph, whose schema it has, the check
+_CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # the function in a graph, the overload whose schema it has, the check
     (torch.native_batch_norm, _A.native_batch_norm.default, _batch_norm),
     (torch.nn.functional.unfold, _A.im2col.default, _folding),
     (torch.nn.functional.fold, _A.col2im.default, _folding),
@@ -149,16 +149,16 @@ def _checked(function: Callable[..., Any], overload: Any, check: _Check) -> Call
     return call
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return not value.is_floating_point() and not value.is_complex() if isinstance(value, Tensor) else type(value) is int
 
 
 def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function, updated=())
     def call(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
-        if rounding_mode != "trunc" or not (_whole(a) and _whole(b)):
+        if rounding_mode != "trunc" or not (_is_integer(a) and _is_integer(b)):
             return function(a, b, rounding_mode=rounding_mode)
-        # The lowest integer by -1 has no quotient; processors raise a signal, where negation wraps around.
+        # The lowest integer divided by -1 overflows: processors raise a signal (SIGFPE), while negation wraps around.
         if not isinstance(b, Tensor):
             return -a if b == -1 else function(a, b, rounding_mode=rounding_mode)
         quotient = function(a, torch.where(b == -1, torch.ones_like(b), b), rounding_mode=rounding_mode)
@@ -169,7 +169,7 @@ def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dense(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on a copy without repeated memory: it reads past the end of a tensor that expand() made."""
+    """Call the function on a contiguous copy: it reads past the end of a tensor that expand() made."""
 
     @functools.wraps(function, updated=())
     def call(input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,7 @@ def _dense(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _published(function: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function under a name of this module, as generated source refers to it."""
+    """Give a guard a name in this module, by which generated source refers to it."""
     name = str(function).replace(".", "_") if isinstance(function, torch._ops.OpOverload) else function.__name__
     call.__name__ = call.__qualname__ = f"checked_{name}"
     call.__module__ = __name__
@@ -193,13 +193,13 @@ _DIVISIONS = (
 )
 GUARDED: dict[Any, Callable[..., Any]] = {f: _published(f, _checked(f, o, c)) for f, o, c in _CHECKS}
 GUARDED |= {f: _published(f, _dense(f)) for f in (torch.median, _A.median.dim)}
-METHODS = {"median": GUARDED[torch.median]}  # a method of this name becomes the function
+METHODS = {"median": GUARDED[torch.median]}  # a method of this name is replaced by the function
 TRUNCATING: dict[Any, Callable[..., Any]] = {f: _published(f, _quotient(f)) for f in _DIVISIONS}
 _ORIGINALS = {call: function for table in (GUARDED, TRUNCATING) for function, call in table.items()}
 
 
 def original(target: Any) -> Any:
-    """What a function of this module stands for; anything else is itself."""
+    """Return the operator that a function of this module stands for; anything else is returned as it is."""
     try:
         return _ORIGINALS.get(target, target)
     except TypeError:  # not hashable

@@ -1,7 +1,7 @@
-"""Packed weights in a saved graph: their numbers, their contents, and who may read them.
+"""Packed weights in a saved graph: the numbers and contents that kernels rely on, and who may read them.
 
-A kernel relies on the numbers of its node and on the index beside its values. Both come from the file, so both are
-checked when it is loaded. No other node may read a packed tensor, because it could write to it before the kernel reads.
+A kernel trusts the numbers of its node and the index beside its values. Both come from the file, so both are checked
+when it is loaded. No other node may read a packed tensor, because it could write to it before the kernel reads it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def check_packed(gm: IRModule) -> None:
     """Check the native operators of a graph and the packed tensors that they read.
 
     Raises:
-        Refusal: a number, a tensor or an index that would lead a kernel outside, or a packed tensor that something
-            else reads; the node is named.
+        Refusal: a number, a tensor or an index that would make a kernel read out of bounds, or a packed tensor that
+            something else reads; the node is named.
     """
     packed: dict[int, str] = {}
     for node in gm.graph.nodes:
@@ -33,8 +33,8 @@ def check_packed(gm: IRModule) -> None:
                 if getattr(source, "op", None) != "get_attr":
                     raise Refusal(f"node {node.name} computes its packed weights", expected="tensors of the file")
                 tensors.append(attribute(gm, str(source.target)))
-                packed[_place(tensors[-1])] = str(source.target)
-            if any(tensor.is_meta for tensor in tensors):  # a save tries its texts out on the structure alone
+                packed[_memory(tensors[-1])] = str(source.target)
+            if any(tensor.is_meta for tensor in tensors):  # saving tries its texts on the structure alone
                 continue
             try:
                 checks.contents(weight, *tensors)
@@ -50,14 +50,14 @@ def _weights(node: fx.Node) -> list[checks.PackedWeight]:
         raise Refusal(f"node {node.name}: {error}") from error
 
 
-def _place(tensor: Tensor) -> int:
-    """Of a tensor's memory, under whatever name and view."""
+def _memory(tensor: Tensor) -> int:
+    """The identity of a tensor's memory, which all names and views of it share."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _check_readers(gm: IRModule, packed: dict[int, str]) -> None:
     for node in gm.graph.nodes:
-        if node.op == "get_attr" and _place(attribute(gm, str(node.target))) in packed:
+        if node.op == "get_attr" and _memory(attribute(gm, str(node.target))) in packed:
             for user in node.users:
                 slots = [source for weight in _weights(user) for source in weight[:2]]
                 if sum(source is node for source in slots) != _uses(node, user):
@@ -69,13 +69,13 @@ def _check_readers(gm: IRModule, packed: dict[int, str]) -> None:
     for path, module in gm.named_modules():
         own = (*module._parameters.values(), *module._buffers.values())
         if module is not gm and type(module) is not nn.Module:
-            held = next((packed[_place(t)] for t in own if t is not None and _place(t) in packed), None)
+            held = next((packed[_memory(t)] for t in own if t is not None and _memory(t) in packed), None)
             if held is not None:
                 raise Refusal(f"layer {path} holds {held}, a packed weight", hint=_HINT)
 
 
 def _uses(node: fx.Node, user: fx.Node) -> int:
-    """How often a node stands among another's arguments."""
-    found = []
-    fx.node.map_arg((user.args, user.kwargs), lambda source: found.append(source is node))
-    return sum(found)
+    """Count how often a node is among the arguments of another."""
+    matches: list[bool] = []
+    fx.node.map_arg((user.args, user.kwargs), lambda source: matches.append(source is node))
+    return sum(matches)

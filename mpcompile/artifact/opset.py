@@ -1,9 +1,9 @@
-"""What a saved graph may call: operators, methods and attributes by name. Everything else is refused.
+"""The operators, methods and attributes that a saved graph may use, by name. Everything else is refused.
 
-A file is data from somewhere. Nothing in it is imported or looked up by a path of its own: a name stands for something
-only if it is in a list below. None of the listed operators reads or writes files, starts processes, or takes code, and
-none reads or writes outside its tensors: what torch doesn't check about an operator is checked by guards.py.
-Layers have a list of their own in :mod:`mpcompile.artifact.leaves`.
+A file is untrusted data. Nothing in it is imported or looked up by a path that the file gives: a name has a meaning
+only if it is listed below. No listed operator reads or writes files, starts processes, or takes code, and none reads or
+writes outside its tensors: where torch does not check that, guards.py does. Layers are listed in
+:mod:`mpcompile.artifact.leaves`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ LISTED = "something on the lists in mpcompile/artifact/"
 
 
 class Refusal(Exception):
-    """Something that a file can't hold or may not say; the caller adds the file and raises an ArtifactError."""
+    """Something that a file cannot hold or may not contain; the caller names the file and raises an ArtifactError."""
 
     def __init__(self, message: str, *, expected: object = None, found: object = None, hint: str | None = None) -> None:
         self.message, self.expected, self.found, self.hint = message, expected, found, hint
         super().__init__(message)
 
     def at(self, place: str) -> Refusal:
-        """The same, with the place in front."""
+        """Return the same refusal with the place in front of its message."""
         return Refusal(f"{place}: {self.message}", expected=self.expected, found=self.found, hint=self.hint)
 
 
 def shown(value: object) -> str:
-    """``repr`` cut to a length that fits into a message."""
+    """Return the ``repr`` of a value, cut to 80 characters for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -47,31 +47,34 @@ def shown(value: object) -> str:
 # --- Names that end up in the Python source that fx generates and executes ---
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MOST_PARTS, _LONGEST = 64, 1024  # of a path, and of a name in it
+_MAX_PARTS, _MAX_NAME = 64, 1024  # names in a path, characters in a name
 _TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"})
 
 
 def keyword_name(text: object) -> str:
-    """``text`` if it can name an argument in generated source."""
+    """Return ``text`` if it can name an argument in generated source, else raise Refusal."""
     if isinstance(text, str) and _IDENTIFIER.fullmatch(text) and not keyword.iskeyword(text):
         return text
     raise Refusal("a name can't stand in Python source", expected="a plain identifier", found=shown(text))
 
 
 def identifier(text: object) -> str:
-    """``text`` if it can name a value in generated source: also not ``self`` or what fx imports there."""
+    """Return ``text`` if it can name a value in generated source, else raise Refusal.
+
+    ``self``, and the names that fx imports there, are taken.
+    """
     if keyword_name(text) not in _TAKEN:
         return str(text)
     raise Refusal("a name would hide one that generated source needs", expected="another name", found=shown(text))
 
 
 def module_path(text: object) -> str:
-    """``text`` if it is a dotted path of names that PyTorch allows and that can't end a text in Python source.
+    """Return ``text`` if it is a dotted path of names that are safe in generated source, else raise Refusal.
 
-    fx writes a name that is no identifier as ``getattr(self, "name")``: a name with a quotation mark, a backslash or
-    a line break could go on as code. An identifier has to be in the form that Python reads it in.
+    fx writes a name that is not an identifier as ``getattr(self, "name")``: a quotation mark, a backslash or a line
+    break in it could end the string and continue as code. An identifier has to be NFKC-normalised, as Python reads it.
     """
-    if isinstance(text, str) and text.count(".") < _MOST_PARTS and all(map(_is_name, text.split("."))):
+    if isinstance(text, str) and text.count(".") < _MAX_PARTS and all(map(_is_name, text.split("."))):
         return text
     raise Refusal(
         "a path can't name a layer or tensor",
@@ -81,17 +84,17 @@ def module_path(text: object) -> str:
 
 
 def _is_name(text: str) -> bool:
-    if not 0 < len(text) <= _LONGEST or not text.isprintable() or any(c in text for c in "\"'\\"):
+    if not 0 < len(text) <= _MAX_NAME or not text.isprintable() or any(c in text for c in "\"'\\"):
         return False
     return not text.isidentifier() or unicodedata.normalize("NFKC", text) == text
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
-# --- Operators. A listed name also stands for its in-place form: ``add`` for ``add_`` ---
+# --- Operators. A listed name includes its in-place form: ``add`` allows ``add_`` ---
 
 ATTRIBUTES = words("shape dtype device ndim T mT H mH real imag is_cuda requires_grad layout")
 
@@ -179,7 +182,7 @@ _HOMES: tuple[tuple[str, Any, frozenset[str]], ...] = (
 )
 _OWN = frozenset(op._schema.name.rpartition("::")[2] for op in _ops.MASKED | _ops.PACKED | _ops.MERGING)
 _PACKETS = {"aten": ATEN, "mpcompile": _OWN}
-_SCRIPT = words("size sym_size sym_stride")  # whose overload without an axis is TorchScript's
+_SCRIPT = words("size sym_size sym_stride")  # their overload without an axis is TorchScript's
 _OVERLOAD = re.compile(r"(aten|mpcompile)\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 
 
@@ -189,13 +192,13 @@ def _listed(name: str, names: frozenset[str]) -> bool:
 
 @functools.cache
 def functions() -> dict[str, Callable[..., Any]]:
-    """Qualified name -> every plain function that a graph may call."""
-    found: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr}
+    """Return every plain function that a graph may call, by qualified name."""
+    callables: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr}
     for home, module, names in _HOMES:
         for name in sorted(names | {f"{n}_" for n in names}):
             if callable(value := getattr(module, name, None)):
-                found[f"{home}.{name}"] = value
-    return found
+                callables[f"{home}.{name}"] = value
+    return callables
 
 
 @functools.cache
@@ -205,7 +208,7 @@ def _names() -> dict[Any, str]:
 
 
 def function_name(target: Any) -> str | None:
-    """The name that stands for an operator in a file, or None where it isn't listed."""
+    """Return the name of an operator in a file, or None if it is not listed."""
     target = guards.original(target)
     if isinstance(target, torch._ops.OpOverload):
         name = f"{target._schema.name.replace('::', '.')}.{target._overloadname}"
@@ -217,39 +220,39 @@ def function_name(target: Any) -> str | None:
 
 
 def function_of(name: object) -> Callable[..., Any] | None:
-    """Inverse of :func:`function_name`: None for a name that isn't listed. Some come with a guard in front of them."""
+    """Return the operator of a name, or None if it is not listed; with its guard, if it has one (guards.py)."""
     if not isinstance(name, str):
         return None
     match = _OVERLOAD.fullmatch(name)
-    found = functions().get(name) if match is None else _overload(*match.groups())
-    return None if found is None else guards.GUARDED.get(found, found)
+    function = functions().get(name) if match is None else _overload(*match.groups())
+    return None if function is None else guards.GUARDED.get(function, function)
 
 
 def _overload(space: str, packet: str, overload: str) -> Callable[..., Any] | None:
     if not _listed(packet, _PACKETS[space]):
         return None
-    found = getattr(getattr(getattr(torch.ops, space), packet, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload):
+    candidate = getattr(getattr(getattr(torch.ops, space), packet, None), overload, None)
+    if not isinstance(candidate, torch._ops.OpOverload):
         return None
-    if any(argument.is_out for argument in found._schema.arguments):  # it resizes a tensor of the caller's
+    if any(argument.is_out for argument in candidate._schema.arguments):  # it resizes a tensor of the caller
         return None
-    return found if packet in _SCRIPT or _dispatched(found) else None
+    return candidate if packet in _SCRIPT or _is_dispatched(candidate) else None
 
 
-def _dispatched(found: torch._ops.OpOverload) -> bool:
-    """Whether the dispatcher knows an overload. The others are TorchScript's: on plain numbers, or unchecked."""
+def _is_dispatched(overload: torch._ops.OpOverload) -> bool:
+    """Return True if the dispatcher knows an overload. Others are TorchScript's: on plain numbers, or unchecked."""
     try:
-        torch._C._dispatch_find_schema_or_throw(found._schema.name, found._schema.overload_name)
+        torch._C._dispatch_find_schema_or_throw(overload._schema.name, overload._schema.overload_name)
     except RuntimeError:
         return False
     return True
 
 
 def call_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """What a graph calls for a listed function with these arguments.
+    """Return the function that a graph calls for a listed function with these arguments, which may be a guard.
 
     Raises:
-        Refusal: an argument that torch takes without a look and goes wrong by.
+        Refusal: an argument that torch accepts unchecked, with undefined results.
     """
     _check_arguments(function, args, kwargs)
     mode = kwargs.get("rounding_mode")
@@ -270,7 +273,7 @@ def _check_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, An
     arguments = function._schema.arguments
     given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
     for argument in arguments:
-        # A dispatcher call takes a number for an enumerator, whether there is one of that number or not.
+        # The dispatcher accepts a number for an enumerator, even if no enumerator has that number.
         kind = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
         value = given.get(argument.name)
         if value is not None and kind in _ENUMERATORS and not isinstance(value, _ENUMERATORS[kind]):
@@ -287,7 +290,7 @@ _ENUMERATORS: dict[str, Any] = {
 
 
 def is_method(name: object, kwargs: Mapping[str, Any] | None = None) -> bool:
-    """Whether a graph may call this method of a tensor, with these arguments by name."""
-    rounding = (kwargs or {}).get("rounding_mode")  # see call_of; a method has no guard
+    """Return True if a graph may call this method of a tensor, with these keyword arguments."""
+    rounding = (kwargs or {}).get("rounding_mode")  # see call_of; methods have no guards
     listed = isinstance(name, str) and _listed(name, METHODS) and hasattr(Tensor, name)
     return listed and (rounding is None or rounding == "floor")

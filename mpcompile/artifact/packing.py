@@ -1,8 +1,8 @@
 """Masked weights as a file holds them: the kept values, and the masks of all groups as one code.
 
-A masked weight and its mask take 150 % of the dense fp16 weight as they are; so they take 54.0 % at 2:4 and 55.3 % at
-8:16. Removed values have to be zero for that; they come back as +0.0. Layout of values:
-:mod:`mpcompile.kernels.nm_format`; of masks: :mod:`mpcompile.artifact.combinations`.
+Unpacked, a masked weight and its mask take 150 % of the dense fp16 weight; packed, 54.0 % at 2:4 and 55.3 % at 8:16.
+Removed values have to be zero for that; they come back as +0.0. Layout of values: :mod:`mpcompile.kernels.nm_format`;
+of masks: :mod:`mpcompile.artifact.combinations`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,14 @@ log = logging.getLogger(__name__)
 
 
 def pack_tensors(gm: IRModule, kinds: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file: masked weights and their masks replaced by what is packed; ``kinds`` is told.
+    """Return the tensors of a file, with masked weights and their masks replaced by packed ones.
 
-    A weight whose removed values aren't zero, or whose mask isn't N:M, stays as it is.
+    A weight whose removed values are not zero, or whose mask is not N:M, is left as it is, with a warning.
+
+    Args:
+        gm: the IR.
+        kinds: the table of :class:`mpcompile.artifact.tree.Tree`; each packed weight is recorded in its entry.
+        tensors: all tensors of ``gm`` by name.
     """
     names = {id(tensor): name for name, tensor in tensors.items()}
     stored, whole = dict(tensors), []
@@ -56,8 +61,8 @@ def pack_tensors(gm: IRModule, kinds: dict[str, Any], tensors: Mapping[str, Tens
         kinds[name]["packed"] = {"n": pattern.n, "m": pattern.m, "shape": list(weight.shape), "mask": place}
     if whole:
         log.warning(
-            "%d masked weights are stored whole, as what their masks remove is not zero or the masks are not N:M (%s); "
-            "layer.apply_mask() makes it zero",
+            "%d masked weights are stored whole, because values that their masks remove are not zero or the masks are "
+            "not N:M (%s); layer.apply_mask() sets them to zero",
             len(whole),
             ", ".join(whole[:3]),
         )
@@ -65,10 +70,10 @@ def pack_tensors(gm: IRModule, kinds: dict[str, Any], tensors: Mapping[str, Tens
 
 
 def unpack_tensors(kinds: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of :func:`pack_tensors`.
+    """Return the tensors with all weights unpacked, the inverse of :func:`pack_tensors`.
 
     Raises:
-        Refusal: packed tensors that make no N:M weight.
+        Refusal: packed tensors that do not make an N:M weight.
     """
     whole = dict(tensors)
     for name, kind in kinds.items():
@@ -78,34 +83,34 @@ def unpack_tensors(kinds: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
         if spec["mask"] in whole or name in whole:
             raise Refusal(f"tensor {name} or its mask is there twice")
         try:
-            whole[name], whole[spec["mask"]] = _unpacked(values, bits, spec["n"], spec["m"], spec["shape"])
+            whole[name], whole[spec["mask"]] = _unpack(values, bits, spec["n"], spec["m"], spec["shape"])
         except Refusal as error:
             raise error.at(f"packed weight {name}") from error
     return whole
 
 
-def _unpacked(values: Tensor, bits: Tensor, n: Any, m: Any, shape: Any) -> tuple[Tensor, Tensor]:
-    """(weight, mask), both contiguous."""
+def _unpack(values: Tensor, bits: Tensor, n: Any, m: Any, shape: Any) -> tuple[Tensor, Tensor]:
+    """Weight and mask, both contiguous."""
     plain = all(type(i) is int and i > 0 for i in (n, m, *shape))
     if not plain or not n <= m <= MAX_M or len(shape) not in (2, 4) or group_axis(tuple(shape)) % m:
         raise Refusal("its pattern and shape are malformed", found=shown((n, m, shape)))
     out, k = shape[0], math.prod(shape[1:])
-    made = tuple(values.shape) == (out, k // m * n) and values.is_floating_point()
-    if not made or bits.dim() != 1 or bits.dtype != torch.uint8:
+    fits = tuple(values.shape) == (out, k // m * n) and values.is_floating_point()
+    if not fits or bits.dim() != 1 or bits.dtype != torch.uint8:
         expected = f"values {(out, k // m * n)} and bytes"
         raise Refusal(f"its parts make no {n}:{m} weight", expected=expected, found=f"{tuple(values.shape)}")
-    if values.is_meta:  # of describe(): the structure alone
+    if values.is_meta:  # saving checks the structure alone
         weight = values.new_empty(shape)
         return weight, torch.empty(shape, dtype=torch.bool, device="meta")
     kept = torch.from_numpy(combinations.decode(bits.numpy(), out * k // m, n, m)).view(out, k)
     rows = values.new_zeros((out, k))
     rows[kept] = values.reshape(-1)
-    # not .contiguous(): it keeps whatever strides an axis of size 1 has
+    # not .contiguous(), which keeps any stride of an axis of size 1
     mask = torch.empty(shape, dtype=torch.bool).copy_(from_rows(kept, shape))
     return values.new_empty(shape).copy_(from_rows(rows, shape)), mask
 
 
 def _code(mask: Tensor, pattern: Pattern) -> Tensor:
-    """A legal mask, in the order of the execution layout, as bytes."""
+    """The code of a legal mask, in the order of the execution layout, as bytes."""
     groups = to_rows(mask).reshape(-1, pattern.m).cpu().numpy()
     return torch.from_numpy(combinations.encode(groups, pattern.n))

@@ -1,4 +1,4 @@
-"""Verify: which weights are legally N:M, and where the others break the rule. Looks at tensors, not at promises."""
+"""Verify: which weights are legal N:M, and where the others violate it. Judged by values, not by metadata."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _TENSORRT = Pattern(2, 4)
 
 @dataclass
 class Verdict:
-    """One weight.
+    """The result for one weight.
 
     Attributes:
         shape: (out, in) or (out, in / groups, kh, kw).
         zeros: share of exact zeros.
-        legal: the patterns that it meets with zeros to show for it, the most sparse first: for every M of 4, 8, 12,
-            16, 32 that divides its inputs, the least N below M.
-        pattern: what it is held to: the pattern asked for, or that of its own mask; None where there is neither.
-        groups: of that pattern in the weight; 0 where M doesn't divide the inputs.
+        legal: the patterns that it meets, sparsest first: for every M of 4, 8, 12, 16 and 32 that divides its inputs,
+            the smallest N, if that is below M.
+        pattern: the pattern that it has to meet: the one asked for, or that of its own mask; None without either.
+        groups: number of groups of that pattern in the weight; 0 if M does not divide the inputs.
         bad: groups with more than N nonzeros.
-        first: where the first of them starts: output row, input channel, and kernel tap of a convolution.
-        tensorrt: whether TensorRT takes it for 2:4: at most 2 nonzeros in every 4 input channels, at every tap.
-        note: what else there is to say.
+        first: where the first bad group starts: output row, input channel, and kernel tap of a convolution.
+        tensorrt: True if TensorRT treats it as 2:4: at most 2 nonzeros in every 4 input channels, at every tap.
+        note: further remarks.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether it meets the pattern that it is held to."""
+        """True if it meets the pattern that it has to meet."""
         return self.pattern is None or (self.groups > 0 and self.bad == 0)
 
 
@@ -60,11 +60,11 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether every weight meets the pattern that it is held to."""
+        """True if every weight meets the pattern that it has to meet."""
         return all(v.ok for v in self.verdicts.values())
 
     def to_json(self, indent: int | None = None) -> str:
-        """All verdicts as JSON."""
+        """Return all verdicts as JSON."""
         return json.dumps({name: {**asdict(v), "ok": v.ok} for name, v in self.verdicts.items()}, indent=indent)
 
     def __str__(self) -> str:
@@ -99,7 +99,11 @@ def _first_bad(weight: Tensor, pattern: Pattern) -> dict[str, Any]:
 
 
 def inspect(weight: Tensor, pattern: Pattern | None = None) -> Verdict:
-    """One weight (out, in) or (out, in / groups, kh, kw), held to ``pattern`` if there is one.
+    """Return the verdict on one weight.
+
+    Args:
+        weight: (out, in) or (out, in / groups, kh, kw).
+        pattern: the pattern that it has to meet; None for none.
 
     Example:
         >>> inspect(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), Pattern(2, 4)).ok
@@ -137,21 +141,25 @@ def verify(source: Mapping[str, Tensor] | nn.Module, pattern: Pattern | str | No
     """Check every linear and convolution weight of a state dict or a model.
 
     Args:
-        source: a state dict, or a module; masked layers of a transformed module are held to their own pattern.
-        pattern: what all weights are held to instead; None holds only masked layers to something.
+        source: a state dict, or a module; masked layers of a transformed module have to meet their own pattern.
+        pattern: the pattern that all weights have to meet instead; None for none beyond the masked layers' own.
 
     Raises:
-        ConfigError: ``pattern`` isn't one.
-        ArtifactError: there is no weight to look at.
+        ConfigError: ``pattern`` is not a pattern.
+        ArtifactError: there is no weight to check.
+
+    Example:
+        >>> verify({"fc.weight": torch.tensor([[1.0, 0.0, 2.0, 0.0]])}, "2:4").ok
+        True
     """
     if isinstance(pattern, str):
         pattern = Pattern.parse(pattern)
     own: dict[str, Pattern] = {}
     if isinstance(source, nn.Module):
         for name, module in source.named_modules():
-            found = getattr(module, "pattern", None)
-            if isinstance(found, Pattern):
-                own[f"{name}.weight"] = found
+            masking = getattr(module, "pattern", None)
+            if isinstance(masking, Pattern):
+                own[f"{name}.weight"] = masking
         source = source.state_dict()
     verdicts = {}
     for name, tensor in source.items():
@@ -166,12 +174,12 @@ def verify(source: Mapping[str, Tensor] | nn.Module, pattern: Pattern | str | No
 
 
 def read(path: Path) -> Mapping[str, Tensor] | IRModule:
-    """What :func:`mpcompile.save` wrote, a file or a folder, or a checkpoint: safetensors, or a torch file of tensors.
+    """Read a file or folder of :func:`mpcompile.save`, or a checkpoint: safetensors, or a torch file of tensors.
 
     Raises:
-        ArtifactError: the file is missing or can't be read.
+        ArtifactError: the file is missing or cannot be read.
     """
-    from mpcompile.artifact.file import load
+    from mpcompile.artifact.loading import load
     from mpcompile.io.checkpoints import is_artifact, read_checkpoint
 
     return load(path) if is_artifact(path) else read_checkpoint(path)

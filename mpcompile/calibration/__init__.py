@@ -1,8 +1,8 @@
 """Calibration: batches of unlabelled inputs, and the statistics of each layer that are gathered from them."""
 
 from mpcompile import _moved
-from mpcompile.calibration.data import draw
 from mpcompile.calibration.moments import Moments
+from mpcompile.data.labels import draw
 
 __all__ = ["Moments", "draw"]
 

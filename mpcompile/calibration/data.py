@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mpcompile.data.labels import whole_numbers
+from mpcompile._moved import renamed
 from mpcompile.errors import InputError
 from mpcompile.ir.module import Imported
 from mpcompile.ir.nodes import fake_value, hint
 from mpcompile.ir.numerics import ordinary
 from mpcompile.ir.parts import device_of
+
+__getattr__ = renamed(__name__, {"draw": "data.labels.draw"})
 
 
 def as_batches(data: Any, what: str = "calibration") -> Iterable[Any]:
@@ -74,35 +76,6 @@ def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> 
             found=type(batch).__name__,
         )
     return [batch]
-
-
-def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
-    """Indices of a class-balanced, shuffled sample of a labelled dataset.
-
-    Args:
-        labels: the label of every item, in the dataset's order.
-        count: how many to draw; classes differ by one at most, as long as they have enough items.
-        seed: the same seed draws the same sample.
-
-    Raises:
-        InputError: fewer items than that, or labels that are no whole numbers.
-
-    Example:
-        >>> sorted(draw([0, 0, 0, 0, 1, 1], 4))[-2:]
-        [4, 5]
-    """
-    values = whole_numbers(labels)
-    if not 0 < count <= len(values):
-        raise InputError("can't draw a calibration sample", expected=f"1 to {len(values)} items", found=count)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(values), generator=generator)
-    turn = torch.zeros(len(values), dtype=torch.long)
-    for label in values.unique():
-        members = order[values[order] == label]
-        turn[members] = torch.arange(len(members))
-    ranked = order[turn[order].argsort(stable=True)]  # one of every class, then a second one, ...
-    chosen = ranked[:count]
-    return chosen[torch.randperm(count, generator=generator)].tolist()
 
 
 def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mpcompile.artifact.file import PLAN, WEIGHTS
+from mpcompile.artifact.container import PLAN, WEIGHTS
 from mpcompile.errors import ArtifactError, ConfigError
 from mpcompile.io.ownership import is_ours
 from mpcompile.io.writing import check_folder_writable, check_writable

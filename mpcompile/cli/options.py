@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mpcompile._version import __version__
-from mpcompile.artifact.file import WEIGHTS
+from mpcompile.artifact.container import WEIGHTS
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
 from mpcompile.data.images import data_config

@@ -1,1 +1,1 @@
-"""Images on disk: which files of a folder are read, to which class each belongs, and how one becomes an RGB picture."""
+"""Images and labels: files, folders and streams on disk, batches for a model, and the ranks that share them."""

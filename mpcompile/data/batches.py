@@ -1,4 +1,4 @@
-"""Training batches: taken in an order that can be repeated, checked, and moved to the device."""
+"""Training batches: read in a repeatable order, checked, and run through the models."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from mpcompile.data import ranks
 from mpcompile.data.labels import class_numbers
-from mpcompile.errors import InputError, MPCompileError
-from mpcompile.training.checkpoint import seed_everything, set_random_state
+from mpcompile.data.seeding import seed_everything, set_random_state
+from mpcompile.errors import InputError, MPCompileError, first_line
 
 
 @dataclass
 class Batch:
-    """Images (B, ...), int64 labels (B,) or None where none are needed, and the images' numbers (B,) where known."""
+    """Images (B, ...), int64 labels (B,) or None if not needed, and the index (B,) of each image if known."""
 
     images: Tensor
     labels: Tensor | None
@@ -27,10 +27,10 @@ class Batch:
 
 
 def length(train: Any) -> int:
-    """Batches an epoch.
+    """Return the number of batches per epoch.
 
     Raises:
-        InputError: the loader has no length, or none.
+        InputError: the loader has no length, or is empty.
     """
     try:
         count = len(train)
@@ -44,22 +44,29 @@ def length(train: Any) -> int:
 
 
 def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state: Any, where: str) -> Iterator[Any]:
-    """One epoch's batches, the first ``skip`` left out.
+    """Yield the batches of one epoch without the first ``skip``.
 
-    All generators are seeded for the epoch before its first batch is drawn, so that a DataLoader shuffles alike when
-    the epoch is repeated; after skipping they are set to ``state``, as they were when the run broke off.
+    All generators are seeded for the epoch before its first batch is drawn, so that a DataLoader shuffles in the same
+    order when the epoch is repeated.
+
+    Args:
+        train: the loader.
+        seed, epoch, rank: seed the generators.
+        skip: batches to leave out: those that the interrupted run has seen.
+        state: generators' state when the run was interrupted, restored after skipping; or None.
+        where: a hint for errors.
 
     Raises:
-        InputError: an item can't be read, or the loader yields nothing.
+        InputError: a batch cannot be read, or the loader yields nothing.
     """
     seed_everything(seed, epoch, rank)
     batches = getattr(train, "batch_sampler", None)
     targets = [train, batches, getattr(batches, "sampler", None)]
     targets += [getattr(train, name, None) for name in ("sampler", "dataset")]
     for target in {id(target): target for target in targets}.values():
-        tell = getattr(target, "set_epoch", None)
-        if tell is not None:
-            tell(epoch)
+        set_epoch = getattr(target, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
     seen = 0
     for batch in read(train, f"epoch {epoch + 1}", where):
         seen += 1
@@ -72,20 +79,20 @@ def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state
             "the training loader yields nothing",
             expected=f"{len(train)} batches",
             found="none in this epoch",
-            hint="give a list or a DataLoader, which can be read again every epoch",
+            hint="pass a list or a DataLoader, which can be read again in every epoch",
         )
 
 
 def read(source: Iterable[Any], what: str, where: str | None = None) -> Iterator[Any]:
-    """Batches of a loader; whatever goes wrong in it is said in one line.
+    """Yield the batches of a loader; any error in it becomes one of a single line.
 
     Args:
         source: the loader.
-        what: what is being read, for the error.
+        what: name of what is read, for the error.
         where: a hint for the error.
 
     Raises:
-        InputError: a batch can't be read.
+        InputError: a batch cannot be read.
     """
     count, iterator = 0, None
     while True:
@@ -95,42 +102,47 @@ def read(source: Iterable[Any], what: str, where: str | None = None) -> Iterator
         except StopIteration:
             return
         except Exception as error:
-            told = _said(error)
+            text = _message(error)
             if not isinstance(error, MPCompileError):
-                told = f"batch {count} of {what} can't be read: {told}"
-            raise InputError(f"{told}. {where}" if where else told) from error
+                text = f"batch {count} of {what} cannot be read: {text}"
+            raise InputError(f"{text}. {where}" if where else text) from error
         count += 1
         yield batch
 
 
-def _said(error: Exception) -> str:
-    """An error's own words, without the traceback that a DataLoader's worker puts around them."""
-    around = str(getattr(error, "message", error)).strip()  # with the line ends that str() of our own errors escapes
-    if not around.startswith("Caught "):
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    lines = around.splitlines()
+def _message(error: Exception) -> str:
+    """Return an error's own message, without the traceback that a DataLoader's worker wraps around it."""
+    text = str(getattr(error, "message", error)).strip()  # with the line ends that str() of our own errors escapes
+    if not text.startswith("Caught "):
+        return first_line(error)
+    lines = text.splitlines()
     return re.sub(r"^[\w.]*mpcompile\.errors\.\w+: ", "", lines[-1])
 
 
 @contextlib.contextmanager
 def enough_memory(images: Sized) -> Iterator[None]:
-    """Says how to go on where a device has too little memory for a batch of images.
+    """Turn an out-of-memory error into one that says what to change.
 
     Raises:
-        InputError: it has.
+        InputError: the device ran out of memory on this batch of images.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        hint = "take a smaller batch; accumulate=N makes one step of N of them"
+        hint = "use a smaller batch; accumulate=N makes one step of N of them"
         raise InputError(f"there is too little memory for {len(images)} images", hint=hint) from error
 
 
 def forward(module: Any, images: Tensor, who: str) -> Any:
-    """What a model returns for a batch.
+    """Return the output of a model for a batch.
+
+    Args:
+        module: the model.
+        images: of the batch.
+        who: name of the model, for errors.
 
     Raises:
-        InputError: its forward pass fails, or there isn't enough memory for it.
+        InputError: the forward pass fails, or runs out of memory.
     """
     try:
         with enough_memory(images):
@@ -139,14 +151,14 @@ def forward(module: Any, images: Tensor, who: str) -> Any:
         if ranks.lost(error):
             raise
         raise InputError(
-            f"the {who} fails on a batch: {_said(error)}",
-            expected="images as the model takes them",
+            f"the {who} fails on a batch: {_message(error)}",
+            expected="images as the model accepts them",
             found=f"{tuple(images.shape)}, {images.dtype}",
         ) from error
 
 
 def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` batches, the last one of what is left."""
+    """Yield lists of ``size`` batches; the last one holds the rest."""
     group: list[Any] = []
     for batch in batches:
         group.append(batch)
@@ -158,15 +170,15 @@ def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def unpack(item: Any, need_labels: bool) -> Batch:
-    """A batch as a loader yields it: (images, labels), (images, labels, index), or images alone.
+    """Return the parts of a batch as a loader yields it: (images, labels), (images, labels, index), or images alone.
 
-    Labels become int64 where they are needed, and are left out elsewhere.
+    Labels are converted to int64 if they are needed, and dropped otherwise.
 
     Raises:
-        InputError: anything else.
+        InputError: the batch has another form, is empty, or lacks the labels that are needed.
     """
     parts = [item] if isinstance(item, Tensor) else list(item) if isinstance(item, (tuple, list)) else []
-    tensors = [part for place, part in enumerate(parts) if place != 1]  # labels may be what NumPy or Python count with
+    tensors = [part for place, part in enumerate(parts) if place != 1]  # labels may be NumPy's or Python's numbers
     if not 1 <= len(parts) <= 3 or not all(isinstance(part, Tensor) for part in tensors):
         raise InputError(
             "a batch has the wrong type",
@@ -180,26 +192,26 @@ def unpack(item: Any, need_labels: bool) -> Batch:
         )
     if not parts[0].numel():
         raise InputError("a batch is empty", expected="at least one image", found=f"shape {tuple(parts[0].shape)}")
-    known = class_numbers(labels, len(parts[0])) if need_labels else None
-    return Batch(parts[0], known, parts[2] if len(parts) > 2 else None)
+    numbers = class_numbers(labels, len(parts[0])) if need_labels else None
+    return Batch(parts[0], numbers, parts[2] if len(parts) > 2 else None)
 
 
 def check_are_logits(value: Any, who: str) -> None:
-    """A model returned logits (B, classes).
+    """Check that a model returned logits (B, classes).
 
     Raises:
-        InputError: it didn't.
+        InputError: it did not.
     """
     if not isinstance(value, Tensor) or value.dim() != 2:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"the {who} doesn't return logits", expected="a tensor (batch, classes)", found=found)
+        raise InputError(f"the {who} does not return logits", expected="a tensor (batch, classes)", found=found)
 
 
 def check_logits(student: Any, teacher: Any) -> int:
-    """Both models give logits (B, classes) of the same classes; returns how many.
+    """Check that both models returned logits (B, classes) of the same classes, and return the number of classes.
 
     Raises:
-        InputError: they don't.
+        InputError: they did not.
     """
     for name, value in (("student", student), ("teacher", teacher)):
         check_are_logits(value, name)
@@ -214,7 +226,7 @@ def check_logits(student: Any, teacher: Any) -> int:
 
 
 class Teacher:
-    """The dense model's outputs, from the model or, for images seen before, from memory."""
+    """Outputs of the dense model: computed or, for images seen before, from a cache."""
 
     def __init__(self, module: nn.Module, cache: bool) -> None:
         self.module = module
@@ -222,19 +234,19 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Any:
-        """What the module returns for the images.
+        """Return the output for a batch.
 
         Raises:
-            InputError: logits are to be kept, but the batch doesn't number its images.
+            InputError: logits are to be cached, but the batch does not number its images.
         """
         if self.rows is None:
             return forward(self.module, batch.images, "teacher")
         if batch.index is None:
             raise InputError(
-                "cache=True needs to know which image is which",
+                "cache=True needs the index of each image",
                 expected="batches (images, labels, index)",
                 found="no index",
-                hint="use cache=False, or a loader that also yields the number of each image",
+                hint="use cache=False, or a loader that also yields the index of each image",
             )
         numbers = batch.index.tolist()
         if not all(number in self.rows for number in numbers):

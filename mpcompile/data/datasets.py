@@ -1,7 +1,7 @@
 """Labelled training images from a folder, a Hugging Face dataset or WebDataset shards.
 
-What lies in a folder is decided in :mod:`mpcompile.data`, as for every other command; datasets and shards come through
-timm's readers. Pixels, wherever they come from, are brought to RGB in :mod:`mpcompile.data.sources.pictures`.
+Folders are read by :mod:`mpcompile.data.sources`, as for every other command; datasets and shards by timm's readers.
+Pixels from any source are converted to RGB in :mod:`mpcompile.data.sources.pictures`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, BinaryIO
 from timm.data import ImageDataset, create_dataset
 
 from mpcompile.data.sources.class_maps import read_class_map
-from mpcompile.data.sources.folders import Listing, list_images, matched, natural_key, number
+from mpcompile.data.sources.folders import Listing, matched, natural_key, number
+from mpcompile.data.sources.labelled import labelled_files, note_of, read_folder
 from mpcompile.data.sources.pictures import EXPECTED, Unreadable, decode
 from mpcompile.data.sources.regular import listed, open_regular, printable
-from mpcompile.data.sources.splits import check_is_one, split_folder
+from mpcompile.data.sources.splits import split_folder
 from mpcompile.data.streamed import Streamed
 from mpcompile.errors import ConfigError, InputError, first_line
 
@@ -38,39 +39,39 @@ READERS = ("hfds", "hfids", "wds")
 
 
 class Folder:
-    """What timm's reader of folders is to its datasets: files and labels by number.
+    """A folder as a reader of timm's datasets: files and labels by index.
 
     Attributes:
         root: the folder of the split.
         samples: path and label of every image, in order.
-        class_to_idx: class name -> label.
+        class_to_idx: label of every class, by name.
     """
 
-    def __init__(self, listing: Listing, numbers: Mapping[str, int | None], classes: Mapping[str, int]) -> None:
+    def __init__(self, listing: Listing, labels: Mapping[str, int], classes: Mapping[str, int]) -> None:
         self.root, self.class_to_idx = str(listing.root), dict(classes)
-        labelled = ((str(path), numbers.get(listing.class_of(path) or "")) for path in listing.files)
-        self.samples = sorted((s for s in labelled if s[1] is not None), key=lambda sample: natural_key(sample[0]))
+        samples = ((str(path), label) for path, label in labelled_files(listing, labels))
+        self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int | None]:
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, label = self.samples[index]
         return open_regular(path, EXPECTED), label
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """The path of an image, below the folder of the split unless it is to be ``absolute``."""
+        """Return the path of an image, relative to the folder of the split unless ``absolute``."""
         path = self.samples[index][0]
         return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
 
 
 class Readable(ImageDataset):
-    """timm's dataset, except that an image that can't be read is an error that names it, and items are numbered.
+    """timm's dataset, except that an unreadable image raises an error that names it, and items carry their index.
 
-    Items are (image, label, number).
+    Items are (image, label, index).
 
     Attributes:
-        notes: what of the folder isn't read, in a line; none where everything is.
+        notes: a line about what was not read; empty if everything was.
     """
 
     notes: tuple[str, ...] = ()
@@ -80,11 +81,11 @@ class Readable(ImageDataset):
             source, label, *_ = self.reader[index]
             with source:
                 image = decode(source)
-        except Exception as error:  # of timm's readers, too: whatever a damaged file or cache makes them raise
+        except Exception as error:  # also of timm's readers: damaged files and caches make them raise anything
             found = error.found if isinstance(error, InputError) else error if isinstance(error, Unreadable) else None
-            found = found or printable((str(error).splitlines() or [""])[0]) or type(error).__name__
+            found = found or first_line(error)
             raise InputError(
-                f"image {printable(self._name(index))} can't be read",
+                f"image {printable(self._name(index))} cannot be read",
                 expected="a whole image file",
                 found=found,
                 hint="replace or remove it",
@@ -92,7 +93,7 @@ class Readable(ImageDataset):
         return (image if self.transform is None else self.transform(image)), -1 if label is None else int(label), index
 
     def _name(self, index: int) -> str:
-        """A path that leads to the file, or what comes next to it."""
+        """Return the path of the image, or its index."""
         try:
             return str(self.reader.filename(index, absolute=True) or f"number {index}")
         except Exception:
@@ -108,22 +109,23 @@ def dataset(
     classes: Mapping[str, int] | None = None,
     class_map: str = "",
 ) -> Any:
-    """A dataset of labelled images.
+    """Return a dataset of labelled images.
 
     Args:
         root: image folder or its parent (see :func:`split_folder`), folder of shards, or a cache.
-        split: name of the split; ``"NAME|COUNT"`` says how many images a streamed Hugging Face split has.
+        split: name of the split; ``"NAME|COUNT"`` gives the number of images in a streamed Hugging Face split.
         training: shuffle a streamed dataset.
         reader: ``""`` for folders, ``"hfds/NAME"`` (Hugging Face datasets), ``"hfids/NAME"`` (streamed), ``"wds/NAME"``
-            (WebDataset), as timm spells them.
+            (WebDataset), in timm's spelling.
         seed: of a streamed dataset's shuffling.
-        classes: class name -> label, where the data names its classes; None numbers them in the order of their names.
-        class_map: the file that names them, for errors.
+        classes: label of every class, by name, for data that names its classes; None numbers them in the order of
+            their names.
+        class_map: the file with these names, for errors.
 
     Raises:
-        InputError: nothing is there, what it takes to read it isn't installed, or it has a class that ``classes``
-            doesn't name.
-        ConfigError: no such reader.
+        InputError: there is no data, a package to read it is missing, or it has a class that ``classes`` does not
+            name.
+        ConfigError: the reader does not exist.
     """
     kind = reader.partition("/")[0].lower()
     if kind and kind not in READERS:
@@ -139,41 +141,39 @@ def dataset(
     try:
         if kind == "wds":
             _check_regular(root, ("_info.json", "info.json"))
-        found = create_dataset(reader, root, split=name, **options)
-        names = class_names(found)
+        source = create_dataset(reader, root, split=name, **options)
+        names = class_names(source)
         if names and classes and names != dict(classes):
             _check_names(names, classes, name, class_map)
-            found = create_dataset(reader, root, split=name, class_map=dict(classes), **options)
-        return (
-            Readable(root, reader=found.reader)
-            if isinstance(found, ImageDataset)
-            else _streamed(found, root, training, seed)
-        )
+            source = create_dataset(reader, root, split=name, class_map=dict(classes), **options)
+        if isinstance(source, ImageDataset):
+            return Readable(root, reader=source.reader)
+        return _streamed(source, root, training, seed)
     except InputError:
         raise
-    except Exception as error:  # timm's readers take _info.json and caches as they are
+    except Exception as error:  # timm's readers do not check _info.json and caches
         raise _unreadable(root, name, reader, error) from error
 
 
 def _check_regular(root: str, names: Iterable[str]) -> None:
-    """Of a folder of shards, timm opens these: it would wait for a FIFO.
+    """Check files of a folder of shards that timm opens: it would wait for a FIFO.
 
     Raises:
-        InputError: one is there, but no regular file.
+        InputError: one exists, but is no regular file.
     """
     for name in names:
         path = os.path.join(root, name)
         if os.path.exists(path) and not os.path.isfile(path):
-            open_regular(path, "a regular file")  # says what it is
+            open_regular(path, "a regular file")  # raises, and names its kind
 
 
-def _streamed(found: Any, root: str, training: bool, seed: int) -> Streamed:
-    """A stream, if what is said about its length and its shards makes sense.
+def _streamed(source: Any, root: str, training: bool, seed: int) -> Streamed:
+    """Return a stream whose description, its length and its shards, makes sense.
 
     Raises:
-        InputError: it doesn't.
+        InputError: it does not.
     """
-    count, info = found.reader.num_samples, getattr(found.reader, "split_info", None)
+    count, info = source.reader.num_samples, getattr(source.reader, "split_info", None)
     shards = getattr(info, "filenames", ("",))
     if (
         not isinstance(count, int)
@@ -181,58 +181,58 @@ def _streamed(found: Any, root: str, training: bool, seed: int) -> Streamed:
         or not shards
         or not all(isinstance(name, str) for name in shards)
     ):
-        says = printable(f"{count!r} samples in {list(shards)[:3]}")
+        described = printable(f"{count!r} samples in {list(shards)[:3]}")
         raise InputError(
-            "a stream has no usable description", expected="a number of samples, names of shards", found=says
+            "a stream has no usable description", expected="a number of samples, names of shards", found=described
         )
     if info is not None:
         _check_regular(root, shards)
-    return Streamed(found.reader, training, seed)
+    return Streamed(source.reader, training, seed)
 
 
 def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None, class_map: str) -> Readable:
-    """The images of a split's folder, its first sub-folders the classes."""
-    listing = list_images(place, classes or ())
-    check_is_one(listing, classes or ())
+    """Return the images in the folder of a split; its sub-folders are the classes."""
+    listing = read_folder(place, classes or ())
     if not listing.classes:
-        found = "images, but none in a sub-folder" if listing.files else listing.told() or "no images"
+        found = "images, but none in a sub-folder" if listing.files else listing.note() or "no images"
         raise InputError(
             f"there are no images of split {printable(split)!r} in {printable(place)}",
-            expected="one sub-folder of images a class",
+            expected="one sub-folder of images per class",
             found=found,
         )
     if classes:
         _check_names(listing.classes, classes, split, class_map)
     known = dict(classes or number(listing.classes))
-    source = Readable(str(place), reader=Folder(listing, matched(listing.classes, known), known))
-    source.notes = tuple(filter(None, [listing.told(*([listing.beside()] if listing.without_class() else []))]))
+    labels = {name: label for name, label in matched(listing.classes, known).items() if label is not None}
+    source = Readable(str(place), reader=Folder(listing, labels, known))
+    source.notes = tuple(filter(None, [note_of(listing, labelled=True)]))
     return source
 
 
 def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
-    """What to say where timm's reader gave up."""
-    told = first_line(error)
-    told = f"no {told} in what describes it" if isinstance(error, KeyError) else told
-    if isinstance(error, ImportError) or "install webdataset" in told:
+    """Return the error for data that timm's reader fails on."""
+    reason = first_line(error)
+    reason = f"no {reason} in its description" if isinstance(error, KeyError) else reason
+    if isinstance(error, ImportError) or "install webdataset" in reason:
         package = "webdataset" if reader.startswith("wds") else error.name if isinstance(error, ImportError) else None
-        return InputError(f"{reader} can't be read without {package}", hint="pip install 'mpcompile[streams]'")
-    if "length is unknown" in told:
-        hint = f"say it: '{split}|50000'; or take hfds, which fetches all data first"
-        return InputError(f"it isn't known how many images split {split!r} of {reader} has", hint=hint)
+        return InputError(f"{reader} cannot be read without {package}", hint="pip install 'mpcompile[streams]'")
+    if "length is unknown" in reason:
+        hint = f"give it: '{split}|50000'; or use hfds, which fetches all data first"
+        return InputError(f"the number of images in split {split!r} of {reader} is unknown", hint=hint)
     expected = "shards and timm's _info.json" if reader.startswith("wds") else "a split of this name"
-    return InputError(f"there are no images of split {split!r} in {root}", expected=expected, found=told)
+    return InputError(f"there are no images of split {split!r} in {root}", expected=expected, found=reason)
 
 
 def class_names(source: Any) -> dict[str, int]:
-    """Class name -> label, as far as the data names its classes."""
+    """Return the label of every class, by name; empty if the data does not name its classes."""
     return dict(getattr(getattr(source, "reader", None), "class_to_idx", None) or {})
 
 
-def _check_names(found: Iterable[str], known: Mapping[str, int], split: str, class_map: str) -> None:
-    unknown = sorted(name for name, label in matched(found, dict(known)).items() if label is None)
+def _check_names(names: Iterable[str], known: Mapping[str, int], split: str, class_map: str) -> None:
+    unknown = sorted(name for name, label in matched(names, dict(known)).items() if label is None)
     if unknown:
         raise InputError(
-            f"split {printable(split)!r} has classes that aren't known",
+            f"split {printable(split)!r} has unknown classes",
             expected=f"some of {listed(known)}{_lines_of(class_map)}",
             found=listed(unknown),
             hint="training and evaluation need the same classes, and a class map all of them",
@@ -244,16 +244,16 @@ def _lines_of(class_map: str) -> str:
 
 
 def labels_of(source: Any) -> list[int] | None:
-    """The label of every item, where it is known without reading images."""
+    """Return the label of every item, or None if images would have to be read to know it."""
     samples = getattr(getattr(source, "reader", None), "samples", None)
     return None if samples is None else [int(label) for _, label in samples]
 
 
 def check_classes(source: Any, classes: int, class_map: str = "") -> None:
-    """The dataset has as many classes as the model, where it names them, or the file ``class_map`` does.
+    """Check that a dataset has as many classes as the model, if it or the file ``class_map`` names them.
 
     Raises:
-        InputError: it hasn't.
+        InputError: it has not.
     """
     count = len(class_names(source))
     if count and count != classes:
@@ -261,13 +261,13 @@ def check_classes(source: Any, classes: int, class_map: str = "") -> None:
             "data and model have different classes",
             expected=f"{classes}, as the model",
             found=f"{count} ({listed(class_names(source))}{_lines_of(class_map)})",
-            hint="name the model's classes in their order with --class-map FILE, or give a model of these classes "
+            hint="name the model's classes in order with --class-map FILE, or pass a model of these classes "
             "(--checkpoint FILE --num-classes N)",
         )
 
 
 def fingerprint(source: Any) -> str:
-    """A checksum of what a dataset holds, wherever it lies: names of its files and classes, and labels, if known."""
+    """Return a SHA-256 checksum of a dataset, independent of its location: file and class names, and known labels."""
     reader = source.reader
     names = getattr(reader, "samples", None)
     if names is not None:

@@ -1,8 +1,8 @@
-"""Image files as a model takes them: one, or a folder in batches, resized and normalised as its data config says.
+"""Image files in batches, resized and normalised as a model's data configuration says.
 
-:func:`images_at` (a folder or an .npz file) and :func:`folder` give :class:`Images`: batches that are read while
-they are iterated, anew each time, and whose number is known beforehand; ``notes`` says what was left out. Which files
-are read is decided in :mod:`mpcompile.data`.
+:func:`images_at` (a folder or an .npz file) and :func:`folder` return :class:`Images`: batches that are read from disk
+each time they are iterated, and whose number is known beforehand; ``notes`` says what was left out. Which files are
+read is decided in :mod:`mpcompile.data.sources`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpcompile.data.labels import check_range
 from mpcompile.data.sources.archives import Archive, open_archive
-from mpcompile.data.sources.folders import Listing, list_images, matched, natural_key, number
+from mpcompile.data.sources.labelled import class_labels, labelled_files, note_of, read_folder
 from mpcompile.data.sources.pictures import SUFFIXES, open_image
-from mpcompile.data.sources.regular import listed, printable
-from mpcompile.data.sources.splits import check_is_one
-from mpcompile.errors import InputError
+from mpcompile.data.sources.regular import printable
 
 __all__ = [
     "SUFFIXES",
@@ -38,23 +37,24 @@ __all__ = [
     "read_images",
     "shown",
 ]
-_KEPT = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+_FIELDS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """Size, mean, deviation and crop that a timm model was trained with, as JSON values."""
+    """Return the size, mean, standard deviation and crop that a timm model was trained with, as JSON values."""
     from timm.data import resolve_model_data_config
 
-    found = resolve_model_data_config(model)
-    return {key: list(found[key]) if isinstance(found[key], tuple) else found[key] for key in _KEPT if key in found}
+    config = resolve_model_data_config(model)
+    values = {key: config[key] for key in _FIELDS if key in config}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def preprocess(data: Mapping[str, Any], **augmentation: Any) -> Any:
-    """timm's transform for a :func:`data_config`: a PIL image -> (3, H, W).
+    """Return timm's transform for a :func:`data_config`, from a PIL image to a tensor (3, H, W).
 
     Args:
-        data: size, mean, deviation and crop.
-        augmentation: options of timm's training transform; without any it is that of evaluation.
+        data: size, mean, standard deviation and crop.
+        augmentation: options of timm's training transform; without any, the transform is that of evaluation.
     """
     from timm.data import create_transform
 
@@ -63,21 +63,21 @@ def preprocess(data: Mapping[str, Any], **augmentation: Any) -> Any:
 
 
 def shown(image: Tensor, data: Mapping[str, Any]) -> np.ndarray:
-    """A normalised (3, H, W) image as (H, W, 3) uint8 to look at."""
+    """Return a normalised image (3, H, W) as uint8 (H, W, 3), for display."""
     mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return (255 * (image * std + mean)).clamp(0, 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images in batches, read anew each time it is iterated: a batch is all that is held.
+    """Images in batches, read from disk at every iteration; one batch is in memory at a time.
 
     Attributes:
         paths: the files, in order.
         data: see :func:`data_config`.
-        batch: images a batch; the last one may be smaller.
-        labels: class indices, or None.
-        notes: what whoever reads the figures has to know: what was left out, and why there are no labels.
+        batch: images per batch; the last one may be smaller.
+        labels: class numbers, or None.
+        notes: remarks for whoever reads the figures: what was left out, and why there are no labels.
     """
 
     paths: list[Path]
@@ -87,26 +87,26 @@ class Images:
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        """Batches."""
+        """Return the number of batches."""
         return math.ceil(self.count / self.batch)
 
     @property
     def count(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self.paths)
 
     def pictures(self) -> Iterator[Any]:
-        """One after another, as PIL images in RGB."""
+        """Yield the images one by one, as PIL images in RGB."""
         return map(open_image, self.paths)
 
     def __iter__(self) -> Iterator[Any]:
-        """(batch, 3, H, W), or pairs of that and int64 labels (batch,)."""
+        """Yield images (batch, 3, H, W), or pairs of them and int64 labels (batch,)."""
         transform, pictures = preprocess(self.data), self.pictures()
         for start in range(0, self.count, self.batch):
             images = torch.stack([transform(picture) for picture in itertools.islice(pictures, self.batch)])
             labels = None if self.labels is None else self.labels[start : start + self.batch]
             yield images if labels is None else (images, torch.tensor(labels))
-        for _ in pictures:  # an archive is checked at its end
+        for _ in pictures:  # reading on to the end verifies an archive's checksum
             pass
 
 
@@ -136,11 +136,13 @@ def images_at(
     names: Sequence[str] = (),
     seed: int = 0,
 ) -> Images:
-    """The images of a folder, as in :func:`folder`, or of an .npz file with uint8 ``images`` (N, H, W, 3) and, if
-    known, ``labels`` (N).
+    """Return the images of a folder, or of an .npz file with uint8 ``images`` (N, H, W, 3) and, optionally, ``labels``.
+
+    Arguments are those of :func:`folder`; labels of an .npz file are integers (N,).
 
     Raises:
-        InputError: nothing there, no images, a damaged file, or labels that the model has no classes for.
+        InputError: the path does not exist, holds no images, is a damaged file, or has labels that the model has no
+            classes for.
     """
     if path.suffix != ".npz":
         return folder(path, data, samples=samples, batch=batch, classes=classes, names=names, seed=seed)
@@ -149,10 +151,8 @@ def images_at(
     if samples is not None:
         chosen = sorted(random.Random(seed).sample(chosen, min(samples, len(archive))))
     labels = None if archive.labels is None else [int(archive.labels[place]) for place in chosen]
-    odd = next((label for label in labels or () if label < 0 or (classes and label >= classes)), None)
-    if odd is not None:
-        expected = f"0 to {classes - 1}, the classes of the model" if classes else "0 or more"
-        raise InputError(f"a label in {printable(path)} is out of range", expected=expected, found=odd)
+    if labels is not None:
+        check_range(torch.tensor(labels, dtype=torch.int64), classes or None, f"a label in {printable(path)}")
     return Archived([], data, batch, labels, (), archive, chosen)
 
 
@@ -166,55 +166,36 @@ def folder(
     names: Sequence[str] = (),
     seed: int = 0,
 ) -> Images:
-    """The images below a folder, or ``samples`` of them drawn by ``seed``.
+    """Return the images below a folder, or ``samples`` of them drawn with ``seed``.
 
     Args:
-        path: holds images, or one folder of images for each class, in which they may lie deeper.
-        classes: classes that the model tells apart; 0 wants no labels.
-        names: of the classes in the model's order, where they are known: labels go by them alone, and some may be
-            missing. Where they aren't, and there are as many folders as classes, the order of the folders gives the
-            labels: 2 before 10, as timm's readers count. Else there are no labels, and ``notes`` says why.
+        path: holds images, or one folder of images per class, at any depth.
+        data: see :func:`data_config`.
+        samples: number of images to draw; None, or more than there are, takes all.
+        batch: images per batch.
+        classes: of the model; 0 asks for no labels.
+        names: of the classes in the model's order, if known: only they decide the labels, and some folders may be
+            missing. Without names, and with as many folders as classes, the order of the folders gives the labels: 2
+            before 10, as timm's readers count. Otherwise there are no labels, and ``notes`` says why.
+        seed: of the sample.
 
     Raises:
-        InputError: there is no such folder, no image in it, or it holds several splits.
+        InputError: the folder does not exist, holds no image, or holds several splits.
     """
-    listing = list_images(path, names)
+    listing = read_folder(path, names)
     listing.check_not_empty()
-    check_is_one(listing, names)
-    paths, more = listing.files, []
-    labels_by, why = _numbered(listing, classes, names) if classes else (None, None)
-    if labels_by is not None and listing.without_class():
-        paths = [path for path in paths if listing.class_of(path) is not None]
-        more = [listing.beside()]
+    by_class, reason = class_labels(listing, classes, names) if classes else (None, None)
+    label_of = {} if by_class is None else dict(labelled_files(listing, by_class))
+    paths = listing.files if by_class is None else list(label_of)
     if samples is not None and samples < len(paths):
         paths = sorted(random.Random(seed).sample(paths, samples))
-    labels = None if labels_by is None else [labels_by[str(listing.class_of(path))] for path in paths]
-    return Images(paths, data, batch, labels, tuple(filter(None, (listing.told(*more), why))))
-
-
-def _numbered(listing: Listing, classes: int, names: Sequence[str]) -> tuple[dict[str, int] | None, str | None]:
-    """Label of each folder; or None and the reason, where there is one to tell."""
-    if not listing.classes:
-        return None, None
-    if not names:
-        for likely in (listing.classes, sorted([*listing.classes, *listing.empty], key=natural_key)):
-            if len(likely) == classes:
-                return number(likely), None
-        there = f"{len(listing.classes)} folders of images" if len(listing.classes) > 1 else "one folder of images"
-        return None, f"no labels: {there} ({listed(listing.classes)}), but {classes} classes"
-    if len(set(names)) != len(names) or len(names) != classes:
-        return None, f"no labels: {len(set(names))} names of classes are known, the model has {classes} classes"
-    labels = matched(listing.classes, number(names))
-    unknown = [name for name, label in labels.items() if label is None]
-    if unknown:
-        missing = [name for name in names if name not in labels]
-        absent = f", and no folder is called {listed(missing)}" if missing else ""
-        return None, f"no labels: the model has no classes that are called {listed(unknown)}{absent}"
-    return {name: label for name, label in labels.items() if label is not None}, None
+    labels = None if by_class is None else [label_of[path] for path in paths]
+    notes = (note_of(listing, by_class is not None), reason)
+    return Images(paths, data, batch, labels, tuple(filter(None, notes)))
 
 
 def at_once(images: Images) -> tuple[Tensor, Tensor | None]:
-    """All of them: (N, 3, H, W), and labels (N,) where they are known."""
+    """Return all images (N, 3, H, W), and their labels (N,) or None."""
     batches = list(images)
     if isinstance(batches[0], Tensor):
         return torch.cat(batches), None
@@ -225,12 +206,11 @@ def at_once(images: Images) -> tuple[Tensor, Tensor | None]:
 def read_images(
     path: Path, data: Mapping[str, Any], *, samples: int, classes: int = 0, names: Sequence[str] = (), seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """``samples`` images, or all where there are fewer, at once: (N, 3, H, W), and labels (N,) where they are known.
+    """Return ``samples`` images (N, 3, H, W), or all if there are fewer, and their labels (N,) or None.
 
-    Args:
-        path: as :func:`images_at` takes it.
+    Arguments are those of :func:`images_at`.
 
     Raises:
-        InputError: as :func:`images_at`, or an image can't be read.
+        InputError: as :func:`images_at`, or an image cannot be read.
     """
     return at_once(images_at(path, data, samples=samples, classes=classes, names=names, seed=seed))

@@ -1,4 +1,4 @@
-"""Labels: class numbers in whatever whole-number type a dataset keeps them -> int64, checked."""
+"""Labels: class numbers of any integer type, converted to int64 and checked."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _LARGEST = torch.iinfo(torch.int64).max
 
 
 def whole_numbers(labels: Any) -> Tensor:
-    """Labels as int64 in the shape they have: a tensor, a numpy array, a number, or a sequence of any of these.
+    """Return labels as int64, in the shape they have.
+
+    Args:
+        labels: a tensor, a NumPy array, a number, or a sequence of any of these.
 
     Raises:
-        InputError: they are fractions, texts, or nothing that holds numbers.
+        InputError: they are floats, text, or something that holds no numbers.
 
     Example:
         >>> whole_numbers(torch.tensor([255, 0], dtype=torch.uint8))
@@ -58,7 +61,7 @@ def _from_numpy(values: np.ndarray) -> Tensor:
     if values.dtype.kind not in "biu":
         raise _wrong(f"{values.shape}, {values.dtype}")
     if values.dtype.kind == "u" and values.size and int(values.max()) > _LARGEST:
-        raise _out_of_range(int(values.max()), None)
+        raise _out_of_range(int(values.max()), "a class number")
     return torch.from_numpy(values.astype(np.int64))
 
 
@@ -67,71 +70,106 @@ def _wrong(found: str) -> InputError:
         "labels have the wrong type",
         expected="class numbers: whole numbers, one per sample",
         found=found,
-        hint="labels.argmax(1) makes them of one-hot or soft labels, labels.long() of whole numbers kept as floats",
+        hint="labels.argmax(1) converts one-hot or soft labels, labels.long() whole numbers stored as floats",
     )
 
 
-def _out_of_range(found: int, classes: int | None) -> InputError:
+def _out_of_range(label: int, expected: str, what: str = "a label") -> InputError:
     return InputError(
-        "a label is out of range",
-        expected="a class number" if classes is None else f"0 to {classes - 1}, the classes of the model",
-        found=found,
-        hint="check the order of classes, and that data and model have the same ones",
+        f"{what} is out of range",
+        expected=expected,
+        found=label,
+        hint="check the order of the classes, and that data and model have the same ones",
     )
 
 
 def class_numbers(labels: Any, count: int, classes: int | None = None) -> Tensor:
-    """Labels as int64 (count,), from anything that :func:`whole_numbers` takes; (count, 1) is taken as (count,).
+    """Return labels as int64 (count,).
 
     Args:
-        labels: of the samples.
-        count: samples.
+        labels: anything that :func:`whole_numbers` accepts; (count, 1) is read as (count,).
+        count: number of samples.
         classes: of the model; None checks no range.
 
     Raises:
-        InputError: another type or number of labels, or one outside 0 to classes - 1.
+        InputError: labels of another type or number, or one outside 0 to classes - 1.
 
     Example:
         >>> class_numbers(np.array([[3], [0]], dtype=np.int16), 2, classes=4)
         tensor([3, 0])
     """
-    found = whole_numbers(labels)
-    column = found.dim() == 2 and found.shape[1] == 1
-    if found.numel() != count or not (found.dim() < 2 or column):
+    numbers = whole_numbers(labels)
+    column = numbers.dim() == 2 and numbers.shape[1] == 1
+    if numbers.numel() != count or not (numbers.dim() < 2 or column):
         raise _misfit(
             f"{count} labels",
-            found.numel() if found.dim() < 2 else f"shape {tuple(found.shape)}",
-            "labels.argmax(1) makes class numbers of one-hot labels" if found.dim() == 2 else None,
+            numbers.numel() if numbers.dim() < 2 else f"shape {tuple(numbers.shape)}",
+            "labels.argmax(1) converts one-hot labels to class numbers" if numbers.dim() == 2 else None,
         )
-    found = found.reshape(-1)
+    numbers = numbers.reshape(-1)
     if classes is not None:
-        check_range(found, classes)
-    return found
+        check_range(numbers, classes)
+    return numbers
 
 
-def check_range(labels: Tensor, classes: int) -> None:
-    """Labels lie between 0 and classes - 1.
+def check_range(labels: Tensor, classes: int | None, what: str = "a label") -> None:
+    """Check that labels are between 0 and classes - 1.
+
+    Args:
+        labels: of any shape.
+        classes: of the model; None sets no upper bound.
+        what: how the error names a label.
 
     Raises:
-        InputError: one doesn't.
+        InputError: one is not.
     """
     if labels.numel():
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
-            raise _out_of_range(low if low < 0 else high, classes)
+        if low < 0 or (classes is not None and high >= classes):
+            expected = "0 or more" if classes is None else f"0 to {classes - 1}, the classes of the model"
+            raise _out_of_range(low if low < 0 else high, expected, what)
+
+
+def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
+    """Draw a class-balanced, shuffled sample of a labelled dataset, and return its indices.
+
+    Args:
+        labels: of every item, in the dataset's order.
+        count: size of the sample; class counts differ by at most one, as long as classes have enough items.
+        seed: the same seed draws the same sample.
+
+    Raises:
+        InputError: there are fewer items than ``count``, or labels are no integers.
+
+    Example:
+        >>> sorted(draw([0, 0, 0, 0, 1, 1], 4))[-2:]
+        [4, 5]
+    """
+    values = whole_numbers(labels)
+    if not 0 < count <= len(values):
+        raise InputError("cannot draw a calibration sample", expected=f"1 to {len(values)} items", found=count)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(values), generator=generator)
+    turn = torch.zeros(len(values), dtype=torch.long)
+    for label in values.unique():
+        members = order[values[order] == label]
+        turn[members] = torch.arange(len(members))
+    ranked = order[turn[order].argsort(stable=True)]  # one of every class, then a second one, ...
+    chosen = ranked[:count]
+    return chosen[torch.randperm(count, generator=generator)].tolist()
 
 
 class Labels:
-    """Labels beside a stream of batches: given apart, or as the second item of each (input, label) batch.
+    """Labels of a stream of batches: passed separately, or the second element of each (input, label) batch.
 
     Args:
-        given: labels of all samples, at once or in parts of any size (a generator is read as far as it is needed);
-            None takes those in the batches.
+        given: labels of all samples, at once or in parts of any size (a generator is read only as far as needed);
+            None uses those in the batches.
     """
 
     def __init__(self, given: Any = None) -> None:
         if isinstance(given, Tensor) and (given.is_meta or given.layout is not torch.strided):
-            whole_numbers(given)  # raises: these can't be cut into batches
+            whole_numbers(given)  # raises: these cannot be cut into batches
         self.whole = given if isinstance(given, (Tensor, np.ndarray)) else None
         self.parts: Iterator[Any] | None = None
         if given is not None and self.whole is None:
@@ -141,14 +179,14 @@ class Labels:
         self.samples = 0
 
     def of(self, batch: Any, count: int) -> Tensor | None:
-        """The labels of the next batch, int64 on the CPU, or None where there are none; not checked against classes.
+        """Return the labels of the next batch, int64 on the CPU and without a range check, or None without labels.
 
         Args:
             batch: as the stream yields it.
-            count: its samples.
+            count: its number of samples.
 
         Raises:
-            InputError: they are no class numbers, too few, or there in some batches alone.
+            InputError: they are no class numbers, too few, or missing in some batches.
         """
         own = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         given = self.whole is not None or self.parts is not None
@@ -156,7 +194,7 @@ class Labels:
         if self.labelled not in (None, labelled):
             raise InputError(
                 "some batches have labels and others have none",
-                expected="(input, label) batches throughout, or inputs alone",
+                expected="(input, label) batches throughout, or only inputs",
                 found=f"{'labels' if labelled else 'none'} after {self.samples} samples",
             )
         self.labelled = labelled
@@ -172,20 +210,20 @@ class Labels:
                 raise _misfit(f"{self.samples} labels or more", len(flat))
             return flat[self.samples - count : self.samples]
         assert self.parts is not None
-        parts, there = [self.held], len(self.held)
-        while there < count:
+        parts, ready = [self.held], len(self.held)
+        while ready < count:
             try:
                 part = whole_numbers(next(self.parts))
             except StopIteration:
-                raise _misfit(f"{self.samples} labels or more", self.samples - count + there) from None
+                raise _misfit(f"{self.samples} labels or more", self.samples - count + ready) from None
             parts.append(class_numbers(part, len(part) if part.dim() else 1).cpu())
-            there += len(parts[-1])
+            ready += len(parts[-1])
         self.held = torch.cat(parts)
-        found, self.held = self.held[:count], self.held[count:]
-        return found
+        labels, self.held = self.held[:count], self.held[count:]
+        return labels
 
     def end(self) -> None:
-        """No labels are left when the batches are.
+        """Check that no labels are left after the last batch.
 
         Raises:
             InputError: some are.
@@ -204,4 +242,4 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _misfit(expected: str, found: object, hint: str | None = None) -> InputError:
-    return InputError("labels don't fit the inputs", expected=expected, found=found, hint=hint)
+    return InputError("labels do not fit the inputs", expected=expected, found=found, hint=hint)

@@ -1,4 +1,4 @@
-"""How training images are read: options, augmentation by timm, batches for each rank, images to calibrate on."""
+"""Loading training images: options, timm's augmentation, batches for each rank, and images for calibration."""
 
 from __future__ import annotations
 
@@ -12,34 +12,37 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from mpcompile.calibration.data import draw
+from mpcompile._moved import renamed
 from mpcompile.config import only_fields
 from mpcompile.data import ranks
 from mpcompile.data.batches import read
 from mpcompile.data.datasets import labels_of
 from mpcompile.data.images import data_config, preprocess
+from mpcompile.data.labels import draw
 from mpcompile.data.streamed import Streamed
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training.options import check_fields
+from mpcompile.io.fields import check_fields
+
+__getattr__ = renamed(__name__, {"Images": "data.loader.ImageOptions"})
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageOptions:
     """How images are read and augmented; the ``data`` of a recipe.
 
     Attributes:
-        batch: images an optimiser step, over all ranks.
-        size: pixels of each side, or None for the model's own.
-        auto_augment: timm's name of a policy, such as ``"rand-m9-mstd0.5-inc1"``, or None.
+        batch: images per optimiser step, over all ranks.
+        size: side length in pixels, or None for the model's own.
+        auto_augment: a policy by timm's name, such as ``"rand-m9-mstd0.5-inc1"``, or None.
         reprob: probability of random erasing.
-        color_jitter: strength, or None; a policy takes its place.
-        scale: smallest and largest share of an image that a random crop takes.
-        hflip: probability of mirroring.
-        augment: False shows every image as in evaluation (needed for cached logits).
+        color_jitter: strength, or None; a policy replaces it.
+        scale: smallest and largest share of the image area in a random crop.
+        hflip: probability of a horizontal flip.
+        augment: False preprocesses every image as in evaluation (needed for cached logits).
         workers: processes that read images.
 
     Raises:
-        ConfigError: an unknown option or a value that an option can't take.
+        ConfigError: an unknown option or an invalid value.
     """
 
     batch: int = 32
@@ -75,26 +78,26 @@ class Images:
             ) from error
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any] | None) -> Images:
-        """From a mapping.
+    def from_options(cls, options: Mapping[str, Any] | None) -> ImageOptions:
+        """Return the options in a mapping.
 
         Raises:
-            ConfigError: a key that is no option.
+            ConfigError: an unknown option or an invalid value.
         """
         only_fields(cls, options or {}, "data has no option")
         return cls(**dict(options or {}))
 
 
 class Order(Sampler[int]):
-    """A new order every epoch, cut into batches that are dealt to the ranks in turn.
+    """A new order every epoch, cut into batches that the ranks take in turn.
 
-    The images of a step are then the same on one process and on many.
+    A step then has the same images on one process as on several.
 
     Args:
-        count: items there are.
-        batch: items a batch of one rank.
+        count: number of items.
+        batch: items per batch of one rank.
         seed: of the order.
-        dealt: batches that make a step, over all ranks; an epoch is a whole number of steps.
+        dealt: batches per step, over all ranks; an epoch is a whole number of steps.
     """
 
     def __init__(self, count: int, batch: int, seed: int, dealt: int) -> None:
@@ -102,7 +105,7 @@ class Order(Sampler[int]):
         self.mine = count // (batch * dealt) * dealt // ranks.world() * batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Which order the next pass has."""
+        """Choose the order of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -115,26 +118,26 @@ class Order(Sampler[int]):
 
 
 def loader(
-    source: Any, model: nn.Module, images: Images, training: bool, accumulate: int = 1, seed: int = 0
+    source: Any, model: nn.Module, images: ImageOptions, training: bool, accumulate: int = 1, seed: int = 0
 ) -> DataLoader[Any]:
-    """Batches of a dataset, this rank's share.
+    """Return a loader of this rank's share of a dataset.
 
     Args:
-        source: from :func:`dataset`.
-        model: whose size, mean and interpolation count (timm's data configuration).
-        images: how they are augmented.
-        training: shuffled, augmented batches of equal size; else all images in order, once.
-        accumulate: batches an optimiser step.
+        source: from :func:`mpcompile.data.datasets.dataset`.
+        model: its data configuration (size, mean, interpolation; see timm) applies.
+        images: how images are read and augmented.
+        training: shuffled, augmented batches of equal size; otherwise all images once, in order.
+        accumulate: batches per optimiser step.
         seed: of the order.
 
     Raises:
-        ConfigError: the batch doesn't divide by ranks and accumulated batches.
-        InputError: the data makes no batch.
+        ConfigError: the batch is no multiple of ranks times accumulated batches.
+        InputError: there are fewer images than make a batch.
     """
     parts = ranks.world() * accumulate
     if training and images.batch % parts:
         raise ConfigError(
-            "the batch doesn't divide evenly",
+            "the batch does not divide evenly",
             expected=f"a multiple of {parts} ({ranks.world()} ranks, {accumulate} accumulated batches)",
             found=images.batch,
         )
@@ -175,19 +178,29 @@ def loader(
     )  # no persistent workers: their random numbers would depend on the epochs before
 
 
-def data_config_of(model: nn.Module, images: Images) -> dict[str, Any]:
-    """The model's data configuration, at the size that ``images`` asks for."""
+def data_config_of(model: nn.Module, images: ImageOptions) -> dict[str, Any]:
+    """Return the model's data configuration, at the size that ``images`` asks for."""
     config = data_config(model)
     if images.size is not None:
         config["input_size"] = [config["input_size"][0], images.size, images.size]
     return config
 
 
-def calibration(source: Any, model: nn.Module, images: Images, count: int, batch: int, seed: int = 0) -> list[Tensor]:
-    """Class-balanced images of a dataset, as in evaluation, in batches.
+def calibration(
+    source: Any, model: nn.Module, images: ImageOptions, count: int, batch: int, seed: int = 0
+) -> list[Tensor]:
+    """Return class-balanced images of a dataset, preprocessed as in evaluation, in batches.
+
+    Args:
+        source: from :func:`mpcompile.data.datasets.dataset`.
+        model: its data configuration applies.
+        images: options; the size counts.
+        count: number of images.
+        batch: images per batch.
+        seed: of the sample.
 
     Raises:
-        InputError: there are fewer images.
+        InputError: the dataset has fewer images.
     """
     available = source.samples if isinstance(source, Streamed) else len(source)
     if count > available:
@@ -209,6 +222,6 @@ def calibration(source: Any, model: nn.Module, images: Images, count: int, batch
         pixels = [item[0] for item in read(drawn, "calibration")]
     finally:
         source.transform = before
-    if len(pixels) < count:  # shards that hold fewer than they say
+    if len(pixels) < count:  # shards that hold fewer than their description says
         raise InputError("there are too few images to calibrate on", expected=count, found=len(pixels))
     return list(torch.stack(pixels).split(batch))

@@ -1,4 +1,4 @@
-"""Several processes: who writes, and whether all of them train the same thing with the same code."""
+"""Ranks: the processes that train together, what they exchange, and checks that they run the same code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mpcompile._moved import renamed
 from mpcompile._version import __version__
 from mpcompile.errors import ConfigError, InputError, first_line
-from mpcompile.training.policies import digest
 
+__getattr__ = renamed(__name__, {"check_masks": "training.policies.check_masks"})
 _LOST = re.compile(r"closed by peer|reset by peer|connection (closed|reset|refused)|broken pipe|remote process", re.I)
 _SOURCES = (".py", ".cpp", ".h", ".cu")
-_PATIENCE = timedelta(hours=12)  # the others wait while the first rank makes the student
+_TIMEOUT = timedelta(hours=12)  # the other ranks wait while the first one makes the student
 
 
 def active() -> bool:
-    """Whether several processes train together."""
+    """Return True if several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -37,10 +38,10 @@ def world() -> int:
 
 
 def start(device: str) -> torch.device:
-    """Join the other processes if torchrun started this one; returns the device to use.
+    """Join the other processes if torchrun started this one, and return the device to use.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device does not exist.
     """
     alone = "RANK" not in os.environ or "MASTER_ADDR" not in os.environ
     if device == "cuda" and not alone:
@@ -51,16 +52,16 @@ def start(device: str) -> torch.device:
             torch.cuda.set_device(torch.device(device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(
-            f"device {device!r} can't be used: {first_line(error)}",
+            f"device {device!r} cannot be used: {first_line(error)}",
             hint=None if alone else "start as many processes as there are devices",
         ) from error
     if not alone and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_TIMEOUT)
     return torch.device(device)
 
 
 def stop() -> None:
-    """Leave the other processes."""
+    """Leave the process group."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -71,16 +72,16 @@ def barrier() -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """One value of every rank, on every rank."""
+    """Return the values of all ranks, on every rank."""
     if not active():
         return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast(value: Any) -> Any:
-    """The first rank's value, on every rank."""
+    """Return the first rank's value, on every rank."""
     if not active():
         return value
     box = [value]
@@ -89,7 +90,7 @@ def broadcast(value: Any) -> Any:
 
 
 def total(*values: float, device: torch.device) -> list[float]:
-    """Sums over all ranks."""
+    """Return the sum of each value over all ranks."""
     if not active():
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -98,7 +99,7 @@ def total(*values: float, device: torch.device) -> list[float]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """The first rank's BatchNorm statistics and other floating buffers on all ranks, which saw different images."""
+    """Copy the first rank's BatchNorm statistics and other float buffers to all ranks, which saw different images."""
     if active():
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -109,28 +110,28 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def average(tensor: torch.Tensor) -> None:
-    """The mean over all ranks, in place."""
+    """Replace a tensor by its mean over all ranks, in place."""
     if active():
         dist.all_reduce(tensor)
         tensor /= world()
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, and nothing about this one."""
+    """Return True if an error means that another process is gone, rather than a fault of this one."""
     return isinstance(error, RuntimeError) and active() and _LOST.search(str(error)) is not None
 
 
 def source_files() -> dict[str, Path]:
-    """The files of the code by their place in the package; links to folders, as a checkout has, are followed."""
-    import mpcompile  # for its path: there are two folders in a checkout without links
+    """Return the source files by their path in the package; links to folders, as in a checkout, are followed."""
+    import mpcompile  # for its path: a checkout without links has two folders
 
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for root in mpcompile.__path__:
         for folder, below, names in os.walk(root, followlinks=True):
             below[:] = [name for name in below if name != "__pycache__"]
             here = Path(folder)
-            found |= {(here / n).relative_to(root).as_posix(): here / n for n in names if n.endswith(_SOURCES)}
-    return dict(sorted(found.items()))
+            files |= {(here / n).relative_to(root).as_posix(): here / n for n in names if n.endswith(_SOURCES)}
+    return dict(sorted(files.items()))
 
 
 @lru_cache(maxsize=1)
@@ -144,27 +145,28 @@ def _sources() -> str:
 
 
 def code() -> dict[str, str]:
-    """Versions that have to be equal on all ranks."""
+    """Return the versions that have to be equal on all ranks."""
     import timm
 
     versions = {"mpcompile": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return {**versions, "sources": _sources()}
 
 
-def _differing(found: list[Any]) -> str:
-    return "; ".join(f"rank {i}: {value}" for i, value in enumerate(found) if value != found[0] or i == 0)
+def differing(values: list[Any]) -> str:
+    """Return the values of all ranks that differ from the first rank's, and that one, for an error."""
+    return "; ".join(f"rank {i}: {value}" for i, value in enumerate(values) if value != values[0] or i == 0)
 
 
 def check_code() -> None:
-    """Raise on every rank if any runs other code.
+    """Raise on every rank if any of them runs other code.
 
     Raises:
-        InputError: names what differs, and where.
+        InputError: names what differs, and the ranks.
     """
-    found = gather(code())
-    keys = [key for key in found[0] if len({other[key] for other in found}) > 1]
+    versions = gather(code())
+    keys = [key for key in versions[0] if len({other[key] for other in versions}) > 1]
     if keys:
-        different = _differing([", ".join(f"{key} {other[key]}" for key in keys) for other in found])
+        different = differing([", ".join(f"{key} {other[key]}" for key in keys) for other in versions])
         raise InputError(
             "the processes run different code",
             expected="the same versions on every rank",
@@ -173,26 +175,14 @@ def check_code() -> None:
         )
 
 
-def check_masks(student: nn.Module) -> None:
-    """Raise on every rank if the masks aren't identical everywhere.
+def check_equal(name: str, value: Any) -> None:
+    """Raise on every rank if a value is not the same everywhere.
 
     Raises:
-        InputError: names the ranks.
+        InputError: it differs; the message starts with ``name``.
     """
-    found = [value[:12] for value in gather(digest(student))]
-    if len(set(found)) > 1:
+    values = gather(value)
+    if any(other != values[0] for other in values):
         raise InputError(
-            "the masks differ between processes",
-            expected="identical masks on every rank",
-            found=_differing(found),
-            hint="transform on one rank and send the student to the others (mpcompile distill does)",
-        )
-
-
-def check_equal(name: str, value: Any) -> None:
-    """Raise on every rank if a value isn't the same everywhere."""
-    found = gather(value)
-    if any(other != found[0] for other in found):
-        raise InputError(
-            f"{name} differs between processes", expected="the same on every rank", found=_differing(found)
+            f"{name} differs between processes", expected="the same on every rank", found=differing(values)
         )

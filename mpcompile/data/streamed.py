@@ -1,7 +1,7 @@
 """Streams of labelled images (WebDataset shards, streamed Hugging Face datasets) through timm's readers.
 
-timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.sources.pictures`, as
-those of files are.
+timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.sources.pictures`, like
+those of files.
 """
 
 from __future__ import annotations
@@ -23,65 +23,65 @@ from mpcompile.data.sources.regular import open_regular, printable
 from mpcompile.errors import InputError
 
 log = logging.getLogger(__name__)
-_BLANK = b"P5 1 1 255\n\0"  # the smallest image, for a reader that insists on decoding one
+_BLANK = b"P5 1 1 255\n\0"  # the smallest image, for readers that insist on decoding one
 _patching = threading.Lock()
 
 
 class Streamed(IterableDataset):
-    """(image, label) of one split, in an order that depends on seed and epoch alone.
+    """Pairs (image, label) of one split, in an order that depends only on seed and epoch.
 
-    timm's readers keep their pipeline, its random numbers and their share of the shards from the first pass on, in
-    whichever process that took place. Every pass here starts from an untouched copy, so that a pass can be repeated,
-    and reading a few images beforehand (to calibrate on) changes nothing.
+    timm's readers keep their pipeline, its random numbers and their share of the shards after the first pass, in the
+    process that made it. Every pass here starts from an unused copy, so that a pass can be repeated, and reading some
+    images beforehand (for calibration) has no side effects.
 
-    In training every rank and worker reads shards of its own, and all the same number of images. In evaluation every
-    rank decodes all images and takes its share of them, so that each is counted once however shards are cut.
+    In training every rank and worker reads shards of its own, and all of them the same number of images. In evaluation
+    every rank decodes all images and takes its share, so that each image counts once whatever the shards' sizes.
 
     Args:
-        reader: one of timm's streaming readers, which nothing was read from yet.
-        training: shuffle, and share shards out.
+        reader: one of timm's streaming readers, not used before.
+        training: shuffle, and divide the shards among ranks and workers.
         seed: of the order.
-        transform: what is done with an image, or None.
+        transform: applied to every image, or None.
     """
 
     def __init__(self, reader: Any, training: bool, seed: int = 0, transform: Any = None) -> None:
         self.reader, self.training, self.seed, self.transform = reader, training, seed, transform
         self.epoch = 0
         self.samples = int(reader.num_samples)
-        if hasattr(reader, "split_info"):  # of shards, a sample's files by their suffixes
+        if hasattr(reader, "split_info"):  # shards: the files of a sample, by suffix
             reader.input_key = ";".join(["jpg", *sorted(suffix[1:] for suffix in SUFFIXES - {".jpg"})])
         else:
-            reader.input_img_mode = None  # pixels as they are stored, for us to convert
+            reader.input_img_mode = None  # no conversion: decode() does that
         if not training:
             reader.dist_rank, reader.dist_num_replicas = 0, 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Which order the next pass has."""
+        """Choose the order of the next pass."""
         self.epoch = epoch
 
     def prepare(self, batch: int, workers: int) -> int:
-        """Lay out an epoch: a whole number of batches of this process for each worker.
+        """Divide an epoch into a whole number of this process's batches for each worker.
 
         Args:
-            batch: images a batch of this process.
-            workers: how many are wanted.
+            batch: images per batch of this process.
+            workers: requested number.
 
         Returns:
-            As many workers as find shards to read.
+            The number of workers for which there are shards.
 
         Raises:
             InputError: there are fewer shards than ranks.
         """
         most = self._shards() if self.training else None
         if most is not None and workers > most:
-            log.warning("shards keep %d workers a process busy: data.workers is %d, not %d", most, most, workers)
+            log.warning("there are shards for %d workers per process: data.workers is %d, not %d", most, most, workers)
             workers = most
         self.reader.batch_size = batch
         self.reader.set_loader_cfg(num_workers=max(1, workers))
         return workers
 
     def _shards(self) -> int | None:
-        """Shards that each rank reads, or None if that isn't known."""
+        """Return the number of shards that each rank reads, or None if unknown."""
         files = getattr(getattr(self.reader, "split_info", None), "filenames", None)
         if files is not None:
             if len(files) < ranks.world():
@@ -95,11 +95,11 @@ class Streamed(IterableDataset):
         if not hasattr(self.reader, "builder"):
             return None
         count = int(self.reader.builder.as_streaming_dataset(split=self.reader.split).num_shards)
-        # Every rank reads all shards, and leaves out the others' images, where shards can't be dealt evenly.
+        # If the shards do not divide evenly, every rank reads all of them and skips the images of the others.
         return count if count % ranks.world() else count // ranks.world()
 
     def __len__(self) -> int:
-        """Images this rank reads in a pass."""
+        """Return the number of images that this rank reads in a pass."""
         return len(self.reader) if self.training else -(-self.samples // ranks.world())
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
@@ -109,7 +109,7 @@ class Streamed(IterableDataset):
         return items if self.training else itertools.islice(items, first, None, ranks.world())
 
     def drawn(self, count: int) -> Iterator[tuple[Any, int]]:
-        """Shuffled images of all shards, at most ``count``, whatever the number of ranks."""
+        """Yield at most ``count`` shuffled images of all shards, the same for any number of ranks."""
         reader = self._copy()
         reader.dist_rank, reader.dist_num_replicas = 0, 1
         reader.set_loader_cfg(num_workers=1)
@@ -121,14 +121,14 @@ class Streamed(IterableDataset):
         return reader
 
     def _open(self, reader: Any) -> Any:
-        """The reader, its pipeline laid out, so that it leaves decoding to this module."""
+        """Build the reader's pipeline so that it leaves decoding to this module, and return the reader."""
         if hasattr(reader, "split_info"):
             from timm.data.readers import reader_wds
 
             with _patching:
                 original: Any = reader_wds._decode
                 ours: Any = _Decoder(original)
-                reader_wds._decode = ours  # which the reader's pipeline is laid out with
+                reader_wds._decode = ours  # looked up while the pipeline is built
                 try:
                     reader._lazy_init()
                 finally:
@@ -147,25 +147,25 @@ class Streamed(IterableDataset):
 
 
 class _Decoder:
-    """In place of timm's function for a sample of a shard: labels are its, pixels ours."""
+    """Replaces timm's decoding of a sample in a shard: timm decodes the label, this module the pixels."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
 
     def __call__(self, sample: Any, image_key: str = "jpg", **options: Any) -> Any:
         key = next(name for name in image_key.split(";") if name in sample)
-        found = self.original({**sample, key: _BLANK}, image_key=image_key, **options)
-        if found is not None:
+        decoded = self.original({**sample, key: _BLANK}, image_key=image_key, **options)
+        if decoded is not None:
             name = f"{sample.get('__key__')}.{key} in {sample.get('__url__')}"
-            found["jpg"] = _decoded({"bytes": sample[key]}, f"image {printable(name)}")
-        return found
+            decoded["jpg"] = _decoded({"bytes": sample[key]}, f"image {printable(name)}")
+        return decoded
 
 
 def _decoded(image: Mapping[str, Any], name: str) -> Any:
-    """An image as Hugging Face datasets store it, its bytes or where they are, in RGB.
+    """Decode an image as Hugging Face datasets store it, its bytes or their path, to RGB.
 
     Raises:
-        InputError: it can't be read.
+        InputError: it cannot be read; the message starts with ``name``.
     """
     if not image.get("bytes") and image.get("path"):
         name = f"image {printable(image['path'])}"
@@ -174,7 +174,7 @@ def _decoded(image: Mapping[str, Any], name: str) -> Any:
             return decode(file)
     except (Unreadable, OSError, ValueError) as error:
         raise InputError(
-            f"{name} can't be read", expected=EXPECTED, found=error, hint="replace or remove it"
+            f"{name} cannot be read", expected=EXPECTED, found=error, hint="replace or remove it"
         ) from error
 
 
@@ -184,5 +184,5 @@ def _source(image: Mapping[str, Any]) -> BinaryIO:
     path = str(image.get("path"))
     if "://" not in path:
         return open_regular(path, EXPECTED)
-    with importlib.import_module("fsspec").open(path, "rb") as remote:  # datasets brings it
+    with importlib.import_module("fsspec").open(path, "rb") as remote:  # a dependency of datasets
         return io.BytesIO(remote.read())

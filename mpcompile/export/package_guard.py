@@ -1,9 +1,10 @@
-"""Guards of an AOTInductor package: every call's inputs are checked against what the code was compiled for.
+"""Guards of an AOTInductor package: each call checks its inputs against what the code was compiled for.
 
-Inductor compiles sizes, strides and dtypes into native code that trusts its caller: a smaller batch is read out of
-bounds, a larger one in part, another dtype as if its bits were those of the right one. Whoever loads a package may have
-torch alone, so the checks are compiled into it. Sizes, dtypes and devices that differ are refused; inputs whose strides
-differ (channels_last, slices, expanded batches) are copied into the layout that the code reads.
+Inductor compiles sizes, strides and dtypes into native code that trusts its caller: it reads a smaller batch out of
+bounds, a larger one only in part, and the bits of another dtype as if they were of the expected one. A package may be
+loaded where only torch is installed, so the checks are compiled into it. Inputs of other sizes, dtypes or devices are
+refused; inputs of other strides (channels_last, slices, expanded batches) are copied into the layout that the code
+reads.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 
 from mpcompile.errors import GraphError
 
-_HOOK = "generate_input_output_runtime_checks"  # of Inductor: writes a function that run_impl calls before it reads
+_HOOK = "generate_input_output_runtime_checks"  # of Inductor: writes what run_impl calls before it reads inputs
 _CALLED = "#define __check_inputs_outputs(inputs, outputs) mpcompile_guard(inputs, outputs, this->device_idx_)"
 _CALL = "__check_inputs_outputs(input_handles"
-_ALIGNMENT = 16  # bytes that Triton's kernels assume; code for the processor assumes none
+_ALIGNMENT = 16  # bytes that Triton kernels assume; CPU code assumes none
 
-# Stands within a namespace of the generated source, so that nothing can be included: all it needs is there already.
+# Inserted inside a namespace of the generated source: it cannot include anything, and needs nothing undeclared there.
 _HELPERS = """
-// A refused call still owns its inputs: run_impl has not taken them over yet. Like what takes them, it leaves nulls.
+// A refused call still owns its inputs: run_impl has not taken them yet. Delete them and leave nulls, as run_impl does.
 [[noreturn]] static void mpcompile_refuse(AtenTensorHandle* handles, int64_t count, const std::string& why) {
     for (int64_t i = 0; i < count; ++i) {
         aoti_torch_delete_tensor_object(handles[i]);
@@ -63,7 +64,7 @@ static const int64_t* mpcompile_check(
     if (aoti_torch_get_dtype(handles[i], &found_dtype) || aoti_torch_get_device_type(handles[i], &found_device) ||
         aoti_torch_get_device_index(handles[i], &found_index) || aoti_torch_get_dim(handles[i], &found_rank) ||
         aoti_torch_get_sizes(handles[i], &sizes)) {
-        mpcompile_refuse(handles, count, wanted + "a tensor that says nothing of itself");
+        mpcompile_refuse(handles, count, wanted + "a tensor without readable properties");
     }
     if (found_dtype != dtype) {
         mpcompile_refuse(handles, count, wanted + mpcompile_dtype(found_dtype));
@@ -113,15 +114,15 @@ static void mpcompile_arrange(
 
 @contextlib.contextmanager
 def guarded(package: Path, low: int, high: int) -> Iterator[None]:
-    """The package that is compiled inside checks its inputs at every call.
+    """Make the package that is compiled in this block check its inputs at every call.
 
     Args:
-        package: where it is written.
-        low: the least size of an axis that was left free.
+        package: the file that the block writes.
+        low: the smallest size of an axis that was left free.
         high: the largest.
 
     Raises:
-        GraphError: AOTInductor of this version of torch has no place for checks.
+        GraphError: AOTInductor of this version of torch offers no place for checks.
     """
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
@@ -155,7 +156,7 @@ def _unguarded() -> GraphError:
 
 
 def _checks(low: int, high: int) -> str:
-    """The function that checks the inputs of the graph being compiled, which run_impl calls by the usual name."""
+    """C++ that checks the inputs of the graph being compiled, under the name that run_impl calls."""
     from torch._inductor.virtualized import V
 
     inputs = list(V.graph.graph_inputs.values())
@@ -170,12 +171,12 @@ def _checks(low: int, high: int) -> str:
 
 
 def _check_of(number: int, count: int, value: Any, low: int, high: int, known: set[str]) -> list[str]:
-    """Statements that check one input; ``known`` are the free sizes that earlier ones have set."""
+    """Statements that check one input; ``known`` holds the free sizes that earlier inputs have defined."""
     from torch._inductor.codegen.cpp_utils import cexpr
 
     sizes, strides, device = list(value.get_size()), list(value.get_stride()), value.get_device()
     name = str(value.get_dtype()).removeprefix("torch.")
-    lower, upper, fresh = [], [], []
+    lower, upper, definitions = [], [], []
     for axis, size in enumerate(sizes):
         text = str(size)
         if text.isdigit() or text in known:
@@ -186,24 +187,24 @@ def _check_of(number: int, count: int, value: Any, low: int, high: int, known: s
         upper.append(str(high))
         if text.isidentifier():
             known.add(text)
-            fresh.append(f"    const int64_t {text} = sizes_{number}[{axis}];")
+            definitions.append(f"    const int64_t {text} = sizes_{number}[{axis}];")
     if not {str(symbol) for stride in strides for symbol in getattr(stride, "free_symbols", ())} <= known:
         raise GraphError(f"the strides of input {number} depend on sizes that no input has", found=tuple(strides))
     shape = ", ".join(
-        least if least == most else f"{least} to {most}" for least, most in zip(lower, upper, strict=True)
+        small if small == large else f"{small} to {large}" for small, large in zip(lower, upper, strict=True)
     )
-    who = f"handles, {count}, {number}"
+    subject = f"handles, {count}, {number}"
     kind = f"aoti_torch_dtype_{name}(), aoti_torch_device_type_{device.type}()"
     rank, alignment = len(sizes), 1 if device.type == "cpu" else _ALIGNMENT
     return [
         f"    const int64_t low_{number}[] = {_array(lower)}, high_{number}[] = {_array(upper)};",
-        f'    const int64_t* sizes_{number} = mpcompile_check({who}, "{name} ({shape}) on {device.type}", '
+        f'    const int64_t* sizes_{number} = mpcompile_check({subject}, "{name} ({shape}) on {device.type}", '
         f"{kind}, index, {rank}, low_{number}, high_{number});",
-        *fresh,
+        *definitions,
         f"    const int64_t strides_{number}[] = {_array([cexpr(stride) for stride in strides])};",
-        f"    mpcompile_arrange({who}, {rank}, sizes_{number}, strides_{number}, {kind}, {alignment});",
+        f"    mpcompile_arrange({subject}, {rank}, sizes_{number}, strides_{number}, {kind}, {alignment});",
     ]
 
 
-def _array(items: list[str]) -> str:
-    return "{" + ", ".join(items or ["0"]) + "}"  # C++ has no arrays without items
+def _array(elements: list[str]) -> str:
+    return "{" + ", ".join(elements or ["0"]) + "}"  # C++ has no empty arrays

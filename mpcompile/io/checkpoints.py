@@ -11,7 +11,7 @@ from torch import nn
 
 from mpcompile.errors import ArtifactError, first_line
 from mpcompile.io.reading import open_regular
-from mpcompile.io.state_dicts import Found, explain_misfit, find_state, fitted, stand_ins, unwrapped
+from mpcompile.io.state_dicts import StateDict, explain_misfit, find_state, match_names, replacements, strip_wrappers
 
 WEIGHTS = "model.safetensors"  # the file read where a folder is given
 
@@ -26,9 +26,9 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ArtifactError: the file is missing, truncated or not a checkpoint.
     """
-    state = unwrapped(_read_state(path))
-    state.tell(path)
-    return state.state
+    source = strip_wrappers(_read_state(path))
+    source.log_steps(path)
+    return source.state
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
@@ -37,16 +37,16 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         ArtifactError: as :func:`read_checkpoint`, or the tensors are not the model's.
     """
-    state = fitted(_read_state(path), model)
-    misfit = explain_misfit(state.state, model)
+    source = match_names(_read_state(path), model)
+    misfit = explain_misfit(source.state, model)
     if misfit is None:
         try:
-            model.load_state_dict(state.state)
+            model.load_state_dict(source.state)
         except (RuntimeError, TypeError, AttributeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             misfit = "its own tensors", " ".join(lines[1:3]) or str(error)
         else:
-            state.tell(path)
+            source.log_steps(path)
             return
     raise ArtifactError(f"{path} doesn't fit the model", expected=misfit[0], found=misfit[1])
 
@@ -64,7 +64,7 @@ def is_artifact(path: Path) -> bool:
         return False
 
 
-def _read_state(path: Path) -> Found:
+def _read_state(path: Path) -> StateDict:
     if path.is_dir():
         path = path / WEIGHTS
     if not path.is_file():
@@ -108,7 +108,7 @@ def _unpickle(file: BinaryIO, path: Path) -> Any:
     # failure of the first attempt.
     for as_dicts in (False, True):
         file.seek(0)
-        classes = stand_ins(file, as_dicts)
+        classes = replacements(file, as_dicts)
         file.seek(0)
         try:
             with torch.serialization.safe_globals(classes):

@@ -1,4 +1,4 @@
-"""One run in a folder at a time: a lock that the system frees when the process ends, however it ends."""
+"""Locks: one run at a time in a folder. The system frees a lock when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 log = logging.getLogger(__name__)
 
 
-def _let_go() -> None:
-    """A forked child, such as a loader's worker, would keep its parent's lock beyond the parent's death."""
+def _release_in_child() -> None:
+    """Close inherited locks: a forked child, such as a loader's worker, would hold its parent's beyond its death."""
     for file in list(_FILES):
         file.close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_release_in_child)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes, and other threads of this one, from running in ``folder``; nested calls pass.
+    """Keep other processes, and other threads of this one, from running in ``folder``. Nested calls pass.
 
-    Where the file system has no locks, this is logged, and the run goes on.
+    On a file system without locks, a warning is logged and the run continues.
 
     Raises:
-        ArtifactError: another process runs there (it is named), or the folder can't be written.
+        ArtifactError: another process runs there (it is named), or the folder cannot be written.
     """
     place = os.path.realpath(folder)
     if place in _HELD.get():
         yield
         return
-    file = _taken(folder)
+    file = _acquire(folder)
     token = _HELD.set(_HELD.get() | {place})
     try:
         yield
@@ -55,13 +55,13 @@ def locked(folder: Path) -> Iterator[None]:
         _HELD.reset(token)
         if file is not None and not file.closed:
             with contextlib.suppress(OSError):
-                os.unlink(folder / NAME)  # while it is held: whoever waits for this file finds that it has no name
+                os.unlink(folder / NAME)  # while locked: whoever opened it then finds that the name is gone
             _FILES.discard(file)
             file.close()
 
 
-def _taken(folder: Path) -> io.FileIO | None:
-    """The lock file, locked; None where there are no locks."""
+def _acquire(folder: Path) -> io.FileIO | None:
+    """Create and lock the lock file; None where there are no locks."""
     try:
         import fcntl
     except ImportError:  # not on this system
@@ -73,8 +73,8 @@ def _taken(folder: Path) -> io.FileIO | None:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             file = io.FileIO(os.open(path, flags, 0o666), "r+")
         except OSError as error:
-            found = error.strerror or str(error)
-            raise ArtifactError(f"can't lock {folder}", expected="a writable folder", found=found) from error
+            reason = error.strerror or str(error)
+            raise ArtifactError(f"can't lock {folder}", expected="a writable folder", found=reason) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -94,10 +94,11 @@ def _taken(folder: Path) -> io.FileIO | None:
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
             _FILES.add(file)
             return file
-        file.close()  # its last owner has removed it in the meantime
+        file.close()  # its previous owner has just removed it
 
 
 def _is(file: io.FileIO, path: Path) -> bool:
+    """Return True if ``path`` still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except FileNotFoundError:
@@ -105,8 +106,9 @@ def _is(file: io.FileIO, path: Path) -> bool:
 
 
 def _owner(file: io.FileIO) -> str:
+    """Describe the process that holds the lock."""
     try:
-        found = parse_json(os.pread(file.fileno(), 4096, 0))
-        return f"process {int(found['pid'])} on {found['host']!s:.100}"
+        owner = parse_json(os.pread(file.fileno(), 4096, 0))
+        return f"process {int(owner['pid'])} on {owner['host']!s:.100}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a process that hasn't written its name yet"
+        return "a process that has not written its name yet"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from mpcompile.io.reading import LARGEST_TEXT, open_regular, parse_json
+from mpcompile.io.writing import write_atomically
 
 MARK = b"mpcompile"  # in the archives that we write
 _ZIP = b"PK\x03\x04"
@@ -44,6 +46,20 @@ def sign(path: Path) -> None:
         elif path.suffix == ".onnx":
             file.seek(0, os.SEEK_END)
             file.write(_ONNX_PRODUCER)
+
+
+def write_signed(path: str | os.PathLike[str], write: Callable[[Path], object], *, suffix: str = "") -> None:
+    """Replace a file by what ``write`` writes at the temporary path it is given, signed by :func:`sign`.
+
+    Raises:
+        ArtifactError: as :func:`mpcompile.io.writing.write_atomically`.
+    """
+
+    def write_and_sign(temporary: Path) -> None:
+        write(temporary)
+        sign(temporary)
+
+    write_atomically(path, write_and_sign, suffix=suffix)
 
 
 def is_ours(path: Path) -> bool:

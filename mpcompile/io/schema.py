@@ -1,6 +1,6 @@
-"""Whether plain values, such as those of a JSON file, have the types that hints declare.
+"""Schemas: check that plain values, such as those of a JSON file, have the types that hints declare.
 
-One checker serves every file that is read: what it expects is written as dataclasses and ``TypedDict``s.
+One checker serves every file that is read. What a file must contain is written as dataclasses and ``TypedDict``s.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ _HUGE = 1 << 64
 
 
 class Mismatch(ValueError):
-    """A value of another type: where, what was expected there, what was found.
+    """A value of the wrong type.
 
     Attributes:
         where: the field, such as ``"layers.fc.macs_dense"``.
-        expected, found: in words.
+        expected: what was expected there, in words.
+        found: what was found instead, in words.
     """
 
     def __init__(self, where: str, expected: str, found: str) -> None:
-        self.where, self.expected, self.found = where or "the whole", expected, found
+        self.where, self.expected, self.found = where or "the value", expected, found
         super().__init__(f"{self.where}: expected {expected}, found {found}")
 
 
 @dataclass(frozen=True)
 class Between:
-    """Numbers from ``low`` to ``high``, which are finite if these are; in ``Annotated``."""
+    """In ``Annotated``: numbers from ``low`` to ``high``. NaN is refused."""
 
     low: float = 0
     high: float = math.inf
@@ -42,7 +43,7 @@ class Between:
 
 @dataclass(frozen=True)
 class Length:
-    """Lists of a length; in ``Annotated``."""
+    """In ``Annotated``: lists of ``count`` entries."""
 
     count: int
 
@@ -51,13 +52,18 @@ Natural = Annotated[int, Between(0)]
 
 
 def check(value: Any, hint: Any, where: str = "") -> None:
-    """Raise if a value isn't of a type.
+    """Raise :class:`Mismatch` if a value is not of a type.
 
-    Lists stand for tuples and integers for floats, as in JSON. A mapping stands for a dataclass or a ``TypedDict``;
-    a dataclass has no other keys than its fields, a ``TypedDict`` may have more.
+    As in JSON, a list is accepted for a tuple and an integer for a float. A mapping is accepted for a dataclass or a
+    ``TypedDict``: a dataclass allows no keys besides its fields, a ``TypedDict`` allows others.
+
+    Args:
+        value: the value.
+        hint: the type.
+        where: the name of the field, for the error.
 
     Raises:
-        Mismatch: the first value that is something else.
+        Mismatch: for the first value that does not match.
 
     Example:
         >>> check({"a": [1, 2]}, dict[str, tuple[int, ...]])
@@ -75,12 +81,12 @@ def check(value: Any, hint: Any, where: str = "") -> None:
     elif dataclasses.is_dataclass(hint) or typing.is_typeddict(hint):
         _check_record(value, hint, where)
     elif origin in (dict, Mapping):
-        key, item = get_args(hint)
+        key_hint, value_hint = get_args(hint)
         if not isinstance(value, Mapping):
             raise _mismatch(value, "a mapping", where)
         for name, part in value.items():
-            check(name, key, f"{_at(where, name)} (its name)")
-            check(part, item, _at(where, name))
+            check(name, key_hint, f"{_at(where, name)} (its name)")
+            check(part, value_hint, _at(where, name))
     elif origin in (list, tuple):
         _check_list(value, hint, where)
     elif not _is(value, hint):
@@ -128,7 +134,7 @@ def _check_union(value: Any, hints: tuple[Any, ...], where: str) -> None:
             return check(value, hint, where)
         except Mismatch as error:
             problems.append(error)
-    inner = next((p for p in problems if p.where != (where or "the whole")), None)
+    inner = next((p for p in problems if p.where != (where or "the value")), None)
     if inner is not None:
         raise inner
     raise _mismatch(value, " or ".join(p.expected for p in problems), where)
@@ -136,7 +142,7 @@ def _check_union(value: Any, hints: tuple[Any, ...], where: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _fields(hint: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
-    """Hints by name, the names that must be there, and whether there may be others."""
+    """Hints by name, the required names, and True if other names are allowed."""
     hints = typing.get_type_hints(hint, include_extras=True)
     if typing.is_typeddict(hint):
         return hints, frozenset(hint.__required_keys__), True
@@ -167,8 +173,8 @@ def _check_list(value: Any, hint: Any, where: str) -> None:
         hints = hints[:1] * len(value)
     elif len(hints) != len(value):
         raise Mismatch(where, f"a list of {len(hints)}", f"one of {len(value)}")
-    for place, (part, item) in enumerate(zip(value, hints, strict=True)):
-        check(part, item, _at(where, place))
+    for place, (part, part_hint) in enumerate(zip(value, hints, strict=True)):
+        check(part, part_hint, _at(where, place))
 
 
 def _at(where: str, name: object) -> str:

@@ -1,6 +1,6 @@
-"""State dicts as training scripts leave them: nested, under the prefixes of wrappers, beside whatever else was pickled.
+"""State dicts as training scripts leave them: nested, with prefixes of wrappers, beside other pickled objects.
 
-Nothing here reads a file, and nothing imports what a file names: other classes in it become :class:`Ignored`.
+Nothing here loads a file, and nothing imports what a file names: other classes in it become :class:`Ignored`.
 """
 
 from __future__ import annotations
@@ -16,44 +16,52 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from mpcompile import _moved
 from mpcompile.errors import ArtifactError, printable
 
-# Where a state dict lies in a checkpoint; averaged weights go before those of the last step.
+# Entries under which a checkpoint holds its state dict; averaged weights are preferred to those of the last step.
 KEYS = (
     *("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema"),
     *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights"),
 )
 WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_INNER = WRAPPERS[1:]  # stand anywhere in a name, since no layer is called so
-# What a model is called as a part of a training script's module.
+_INNER = WRAPPERS[1:]  # removed anywhere in a name, since no layer has such a name
+# Names of the model inside the module of a training script.
 _PREFIXES = (
     *("ema_model.", "model_ema.", "ema.", "averaged_model."),
     *("model.", "net.", "network.", "backbone.", "encoder.", "student."),
 )
-_DEEPEST = 4
-_NAMED = 3  # tensors named in a message
-_LARGE = 1 << 30  # bytes that a tensor may claim beyond those that it stores
+_MAX_NESTING = 4
+_NAMED = 3  # tensors listed in a message
+_LARGE = 1 << 30  # bytes that a tensor may claim without storing them
 log = logging.getLogger(__name__)
+_RENAMED = {"Found": "StateDict", "stand_ins": "replacements", "unwrapped": "strip_wrappers", "fitted": "match_names"}
+__getattr__ = _moved.renamed(__name__, {old: f"io.state_dicts.{new}" for old, new in _RENAMED.items()})
 
 
 @dataclass(frozen=True)
-class Found:
-    """A state dict, and what had to be done to find it, as words for whoever gave the file."""
+class StateDict:
+    """A state dict from a file, and the steps that it took to find it, in words for the user.
+
+    Attributes:
+        state: tensors by name.
+        steps: such as ``"prefix 'module.' taken off"``.
+    """
 
     state: dict[str, Tensor]
     steps: tuple[str, ...] = field(default=())
 
-    def tell(self, path: Path) -> None:
+    def log_steps(self, path: Path) -> None:
         """Log the steps in one line."""
         if self.steps:
             log.warning("%s", printable(f"{path}: {'; '.join(self.steps)}", 560))
 
 
-# --- Unpickling without what is pickled beside the tensors ---
+# --- Unpickling tensors and ignoring other objects ---
 
 
 class Ignored:
-    """Stands in for an object of a class that a file names: it takes whatever it is given, and does nothing."""
+    """Replaces an object of a class that a file names. It accepts any arguments and state, and does nothing."""
 
     name = ""
 
@@ -68,14 +76,14 @@ class Ignored:
 
 
 class _Dict:
-    """Stands in for a class of dicts, which the unpickler fills item by item."""
+    """Replaces a class of dicts, which the unpickler fills item by item."""
 
     def __new__(cls, *_args: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
         return OrderedDict()
 
 
 class _List(list[Any]):
-    """Stands in for a class of lists."""
+    """Replaces a class of lists."""
 
     def __new__(cls, *_args: Any) -> _List:
         return super().__new__(cls)
@@ -90,16 +98,19 @@ _BUILTINS = {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozense
 _BUILTINS |= {"set", "slice", "str", "tuple"}
 
 
-def stand_ins(file: BinaryIO, as_dicts: bool = False) -> list[Any]:
-    """What ``torch.serialization.safe_globals`` needs so that ``weights_only`` passes over the classes in a file.
+def replacements(file: BinaryIO, as_dicts: bool = False) -> list[Any]:
+    """Return replacements for the classes in a torch file, so that ``weights_only`` ignores their objects.
 
-    Objects of a class of dicts are filled item by item, which ``weights_only`` does with real dicts alone: what its
-    name says to be one gets one, or with ``as_dicts`` everything.
+    They are what ``torch.serialization.safe_globals`` takes. Functions of the standard library that do more than hold
+    values get no replacement, so that the file is refused.
 
-    Functions of the standard library that do more than hold values get none, so that the file is refused.
+    Args:
+        file: the torch file.
+        as_dicts: replace every class by a dict. Objects of a class of dicts are filled item by item, which
+            ``weights_only`` allows only for real dicts. By default only classes with "dict" in their name get one.
     """
     names = sorted(_globals(file))
-    found: list[Any] = []
+    pairs: list[Any] = []
     for name in names:
         module, _, last = name.rpartition(".")
         top = module.split(".")[0]
@@ -115,12 +126,12 @@ def stand_ins(file: BinaryIO, as_dicts: bool = False) -> list[Any]:
             kind = _Dict
         else:
             kind = type("Ignored", (Ignored,), {"name": name})
-        found.append((kind, name))
-    return found
+        pairs.append((kind, name))
+    return pairs
 
 
 def _globals(file: BinaryIO) -> set[str]:
-    """The classes and functions that a torch file names, but for those that torch allows itself."""
+    """The classes and functions that a torch file names, without those that torch allows by itself."""
     start = file.tell()
     try:
         if file.read(2) == b"PK":
@@ -129,27 +140,31 @@ def _globals(file: BinaryIO) -> set[str]:
         from torch import _weights_only_unpickler as unpickler
 
         file.seek(start)  # older files: magic number, protocol, system, and then the object
-        found = set().union(*(unpickler.get_globals_in_pkl(file) for _ in range(4)))
-        return found - set(unpickler._get_allowed_globals())
-    except Exception:  # damaged, or no torch file: loading it says so
+        names = set().union(*(unpickler.get_globals_in_pkl(file) for _ in range(4)))
+        return names - set(unpickler._get_allowed_globals())
+    except Exception:  # damaged, or not a torch file: loading will report it
         return set()
 
 
 # --- Where the state dict is ---
 
 
-def find_state(raw: Any, path: Path) -> Found:
-    """The state dict in what a checkpoint file holds, its names as they stand there.
+def find_state(raw: Any, path: Path) -> StateDict:
+    """Return the state dict in the content of a checkpoint file, with its names unchanged.
+
+    Args:
+        raw: the content.
+        path: the file, for the error.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is no state dict.
     """
     steps: list[str] = []
     while isinstance(raw, Mapping):
         key = next((key for key in KEYS if isinstance(raw.get(key), Mapping) and _holds_tensors(raw[key])), None)
         if key is None and not any(isinstance(value, Tensor) for value in raw.values()):
             key = _only_one(raw)
-        if key is None or len(steps) >= _DEEPEST:
+        if key is None or len(steps) >= _MAX_NESTING:
             break
         raw = raw[key]
         steps.append(f"read from the entry {printable(key, 60)!r}")
@@ -166,34 +181,35 @@ def find_state(raw: Any, path: Path) -> Found:
     odd = sum(isinstance(value, Tensor) for value in raw.values()) - len(state)
     if odd:
         steps.append(f"{odd} tensors without a name, or of an unusual kind, left out")
-    return Found(state, tuple(steps))
+    return StateDict(state, tuple(steps))
 
 
 def _only_one(raw: Mapping[Any, Any]) -> Any:
-    """The entry that must be the state dict, whatever it is called: the one whose tensors have names of layers."""
+    """The only entry whose tensors have names of layers, whatever its own name; None if there are none or several."""
     held = [key for key, value in raw.items() if isinstance(value, Mapping) and _holds_tensors(value)]
     named = [key for key in held if isinstance(key, str) and _holds_weights(raw[key])]
     return named[0] if len(named) == 1 else None
 
 
 def _holds_weights(value: Mapping[Any, Any], depth: int = 0) -> bool:
-    """Not an optimiser's state, whose tensors are numbered or lie beside step counts."""
-    tensors = [key for key, item in value.items() if isinstance(item, Tensor)]
+    """Return True for weights; False for an optimiser's state, whose tensors are numbered or beside step counts."""
+    tensors = [key for key, entry in value.items() if isinstance(entry, Tensor)]
     if any(isinstance(key, str) and "." in key for key in tensors):
         return True
-    inner = [item for item in value.values() if isinstance(item, Mapping)]
-    return not tensors and depth < _DEEPEST and any(_holds_weights(item, depth + 1) for item in inner)
+    inner = [entry for entry in value.values() if isinstance(entry, Mapping)]
+    return not tensors and depth < _MAX_NESTING and any(_holds_weights(entry, depth + 1) for entry in inner)
 
 
 def _holds_tensors(value: Mapping[Any, Any], depth: int = 0) -> bool:
     return any(
-        isinstance(item, Tensor) or (isinstance(item, Mapping) and depth < _DEEPEST and _holds_tensors(item, depth + 1))
-        for item in value.values()
+        isinstance(entry, Tensor)
+        or (isinstance(entry, Mapping) and depth < _MAX_NESTING and _holds_tensors(entry, depth + 1))
+        for entry in value.values()
     )
 
 
 def _plain(value: object) -> bool:
-    """A dense tensor whose values are all in the file: others can claim any size."""
+    """Return True for a dense tensor whose values are all in the file: others can claim any size."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized or value.is_nested:
         return False
     if value.device.type != "cpu":
@@ -205,9 +221,9 @@ def _plain(value: object) -> bool:
 # --- Prefixes ---
 
 
-def unwrapped(found: Found) -> Found:
-    """Without the prefixes that wrappers put before all names, or anywhere into them."""
-    state, steps = found.state, list(found.steps)
+def strip_wrappers(source: StateDict) -> StateDict:
+    """Return the state dict without the prefixes that wrappers put in front of all names, or inside them."""
+    state, steps = source.state, list(source.steps)
     while True:
         prefix = next((p for p in WRAPPERS if _under(state, p) and all(n.startswith(p) for n in _weights(state))), None)
         if prefix is None:
@@ -218,7 +234,7 @@ def unwrapped(found: Found) -> Found:
         if any(f".{inner}" in name for name in state):
             state = {name.replace(f".{inner}", "."): value for name, value in state.items()}
             steps.append(f"{inner!r} taken out of names")
-    return Found(state, tuple(steps))
+    return StateDict(state, tuple(steps))
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -226,36 +242,37 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _weights(state: Mapping[str, Tensor]) -> list[str]:
-    """The names, but for the counter of ``torch.optim.swa_utils.AveragedModel``."""
+    """The names, without the counter of ``torch.optim.swa_utils.AveragedModel``."""
     return [name for name in state if name != "n_averaged"]
 
 
-def fitted(found: Found, model: nn.Module) -> Found:
-    """With the names of a model, if they are there under the prefix of a wrapper or of a training script's module."""
-    wanted = set(model.state_dict())
-    if wanted <= found.state.keys():
-        return found
-    plain = unwrapped(found)
+def match_names(source: StateDict, model: nn.Module) -> StateDict:
+    """Return the state dict with the names of a model, if it has them behind the prefix of a wrapper or a script."""
+    expected = set(model.state_dict())
+    if expected <= source.state.keys():
+        return source
+    plain = strip_wrappers(source)
     for candidate in _candidates(plain, 0):
-        if wanted <= candidate.state.keys():
+        if expected <= candidate.state.keys():
             return candidate
     return plain
 
 
-def _candidates(found: Found, depth: int) -> Iterator[Found]:
-    yield found
-    for prefix in (*WRAPPERS, *_PREFIXES) if depth < _DEEPEST else ():
-        state = _under(found.state, prefix)
+def _candidates(source: StateDict, depth: int) -> Iterator[StateDict]:
+    """The state dict, and what is left of it without each prefix, recursively."""
+    yield source
+    for prefix in (*WRAPPERS, *_PREFIXES) if depth < _MAX_NESTING else ():
+        state = _under(source.state, prefix)
         if state:
-            steps = [*found.steps, f"prefix {prefix!r} taken off"]
-            rest = len(found.state) - len(state)
+            steps = [*source.steps, f"prefix {prefix!r} taken off"]
+            rest = len(source.state) - len(state)
             if rest:
                 steps.append(f"{rest} tensors beside it left out")
-            yield from _candidates(Found(state, tuple(steps)), depth + 1)
+            yield from _candidates(StateDict(state, tuple(steps)), depth + 1)
 
 
 def explain_misfit(state: Mapping[str, Tensor], model: nn.Module) -> tuple[str, str] | None:
-    """What a model expects and what is found instead; None where names, shapes and kinds of numbers are its own."""
+    """Return what a model expects and what is found instead; None if names, shapes and kinds of numbers match."""
     own = model.state_dict()
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
     if missing or unknown:

@@ -1,1 +1,1 @@
-"""What a model does: audits, explanations and accuracy."""
+"""Measuring models: audits, explanations, accuracy, and the environment of a run."""

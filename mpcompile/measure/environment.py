@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mpcompile
+from mpcompile._version import __version__
 from mpcompile.errors import InputError
 from mpcompile.kernels import machine, store, timing
 from mpcompile.kernels.nm_linear.cpu import build
@@ -40,11 +40,11 @@ def environment() -> dict[str, Any]:
         None if nothing has been timed.
 
     Example:
-        >>> environment()["mpcompile"] == mpcompile.__version__
+        >>> environment()["mpcompile"] == __version__
         True
     """
     return {
-        "mpcompile": mpcompile.__version__,
+        "mpcompile": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,  # with the build, such as +cu130
         **{name: _version(name) for name in _PACKAGES},

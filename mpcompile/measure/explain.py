@@ -1,4 +1,4 @@
-"""Explain: which engine would run each layer, how long each takes on this machine, and what that gains."""
+"""Explain: the engine that each layer would run on, the time of every candidate on this machine, and the gain."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class LayerChoice:
 
     Attributes:
         tokens: rows of its matrix product: tokens of the whole batch, or output pixels; None if unknown.
-        candidates: name -> microseconds a call, or why it can't run the layer, or None where it wasn't timed.
-        engine, why: what was chosen.
-        us: microseconds a call of what was chosen.
-        dense_us: of the dense build that it had to beat: prepacked ones count where the config says ``frozen``.
+        candidates: by engine, microseconds per call, or the reason why it cannot run the layer, or None if not timed.
+        engine, why: the choice, and its reason.
+        us: microseconds per call of the chosen engine.
+        dense_us: microseconds per call of the dense build to beat: a prepacked one counts if the config says
+            ``frozen``.
     """
 
     name: str
@@ -47,12 +48,12 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` returns; ``print`` shows it as a table.
+    """The result of :func:`explain`; ``print`` shows it as a table.
 
     Attributes:
         layers: the masked layers, in graph order; a layer that is used twice counts once.
         machine: processor, instruction set and threads.
-        cache: the file that keeps the timings.
+        cache: the file with the timings.
     """
 
     layers: list[LayerChoice]
@@ -66,16 +67,16 @@ class Explanation:
 
     @property
     def dense_us(self) -> float:
-        """Microseconds of all timed layers in the dense builds that had to be beaten."""
+        """Microseconds of all timed layers in the dense builds to beat."""
         return sum(layer.dense_us for layer in self.layers if layer.us is not None and layer.dense_us is not None)
 
     @property
     def speedup(self) -> float | None:
-        """Predicted for these layers together, not for the model; None where nothing was timed."""
+        """Predicted speed-up of these layers together, not of the model; None if nothing was timed."""
         return self.dense_us / self.us if self.us and self.dense_us else None
 
     def to_json(self, indent: int | None = None) -> str:
-        """Everything as JSON."""
+        """Return layers, machine, cache and totals as JSON."""
         totals = {"us": self.us, "dense_us": self.dense_us, "speedup": self.speedup}
         return json.dumps({**dataclasses.asdict(self), **totals}, indent=indent)
 
@@ -84,7 +85,7 @@ class Explanation:
         names = [
             name
             for name in dict.fromkeys(name for table in tables for name in table)
-            if not all(str(table.get(name)).startswith("device ") for table in tables)  # not an engine of this device
+            if not all(str(table.get(name)).startswith("device ") for table in tables)  # engines of other devices
         ]
         rows = []
         for layer in self.layers:
@@ -99,7 +100,7 @@ class Explanation:
         lines = [tabulate(rows, headers=head, disable_numparse=True, colalign=align if rows else None), ""]
         if self.speedup is not None:
             text = f"{self.dense_us:,.0f} us dense, {self.us:,.0f} us as picked: {self.speedup:.2f}x"
-            lines.append(f"these layers: {text} (the rest of the model is not in it)")
+            lines.append(f"these layers: {text} (the rest of the model is not included)")
         else:
             lines.append("these layers: not timed")
         return "\n".join([*lines, f"     machine: {self.machine}", f"     timings: {self.cache}"])
@@ -112,13 +113,13 @@ def _cell(value: float | str | None) -> str:
 def explain(
     model: nn.Module, example_inputs: Any = None, config: Config | None = None, *, progress: bool | None = None
 ) -> Explanation:
-    """Time every engine on every masked layer of a model, and say which one the backend would take.
+    """Time every engine on every masked layer of a model, and report which one the backend would choose.
 
     Args:
-        model: from :func:`mpcompile.transform`, or any that it takes: that is masked by magnitude first.
-        example_inputs: as in :func:`mpcompile.transform`. Their batch size is what is timed.
-        config: as for :func:`mpcompile.transform`; ``engine`` names what to pick, all are timed anyway, and ``frozen``
-            lets dense layers be prepacked.
+        model: from :func:`mpcompile.transform`, or any model that it accepts, which is masked by magnitude first.
+        example_inputs: as in :func:`mpcompile.transform`; their batch size is timed.
+        config: as for :func:`mpcompile.transform`; ``engine`` fixes the choice, but all engines are timed, and
+            ``frozen`` allows prepacked dense layers.
         progress: False shows no progress bar; None shows one on a terminal.
 
     Raises:
@@ -134,15 +135,15 @@ def explain(
     gm = complete(imported, config)
     step = Lower(measured=True, progress=progress)
     decision = step.plan(gm, Context(config, imported.inputs, imported.lifted, plan=gm.plan))
-    found = {layer.name: layer for layer in reversed(layers(gm, imported.lifted))}
+    masked = {layer.name: layer for layer in reversed(layers(gm, imported.lifted))}
     rows = []
     for name, entry in decision["engines"].items():
-        layer = found[name]
+        layer = masked[name]
         rows.append(LayerChoice(name, tuple(layer.weight.tensor.shape), str(layer.pattern), **entry))
     if not rows:
         raise InputError("the model has no masked layer to explain", hint="choose a pattern other than 'dense'")
     capability = torch.backends.cpu.get_cpu_capability()
-    devices = {layer.weight.tensor.device for layer in found.values() if layer.weight.tensor.is_cuda}
+    devices = {layer.weight.tensor.device for layer in masked.values() if layer.weight.tensor.is_cuda}
     cards = ", ".join(sorted({torch.cuda.get_device_name(device) for device in devices}))
     machine = f"{cards or cpu_name()}, {capability}, {torch.get_num_threads()} threads"
     return Explanation(rows, machine, str(timing.cache_file()))

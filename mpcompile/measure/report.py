@@ -1,4 +1,4 @@
-"""What an audit found: a row for every build of the model, as a table or as JSON."""
+"""The report of an audit: one row per build of the model, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mpcompile.plan import Plan
 
 DENSE_EAGER, DENSE_COMPILED, COMPILED = "dense eager", "dense compiled", "compiled sparse"
 DENSE_FROZEN = "dense frozen"  # compiled, with constants folded and weights prepacked
-BARS = (DENSE_EAGER, DENSE_COMPILED, DENSE_FROZEN)  # the fastest of them is what speed-ups are measured against
-DENSE_BF16 = "dense bf16"  # of another dtype than the rest: beside the bar, never part of it
+BARS = (DENSE_EAGER, DENSE_COMPILED, DENSE_FROZEN)  # speed-ups are measured against the fastest of them
+DENSE_BF16 = "dense bf16"  # another dtype than the rest: shown beside the bar, never part of it
 
 
 def finite(value: Any) -> Any:
-    """JSON values with None for numbers that are not finite, which JSON has no words for."""
+    """Return JSON values with None for numbers that are not finite, which JSON cannot represent."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -32,15 +32,15 @@ class Row:
     """One build of the model.
 
     Attributes:
-        correct, samples: top-1 hits among the labelled samples, or None without labels.
-        interval: 95 % Wilson interval of the top-1 share.
-        agree: share of samples on which the arg max is the dense model's.
-        lost, won: samples that only the dense model, or only this build, gets right.
-        difference: relative RMS difference of the outputs from the dense model's.
+        correct, samples: top-1 hits (None without labels) and the number of samples.
+        interval: 95 % Wilson interval of the top-1 accuracy.
+        agree: share of samples whose top-1 class is that of the dense model.
+        lost, won: samples that only the dense model, or only this build, classifies correctly.
+        difference: relative RMS difference of the outputs from those of the dense model.
         macs, paper_macs: per sample, executed and by the paper's convention.
-        weight_bytes: parameters as this build stores them.
-        latency_ms, quartiles_ms: median and quartiles of one batch.
-        speedup: median of the best dense build / median of this one.
+        weight_bytes: of the parameters as this build stores them.
+        latency_ms, quartiles_ms: median and quartiles of the time of one batch.
+        speedup: median latency of the best dense build over that of this one.
     """
 
     name: str
@@ -60,18 +60,22 @@ class Row:
 
     @property
     def top1(self) -> float | None:
-        """Share of the labelled samples that are right."""
+        """Top-1 accuracy on the labelled samples, 0 to 1."""
         return None if self.correct is None or not self.samples else self.correct / self.samples
 
 
 @dataclass
 class Report:
-    """What :func:`mpcompile.audit` found. Prints as a table.
+    """The result of :func:`mpcompile.audit`. Prints as a table; ``report[name]`` is the row of a build.
 
     Attributes:
-        fell_back: dynamo no longer runs the compiled graph but the model's own eager code.
-        predicted_saving_ms: what the lowered layers take less than the best dense layers, each timed alone; None where
-            they weren't timed.
+        rows: one per build: the dense ones, others, and the audited build last.
+        environment: see :func:`mpcompile.measure.environment.conditions`.
+        plan: of the audited build, or None.
+        notes: remarks on the figures.
+        fell_back: dynamo runs the model's own eager code instead of the compiled graph.
+        predicted_saving_ms: time that the lowered layers save over the best dense layers, each timed alone; None if
+            they were not timed.
     """
 
     rows: list[Row]
@@ -85,7 +89,7 @@ class Report:
         return next(row for row in self.rows if row.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; numbers that are not finite are None."""
+        """Return plain JSON values; numbers that are not finite are None."""
         rows = [{**asdict(row), "top1": row.top1} for row in self.rows]
         plan = self.plan.to_dict() if self.plan is not None else None
         return {
@@ -98,11 +102,11 @@ class Report:
         }
 
     def to_json(self, indent: int | None = None) -> str:
-        """The report and its plan as JSON."""
+        """Return the report and its plan as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def table(self) -> str:
-        """One row a build."""
+        """Return a table with one row per build."""
         labelled = any(row.correct is not None for row in self.rows)
         dense = self.rows[0]
         lines = []

@@ -1,1 +1,1 @@
-"""What distillation is made of: losses, features, masks in training, checkpoints, ranks, data, recipes."""
+"""Distillation: the loop, losses, feature matching, mask policies, checkpoints, events and recipes."""

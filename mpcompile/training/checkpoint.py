@@ -1,29 +1,37 @@
-"""Checkpoints of a training run: one file, whole or not at all, and the random numbers that go with it."""
+"""Checkpoint files of a training run: written whole or not at all, and checked field by field when read."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import random
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any, BinaryIO, TypedDict, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpcompile._moved import renamed
 from mpcompile.errors import ArtifactError, printable
 from mpcompile.io.reading import open_regular
 from mpcompile.io.schema import Between, Mismatch, Natural, check
 from mpcompile.io.writing import TEMPORARY, replacing
 
+__getattr__ = renamed(
+    __name__,
+    {
+        "digest": "training.checkpoint.weights_digest",
+        "random_state": "data.seeding.random_state",
+        "set_random_state": "data.seeding.set_random_state",
+        "seed_everything": "data.seeding.seed_everything",
+    },
+)
 NAME = "checkpoint.pt"
 FORMAT = 3
-_MARK = b"mpcompile sha256 "  # begins the comment of the ZIP archive; the digest of all bytes before it follows
+_MARK = b"mpcompile sha256 "  # starts the comment of the ZIP archive; the digest of all bytes before it follows
 _COMMENT = len(_MARK) + 64
 _CHUNK = 1 << 22
 
@@ -51,7 +59,7 @@ class _Identity(TypedDict):
 
 
 class State(TypedDict):
-    """What a checkpoint of a run holds."""
+    """Fields of a checkpoint."""
 
     identity: _Identity
     step: Natural
@@ -65,41 +73,8 @@ class State(TypedDict):
     random: list[dict[str, Any]]
 
 
-def random_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's generators, as plain values and tensors."""
-    version, keys, gauss = random.getstate()
-    name, state, *rest = np.random.get_state(legacy=True)
-    found: dict[str, Any] = {
-        "python": [version, list(keys), gauss],
-        "numpy": [name, np.asarray(state).tolist(), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state_all()
-    return found
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Inverse of :func:`random_state`."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, values, *rest = state["numpy"]
-    np.random.set_state((name, np.array(values, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])
-
-
-def seed_everything(seed: int, epoch: int, rank: int) -> None:
-    """Seed all generators for one epoch of one rank."""
-    words = np.random.SeedSequence([seed, epoch, rank]).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]))
-
-
-def digest(module: nn.Module) -> str:
-    """A checksum of a module's weights and buffers, by name."""
+def weights_digest(module: nn.Module) -> str:
+    """Return a SHA-256 checksum of a module's weights and buffers, with their names."""
     sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
@@ -108,8 +83,14 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def in_the_way(path: Path) -> ArtifactError:
-    """What to say where a new run finds the checkpoint of an earlier one."""
+def last_good(folder: Path | None) -> str:
+    """Return a hint for errors: where the last checkpoint of a run is."""
+    path = None if folder is None else folder / NAME
+    return f"The last good checkpoint is {path}" if path is not None and path.exists() else "No checkpoint yet"
+
+
+def earlier_run(path: Path) -> ArtifactError:
+    """Return the error for a new run in a folder that holds the checkpoint of an earlier one."""
     return ArtifactError(
         f"{path.parent} holds the checkpoint of an earlier run",
         expected="a new folder, or resume='auto'",
@@ -119,44 +100,44 @@ def in_the_way(path: Path) -> ArtifactError:
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint through a temporary file, on the disk before it takes the place of the last one.
+    """Write a checkpoint to a temporary file, which replaces the last one once it is on the disk.
 
-    It is a file of ``torch.save``, a ZIP archive, with a checksum of all its bytes in the archive's comment.
+    The format is that of ``torch.save``, a ZIP archive, with a checksum of all its bytes in the archive's comment.
 
     Raises:
-        ArtifactError: the folder can't be written or the disk is full; the last checkpoint is untouched.
+        ArtifactError: the folder cannot be written or the disk is full; the last checkpoint is untouched.
     """
-    noting = None
+    recorder = None
     try:
         with replacing(path) as file:
-            noting = _Noting(file)
-            torch.save({"format": FORMAT, **state}, cast(IO[bytes], noting))
+            recorder = _ErrorRecorder(file)
+            torch.save({"format": FORMAT, **state}, cast(IO[bytes], recorder))
             _sign(file)
     except (OSError, RuntimeError) as error:
-        cause = noting.error if noting is not None and noting.error is not None else error
+        cause = recorder.error if recorder is not None and recorder.error is not None else error
         if not isinstance(cause, OSError):
             raise
-        kept = f"the last checkpoint, {path}, is whole" if path.exists() else "there was none before"
+        previous = f"the last checkpoint, {path}, is whole" if path.exists() else "there was none before"
         raise ArtifactError(
-            f"can't write the checkpoint {path}",
+            f"cannot write the checkpoint {path}",
             expected="a writable folder with room",
             found=cause.strerror or str(cause),
-            hint=f"{kept}; make room and resume",
+            hint=f"{previous}; make room and resume",
         ) from error
 
 
 def _sign(file: BinaryIO) -> None:
-    """Put the digest of an archive behind it."""
+    """Append the digest of an archive to it, as its comment."""
     file.seek(-2, os.SEEK_END)  # the length of the comment, which ends an archive without one
     file.write(struct.pack("<H", _COMMENT))
     end = file.tell()
-    digest = _digest(file, end)
+    checksum = _checksum(file, end)
     file.seek(end)
-    file.write(_MARK + digest.encode())
+    file.write(_MARK + checksum.encode())
 
 
-def _digest(file: BinaryIO, end: int) -> str:
-    """SHA-256 of the first ``end`` bytes of a file."""
+def _checksum(file: BinaryIO, end: int) -> str:
+    """Return the SHA-256 digest of the first ``end`` bytes of a file."""
     sha = hashlib.sha256()
     file.seek(0)
     while end > 0:
@@ -168,8 +149,8 @@ def _digest(file: BinaryIO, end: int) -> str:
     return sha.hexdigest()
 
 
-class _Noting:
-    """A file that keeps the error of a write: torch's writer makes something else of a full disk."""
+class _ErrorRecorder:
+    """A file that records the error of a failed write: torch's writer hides it behind one of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -187,10 +168,10 @@ class _Noting:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, unpickled as tensors and plain values alone, once its checksum is right.
+    """Read a checkpoint: its checksum is verified first, then tensors and plain values are unpickled, nothing else.
 
     Raises:
-        ArtifactError: the file is damaged, no checkpoint, or of a newer format.
+        ArtifactError: the file is damaged, is no checkpoint, or has another format.
     """
     try:
         with open_regular(path) as file:
@@ -215,7 +196,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, found: str) -> ArtifactError:
     return ArtifactError(
-        f"{path} can't be read as a checkpoint",
+        f"{path} cannot be read as a checkpoint",
         expected="a whole file that mpcompile.distill wrote",
         found=found,
         hint="remove it to start again",
@@ -223,22 +204,22 @@ def _unreadable(path: Path, found: str) -> ArtifactError:
 
 
 def _damage(file: BinaryIO) -> str | None:
-    """What is wrong with the bytes of a checkpoint, or None."""
+    """Return what is wrong with the bytes of a checkpoint, or None."""
     end = file.seek(0, os.SEEK_END) - _COMMENT
     file.seek(max(0, end))
     comment = file.read()
     if end < 0 or not comment.startswith(_MARK):
         return "a damaged file, or one of an older version: it ends without a checksum"
-    if comment[len(_MARK) :] != _digest(file, end).encode():
-        return "a damaged file: its content is not what was written"
+    if comment[len(_MARK) :] != _checksum(file, end).encode():
+        return "a damaged file: its content has changed since it was written"
     return None
 
 
 def check_state(path: Path, state: Mapping[str, Any]) -> None:
-    """A checkpoint holds what a run needs to go on: every field is there, and of its type.
+    """Check that a checkpoint holds every field that a run needs to resume, with its type.
 
     Raises:
-        ArtifactError: it doesn't; names the field.
+        ArtifactError: it does not; names the field.
     """
     try:
         check(state, State)
@@ -251,74 +232,87 @@ def check_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def malformed(path: Path, where: str, expected: object, found: object) -> ArtifactError:
-    """A field of a checkpoint that a run can't go on with."""
+    """Return the error for a field of a checkpoint that a run cannot resume from."""
     return ArtifactError(
-        f"{path} can't be gone on with: its field {where} is not what mpcompile.distill writes",
+        f"{path} cannot be resumed from: its field {where} is not what mpcompile.distill writes",
         expected=expected,
         found=found,
         hint="remove it to start again",
     )
 
 
-def check_alike(found: Any, own: Any, where: str = "") -> None:
-    """A plain value has the structure of another: the same names and lengths, numbers where there are numbers.
-
-    Raises:
-        Mismatch: it hasn't.
-    """
-    if isinstance(own, Mapping):
-        check(found, dict[str, Any], where)
-        if found.keys() != own.keys():
-            raise Mismatch(where, f"the names {', '.join(own)}", ", ".join(map(str, found)))
-        for name in own:
-            check_alike(found[name], own[name], f"{where}.{name}".lstrip("."))
-    elif isinstance(own, (list, tuple)):
-        check(found, list[Any], where)
-        if len(found) != len(own):
-            raise Mismatch(where, f"a list of {len(own)}", f"one of {len(found)}")
-        for place, item in enumerate(own):
-            check_alike(found[place], item, f"{where}.{place}")
-    elif isinstance(own, (bool, str, type(None))):
-        check(found, type(own), where)
-    elif isinstance(own, (int, float)):
-        check(found, Annotated[float, Between(-1e300, 1e300)], where)
-
-
-def check_settings(found: Mapping[str, Any], own: Mapping[str, Any], vary: str, where: str = "") -> None:
-    """What was set when a run began, such as the decay of its learning rate, is what this run sets.
+def check_structure(saved: Any, own: Any, where: str = "") -> None:
+    """Check that a plain value has the structure of another: the same names, lengths and types, numbers for numbers.
 
     Args:
+        saved: from a checkpoint.
+        own: of this run.
+        where: path of the value, for errors.
+
+    Raises:
+        Mismatch: it has not.
+    """
+    if isinstance(own, Mapping):
+        check(saved, dict[str, Any], where)
+        if saved.keys() != own.keys():
+            raise Mismatch(where, f"the names {', '.join(own)}", ", ".join(map(str, saved)))
+        for name in own:
+            check_structure(saved[name], own[name], f"{where}.{name}".lstrip("."))
+    elif isinstance(own, (list, tuple)):
+        check(saved, list[Any], where)
+        if len(saved) != len(own):
+            raise Mismatch(where, f"a list of {len(own)}", f"one of {len(saved)}")
+        for place, value in enumerate(own):
+            check_structure(saved[place], value, f"{where}.{place}")
+    elif isinstance(own, (bool, str, type(None))):
+        check(saved, type(own), where)
+    elif isinstance(own, (int, float)):
+        check(saved, Annotated[float, Between(-1e300, 1e300)], where)
+
+
+def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any], vary: str, where: str = "") -> None:
+    """Check that settings from the start of a run, such as those of its learning rate schedule, are this run's.
+
+    Args:
+        saved: from a checkpoint.
+        own: of this run.
         vary: the field that changes in the course of a run.
+        where: path of the settings, for errors.
 
     Raises:
-        Mismatch: it isn't.
+        Mismatch: a setting differs.
     """
-    check_alike(found, own, where)
+    check_structure(saved, own, where)
     for name, value in own.items():
-        if name not in (vary, "params") and found[name] != value:
-            raise Mismatch(f"{where}.{name}".lstrip("."), printable(value, 60), printable(found[name], 60))
+        if name not in (vary, "params") and saved[name] != value:
+            raise Mismatch(f"{where}.{name}".lstrip("."), printable(value, 60), printable(saved[name], 60))
 
 
-def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """The state of an optimiser is one that it could have after ``steps``: of these parameters, and of their shapes.
+def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Check that a saved optimiser state fits: the same parameter groups, tensors of the parameters' shapes.
+
+    Args:
+        saved: from a checkpoint.
+        optimizer: of this run.
+        steps: that the run had done; after the first one a state cannot be empty.
 
     Raises:
-        Mismatch: it isn't.
+        Mismatch: it does not.
     """
-    check(found, _Optimizer)
+    check(saved, _Optimizer)
     own = optimizer.state_dict()["param_groups"]
-    if len(own) != len(found["param_groups"]):
-        raise Mismatch("param_groups", f"{len(own)} of them", str(len(found["param_groups"])))
-    for mine, group in zip(own, found["param_groups"], strict=True):
+    if len(own) != len(saved["param_groups"]):
+        raise Mismatch("param_groups", f"{len(own)} of them", str(len(saved["param_groups"])))
+    for mine, group in zip(own, saved["param_groups"], strict=True):
         if mine["params"] != group.get("params") or mine.keys() != group.keys():
             raise Mismatch("param_groups", "the groups of this run", "others")
         check_settings(group, mine, "lr", "param_groups")
-    if steps and not found["state"]:
+    if steps and not saved["state"]:
         raise Mismatch("state", f"that of {steps} steps", "none")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = [place for group in own for place in group["params"]]
     shapes = {place: p.shape for place, p in zip(places, parameters, strict=True)}
-    for place, entry in found["state"].items():
+    for place, entry in saved["state"].items():
         for name, value in entry.items():
             if place not in shapes or not (
                 value is None
@@ -330,7 +324,7 @@ def check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
 
 @contextlib.contextmanager
 def loading(path: Path, where: str) -> Iterator[None]:
-    """Turns whatever goes wrong when a field of a checkpoint is taken up into an error that names it."""
+    """Turn any error in loading a field of a checkpoint into one that names the field."""
     try:
         yield
     except ArtifactError:
@@ -340,41 +334,41 @@ def loading(path: Path, where: str) -> Iterator[None]:
         raise malformed(path, where, "what this run would write there", lines) from error
 
 
-def check_same(path: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A checkpoint is of the run that goes on.
+def check_same_run(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Check that a checkpoint belongs to the run that resumes from it.
 
     Args:
         path: of the checkpoint.
-        kept: what the run was started with, as the checkpoint has it.
-        now: what this run is started with.
+        saved: what the run was started with, as the checkpoint records it.
+        current: what this run is started with.
 
     Raises:
-        ArtifactError: they differ; says in what.
+        ArtifactError: they differ; names the differences.
     """
-    differing = {key: (value, now.get(key)) for key, value in kept.items() if value != now.get(key)}
+    differing = {key: (value, current.get(key)) for key, value in saved.items() if value != current.get(key)}
     if differing:
         raise ArtifactError(
             f"{path} belongs to another run",
-            expected=_told(differing, 0),
-            found=_told(differing, 1),
-            hint="take up that run as it was started, or choose a new folder",
+            expected=_described(differing, 0),
+            found=_described(differing, 1),
+            hint="resume that run as it was started, or choose a new folder",
         )
 
 
-def _told(differing: dict[str, tuple[Any, Any]], side: int) -> str:
-    """The values of one side that differ, options one by one."""
+def _described(differing: dict[str, tuple[Any, Any]], side: int) -> str:
+    """Return the differing values of one side, options one by one."""
     parts = []
     for key, values in differing.items():
         if key == "options":
-            told = [k for k in values[side] if values[0].get(k) != values[1].get(k)]
-            parts += [f"{k}={values[side][k]}" for k in told]
+            names = [k for k in values[side] if values[0].get(k) != values[1].get(k)]
+            parts += [f"{k}={values[side][k]}" for k in names]
         else:
             parts.append(f"{key} {str(values[side])[:12]}")
     return ", ".join(parts)
 
 
-def left_behind(folder: Path) -> None:
-    """Remove temporary files that a killed run left, of checkpoints and of what else it writes."""
+def remove_temporary_files(folder: Path) -> None:
+    """Remove the temporary files that a killed run left in its folder, of checkpoints and anything else it writes."""
     for path in folder.glob(f"{TEMPORARY}*.tmp*"):
         if path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Distillation with masks: a masked student learns back what its dense teacher knows.
+"""Distillation with masks: a masked student recovers the accuracy of its dense teacher.
 
-The same loop runs on one device and, under torchrun, on many; an interrupted run goes on where it was, to the same
-weights as an undisturbed one.
+The same loop runs on one device and, under torchrun, on several. An interrupted run resumes where it stopped and ends
+with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import nn
 
+from mpcompile.data.seeding import random_state, set_random_state
 from mpcompile.errors import ConfigError
 from mpcompile.ir.numerics import training_flags
 from mpcompile.measure.evaluate import evaluate
-from mpcompile.training import checkpoint
 from mpcompile.training.losses import distillation_loss, parameter_groups
 from mpcompile.training.options import Training
 from mpcompile.training.policies import apply_masks
-from mpcompile.training.run import Distilled, Run
+from mpcompile.training.result import Distilled
+from mpcompile.training.run import Run
 
 __all__ = ["Distilled", "Training", "apply_masks", "distill", "distillation_loss", "evaluate", "parameter_groups"]
 
@@ -40,35 +41,34 @@ def distill(
     progress: bool = True,
     **options: Any,
 ) -> Distilled:
-    """Train the student in place, its masks applied again after every step.
+    """Train the student in place, with its masks applied again after every step.
 
-    Under torchrun every process calls this with the same student and its own share of the batches: gradients are
+    Under torchrun, every process calls this with the same student and its own share of the batches: gradients are
     averaged, the first rank writes, and all ranks end with the same weights.
 
     Args:
-        student: from :func:`mpcompile.transform`; left in the mode it was in.
-        teacher: the dense model; run in eval mode, not changed.
-        train: batches (images, labels) or (images, labels, index), read once an epoch: a DataLoader or a list; it
-            needs a length. ``train.set_epoch(epoch)`` is called where there is one, also of its sampler.
-        val: labelled batches for the accuracy after each epoch; nothing is chosen by it.
-        training: how to train; ``options`` are its fields, and override it.
-        out: folder for ``checkpoint.pt`` and ``log.jsonl``; None writes nothing.
-            Every rank has to see it.
-        resume: ``"auto"`` goes on from the checkpoint in ``out`` where there is one. The run then ends with the very
-            weights of an undisturbed one, as long as the batches of an epoch depend on nothing but Python's, NumPy's
-            and torch's random numbers, and kernels and threads are the same.
-        fingerprint: stands for the images and how they are augmented: a run goes on only with the same one.
+        student: from :func:`mpcompile.transform`; keeps its train or eval mode.
+        teacher: the dense model; runs in eval mode and is not changed.
+        train: batches (images, labels) or (images, labels, index), read once per epoch: a DataLoader, a list, or
+            anything with a length. ``set_epoch(epoch)`` is called if the loader, its sampler or its dataset has it.
+        val: labelled batches for the accuracy after each epoch; no decision depends on it.
+        training: how to train; ``options`` are its fields and override it.
+        out: folder for ``checkpoint.pt`` and ``log.jsonl``, visible to every rank; None writes nothing.
+        resume: ``"auto"`` resumes from the checkpoint in ``out`` if it exists. The run then ends with exactly the
+            weights of an uninterrupted one, provided that the batches of an epoch depend only on Python's, NumPy's
+            and torch's random numbers, and that kernels and threads are the same.
+        fingerprint: identifies the images and their augmentation: a run resumes only with the same one.
         trackers: ``"tensorboard"``, ``"wandb"``.
-        progress: bars on the first rank.
+        progress: show progress bars on the first rank.
 
     Returns:
         Losses and accuracies; see :class:`Distilled`. Source: arXiv 2606.02608, fine-tuning recipe.
 
     Raises:
-        InputError: nothing to train on, labels out of range, other classes than the teacher's, a student without
-            masks and merges to recover from, a loss, gradient or weight that is not finite, ranks that differ.
-        ConfigError: an option that can't be.
-        ArtifactError: a checkpoint that can't be read or written, or belongs to another run.
+        InputError: there is nothing to train on, labels are out of range, student and teacher have different classes,
+            the student has neither masks nor merged tokens, a loss, gradient or weight is not finite, or ranks differ.
+        ConfigError: an option has an invalid value.
+        ArtifactError: a checkpoint cannot be read or written, or belongs to another run.
 
     Example:
         >>> import mpcompile
@@ -83,11 +83,11 @@ def distill(
         raise ConfigError("resume has no such value", expected=f"one of {', '.join(RESUME)}", found=repr(resume))
     folder = None if out is None else Path(out)
     if resume == "auto" and folder is None:
-        raise ConfigError("resume='auto' needs a folder", expected="out=FOLDER, where checkpoints lie", found="None")
-    before = checkpoint.random_state()
+        raise ConfigError("resume='auto' needs a folder", expected="out=FOLDER, for the checkpoints", found="None")
+    before = random_state()
     try:
         with training_flags(student, True), training_flags(teacher, False):
             run = Run(student, teacher, train, val, training, folder, fingerprint, trackers, progress)
-            return run.all(resume == "auto")
+            return run.complete(resume == "auto")
     finally:
-        checkpoint.set_random_state(before)
+        set_random_state(before)

@@ -1,8 +1,8 @@
-"""What happens in a run, as it happens: one JSON object a line, always; TensorBoard and Weights & Biases on request.
+"""The log of a run: one JSON object per line and, on request, TensorBoard and Weights & Biases.
 
-A line holds ``event`` (what it is: ``"step"``, ``"epoch"``, ``"checkpoint"``, ...), ``time`` (seconds since 1970) and
-the values given. Each line is handed to the operating system as it is written, so that a killed process loses none but
-perhaps the one it was writing; that one is cut off when the log is opened again.
+A line holds ``event`` (its kind: ``"step"``, ``"epoch"``, ``"resume"``, ``"end"``, ...), ``time`` (seconds since 1970)
+and the given values. Each line is passed to the operating system when it is written, so that a killed process loses at
+most the line it was writing; an incomplete line is cut off when the log is opened again.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ class _Line(TypedDict, total=False):
 
 
 class Sink(Protocol):
-    """Where numbers go besides the file."""
+    """A destination for numbers, besides the file."""
 
     def write(self, numbers: Mapping[str, float], step: int | None) -> None:
-        """Take numbers by name, ``event/key``."""
+        """Receive numbers by name, ``event/key``."""
 
     def close(self) -> None:
-        """Hand over what is still held back."""
+        """Flush what is still buffered."""
 
 
 class EventLog:
-    """A log of a run in a JSON-lines file.
+    """The log of a run in a JSON-lines file.
 
     Args:
-        path: the file, made with its folder if absent and appended to otherwise; None writes no file (on ranks that
-            aren't the first).
-        resume_at: the step at which a resumed run goes on: lines of this step and later ones are taken out, so that
-            the log reads like that of a run that was never interrupted. None keeps all lines.
-        again: events of the step before that will be written again: their lines are taken out too.
+        path: the file, created with its folder if absent and appended to otherwise; None writes no file (for all
+            ranks but the first).
+        resume_at: the first step of a resumed run: lines of this step and later ones are removed, so that the log
+            reads like that of an uninterrupted run. None keeps all lines.
+        again: events of the previous step that will be written again: their lines are removed, too.
         sinks: see :func:`tensorboard` and :func:`wandb`.
 
     Raises:
-        ArtifactError: the file can't be written, now or, with a full disk, later.
+        ArtifactError: the file cannot be written, when it is opened or, on a full disk, later.
 
     Example:
         >>> import tempfile
@@ -84,19 +84,19 @@ class EventLog:
         self._sinks = sinks
         self._file = None
         if self.path is not None:
-            with self._explained():
+            with self._named_errors():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                _mend(self.path, resume_at, again)
-                self._file = _appended(self.path)
+                _truncate(self.path, resume_at, again)
+                self._file = _open_for_appending(self.path)
 
     def write(self, event: str, *, step: int | None = None, **values: Any) -> None:
         """Add a line.
 
         Args:
-            event: what happened.
+            event: kind of the line.
             step: of the optimiser, for lines that belong to one.
-            values: whatever JSON holds, and tensors of one value. Numbers that aren't finite, which JSON has none of,
-                are written as the text ``"nan"``, ``"inf"`` or ``"-inf"``.
+            values: JSON values and tensors. JSON has no numbers that are not finite: they are written as the text
+                ``"nan"``, ``"inf"`` or ``"-inf"``.
         """
         line = {"event": event, "time": round(time.time(), 3)}
         if step is not None:
@@ -104,12 +104,12 @@ class EventLog:
         line.update(_plain(values))
         if self._file is not None:
             data = (json.dumps(line, allow_nan=False) + "\n").encode()
-            with self._explained():
+            with self._named_errors():
                 while data:
                     data = data[self._file.write(data) :]
-        found = {f"{event}/{key}": float(v) for key, v in line.items() if key not in _FRAME and _number(v)}
-        for sink in self._sinks if found else ():
-            sink.write(found, step)
+        values = {f"{event}/{key}": float(v) for key, v in line.items() if key not in _FRAME and _number(v)}
+        for sink in self._sinks if values else ():
+            sink.write(values, step)
 
     def close(self) -> None:
         """Close the file and the sinks; a second call does nothing."""
@@ -127,41 +127,41 @@ class EventLog:
         self.close()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _named_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise ArtifactError(
-                f"can't write the log {self.path}",
+                f"cannot write the log {self.path}",
                 expected="a writable folder with room",
                 found=error.strerror or str(error),
             ) from error
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a log, oldest first; a last line that was cut off is left out.
+    """Yield the lines of a log, oldest first, without an incomplete last line.
 
     Raises:
-        ArtifactError: there is no such file, or a line in its midst is no JSON object.
+        ArtifactError: the file does not exist, or a complete line is no JSON object.
     """
     try:
         with open_regular(path) as file:
             lines = file.read().split(b"\n")
     except OSError as error:
-        raise ArtifactError(f"can't read the log {path}", found=error.strerror or str(error)) from error
+        raise ArtifactError(f"cannot read the log {path}", found=error.strerror or str(error)) from error
     for number, line in enumerate(lines[:-1], 1):
         try:
-            found = parse_json(line)
-            check(found, _Line)
+            entry = parse_json(line)
+            check(entry, _Line)
         except ValueError as error:
             wrong = f"{error.where}: {error.found}" if isinstance(error, Mismatch) else repr(line[:40])
             expected = f"{error.expected}" if isinstance(error, Mismatch) else "a JSON object"
             raise ArtifactError(f"line {number} of {path} is damaged", expected=expected, found=wrong) from error
-        yield found
+        yield entry
 
 
-def _appended(path: Path) -> BinaryIO:
-    """The log, open at its end; a regular file of that name, not what a link leads to."""
+def _open_for_appending(path: Path) -> BinaryIO:
+    """Open the log at its end; a link is not followed, and only a regular file is opened."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -170,38 +170,38 @@ def _appended(path: Path) -> BinaryIO:
     return file
 
 
-def _mend(path: Path, resume_at: int | None, again: Collection[str]) -> None:
-    """Cut off what was half-written, and the lines of steps that will be run again."""
+def _truncate(path: Path, resume_at: int | None, again: Collection[str]) -> None:
+    """Remove an incomplete last line, and the lines of steps that will be run again."""
     if not path.exists():
         return
     with open_regular(path) as file:
         data = file.read()
-    kept = data[: data.rfind(b"\n") + 1]
+    remaining = data[: data.rfind(b"\n") + 1]
     if resume_at is not None:
-        lines = kept.splitlines(keepends=True)
+        lines = remaining.splitlines(keepends=True)
 
-        def stays(found: Mapping[str, Any]) -> bool:
-            step = found.get("step")
-            repeated = found.get("event") in again and step == resume_at - 1
+        def remains(entry: Mapping[str, Any]) -> bool:
+            step = entry.get("step")
+            repeated = entry.get("event") in again and step == resume_at - 1
             return step is None or (step < resume_at and not repeated)
 
-        kept = b"".join(line for line, found in zip(lines, read(path), strict=True) if stays(found))
-    if kept != data:
+        remaining = b"".join(line for line, entry in zip(lines, read(path), strict=True) if remains(entry))
+    if remaining != data:
         with replacing(path) as file:
-            file.write(kept)
+            file.write(remaining)
 
 
 def _plain(value: Any) -> Any:
-    """As JSON holds it."""
+    """Convert a value to plain JSON values."""
     if isinstance(value, torch.Tensor):
         value = value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(entry) for entry in value]
     if isinstance(value, (str, bool, int, type(None))):
         return value
-    if isinstance(value, numbers.Real):  # numpy's too
+    if isinstance(value, numbers.Real):  # also NumPy's
         number = int(value) if isinstance(value, numbers.Integral) else float(value)
         return number if math.isfinite(number) else str(number)
     return str(value)
@@ -212,12 +212,12 @@ def _number(value: Any) -> TypeGuard[float]:
 
 
 def tensorboard(folder: str | os.PathLike[str], resume_at: int | None = None) -> Sink:
-    """A sink that writes TensorBoard event files into ``folder``; with ``resume_at``, later steps there are void.
+    """Return a sink that writes TensorBoard event files into ``folder``; ``resume_at`` purges later steps there.
 
     Raises:
-        ConfigError: the package ``tensorboard`` isn't installed.
+        ConfigError: the package ``tensorboard`` is not installed.
     """
-    _needed("tensorboard")
+    _required("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     class Writer:
@@ -235,14 +235,19 @@ def tensorboard(folder: str | os.PathLike[str], resume_at: int | None = None) ->
 
 
 def wandb(project: str, *, config: Mapping[str, Any] | None = None, **options: Any) -> Sink:
-    """A sink that sends numbers to Weights & Biases; ``options`` go to ``wandb.init`` (``name``, ``mode``, ``id``...).
+    """Return a sink that sends numbers to Weights & Biases.
+
+    Args:
+        project: of the run.
+        config: of the run.
+        options: passed to ``wandb.init`` (``name``, ``mode``, ``id``, ...).
 
     Raises:
-        ConfigError: the package ``wandb`` isn't installed.
+        ConfigError: the package ``wandb`` is not installed.
     """
-    package = _needed("wandb")
+    package = _required("wandb")
 
-    class Run:
+    class Uploader:
         def __init__(self) -> None:
             self.run = package.init(project=project, config=dict(config or {}), **options)
 
@@ -252,59 +257,61 @@ def wandb(project: str, *, config: Mapping[str, Any] | None = None, **options: A
         def close(self) -> None:
             self.run.finish()
 
-    return Run()
+    return Uploader()
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Trackers can be had, before anything is computed.
+    """Check that trackers are available, before anything is computed.
 
     Raises:
-        ConfigError: no such tracker, or its package isn't installed.
+        ConfigError: a tracker does not exist, or its package is not installed.
     """
     for name in names:
         if name not in TRACKERS:
-            raise ConfigError("there is no such tracker", expected=f"one of {', '.join(TRACKERS)}", found=repr(name))
-        _needed(name)
+            raise ConfigError("unknown tracker", expected=f"one of {', '.join(TRACKERS)}", found=repr(name))
+        _required(name)
 
 
 def trackers(names: Sequence[str], folder: Path | None, resume_at: int | None = None) -> tuple[Sink, ...]:
-    """Sinks by name, which keep what they write in ``folder`` (None: the working folder).
+    """Return sinks by name.
 
     Args:
         names: of :data:`TRACKERS`.
-        folder: also says which Weights & Biases run is gone on with, in ``wandb.id``.
-        resume_at: the step at which a resumed run goes on.
+        folder: for their files (None: the working folder). Its file ``wandb.id`` names the Weights & Biases run that a
+            resumed run continues.
+        resume_at: the first step of a resumed run.
 
     Raises:
-        ConfigError: no such tracker, or its package isn't installed.
+        ConfigError: a tracker does not exist, or its package is not installed.
+        ArtifactError: ``wandb.id`` is damaged.
     """
     check_trackers(names)
-    place, made = str(folder or "."), []
+    place, sinks = str(folder or "."), []
     for name in names:
         if name == "tensorboard":
-            made.append(tensorboard(place, resume_at))
+            sinks.append(tensorboard(place, resume_at))
         else:
             mark = Path(place) / "wandb.id"
             known = resume_at is not None and mark.exists()
-            found = _run_name(mark) if known else secrets.token_hex(8)
-            made.append(wandb("mpcompile", dir=place, id=found, resume="allow"))
+            run = _run_name(mark) if known else secrets.token_hex(8)
+            sinks.append(wandb("mpcompile", dir=place, id=run, resume="allow"))
             if not known:
-                write_atomically(mark, found)
-    return tuple(made)
+                write_atomically(mark, run)
+    return tuple(sinks)
 
 
 def _run_name(mark: Path) -> str:
-    """The name of a Weights & Biases run, as this module wrote it."""
+    """Read the name of a Weights & Biases run from a file that this module wrote."""
     try:
         text = read_text(mark, 1000)
     except OSError as error:
-        raise ArtifactError(f"can't read {mark}", found=error.strerror or str(error)) from error
+        raise ArtifactError(f"cannot read {mark}", found=error.strerror or str(error)) from error
     if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", text):
         raise ArtifactError(f"{mark} names no run", expected="letters and digits", found=printable(repr(text), 60))
     return text
 
 
-def _needed(package: str) -> Any:
+def _required(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -1,8 +1,8 @@
 """Block outputs of a student and its teacher, side by side, for feature matching.
 
-A block is what repeats in a network: a path of modules up to its last number, such as ``blocks.3``, ``layer2.0`` or
-``stages.1.blocks.0``. Its output is where its last module leads to, through the residual addition. Channels that
-mpcompile reordered are read from the Plan, and put back into the teacher's order.
+A block is the repeating unit of a network: a module path up to its last number, such as ``blocks.3``, ``layer2.0`` or
+``stages.1.blocks.0``. Its output is the output of its last module, followed through the residual addition. The Plan
+records which channels mpcompile reordered; the teacher's channels are compared in that order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mpcompile._moved import renamed
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import InputError
 from mpcompile.ir.module import IRModule
@@ -22,6 +23,7 @@ from mpcompile.ir.nodes import shape_of
 from mpcompile.ir.shapes import propagate
 from mpcompile.kernels import ops
 
+__getattr__ = renamed(__name__, {"Pair": "training.features.FeaturePair"})
 _BLOCK = re.compile(r"^((?:.*\.)?\d+)\.")
 
 
@@ -30,9 +32,9 @@ class Feature:
     """The output of one block.
 
     Attributes:
-        block: its path.
-        node: of the graph, (batch, tokens, channels) or (batch, channels, height, width).
-        size: node with how many tokens each one stands for, (batch, tokens, 1), where tokens were merged; else None.
+        block: its module path.
+        node: its output in the graph, (batch, tokens, channels) or (batch, channels, height, width).
+        size: if tokens were merged, the node with the number of tokens behind each one, (batch, tokens, 1); else None.
     """
 
     block: str
@@ -41,7 +43,7 @@ class Feature:
 
 
 def _path(node: fx.Node) -> str | None:
-    """The module that a node calls, or that owns what it reads."""
+    """Return the path of the module that a node calls, or that owns the parameters it reads."""
     if node.op == "call_module":
         return str(node.target)
     if node.op == "call_function":
@@ -51,18 +53,18 @@ def _path(node: fx.Node) -> str | None:
 
 
 def _block(path: str | None) -> str | None:
-    found = _BLOCK.match(path or "")
-    return found.group(1) if found else None
+    match = _BLOCK.match(path or "")
+    return match.group(1) if match else None
 
 
-def _keeps(node: fx.Node, before: fx.Node) -> bool:
-    """Whether ``node`` merely adds to, activates or reorders the axes of ``before``."""
+def _same_axes(node: fx.Node, before: fx.Node) -> bool:
+    """Return True if ``node`` only adds to, activates or reorders the axes of ``before``."""
     old, new = shape_of(before), shape_of(node)
     return old is not None and new is not None and len(old) == len(new) and sorted(old) == sorted(new)
 
 
 def block_outputs(gm: fx.GraphModule) -> list[Feature]:
-    """The output of every block, in the graph's order. The graph has to carry shapes."""
+    """Return the output of every block, in graph order. The graph has to carry shapes."""
     last: dict[str, fx.Node] = {}
     for node in gm.graph.nodes:
         block = _block(_path(node))
@@ -70,22 +72,22 @@ def block_outputs(gm: fx.GraphModule) -> list[Feature]:
             last.pop(block, None)
             last[block] = node
     sizes = {n.args[0]: n for n in gm.graph.nodes if getattr(n.target, "__name__", "") == "getitem" and n.args[1] == 1}
-    found, order = [], {node: i for i, node in enumerate(gm.graph.nodes)}
+    outputs, order = [], {node: i for i, node in enumerate(gm.graph.nodes)}
     merges = [n for n in gm.graph.nodes if n.target is ops.token_merge]
     for block, node in last.items():
         while len(node.users) == 1:
             (user,) = node.users
-            if _path(user) is not None or user.op not in ("call_function", "call_method") or not _keeps(user, node):
+            if _path(user) is not None or user.op not in ("call_function", "call_method") or not _same_axes(user, node):
                 break
             node = user
         if len(shape_of(node) or ()) in (3, 4):
             before = [m for m in merges if order[m] < order[node]]
-            found.append(Feature(block, node, sizes.get(before[-1]) if before else None))
-    return found
+            outputs.append(Feature(block, node, sizes.get(before[-1]) if before else None))
+    return outputs
 
 
 class WithFeatures(nn.Module):
-    """A graph that also returns the outputs of the named blocks; parameters are those of the module it is made from.
+    """A graph that also returns the outputs of the named blocks, and shares its parameters with the original module.
 
     Returns ``(output, [(feature, size or None), ...])``.
     """
@@ -106,8 +108,8 @@ class WithFeatures(nn.Module):
 
 
 def channel_orders(student: nn.Module) -> dict[str, Tensor]:
-    """Block -> where each of its channels is in the original model, for those whose channels were reordered."""
-    found: dict[str, Tensor] = {}
+    """Return, for every block with reordered channels, the index of each channel in the original model, by block."""
+    orders: dict[str, Tensor] = {}
     plan = student.plan if isinstance(student, IRModule) else None
     for record in plan.passes if plan is not None else ():
         if record.name == "permute":
@@ -115,12 +117,12 @@ def channel_orders(student: nn.Module) -> dict[str, Tensor]:
                 for writer in entry.get("writers", ()):
                     block = _block(f"{writer}.")
                     if block is not None:
-                        found[block] = torch.tensor(entry["order"][0])
-    return found
+                        orders[block] = torch.tensor(entry["order"][0])
+    return orders
 
 
 def _in_order(feature: Tensor, order: Tensor | None) -> Tensor:
-    """A teacher's feature with its channels in the student's order."""
+    """Return a teacher's feature with its channels in the student's order."""
     if order is None:
         return feature
     axis = 1 if feature.dim() == 4 and feature.shape[1] == len(order) else -1
@@ -128,7 +130,7 @@ def _in_order(feature: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _summary(tokens: Tensor, size: Tensor | None, prefix: int) -> Tensor:
-    """Prefix tokens, and the mean of the others weighted by size: (batch, prefix + 1, channels)."""
+    """Return the prefix tokens and the size-weighted mean of the others: (batch, prefix + 1, channels)."""
     rest = tokens[:, prefix:]
     if size is None:
         mean = rest.mean(1, keepdim=True)
@@ -144,23 +146,28 @@ def feature_loss(
     orders: Sequence[Tensor | None],
     prefix: int = 0,
 ) -> Tensor:
-    """Mean over the blocks of ||student - teacher||^2 / ||teacher||^2.
+    """Return the mean over the blocks of ||student - teacher||^2 / ||teacher||^2, a scalar.
 
-    Where the student merged tokens, prefix tokens and the mean over the others are compared in place of each token.
+    If the student merged tokens, the prefix tokens and the mean over the others are compared instead of every token.
+
+    Args:
+        student, teacher: (feature, size or None) of each block.
+        orders: of each block, the index of the student's channels in the teacher's feature, or None.
+        prefix: tokens at the start that are never merged, such as the class token.
     """
     losses = []
-    for (found, size), (wanted, _), order in zip(student, teacher, orders, strict=True):
-        wanted = _in_order(wanted, order)
-        if found.shape != wanted.shape:
-            found, wanted = _summary(found, size, prefix), _summary(wanted, None, prefix)
-        found, wanted = found.float(), wanted.float()
-        losses.append((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
+    for (feature, size), (target, _), order in zip(student, teacher, orders, strict=True):
+        target = _in_order(target, order)
+        if feature.shape != target.shape:
+            feature, target = _summary(feature, size, prefix), _summary(target, None, prefix)
+        feature, target = feature.float(), target.float()
+        losses.append((feature - target).square().sum() / target.square().sum().clamp(min=1e-30))
     return torch.stack(losses).mean()
 
 
 @dataclass
-class Pair:
-    """Student and teacher as modules that return their block outputs too, and how to compare these."""
+class FeaturePair:
+    """Student and teacher as modules that also return their block outputs, and how to compare these."""
 
     student: WithFeatures
     teacher: WithFeatures
@@ -169,7 +176,7 @@ class Pair:
     prefix: int
 
     def loss(self, student: Any, teacher: Any) -> Tensor:
-        """:func:`feature_loss` of what the two modules returned beside their outputs."""
+        """Return the :func:`feature_loss` of the block outputs that the two modules returned."""
         return feature_loss(student, teacher, self.orders, self.prefix)
 
 
@@ -179,18 +186,18 @@ def _merged_prefix(student: nn.Module) -> int:
     return int(records[0].decision.get("prefix", 0)) if records else 0
 
 
-def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> Pair:
+def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> FeaturePair:
     """Match the blocks of a student from :func:`mpcompile.transform` with those of its teacher.
 
     Args:
-        inputs: example inputs; shapes alone matter.
+        inputs: example inputs; only their shapes matter.
 
     Raises:
-        InputError: the student is no transformed graph, or the two share no block of the same width.
+        InputError: the student is not a transformed graph, or the two share no block of the same width.
     """
     if not isinstance(student, fx.GraphModule):
         raise InputError(
-            "block outputs can't be found in this student",
+            "this student has no graph to read block outputs from",
             expected="the graph that mpcompile.transform returns",
             found=type(student).__name__,
             hint="distil without feature matching (features=0)",
@@ -208,7 +215,7 @@ def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> Pair:
             hint="distil without feature matching (features=0)",
         )
     orders = channel_orders(student)
-    return Pair(
+    return FeaturePair(
         WithFeatures(student, blocks),
         WithFeatures(other, blocks).requires_grad_(False).eval(),
         blocks,
@@ -218,6 +225,6 @@ def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> Pair:
 
 
 def _widths(features: Sequence[Feature]) -> Mapping[str, int]:
-    """Block -> channels: the last axis of tokens, axis 1 of images."""
+    """Return the number of channels of each block: the last axis of tokens, axis 1 of images."""
     shapes = {f.block: shape_of(f.node) or () for f in features}
     return {block: shape[1] if len(shape) == 4 else shape[-1] for block, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""The distillation loss, and which parameters decay."""
+"""The distillation loss, and the parameters that weight decay applies to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNDECAYED = ("pos_embed", "cls_token", "dist_token", "reg_token", "relative_pos
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms, position embeddings and class tokens don't."""
+    """Return optimiser groups: matrices and kernels decay; biases, norms, position embeddings and tokens do not."""
     from timm.optim import param_groups_weight_decay
 
     undecayed = [name for name, _ in model.named_parameters() if any(word in name for word in _UNDECAYED)]
@@ -23,10 +23,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def distillation_loss(
     student: Tensor, teacher: Tensor, labels: Tensor | None, alpha: float, temperature: float, smoothing: float
 ) -> Tensor:
-    """(1 - a) CE(labels, smoothed) + a T^2 KL(teacher / T || student / T), on logits (batch, classes).
+    """Return (1 - a) CE(smoothed labels, student) + a T^2 KL(teacher / T || student / T), a scalar.
 
-    Computed in fp32; labels (batch,) are of any whole-number type. Source: arXiv 2606.02608, fine-tuning recipe
-    (a = 0.5, T = 2, smoothing 0.1).
+    Computed in fp32. Source: arXiv 2606.02608, fine-tuning recipe (a = 0.5, T = 2, smoothing 0.1).
+
+    Args:
+        student, teacher: logits (batch, classes).
+        labels: (batch,) of any integer type; None leaves out the first term.
+        alpha: a, 0 to 1.
+        temperature: T, of both softmaxes in the second term.
+        smoothing: of the labels, below 1.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What happens to masks while the student trains: frozen, or moving as in the methods it is compared with."""
+"""Masks during training: frozen, or moving as in the methods that frozen masks are compared with."""
 
 from __future__ import annotations
 
@@ -10,39 +10,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mpcompile._moved import renamed
+from mpcompile.data import ranks
 from mpcompile.errors import InputError
 from mpcompile.ir.view import layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.pruning.scores import magnitude_mask
 
-_FADED = 0.5  # share of the steps after which nothing of what is removed is left in "gradual"
+__getattr__ = renamed(__name__, {"digest": "training.policies.masks_digest"})
+_FADED = 0.5  # share of the steps after which removed weights no longer contribute in "gradual"
 
 
 def masked_weights(student: nn.Module) -> dict[str, tuple[Tensor, Tensor, Pattern]]:
-    """Layer name -> its weight, its boolean mask and its pattern."""
-    found: dict[str, tuple[Tensor, Tensor, Pattern]] = {}
+    """Return the weight, the boolean mask and the pattern of every masked layer, by name."""
+    masks: dict[str, tuple[Tensor, Tensor, Pattern]] = {}
     for name, module in student.named_modules():
         if isinstance(module, (MaskedLinear, MaskedConv2d)):
-            found[name] = (module.weight, module.mask, module.pattern)
-    if isinstance(student, fx.GraphModule):  # layers that stand in the graph as functions
+            masks[name] = (module.weight, module.mask, module.pattern)
+    if isinstance(student, fx.GraphModule):  # layers that are function calls in the graph
         for layer in layers(student):
             if layer.pattern is not None and layer.mask is not None:
-                found.setdefault(layer.name, (layer.weight.tensor, layer.mask.tensor, layer.pattern))
-    return found
+                masks.setdefault(layer.name, (layer.weight.tensor, layer.mask.tensor, layer.pattern))
+    return masks
 
 
 @torch.no_grad()
 def apply_masks(student: nn.Module) -> int:
-    """Set every masked weight to exactly zero in storage; returns the number of masked layers."""
+    """Set every masked weight to exactly zero in storage, and return the number of masked layers."""
     weights = masked_weights(student)
     for weight, mask, _ in weights.values():
-        weight.mul_(_like(mask, weight))
+        weight.mul_(_distributed_like(mask, weight))
     return len(weights)
 
 
-def _like(mask: Tensor, weight: Tensor) -> Tensor:
-    """The mask, spread over devices as its weight is."""
+def _distributed_like(mask: Tensor, weight: Tensor) -> Tensor:
+    """Return the mask, distributed over devices as its weight is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(weight, DTensor) and not isinstance(mask, DTensor):
@@ -50,8 +53,8 @@ def _like(mask: Tensor, weight: Tensor) -> Tensor:
     return mask
 
 
-def digest(student: nn.Module) -> str:
-    """A fingerprint of all masks: equal on two machines exactly if the masks are."""
+def masks_digest(student: nn.Module) -> str:
+    """Return a SHA-256 fingerprint of all masks: equal on two machines if and only if the masks are."""
     sha = hashlib.sha256()
     for name, (_, mask, pattern) in sorted(masked_weights(student).items()):
         sha.update(f"{name} {pattern} {tuple(mask.shape)}".encode())
@@ -59,29 +62,45 @@ def digest(student: nn.Module) -> str:
     return sha.hexdigest()
 
 
+def check_masks(student: nn.Module) -> None:
+    """Raise on every rank if the masks are not identical everywhere.
+
+    Raises:
+        InputError: names the ranks.
+    """
+    digests = [value[:12] for value in ranks.gather(masks_digest(student))]
+    if len(set(digests)) > 1:
+        raise InputError(
+            "the masks differ between processes",
+            expected="identical masks on every rank",
+            found=ranks.differing(digests),
+            hint="transform on one rank and send the student to the others (mpcompile distill does)",
+        )
+
+
 class Frozen:
-    """Masks stay; what they remove is set to zero after every step."""
+    """Masks stay as they are; removed weights are set to zero after every step."""
 
     def __init__(self, student: nn.Module) -> None:
         self.student = student
 
     def before_step(self, progress: float) -> None:
-        """Called before the forward passes of a step; ``progress`` is the share of the steps that is done."""
+        """Prepare the forward passes of a step; ``progress`` is the share of all steps done, 0 to 1."""
 
     def after_step(self) -> None:
-        """Called after the optimiser's step."""
+        """Restore the masks after the optimiser's step."""
         apply_masks(self.student)
 
     def finish(self, model: nn.Module) -> None:
-        """Make the student, or a copy of it, what the result would be now: what is masked is zero."""
+        """Turn the student, or a copy of it, into the result: masked weights become zero."""
         apply_masks(model)
 
     def leave(self) -> None:
-        """Called when the run is over, however it ended: nothing of the policy stays with the student."""
+        """Remove the policy from the student when the run is over, however it ended."""
 
 
-class _Through(torch.autograd.Function):
-    """w (m + f (1 - m)) forward; backward, the gradient as it is, plus decay * w where the mask removes."""
+class _StraightThrough(torch.autograd.Function):
+    """Forward w * m; backward, the unchanged gradient plus decay * w for removed weights."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
@@ -100,14 +119,14 @@ def _masked_layers(student: nn.Module) -> list[MaskedLinear | MaskedConv2d]:
 
 
 @torch.no_grad()
-def _choose(student: nn.Module) -> None:
-    """Masks that keep the largest weights."""
+def _update_masks(student: nn.Module) -> None:
+    """Set the masks so that they keep the largest weights."""
     for layer in _masked_layers(student):
         layer.mask.copy_(magnitude_mask(layer.weight, layer.pattern))
 
 
 class Moving(Frozen):
-    """Masks follow the magnitude of dense weights; subclasses say what removed weights still do."""
+    """Masks follow the magnitude of dense weights; subclasses define how removed weights still contribute."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
@@ -116,14 +135,14 @@ class Moving(Frozen):
             raise InputError(
                 "moving masks need masked layers that are modules",
                 expected="a student that mpcompile.transform made from a module",
-                found="masked layers inside the graph",
+                found="masked layers that are function calls in the graph",
                 hint="use method='frozen'",
             )
         for layer in layers:
             layer.forward = types.MethodType(self._forward, layer)  # type: ignore[method-assign]
 
     def weight(self, layer: MaskedLinear | MaskedConv2d) -> Tensor:
-        """What the layer multiplies with."""
+        """Return the weight that the layer multiplies by."""
         raise NotImplementedError
 
     def _forward(self, layer: MaskedLinear | MaskedConv2d, x: Tensor) -> Tensor:
@@ -133,13 +152,13 @@ class Moving(Frozen):
         return F.conv2d(x, self.weight(layer), layer.bias, *geometry)
 
     def before_step(self, progress: float) -> None:
-        _choose(self.student)
+        _update_masks(self.student)
 
     def after_step(self) -> None:
         pass
 
     def finish(self, model: nn.Module) -> None:
-        _choose(model)
+        _update_masks(model)
         self._settle(model)
 
     def leave(self) -> None:
@@ -159,12 +178,12 @@ class SrSte(Moving):
         self.decay = decay
 
     def weight(self, layer: MaskedLinear | MaskedConv2d) -> Tensor:
-        result: Tensor = _Through.apply(layer.weight, layer.mask, self.decay)
+        result: Tensor = _StraightThrough.apply(layer.weight, layer.mask, self.decay)
         return result
 
 
 class Gradual(Moving):
-    """Removed weights count less and less, and not at all in the second half. Source: Kao et al. 2022."""
+    """Removed weights fade out over the first half of training. Source: Kao et al. 2022."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(student)
@@ -173,7 +192,7 @@ class Gradual(Moving):
     def before_step(self, progress: float) -> None:
         self.factor = max(0.0, 1 - progress / _FADED)
         if self.factor:
-            _choose(self.student)
+            _update_masks(self.student)
 
     def weight(self, layer: MaskedLinear | MaskedConv2d) -> Tensor:
         return layer.weight * torch.where(layer.mask, 1.0, self.factor)
@@ -183,7 +202,7 @@ class Gradual(Moving):
 
 
 def policy(method: str, student: nn.Module, sr_ste_decay: float) -> Frozen:
-    """The policy of a method's name."""
+    """Return the policy for a method, one of :data:`mpcompile.training.options.METHODS`."""
     if method == "sr-ste":
         return SrSte(student, sr_ste_decay)
     return Gradual(student) if method == "gradual" else Frozen(student)

@@ -1,4 +1,4 @@
-"""A student whose weights, gradients and optimiser state are spread over the ranks (FSDP2)."""
+"""A student whose weights, gradients and optimiser state are sharded over the ranks (FSDP2)."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mpcompile.training import policies as masks
+from mpcompile.layers import MaskedConv2d, MaskedLinear
 
 
 def shard(student: nn.Module) -> nn.Module:
-    """Spread parameters over all ranks, layer by layer."""
+    """Shard parameters over all ranks, layer by layer, and return the student."""
     from torch.distributed.fsdp import fully_shard
 
     for module in list(student.modules()):
-        if isinstance(module, (masks.MaskedLinear, masks.MaskedConv2d)):
+        if isinstance(module, (MaskedLinear, MaskedConv2d)):
             fully_shard(module)
     fully_shard(student)
     return student
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, which is all of one that isn't spread."""
+    """Return this rank's part of a tensor: all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be spread."""
+    """Return the whole of a tensor that may be sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_weights(student: nn.Module) -> dict[str, Any]:
-    """The state dict of a spread student, whole on every rank."""
+    """Return the state dict of a sharded student, whole on every rank."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return dict(get_model_state_dict(student, options=StateDictOptions(full_state_dict=True)))
 
 
 def states(student: nn.Module, optimizer: Any) -> tuple[Any, Any]:
-    """State dicts of student and optimiser, whole on the first rank."""
+    """Return the state dicts of student and optimiser, whole on the first rank."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     return get_state_dict(student, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def load_states(student: nn.Module, optimizer: Any, weights: Any, moments: Any) -> None:
-    """Inverse of :func:`states`."""
+    """Load state dicts that :func:`states` returned."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     whole = StateDictOptions(full_state_dict=True)

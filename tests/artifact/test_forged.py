@@ -1,4 +1,4 @@
-"""Forged graphs with valid checksums, loaded and run in child processes: refused, or run, and never a crash."""
+"""Forged graphs with valid checksums, loaded and run in child processes: refused or run, never a crash."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ne
 @pytest.fixture(scope="module")
 def forger(tmp_path_factory):
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork takes no threads along
+    torch.set_num_threads(1)  # threads do not survive a fork
     yield Forger(tmp_path_factory.mktemp("forged"), seed=1)
     torch.set_num_threads(before)
 
 
 def test_no_forged_graph_crashes(forger):
-    found = dict(outcomes(forger, ROUNDS))
-    assert len(found) == ROUNDS and set(found.values()) <= set(ENDED), {
-        n: f for n, f in found.items() if f not in ENDED
-    }
-    counts = Counter(found.values())
+    results = dict(outcomes(forger, ROUNDS))
+    crashed = {number: result for number, result in results.items() if result not in ENDED}
+    assert len(results) == ROUNDS and not crashed
+    counts = Counter(results.values())
     assert counts[ENDED[0]] > ROUNDS / 4 and counts[ENDED[1]] > 5  # neither all refused nor all harmless
 
 
@@ -42,5 +41,5 @@ def test_a_crash_is_counted_and_the_next_file_is_tried(forger, monkeypatch):
         return ENDED[0]
 
     monkeypatch.setattr(forged_graphs, "outcome", outcome)
-    found = [what for _, what in outcomes(forger, 5)]
-    assert found == [ENDED[0], ENDED[0], "crashed: SIGSEGV", ENDED[0], ENDED[0]]
+    results = [result for _, result in outcomes(forger, 5)]
+    assert results == [ENDED[0], ENDED[0], "crashed: SIGSEGV", ENDED[0], ENDED[0]]

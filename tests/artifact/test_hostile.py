@@ -1,4 +1,4 @@
-"""Files that are damaged, of another kind, or made to do harm: only ever an ArtifactError, and nothing is executed."""
+"""Files that are damaged, of another kind, or malicious: always an ArtifactError, and nothing is executed."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ from tests.support.forging import forge, parts
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file to do harm to."""
+    """A file to damage."""
     graph = fx.Graph()
     x = graph.call_module("fc", (graph.placeholder("x"),))
     shape = graph.call_function(getattr, (x, "shape"))
@@ -88,7 +88,7 @@ def test_newer_format(small, tmp_path):
 
 
 def test_every_flipped_byte_and_every_truncation_is_noticed(small, tmp_path):
-    """Each byte of the frame and every 7th of the rest, and each length at the borders."""
+    """Each byte of the frame and every 7th of the rest; lengths at the boundaries and every 97th."""
     raw = small.read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
     path = tmp_path / "file"
@@ -114,7 +114,7 @@ def test_a_boolean_is_0_or_1(small, tmp_path):
         load(forge(tmp_path / "file", header, data[:start] + b"\2\0" + data[end:]))
 
 
-# --- Files that mean harm ---
+# --- Malicious files ---
 
 
 def node(op, target, *args, name="evil", **kwargs):
@@ -167,7 +167,7 @@ def test_hostile_nodes(evil, small, tmp_path, monkeypatch):
 
 
 def edit(key, *path, to):
-    """Set one place of one of the metadata texts."""
+    """Set one value in one of the metadata texts."""
 
     def apply(header):
         text = json.loads(header["__metadata__"][key])
@@ -266,7 +266,7 @@ def places(value, path=()):
 @settings(max_examples=400, deadline=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_fuzzed_headers(small, tmp_path, data):
-    """Something in the texts or the header replaced, removed or exchanged, with a valid checksum."""
+    """Values in the texts or the header are replaced, removed or swapped; the checksum is valid."""
     header, body = parts(small)
     texts = {key: json.loads(header["__metadata__"][key]) for key in ("graph", "modules", "tensors", "plan")}
     whole = {**texts, "header": {k: v for k, v in header.items() if k != "__metadata__"}}
@@ -283,7 +283,7 @@ def test_fuzzed_headers(small, tmp_path, data):
             else:
                 owner[path[-1]] = data.draw(JUNK) if change == "junk" else swap
         except (KeyError, IndexError, TypeError):
-            continue  # an earlier change took the place away
+            continue  # an earlier change removed the place
     metadata = header["__metadata__"] | {key: json.dumps(whole[key]) for key in texts}
     try:
         gm = load(forge(tmp_path / "file", {"__metadata__": metadata, **whole["header"]}, body))

@@ -1,7 +1,7 @@
-"""Every operator that a saved graph may call, with tensors of wrong sizes and numbers of any size: no process dies.
+"""Every operator that a saved graph may call, with tensors of wrong sizes and numbers of any size: no process crashes.
 
-Each operator runs in a child process, with inputs that lie between two pages which can't be touched: to read or write
-one element beyond a tensor is a signal.
+Each operator runs in a child process. Its inputs are between two protected pages, so that reading or writing one
+element beyond a tensor raises a signal.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _libc():
 
 
 def guarded(tensor):
-    """The tensor at the end of memory of its own, with a page before and behind that can't be touched."""
+    """A copy of the tensor at the end of its own memory, between two protected pages."""
     if not tensor.nbytes:
         return tensor
     pages = -(-tensor.nbytes // PAGE)
@@ -128,7 +128,7 @@ def arguments(schema, draw, tensors):
 
 @functools.cache
 def overloads():
-    """Name in a file -> what a graph calls, and the schema."""
+    """Name in a file -> the function that a graph calls, and its schema."""
     found = {}
     for packet in sorted(opset.ATEN | {f"{name}_" for name in opset.ATEN}):
         for overload in getattr(getattr(ATEN, packet, None), "overloads", list)():
@@ -136,7 +136,7 @@ def overloads():
             function = opset.function_of(name)
             if function is not None:
                 found[name] = function, guards.original(function)._schema
-    for name in opset.functions():  # torch's functions take what the operator of their name takes
+    for name in opset.functions():  # torch's functions take the arguments of the operator of their name
         packet = getattr(ATEN, name.rpartition(".")[2], None)
         if name.startswith("torch.") and packet is not None:
             tensor_first = [getattr(packet, o) for o in packet.overloads() if f"aten.{packet.__name__}.{o}" in found]
@@ -146,7 +146,7 @@ def overloads():
 
 
 def died(run, seconds=SECONDS):
-    """The signal that ended a child which runs this, or None, and what it said last. Running out of time is fine."""
+    """Run in a child; return the signal that ended it, or None, and its last message. Running out of time is fine."""
     with tempfile.TemporaryFile() as file:
         child = os.fork()
         if child == 0:
@@ -203,7 +203,7 @@ def test_no_operator_leaves_its_tensors():
 
 
 def test_the_sweep_finds_what_it_looks_for():
-    """Without its guard, batch normalisation writes to memory that is not its tensors'."""
+    """Without its guard, batch normalisation writes outside its tensors."""
     names = ["aten.native_batch_norm.default"]
     function, schema = overloads()[names[0]]
     assert died(sweep(names, 2000))[0] is None
@@ -264,7 +264,7 @@ def test_what_torch_does_not_check_is_refused(name):
 
 
 def graph(build, **buffers):
-    """An IR whose output is what ``build`` makes of a graph and its input."""
+    """An IR whose output is the node that ``build`` returns for a graph and its input."""
     root, drawn_graph = nn.Module(), fx.Graph()
     for name, tensor in buffers.items():
         root.register_buffer(name, tensor)

@@ -1,4 +1,4 @@
-"""Packed weights in artifacts: size, every pattern, what can't be packed, forged masks, and the folder form."""
+"""Packed weights in artifacts: size, every pattern, unpackable weights, forged masks, and the folder form."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from tests.support.helpers import images, mlp, tiny_vit
 
 
 def random_mask(shape, pattern, seed=0):
-    """N of every M of the group axis, anywhere."""
+    """N of every M along the group axis, at random places."""
     n, m = pattern
     k = torch.Size(shape[1:]).numel()
     order = torch.rand(shape[0], k // m, m, generator=torch.Generator().manual_seed(seed)).argsort(-1)
@@ -67,7 +67,7 @@ def test_every_pattern_comes_back_bit_for_bit(data):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (2, 4), (3, 8), (5, 5), (8, 11)])
 def test_the_masks_of_a_group_are_numbered_from_0(n, m):
-    """The code of one group is its rank: every number below C(M, N) once, and nothing else is a mask."""
+    """The code of one group is its rank: masks take every number below C(M, N) once, and no other."""
     numbers = set()
     for places in itertools.combinations(range(m), n):
         kept = np.isin(np.arange(m), places)[None]
@@ -79,14 +79,14 @@ def test_the_masks_of_a_group_are_numbered_from_0(n, m):
 
 @pytest.mark.parametrize(("pattern", "most"), [("2:4", 0.543), ("4:8", 0.55), ("8:16", 0.556)])
 def test_half_of_the_weights_take_at_most_57_percent(pattern, most, tmp_path):
-    """Values 50 %, and of fp16 log2(C(M, N)) / 16 M: 4.04 %, 4.79 % and 5.33 %, to within .07 %; and the graph."""
+    """Values take 50 % of fp16, masks log2(C(M, N)) / 16 M: 4.04, 4.79 and 5.33 %, within 0.07 %; then the graph."""
     layer = layer_of((512, 2048), Pattern.parse(pattern), torch.float16)
     save(module_of(layer), tmp_path / "file")
     assert (tmp_path / "file").stat().st_size / (512 * 2048 * 2) < most
     assert torch.equal(load(tmp_path / "file").layer.weight, layer.weight)
 
 
-def test_removed_weights_that_are_not_zero_are_kept_and_told(tmp_path, caplog):
+def test_removed_weights_that_are_not_zero_are_stored_with_a_warning(tmp_path, caplog):
     layer = layer_of((8, 16), Pattern(2, 4))
     with torch.no_grad():
         layer.weight[~layer.mask] = 1.0
@@ -199,7 +199,7 @@ def test_a_folder_holds_weights_and_a_plan_to_read(saved):
     for place in (folder, folder / "model.safetensors"):
         loaded = load(place)
         assert loaded.plan == gm.plan and torch.equal(loaded(torch.ones(1, 32)), gm(torch.ones(1, 32)))
-    save(gm, folder)  # there by now: no slash needed
+    save(gm, folder)  # it exists: no slash needed
     (folder / "plan.json").unlink()
     assert load(folder).plan == gm.plan
 
@@ -213,10 +213,19 @@ def test_a_plan_of_another_save_is_refused(saved):
     with pytest.raises(ArtifactError, match=r"plan\.json is not that of model\.safetensors"):
         load(folder)
     (folder / "plan.json").write_text("{")
-    with pytest.raises(ArtifactError, match="no JSON"):
+    with pytest.raises(ArtifactError, match=r"its plan\.json is not JSON"):
         load(folder)
 
 
-def test_a_folder_that_is_no_artifact(tmp_path):
+def test_a_forged_plan_in_a_folder_is_refused(saved):
+    folder, _ = saved
+    header, data = parts(folder / "model.safetensors")
+    header["__metadata__"]["plan"] = "{"
+    forge(folder / "model.safetensors", header, data)
+    with pytest.raises(ArtifactError, match="its plan is not JSON"):
+        load(folder)
+
+
+def test_a_folder_without_weights_is_not_an_artifact(tmp_path):
     with pytest.raises(ArtifactError, match=r"a folder without model\.safetensors"):
         load(tmp_path)

@@ -1,4 +1,4 @@
-"""What an artifact refuses to hold, and that it is written whole or not at all."""
+"""An artifact refuses what it cannot hold, and is written as a whole or not at all."""
 
 import errno
 import os
@@ -12,7 +12,6 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations
 
 from mpcompile import Config, load, save, transform
-from mpcompile.artifact import file as artifact
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import ArtifactError
 from mpcompile.ir.module import IRModule
@@ -40,7 +39,7 @@ def applying(target, *args, **kwargs) -> IRModule:
     return IRModule(nn.Module(), graph)
 
 
-# --- What can't be saved ---
+# --- Refused to save ---
 
 
 class Own(nn.Linear):
@@ -106,7 +105,7 @@ def test_refused_to_save(build, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refused_a_plan_that_is_no_json_and_dynamo_graphs(tmp_path):
+def test_refused_a_plan_that_is_not_json_and_dynamo_graphs(tmp_path):
     gm = transform(mlp(), torch.ones(1, 32))
     gm.plan.notes.append(object())
     with pytest.raises(ArtifactError, match="plan holds something"):
@@ -159,7 +158,7 @@ def test_failure_leaves_the_old_file(call, error, message, vit, tmp_path, monkey
     def fail(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(artifact.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(ArtifactError if message else KeyboardInterrupt, match=message):
         save(vit, path)
     monkeypatch.undo()
@@ -169,7 +168,7 @@ def test_failure_leaves_the_old_file(call, error, message, vit, tmp_path, monkey
 
 
 def test_a_file_size_limit_is_like_a_full_disk(vit, tmp_path):
-    """The real write fails part of the way."""
+    """The write itself fails, in the middle."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

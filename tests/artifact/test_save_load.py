@@ -55,7 +55,7 @@ def hand_made(modules: dict[str, nn.Module], graph: fx.Graph) -> IRModule:
 
 
 def again(gm: IRModule, folder: Path) -> IRModule:
-    """Through a file; what comes back makes the same file."""
+    """Save and load; saving the result gives the same file."""
     save(gm, folder / "first")
     loaded = load(folder / "first")
     save(loaded, folder / "second")
@@ -204,7 +204,7 @@ def test_the_one_mode_of_a_graph_is_kept(mode, tmp_path):
 
 
 def test_ties_orders_and_dtypes(tmp_path):
-    """Tied tensors and layers stay tied and are stored once; memory orders, dtypes, odd shapes, buffers survive."""
+    """Tied tensors and layers stay tied and are stored once; memory orders, dtypes, shapes and buffers survive."""
     a, b, c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
     b.weight = a.weight
     group = nn.Module()
@@ -228,13 +228,13 @@ def test_ties_orders_and_dtypes(tmp_path):
     assert loaded.c.weight.is_contiguous(memory_format=torch.channels_last)
     assert loaded.group._non_persistent_buffers_set == {"gone"} and loaded.group.hole is None
     assert torch.equal(loaded.group.strided, group.strided)
-    loaded.group.strided = group.strided  # its overlapping memory is stored as if it weren't
+    loaded.group.strided = group.strided  # overlapping memory is stored expanded
     assert_same(gm, loaded)
     assert sorted(k for k in load_file(tmp_path / "file") if k.endswith("weight")) == ["a.weight", "c.weight"]
     assert torch.equal(loaded(torch.ones(1, 4)), gm(torch.ones(1, 4)))
 
 
-POSITIONAL = (  # what constructors need; the first that matches the class's name
+POSITIONAL = (  # required constructor arguments; the first pattern that matches the class's name counts
     ("Linear", (4, 3)),
     ("Conv", (4, 6, 3)),
     ("BatchNorm|InstanceNorm|LayerNorm|RMSNorm", (4,)),
@@ -251,7 +251,7 @@ POSITIONAL = (  # what constructors need; the first that matches the class's nam
     ("Pixel|Channel|Reflection|Replication|Zero|Circular", (2,)),
     ("", ()),
 )
-CASES = {  # what differs from the defaults in ways that the arguments have to carry
+CASES = {  # settings other than the defaults, which the stored arguments have to carry
     "torch.nn.Linear": [{"bias": False}],
     "torch.nn.Conv2d": [{"bias": False, "padding": "same", "padding_mode": "reflect", "dilation": 2, "groups": 2}],
     "torch.nn.BatchNorm2d": [{"affine": False}, {"track_running_stats": False}, {"momentum": None, "eps": 1e-3}],

@@ -1,4 +1,4 @@
-"""Artifacts saved by earlier versions load, and give the outputs that they gave when they were saved."""
+"""Artifacts saved by earlier versions load, and compute the outputs that they computed when they were saved."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""verify: legality by tensor, where a rule is broken, and TensorRT's rule for convolutions."""
+"""verify: legal patterns per tensor, the first violation, and TensorRT's rule for convolutions."""
 
 import json
 

@@ -110,7 +110,7 @@ def test_a_loader_that_fails_is_said_in_one_line(pair):
         raise OSError("disk\ngone")
 
     for measure in (audited, certified):
-        with pytest.raises(InputError, match=r"batch 2 of .* can't be read: disk"):
+        with pytest.raises(InputError, match=r"batch 2 of .* cannot be read: disk"):
             measure(*pair, broken())
 
 

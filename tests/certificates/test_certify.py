@@ -214,7 +214,7 @@ def test_clopper_pearson(events, trials):
         ({"batches": []}, "no samples"),
         ({"batches": ["photo.jpg"]}, "batch has the wrong type"),
         ({"batches": torch.randn(3, 31)}, "the model rejects a batch"),
-        ({"labels": torch.zeros(3)}, "labels don't fit"),
+        ({"labels": torch.zeros(3)}, "labels do not fit"),
         ({"sparse": nn.Linear(32, 6)}, "different shapes"),
         ({"dense": nn.Sequential(nn.Linear(32, 5), nn.Unflatten(1, (5, 1)))}, "no logits"),
     ],

@@ -80,7 +80,7 @@ def test_a_corrupt_image_is_named(folder, recipe, tmp_path, capsys):
     whole.write_bytes(whole.read_bytes()[:200])
     assert main([*command, "--set", "calibration.images=1", "--val-split", "none"]) == 2
     said = capsys.readouterr().err
-    assert "bee/3.png can't be read" in said and "checkpoint" in said
+    assert "bee/3.png cannot be read" in said and "checkpoint" in said
 
 
 def test_the_command_says_what_is_missing(capsys):
@@ -98,7 +98,7 @@ def test_a_corrupt_image_in_a_worker_is_one_line(command, folder, tmp_path, caps
     command += ["--out", str(tmp_path / "run"), "--set", "calibration.images=1", "--set", "data.workers=1"]
     assert main([*command, "--val-split", "none"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"mpcompile: image {data}/train/bee/3.png can't be read; expected a whole image file")
+    assert line.startswith(f"mpcompile: image {data}/train/bee/3.png cannot be read; expected a whole image file")
 
 
 def test_a_corrupt_evaluation_image_costs_no_epoch(command, folder, tmp_path, capsys):
@@ -110,7 +110,7 @@ def test_a_corrupt_evaluation_image_costs_no_epoch(command, folder, tmp_path, ca
     command[command.index(str(folder))] = str(data)
     assert main([*command, "--out", str(out)]) == 2
     said = capsys.readouterr().err
-    assert f"evaluation failed: image {image} can't be read" in said and f"checkpoint is {out}/checkpoint.pt" in said
+    assert f"evaluation failed: image {image} cannot be read" in said and f"checkpoint is {out}/checkpoint.pt" in said
     image.write_bytes(whole)
     moved = tmp_path / "moved"  # where the images lie doesn't matter
     data.rename(moved)
@@ -144,11 +144,11 @@ def test_what_belongs_to_another_run_is_left_alone(command, folder, tmp_path, ca
     [
         (["--out", "{recipe}"], "can't make the folder"),
         (["--out", "{recipe}/x"], "can't make the folder"),
-        (["--out", "run", "--device", "foo"], "device 'foo' can't be used"),
+        (["--out", "run", "--device", "foo"], "device 'foo' cannot be used"),
         (["--out", "run", "--val-split", "test"], "no images of split 'test'"),
         (["--out", "run", "--num-classes", "5"], "different classes"),
         (["--out", "run", "--set", "model=test_resnet.foo"], "timm can't make 'test_resnet.foo'"),
-        (["--out", "run", "--class-map", "none.txt"], "can't read the class map none.txt"),
+        (["--out", "run", "--class-map", "none.txt"], "cannot read the class map none.txt"),
         (["--out", "run", "--set", "data.batch=64"], "fewer training images than make a batch; expected at least 64"),
     ],
 )
@@ -232,7 +232,7 @@ def test_two_processes_do_what_one_does(broken, folder, tmp_path, capfd):
     )
     said = [line for line in done.stderr.splitlines() if line.startswith("mpcompile: ")]
     if broken:
-        assert done.returncode != 0 and any(f"image {data}/train/bee/3.png can't be read" in line for line in said)
+        assert done.returncode != 0 and any(f"image {data}/train/bee/3.png cannot be read" in line for line in said)
         assert not any(line.startswith("RuntimeError") for line in done.stderr.splitlines())
         return
     assert done.returncode == 0, done.stderr

@@ -82,7 +82,7 @@ def test_a_damaged_image_is_named(command, made, tmp_path, capsys):
     call += ["--out", str(tmp_path / "out.png")] if command in ("visualize", "compile") else []
     assert cli.main(call) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert str(path) in line and line.startswith("mpcompile: can't read")
+    assert str(path) in line and line.startswith("mpcompile: cannot read")
 
 
 def test_splits_are_not_measured_together(made, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """compile, export, audit of an artifact, YAML configs, --json, --quiet and --verbose: through the command line."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,11 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mpcompile
-from mpcompile import Config, Pipeline, cli, transform
+from mpcompile import Config, Pipeline, cli, export, transform
 from mpcompile.cli import options as common
 from mpcompile.cli.options import config_of
 from mpcompile.errors import ConfigError, GraphError
-from mpcompile.export import programs as export
 from mpcompile.io.ownership import sign
 from mpcompile.passes.mask import Mask
 from tests.support.helpers import convolutional, images, relative, tiny_created, tiny_vit
@@ -123,7 +123,7 @@ def test_a_program_that_computes_something_else_is_found(pruned, tmp_path, monke
 
 
 def test_onnx_names_what_is_missing(pruned, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["export", str(pruned), "--format", "onnx", "--out", str(tmp_path / "m.onnx")]) == 2
     assert "ONNX needs the package onnx and onnxscript. Pip install 'mpcompile[onnx]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -49,7 +49,7 @@ STORED = packed(head((6, 8, 8, 3)) + PIXELS.tobytes())
 
 @pytest.mark.parametrize("labels", [np.arange(6), np.arange(6, dtype=np.uint8), np.arange(6, dtype=">i2")])
 @pytest.mark.parametrize("pixels", [PIXELS, np.asfortranarray(PIXELS)])
-def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
+def test_a_sample_equals_the_array(labels, pixels, tmp_path):
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", images=pixels, labels=labels)
         found = images.images_at(tmp_path / "a.npz", DATA, samples=4, batch=3, classes=6, seed=1)
@@ -62,11 +62,11 @@ def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        (b"", "can't read"),
-        (b"no zip", "can't read"),
-        (WHOLE[: len(WHOLE) // 2], "can't read"),
+        (b"", "cannot read"),
+        (b"no zip", "cannot read"),
+        (WHOLE[: len(WHOLE) // 2], "cannot read"),
         (flipped(STORED, 400), "CRC"),
         (packed(head((6, 8, 8, 3)) + bytes(100)), "is damaged"),
         (packed(head((6, 8, 8, 3)) + bytes(6 * 192 + 1)), "is damaged"),
@@ -77,8 +77,8 @@ def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
         (packed(head((6, 8, 0, 3))), "holds other images"),
         (packed(head((6, 8, 8, 3), "|O") + bytes(1200)), "holds other images"),
         (packed(head((6, 8, 8, 3), "<f4") + bytes(4 * 6 * 192)), "holds other images"),
-        (packed(b"\x93NUMPY\x09\x00" + bytes(99)), "can't read"),
-        (packed(b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16), "can't read"),
+        (packed(b"\x93NUMPY\x09\x00" + bytes(99)), "cannot read"),
+        (packed(b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16), "cannot read"),
         (packed(STORED, "pictures.npy"), "no 'images' in it, but pictures.npy"),
         (npz(images=PIXELS, labels=np.arange(5)), "holds other labels"),
         (npz(images=PIXELS, labels=np.arange(6.0)), "holds other labels"),
@@ -87,10 +87,10 @@ def test_a_sample_is_what_the_array_holds(labels, pixels, tmp_path):
         (npz(images=PIXELS, labels=np.array(["a"] * 6, object)), "holds other labels"),
     ],
 )
-def test_damaged_and_hostile_archives_are_refused(content, told, tmp_path):
+def test_damaged_and_hostile_archives_are_refused(content, message, tmp_path):
     path = tmp_path / "a.npz"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         images.read_images(path, DATA, samples=6, classes=6)
     assert str(path) in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 600
 
@@ -113,9 +113,9 @@ def test_a_sample_takes_no_memory_for_the_rest(tmp_path):
     assert len(found) == 3 and peak < 8 << 20
 
 
-def test_what_is_no_file(tmp_path):
+def test_only_regular_files_are_accepted(tmp_path):
     os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "folder.npz").mkdir()
     for name, found in (("pipe", "a FIFO"), ("folder", "a folder"), ("none", "No such file")):
-        with pytest.raises(InputError, match=rf"can't read .*{name}\.npz.*found {found}"):
+        with pytest.raises(InputError, match=rf"cannot read .*{name}\.npz.*found {found}"):
             images.read_images(tmp_path / f"{name}.npz", DATA, samples=2)

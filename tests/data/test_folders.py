@@ -1,4 +1,4 @@
-"""What of a folder is read, what its classes are called, and which of its folders are splits."""
+"""Folders: which files are read, the names of classes, and which sub-folders are splits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(root, names=NAMES, count=3):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda d: (d / ".ipynb_checkpoints").mkdir(), ".ipynb_checkpoints"),
         (lambda d: write(d, ".ipynb_checkpoints/0.png", "__MACOSX/ant/0.png", "ant/._0.png"), "3 hidden entries"),
@@ -46,13 +46,13 @@ def read(root, names=NAMES, count=3):
         (lambda d: os.mkfifo(d / "ant" / "z.png"), "1 FIFO, socket or device (ant/z.png)"),
     ],
 )
-def test_labels_go_by_known_names_and_what_is_left_out_is_told(change, told, tmp_path):
+def test_known_names_decide_labels_and_a_note_lists_what_is_left_out(change, message, tmp_path):
     change(classes(tmp_path))
     for names in (NAMES, ()):  # where they aren't known, three folders of images are the three classes
         found, how = read(tmp_path, names)
         assert found == [("ant", 0)] * 2 + [("bee", 1)] * 2 + [("cat", 2)] * 2
         (note,) = how.notes
-        assert told in note and note.isprintable() and len(note) < 600
+        assert message in note and note.isprintable() and len(note) < 600
 
 
 def test_a_class_that_is_missing_shifts_no_label(tmp_path):
@@ -62,7 +62,7 @@ def test_a_class_that_is_missing_shifts_no_label(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "names", "count", "told"),
+    ("there", "names", "count", "message"),
     [
         (["ant", "bug", "cat"], NAMES, 3, "called bug, and no folder is called bee"),
         (["x", "y", "z"], NAMES, 3, "called x, y, z, and no folder is called ant, bee, cat"),
@@ -71,10 +71,10 @@ def test_a_class_that_is_missing_shifts_no_label(tmp_path):
         (NAMES, (), 4, "3 folders of images (ant, bee, cat), but 4 classes"),
     ],
 )
-def test_no_labels_are_given_rather_than_wrong_ones(there, names, count, told, tmp_path):
+def test_no_labels_are_given_rather_than_wrong_ones(there, names, count, message, tmp_path):
     _, found = read(classes(tmp_path, there), names, count)
     assert found.labels is None and len(found.paths) == 6
-    assert told in found.notes[-1]
+    assert message in found.notes[-1]
 
 
 def test_a_known_class_is_never_hidden(tmp_path):
@@ -84,7 +84,7 @@ def test_a_known_class_is_never_hidden(tmp_path):
     assert datasets.labels_of(source) == [1, 1, 0, 0]
 
 
-def test_a_name_is_the_same_however_its_accent_is_spelt(tmp_path):
+def test_names_match_in_any_unicode_normalisation(tmp_path):
     assert read(classes(tmp_path, ["cafe\u0301", "the"]), ["the", "caf\u00e9"], 2)[1].labels == [1, 1, 0, 0]
 
 
@@ -125,7 +125,7 @@ def test_folders_behind_links_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("links", "told"),
+    ("links", "message"),
     [
         ({"a/up": ".."}, "1 link to a folder that holds it (a/up)"),
         ({"a/up": "..", "b/up": ".."}, "2 links to folders that hold them"),
@@ -136,7 +136,7 @@ def test_folders_behind_links_are_read(tmp_path):
         ({"a/deep": "../../other"}, "1 link to a folder that holds it (a/deep/back)"),
     ],
 )
-def test_no_image_counts_twice_by_links(links, told, tmp_path):
+def test_links_do_not_count_an_image_twice(links, message, tmp_path):
     root = classes(tmp_path / "train", "ab", 8)
     write(tmp_path, "test/0.png")
     if "a/deep" in links:
@@ -145,13 +145,13 @@ def test_no_image_counts_twice_by_links(links, told, tmp_path):
     for name, target in links.items():
         (root / name).symlink_to(target)
     found = images.folder(root, DATA, classes=2)
-    assert found.labels == [0] * 8 + [1] * 8 and told in found.notes[0]
+    assert found.labels == [0] * 8 + [1] * 8 and message in found.notes[0]
     source = datasets.dataset(str(tmp_path), "train", True)
-    assert len(source) == 16 and told in source.notes[0]
+    assert len(source) == 16 and message in source.notes[0]
 
 
 def test_a_class_behind_a_link_keeps_its_images(tmp_path):
-    """Though another class links to the folder, too, and comes first."""
+    """Even if another class links to the folder and comes first."""
     root, store = tmp_path / "set", classes(tmp_path / "store", ["zebra"])
     write(root, "ant/0.png")
     (root / "ant" / "zoo").symlink_to(store / "zebra")
@@ -159,7 +159,7 @@ def test_a_class_behind_a_link_keeps_its_images(tmp_path):
     assert images.folder(root, DATA, classes=2, names=["ant", "zebra"]).labels == [0, 1, 1]
 
 
-def test_places_that_are_no_folder(tmp_path):
+def test_only_folders_are_listed(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     write(tmp_path, "a.png")
     for place, found in (("pipe", "a FIFO"), ("a.png", "a regular file"), ("none", "no such folder"), ("x\0", "null")):
@@ -199,7 +199,7 @@ def test_names_of_any_kind_sort_and_print(tmp_path):
         ("train/train", ["train/test"]),
     ],
 )
-def test_training_takes_the_training_split_alone(train, others, tmp_path):
+def test_training_reads_only_the_training_split(train, others, tmp_path):
     classes(tmp_path / train)
     for other in others:
         if other.startswith("labels"):
@@ -211,7 +211,7 @@ def test_training_takes_the_training_split_alone(train, others, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "told"),
+    ("layout", "message"),
     [
         (["ant/train/0.png", "ant/test/0.png", "bee/train/0.png", "bee/test/0.png"], "test, train"),
         (["train/0.png", "test/0.png"], "no sub-folders in"),
@@ -225,12 +225,12 @@ def test_training_takes_the_training_split_alone(train, others, tmp_path):
         (["flowers_train/ant/0.png", "plants_test/ant/0.png"], "found flowers_train, plants_test"),
     ],
 )
-def test_training_never_takes_test_images(layout, told, tmp_path):
-    with pytest.raises(InputError, match=told):
+def test_training_never_takes_test_images(layout, message, tmp_path):
+    with pytest.raises(InputError, match=message):
         datasets.dataset(str(write(tmp_path, *layout)), "train", True)
 
 
-def test_classes_may_be_called_like_splits(tmp_path):
+def test_classes_may_have_names_of_splits(tmp_path):
     for names in (["bus", "car", "train"], ["test_tube", "train_station", "validation_stamp"]):
         root = classes(tmp_path / names[0], names)
         assert list(datasets.class_names(datasets.dataset(str(root), "train", True))) == names
@@ -247,7 +247,7 @@ def test_no_command_reads_several_splits_at_once(tmp_path):
             images.folder(tmp_path, DATA, classes=count)
 
 
-def test_words_of_splits():
+def test_words_that_name_splits():
     found = splits.kinds(["seg_train", "Testing", "val2017", "train_station", "flowers_train", "trainval"])
     assert found == {"seg_train": "train", "Testing": "test", "val2017": "validation"}
     assert splits.kinds(["TR", "te"]) == {"TR": "train", "te": "test"}

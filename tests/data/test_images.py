@@ -1,4 +1,4 @@
-"""Folders of images as batches, labelled by the folders they are in; files that are no images are named."""
+"""Folders of images as batches with labels from their folders; errors name unreadable files."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_labels_are_the_order_of_the_folders(tmp_path):
     assert images.folder(tmp_path, DATA, classes=4).labels == [1, 2, 3]
 
 
-def test_labels_count_as_those_of_training_do(tmp_path):
+def test_labels_are_numbered_as_in_training(tmp_path):
     for name in ("1", "2", "10"):
         write(tmp_path / name / "a.png")
     trained = datasets.dataset(str(tmp_path), "train", True)
@@ -83,10 +83,10 @@ def test_bad_files_and_folders_are_named(tmp_path):
         images.folder(tmp_path, DATA)
     whole = write(tmp_path / "cut.png", size=(400, 300)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"can't read .*cut\.png"):
+    with pytest.raises(InputError, match=r"cannot read .*cut\.png"):
         list(images.folder(tmp_path, DATA))
     (tmp_path / "cut.png").write_text("no image")
-    with pytest.raises(InputError, match=r"can't read .*cut\.png"):
+    with pytest.raises(InputError, match=r"cannot read .*cut\.png"):
         list(images.folder(tmp_path, DATA))
 
 
@@ -110,7 +110,7 @@ def test_all_at_once_from_folders_and_archives(tmp_path):
     np.savez(file, images=np.zeros((5, 4, 4), np.float32))
     for path, message in (
         (file, "holds other images"),
-        (tmp_path / "none.npz", "can't read"),
+        (tmp_path / "none.npz", "cannot read"),
         (tmp_path / "x", "no images in"),
     ):
         with pytest.raises(InputError, match=message):

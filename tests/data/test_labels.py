@@ -1,4 +1,4 @@
-"""Labels: every whole-number type is class numbers, in every command that takes them; all else is refused."""
+"""Labels: every integer type is accepted, in every command that reads labels; anything else is refused."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from mpcompile import Config, audit, certify, distill, errors, transform
-from mpcompile.calibration.data import draw
-from mpcompile.data.labels import Labels, class_numbers, whole_numbers
+from mpcompile.data.labels import Labels, class_numbers, draw, whole_numbers
 from mpcompile.errors import InputError
 from mpcompile.measure.evaluate import evaluate
 from mpcompile.training.distill import distillation_loss
@@ -71,7 +70,7 @@ JOBS = {
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_every_whole_number_type_gives_the_same_figures(job):
+def test_every_integer_type_gives_the_same_figures(job):
     x, y = data(model())
     wanted = JOBS[job](x, y)
     assert wanted is not None
@@ -82,14 +81,14 @@ def test_every_whole_number_type_gives_the_same_figures(job):
 WRONG = {
     "fractions": (lambda y: y.float(), "labels have the wrong type.*float32"),
     "one-hot": (lambda y: torch.eye(2)[y], "labels have the wrong type.*float32.*argmax"),
-    "one-hot, whole": (lambda y: torch.eye(2).long()[y], r"labels don't fit.*shape \(\d+, 2\).*argmax"),
+    "one-hot, whole": (lambda y: torch.eye(2).long()[y], r"labels do not fit.*shape \(\d+, 2\).*argmax"),
     "texts": (lambda y: ["cat"] * COUNT, "labels have the wrong type"),
     "numpy floats": (lambda y: np.full(COUNT, np.nan), "labels have the wrong type.*float64"),
     "complex": (lambda y: y.to(torch.complex64), "labels have the wrong type"),
     "sparse": (lambda y: y.to_sparse(), "labels have the wrong type.*sparse_coo"),
     "without values": (lambda y: y.to("meta"), "labels have the wrong type.*meta device"),
-    "too few": (lambda y: y[:-1], "labels don't fit.*12 labels.*found 11"),
-    "too many": (lambda y: torch.cat([y, y[:1]]), "labels don't fit.*12 labels.*found 13"),
+    "too few": (lambda y: y[:-1], "labels do not fit.*12 labels.*found 11"),
+    "too many": (lambda y: torch.cat([y, y[:1]]), "labels do not fit.*12 labels.*found 13"),
     "negative": (lambda y: torch.where(torch.arange(COUNT) == 8, -100, y), "label is out of range.*0 to 1.*found -100"),
     "no such class": (lambda y: y + 1, "label is out of range.*0 to 1.*found 2"),
     "beyond int64": (
@@ -101,7 +100,7 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("job", ["distill", "evaluate", "audit, labels apart", "certify", "certify, labels apart"])
-def test_what_is_no_class_number_is_refused_in_one_line(job, kind):
+def test_other_labels_are_refused_in_one_line(job, kind):
     convert, message = WRONG[kind]
     x, y = data(model())
     with pytest.raises(InputError, match=message) as caught:
@@ -109,7 +108,7 @@ def test_what_is_no_class_number_is_refused_in_one_line(job, kind):
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
-def test_labels_in_some_batches_alone_are_not_dropped():
+def test_labels_in_only_some_batches_are_not_dropped():
     x, y = data(model())
     dense = model()
     for batches in ([(x[:4], y[:4]), x[4:]], [x[:4], (x[4:], y[4:])], [(x[:4], y[:4]), (x[4:], None)]):
@@ -121,7 +120,7 @@ def test_labels_in_some_batches_alone_are_not_dropped():
         audit(dense, dense, [(x, y.float())], rounds=0, dense_compiled=dense, progress=False)
 
 
-def test_labels_of_a_model_without_logits_are_spoken_of():
+def test_labels_of_a_model_without_logits_are_mentioned():
     features = nn.Sequential(nn.Linear(16, 8), nn.Unflatten(1, (4, 2))).eval()
     report = audit(features, features, [torch.randn(3, 16)], [0, 1, 0], rounds=0, dense_compiled=features)
     assert any("accuracy was not measured: the model returns no logits" in note for note in report.notes)
@@ -135,7 +134,7 @@ def test_parts_of_labels_need_not_be_the_batches():
         labels.of(None, 1)
 
 
-def test_losses_and_draws_take_any_whole_numbers():
+def test_losses_and_draws_accept_any_integer_type():
     logits = torch.randn(4, 3)
     for dtype in (torch.uint8, torch.int16, torch.int64):
         labels = torch.tensor([0, 1, 2, 1]).to(dtype)

@@ -1,4 +1,4 @@
-"""One file of pixels: which formats are read, what more than eight bits become, and what is said of damaged ones."""
+"""Image files: the formats that are read, the scaling of more than eight bits, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def tiff(values, bits=16, form=1, photometric=1, extra=()):
         lambda: tiff((GREY * 128).astype(np.int16), form=2, extra=[(281, 3, 255 * 128)]),
     ],
 )
-def test_every_depth_comes_to_eight_bits(file):
+def test_every_depth_is_converted_to_eight_bits(file):
     found = pictures.decode(file())
     assert found.mode == "RGB" and np.abs(np.asarray(found).astype(int) - GREY[:, :, None]).max() <= 1
 
 
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "message"),
     [
         (lambda: tiff((GREY * 16).astype(np.uint16)), "no value above 4080: dark, or of 12 bits"),
         (lambda: stored(Image.fromarray(GREY.astype(np.uint16)), "PNG"), "no value above 255: dark, or of 8 bits"),
         (lambda: pgm(GREY * 64, 65535), "of 14 bits"),
-        (lambda: stored(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "nothing says what white is"),
+        (lambda: stored(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "without a declared value of white"),
         (lambda: stored(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "values from 0 to 255, not from 0 to 1"),
         (lambda: stored(Image.fromarray((GREY / 128 - 1).astype(np.float32)), "TIFF"), "values from -1 to"),
         (lambda: stored(Image.fromarray((GREY / 0).astype(np.float32)), "TIFF"), "values from nan to nan"),
@@ -78,10 +78,10 @@ def test_every_depth_comes_to_eight_bits(file):
         ),
     ],
 )
-def test_pixels_whose_range_can_not_be_told_are_refused(file, told):
+def test_pixels_of_unknown_range_are_refused(file, message):
     with np.errstate(all="ignore"):
         content = file()
-    with pytest.raises(pictures.Unreadable, match=told):
+    with pytest.raises(pictures.Unreadable, match=message):
         pictures.decode(content)
 
 
@@ -106,7 +106,7 @@ def test_colours_of_sixteen_bits(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "RGB"])
-def test_every_mode_comes_to_rgb(mode, recwarn):
+def test_every_mode_is_converted_to_rgb(mode, recwarn):
     half = Image.new("RGB", (8, 8), "white")
     half.paste((0, 0, 0), (0, 0, 4, 8))
     options = {"transparency": bytes([0, 255])} if mode == "P" else {}
@@ -192,7 +192,7 @@ def test_only_regular_files_are_opened(tmp_path):
             ("none.png", "No such file"),
         )
         for name, found in kinds:
-            with pytest.raises(InputError, match=f"can't read .*{name}.*found {found}"):
+            with pytest.raises(InputError, match=f"cannot read .*{name}.*found {found}"):
                 images.open_image(tmp_path / name)
     with pytest.raises(InputError, match="found a device"):
         images.open_image("/dev/zero")

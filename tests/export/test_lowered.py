@@ -1,4 +1,4 @@
-"""Lowering ahead of time, and the native operators through compile, export and a saved file."""
+"""Lowering ahead of time, and native operators through torch.compile, torch.export and a saved file."""
 
 import gc
 
@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import mpcompile
-from mpcompile import Config, transform
+from mpcompile import Config, export, transform
 from mpcompile.artifact import opset
-from mpcompile.artifact.file import ArtifactError
 from mpcompile.backend import mpsparse
-from mpcompile.export import programs as export
+from mpcompile.errors import ArtifactError
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear.operators import GENERAL
 from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
@@ -47,7 +46,7 @@ def test_lower_masks_a_dense_model():
 
 
 def test_bytes_with_the_source_deleted():
-    """At 50 % in fp32, at most 66 % of the dense bytes are left where the masked layers are nearly all there is."""
+    """At 50 % in fp32, a model of almost only masked layers takes at most 66 % of its dense bytes."""
     model = tiny_vit(embed_dim=256, num_heads=4)
     dense = sum(p.nbytes for p in model.parameters())
     gm = transform(model, images(2), Config("auto", score="magnitude"))
@@ -67,7 +66,7 @@ def test_save_and_load(tmp_path):
         assert torch.equal(again(images(3)), lowered(images(3)))
 
 
-def test_a_file_can_not_lead_a_kernel_outside(tmp_path):
+def test_a_file_cannot_make_a_kernel_read_out_of_bounds(tmp_path):
     gm = transform(mlp(), torch.randn(2, 32), Config("8:16", score="magnitude"))
     lowered = mpcompile.lower(gm, torch.randn(2, 32), Config(engine="cpu"))
     lowered.get_buffer("packed.0.index")[3] = 250
@@ -76,8 +75,8 @@ def test_a_file_can_not_lead_a_kernel_outside(tmp_path):
         mpcompile.load(tmp_path / "bad.mpc")
 
 
-def test_a_file_can_not_call_what_stands_behind_an_operator():
-    """Its arguments aren't checked: only the operator's are."""
+def test_a_file_cannot_call_the_inner_operators():
+    """Their arguments are not checked: only those of the public operators are."""
     for name in ("nm_gemm", "nm_mlp", "nm_conv"):
         assert opset.function_of(f"mpcompile.{name}.default") is getattr(ops, name)
         assert opset.function_of(f"mpcompile.{name}{GENERAL}.default") is None
@@ -110,7 +109,7 @@ def test_frozen_and_live_builds(frozen):
     with torch.no_grad():
         assert relative(compiled(images(2)), gm(images(2))) < 1e-5
         if not frozen:
-            # Another mask of the pattern: pairs need another number of entries, and the buffers follow.
+            # Another mask of the same pattern: pairs need another number of entries, and the buffers are resized.
             for name in gm.plan.masked:
                 layer = gm.get_submodule(name)
                 layer.mask.copy_(layer.mask.flip(1))

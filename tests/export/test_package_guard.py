@@ -1,4 +1,4 @@
-"""AOTInductor packages check their inputs: in a process that has nothing but torch."""
+"""AOTInductor packages check their inputs, in a process that has only torch."""
 
 import subprocess
 import sys
@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mpcompile import Config, transform
+from mpcompile import Config, export, transform
 from mpcompile.errors import GraphError
 from mpcompile.export import package_guard
-from mpcompile.export import programs as export
 
 SERVE = """import sys, torch
 from safetensors.torch import load_file, save_file

@@ -60,7 +60,7 @@ def test_nothing_but_a_regular_file_is_read(reader, tmp_path):
 
 def test_a_recipe_and_the_plan_of_a_folder_are_regular_files(pruned, tmp_path):
     os.mkfifo(tmp_path / "r.yaml")
-    with pytest.raises(ConfigError, match="can't be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         Recipe.load(tmp_path / "r.yaml")
     save(pruned, f"{tmp_path}/a/")
     (tmp_path / "a/plan.json").unlink()

@@ -244,11 +244,11 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(draw.integers(8))
         path.write_bytes(damaged)
-        with pytest.raises(ArtifactError, match="can't be read as a checkpoint"):
+        with pytest.raises(ArtifactError, match="cannot be read as a checkpoint"):
             checkpoint.read(path)
     for other in (whole[:-1], whole + b"x", whole[:100], b"", whole[1:]):
         path.write_bytes(other)
-        with pytest.raises(ArtifactError, match="can't be read as a checkpoint"):
+        with pytest.raises(ArtifactError, match="cannot be read as a checkpoint"):
             checkpoint.read(path)
 
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mpcompile import Config, load, lower, save, transform
 from mpcompile.capture.importers import import_model
 from mpcompile.errors import MPCompileError, TraceError
-from mpcompile.export.programs import dense_state
+from mpcompile.export import dense_state
 from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
 
 HALF = Config(pattern="2:4")

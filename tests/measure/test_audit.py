@@ -1,4 +1,4 @@
-"""The audit: counts that can be checked by hand, and remarks that say what ran."""
+"""The audit: counts that can be checked by hand, and notes on the code that ran."""
 
 import importlib
 import json
@@ -49,7 +49,7 @@ def test_speedup_is_best_dense_median_over_own_median(monkeypatch):
 
 
 def fake_times(monkeypatch, **medians):
-    """Builds take these milliseconds in every round."""
+    """Make every round of a build take these milliseconds."""
     times = {name.replace("_", " "): [ms] * 3 for name, ms in medians.items()}
     monkeypatch.setattr("mpcompile.measure.audit.time_builds", lambda builds, *args: {n: times[n] for n in builds})
 
@@ -82,7 +82,7 @@ def test_dense_bf16_is_a_row_but_no_bar(monkeypatch):
     assert any(n.startswith(note) for n in report.notes)
 
 
-def test_a_slower_dense_bf16_is_no_news(monkeypatch):
+def test_a_slower_dense_bf16_gets_no_note(monkeypatch):
     model = mlp()
     fake_times(monkeypatch, dense_eager=4.0, dense_compiled=2.0, dense_bf16=1.5, compiled_sparse=1.0)
     report = audit(model, model, torch.randn(2, 32), dense_compiled=model, dense_bf16=model)
@@ -90,7 +90,7 @@ def test_a_slower_dense_bf16_is_no_news(monkeypatch):
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_dense_bf16_is_shown_where_the_processor_has_it(monkeypatch, native):
+def test_dense_bf16_is_shown_if_the_processor_has_it(monkeypatch, native):
     own = importlib.import_module("mpcompile.measure.builds")
     monkeypatch.setattr(own, "has_bf16", lambda: native)
     monkeypatch.setattr(own.torch, "compile", lambda module: module)
@@ -112,7 +112,7 @@ def test_dense_bf16_is_shown_where_the_processor_has_it(monkeypatch, native):
 
 
 def lowered(monkeypatch, engine, ms, **times):
-    """The report of a lowered MLP whose first layer's choice, and whose latency, are made up."""
+    """The report of a lowered MLP with an invented choice for its first layer and an invented latency."""
     monkeypatch.setattr(module, "_inductor", lambda gm, *rest: gm)
     torch._dynamo.reset()
     model, x = mlp(), torch.randn(6, 32)
@@ -129,7 +129,7 @@ def lowered(monkeypatch, engine, ms, **times):
     return audit(model, compiled, x, dense_compiled=model, dense_bf16=False)
 
 
-def test_what_layers_were_timed_to_save_is_compared_with_the_whole_model(monkeypatch):
+def test_the_predicted_saving_is_compared_with_that_of_the_whole_model(monkeypatch):
     times = {"cpu": 300.0, "dense": 800.0}
     report = lowered(monkeypatch, "cpu", 1.5, **times)
     assert report.predicted_saving_ms == pytest.approx(0.5)

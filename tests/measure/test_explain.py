@@ -1,4 +1,4 @@
-"""Explain: one row a masked layer, every candidate's time or reason, and totals that add up."""
+"""Explain: one row per masked layer, every candidate's time or reason, and totals that add up."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.support.helpers import images, mlp, tiny_vit
 
 @pytest.fixture
 def modelled(monkeypatch):
-    """Linear layers are faster on the reference, convolutions as dense."""
+    """A cost model: linear layers are faster on the reference engine, convolutions as dense."""
     monkeypatch.setattr(dispatch, "ENGINES", (Reference(), Dense()))
     timing.set_cost_model(
         lambda name, spec, threads: {"reference": 5.0 if spec.geometry is None else 20.0, "dense": 10.0}.get(name)

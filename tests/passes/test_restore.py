@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpcompile import Config, Pipeline, transform
-from mpcompile.calibration.data import draw
 from mpcompile.calibration.moments import Moments
 from mpcompile.calibration.stream import Stream
 from mpcompile.config import SCORES
+from mpcompile.data.labels import draw
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import Pattern, to_rows
 from mpcompile.passes.mask import Mask, verify

@@ -1,7 +1,7 @@
-"""Artifacts with a valid checksum over a graph that was tampered with: operators, arguments, integers, buffers.
+"""Artifacts with a valid checksum over a tampered graph: other operators, arguments, integers, buffers.
 
-``Forger`` changes one of three honest files (masked, lowered to the reference engine, lowered to native kernels), and
-``outcomes`` loads and runs what it makes in child processes, so that a crash is counted and not suffered.
+``Forger`` changes one of three valid files (masked, lowered to the reference engine, lowered to native kernels), and
+``outcomes`` loads and runs the results in child processes, so that crashes are counted and the caller survives.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ ENDED = (
     "loaded: another error",
     "loaded: out of time or memory",
 )
-MEMORY = 2 << 30  # beyond what the process has
+MEMORY = 2 << 30  # bytes beyond what the process already has
 
 
 class Net(nn.Module):
@@ -101,17 +101,17 @@ def honest(folder: Path) -> list[Path]:
 
 
 def _operators() -> list[tuple[str, str]]:
-    """(op of a node, target) of everything that is listed, and of a few things that aren't."""
-    found = [("call_function", name) for name in opset.functions()]
+    """(op of a node, target) of every listed operator and method, and native operators many times over."""
+    targets = [("call_function", name) for name in opset.functions()]
     for packet in sorted(opset.ATEN | {f"{name}_" for name in opset.ATEN}):
         for overload in getattr(getattr(torch.ops.aten, packet, None), "overloads", list)():
-            found.append(("call_function", f"aten.{packet}.{overload}"))
-    found += [("call_function", name) for name in NATIVE * 40]
-    return found + [("call_method", name) for name in sorted(opset.METHODS | {f"{n}_" for n in opset.METHODS})]
+            targets.append(("call_function", f"aten.{packet}.{overload}"))
+    targets += [("call_function", name) for name in NATIVE * 40]
+    return targets + [("call_method", name) for name in sorted(opset.METHODS | {f"{n}_" for n in opset.METHODS})]
 
 
 class Forger:
-    """Makes one forged artifact after the other, by a seed."""
+    """Makes forged artifacts, numbered, by a seed."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.files = [parts(path) for path in honest(folder)]
@@ -131,7 +131,7 @@ class Forger:
         return forge(self.folder / "forged.mpc", header, data)
 
     def value(self, draw: random.Random, nodes: list[dict[str, Any]], before: int) -> Any:
-        """An argument: an earlier node, a number, a list of either."""
+        """Return an argument: an earlier node, a number, a list of numbers, or another value."""
         kind = draw.random()
         if kind < 0.45 and before:
             return {"node": nodes[draw.randrange(before)]["name"]}
@@ -142,7 +142,7 @@ class Forger:
         return draw.choice(VALUES)
 
     def number(self, draw: random.Random, nodes: list[dict[str, Any]]) -> None:
-        """Another integer somewhere among the arguments of a node."""
+        """Replace an integer among the arguments of a node."""
         places = []
         for node in nodes:
             stack: list[Any] = [node["args"], node["kwargs"]]
@@ -158,7 +158,7 @@ class Forger:
             owner[key] = draw.choice(NUMBERS)
 
     def argument(self, draw: random.Random, nodes: list[dict[str, Any]]) -> None:
-        """Another argument of a node, or one more or less."""
+        """Replace, add or remove an argument of a node."""
         place = draw.randrange(len(nodes) - 1)
         args = nodes[place]["args"]
         if not args or draw.random() < 0.2:
@@ -169,7 +169,7 @@ class Forger:
             args[draw.randrange(len(args))] = self.value(draw, nodes, place)
 
     def insert(self, draw: random.Random, nodes: list[dict[str, Any]]) -> None:
-        """A call of a listed operator; half of the time a later node reads its result."""
+        """Insert a call of a listed operator; half of the time a later node reads its result."""
         place = draw.randrange(1, len(nodes))
         op, target = draw.choice(self.operators)
         args = [self.value(draw, nodes, place) for _ in range(draw.choice((1, 2, 2, 3, 4, 5, 8)))]
@@ -185,20 +185,20 @@ class Forger:
             reader["args"][0] = {"node": name}
 
     def retarget(self, draw: random.Random, nodes: list[dict[str, Any]]) -> None:
-        """Another operator, or another tensor or layer, at a node."""
+        """Give a node another operator, tensor or layer."""
         node = draw.choice(nodes)
         same = [other["target"] for other in nodes if other["op"] == node["op"]]
         node["target"] = draw.choice(same) if draw.random() < 0.5 else draw.choice(self.operators)[1]
 
     def rewire(self, draw: random.Random, nodes: list[dict[str, Any]]) -> None:
-        """A node reads another's result."""
+        """Make a node read the result of another one."""
         place = draw.randrange(1, len(nodes))
         args = nodes[place]["args"]
         if args:
             args[draw.randrange(min(3, len(args)))] = {"node": nodes[draw.randrange(place)]["name"]}
 
     def bytes(self, draw: random.Random, data: bytes) -> bytes:
-        """Other bytes in the tensors, a run of them."""
+        """Overwrite a run of bytes in the tensors."""
         changed = bytearray(data)
         start, length = draw.randrange(len(changed)), draw.choice((1, 4, 16, 256))
         for place in range(start, min(len(changed), start + length)):
@@ -207,7 +207,7 @@ class Forger:
 
 
 class OutOfTime(BaseException):
-    """So that no handler of a graph's own catches it."""
+    """Derived from BaseException, so that no ``except Exception`` catches it."""
 
 
 def _expired(*_: Any) -> None:
@@ -215,7 +215,7 @@ def _expired(*_: Any) -> None:
 
 
 def outcome(path: Path, seconds: float) -> str:
-    """One of :data:`ENDED` for a file, in this process."""
+    """Load and run a file in this process; return one of :data:`ENDED`."""
     signal.signal(signal.SIGALRM, _expired)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -240,16 +240,16 @@ def _child(forger: Forger, numbers: range, file: int, seconds: float) -> None:
     os.dup2(null, 1)
     os.dup2(null, 2)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # which reserves more than any limit
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # the sanitizer reserves more address space than any limit
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for place, number in enumerate(numbers):
-        found = outcome(forger(number), seconds)
-        os.pwrite(file, bytes([1 + ENDED.index(found)]), place)
+        result = outcome(forger(number), seconds)
+        os.pwrite(file, bytes([1 + ENDED.index(result)]), place)
 
 
 def outcomes(forger: Forger, rounds: int, *, seconds: float = 20, batch: int = 100) -> Iterator[tuple[int, str]]:
-    """(number, what became of it) of each forged file: one of :data:`ENDED`, or "crashed: SIGNAL"."""
+    """Yield the number and result of each forged file: one of :data:`ENDED`, or "crashed: SIGNAL"."""
     start = 0
     while start < rounds:
         numbers = range(start, min(rounds, start + batch))

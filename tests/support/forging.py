@@ -1,4 +1,4 @@
-"""Artifacts that lie: files whose checksum is right over whatever their header says."""
+"""Forged artifacts: files with a valid checksum over any header and data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parts(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def forge(path: Path, header: dict[str, Any], data: bytes) -> Path:
-    """A file with a valid checksum over whatever it says."""
+    """Write a file with a valid checksum over the header and data."""
 
     def framed() -> bytes:
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""Models and measures that several tests share."""
+"""Models, inputs and measures that several tests share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tiny_vit(**kwargs: Any) -> VisionTransformer:
 
 
 def transformer(name: str, size: int = 128, **kwargs: Any) -> nn.Module:
-    """Two narrow blocks of a timm transformer for images of ``size``; random weights of which every part matters."""
+    """Two narrow blocks of a timm transformer for images of ``size``, with random weights that all matter."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{"depth": 2, "img_size": size, "embed_dim": 96, "num_heads": 3, **kwargs})
     randomise(model)
@@ -41,7 +41,7 @@ def transformer(name: str, size: int = 128, **kwargs: Any) -> nn.Module:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Weights of a transformer under which every part matters: timm's own hardly let blocks change their input."""
+    """Draw weights that all affect the output: with timm's initialisation, blocks barely change their input."""
     for path, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             table = any(word in path for word in ("token", "embed", "latent")) and "proj" not in path
@@ -56,7 +56,7 @@ def mlp() -> nn.Sequential:
 
 
 def convolutional(name: str) -> nn.Module:
-    """A small timm CNN whose BatchNorm statistics are not the trivial ones."""
+    """A small timm CNN with non-trivial BatchNorm statistics."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
     for module in model.modules():
@@ -68,13 +68,13 @@ def convolutional(name: str) -> nn.Module:
 
 
 def tied_keys(batch: int, heads: int, tokens: int, depth: int, kinds: int) -> Tensor:
-    """Keys (batch, heads, tokens, depth) of which all tokens of a kind hold the same: every match is a tie."""
+    """Keys (batch, heads, tokens, depth) in which all tokens of a kind are equal, so that every match is a tie."""
     kind = torch.randint(kinds, (batch, 1, tokens, 1)).expand(-1, heads, -1, depth)
     return torch.randn(batch, heads, kinds, depth).gather(2, kind)
 
 
 def an_ulp_off(x: Tensor) -> Tensor:
-    """Each number moved to the next one above, the next one below, or not at all."""
+    """Each number moved one ulp up, one ulp down, or not at all."""
     return torch.stack([torch.nextafter(x, torch.full_like(x, end)) for end in (-torch.inf, torch.inf)] + [x]).gather(
         0, torch.randint(3, (1, *x.shape))
     )[0]
@@ -99,12 +99,12 @@ def labelled_images(root: Path) -> Path:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Relative RMS difference, against the second."""
+    """Relative RMS difference, normalised by the second tensor."""
     return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
 
 
 def capture(model: Any, *inputs: Any) -> Imported:
-    """The graph that dynamo hands to a backend, imported."""
+    """Import the graph that dynamo passes to a backend."""
     found = []
 
     def backend(gm, example_inputs):
@@ -128,7 +128,7 @@ TINY_DATA = {
 
 
 def tiny_created(*_, **__):
-    """What commands create by name in tests: two blocks deep, with timm's description of its data."""
+    """A stand-in for timm.create_model: two blocks deep, with timm's description of its data."""
     model = tiny_vit()
     model.pretrained_cfg = TINY_DATA
     return model

@@ -1,11 +1,8 @@
-"""Distillation: the loss, the masks, what comes back after an interruption, and what is refused."""
+"""Distillation: the loss, the masks, the options, and the accuracy of the result."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import json
-import resource
 
 import pytest
 import torch
@@ -13,78 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpcompile
-from mpcompile.errors import ArtifactError, ConfigError, GraphError, InputError
-from mpcompile.training import checkpoint, events
+from mpcompile.errors import GraphError, InputError
 from mpcompile.training.distill import Training, distill, evaluate
 from mpcompile.training.features import pair
 from mpcompile.training.losses import distillation_loss, parameter_groups
-from mpcompile.training.policies import digest, masked_weights
+from mpcompile.training.policies import masked_weights, masks_digest
+from tests.support.distilling import Breaking, Stop, data, data_val, loader, mlp, run, same, student
 from tests.support.helpers import images, tiny_vit
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
-
-
-def data(count: int = 48, seed: int = 0) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 16, generator=generator)
-    return TensorDataset(x, torch.randint(0, 5, (count,), generator=generator))
-
-
-def loader(batch: int = 8, **kwargs) -> DataLoader:
-    return DataLoader(data(), batch, shuffle=True, **kwargs)
-
-
-def student(model: nn.Module, config: mpcompile.Config | None = None) -> nn.Module:
-    return mpcompile.transform(model.eval(), torch.randn(2, 16), config or mpcompile.Config(score="magnitude"))
-
-
-def run(model: nn.Module, **kwargs) -> nn.Module:
-    gm = student(model)
-    kwargs = {"lr": 1e-2, "progress": False, **kwargs}
-    distill(gm, model, kwargs.pop("train", None) or loader(), **kwargs)
-    return gm
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
-class Stop(BaseException):
-    pass
-
-
-class Raising(list):
-    """A loader that says it has three batches, and raises when it is read, or yields nothing."""
-
-    def __init__(self, error: Exception | None) -> None:
-        super().__init__([None] * 3)
-        self.error = error
-
-    def __iter__(self):
-        if self.error is not None:
-            raise self.error
-        return iter(())
-
-
-class Breaking:
-    """A loader that breaks off after so many batches in all."""
-
-    def __init__(self, inner: DataLoader, count: int) -> None:
-        self.inner, self.left = inner, count
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __iter__(self):
-        for batch in self.inner:
-            if not self.left:
-                raise Stop
-            self.left -= 1
-            yield batch
 
 
 def test_the_loss_is_the_one_of_the_paper():
@@ -99,7 +31,7 @@ def test_the_loss_is_the_one_of_the_paper():
     torch.testing.assert_close(distillation_loss(s, t, None, 1.0, 2.0, 0.1), 4 * soft)
 
 
-def test_what_decays():
+def test_weight_decay_applies_to_matrices_and_kernels():
     model = tiny_vit()
     decayed, rest = sorted(parameter_groups(model, 0.1), key=lambda group: -group["weight_decay"])
     names = {id(p): n for n, p in model.named_parameters()}
@@ -112,10 +44,10 @@ def test_what_decays():
 def test_masks_hold_after_every_step_and_training_lowers_the_loss():
     model = mlp()
     gm = student(model)
-    before = digest(gm)
+    before = masks_digest(gm)
     found = distill(gm, model, loader(), epochs=8, lr=1e-2, weight_decay=0.1, progress=False)
     assert found.losses[-1] < found.losses[0] and found.steps == 48 and found.images == 8 * 48
-    assert digest(gm) == before
+    assert masks_digest(gm) == before
     assert all(bool((w[~m] == 0).all()) for w, m, _ in masked_weights(gm).values())
     assert not gm.training
 
@@ -144,46 +76,16 @@ def test_moving_masks_end_legal_and_removed_weights_come_back(method):
     model = mlp()
     gm = student(model)
     gm.load_state_dict(model.state_dict(), strict=False)
-    before = digest(gm)
+    before = masks_digest(gm)
     distill(gm, model, loader(), epochs=4, lr=3e-2, method=method, progress=False)
     for weight, mask, pattern in masked_weights(gm).values():
         assert bool((weight[~mask] == 0).all())
         assert bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all())
-    assert digest(gm) != before
+    assert masks_digest(gm) != before
     x = data()[:4][0]
     expected = gm(x)
     gm = copy.deepcopy(gm)  # nothing of the method is left in the layers
     torch.testing.assert_close(gm(x), expected)
-
-
-@pytest.mark.parametrize("stop", [1, 6, 13])
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "accumulate": 2}, {"method": "gradual"}])
-def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, stop, options):
-    model = mlp()
-    options = {"epochs": 3, "lr": 1e-2, "checkpoint_steps": 2, "progress": False, **options}
-    gm = student(model)
-    whole = distill(gm, model, loader(), data_val(), out=tmp_path / "whole", **options)
-    broken = student(model)
-    with pytest.raises(Stop):
-        distill(broken, model, Breaking(loader(), stop), data_val(), out=tmp_path / "run", **options)
-    broken = student(model)
-    found = distill(broken, model, loader(), data_val(), out=tmp_path / "run", resume="auto", **options)
-    assert same(broken, gm)
-    assert (found.losses, found.accuracy, found.images) == (whole.losses, whole.accuracy, whole.images)
-
-
-def data_val() -> list:
-    x, y = data(20, 1)[:]
-    return list(zip(x.split(7), y.split(7), strict=True))
-
-
-def test_a_finished_run_resumes_to_its_result(tmp_path):
-    model = mlp()
-    gm = student(model)
-    distill(gm, model, loader(), out=tmp_path, epochs=1, progress=False)
-    again = student(model)
-    found = distill(again, model, loader(), out=tmp_path, epochs=1, resume="auto", progress=False)
-    assert same(again, gm) and found.resumed == found.steps == 6
 
 
 def test_the_callers_random_numbers_are_left_alone():
@@ -226,7 +128,7 @@ def test_feature_matching_brings_block_outputs_closer(r):
     assert all(bool((w[~m] == 0).all()) for w, m, _ in masked_weights(gm).values())
 
 
-def test_batchnorm_is_estimated_anew():
+def test_batchnorm_is_reestimated():
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
     tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
@@ -240,8 +142,8 @@ def test_batchnorm_is_estimated_anew():
     torch.testing.assert_close(gm.get_submodule("1").running_mean, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_batchnorm_of_a_locked_graph_is_estimated_too():
-    """A model that takes other paths in training than in evaluation is traced for one of them."""
+def test_batchnorm_of_a_locked_graph_is_reestimated():
+    """A model with different paths in training and evaluation is traced for one of them."""
 
     class Locked(nn.Sequential):
         def forward(self, x):
@@ -258,7 +160,7 @@ def test_batchnorm_of_a_locked_graph_is_estimated_too():
     assert norm.num_batches_tracked == 2 and norm.momentum == 0.1 and not norm.training
 
 
-def test_cached_logits_change_nothing_and_spare_the_teacher():
+def test_cached_logits_give_the_same_result_with_fewer_teacher_calls():
     class Counting(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -283,42 +185,7 @@ def test_cached_logits_change_nothing_and_spare_the_teacher():
     assert calls[0] == 18 and calls[1] <= 12
 
 
-def refused(error, match, model=None, gm=None, **kwargs):
-    model = model or mlp()
-    with pytest.raises(error, match=match):
-        distill(gm or student(model), kwargs.pop("teacher", model), progress=False, **{"train": loader(), **kwargs})
-
-
-def test_bad_input_is_refused():
-    x, y = data()[:]
-    refused(InputError, "label is out of range.*0 to 4.*found 9", train=[(x, y), (x, torch.full_like(y, 9))])
-    refused(InputError, "out of range.*found -1", train=[(x, torch.full_like(y, -1))])
-    refused(InputError, "different classes", teacher=nn.Linear(16, 7))
-    refused(InputError, "no masks", gm=mlp())
-    refused(InputError, "nothing to train on", train=[])
-    refused(InputError, "no length", train=iter([(x, y)]))
-    refused(InputError, "no labels", train=[x])
-    refused(InputError, "labels have the wrong", train=[(x, y.float())])
-    refused(InputError, "batch is empty", train=[(x[:0], y[:0])])
-    refused(InputError, r"teacher fails on a batch: mat1.*\(48, 4\)", train=[(x[:, :4], y)])
-    refused(InputError, "fails on a batch.*uint8", train=[(x.byte(), y)])
-    refused(InputError, "batch 0 of epoch 1 can't be read: 'gone'", train=Raising(KeyError("gone")))
-    refused(InputError, "yields nothing", train=Raising(None), features=1.0)
-    refused(InputError, "batch 0 of epoch 1 can't be read: lost", train=Raising(OSError("lost")), features=1.0)
-    refused(InputError, "val can't be.*no batch", val=[])
-    refused(InputError, "val can't be.*read once", val=iter([(x, y)]))
-    refused(InputError, "evaluation failed.*out of range.*found 9", val=[(x, torch.full_like(y, 9))], epochs=1)
-    refused(InputError, "0.weight: weights in half.*float32, found torch.float16", gm=student(mlp()).half())
-    refused(InputError, "no parameter.*can be trained", gm=student(mlp()).requires_grad_(False))
-    refused(InputError, "cache=True needs", cache=True)
-    refused(ConfigError, "no option 'epoch'.*Did you mean 'epochs'", epoch=3)
-    refused(ConfigError, "out of range", alpha=2.0)
-    refused(ConfigError, "wrong type", epochs="3")
-    refused(ConfigError, "needs a folder", resume="auto")
-    refused(ConfigError, "fsdp", sharding="fsdp", ema=0.9)
-
-
-def test_labels_do_not_count_where_the_teacher_alone_is_learnt_from():
+def test_labels_are_ignored_when_only_the_teacher_counts():
     x, y = data()[:]
     model, weights = mlp(), []
     for labels in (y, torch.full_like(y, -1), y.float()):
@@ -326,81 +193,8 @@ def test_labels_do_not_count_where_the_teacher_alone_is_learnt_from():
     assert same(weights[0], weights[1]) and same(weights[0], weights[2])
 
 
-def test_a_loader_that_yields_less_than_it_says(tmp_path):
-    class Short(Breaking):
-        def __iter__(self):
-            return itertools.islice(iter(self.inner), self.left)
-
-    refused(InputError, "yields nothing", train=Short(loader(), 0))
-    refused(InputError, "fewer batches", train=Short(loader(), 2), out=tmp_path)
-
-
-def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tmp_path):
-    x, y = data()[:]
-    bad = [(x, y), (x, y), (x * float("nan"), y)]
-    refused(
-        InputError, "step 2 is not finite.*checkpoint is .*checkpoint.pt", train=bad, out=tmp_path, checkpoint_steps=1
-    )
-    assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 2
-
-
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, clip):
-    model = mlp()
-    gm, calls = student(model), []
-
-    def poison(grad):
-        calls.append(1)
-        return grad * float("nan") if len(calls) == 3 else grad
-
-    next(gm.parameters()).register_hook(poison)
-    refused(
-        InputError,
-        "gradient of step 2 is not finite.*last good checkpoint",
-        model,
-        gm=gm,
-        out=tmp_path,
-        checkpoint_steps=1,
-        clip=clip,
-    )
-    assert all(bool(torch.isfinite(p).all()) for p in gm.parameters())
-    assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 2
-
-
-@pytest.mark.parametrize("lr", [1e30, 1e38])
-def test_weights_that_blow_up_are_no_good_checkpoint(tmp_path, lr):
-    """The loss was finite; what the last step made of the weights is not, or gives outputs that aren't."""
-    x, y = data()[:]
-    options = {"epochs": 1, "lr": lr, "warmup": 0, "optimizer": "sgd", "out": tmp_path}
-    refused(InputError, "after step 1 the student's weights or outputs are not finite", train=[(x, y)], **options)
-    assert not (tmp_path / checkpoint.NAME).exists()
-
-
-def test_an_evaluation_that_fails_costs_no_epoch(tmp_path):
-    model, val = mlp(), data_val()
-    options = {"epochs": 2, "lr": 1e-2, "progress": False}
-    whole = student(model)
-    wanted = distill(whole, model, loader(), val, out=tmp_path / "whole", **options)
-    gm = student(model)
-    with pytest.raises(
-        InputError, match=r"evaluation failed: batch 0 of evaluation can't be read: gone.*checkpoint.pt"
-    ):
-        distill(gm, model, loader(), Raising(OSError("gone")), out=tmp_path / "run", **options)
-    gm = student(model)
-    found = distill(gm, model, loader(), val, out=tmp_path / "run", resume="auto", **options)
-    assert found.resumed == 6 and same(gm, whole)
-    assert (found.losses, found.accuracy) == (wanted.losses, wanted.accuracy)
-    logs = [events.read(tmp_path / name / "log.jsonl") for name in ("whole", "run")]
-    told = [[(e["event"], e["step"]) for e in log if e["event"] != "resume"] for log in logs]
-    assert told[0] == told[1]
-    again = student(model)  # of a finished run
-    distill(again, model, loader(), val, out=tmp_path / "run", resume="auto", **options)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines].count("end") == 1 and same(again, whole)
-
-
 @pytest.mark.parametrize("options", [{"method": "sr-ste"}, {"method": "gradual"}, {"method": "sr-ste", "ema": 0.9}])
-def test_accuracy_with_moving_masks_is_of_what_the_result_would_be(options):
+def test_accuracy_with_moving_masks_is_that_of_the_result(options):
     model, val = mlp(), data_val()
     gm = student(model)
     gm.load_state_dict(model.state_dict(), strict=False)
@@ -412,58 +206,6 @@ def test_accuracy_with_moving_masks_is_of_what_the_result_would_be(options):
         distill(broken, model, Breaking(loader(), 7), progress=False, epochs=2, lr=3e-2, **options)
     assert not any("forward" in vars(module) for module in broken.modules())  # nothing of the method is left
     assert all(bool((weight[~mask] == 0).all()) for weight, mask, _ in masked_weights(broken).values())
-
-
-def test_a_file_that_can_not_grow_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    """The operating system refuses a write in the midst of the second checkpoint, as it does on a full disk."""
-    model = mlp()
-    write, limits = checkpoint.write, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limited(path, state):
-        most = (path.stat().st_size // 2, limits[1]) if path.exists() else limits
-        resource.setrlimit(resource.RLIMIT_FSIZE, most)
-        try:
-            write(path, state)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    monkeypatch.setattr(checkpoint, "write", limited)
-    refused(ArtifactError, "room, found File too large.*is whole", model=model, out=tmp_path)
-    monkeypatch.undo()
-    assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 6
-    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
-    gm = student(model)
-    assert distill(gm, model, loader(), out=tmp_path, resume="auto", progress=False).resumed == 6
-
-
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    refused_by = {"epochs": 1, "out": tmp_path}
-    model = mlp()
-    distill(student(model), model, loader(), progress=False, **refused_by)
-    refused(ArtifactError, "earlier run", model=model, **refused_by)
-    refused(ArtifactError, "expected lr=0.0001, found lr=0.1", model=model, resume="auto", lr=0.1, **refused_by)
-    path = tmp_path / checkpoint.NAME
-    path.write_bytes(path.read_bytes()[:1000])
-    refused(ArtifactError, "can't be read as a checkpoint.*a damaged file", model=model, resume="auto", **refused_by)
-
-
-def test_other_images_or_another_teacher_are_another_run(tmp_path):
-    model = mlp()
-    options = {"epochs": 1, "out": tmp_path}
-    distill(student(model), model, loader(), fingerprint="photos", progress=False, **options)
-    refused(
-        ArtifactError,
-        "expected images photos, found images other",
-        model,
-        resume="auto",
-        fingerprint="other",
-        **options,
-    )
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        other[0].bias += 1
-    options |= {"fingerprint": "photos", "resume": "auto"}
-    refused(ArtifactError, "another run.*teacher", model, teacher=other, **options)
 
 
 def test_evaluation_counts_right_answers():

@@ -1,4 +1,4 @@
-"""Distillation on two processes (gloo): the same as on one, and what is refused when ranks differ."""
+"""Distillation on two processes (gloo): equal to one process, and refused when ranks differ."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def models() -> tuple:
 
 
 def normed() -> tuple:
-    """A network with BatchNorm, which sees other images on each rank."""
+    """A network with BatchNorm, which sees different images on each rank."""
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Flatten(), nn.Linear(3072, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)).eval()
     return dense, mpcompile.transform(dense, torch.randn(2, 3, 32, 32), mpcompile.Config(score="magnitude"))
@@ -72,19 +72,19 @@ def worker(rank: int, folder: str) -> None:
     refused = {}
     for name in ("masks", "code", "loss"):
         gm, data = copy.deepcopy(fresh), batches(rank, 2)
-        version = mpcompile.__version__
+        version = ranks.__version__
         if rank == 1 and name == "masks":
             _, mask, _ = next(iter(masked_weights(gm).values()))
             mask.copy_(mask.roll(1, -1))
         if rank == 1 and name == "code":
-            mpcompile.__version__ = "0.0.1"
+            ranks.__version__ = "0.0.1"
         if rank == 1 and name == "loss":
             data[0] = (data[0][0] * float("nan"), data[0][1])
         try:
             distill(gm, dense, data, **OPTIONS)
         except InputError as error:
             refused[name] = str(error)
-        mpcompile.__version__ = version
+        ranks.__version__ = version
     (out / f"{rank}.json").write_text(json.dumps([found, refused]))
     dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
@@ -113,7 +113,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(two, name, options):
 
 
 @pytest.mark.parametrize("name", ["norms", "averaged"])
-def test_batchnorm_statistics_end_alike_and_accuracy_is_of_the_result(two, name):
+def test_batchnorm_statistics_are_equal_on_all_ranks_and_accuracy_is_that_of_the_result(two, name):
     folder, (first, _), (second, _) = two
     weights = [torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert any("running" in key for key in weights[0])

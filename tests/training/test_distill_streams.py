@@ -22,12 +22,12 @@ CLASSES, COUNTS, SHARDS = 3, {"train": 24, "validation": 9}, 2
 
 
 def picture(number: int) -> Image.Image:
-    """Of one colour, by which it is known again."""
+    """An image of a single colour that identifies it."""
     return Image.new("RGB", (40, 40), (10 * number, 10 * number, 10 * number))
 
 
 def numbers(batches) -> list[int]:
-    """Of the pictures in batches that were not normalised."""
+    """The numbers of the pictures in batches without normalisation."""
     return [round(float(x) * 25.5) for batch in batches for x in batch[0].mean((1, 2, 3))]
 
 
@@ -66,7 +66,7 @@ def model():
 
 @pytest.fixture(params=["wds", "hfds", "hfids"])
 def opened(request, root, tmp_path, monkeypatch):
-    """What opens a split."""
+    """A function that opens a split."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     where = root / "shards" if request.param == "wds" else tmp_path / "cache"
     reader = "wds/x" if request.param == "wds" else f"{request.param}/{root / 'folders'}"
@@ -77,7 +77,7 @@ def opened(request, root, tmp_path, monkeypatch):
 
 
 def test_an_epoch_holds_every_image_once_and_can_be_repeated(opened, model):
-    options = images.Images(batch=4, size=32, workers=0, augment=False)
+    options = images.ImageOptions(batch=4, size=32, workers=0, augment=False)
     train = images.loader(opened("train"), model, options, training=True)
     epochs = [numbers(epoch_batches(train, 0, epoch, 0, 0, None, "")) for epoch in (0, 1, 0)]
     assert len(train) == 6 and all(sorted(epoch) == list(range(24)) for epoch in epochs)
@@ -85,7 +85,7 @@ def test_an_epoch_holds_every_image_once_and_can_be_repeated(opened, model):
 
 
 def test_calibration_leaves_the_training_order_as_it_is(opened, model):
-    options, drawn = images.Images(batch=4, size=32, workers=0, augment=False), []
+    options, drawn = images.ImageOptions(batch=4, size=32, workers=0, augment=False), []
     for count in (0, 5):
         source = opened("train")
         if count:
@@ -106,7 +106,7 @@ def test_evaluation_sees_every_image_once_on_two_ranks(opened, model, workers, m
     seen = []
     for rank in (0, 1):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        val = images.loader(opened("validation"), model, images.Images(batch=2, size=32, workers=workers), False)
+        val = images.loader(opened("validation"), model, images.ImageOptions(batch=2, size=32, workers=workers), False)
         seen.append([(n, int(label)) for batch in val for n, label in zip(numbers([batch]), batch[1], strict=True)])
     assert sorted(seen[0] + seen[1]) == [(n, n % CLASSES) for n in range(9)]
     assert abs(len(seen[0]) - len(seen[1])) <= 1
@@ -114,10 +114,10 @@ def test_evaluation_sees_every_image_once_on_two_ranks(opened, model, workers, m
 
 def test_workers_share_shards(root, model, caplog):
     source = datasets.dataset(str(root / "shards"), "train", True, "wds/x")
-    images.calibration(source, model, images.Images(batch=4, size=32), 3, 4)
-    options = images.Images(batch=4, size=32, workers=3, augment=False)
+    images.calibration(source, model, images.ImageOptions(batch=4, size=32), 3, 4)
+    options = images.ImageOptions(batch=4, size=32, workers=3, augment=False)
     train = images.loader(source, model, options, training=True)
-    assert "shards keep 2 workers a process busy: data.workers is 2, not 3" in caplog.text
+    assert "there are shards for 2 workers per process: data.workers is 2, not 3" in caplog.text
     # Two workers read a shard of 12 each.
     assert sorted(numbers(epoch_batches(train, 0, 0, 0, 0, None, ""))) == list(range(24))
 
@@ -126,7 +126,7 @@ def test_fewer_shards_than_processes_are_refused(root, model, monkeypatch):
     monkeypatch.setattr(ranks, "world", lambda: 3)
     source = datasets.dataset(str(root / "shards"), "train", True, "wds/x")
     with pytest.raises(InputError, match=r"fewer shards than processes.*at least 3 shards.*2"):
-        images.loader(source, model, images.Images(batch=6, size=32), training=True)
+        images.loader(source, model, images.ImageOptions(batch=6, size=32), training=True)
 
 
 def test_the_command_takes_shards_and_resumes(root, tmp_path):
@@ -165,7 +165,7 @@ def saved(image, form):
 
 
 def test_shards_are_decoded_as_files_are(tmp_path, monkeypatch, caplog):
-    """Every suffix, 16 bits scaled, and no format that starts a program."""
+    """Every suffix is read, 16 bits are scaled, and no format starts a program."""
     called = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: called.append(1) or Image.new("RGB", (9, 9)).im)
     deep = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))
@@ -211,7 +211,7 @@ def test_shards_are_regular_files(name, tmp_path):
     place = shard(tmp_path / "a", [("png", saved(picture(1), "PNG"))])
     (place / name).unlink(missing_ok=True)
     os.mkfifo(place / name)
-    with pytest.raises(InputError, match=f"can't read .*{name}.*found a FIFO"):
+    with pytest.raises(InputError, match=f"cannot read .*{name}.*found a FIFO"):
         datasets.dataset(str(place), "train", True, "wds/x")
 
 
@@ -229,17 +229,17 @@ def test_hugging_face_datasets_are_decoded_as_files_are(reader, tmp_path, monkey
     assert sorted(items) == [((100,) * 3, 1), ((200,) * 3, 0)]
     if reader == "hfids":
         (tmp_path / "data" / "train" / "b" / "0.png").write_bytes(b"none")
-        with pytest.raises(InputError, match=r"train/b/0\.png can't be read.*no image of a known format"):
+        with pytest.raises(InputError, match=r"train/b/0\.png cannot be read.*no image of a known format"):
             list(source)
 
 
-def test_readers_that_can_not_be_used(root, tmp_path, monkeypatch):
+def test_unusable_readers_are_refused(root, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no images of split 'test'"):
         datasets.dataset(str(root / "shards"), "test", True, "wds/x")
     with pytest.raises(ConfigError, match=r"no reader 'zip/x'.*hfds/NAME"):
         datasets.dataset(str(root / "shards"), "train", True, "zip/x")
-    with pytest.raises(InputError, match=r"isn't known how many images split 'train'.*'train\|50000'"):
+    with pytest.raises(InputError, match=r"the number of images in split 'train'.*'train\|50000'"):
         datasets.dataset(str(tmp_path / "cache"), "train", True, f"hfids/{root / 'folders'}")
     monkeypatch.setattr("timm.data.readers.reader_wds.wds", None)
-    with pytest.raises(InputError, match=r"wds/x can't be read without webdataset.*mpcompile\[streams\]"):
+    with pytest.raises(InputError, match=r"wds/x cannot be read without webdataset.*mpcompile\[streams\]"):
         datasets.dataset(str(root / "shards"), "train", True, "wds/x")

@@ -1,4 +1,4 @@
-"""The log of a run: whole lines after any interruption, and optional sinks."""
+"""The log of a run: complete lines after any interruption, and optional sinks."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def test_a_line_is_in_the_file_before_the_next_call(tmp_path):
     log.close()
 
 
-def test_resuming_drops_what_will_be_run_again_and_half_a_line(tmp_path):
+def test_resuming_drops_lines_of_repeated_steps_and_half_a_line(tmp_path):
     path = tmp_path / "run.jsonl"
     with EventLog(path) as log:
         log.write("start")
@@ -66,9 +66,9 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
 
 def test_errors_name_the_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match=r"can't write the log .*run\.jsonl"):
+    with pytest.raises(ArtifactError, match=r"cannot write the log .*run\.jsonl"):
         EventLog(tmp_path / "file" / "run.jsonl")
-    with pytest.raises(ArtifactError, match="can't read the log"):
+    with pytest.raises(ArtifactError, match="cannot read the log"):
         list(events.read(tmp_path / "none.jsonl"))
     (tmp_path / "bad.jsonl").write_text('{"event": "start"}\n[1]\n{}\n')
     with pytest.raises(ArtifactError, match=r"line 2 of .* is damaged"):
@@ -76,7 +76,7 @@ def test_errors_name_the_file(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /dev/full")
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     log = EventLog(tmp_path / "run.jsonl")
     log._file.close()
     log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
@@ -85,7 +85,7 @@ def test_a_full_disk_is_told(tmp_path):
     log.close()
 
 
-def test_sinks_get_the_numbers_alone(tmp_path):
+def test_sinks_get_only_numbers(tmp_path):
     got, closed = [], []
 
     class Sink:

@@ -13,8 +13,8 @@ from torch import nn
 
 from mpcompile.data import datasets, ranks
 from mpcompile.data import loader as images
+from mpcompile.data.seeding import seed_everything
 from mpcompile.errors import ConfigError, InputError
-from mpcompile.training.checkpoint import seed_everything
 from mpcompile.training.recipes.recipe import Recipe
 from tests.support.helpers import labelled_images
 
@@ -96,7 +96,7 @@ def test_wrong_recipes_are_refused(changes, match):
         Recipe.load("resnet50_2of4", changes)
 
 
-def test_files_that_are_no_recipe(tmp_path):
+def test_other_files_are_no_recipe(tmp_path):
     with pytest.raises(ConfigError, match=r"no recipe.*vit_base_2of4_tome8"):
         Recipe.load("vit_huge")
     path = tmp_path / "a.yaml"
@@ -109,7 +109,7 @@ def test_files_that_are_no_recipe(tmp_path):
 def test_images_of_a_folder(folder):
     model = timm.create_model("resnet10t", num_classes=3)
     source = datasets.dataset(str(folder), "train", True)
-    options = images.Images(batch=4, size=32, workers=0)
+    options = images.ImageOptions(batch=4, size=32, workers=0)
     batches = images.loader(source, model, options, training=True)
     seed_everything(0, 0, 0)
     first = list(batches)
@@ -123,12 +123,12 @@ def test_images_of_a_folder(folder):
     plain = images.loader(datasets.dataset(str(folder), "validation", False), model, options, training=False)
     labels = torch.cat([batch[1] for batch in plain])
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    fixed = images.loader(source, model, images.Images(batch=4, size=32, workers=0, augment=False), training=True)
+    fixed = images.loader(source, model, images.ImageOptions(batch=4, size=32, workers=0, augment=False), training=True)
     seen = [{int(i): x for xs, _, index in fixed for x, i in zip(xs, index, strict=True)} for _ in range(2)]
     assert all(torch.equal(seen[0][i], seen[1][i]) for i in range(24))
 
 
-def test_splits_are_what_they_are_called(folder, tmp_path):
+def test_splits_are_recognised_by_name(folder, tmp_path):
     assert len(datasets.dataset(str(folder), "val", False)) == 9  # validation/ by another name
     assert len(datasets.dataset(str(folder / "train"), "train", True)) == 24  # a folder of classes
     with pytest.raises(InputError, match=r"no images of split 'trian'.*found train, validation"):
@@ -144,11 +144,11 @@ def test_splits_are_what_they_are_called(folder, tmp_path):
     with pytest.raises(InputError, match=r"is a file.*--reader wds/NAME"):
         datasets.dataset(str(folder / "train" / "bee" / "0.png"), "train", True)
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"no images of split 'train'.*one sub-folder of images a class"):
+    with pytest.raises(InputError, match=r"no images of split 'train'.*one sub-folder of images per class"):
         datasets.dataset(str(tmp_path / "empty"), "train", True)
 
 
-def test_classes_of_all_splits_are_numbered_alike(folder, tmp_path):
+def test_all_splits_number_their_classes_the_same_way(folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     shutil.rmtree(data / "validation" / "bee")
@@ -157,7 +157,7 @@ def test_classes_of_all_splits_are_numbered_alike(folder, tmp_path):
     val = datasets.dataset(str(data), "validation", False, classes=names)
     assert datasets.labels_of(val) == [0] * 3 + [2] * 3
     (data / "validation" / "cat").rename(data / "validation" / "dog")
-    with pytest.raises(InputError, match=r"split 'validation' has classes.*ant, bee, cat.*dog"):
+    with pytest.raises(InputError, match=r"split 'validation' has unknown classes.*ant, bee, cat.*dog"):
         datasets.dataset(str(data), "validation", False, classes=names)
     for count in (2, 4):
         with pytest.raises(
@@ -177,12 +177,12 @@ def test_a_class_map_numbers_the_classes(folder, tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=match):
             datasets.read_class_map(path)
-    with pytest.raises(InputError, match="can't read the class map"):
+    with pytest.raises(InputError, match="cannot read the class map"):
         datasets.read_class_map(tmp_path / "none.txt")
 
 
 def test_a_step_has_the_same_images_on_one_process_and_on_many(monkeypatch):
-    """Whatever the number of processes and of batches that make a step."""
+    """The number of processes and of batches per step makes no difference."""
 
     def steps(world: int, accumulate: int, epoch: int = 0) -> list[list[int]]:
         parts, found = world * accumulate, []
@@ -201,10 +201,14 @@ def test_a_step_has_the_same_images_on_one_process_and_on_many(monkeypatch):
     assert steps(2, 1) == steps(3, 2) == steps(1, 4) == alone != steps(1, 1, epoch=1)
 
 
-def test_data_that_can_not_be_used(folder, tmp_path):
+def test_unusable_data_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="no images of split 'train' in"):
         datasets.dataset(str(tmp_path / "nowhere"), "train", True)
     with pytest.raises(InputError, match=r"fewer training images than make a batch; expected at least 25, found 24"):
-        images.loader(datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.Images(batch=25), True)
+        images.loader(
+            datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.ImageOptions(batch=25), True
+        )
     with pytest.raises(ConfigError, match="multiple of 4"):
-        images.loader(datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.Images(batch=6), True, 4)
+        images.loader(
+            datasets.dataset(str(folder), "train", True), nn.Linear(1, 1), images.ImageOptions(batch=6), True, 4
+        )

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: every field has its type and range, whatever is written there."""
+"""The checkpoint that a run resumes from: the type and range of every field are checked."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ class Stop(Exception):
 
 
 def run(folder, stop=None, **options):
-    """A run of 2 epochs of 3 steps; ``stop`` ends it after so many checkpoints."""
+    """A run of 2 epochs of 3 steps; ``stop`` ends it after that many checkpoints."""
     model = mlp()
     student = transform(model, torch.randn(2, 32), Config(pattern="2:4"))
     write, count = checkpoint.write, [0]
@@ -48,13 +48,13 @@ def run(folder, stop=None, **options):
 
 @pytest.fixture(scope="module")
 def broken_off(tmp_path_factory):
-    """The state after the 4th of 6 steps."""
+    """The state after step 4 of 6."""
     folder = tmp_path_factory.mktemp("run")
     run(folder, stop=4)
     return checkpoint.read(folder / checkpoint.NAME)
 
 
-def test_a_run_goes_on(broken_off, tmp_path):
+def test_a_run_resumes(broken_off, tmp_path):
     checkpoint.write(tmp_path / checkpoint.NAME, broken_off)
     assert run(tmp_path, resume="auto").resumed == broken_off["step"]
 

@@ -26,7 +26,7 @@ from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.data.images import Images, data_config, folder
 from mpcompile.errors import ConfigError, first_line
-from mpcompile.export.programs import FORMATS, save_dense
+from mpcompile.export import FORMATS, save_dense
 
 
 def add(commands: Commands) -> None:

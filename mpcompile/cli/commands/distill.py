@@ -124,7 +124,7 @@ def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
     from mpcompile.training import checkpoint
 
     if args.resume == "never" and (args.out / checkpoint.NAME).exists():
-        raise checkpoint.in_the_way(args.out / checkpoint.NAME)
+        raise checkpoint.earlier_run(args.out / checkpoint.NAME)
     torch.manual_seed(recipe.train.seed)
     size = None if recipe.data.size is None else (3, recipe.data.size, recipe.data.size)
     teacher = create_with(recipe.model, args.pretrained, args.checkpoint, size, args.num_classes).to(device)
@@ -215,7 +215,7 @@ def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any,
 
     make_folder(args.out)
     mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, holds)
-    checkpoint.left_behind(args.out)
+    checkpoint.remove_temporary_files(args.out)
     if args.resume == "auto" and path.exists():
         if os.path.lexists(mark) and _read_stamp(mark) == stamp:
             mpcompile.load(path)  # whole, or it raises
@@ -259,7 +259,7 @@ def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str
     parts = ("model", "compile", "calibration", "prior_weight")
     made = {key: value for key, value in recipe.to_dict().items() if key in parts}
     text = json.dumps([made, recipe.data.size, recipe.train.seed, args.reader, args.train_split], sort_keys=True)
-    return hashlib.sha256(f"{text} {holds} {checkpoint.digest(teacher)}".encode()).hexdigest()
+    return hashlib.sha256(f"{text} {holds} {checkpoint.weights_digest(teacher)}".encode()).hexdigest()
 
 
 def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:

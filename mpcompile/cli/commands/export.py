@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 import mpcompile
+from mpcompile import export as exporting
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.cli.options import DTYPES, Commands, at_least, command, json_option, show
 from mpcompile.config import ENGINES
 from mpcompile.errors import ConfigError
-from mpcompile.export import programs as exporting
 from mpcompile.ir.module import IRModule
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of outputs, relative RMS

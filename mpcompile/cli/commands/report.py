@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import mpcompile
-from mpcompile.artifact.file import PLAN, WEIGHTS
+from mpcompile.artifact.container import PLAN, WEIGHTS
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.cli.options import Commands, command
 from mpcompile.errors import ConfigError, printable

@@ -1,4 +1,4 @@
-"""Images in an .npz file, read one after another, so that memory depends on one image and not on the file."""
+"""Images in an .npz file, read one by one, so that memory use depends on the image size and not on the file size."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 from PIL import Image
 
 from mpcompile.data.sources.regular import open_regular, printable
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, first_line
 
-EXPECTED = "an .npz file with uint8 'images' (N, H, W, 3) and, if known, 'labels' (N)"
-_PART = 1 << 20  # bytes that are passed over at a time
-_WHOLE = 1 << 30  # bytes of an array in Fortran order, which is read as a whole
+EXPECTED = "an .npz file with uint8 'images' (N, H, W, 3) and, optionally, 'labels' (N)"
+_PART = 1 << 20  # bytes skipped at a time
+_WHOLE = 1 << 30  # most bytes of an array in Fortran order, which is read as a whole
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An .npz file whose heads were read and checked.
+    """An .npz file whose array headers have been read and checked.
 
     Attributes:
         path: the file.
-        shape: of its images.
+        shape: of its images, (N, H, W, 3).
         labels: class numbers (N,), or None.
-        fortran: its images don't lie one after another, but as Fortran orders an array.
+        fortran: the array is in Fortran order, so that its images are not contiguous.
     """
 
     path: Path
@@ -40,39 +40,39 @@ class Archive:
         return self.shape[0]
 
     def pictures(self, chosen: Sequence[int]) -> Iterator[Image.Image]:
-        """The images of these numbers, which rise, as PIL images in RGB.
+        """Yield the images with these indices, in ascending order, as PIL images in RGB.
 
         Raises:
             InputError: the file is damaged.
         """
         count, *shape = self.shape
-        size, place = math.prod(shape), 0
+        size, position = math.prod(shape), 0
         with open_regular(self.path, EXPECTED) as file:
             try:
                 with zipfile.ZipFile(file) as archive, archive.open(_entry(archive, "images")) as entry:
-                    _head(entry)
+                    _header(entry)
                     if self.fortran:
                         whole = np.frombuffer(_exactly(entry, count * size), np.uint8).reshape(self.shape, order="F")
                         yield from (Image.fromarray(np.ascontiguousarray(whole[number])) for number in chosen)
-                        place = count
+                        position = count
                     for number in () if self.fortran else chosen:
-                        _pass_over(entry, (number - place) * size)
+                        _skip(entry, (number - position) * size)
                         yield Image.fromarray(np.frombuffer(_exactly(entry, size), np.uint8).reshape(shape))
-                        place = number + 1
-                    _pass_over(entry, (count - place) * size)
-                    if entry.read(1):  # asked for what is behind the end, zipfile compares the checksum
-                        raise ValueError("more values than its head says")
+                        position = number + 1
+                    _skip(entry, (count - position) * size)
+                    if entry.read(1):  # reading past the end makes zipfile compare the checksum
+                        raise ValueError("more values than its header says")
             except InputError:
                 raise
-            except Exception as error:  # damaged files make zipfile and numpy raise whatever they come across
+            except Exception as error:  # damaged files make zipfile and numpy raise anything
                 raise _damaged(self.path, error) from error
 
 
 def open_archive(path: Path) -> Archive:
-    """An .npz file of images.
+    """Open an .npz file of images.
 
     Raises:
-        InputError: it is missing, no regular file, damaged, or holds something else.
+        InputError: it is missing, is no regular file, is damaged, or holds other arrays.
     """
     with open_regular(path, EXPECTED) as file:
         try:
@@ -87,17 +87,17 @@ def open_archive(path: Path) -> Archive:
 def _read(path: Path, archive: zipfile.ZipFile) -> Archive:
     images = _entry(archive, "images")
     with archive.open(images) as entry:
-        shape, fortran, dtype, head = _head(entry)
+        shape, fortran, dtype, offset = _header(entry)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         found = printable(f"{dtype} {shape}")
         raise InputError(f"{printable(path)} holds other images", expected=EXPECTED, found=found)
     if fortran and math.prod(shape) > _WHOLE:
         raise InputError(f"{printable(path)} is too large in Fortran order", expected="an array in C order")
-    if images.file_size != head + math.prod(shape):
-        found = f"{images.file_size - head} bytes for {shape}"
+    if images.file_size != offset + math.prod(shape):
+        found = f"{images.file_size - offset} bytes for {shape}"
         raise InputError(f"{printable(path)} is damaged", expected=f"{math.prod(shape)} bytes", found=printable(found))
     most = Image.MAX_IMAGE_PIXELS
-    if most is not None and shape[1] * shape[2] > 2 * most:  # as Pillow does with files
+    if most is not None and shape[1] * shape[2] > 2 * most:  # Pillow's own limit for files
         found = f"{shape[1]} x {shape[2]}"
         raise InputError(f"{printable(path)} holds too large images", expected=f"{2 * most} pixels", found=found)
     labels = None
@@ -108,25 +108,25 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Archive:
 
 
 def _labels(path: Path, entry: IO[bytes], count: int) -> np.ndarray:
-    shape, _, dtype, _ = _head(entry)
+    shape, _, dtype, _ = _header(entry)
     if shape != (count,) or not np.issubdtype(dtype, np.integer):
         found = printable(f"{dtype} {shape} for {count} images")
         raise InputError(f"{printable(path)} holds other labels", expected=EXPECTED, found=found)
     labels = np.frombuffer(_exactly(entry, count * dtype.itemsize), dtype)
     if entry.read(1):
-        raise ValueError("more labels than its head says")
+        raise ValueError("more labels than its header says")
     return labels
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    for spelt in (f"{name}.npy", name):
-        if spelt in archive.namelist():
-            return archive.getinfo(spelt)
+    for entry in (f"{name}.npy", name):
+        if entry in archive.namelist():
+            return archive.getinfo(entry)
     raise ValueError(f"no '{name}' in it, but {', '.join(archive.namelist()[:4]) or 'nothing'}")
 
 
-def _head(entry: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, order and type of an array, and the bytes that saying so takes. Nothing is unpickled."""
+def _header(entry: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Read an array header: shape, Fortran order, dtype, and the header's size in bytes. Nothing is unpickled."""
     form = np.lib.format
     version = form.read_magic(entry)
     if version not in ((1, 0), (2, 0)):
@@ -139,16 +139,14 @@ def _head(entry: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
 def _exactly(entry: IO[bytes], size: int) -> bytes:
     content = entry.read(size)
     if len(content) != size:
-        raise ValueError("fewer values than its head says")
+        raise ValueError("fewer values than its header says")
     return content
 
 
-def _pass_over(entry: IO[bytes], size: int) -> None:
+def _skip(entry: IO[bytes], size: int) -> None:
     while size:
         size -= len(_exactly(entry, min(size, _PART)))
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    text = (str(error).strip().splitlines() or [""])[0]
-    found = printable(text) if text else type(error).__name__
-    return InputError(f"can't read {printable(path)}", expected=EXPECTED, found=found)
+    return InputError(f"cannot read {printable(path)}", expected=EXPECTED, found=first_line(error))

@@ -1,18 +1,18 @@
-"""A file of pixels -> a picture in RGB, eight bits a channel.
+"""Decoding an image file to RGB with eight bits per channel.
 
-Which formats are tried is said here, once: left to itself, Pillow also tries those that start another program (EPS
-starts Ghostscript). A file's name doesn't decide its format, only whether the reader of a folder takes it.
+The formats to try are listed here: by default, Pillow also tries formats that start another program (EPS starts
+Ghostscript). The name of a file does not decide its format, only whether it is read from a folder at all.
 
-Colours are Pillow's; alpha is dropped, as torchvision and timm do; of an animation the first frame counts, and an EXIF
-orientation isn't applied. Grey values of more than eight bits are scaled by the value that white has:
+Colours are Pillow's. Alpha is dropped, as in torchvision and timm; an animation is read as its first frame, and an EXIF
+orientation is not applied. Grey values of more than eight bits are scaled by the value of white:
 
-- 16-bit integers: 65535, or what the file declares (TIFF's MaxSampleValue, 12 bits a sample, PGM's maximum);
+- 16-bit integers: 65535, or what the file declares (TIFF's MaxSampleValue, 12 bits per sample, PGM's maximum);
 - floats: 1;
 - 32-bit and signed integers: what the file declares.
 
-A picture with values outside that range is refused, and so is one whose range can't be told: 32-bit integers without a
-declared maximum, and 16-bit pictures whose values need no more than 14 bits, which are dark, or, more likely, come from
-a camera with 10, 12 or 14 bits.
+An image with values outside that range is refused, and so is one of unknown range: 32-bit integers without a declared
+maximum, and 16-bit images whose values fit in 14 bits, which are dark or, more likely, come from a camera with 10, 12
+or 14 bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from mpcompile.data.sources.regular import open_regular, printable
-from mpcompile.errors import InputError
+from mpcompile.errors import InputError, first_line
 
 _FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -43,9 +43,9 @@ _OPTIONAL: dict[str, tuple[str, tuple[str, ...]]] = {  # format -> Pillow's feat
 
 
 def _known() -> dict[str, tuple[str, ...]]:
-    """Formats that this Pillow reads, with their suffixes."""
-    there = {*features.modules, *features.codecs}  # asking for a feature that an older Pillow doesn't know warns
-    return _FORMATS | {f: s for f, (needed, s) in _OPTIONAL.items() if needed in there and features.check(needed)}
+    """Return the formats that the installed Pillow reads, with their suffixes."""
+    available = {*features.modules, *features.codecs}  # checking a feature unknown to an older Pillow warns
+    return _FORMATS | {f: s for f, (needed, s) in _OPTIONAL.items() if needed in available and features.check(needed)}
 
 
 FORMATS = tuple(_known())
@@ -53,34 +53,33 @@ SUFFIXES = frozenset(suffix for suffixes in _known().values() for suffix in suff
 
 _MAX_SAMPLE, _BITS, _PHOTOMETRIC = 281, 258, 262  # TIFF tags
 _WHITE = 65535
-_DOUBTFUL = 1 << 14  # 16-bit pictures below it may as well hold so many bits as their values need
-_ROUNDING = 1e-4  # floats that resampling left beside the range
+_DOUBTFUL = 1 << 14  # 16-bit images below it may just as well have only the bits that their values need
+_ROUNDING = 1e-4  # by which resampling may leave the range of floats
 EXPECTED = "an image file"
 
 
 class Unreadable(Exception):
-    """Why pixels can't be read; whoever knows the name of the file tells it."""
+    """Pixels cannot be read, with the reason; callers that know the file's name add it."""
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """A file as a PIL image in RGB.
+    """Read a file as a PIL image in RGB.
 
     Raises:
-        InputError: it is missing, no regular file, no image, damaged, or of a range that can't be told.
+        InputError: the file is missing, is no regular file, is no image, is damaged, or has an unknown range.
     """
     with open_regular(path, EXPECTED) as file:
         try:
             return decode(file)
         except Unreadable as error:
-            raise InputError(f"can't read {printable(path)}", expected=EXPECTED, found=error) from error
+            raise InputError(f"cannot read {printable(path)}", expected=EXPECTED, found=error) from error
 
 
 def decode(file: BinaryIO) -> Image.Image:
-    """An open file as a PIL image in RGB.
+    """Decode an open file to a PIL image in RGB.
 
     Raises:
-        Unreadable: it is no image of a known format, damaged, larger than Pillow's limit, or of a range that can't be
-            told.
+        Unreadable: it is no image of a known format, is damaged, exceeds Pillow's size limit, or has an unknown range.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -89,29 +88,24 @@ def decode(file: BinaryIO) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise Unreadable("no image of a known format") from error
-    except Exception as error:  # decoders of damaged files raise whatever they come across
-        raise Unreadable(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return printable(text) if text else type(error).__name__
+    except Exception as error:  # decoders raise anything on damaged files
+        raise Unreadable(first_line(error)) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode in RGB; see the head of this module.
+    """Convert an image of any mode to RGB; see the head of this module.
 
     Raises:
-        Unreadable: its values lie outside of the range that they should have, or it can't be told.
+        Unreadable: values are outside their range, or the range is unknown.
     """
     stored = _stored(image)
     image.load()
     if image.mode == "F" or image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(image, stored)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # going to RGB at once is the same, with a warning
+        image = image.convert("RGBA")  # converting to RGB directly gives the same, with a warning
     rgb = image.convert("RGB")
-    if ";16" in str(stored):  # of colours with 16 bits, Pillow keeps the upper eight
+    if ";16" in str(stored):  # Pillow keeps the upper eight of 16 bits per colour
         high = int(np.asarray(rgb).max())
         if high << 8 < _DOUBTFUL:
             raise Unreadable(_dark((high << 8) + 255))
@@ -119,7 +113,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _stored(image: Image.Image) -> Any:
-    """How the pixels lie in the file, as Pillow's decoders are told: a raw mode, and PGM's maximum."""
+    """Return the arguments of Pillow's decoder: the raw mode of the pixels in the file, and PGM's maximum."""
     tile = getattr(image, "tile", None)
     return tile[0][3] if tile else None
 
@@ -135,21 +129,21 @@ def _eight_bits(image: Image.Image, stored: Any) -> np.ndarray:
     white, declared = _white(image, tags, stored)
     low, high = float(values.min()), float(values.max())
     slack = _ROUNDING if image.mode == "F" else 0.0
-    if not (-slack <= low and high <= white + slack):  # nor where one is NaN
+    if not (-slack <= low and high <= white + slack):  # also refuses NaN
         raise Unreadable(f"values from {low:g} to {high:g}, not from 0 to {white:g}: save it with 8 bits")
     if not declared and 0 < high < _DOUBTFUL:
         raise Unreadable(_dark(high))
     scaled = np.clip(values.astype(np.float64) / white, 0, 1)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero: Pillow turns only 8 bits round
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero: Pillow inverts only 8-bit images
         scaled = 1 - scaled
     return np.rint(255 * scaled).astype(np.uint8)
 
 
 def _white(image: Image.Image, tags: Any, stored: Any) -> tuple[float, bool]:
-    """The value that white has, and whether it is sure.
+    """Return the value of white, and True if the file or its type determines it.
 
     Raises:
-        Unreadable: nothing says it.
+        Unreadable: it is unknown.
     """
     if image.mode == "F":
         return 1.0, True
@@ -158,9 +152,9 @@ def _white(image: Image.Image, tags: Any, stored: Any) -> tuple[float, bool]:
     if isinstance(declared, (int, float)) and declared > 0:
         return float(declared), True
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise Unreadable("32-bit or signed integers, for which nothing says what white is: save it with 8 bits")
+        raise Unreadable("32-bit or signed integers without a declared value of white: save it with 8 bits")
     bits = tags.get(_BITS)
     if bits and bits[0] < 16:
         return float((1 << bits[0]) - 1), True
-    scaled = image.format == "PPM" and isinstance(stored, tuple) and stored[-1] != _WHITE  # by Pillow, from its maximum
+    scaled = image.format == "PPM" and isinstance(stored, tuple) and stored[-1] != _WHITE  # by Pillow
     return float(_WHITE), scaled

@@ -1,4 +1,4 @@
-"""Names of files as they stand in messages, and regular files as the images of a user."""
+"""Names of files in messages, and regular files that a user passes as input."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SHOWN = 240  # characters of a path in a message
 
 
 def printable(name: object) -> str:
-    """A name in one printable line: control characters are escaped, and the middle of a long one is left out."""
+    """Return a name as one printable line: control characters are escaped, and a long name loses its middle."""
     return errors.printable(name, _SHOWN)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first of some names for a message; one with spaces around it in quotes, or they wouldn't show."""
+    """Return the first names for a message, those with surrounding spaces in quotes."""
     names = list(names)
     shown = (printable(name)[:40] if name == name.strip() else repr(printable(name)) for name in names[:most])
     return ", ".join(shown) + (", ..." if len(names) > most else "")
@@ -30,14 +30,14 @@ def open_regular(path: Path | str, expected: str, what: str = "") -> BinaryIO:
 
     Args:
         path: the file, or a link to it.
-        expected: what it should be, for the error.
-        what: what it is called there, before its name, if anything.
+        expected: description of a valid file, for the error.
+        what: word for the file in the error, such as "the class map".
 
     Raises:
-        InputError: it is missing, can't be opened, or is something else than a regular file.
+        InputError: the file is missing, cannot be opened, or is not a regular file.
     """
     try:
         return reading.open_regular(path)
     except OSError as error:
-        named = f"can't read {what} {printable(path)}" if what else f"can't read {printable(path)}"
+        named = f"cannot read {what} {printable(path)}" if what else f"cannot read {printable(path)}"
         raise InputError(named, expected=expected, found=error.strerror or printable(error)) from error

@@ -1,1 +1,1 @@
-"""Recipes: YAML files that say what is made of which model, on what data, and how it is trained."""
+"""Recipes: YAML files that describe a model, its compilation, its data and its training."""

@@ -1,4 +1,4 @@
-"""Recipes: what is made of which model, how, on what data: one YAML file each, a row of the paper or your own."""
+"""Recipes: a model, its compilation, data and training in one YAML file, from a row of the paper or your own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 from mpcompile.config import CALIBRATIONS, Config, only_fields
-from mpcompile.data.loader import Images
+from mpcompile.data.loader import ImageOptions
 from mpcompile.errors import ConfigError
+from mpcompile.io.fields import check_fields, check_type
 from mpcompile.io.reading import read_text
 from mpcompile.io.schema import Mismatch, check
 from mpcompile.io.yaml_options import LARGEST, parse
 from mpcompile.ir.module import IRModule
 from mpcompile.pipeline import transform
-from mpcompile.training.options import Training, check_fields, check_type
+from mpcompile.training.options import Training
 
 FOLDER = Path(__file__).parent
 _PARTS = ("compile", "train", "data", "calibration")
@@ -27,7 +28,16 @@ _PARTS = ("compile", "train", "data", "calibration")
 
 @dataclass(frozen=True)
 class Calibration:
-    """How many training images decide masks and orders, by how many at a time, and ``calibrate`` as in transform."""
+    """Calibration of masks and channel orders.
+
+    Attributes:
+        images: number of training images.
+        batch: images per batch.
+        calibrate: as for :func:`mpcompile.transform`.
+
+    Raises:
+        ConfigError: an invalid value.
+    """
 
     images: int = 256
     batch: int = 32
@@ -50,18 +60,21 @@ class _Described(TypedDict):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way from a dense model to a distilled one.
+    """The steps from a dense model to a distilled one.
 
     Attributes:
         name: of the recipe.
         model: timm's name, with the tag of its weights.
-        compile: what the model becomes.
-        train: how it is distilled.
-        data: how images are read.
-        calibration: images for masks and orders.
-        prior_weight: pull of the source mask with ``score="ser"``.
-        macs: multiply-accumulates to expect: ``dense`` in G, ``executed`` and ``paper`` as percent saved.
-        source: where it comes from, and what was decided where sources disagree.
+        compile: options of :func:`mpcompile.transform`.
+        train: options of :func:`mpcompile.distill`.
+        data: how images are read and augmented.
+        calibration: of masks and channel orders.
+        prior_weight: weight of the source mask with ``score="ser"``.
+        macs: expected multiply-accumulates: ``dense`` in G, ``executed`` and ``paper`` as percent saved.
+        source: where the recipe comes from, and which choice was made where sources disagree.
+
+    Raises:
+        ConfigError: an option of the wrong type or out of range, or options that exclude each other.
 
     Example:
         >>> recipe = Recipe.load("deit_tiny_2of4_tome8")
@@ -73,7 +86,7 @@ class Recipe:
     model: str
     compile: Config = field(default_factory=Config)
     train: Training = field(default_factory=Training)
-    data: Images = field(default_factory=Images)
+    data: ImageOptions = field(default_factory=ImageOptions)
     calibration: Calibration = field(default_factory=Calibration)
     prior_weight: float = 0.1
     macs: Mapping[str, float] = field(default_factory=dict)
@@ -91,26 +104,26 @@ class Recipe:
             raise ConfigError("option 'prior_weight' is out of range", expected="0 or more", found=self.prior_weight)
         if self.train.cache and self.data.augment:
             raise ConfigError(
-                "train.cache keeps one row of logits an image, but augmentation shows another image every epoch",
+                "train.cache stores one row of logits per image, but augmentation changes the image in every epoch",
                 expected="data.augment=false with train.cache=true",
                 found="data.augment=true",
             )
 
     @staticmethod
     def names() -> list[str]:
-        """Recipes that come with mpcompile."""
+        """Return the names of the recipes that come with mpcompile."""
         return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
     @classmethod
     def load(cls, name: str | Path, changes: Sequence[str] = ()) -> Recipe:
-        """A recipe by its name, or from a YAML file.
+        """Load a recipe by name, or from a YAML file.
 
         Args:
             name: one of :meth:`names`, or a path that ends in ``.yaml`` or ``.yml``.
             changes: ``"part.option=value"``, values as in YAML, such as ``"train.lr=3e-4"``.
 
         Raises:
-            ConfigError: no such recipe, not YAML, or an option that isn't known.
+            ConfigError: the recipe does not exist, is not YAML, or has an unknown option or an invalid value.
         """
         path = Path(name) if Path(name).suffix in (".yaml", ".yml") else FOLDER / f"{name}.yaml"
         if not path.exists():
@@ -121,17 +134,17 @@ class Recipe:
             values = parse(read_text(path, LARGEST), path)
         except OSError as error:
             found = error.strerror or str(error)
-            raise ConfigError(f"{path} can't be read", expected="a YAML file", found=found) from error
+            raise ConfigError(f"{path} cannot be read", expected="a YAML file", found=found) from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds no recipe", expected="keys such as model and compile", found=type(values))
         return cls.from_dict({"name": path.stem, **values}, changes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
-        """A recipe from plain values.
+        """Return a recipe from plain values.
 
         Raises:
-            ConfigError: an option that isn't known, or can't have this value.
+            ConfigError: an unknown option, or an invalid value.
         """
         values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
         for change in changes:
@@ -149,17 +162,17 @@ class Recipe:
                 **values,
                 "compile": Config.from_options(values.get("compile")),
                 "train": Training.from_options(values.get("train")),
-                "data": Images.from_options(values.get("data")),
+                "data": ImageOptions.from_options(values.get("data")),
                 "calibration": Calibration(**values.get("calibration", {})),
             }
         )
 
     def student(self, teacher: nn.Module, calibration: Iterable[Tensor]) -> IRModule:
-        """The teacher, masked and merged as the recipe says: not trained yet.
+        """Return the untrained student: the teacher, masked and with merged tokens as the recipe says.
 
         Args:
             teacher: the dense model.
-            calibration: batches of images that can be read again.
+            calibration: batches of images, readable more than once.
 
         Raises:
             MPCompileError: as :func:`mpcompile.transform`.
@@ -168,7 +181,7 @@ class Recipe:
         return transform(teacher, None, self.compile, calibration, **how)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; :meth:`from_dict` takes them back."""
+        """Return plain JSON values, from which :meth:`from_dict` restores the recipe."""
         return {**dataclasses.asdict(self), "compile": self.compile.to_dict(), "macs": dict(self.macs)}
 
 

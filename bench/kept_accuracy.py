@@ -1,0 +1,178 @@
+"""Speed against accuracy kept: every build of one real model, on one chart, beside the dense builds of other runtimes.
+
+    python -m bench.kept_accuracy DATA
+
+DATA is a folder with ``load.py``, weights and labelled images. Masks are calibrated on unlabelled images of one set;
+top-1 is counted on another. Nothing is trained. Latencies are medians of interleaved rounds; the bar is the fastest
+dense build, of torch (eager, ``torch.compile``, freezing) and of ONNX Runtime and OpenVINO where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.common import (
+    common_arguments,
+    compiled_dense,
+    environment,
+    fill,
+    interleave,
+    plotted,
+    quartiles,
+    relative_rms,
+    save,
+    table,
+)
+from bench.masks.ladder import right, task
+from mpcompile import Config, transform
+from mpcompile.backend import mpsparse
+
+NAME = "kept_accuracy"
+BUILDS: dict[str, dict[str, Any]] = {
+    "merge 4": {"pattern": "dense", "tome_r": 4},
+    "merge 8": {"pattern": "dense", "tome_r": 8},
+    "merge 13": {"pattern": "dense", "tome_r": 13},
+    "merge 16": {"pattern": "dense", "tome_r": 16},
+    "12:16, merge 8": {"pattern": "12:16", "tome_r": 8},
+    "8:16": {"pattern": "8:16"},
+    "8:16, merge 8": {"pattern": "8:16", "tome_r": 8},
+    "2:4": {"pattern": "2:4"},
+}
+TOLERANCE = 1e-3  # relative RMS of a build's logits to its own graph in eager mode
+
+
+def dense_builds(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """What the dense model is commonly run as, on the given threads."""
+    builds: dict[str, Callable[[], Any]] = {"torch eager": functools.partial(model, x)}
+    for name, freezing in (("torch compile", False), ("torch compile, frozen", True)):
+        builds[name] = functools.partial(compiled_dense(model, x, freezing=freezing)[0], x)
+    exported = io.BytesIO()
+    torch.onnx.export(model, (x,), exported, dynamo=False)
+    threads = torch.get_num_threads()
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(exported.getvalue(), options, ["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: x.numpy()}
+        builds["ONNX Runtime"] = lambda: torch.from_numpy(session.run(None, feed)[0])
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        request = openvino.compile_model(openvino.Core().read_model(exported.getvalue()), "CPU", settings)
+        builds["OpenVINO"] = lambda: torch.from_numpy(request(x.numpy())[0])
+    return builds
+
+
+def checked(name: str, run: Callable[[], Any], expected: Tensor) -> None:
+    """Refuse to time a build that computes something else.
+
+    Raises:
+        SystemExit: it does.
+    """
+    error = relative_rms(run(), expected)
+    if error > TOLERANCE:
+        raise SystemExit(f"{name} is wrong: relative RMS {error:.1e}; nothing was timed")
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Build, check, count top-1, then time everything in one interleaved run."""
+    job = task(args.data, "vit_tiny")
+    model, x = job.model.eval(), job.evaluation[0][: args.batch].contiguous()
+    evaluation = tuple(part[: args.images] for part in job.evaluation)
+    calibration = list(job.calibration[0][: args.calibration].split(32))
+    hits = {"dense": right(model, evaluation)}
+    rows: dict[str, dict[str, Any]] = {}
+    builds = dense_builds(model, x)
+    for name, run in builds.items():
+        checked(name, run, model(x))
+        rows[name] = {"kind": "dense", "right": int(hits["dense"].sum())}
+    for name in args.builds:
+        options = BUILDS[name]
+        given = None if options["pattern"] == "dense" else calibration
+        with torch.enable_grad():
+            gm = transform(model, x, Config(**options), given)
+        hits[name] = right(gm, evaluation)
+        compiled = torch.compile(gm, backend=mpsparse, options={"frozen": True}, dynamic=False)
+        builds[name] = functools.partial(compiled, x)
+        checked(name, builds[name], gm(x))
+        lost, won = (int((a & ~b).sum()) for a, b in ((hits["dense"], hits[name]), (hits[name], hits["dense"])))
+        macs = gm.plan.macs.executed / gm.plan.macs.dense
+        rows[name] = {"kind": "ours", "right": int(hits[name].sum()), "lost": lost, "won": won, "macs_ratio": macs}
+        print(f"{name}: {rows[name]['right']} of {len(evaluation[1])} right", flush=True)
+    seconds = interleave(builds, args.rounds, progress=NAME)
+    for name, row in rows.items():
+        row["ms"] = quartiles(seconds[name], 1e3)
+    best = min((name for name in rows if rows[name]["kind"] == "dense"), key=lambda name: rows[name]["ms"]["median"])
+    for row in rows.values():
+        row["speedup"] = rows[best]["ms"]["median"] / row["ms"]["median"]
+    settings = {"batch": args.batch, "images": len(evaluation[1]), "calibration": args.calibration}
+    return {"environment": environment(), "settings": settings, "best_dense": best, "rows": rows}
+
+
+def chart(data: dict[str, Any], folder: Path) -> None:
+    """Accuracy against speed to ``folder/kept_accuracy.png``."""
+    with plotted(folder / f"{NAME}.png", (7.2, 4.2)) as axes:
+        if axes is None:
+            return
+        total = data["settings"]["images"]
+        for kind, label, marker, color in (("dense", "dense", "s", "C7"), ("ours", "mpcompile", "o", "C0")):
+            rows = {name: row for name, row in data["rows"].items() if row["kind"] == kind}
+            points = [(row["speedup"], 100 * row["right"] / total) for row in rows.values()]
+            axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label, zorder=3)
+            shift = (5, 4 if kind == "ours" else -11)
+            for name, point in zip(rows, points, strict=True):
+                axes.annotate(name, point, xytext=shift, textcoords="offset points", fontsize=7)
+        axes.axvline(1, color="C7", linewidth=0.8)
+        axes.set_xlabel(f"speed against the best dense build ({data['best_dense']}), higher is better")
+        axes.set_ylabel(f"top-1 on {total} held-out images, %")
+        axes.set_title("ViT-Tiny/16, untrained after transform, fp32, batch 1", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower left")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with load.py, weights and images")
+    parser.add_argument("--builds", nargs="+", choices=BUILDS, metavar="BUILD", help=f"of {', '.join(BUILDS)}")
+    parser.add_argument("--batch", type=int, help="images per call (1)")
+    parser.add_argument("--images", type=int, help="images that top-1 is counted on (all)")
+    parser.add_argument("--calibration", type=int, help="unlabelled images that masks are calibrated on (256)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (41)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    common_arguments(parser)
+    args = parser.parse_args(argv)
+    fill(
+        args,
+        {"builds": list(BUILDS), "batch": 1, "images": 500, "calibration": 256, "rounds": 41},
+        {"builds": ["merge 8"], "batch": 1, "images": 20, "calibration": 8, "rounds": 3},
+    )
+    torch.set_num_threads(args.threads)
+    data = measure(args)
+    total = data["settings"]["images"]
+    rows = []
+    for name, row in data["rows"].items():
+        ms, speed = row["ms"], row["speedup"]
+        spread = f"{ms['q1']:.1f}-{ms['q3']:.1f}"
+        slower = "" if speed >= 1 else " (slower)"
+        rows.append([name, f"{row['right']} of {total}", f"{ms['median']:.1f}", spread, f"{speed:.2f}x{slower}"])
+    print(table(rows, ["build", "right", "ms", "quartiles", f"against {data['best_dense']}"]))
+    print(f"figures: {save(NAME, data, args.out)}")
+    chart(data, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

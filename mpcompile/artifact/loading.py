@@ -1,0 +1,96 @@
+"""Loading: the texts and tensors of a container become the IR, with every name in them checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from torch import Tensor, fx, nn
+
+from mpcompile.artifact.codec import decode_nodes, decode_signature
+from mpcompile.artifact.container import MAX_HEADER, PLAN, WEIGHTS, naming, parse, read, readable, resolve
+from mpcompile.artifact.native_nodes import check_packed
+from mpcompile.artifact.opset import Refusal, identifier, shown
+from mpcompile.artifact.packing import unpack_tensors
+from mpcompile.artifact.tree import restore_modules, restore_tensors
+from mpcompile.errors import summary
+from mpcompile.io.reading import read_bytes
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.numerics import with_ordinary_tensors
+from mpcompile.plan import Plan
+
+
+@with_ordinary_tensors
+def load(path: str | os.PathLike[str]) -> IRModule:
+    """Load a file or folder of :func:`mpcompile.save`: the same graph, weights, plan and training flags, on the CPU.
+
+    Checksum, format version and structure are checked before anything is returned. Files from strangers are safe to
+    load: a graph can call only the operators listed in opset.py and the layers listed in leaves.py. The checksum
+    detects damage, not forgery: it says nothing about who made the file.
+
+    Args:
+        path: the file, or the folder that holds it.
+
+    Raises:
+        ArtifactError: the file is missing, of another kind, of a newer format, damaged or truncated, or it names an
+            operator or layer that is not allowed.
+
+    Example:
+        >>> load("model.safetensors").plan.masked[0]
+        'blocks.0.attn.qkv'
+    """
+    target = resolve(path)
+    with naming(target, "can't be loaded"):
+        if not os.path.isdir(target):
+            return assemble(*read(target))
+        if not os.path.exists(os.path.join(target, WEIGHTS)):
+            raise Refusal(
+                f"it is a folder without {WEIGHTS}", expected="what mpcompile.save wrote", hint="check the path"
+            )
+        metadata, tensors = read(os.path.join(target, WEIGHTS))
+        _compare_plan(os.path.join(target, PLAN), metadata)
+        return assemble(metadata, tensors)
+
+
+def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModule:
+    """Build the IR from its texts and tensors, the inverse of :func:`mpcompile.artifact.saving.describe`.
+
+    Raises:
+        Refusal: the texts name something that is not allowed, or do not describe a module.
+    """
+    try:
+        graph, modules, kinds = (parse(texts[key]) for key in ("graph", "modules", "tensors"))
+        gm = IRModule(nn.Module(), fx.Graph(), class_name=identifier(graph["class"]))
+        restore_modules(gm, modules, restore_tensors(kinds, unpack_tensors(kinds, tensors)))
+        nodes = decode_nodes(gm, graph["nodes"])
+        decode_signature(nodes, graph["signature"])
+        gm.graph = nodes  # generates and compiles the source
+        gm.graph.lint()
+        if type(graph["locked"]) not in (bool, type(None)):
+            raise Refusal("the mode that the graph stands for is malformed", found=shown(graph["locked"]))
+        gm.locked_mode = graph["locked"]
+        check_packed(gm)
+        if texts["plan"] != "null":
+            gm.plan = Plan.from_json(texts["plan"])
+    except Refusal:
+        raise
+    except Exception as error:  # whatever malformed tables make constructors and fx raise
+        raise Refusal(f"its parts make no module ({summary(error)})", expected="what mpcompile.save writes") from error
+    return gm
+
+
+def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
+    """Check that the plan.json of a folder, if it exists, is that of its weights."""
+    if not os.path.exists(path):
+        return
+    try:
+        text = read_bytes(path, MAX_HEADER)
+    except OSError as error:
+        hint = f"remove it: {WEIGHTS} holds the plan, too"
+        raise Refusal(f"its {PLAN} can't be read", found=error.strerror or str(error), hint=hint) from error
+    if parse(text, PLAN) != readable(metadata):
+        raise Refusal(
+            f"{PLAN} is not that of {WEIGHTS}",
+            expected=f"the plan of the file with sha256 {metadata['sha256']}",
+            hint=f"remove {PLAN}: {WEIGHTS} holds the plan, too; or copy both again",
+        )

@@ -1,0 +1,64 @@
+"""Labelled images of a folder: the listing, the label of each class folder, and what to report about both."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from mpcompile.data.sources.folders import Listing, list_images, matched, natural_key, number
+from mpcompile.data.sources.regular import listed
+from mpcompile.data.sources.splits import check_is_one
+
+
+def read_folder(root: Path, names: Collection[str] = ()) -> Listing:
+    """List the images below a folder that holds one split.
+
+    Args:
+        root: the folder.
+        names: of the classes, if known: such a folder is neither hidden nor a split, whatever its name.
+
+    Raises:
+        InputError: the folder does not exist, cannot be read, or holds several splits.
+    """
+    listing = list_images(root, names)
+    check_is_one(listing, names)
+    return listing
+
+
+def labelled_files(listing: Listing, labels: Mapping[str, int]) -> list[tuple[Path, int]]:
+    """Return the images in class folders with their labels, in the listing's order."""
+    classes = ((path, listing.class_of(path)) for path in listing.files)
+    return [(path, labels[name]) for path, name in classes if name is not None]
+
+
+def note_of(listing: Listing, labelled: bool) -> str | None:
+    """Return one line about what was left out, or None. With labels, that includes images outside class folders."""
+    return listing.note(*([listing.outside_classes()] if labelled and listing.without_class() else []))
+
+
+def class_labels(listing: Listing, classes: int, names: Sequence[str]) -> tuple[dict[str, int] | None, str | None]:
+    """Return the label of each class folder, or None and the reason if there is one to report.
+
+    Args:
+        listing: of the folder.
+        classes: of the model.
+        names: of the classes in the model's order, if known. Without names, and with as many folders as classes, the
+            order of the folders gives the labels: 2 before 10, as timm's readers count.
+    """
+    if not listing.classes:
+        return None, None
+    if not names:
+        for folders in (listing.classes, sorted([*listing.classes, *listing.empty], key=natural_key)):
+            if len(folders) == classes:
+                return number(folders), None
+        count = f"{len(listing.classes)} folders of images" if len(listing.classes) > 1 else "one folder of images"
+        return None, f"no labels: {count} ({listed(listing.classes)}), but {classes} classes"
+    if len(set(names)) != len(names) or len(names) != classes:
+        return None, f"no labels: {len(set(names))} names of classes are known, the model has {classes} classes"
+    labels = matched(listing.classes, number(names))
+    unknown = [name for name, label in labels.items() if label is None]
+    if unknown:
+        missing = [name for name in names if name not in labels]
+        absent = f", and no folder is called {listed(missing)}" if missing else ""
+        return None, f"no labels: the model has no classes that are called {listed(unknown)}{absent}"
+    return {name: label for name, label in labels.items() if label is not None}, None

@@ -1,0 +1,47 @@
+"""AOTInductor packages: native code for machines of the present kind, which checks its inputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpcompile.errors import GraphError, first_line
+from mpcompile.export.package_guard import guarded
+from mpcompile.export.pt2 import MAX_BATCH, program
+from mpcompile.io.ownership import write_signed
+
+
+def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **options: Any) -> None:
+    """Compile :func:`mpcompile.export.program` with AOTInductor into a package; ``options`` are the program's.
+
+    Python loads the package with ``torch._inductor.aoti_load_package``, C++ with ``AOTIModelPackageLoader``. In both,
+    it refuses inputs of another size, dtype or device than those it was compiled for, and copies inputs of other
+    strides.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+        GraphError: see :func:`mpcompile.export.program`; or Inductor cannot compile it.
+    """
+    exported = program(gm, example, **options)
+
+    def write(package: Path) -> None:
+        try:
+            with guarded(package, 1, MAX_BATCH):
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+        except (OSError, GraphError):
+            raise
+        except Exception as error:
+            hint = "check that a C++ compiler is installed, or export pt2"
+            raise GraphError(f"AOTInductor can't compile the graph: {first_line(error):.200}", hint=hint) from error
+
+    write_signed(path, write, suffix=".pt2")
+
+
+def run(path: Path, example: Tensor) -> Tensor:
+    """Return the outputs of a package, or the first of several."""
+    result = torch._inductor.aoti_load_package(str(path))(example)
+    return result[0] if isinstance(result, (tuple, list)) else result

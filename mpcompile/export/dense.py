@@ -1,0 +1,63 @@
+"""Dense weights with zeros: a state dict that timm, or any reader of weights, loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from torch import Tensor
+
+from mpcompile._version import __version__
+from mpcompile.errors import GraphError
+from mpcompile.io.ownership import write_signed
+from mpcompile.ir.module import IRModule, masked
+from mpcompile.kernels import ops
+
+log = logging.getLogger(__name__)
+
+
+def dense_state(gm: IRModule) -> dict[str, Tensor]:
+    """Return the state dict of the model that ``gm`` was made from, with zeros where masks remove weights.
+
+    It has exactly the names of that model, also of parts that the graph does not use; masks are left out. Tensors are
+    contiguous copies on the CPU. Permuted channels stay permuted, which does not change what the model computes. A
+    state dict cannot express token merging.
+
+    Raises:
+        GraphError: ``gm`` is lowered: its weights are packed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> gm = transform(model, torch.randn(2, 16), Config(pattern="2:4"))
+        >>> model.load_state_dict(dense_state(gm))
+        <All keys matched successfully>
+    """
+    if any(node.target in ops.PACKED for node in gm.graph.nodes):
+        raise GraphError("a lowered module has no dense weights", hint="take what mpcompile.transform returned")
+    removing: dict[int, Tensor] = {}
+    masks: set[int] = set()
+    for weight, mask, _ in masked(gm):
+        removing[id(weight)] = mask
+        masks.add(id(mask))
+    state = {}
+    for name, tensor in gm.state_dict(keep_vars=True).items():
+        if id(tensor) not in masks:
+            used = removing.get(id(tensor))
+            value = tensor.detach()
+            state[name] = (value.clone() if used is None else value.masked_fill(~used, 0)).cpu().contiguous()
+    return state
+
+
+def save_dense(gm: IRModule, path: str | os.PathLike[str]) -> None:
+    """Write :func:`dense_state` to a safetensors file, which timm and other readers load like any weights.
+
+    Raises:
+        GraphError: see :func:`dense_state`.
+        ArtifactError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    if any(node.target in ops.MERGING for node in gm.graph.nodes):
+        log.warning("a state dict holds no token merging: %s computes with all tokens", path)
+    metadata = {"format": "pt", "mpcompile": __version__}
+    write_signed(path, lambda temporary: save_file(dense_state(gm), temporary, metadata=metadata))
