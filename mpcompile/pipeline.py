@@ -80,10 +80,10 @@ class Pipeline:
         return f"Pipeline([{', '.join(p.name for p in self.passes)}])"
 
     def __call__(self, model: Imported, ctx: Context) -> IRModule:
-        """Run every pass on the imported graph; check its shapes after each that changed it.
+        """Run every pass on the imported graph, and check its shapes after every change.
 
         Raises:
-            MPCompileError: a pass refused, or left a graph whose shapes don't fit.
+            MPCompileError: a pass refuses the graph, or leaves it with shapes that don't fit.
         """
         gm = model.gm
         output = _shapes(propagate(gm, ctx.inputs))
@@ -115,10 +115,10 @@ def _check_output(step: Pass, ctx: Context, expected: Any, result: PassResult) -
 
 
 class _Accounts:
-    """Multiply-accumulates of one run: of the dense model, and of the graph once its masks and merges are decided.
+    """Multiply-accumulates of one run: of the dense model, and of the graph with its masks and merges.
 
-    Packed layers show no patterns, and merged tokens are no longer there to be counted: what the plan that the graph
-    came with knows of the model before goes on, and nothing is counted behind Lower.
+    Packed layers show no patterns, and merged tokens can't be counted any more. So figures of the dense model are taken
+    from the plan that the graph came with, and nothing is counted behind a pass that closes the accounts.
     """
 
     def __init__(self, gm: IRModule, ctx: Context) -> None:
@@ -134,7 +134,7 @@ class _Accounts:
             self.layers |= {name: entry.macs_dense for name, entry in plan.layers.items() if entry.macs_dense}
 
     def close(self, gm: IRModule) -> None:
-        """Count the graph as it is now; later calls count nothing."""
+        """Count the graph, at the first call only."""
         if self.macs is None:
             self.macs, self.executed = count(gm, self.dense, self.lifted)
 
@@ -148,7 +148,7 @@ class _Accounts:
 
 
 def _shapes(value: Any) -> Any:
-    """Shapes of whatever a graph returns."""
+    """Shapes of everything that a graph returns."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape)
     if isinstance(value, (tuple, list)):
@@ -176,36 +176,36 @@ def transform(
 ) -> IRModule:
     """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
 
-    The model itself is not changed. The result follows ``train()`` and ``eval()``, can be trained (gradients of masked
-    weights are zero), deep-copied, saved with :func:`mpcompile.save`, and lowered with
-    ``torch.compile(gm, backend="mpsparse")``. ``gm.plan`` says what was decided.
+    The model itself is not changed. The result follows ``train()`` and ``eval()``. It can be trained (gradients of
+    masked weights are zero), deep-copied, saved with :func:`mpcompile.save`, and lowered with
+    ``torch.compile(gm, backend="mpsparse")``. ``gm.plan`` holds the decisions.
 
     Args:
         model: a module that torch.fx can trace, or a GraphModule from symbolic_trace, dynamo or export.
         example_inputs: a tensor, a tuple of inputs, or a dict of keyword inputs; only shapes and dtypes matter. For a
-            dynamo graph, the list that the backend received. May be left out when the graph carries shapes, or when
-            calibration data gives them.
-        config: what to do; see :class:`mpcompile.Config`.
+            dynamo graph, the list that the backend received. Not needed if the graph carries shapes, or if there is
+            calibration data.
+        config: the options; see :class:`mpcompile.Config`.
         calibration: an iterable of batches (a tensor, a tuple whose first item is the input, or a dict of keyword
-            inputs), for a score that needs data. Without it, the score falls back to magnitude and the Plan says so.
-        pipeline: other passes than the default ones.
-        statistics: a folder for the moments of every layer: an interrupted run on the same weights, data and options
-            goes on where it was.
-        memory: bytes that calibration statistics may take, and again the activations that are held between layers:
-            what is more is kept as diagonal blocks, or written to a temporary folder.
+            inputs), for a score that needs data. Without it, the score falls back to magnitude, and the Plan says so.
+        pipeline: passes to run instead of the default ones.
+        statistics: a folder for the moments of every layer, from which an interrupted run on the same weights, data
+            and options resumes.
+        memory: bytes that calibration statistics may take, and again the activations held between layers. Beyond that,
+            statistics are kept as diagonal blocks, and activations are written to a temporary folder.
         prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn.
         prior_weight: alpha of that Hamming prior.
-        calibrate: ``"pruned_to_dense"`` takes the statistics of a layer with all layers before it pruned already, and
-            fits it towards the outputs that the dense model gives there: all the way in models with BatchNorm, whose
-            statistics are then taken anew, else a quarter of it; ``"pruned"`` fits each layer to what its own weights
-            make of the pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which is
-            faster and less accurate.
-        seed: seeds whatever is random.
+        calibrate: ``"pruned_to_dense"`` takes the statistics of a layer behind the pruned layers before it, and fits it
+            towards the outputs of the dense model: all the way in models with BatchNorm, whose statistics are then
+            re-estimated, else a quarter of the way; ``"pruned"`` fits each layer to the outputs of its own weights on
+            pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less
+            accurate.
+        seed: seeds every random choice.
         dump: a folder for the graph before and after every pass, as readable Python with a diff; see
             :class:`mpcompile.dump.Dump`. ``MPCOMPILE_DUMP=FOLDER`` asks for it without a change of code.
 
     Raises:
-        MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or data doesn't fit.
+        MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or the data doesn't fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
@@ -252,16 +252,17 @@ def lower(
     *,
     dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
-    """The lowered module, ahead of time: packed weights, fused layers, no dense copy of what is masked.
+    """Lower a model ahead of time: packed weights, fused layers, no dense copy of masked weights.
 
-    The result stands alone: the model can be deleted. It is for inference, runs as it is, and faster behind
-    ``torch.compile(lowered, backend="mpsparse", options={"frozen": True})``; it can be saved with
-    :func:`mpcompile.save` (packed for the kind of processor that it was lowered on; on another it runs slowly).
+    The result does not depend on the model, which can be deleted. It is for inference, and runs as it is; faster with
+    ``torch.compile(lowered, backend="mpsparse", options={"frozen": True})``. It can be saved with
+    :func:`mpcompile.save`; its weights are packed for the kind of processor that it was lowered on, and it runs slowly
+    on another.
 
     Args:
-        model: from :func:`transform`, or any that it takes: that is masked by magnitude first.
+        model: from :func:`transform`, or any model that it takes, which is then masked by magnitude first.
         example_inputs: as in :func:`transform`; engines are timed for their batch size.
-        config: ``engine`` says what runs masked layers.
+        config: ``engine`` names the engine of masked layers.
         dump: as in :func:`transform`.
 
     Raises:
@@ -284,7 +285,7 @@ def lower(
 
 
 def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
-    """The plan that a graph carries, or None where it was never transformed."""
+    """The plan that a graph carries, or None if it was never transformed."""
     try:
         return gm.plan if isinstance(gm, IRModule) else None
     except GraphError:
@@ -292,7 +293,7 @@ def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
 
 
 def transformed(imported: Imported) -> bool:
-    """Whether a graph has been through :func:`transform`: its plan says so, or (a captured graph has none) its ops."""
+    """True if a graph comes from :func:`transform`: it has a plan, or (a captured graph has none) our operators."""
     ours = ops.MASKED | ops.MERGING | ops.PACKED
     return (
         plan_of(imported.gm) is not None
@@ -307,13 +308,13 @@ def complete(
     passes: Sequence[Pass] = (),
     dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
-    """Run the default passes unless the graph has been transformed already, then ``passes``."""
+    """Run the default passes unless the graph was transformed before, then ``passes``."""
     first: list[Pass] = [] if transformed(imported) else list(Pipeline())
     return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True, dump=dump)
 
 
 def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
-    """The plan of a run: that of the runs before, with what the graph holds already and what is asked for now."""
+    """The plan of a run: that of earlier runs, the masks that the graph already has, and the options of this run."""
     before = plan_of(imported.gm)
     plan = Plan() if before is None else copy.deepcopy(before)
     options, old = config.to_dict(), plan.config
@@ -326,7 +327,7 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
         kept += [key for key in old if not key.startswith(("tome_", "prefix_", "engine", "frozen"))]
     plan.config = {**options, **{key: old[key] for key in kept}}
     plan.notes = list(dict.fromkeys([*plan.notes, *imported.notes]))
-    plan.figures = {}  # measured on what the module was before
+    plan.figures = {}  # they were measured on the module before this run
     for layer in layers(imported.gm, imported.lifted):
         if layer.pattern is not None:
             fresh = LayerPlan(layer.kind, tuple(layer.weight.tensor.shape))
@@ -355,7 +356,7 @@ def run_pipeline(
     results: Results | None = None,
     dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
-    """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
+    """Run passes on an imported graph and attach the Plan: the common part of :func:`transform` and the backend."""
     for name, value in (("memory", memory), ("prior_weight", prior_weight)):
         if value < 0:
             raise ConfigError(f"{name} is negative", expected="0 or more", found=value)
@@ -409,10 +410,10 @@ def _check_needs(pipeline: Pipeline, config: Config) -> None:
 
 
 def _checked(prior: Mapping[str, torch.Tensor], model: Imported) -> Mapping[str, torch.Tensor]:
-    """Source masks, each checked against the weight it is for.
+    """Source masks, each checked against the weight that it is for.
 
     Raises:
-        InputError: a layer that isn't there, or a mask of another shape or type.
+        InputError: an unknown layer, or a mask of another shape or type.
     """
     shapes = {layer.name: layer.weight.tensor.shape for layer in layers(model.gm, model.lifted)}
     for name, mask in prior.items():

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import json
 import pkgutil
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ def convnet():
     """Convolutions with BatchNorm, and channels that two layers share."""
     torch.manual_seed(0)
     widths = [(3, 16), (16, 32), (32, 32)]
-    blocks = [[nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()] for a, b in widths]
-    model = nn.Sequential(*sum(blocks, []), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()) for a, b in widths]
+    model = nn.Sequential(*itertools.chain(*blocks), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     randomise(model)
     return model.eval()
 
@@ -103,17 +104,12 @@ CASES = {
 }
 
 
-def inputs():
-    return images(2, seed=5)
-
-
 def begun(case):
     """The graph and the context in which a case's pass runs."""
     imported = import_model(case.model(), example(case))
     imported.gm.eval()
-    data = (
-        None if case.policy is None else Calibration([example(case, seed) for seed in (6, 7, 8, 9)], policy=case.policy)
-    )
+    batches = [example(case, seed) for seed in (6, 7, 8, 9)]
+    data = None if case.policy is None else Calibration(batches, policy=case.policy)
     ctx = Context(case.config, imported.inputs, imported.lifted, calibration=data, requests=case.requests)
     propagate(imported.gm, ctx.inputs)
     if explicit(imported.gm):
