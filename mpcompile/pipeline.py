@@ -22,13 +22,13 @@ from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.dump import observers
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.ir.effects import explicit
-from mpcompile.ir.macs import count, node_macs
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.ir.numerics import exact, with_ordinary_tensors
 from mpcompile.ir.shapes import propagate
 from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
+from mpcompile.passes.accounts import Accounts
 from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Calibration, Context, Pass, Results, run_pass
@@ -41,7 +41,7 @@ from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens, unmerged
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
-from mpcompile.plan import LayerPlan, Macs, Plan, is_lowered
+from mpcompile.plan import LayerPlan, Plan
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Pipeline:
             gm.recompile()
         for step in self.passes:
             step.check(gm, ctx)
-        accounts = _Accounts(gm, ctx)
+        accounts = Accounts(gm, ctx)
         for step in self.passes:
             if step.closes_accounts:
                 accounts.close(gm)
@@ -112,39 +112,6 @@ def _check_output(step: Pass, ctx: Context, expected: Any, result: PassResult) -
         raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
     if shapes != expected:
         raise GraphError(f"pass {step.name!r} changed the output", expected=expected, found=shapes)
-
-
-class _Accounts:
-    """Multiply-accumulates of one run: of the dense model, and of the graph with its masks and merges.
-
-    Packed layers show no patterns, and merged tokens can't be counted any more. So figures of the dense model are taken
-    from the plan that the graph came with, and nothing is counted behind a pass that closes the accounts.
-    """
-
-    def __init__(self, gm: IRModule, ctx: Context) -> None:
-        plan = ctx.plan
-        known = plan.macs.dense > 0
-        lowered = is_lowered(gm, plan)
-        self.lifted = ctx.lifted
-        self.macs: Macs | None = plan.macs if known and lowered else None
-        self.executed = {name: entry.macs_executed for name, entry in plan.layers.items()} if self.macs else {}
-        self.dense, self.layers = count(gm, lifted=ctx.lifted)[0].dense, node_macs(gm, ctx.lifted)
-        if known and (lowered or any(node.target in ops.PACKED | ops.MERGING for node in gm.graph.nodes)):
-            self.dense = plan.macs.dense
-            self.layers |= {name: entry.macs_dense for name, entry in plan.layers.items() if entry.macs_dense}
-
-    def close(self, gm: IRModule) -> None:
-        """Count the graph, at the first call only."""
-        if self.macs is None:
-            self.macs, self.executed = count(gm, self.dense, self.lifted)
-
-    def enter(self, plan: Plan) -> None:
-        """Put the figures into a plan."""
-        assert self.macs is not None  # close() comes first
-        plan.macs = self.macs
-        for name, entry in plan.layers.items():
-            entry.macs_dense = self.layers.get(name, 0)
-            entry.macs_executed = self.executed.get(name, entry.macs_dense)
 
 
 def _shapes(value: Any) -> Any:
