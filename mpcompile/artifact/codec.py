@@ -231,7 +231,7 @@ def decode_nodes(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
             raise error.at(f"node {shown(entry['name'])}") from error
         if node.name != name or (entry["op"] == "output") != (place == len(entries) - 1):
             raise Refusal(
-                f"node {shown(name)} has the name of another or of a builtin, or the output isn't the last node"
+                f"node {shown(name)} has the name of another or of a builtin, or the output is not the last node"
             )
         nodes[name] = node
     inputs = [n.target for n in nodes.values() if n.op == "placeholder"]

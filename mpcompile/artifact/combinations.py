@@ -74,7 +74,7 @@ def decode(code: Bytes, groups: int, n: int, m: int) -> Masks:
 
 
 def length(groups: int, n: int, m: int) -> int:
-    """Bytes of the code of so many masks."""
+    """Return the bytes that the code of ``groups`` masks takes."""
     together, bits = _numbers(n, m)
     return -(-(-(-groups // together) * bits) // 8)
 

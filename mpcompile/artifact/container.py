@@ -3,7 +3,7 @@
 The header's string metadata holds the texts that describe the model (``graph``, ``modules``, ``tensors``, ``plan``),
 versions, and ``sha256``: the checksum of the header, with that field set to zeros, and of all data behind it. Any
 safetensors reader opens the file. It is framed here, not by the library, so that files are reproducible, the checksum
-covers every byte, and what was checked is what is used (the file is read once).
+covers every byte, and the bytes that are checked are the bytes that are used (the file is read once).
 """
 
 from __future__ import annotations

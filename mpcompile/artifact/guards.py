@@ -17,6 +17,10 @@ from torch import Tensor
 from mpcompile.errors import InputError
 
 _A: Any = torch.ops.aten
+_Check = Callable[[dict[str, Any]], "str | None"]
+
+
+# --- Checks. Each takes an operator's arguments by name, and returns what it expects if they do not fit ---
 
 
 def _batch_norm(given: dict[str, Any]) -> str | None:
@@ -43,7 +47,7 @@ def _attention(given: dict[str, Any]) -> str | None:
     if mask is not None:
         pairs = list(zip(reversed(mask.shape), reversed(whole), strict=False))
         if mask.dim() not in (2, 4) or any(size not in (1, full) for size, full in pairs):
-            return f"a mask that spreads over {whole}"
+            return f"a mask that broadcasts to {whole}"
     return None
 
 
@@ -59,7 +63,7 @@ def _smooth_resize(given: dict[str, Any]) -> str | None:
         if not math.isfinite(scale) or scale <= 0:
             return "positive, finite scales"
         if size is not None and not size - 1 <= math.floor(before * scale) <= size + 1:
-            return "scales that lead to the output's size"
+            return "scales that give the output's size"
     return None
 
 
@@ -81,57 +85,44 @@ def _folding(given: dict[str, Any]) -> str | None:
     return None
 
 
-_Check = Callable[[dict[str, Any]], "str | None"]
+_UPSAMPLING = ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d")
+_OVERLOADS: dict[_Check, tuple[Any, ...]] = {  # check -> the overloads that need it
+    _batch_norm: (
+        _A.native_batch_norm.default,
+        _A._native_batch_norm_legit.default,
+        _A._native_batch_norm_legit.no_stats,
+        _A._native_batch_norm_legit_functional.default,
+        _A._native_batch_norm_legit_no_training.default,
+    ),
+    _folding: (_A.im2col.default, _A.col2im.default),
+    _attention: (
+        _A._scaled_dot_product_flash_attention_for_cpu.default,
+        _A._scaled_dot_product_flash_attention.default,
+        _A._scaled_dot_product_efficient_attention.default,
+    ),
+    _resize: tuple(
+        getattr(getattr(_A, f"upsample_{kind}"), overload) for kind in _UPSAMPLING for overload in ("default", "vec")
+    ),
+    _smooth_resize: (
+        _A._upsample_bilinear2d_aa.default,
+        _A._upsample_bilinear2d_aa.vec,
+        _A._upsample_bicubic2d_aa.default,
+        _A._upsample_bicubic2d_aa.vec,
+    ),
+}
 _CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # the function in a graph, the overload whose schema it has, the check
     (torch.native_batch_norm, _A.native_batch_norm.default, _batch_norm),
     (torch.nn.functional.unfold, _A.im2col.default, _folding),
     (torch.nn.functional.fold, _A.col2im.default, _folding),
-    *(
-        (overload, overload, check)
-        for check, overloads in (
-            (
-                _batch_norm,
-                (
-                    _A.native_batch_norm.default,
-                    _A._native_batch_norm_legit.default,
-                    _A._native_batch_norm_legit.no_stats,
-                    _A._native_batch_norm_legit_functional.default,
-                    _A._native_batch_norm_legit_no_training.default,
-                ),
-            ),
-            (_folding, (_A.im2col.default, _A.col2im.default)),
-            (
-                _attention,
-                (
-                    _A._scaled_dot_product_flash_attention_for_cpu.default,
-                    _A._scaled_dot_product_flash_attention.default,
-                    _A._scaled_dot_product_efficient_attention.default,
-                ),
-            ),
-            (
-                _resize,
-                tuple(
-                    getattr(getattr(_A, f"upsample_{kind}"), overload)
-                    for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d")
-                    for overload in ("default", "vec")
-                ),
-            ),
-            (
-                _smooth_resize,
-                (
-                    _A._upsample_bilinear2d_aa.default,
-                    _A._upsample_bilinear2d_aa.vec,
-                    _A._upsample_bicubic2d_aa.default,
-                    _A._upsample_bicubic2d_aa.vec,
-                ),
-            ),
-        )
-        for overload in overloads
-    ),
+    *((overload, overload, check) for check, overloads in _OVERLOADS.items() for overload in overloads),
 )
 
 
+# --- The functions that a graph calls ---
+
+
 def _checked(function: Callable[..., Any], overload: Any, check: _Check) -> Callable[..., Any]:
+    """The function behind a check of its arguments."""
     names = [argument.name.replace("self", "input") for argument in overload._schema.arguments]
     title = str(overload)
 
@@ -142,8 +133,8 @@ def _checked(function: Callable[..., Any], overload: Any, check: _Check) -> Call
             given["input"] = given.pop("self")
         expected = check(given)
         if expected is not None:
-            found = [tuple(value.shape) for value in given.values() if isinstance(value, Tensor)]
-            raise InputError(f"{title} can't take these tensors", expected=expected, found=str(found)[:200])
+            shapes = [tuple(value.shape) for value in given.values() if isinstance(value, Tensor)]
+            raise InputError(f"{title} can't take these tensors", expected=expected, found=str(shapes)[:200])
         return function(*args, **kwargs)
 
     return call
@@ -154,6 +145,8 @@ def _is_integer(value: Any) -> bool:
 
 
 def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The division, rounded towards zero, without overflow of integers."""
+
     @functools.wraps(function, updated=())
     def call(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
         if rounding_mode != "trunc" or not (_is_integer(a) and _is_integer(b)):

@@ -1,1 +1,1 @@
-"""Certificates: what replacing dense weights by sparse ones cannot have changed, proved sample by sample."""
+"""Certificates: proofs, sample by sample, of what replacing dense weights by sparse ones cannot have changed."""

@@ -1,9 +1,10 @@
-"""Certificates: what replacing dense weights by sparse ones can't have changed, sample by sample.
+"""Certify: prove, sample by sample, what replacing dense weights by sparse ones cannot have changed.
 
-``pair.py`` puts the two models on one graph; ``work.py`` runs them on the samples, and ``steps.py`` replaces one layer
-after another and bounds what that does, on enclosures (``enclosure.py``, ``functions.py``, and the rules of operators);
-``bounds.py`` turns a change of logits into labels, cross-entropy and the training objective; ``summary.py`` and
-``report.py`` say it.
+- ``orders.py`` gives the dense model the sparse model's order of channels; ``pair.py`` puts both on one graph.
+- ``work.py`` runs them on the samples. ``steps.py`` replaces one layer after another and bounds the effect on the
+  logits, by means of enclosures (``enclosures/``).
+- ``bounds.py`` translates a change of logits into labels, cross-entropy and the training objective.
+- ``summary.py`` and ``report.py`` state the result.
 """
 
 from __future__ import annotations
@@ -39,37 +40,38 @@ def certify(
     confidence: float = 0.95,
     progress: bool = True,
 ) -> Certificates:
-    """Prove for single samples what a sparse model leaves as the dense model had it.
+    """Prove for each sample which properties of the dense model's output a sparse model preserves.
 
     - Tier 0 measures the change of the logits.
-    - Tier 1 encloses the logits, for every point of the segment from the dense to the sparse value of each replaced
-      layer, in outward rounded float64; the steps of several layers add up.
-    - Tier 2 bounds the Jacobian of the logits by the layer's value on the same enclosure and multiplies: componentwise,
-      and in the paper's form eta = L \\|R psi\\|_inf.
+    - Tier 1 encloses the logits for every point of the segment from the dense to the sparse value of each replaced
+      layer, in float64 rounded outward; the bounds of all layers add up.
+    - Tier 2 bounds the Jacobian of the logits with respect to the layer's value on the same enclosure, and multiplies
+      by the change: componentwise, and in the paper's form eta = L \\|R psi\\|_inf.
 
-    Each gives, for every sample, a bound eta on the change of any logit and a verdict whether the label is proven to
-    stay: z_p - z_j falls by less than the dense model's margin, for every class j. Reordered channels (``permute``) are
-    reordered in the dense model first. Runs on the CPU, in float64 copies; the models are not changed. Samples are read
-    once, a batch at a time.
+    For every sample, each tier gives a bound eta on the change of any logit, and a verdict: the label is proven to stay
+    if z_p - z_j falls by less than the dense model's margin for every class j. If channels were reordered
+    (``permute``), the dense model's are reordered first. Everything runs on the CPU in float64 copies; the models are
+    not changed. Samples are read once, one batch at a time.
 
     Args:
         dense: the model that ``sparse`` was made from.
-        sparse: what :func:`mpcompile.transform` returned, trained or not, or any module of the same structure.
+        sparse: the result of :func:`mpcompile.transform`, trained or not, or any module of the same structure.
         batches: one batch (a tensor, or a dict of keyword inputs), or an iterable of batches; (input, label) tuples
-            bring labels along.
-        labels: true classes of all samples, of any whole-number type, or in parts; None takes those in the batches.
-        tiers: of 0, 1 and 2; None takes all that are defined. Tier 0 is always there.
+            provide labels.
+        labels: true classes of all samples, of any integer type, in one piece or in parts; None takes the labels in
+            the batches.
+        tiers: which of 0, 1 and 2; None takes all that are defined. Tier 0 is always included.
         l1, l2: lambda_1 and lambda_2 of the training objective CE + l2 \\|W\\|_F^2 + l1 \\|W\\|_1 over the replaced
-            weights. They are facts about a training run, not of a model: 0, 0 certifies no decrease.
-        splits: parts that each segment is cut into; more are tighter, and cost as much more.
-        confidence: of the statements about unseen data.
+            weights. They are properties of a training run, not of a model; with 0, 0 no decrease is certified.
+        splits: number of parts that each segment is cut into; more parts give tighter bounds at proportional cost.
+        confidence: confidence level of the statements about unseen data.
         progress: show a progress bar (on a terminal).
 
     Raises:
-        InputError: no batch, inputs or labels that don't fit, or outputs that are no logits (batch, classes).
-        GraphError: tiers 1 or 2 were asked for by number and the models differ in more than weights; ``sparse`` is
+        InputError: there is no batch, inputs or labels don't fit, or the outputs are not logits (batch, classes).
+        GraphError: tiers 1 or 2 were requested by number and the models differ in more than weights; ``sparse`` is
             lowered; the plan's permutation doesn't fit ``dense``.
-        ConfigError: an argument has no such value.
+        ConfigError: an argument is out of range.
 
     Source: arXiv 2606.02608, section on certificates; docs/certificates.md has every formula.
 
@@ -99,9 +101,9 @@ def _check_arguments(dense: Any, sparse: Any, tiers: Any, splits: Any, confidenc
     if tiers is not None and (isinstance(tiers, (int, str)) or not set(tiers) <= {0, 1, 2}):
         raise ConfigError("there is no such tier", expected="a sequence of 0, 1 and 2", found=repr(tiers))
     if not isinstance(splits, int) or splits < 1:
-        raise ConfigError("splits has no such value", expected="1 or more", found=repr(splits))
+        raise ConfigError("splits is out of range", expected="1 or more", found=repr(splits))
     if not 0 < confidence < 1:
-        raise ConfigError("confidence has no such value", expected="between 0 and 1", found=confidence)
+        raise ConfigError("confidence is out of range", expected="between 0 and 1", found=confidence)
     for name, value in (("l1", l1), ("l2", l2)):
         if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name} has no such value", expected="0 or more", found=value)
+            raise ConfigError(f"{name} is out of range", expected="0 or more", found=value)

@@ -1,4 +1,4 @@
-"""Batches of samples, with or without labels, cut into chunks that fit into memory."""
+"""Batches of samples, with or without labels, in chunks that fit into memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mpcompile.data.batches import read as read_loader
 from mpcompile.data.labels import Labels
 from mpcompile.errors import InputError, MPCompileError
 
-_BYTES = 1 << 29  # of float64 activations that a chunk may hold at once
-_COPIES = 6  # an enclosure has up to five parts, beside the value itself
-_MOST = 256  # samples a chunk; small models gain nothing from more
+_BYTES = 1 << 29  # the most float64 activations that a chunk may hold at once
+_COPIES = 6  # an enclosure has up to five parts, in addition to the value itself
+_MOST = 256  # samples per chunk; small models gain nothing from more
 
 Chunk = tuple[list[Tensor], Tensor | None]
 
 
 def _inputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """Positional inputs in a batch."""
+    """The positional inputs in a batch."""
     if isinstance(batch, Mapping):
         try:
             bound = inspect.signature(getattr(model, "_orig_mod", model).forward).bind(**batch)
@@ -45,10 +45,10 @@ def _inputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def read(model: nn.Module, batches: Any, labels: Any) -> Iterator[Chunk]:
-    """Batches with their labels, read one at a time; those without samples are left out.
+    """Read batches with their labels, one at a time; empty batches are skipped.
 
     Raises:
-        InputError: no batch, a batch of the wrong type, or labels that don't fit.
+        InputError: there is no batch, a batch has the wrong type, or labels don't fit.
     """
     known = Labels(labels)
     for batch in read_loader(as_batches(batches, "what is to be certified"), "the samples"):
@@ -61,7 +61,7 @@ def read(model: nn.Module, batches: Any, labels: Any) -> Iterator[Chunk]:
 
 
 def cut(batches: Iterable[Chunk], size: int) -> Iterator[Chunk]:
-    """Batches in chunks of at most ``size`` samples."""
+    """Cut batches into chunks of at most ``size`` samples."""
     for values, known in batches:
         labels = [None] * -(-len(values[0]) // size) if known is None else known.split(size)
         for parts, label in zip(zip(*(v.split(size) for v in values), strict=True), labels, strict=True):
@@ -69,7 +69,7 @@ def cut(batches: Iterable[Chunk], size: int) -> Iterator[Chunk]:
 
 
 def chunk_size(module: nn.Module, one: list[Tensor]) -> int:
-    """Samples whose activations fit into memory, from the graph of one; a float64 module."""
+    """How many samples' activations fit into memory, estimated from a float64 module's graph for one sample."""
     try:
         graph = trace(module, [v.double() if v.is_floating_point() else v for v in one]).graph
     except MPCompileError:

@@ -1,7 +1,7 @@
-"""Pair: a dense and a sparse model as one float64 aten graph with two sets of tensors.
+"""A pair of networks: a dense and a sparse model as one float64 aten graph with two sets of tensors.
 
-Certificates compare two networks that differ in weights alone. Both modules are traced, masks are multiplied into
-weights, and the two graphs are matched node by node; the first difference in structure is named.
+Certificates compare two networks that differ in their weights alone. Both modules are traced, masks are multiplied
+into the weights, and the two graphs are matched node by node; the first difference in structure is reported.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mpcompile.capture.importers import import_model
 from mpcompile.certificates.enclosures.rules import operator_name
 from mpcompile.errors import GraphError, InputError, first_line
-from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
-from mpcompile.ir.view import layers
 from mpcompile.kernels import ops, schema
-from mpcompile.passes.channels.axes import analyse
-from mpcompile.passes.permute import Orders, classes, fold
 
-_SAME = 1e-9  # relative difference of two float64 runs of one function
+SAME = 1e-9  # relative difference of two float64 runs of the same function
 
 
 @dataclass
 class Network:
-    """A traced module: its aten graph, the tensors of its parameter placeholders, and their names.
+    """A traced module.
 
     Attributes:
+        graph: its aten graph.
+        tensors: the tensor of each placeholder of a parameter or buffer.
+        names: the dotted name of each of these.
         inputs: the placeholders of the model's inputs, in order.
     """
 
@@ -44,12 +42,12 @@ class Network:
 
 @dataclass
 class Step:
-    """Where one replacement of weights changes a value: a layer, with the normalisation behind it if that changes too.
+    """One replacement of weights: a layer, together with the normalisation that follows it if that changes too.
 
     Attributes:
-        nodes: of the dense graph, each the only reader of the one before it; the value of the last one moves.
+        nodes: nodes of the dense graph, each the only reader of the one before it. The value of the last one changes.
         name: the layer's dotted name.
-        weights: the placeholders of weights that changed, with two axes or more.
+        weights: the placeholders of the changed weights with two axes or more.
     """
 
     nodes: list[fx.Node]
@@ -58,17 +56,19 @@ class Step:
 
     @property
     def node(self) -> fx.Node:
-        """Where the segment lies."""
+        """The node whose value moves along the segment."""
         return self.nodes[-1]
 
 
 @dataclass
-class Pair:
+class NetworkPair:
     """Two networks on one graph.
 
     Attributes:
-        dense, sparse: tensors of the parameter placeholders of ``graph``.
-        steps: the nodes with changed tensors, in the graph's order.
+        graph: the dense model's.
+        inputs, names: see :class:`Network`.
+        dense, sparse: the tensors of the parameter placeholders of ``graph``.
+        steps: the layers whose tensors differ, in the graph's order.
     """
 
     graph: fx.Graph
@@ -85,7 +85,7 @@ class Pair:
 
 
 class StructureChange(Exception):
-    """Two graphs differ in more than weights; the message says where."""
+    """Two graphs differ in more than weights; the message names the first difference."""
 
 
 def _first(value: Any) -> fx.Node:
@@ -95,7 +95,7 @@ def _first(value: Any) -> fx.Node:
 
 
 def double(module: nn.Module) -> nn.Module:
-    """An owned float64 copy on the CPU, in eval mode.
+    """Copy a module to the CPU in float64, in eval mode.
 
     Raises:
         InputError: the module can't be copied.
@@ -111,10 +111,10 @@ def double(module: nn.Module) -> nn.Module:
 
 
 def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
-    """The aten graph of a float64 module for inputs of these shapes.
+    """Trace a float64 module into an aten graph, for inputs of these shapes.
 
     Raises:
-        GraphError: the module can't be traced, or is lowered already.
+        GraphError: the module can't be traced, or is lowered.
     """
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
@@ -141,9 +141,9 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
 
 
 def _functionalise(graph: fx.Graph) -> None:
-    """Operators that write into their argument become those that don't; later readers get the result.
+    """Replace operators that write into their argument by those that don't; later readers get the result.
 
-    Whether that was right (nothing read the memory through a view) is checked on values: see :func:`check_values`.
+    This is wrong where another node reads the same memory through a view; :func:`check_values` finds that out.
     """
     for node in list(graph.nodes):
         name = getattr(node.target, "_opname", "")
@@ -161,7 +161,7 @@ def _functionalise(graph: fx.Graph) -> None:
 
 
 def _multiply_masks(network: Network) -> None:
-    """Masked operators become dense ones on weight * mask."""
+    """Replace masked operators by dense ones on weight * mask."""
     for node in network.graph.nodes:
         if node.target in ops.PACKED:
             raise GraphError(
@@ -185,8 +185,8 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op not in ("placeholder", "output")]
 
 
-def match(dense: Network, sparse: Network) -> Pair:
-    """Two traced modules on the dense one's graph.
+def match(dense: Network, sparse: Network) -> NetworkPair:
+    """Match two traced modules node by node, and put both on the dense one's graph.
 
     Raises:
         StructureChange: they differ in an operator, its options, or a shape.
@@ -215,16 +215,16 @@ def match(dense: Network, sparse: Network) -> Pair:
     if len(ours) != len(theirs):
         longer, network, kind = (ours, sparse, "sparse") if len(ours) > len(theirs) else (theirs, dense, "dense")
         extra = _label(longer[min(len(ours), len(theirs))], network)
-        raise StructureChange(f"the {kind} model goes on after the other ends: {extra}")
+        raise StructureChange(f"the {kind} model continues after the other ends: {extra}")
     outputs = [next(n for n in reversed(net.graph.nodes) if n.op == "output") for net in (sparse, dense)]
     if not same(outputs[0].args, outputs[1].args, outputs[1]):
         raise StructureChange("the models return different nodes")
     new = {**dense.tensors, **values}
-    return Pair(dense.graph, dense.inputs, dense.names, dense.tensors, new, list(_steps(dense, new)))
+    return NetworkPair(dense.graph, dense.inputs, dense.names, dense.tensors, new, list(_steps(dense, new)))
 
 
 def _arguments(node: fx.Node) -> list[Any]:
-    """All arguments of a node, defaults filled in where the operator has a schema."""
+    """All arguments of a node, with defaults filled in if the operator has a schema."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return [*node.args, node.kwargs]
@@ -238,7 +238,7 @@ def _shape(node: fx.Node) -> Any:
 
 
 def _label(node: fx.Node, network: Network) -> str:
-    """An operator, with the layer it reads its weights from."""
+    """An operator, with the layer whose weights it reads."""
     owners = [network.names[n] for n in node.all_input_nodes if n in network.names]
     return operator_name(node.target) + (f" of {owners[0].rpartition('.')[0]}" if owners else "")
 
@@ -247,12 +247,13 @@ def _difference(s: fx.Node, d: fx.Node, sparse: Network, dense: Network) -> str:
     ours, theirs = _label(s, sparse), _label(d, dense)
     if ours == theirs:
         return f"{ours} has other arguments: {_shape(s)} sparse, {_shape(d)} dense"
-    return f"{ours} stands in the sparse model where the dense one has {theirs}"
+    return f"the sparse model has {ours} where the dense one has {theirs}"
 
 
 def _steps(network: Network, new: dict[fx.Node, Tensor]) -> Iterator[Step]:
+    """The replacements of tensors by ``new``, in the graph's order."""
     changed = {n for n, t in network.tensors.items() if not torch.equal(t, new[n])}
-    open_step: Step | None = None
+    step: Step | None = None  # the one that may still grow
     for node in _calls(network.graph):
         moved = [n for n in node.all_input_nodes if n in changed]
         if not moved:
@@ -260,25 +261,25 @@ def _steps(network: Network, new: dict[fx.Node, Tensor]) -> Iterator[Step]:
         weights = [n for n in moved if network.tensors[n].dim() > 1]
         name = _layer(network.names[(weights or moved)[0]])
         sources = [n for n in node.all_input_nodes if n not in network.tensors]
-        behind = open_step is not None and sources == [open_step.node] and list(open_step.node.users) == [node]
-        if open_step is not None and behind and not weights:
-            open_step.nodes.append(node)
-            open_step.name += f" + {name.rpartition('.')[2]}"
+        follows = step is not None and sources == [step.node] and list(step.node.users) == [node]
+        if step is not None and follows and not weights:
+            step.nodes.append(node)
+            step.name += f" + {name.rpartition('.')[2]}"
             continue
-        if open_step is not None:
-            yield open_step
-        open_step = Step([node], name, weights)
-    if open_step is not None:
-        yield open_step
+        if step is not None:
+            yield step
+        step = Step([node], name, weights)
+    if step is not None:
+        yield step
 
 
 def _layer(name: str) -> str:
-    """A layer's name from that of a tensor of it."""
+    """The name of the layer that owns a tensor of this name."""
     layer, _, leaf = name.rpartition(".")
     return layer if layer and leaf in ("weight", "bias", "running_mean", "running_var") else name
 
 
-def run(pair: Pair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+def run(pair: NetworkPair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """Logits of one of the two networks, in float64."""
     env: dict[fx.Node, Any] = dict(zip(pair.inputs, inputs, strict=True)) | tensors
     for node in _calls(pair.graph):
@@ -287,76 +288,30 @@ def run(pair: Pair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor]) ->
 
 
 def evaluate(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    """A node's value on an environment of plain tensors."""
+    """The value of a node, from the values of its inputs."""
     args = fx.map_arg(node.args, lambda n: env[n])
     kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def check_values(
-    pair: Pair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor], expected: Tensor, which: str
+    pair: NetworkPair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor], expected: Tensor, which: str
 ) -> None:
-    """Compare the graph with the module that it stands for, on values.
+    """Check that a graph computes the logits ``expected`` of the module that it was traced from.
+
+    Args:
+        which: ``"dense"`` or ``"sparse"``, for the message.
 
     Raises:
         GraphError: they differ by more than float64 rounding.
     """
-    found = run(pair, tensors, inputs)
+    logits = run(pair, tensors, inputs)
     scale = float(expected.abs().max().clamp(min=1e-30))
-    difference = float((found - expected).abs().max()) / scale if found.shape == expected.shape else float("inf")
-    if not difference <= _SAME:
+    difference = float((logits - expected).abs().max()) / scale if logits.shape == expected.shape else float("inf")
+    if not difference <= SAME:
         raise GraphError(
             f"the traced graph doesn't compute what the {which} model does",
-            expected=f"a relative difference of at most {_SAME:.0e}",
+            expected=f"a relative difference of at most {SAME:.0e}",
             found=f"{difference:.1e}",
             hint="the model may write into memory that it reads elsewhere",
         )
-
-
-def replay_orders(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Tensor]) -> tuple[nn.Module, int]:
-    """The dense model with its channels in the order that the sparse model's plan chose, and how many classes moved.
-
-    Raises:
-        GraphError: the plan doesn't hold the orders, or they don't fit this model.
-    """
-    plan = sparse.meta.get("mpcompile.plan") if isinstance(sparse, IRModule) else None
-    records = [r.decision.get("classes", []) for r in plan.passes if r.name == "permute"] if plan is not None else []
-    entries = [entry for record in records for entry in record]
-    if not entries:
-        return dense, 0
-    if any("order" not in entry for entry in entries):
-        raise GraphError(
-            "the plan says that channels were reordered, but not how",
-            hint="make the sparse model again with mpcompile.transform of this version",
-        )
-    gm = import_model(dense, tuple(inputs)).gm
-    analysis = analyse(gm, list(inputs))
-    uses = {layer.name: layer for layer in layers(gm)}
-    wanted = [name for entry in entries for name in entry["layers"]]
-    found = classes(analysis, {name: uses[name] for name in wanted if name in uses})
-    orders: Orders = {}
-    for entry in entries:
-        item = next((c for c in found if entry["layers"][0] in c.readers), None)
-        order = torch.tensor(entry["order"])
-        owners = 0 if item is None else 1 if item.owner is None else analysis.atoms.size[item.owner]
-        if item is None or order.shape != (owners, analysis.atoms.size[item.atom]):
-            raise GraphError(
-                "the plan's order of channels doesn't fit the dense model",
-                layer=entry["layers"][0],
-                expected="the model that the sparse one was made from",
-            )
-        orders[item.atom] = (item.owner, order)
-    with torch.no_grad():
-        before = gm(*inputs)
-        fold(gm, analysis, orders)
-        after = gm(*inputs)
-    before, after = (v if isinstance(v, Tensor) else v[0] for v in (before, after))
-    difference = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
-    if not difference <= _SAME:
-        raise GraphError(
-            "the plan's order of channels changes the dense model",
-            expected=f"a relative difference of at most {_SAME:.0e}",
-            found=f"{difference:.1e}",
-            hint="pass the model that the sparse one was made from",
-        )
-    return gm, len(entries)

@@ -1,4 +1,4 @@
-"""What certificates say: tiers, layers and statements, as a text and as JSON."""
+"""The results of a certification: tiers, layers and statements, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ DETERMINISTIC, PROBABLE, NONE = "deterministic", "high probability", "not certif
 
 @dataclass(frozen=True)
 class Statement:
-    """One sentence, and what it rests on: ``"deterministic"`` (these samples, no assumption), ``"high probability"``
-    (samples drawn independently of how the sparse model was made), or ``"not certified"`` with the reason."""
+    """One sentence and what it rests on.
+
+    Attributes:
+        kind: ``"deterministic"`` (about these samples, without assumptions), ``"high probability"`` (assumes that the
+            samples were drawn independently of how the sparse model was made), or ``"not certified"``.
+        text: the sentence; if nothing is certified, the reason.
+    """
 
     kind: str
     text: str
@@ -25,19 +30,19 @@ class Statement:
 
 @dataclass
 class Tier:
-    """All samples, in one tier.
+    """The result of one tier over all samples.
 
     Attributes:
-        certified: samples whose label is proven to stay the dense model's.
-        settled: with true labels, samples for which right or wrong is proven to stay; None without.
-        kept: for every sample, whether it is certified.
-        eta: bound on the change of any logit, for every sample; infinite where there is none.
-        median: of eta.
+        certified: number of samples whose label is proven to stay the dense model's.
+        settled: with true labels, number of samples for which right or wrong is proven to stay; None without.
+        kept: for every sample, True if it is certified.
+        eta: for every sample, the bound on the change of any logit; infinite where there is none.
+        median: the median of eta.
         ce_mean: mean over the samples of 2 eta, which bounds the rise of cross-entropy (the paper's B_T).
-        ce_sharp: mean of log(p_y + (1 - p_y) exp(2 eta)), which does too; None without true labels.
-        objective: ce_sharp (or ce_mean) plus the change of the elastic net: the objective falls at least by its
-            negative. None where no lambda was stated.
-        least_l2: with lambda_1 = 0, the smallest lambda_2 for which a decrease is certified; None where there is none.
+        ce_sharp: mean of log(p_y + (1 - p_y) exp(2 eta)), a sharper bound on the same; None without true labels.
+        objective: ce_sharp (or else ce_mean) plus the change of the elastic net, an upper bound on the change of the
+            training objective: a negative value certifies a decrease. None if no lambda was given.
+        least_l2: with lambda_1 = 0, the smallest lambda_2 for which a decrease is certified; None if there is none.
     """
 
     name: str
@@ -54,21 +59,21 @@ class Tier:
 
     @property
     def label_changes(self) -> float:
-        """Bound on the share of these samples whose label changes."""
+        """Upper bound on the share of these samples whose label changes."""
         return 1 - self.certified / self.samples
 
 
 @dataclass
 class Layer:
-    """One step: a layer replaced, all before it sparse, all after it dense.
+    """One step: one layer replaced, all layers before it sparse and all after it dense.
 
     Attributes:
-        split: ``"mask"`` where values were only set to zero, ``"moved"`` where kept values changed too, ``""`` where
-            no weight changed (normalisation statistics).
-        removed: Frobenius norm of the change of its weights, relative to the dense weights.
-        median: tier -> median bound on the change of a logit.
-        certified: tier -> samples whose label this step is proven to leave.
-        objective: ce_mean of this step's tier 1 (or 0) plus its change of the elastic net; None without lambdas.
+        split: ``"mask"`` if values were only set to zero, ``"moved"`` if kept values changed too, ``""`` if no weight
+            changed (only normalisation statistics).
+        removed: Frobenius norm of the change of its weights, relative to that of the dense weights.
+        median: tier -> median bound on the change of any logit.
+        certified: tier -> number of samples whose label this step is proven to preserve.
+        objective: ce_mean of this step in tier 1 (or else 0) plus its change of the elastic net; None without lambdas.
         reason: why tiers 1 and 2 are missing or infinite, or None.
     """
 
@@ -83,14 +88,22 @@ class Layer:
 
 @dataclass
 class Certificates:
-    """What :func:`mpcompile.certify` proved. Prints as text.
+    """The result of :func:`mpcompile.certify`; prints as text.
 
     Attributes:
-        samples: how many were looked at.
-        disagreements: samples on which the labels of the two models, as they ran, differ.
+        samples: number of samples.
+        classes: number of logits.
+        disagreements: samples for which the two models, run in their own precision, give different labels.
         allowance: largest rounding allowance of a logit.
-        ce_change: measured change of mean cross-entropy, or None without labels.
-        violations: bounds that a measured change exceeded: 0, or there is a defect in the bounds or the machine.
+        l1, l2: as given to :func:`mpcompile.certify`.
+        ce_change: measured change of the mean cross-entropy; None without labels.
+        violations: number of bounds that a measured change exceeded. Anything but 0 is a defect in the bounds or the
+            machine.
+
+    Example:
+        >>> report = Certificates(8, 2, 0, 1e-6, 0.0, 0.0, [], [], [Statement(DETERMINISTIC, "nothing changed")])
+        >>> print(report.statements[0].text)
+        nothing changed
     """
 
     samples: int
@@ -106,11 +119,11 @@ class Certificates:
     violations: int = 0
 
     def __getitem__(self, tier: str | int) -> Tier:
-        """A tier by its name or number."""
+        """Return a tier by its name or number."""
         return next(t for t in self.tiers if t.name == tier or t.name.startswith(f"{tier} "))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; infinite bounds are None."""
+        """The report as JSON values; infinite bounds become None."""
         data = asdict(self)
         for tier in data["tiers"]:
             tier["label_changes"] = 1 - tier["certified"] / tier["samples"]
@@ -121,7 +134,7 @@ class Certificates:
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def table(self) -> str:
-        """One row a tier."""
+        """A table with one row per tier."""
         rows = []
         for tier in self.tiers:
             rows.append(
@@ -142,7 +155,7 @@ class Certificates:
         return _table(rows, head)
 
     def layer_table(self) -> str:
-        """One row a step."""
+        """A table with one row per step."""
         names = list(dict.fromkeys(name for layer in self.layers for name in layer.median))
         rows = []
         for layer in self.layers:

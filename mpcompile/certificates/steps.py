@@ -1,8 +1,8 @@
-"""Steps: replace the weights of one layer after another, and bound what each replacement does to the logits.
+"""Steps: replace the weights of one layer after another, and bound the effect of each replacement on the logits.
 
-Step j compares two networks that share everything but one layer: all layers before it are sparse, all after it dense.
-Its value moves on a straight segment; the rest of the network is evaluated on an enclosure of that segment. The sum
-over all steps bounds the whole change (telescoping).
+Step j compares two networks that differ in one layer only: all layers before it are sparse, all after it dense. That
+layer's value moves on a straight segment; the rest of the network is evaluated on an enclosure of that segment. The
+sum over all steps bounds the whole change (telescoping).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor, fx
 from mpcompile.certificates.bounds import label_kept, margins
 from mpcompile.certificates.enclosures.enclosure import EPS, Enclosure, widened
 from mpcompile.certificates.enclosures.rules import RULES, NoRule, Unbounded, enclose, operator_name
-from mpcompile.certificates.pair import Pair, Step, evaluate
+from mpcompile.certificates.pair import NetworkPair, Step, evaluate
 
-_USELESS = 1e3  # an enclosure so many times as wide as the values in it ends a certificate
-_HOPELESS = 1e3  # bounds so many times the measured change aren't refined by cutting the segment
+_USELESS = 1e3  # an enclosure this many times as wide as its values ends a certificate
+_HOPELESS = 1e3  # bounds this many times the measured change are not refined by cutting the segment
 
 MEASURED, ENCLOSED, JACOBIAN, PAPER = "0 measured", "1 enclosure", "2 Jacobian", "2 paper's form"
 
 
 @dataclass
 class Change:
-    """What is proven of a batch, in one tier.
+    """What one tier proves about a batch.
 
     Attributes:
         eta: bound on the largest change of a logit, (batch,); infinite where there is none.
         decrease: bound on how much z_p - z_j falls, p the dense model's label, (batch, classes) or (batch, 1).
-        kept: whether the label of the network before this step is proven to stay.
+        kept: (batch,), True where the label of the network before this step is proven to stay.
     """
 
     eta: Tensor
@@ -43,7 +43,7 @@ class Change:
 
 @dataclass
 class StepResult:
-    """One step on one batch: the tiers that were defined, and why others weren't."""
+    """One step on one batch: the tiers that are defined, and why others are not."""
 
     step: Step
     tiers: dict[str, Change] = field(default_factory=dict)
@@ -54,7 +54,7 @@ Env = dict[fx.Node, Any]
 
 
 def run_steps(
-    pair: Pair,
+    pair: NetworkPair,
     inputs: Sequence[Tensor],
     labels: Tensor,
     allowance: Tensor,
@@ -63,14 +63,15 @@ def run_steps(
     splits: int,
     skip: Mapping[int, str],
 ) -> Iterator[StepResult]:
-    """Every step on one batch.
+    """Bound every step on one batch, in order.
 
     Args:
-        labels: the dense model's, (batch,).
-        allowance: for rounding, added to each logit (batch,).
+        labels: the dense model's labels, (batch,).
+        allowance: rounding allowance of each logit, (batch,).
         before: logits of the dense model, (batch, classes).
-        splits: into how many parts a segment is cut, each enclosed for itself, where that may prove more.
-        skip: steps that aren't enclosed, by number, and why.
+        tiers: which of 1 and 2 to compute; tier 0 is always measured.
+        splits: into how many parts a segment is cut, each enclosed separately, where that may prove more.
+        skip: number of a step that is not to be enclosed -> why.
     """
     env: Env = dict(zip(pair.inputs, inputs, strict=True)) | pair.sparse
     order = [n for n in pair.graph.nodes if n.op not in ("placeholder", "output")]
@@ -88,11 +89,11 @@ def run_steps(
         if result.reason is None and (1 in tiers or 2 in tiers):
             own = before.argmax(1)
             try:
-                found = rest.enclosed(labels, own, allowance, 1, 2 in tiers)
-                if splits > 1 and _refinable(found[ENCLOSED], result.tiers[MEASURED]):
+                proven = rest.enclosed(labels, own, allowance, 1, 2 in tiers)
+                if splits > 1 and _refinable(proven[ENCLOSED], result.tiers[MEASURED]):
                     finer = rest.enclosed(labels, own, allowance, splits, 2 in tiers)
-                    found = {name: _tighter(change, finer[name]) for name, change in found.items()}
-                result.tiers |= found
+                    proven = {name: _tighter(change, finer[name]) for name, change in proven.items()}
+                result.tiers |= proven
             except (NoRule, Unbounded) as error:
                 result.reason = str(error)
         before = after
@@ -107,9 +108,9 @@ def _measured(before: Tensor, after: Tensor, labels: Tensor, allowance: Tensor) 
     return Change(change.abs().amax(1), decrease, label_kept(margins(before, own), fall, allowance))
 
 
-def _refinable(found: Change, measured: Change) -> bool:
-    """Whether cutting the segment may prove more: bounds are neither at what was measured nor far beyond it."""
-    ratio = (found.eta / measured.eta.clamp(min=1e-30)).median()
+def _refinable(proven: Change, measured: Change) -> bool:
+    """True if cutting the segment may prove more: bounds are neither close to the measured change nor far beyond it."""
+    ratio = (proven.eta / measured.eta.clamp(min=1e-30)).median()
     return 1.01 < float(ratio) < _HOPELESS
 
 
@@ -119,9 +120,9 @@ def _tighter(a: Change, b: Change) -> Change:
 
 
 class _Rest:
-    """The network from one step on, with dense weights behind it."""
+    """The network from one step on, with dense weights after it."""
 
-    def __init__(self, pair: Pair, step: Step, env: Env, inside: list[fx.Node], after: list[fx.Node]) -> None:
+    def __init__(self, pair: NetworkPair, step: Step, env: Env, inside: list[fx.Node], after: list[fx.Node]) -> None:
         self.pair, self.step, self.env, self.inside, self.after = pair, step, env, inside, after
         needed = {pair.output}
         for node in reversed(after):
@@ -141,7 +142,7 @@ class _Rest:
         self.sizes: dict[fx.Node, Tensor] = {}
 
     def measured(self) -> Tensor:
-        """Logits with this step made."""
+        """The logits once this step is made."""
         env = self.env | self.pair.dense
         for node in self.after:
             env[node] = evaluate(node, env)
@@ -150,7 +151,7 @@ class _Rest:
         return env[self.pair.output]
 
     def _check(self, node: fx.Node, value: Any) -> None:
-        """Give up where an enclosure is beyond use in every sample."""
+        """Raise :class:`Unbounded` if an enclosure is too wide to be of use in every sample."""
         if isinstance(value, Enclosure) and node in self.sizes:
             useful = _largest(value.reach) <= _USELESS * self.sizes[node].clamp(min=1e-30)
             if not bool(useful.any()):
@@ -167,7 +168,7 @@ class _Rest:
         return enclose(node, args, kwargs)
 
     def _ends(self) -> tuple[Enclosure, Enclosure]:
-        """The moving value with dense and with sparse weights, each with its rounding."""
+        """The moving value with dense and with sparse weights, each enclosed with its rounding."""
         ends = []
         for tensors in (self.pair.dense, self.pair.sparse):
             env = {n: _point(v) for n, v in (self.env | tensors).items() if n in self._around()}
@@ -183,10 +184,10 @@ class _Rest:
     def enclosed(
         self, labels: Tensor, own: Tensor, allowance: Tensor, splits: int, jacobian: bool
     ) -> dict[str, Change]:
-        """Tier 1, and tier 2 where asked for.
+        """Tier 1 and, if ``jacobian``, tier 2.
 
         Raises:
-            NoRule: an operator behind the step has no rule.
+            NoRule: an operator after the step has no rule.
             Unbounded: nothing bounds the rest of the network on this segment.
         """
         for node in self.after:
@@ -213,13 +214,13 @@ class _Rest:
         return sums.result(allowance, jacobian)
 
     def _untouched(self, labels: Tensor, jacobian: bool) -> dict[str, Change]:
-        """The logits don't read what this step changes."""
+        """The result if the logits don't depend on what this step changes."""
         zero = torch.zeros(len(labels), dtype=torch.float64)
         tiers = (ENCLOSED, JACOBIAN, PAPER) if jacobian else (ENCLOSED,)
         return {tier: Change(zero, zero[:, None], torch.ones_like(zero, dtype=torch.bool)) for tier in tiers}
 
     def _head(self) -> list[fx.Node]:
-        """Input, weight and bias of the last layer, where that is linear with fixed weights and its input moves."""
+        """Input, weight and bias of the last layer, if it is linear with fixed weights and its input moves."""
         node = self.pair.output
         if node is self.step.node or operator_name(node.target) != "linear" or node.args[1] in self.moving:
             return []
@@ -233,7 +234,7 @@ def _point(value: Any) -> Any:
 
 
 def _largest(value: Tensor) -> Tensor:
-    """Largest magnitude in each sample."""
+    """The largest magnitude in each sample."""
     return value.abs().flatten(1).amax(1) if value.dim() > 1 else value.abs()
 
 
@@ -253,7 +254,7 @@ def _segment(dense: Enclosure, sparse: Enclosure, part: int, splits: int, batch:
 
 
 class _Sums:
-    """What the parts of a segment give together."""
+    """The bounds of all parts of a segment together."""
 
     def __init__(self, labels: Tensor, own: Tensor, splits: int) -> None:
         self.labels, self.own, self.splits = labels, own, splits
@@ -281,35 +282,35 @@ class _Sums:
     def result(self, allowance: Tensor, jacobian: bool) -> dict[str, Change]:
         for_labels, for_own = self.pairs[0], self.pairs[-1]
         kept = ((for_own.lowest > 2 * allowance[:, None]) | for_own.itself).all(1)
-        found = {ENCLOSED: Change(_bound(self.eta), _bound(for_labels.decrease), kept)}
+        proven = {ENCLOSED: Change(_bound(self.eta), _bound(for_labels.decrease), kept)}
         if jacobian:
             grow = 1 + 16 * self.splits * EPS
             margin = torch.where(for_own.itself, torch.inf, for_own.start[0])
             eta = _bound(self.jacobian * grow).amax(1)
             kept = label_kept(margin, for_own.jacobian * grow, allowance)
-            found[JACOBIAN] = Change(eta, _bound(for_labels.jacobian * grow), kept)
+            proven[JACOBIAN] = Change(eta, _bound(for_labels.jacobian * grow), kept)
             eta = _bound(self.paper * grow).amax(1)
-            found[PAPER] = Change(eta, 2 * eta[:, None], label_kept(margin, 2 * eta[:, None], allowance))
-        return found
+            proven[PAPER] = Change(eta, 2 * eta[:, None], label_kept(margin, 2 * eta[:, None], allowance))
+        return proven
 
 
 def _bound(value: Tensor) -> Tensor:
-    """No number means no bound."""
+    """NaN means no bound: infinity."""
     return torch.where(torch.isnan(value), torch.inf, value)
 
 
 class _Pairs:
-    """Differences z_p - z_j of one label p for each sample, over the parts of a segment.
+    """Differences z_p - z_j for one label p per sample, over the parts of a segment; all (batch, classes).
 
-    With a linear head they are (w_p - w_j) h + b_p - b_j, bounded by \\|w_p - w_j\\| r for a radius r of h, which is
-    less than the radii of z_p and z_j together.
+    With a linear head they are (w_p - w_j) h + b_p - b_j, of radius \\|w_p - w_j\\| r for a radius r of h. That is
+    at most the sum of the radii of z_p and z_j.
 
     Attributes:
         start: bounds at the beginning of the segment, (lower, upper).
         lowest: lower bound on the whole segment.
-        decrease: upper bound on how much it falls.
+        decrease: upper bound on how much the difference falls.
         jacobian: the same by tier 2.
-        itself: where j = p.
+        itself: True where j = p.
     """
 
     start: tuple[Tensor, Tensor]
@@ -356,10 +357,10 @@ class _Pairs:
             self.jacobian = self.jacobian + tangents
 
     def _through(self, weight: Tensor, radius: Tensor) -> Tensor:
-        """\\|w_p - w_j\\| r for each sample: (batch, classes)."""
+        """\\|w_p - w_j\\| r, (batch, classes)."""
         grow = 1 + (weight.shape[1] + 8) * EPS
-        found = torch.empty(len(radius), len(weight), dtype=radius.dtype)
+        radii = torch.empty(len(radius), len(weight), dtype=radius.dtype)
         for label in self.labels.unique().tolist():
             here = self.labels == label
-            found[here] = radius[here] @ (weight[label] - weight).abs().T
-        return found * grow
+            radii[here] = radius[here] @ (weight[label] - weight).abs().T
+        return radii * grow

@@ -1,4 +1,4 @@
-"""The report on what was found."""
+"""Summarise: the report, from the sums over all samples."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import torch
 
 from mpcompile.certificates import bounds
-from mpcompile.certificates.pair import Pair
+from mpcompile.certificates.pair import NetworkPair
 from mpcompile.certificates.report import DETERMINISTIC, NONE, PROBABLE, Certificates, Layer, Statement, Tier
 from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER
 from mpcompile.certificates.work import TierResults, Work
 
 
 def summarise(work: Work, l1: float, l2: float, confidence: float) -> Certificates:
+    """The report on all samples that ``work`` has seen; arguments as in :func:`mpcompile.certify`."""
     pair = next(iter(work.pairs.values()), None)
     layers = _layers(work, pair, l1, l2) if pair is not None else []
     penalty = _penalty(pair, l1, l2) if pair is not None and (l1 or l2) else None
@@ -24,7 +25,7 @@ def summarise(work: Work, l1: float, l2: float, confidence: float) -> Certificat
         sums = work.whole.get(name)
         if sums is not None and sums.chunks == work.chunks:
             tiers.append(_tier(name, sums, work, penalty, squared))
-    found = Certificates(
+    report = Certificates(
         work.samples,
         work.classes,
         work.disagreements,
@@ -37,11 +38,12 @@ def summarise(work: Work, l1: float, l2: float, confidence: float) -> Certificat
         None if work.loss is None else work.loss / work.samples,
         work.violations,
     )
-    found.statements += list(_statements(found, work, confidence))
-    return found
+    report.statements += list(_statements(report, work, confidence))
+    return report
 
 
-def _penalty(pair: Pair, l1: float, l2: float) -> float:
+def _penalty(pair: NetworkPair, l1: float, l2: float) -> float:
+    """Change of the elastic-net penalty over all replaced weights."""
     weights = dict.fromkeys(w for step in pair.steps for w in step.weights)  # a shared weight counts once
     return sum(bounds.penalty_change(pair.dense[w], pair.sparse[w], l1, l2) for w in weights)
 
@@ -69,7 +71,7 @@ def _tier(name: str, sums: TierResults, work: Work, penalty: float | None, squar
     )
 
 
-def _layers(work: Work, pair: Pair, l1: float, l2: float) -> list[Layer]:
+def _layers(work: Work, pair: NetworkPair, l1: float, l2: float) -> list[Layer]:
     rows = []
     for place, step in enumerate(pair.steps):
         sums = work.steps[place] if work.steps else {}
@@ -90,54 +92,62 @@ def _layers(work: Work, pair: Pair, l1: float, l2: float) -> list[Layer]:
     return rows
 
 
-def _statements(found: Certificates, work: Work, confidence: float) -> Iterator[Statement]:
-    n = found.samples
-    for tier in found.tiers:
-        text = f"tier {tier.name}: the label of {tier.certified} of {n} samples is the dense model's"
-        text += ", on all of each segment too" if tier.name != MEASURED else ""
-        text += f"; at most {tier.label_changes:.2%} of these labels change"
-        if tier.settled is not None:
-            text += f", and accuracy on them moves by at most {1 - tier.settled / n:.2%}"
-        yield Statement(DETERMINISTIC, text)
-        if tier.objective is not None:
-            good = tier.objective < 0
-            text = f"tier {tier.name}: CE + {found.l2:g} |W|_F^2 + {found.l1:g} |W|_1 over these samples "
-            text += (
-                f"falls by at least {-tier.objective:.4g}"
-                if good
-                else f"is not proven to fall (it rises by at most {tier.objective:.4g})"
-                if math.isfinite(tier.objective)
-                else "has no bound"
-            )
-            yield Statement(DETERMINISTIC if good else NONE, text)
-    if found.ce_change is not None:
-        text = f"mean cross-entropy on these samples changed by {found.ce_change:+.4g} (measured)"
+def _statements(report: Certificates, work: Work, confidence: float) -> Iterator[Statement]:
+    for tier in report.tiers:
+        yield from _about_tier(tier, report)
+    if report.ce_change is not None:
+        text = f"mean cross-entropy on these samples changed by {report.ce_change:+.4g} (measured)"
         yield Statement(DETERMINISTIC, text)
     yield Statement(
         DETERMINISTIC,
-        f"rounding: logits of the models as they ran differ from float64 by at most {found.allowance:.1e} in all; "
-        "every margin leaves twice that. Tiers 1 and 2 round outward from a replaced layer on; what it reads is taken "
-        "as it was computed",
+        f"rounding: the logits of the two models as they ran differ from float64 by at most {report.allowance:.1e} in "
+        "all; every margin leaves twice that. Tiers 1 and 2 round outward from the replaced layer on; what the layer "
+        "reads is taken as computed",
     )
     if work.moved:
-        text = f"{work.moved} orders of channels were replayed on the dense model, whose function stays"
+        text = f"{work.moved} orders of channels were replayed on the dense model, which leaves its function unchanged"
         yield Statement(DETERMINISTIC, text)
-    rate = bounds.upper_rate(found.disagreements, n, confidence)
+    yield from _about_unseen(report, confidence)
+    if work.structure is not None:
+        yield Statement(NONE, f"tiers 1 and 2: the models differ in more than weights: {work.structure}")
+    for layer in report.layers:
+        if layer.reason:
+            yield Statement(NONE, f"tiers 1 and 2 at {layer.name}: {layer.reason}")
+    if report.violations:
+        text = f"{report.violations} measured changes exceed their bounds: the bounds above are wrong; report this"
+        yield Statement(NONE, text)
+
+
+def _about_tier(tier: Tier, report: Certificates) -> Iterator[Statement]:
+    """What a tier proves about labels, accuracy and the training objective on these samples."""
+    text = f"tier {tier.name}: the label of {tier.certified} of {tier.samples} samples is the dense model's"
+    text += ", on all of each segment too" if tier.name != MEASURED else ""
+    text += f"; at most {tier.label_changes:.2%} of these labels change"
+    if tier.settled is not None:
+        text += f", and accuracy on them changes by at most {1 - tier.settled / tier.samples:.2%}"
+    yield Statement(DETERMINISTIC, text)
+    if tier.objective is None:
+        return
+    text = f"tier {tier.name}: CE + {report.l2:g} |W|_F^2 + {report.l1:g} |W|_1 over these samples "
+    if tier.objective < 0:
+        yield Statement(DETERMINISTIC, text + f"falls by at least {-tier.objective:.4g}")
+    elif math.isfinite(tier.objective):
+        yield Statement(NONE, text + f"is not proven to fall (it rises by at most {tier.objective:.4g})")
+    else:
+        yield Statement(NONE, text + "has no bound")
+
+
+def _about_unseen(report: Certificates, confidence: float) -> Iterator[Statement]:
+    """What the samples say about others from the same population."""
+    n = report.samples
+    rate = bounds.upper_rate(report.disagreements, n, confidence)
     drawn = "if these samples are drawn at random from the population and were not used to make the sparse model"
     yield Statement(
         PROBABLE,
         f"labels of unseen samples differ at a rate of at most {rate:.3%} (Clopper-Pearson, {confidence:.0%}; "
-        f"{found.disagreements} of {n} differ here), {drawn}; so does accuracy by at most that",
+        f"{report.disagreements} of {n} differ here), {drawn}; accuracy differs by at most the same",
     )
-    for tier in found.tiers:
+    for tier in report.tiers:
         rate = bounds.upper_rate(n - tier.certified, n, confidence)
         text = f"tier {tier.name} fails to certify unseen samples at a rate of at most {rate:.3%} ({confidence:.0%})"
         yield Statement(PROBABLE, f"{text}, {drawn}")
-    if work.structure is not None:
-        yield Statement(NONE, f"tiers 1 and 2: the models differ in more than weights: {work.structure}")
-    for layer in found.layers:
-        if layer.reason:
-            yield Statement(NONE, f"tiers 1 and 2 at {layer.name}: {layer.reason}")
-    if found.violations:
-        text = f"{found.violations} measured changes exceed their bounds: the bounds above are wrong; report this"
-        yield Statement(NONE, text)

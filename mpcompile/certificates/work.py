@@ -1,4 +1,4 @@
-"""Both models on chunk after chunk of samples, and what was found on them."""
+"""Work: run both models on one chunk of samples after another, and accumulate the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpcompile.certificates import bounds
-from mpcompile.certificates.pair import Pair, StructureChange, check_values, double, match, replay_orders, trace
+from mpcompile.certificates.orders import replay_orders
+from mpcompile.certificates.pair import NetworkPair, StructureChange, check_values, double, match, trace
 from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
 from mpcompile.data.labels import check_range
 from mpcompile.errors import GraphError, InputError, first_line
@@ -20,13 +21,13 @@ from mpcompile.ir.numerics import training_flags
 
 @dataclass
 class TierResults:
-    """What all samples so far say in one tier. Of a sample no more is held than a bound and a verdict.
+    """The results of one tier on all samples so far; per sample only a bound and a verdict are stored.
 
     Attributes:
-        chunks: in which the tier was defined.
+        chunks: number of chunks in which the tier was defined.
         eta, kept: for each chunk, see :class:`Change`.
-        settled: with true labels, samples for which right or wrong is proven to stay.
-        sharp: sum of the sharp bounds on how much cross-entropy rises.
+        settled: with true labels, number of samples for which right or wrong is proven to stay.
+        sharp: sum of the sharp bounds on the rise of cross-entropy.
     """
 
     chunks: int = 0
@@ -36,13 +37,13 @@ class TierResults:
     sharp: float = 0.0
 
     def add(self, change: Change) -> None:
-        """One chunk."""
+        """Add the results of one chunk."""
         self.chunks += 1
         self.eta.append(change.eta)
         self.kept.append(change.kept)
 
     def add_labels(self, change: Change, before: Tensor, allowance: Tensor, labels: Tensor) -> None:
-        """True labels of the same chunk, beside the dense model's logits."""
+        """Add what the true labels of the same chunk say; ``before`` are the dense model's logits."""
         own = before.argmax(1)
         decrease = change.decrease.expand(-1, before.shape[1])
         lead = bounds.margins(before, own) - decrease - 2 * allowance[:, None]
@@ -52,22 +53,29 @@ class TierResults:
 
 
 class Work:
-    """Both models, and what was found on the chunks so far.
+    """Both models, and the results on the chunks so far.
 
     Attributes:
-        samples, classes: of the chunks.
-        whole: tier -> all steps together.
-        steps: for each step, tier -> that step alone, and why tiers 1 and 2 are missing.
-        loss: sum of what replacing the weights changed cross-entropy by; None without labels.
+        given: the models as they were given.
+        modules: float64 copies, the dense one with its channels in the sparse model's order.
+        pairs: shapes of the inputs -> the two models on one graph.
+        structure: how the models differ in more than weights, or None.
+        moved: number of channel classes that were reordered in the dense model.
+        chunks, samples, classes: how many there were.
+        disagreements, allowance, violations: see :class:`mpcompile.certificates.report.Certificates`.
+        whole: tier -> results of all steps together.
+        steps: for each step, tier -> results of that step alone.
+        skip: number of a step -> why it can't be enclosed; such steps are not tried again in later chunks.
+        loss: sum over the samples of the change of cross-entropy; None without labels.
     """
 
     def __init__(self, dense: nn.Module, sparse: nn.Module, tiers: Sequence[int] | None, splits: int) -> None:
-        self.given = (dense, sparse)  # what torch.compile made runs as it is, and is certified as the module inside
+        self.given = (dense, sparse)  # a model from torch.compile is run as it is; the module inside it is certified
         self.modules = [double(getattr(m, "_orig_mod", m)) for m in self.given]
         self.asked = tiers
         self.tiers = (0, 1, 2) if tiers is None else tuple(tiers)
         self.splits = splits
-        self.pairs: dict[tuple[Any, ...], Pair] = {}
+        self.pairs: dict[tuple[Any, ...], NetworkPair] = {}
         self.structure: str | None = None
         self.moved = 0
         self.chunks = self.samples = self.classes = self.disagreements = 0
@@ -76,10 +84,10 @@ class Work:
         self.whole: dict[str, TierResults] = {}
         self.steps: list[dict[str, TierResults]] = []
         self.violations = 0
-        self.skip: dict[int, str] = {}  # steps that can't be enclosed in one chunk aren't tried in the next
+        self.skip: dict[int, str] = {}
 
-    def _pair(self, inputs: list[Tensor], expected: tuple[Tensor, Tensor]) -> Pair | None:
-        """The pair for inputs of these shapes, made where it is new; None where the models differ in structure."""
+    def _pair(self, inputs: list[Tensor], expected: tuple[Tensor, Tensor]) -> NetworkPair | None:
+        """The pair for inputs of these shapes, made on first use; None if the models differ in structure."""
         key = tuple(v.shape for v in inputs)
         if self.structure is None and key not in self.pairs:
             if not self.pairs:
@@ -94,7 +102,7 @@ class Work:
                     raise GraphError(
                         f"no enclosure across a change of structure: {difference}",
                         expected="two models that differ in weights alone",
-                        hint="ask for tiers=(0,), which is measured; or give a dense model of the same structure",
+                        hint="ask for tiers=(0,), which is measured, or give a dense model of the same structure",
                     ) from difference
                 return None
             for tensors, logits, which in zip((pair.dense, pair.sparse), expected, ("dense", "sparse"), strict=True):
@@ -103,7 +111,7 @@ class Work:
         return self.pairs.get(key)
 
     def add(self, inputs: list[Tensor], labels: Tensor | None) -> None:
-        """One chunk."""
+        """Run and bound one chunk of samples."""
         ran = [_logits(model, inputs) for model in self.given]
         exact = [value.double() for value in inputs]
         before, after = (_logits(module, exact) for module in self.modules)
@@ -117,37 +125,37 @@ class Work:
         change = after - before
         decrease = change - change.gather(1, own[:, None])
         kept = bounds.label_kept(bounds.margins(before, own), decrease, allowance)
-        found = {MEASURED: Change(change.abs().amax(1) + allowance, decrease, kept)}
+        results = {MEASURED: Change(change.abs().amax(1) + allowance, decrease, kept)}
         if pair is not None and not {1, 2}.isdisjoint(self.tiers):
-            found |= self._steps(pair, exact, before, after, own, allowance)
+            results |= self._steps(pair, exact, before, after, own, allowance)
         self.disagreements += int((ran[0].argmax(1) != ran[1].argmax(1)).sum())
         self.allowance = max(self.allowance, float(allowance.max()))
         self.chunks, self.samples, self.classes = self.chunks + 1, self.samples + len(own), before.shape[1]
-        for name, result in found.items():
+        for name, result in results.items():
             self.whole.setdefault(name, TierResults()).add(result)
         if labels is not None:
-            self._add_labels(labels, before, after, allowance, found)
+            self._add_labels(labels, before, after, allowance, results)
 
     def _add_labels(
-        self, labels: Tensor, before: Tensor, after: Tensor, allowance: Tensor, found: dict[str, Change]
+        self, labels: Tensor, before: Tensor, after: Tensor, allowance: Tensor, results: dict[str, Change]
     ) -> None:
         check_range(labels, before.shape[1])
         losses = [F.cross_entropy(logits, labels, reduction="sum") for logits in (after, before)]
         self.loss = (self.loss or 0.0) + float(losses[0] - losses[1])
-        for name, change in found.items():
+        for name, change in results.items():
             self.whole[name].add_labels(change, before, allowance, labels)
 
     def _steps(
-        self, pair: Pair, inputs: list[Tensor], before: Tensor, after: Tensor, own: Tensor, allowance: Tensor
+        self, pair: NetworkPair, inputs: list[Tensor], before: Tensor, after: Tensor, own: Tensor, allowance: Tensor
     ) -> dict[str, Change]:
-        """Sums over the steps, and whether the label of the dense model survives them all."""
+        """Each tier summed over the steps: the whole change, and whether the dense model's label survives it."""
         results = list(run_steps(pair, inputs, own, allowance, before, self.tiers, self.splits, self.skip))
         self.skip |= {number: r.reason for number, r in enumerate(results) if r.reason is not None}
         self.steps = self.steps or [{} for _ in results]
         for of_step, result in zip(self.steps, results, strict=True):
             for tier, alone in result.tiers.items():
                 of_step.setdefault(tier, TierResults()).add(alone)
-        found = {}
+        together = {}
         names = [ENCLOSED] * (1 in self.tiers) + [JACOBIAN, PAPER] * (2 in self.tiers)
         zero = torch.zeros(len(own), dtype=torch.float64)
         missing = Change(zero + torch.inf, zero[:, None] + torch.inf, zero > 0)
@@ -160,29 +168,29 @@ class Work:
             for result in results:
                 if name in result.tiers:
                     self.violations += int((result.tiers[MEASURED].eta > result.tiers[name].eta + allowance).sum())
-            found[name] = Change(eta + allowance, decrease, bounds.label_kept(margin, decrease, allowance))
-        return found
+            together[name] = Change(eta + allowance, decrease, bounds.label_kept(margin, decrease, allowance))
+        return together
 
 
 def _logits(model: nn.Module, inputs: list[Tensor]) -> Tensor:
-    """Logits as float64 on the CPU, from a model as it is, in eval mode."""
+    """A model's logits in eval mode, computed in its own dtype and on its own device, as float64 on the CPU."""
     tensor = next((t for t in (*model.parameters(), *model.buffers())), None)
     place = [v if tensor is None else v.to(tensor.device) for v in inputs]
     if tensor is not None and tensor.is_floating_point():
         place = [v.to(tensor.dtype) if v.is_floating_point() else v for v in place]
     try:
         with training_flags(model, False):
-            found = model(*place)
+            output = model(*place)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise InputError(
             f"the model rejects a batch: {first_line(error)}",
             expected="inputs that both models accept",
             found=", ".join(str(tuple(v.shape)) for v in inputs),
         ) from error
-    found = found[0] if isinstance(found, (tuple, list)) else found
-    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[1] < 2:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError("the model returns no logits", expected="(batch, classes), 2 classes or more", found=shape)
-    if not bool(torch.isfinite(found).all()):
+    if not bool(torch.isfinite(output).all()):
         raise InputError("the model returns logits that are not finite", hint="check the inputs and the weights")
-    return found.detach().double().cpu()
+    return output.detach().double().cpu()

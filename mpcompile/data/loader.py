@@ -87,6 +87,18 @@ class ImageOptions:
         only_fields(cls, options or {}, "data has no option")
         return cls(**dict(options or {}))
 
+    def augmentation(self) -> dict[str, Any]:
+        """Return the options of timm's training transform; empty without augmentation."""
+        if not self.augment:
+            return {}
+        return {
+            "auto_augment": self.auto_augment,
+            "re_prob": self.reprob,
+            "color_jitter": self.color_jitter or 0.0,
+            "scale": self.scale,
+            "hflip": self.hflip,
+        }
+
 
 class Order(Sampler[int]):
     """A new order every epoch, cut into batches that the ranks take in turn.
@@ -153,15 +165,7 @@ def loader(
     size, workers = max(1, images.batch // parts), images.workers
     if streamed:
         workers = source.prepare(size, workers)
-    augmentation: dict[str, Any] = {}
-    if training and images.augment:
-        augmentation = {
-            "auto_augment": images.auto_augment,
-            "re_prob": images.reprob,
-            "color_jitter": images.color_jitter or 0.0,
-            "scale": images.scale,
-            "hflip": images.hflip,
-        }
+    augmentation = images.augmentation() if training else {}
     source.transform = preprocess(data_config_of(model, images), **augmentation)
     order: Any = None
     if training and not streamed:

@@ -55,7 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
         _HELD.reset(token)
         if file is not None and not file.closed:
             with contextlib.suppress(OSError):
-                os.unlink(folder / NAME)  # while locked: whoever opened it then finds that the name is gone
+                os.unlink(folder / NAME)  # while locked: a process that opened it meanwhile finds the name gone
             _FILES.discard(file)
             file.close()
 

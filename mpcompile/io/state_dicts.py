@@ -176,8 +176,8 @@ def find_state(raw: Any, path: Path) -> StateDict:
     if not state:
         pickled = next((value.name for value in raw.values() if isinstance(value, Ignored) and value.name), None)
         keys = f"the entries {', '.join(str(key) for key in list(raw)[:5])}" if raw else "nothing"
-        found = keys if pickled is None else f"a pickled {pickled}"
-        raise ArtifactError(f"{path} can't be read as a checkpoint", expected=expected, found=found, hint=hint)
+        content = keys if pickled is None else f"a pickled {pickled}"
+        raise ArtifactError(f"{path} can't be read as a checkpoint", expected=expected, found=content, hint=hint)
     odd = sum(isinstance(value, Tensor) for value in raw.values()) - len(state)
     if odd:
         steps.append(f"{odd} tensors without a name, or of an unusual kind, left out")

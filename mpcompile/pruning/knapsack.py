@@ -7,17 +7,15 @@ knapsack.
 
 from __future__ import annotations
 
-import importlib
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from mpcompile._moved import renamed
 from mpcompile.errors import InputError, NotEligibleError
 
 __all__ = ["even_mix", "reachable", "solve"]
@@ -27,21 +25,15 @@ Indices = NDArray[np.int64]
 SLACK = 1e-9  # share of all savings that rounding may cost
 TIME_LIMIT = 0.8  # s for the proof of optimality: similar layers leave many choices of the same cost
 
-_RENAMED = {  # names this module had before -> where they are
-    "knapsack": ("knapsack", "solve"),
-    "lost_energy": ("damage", "lost_energy"),
-    "seb_regime": ("edge_budget", "seb_preset"),
-    "seb_weights": ("edge_budget", "seb_weights"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, new = _RENAMED[name]
-    path = f"mpcompile.pruning.{module}"
-    warnings.warn(f"{__name__}.{name} is deprecated: use {path}.{new}", DeprecationWarning, stacklevel=2)
-    return getattr(importlib.import_module(path), new)
+__getattr__ = renamed(
+    __name__,
+    {
+        "knapsack": "pruning.knapsack.solve",
+        "lost_energy": "pruning.damage.lost_energy",
+        "seb_regime": "pruning.edge_budget.seb_preset",
+        "seb_weights": "pruning.edge_budget.seb_weights",
+    },
+)
 
 
 def reachable(saved: Sequence[ArrayLike]) -> tuple[float, float]:

@@ -72,7 +72,6 @@ def set_up(
     ema = None if training.ema is None else ModelEmaV3(student, decay=training.ema, use_warmup=True)
     pair = _pair(student, teacher, train, training, device, hint) if training.features else None
     module, target = (trained, teacher) if pair is None else (pair.student, pair.teacher)
-    kept_teacher = data.Teacher(target, training.cache)
     wrapped: Any = module
     if sharded:
         wrapped = sharding.shard(trained)
@@ -82,7 +81,8 @@ def set_up(
     optimizer = _optimizer(trained, training)
     scheduler = _scheduler(optimizer, training, steps)
     policy = policies.policy(training.method, trained, training.sr_ste_decay)
-    return Setup(student, trained, wrapped, kept_teacher, pair, ema, optimizer, scheduler, policy, sharded)
+    outputs = data.Teacher(target, training.cache)
+    return Setup(student, trained, wrapped, outputs, pair, ema, optimizer, scheduler, policy, sharded)
 
 
 def _pair(

@@ -1,1 +1,1 @@
-"""Enclosures: sets that hold every value a network can take on a segment, and the rule of each operator."""
+"""Enclosures: sets that contain every value of a network on a segment, and the rule of each operator."""

@@ -1,13 +1,13 @@
-"""Enclosures: sets of tensors that hold every value of a network on a segment, rounded outward.
+"""Enclosures: sets of tensors that contain every value of a network on a segment, rounded outward.
 
-A value is held as ``center + slope * e + d`` with one ``e`` in [-1, 1] for the whole segment and an independent ``d``
-in [-radius, radius] for every element. What moves along the segment stays in ``slope``, where it passes linear layers
-with its signs; what is lost to nonlinear functions and to rounding goes into ``radius``. Without slopes this is plain
-interval arithmetic; the slope makes it a zonotope with one generator.
+A value is represented as ``center + slope * e + d`` with one ``e`` in [-1, 1] for the whole segment and an independent
+``d`` in [-radius, radius] for every element. Movement along the segment is in ``slope``, whose signs are preserved by
+linear layers; what nonlinear functions and rounding lose goes into ``radius``. Without slopes this is plain interval
+arithmetic; the slope makes it a zonotope with one generator.
 
-All arithmetic is float64. Every rule adds to the radius what its own floating-point operations can be off by: a sum of
-n products in any order errs by at most (n + 1) u / (1 - (n + 1) u) times the sum of their magnitudes, u = 2**-53
-(Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). ``EPS`` is 2 u, which leaves a factor 2.
+All arithmetic is float64. Every rule adds the error of its own floating-point operations to the radius: a sum of n
+products in any order errs by at most (n + 1) u / (1 - (n + 1) u) times the sum of their magnitudes, u = 2**-53
+(Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). ``EPS`` is 2 u, which leaves a factor of 2.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Enclosure:
-    """All tensors ``center + slope * e + d`` with \\|e\\| <= 1 and \\|d\\| <= radius.
+    """The set of all tensors ``center + slope * e + d`` with \\|e\\| <= 1 and \\|d\\| <= radius.
 
     Attributes:
         center: float64.
         slope: of the same shape, or None for zero.
         radius: of the same shape and not negative, or None for zero.
-        tangents: for each of some vectors v >= 0 at the start of the segment, a bound on \\|J\\| v, where J is the
-            Jacobian of this value by the start, anywhere on the segment. Empty where nothing depends on it.
+        tangents: for each of several vectors v >= 0 at the replaced layer, a bound on \\|J\\| v anywhere on the
+            segment, where J is the Jacobian of this value with respect to that layer's value. Empty if it is constant.
 
     Example:
         >>> Enclosure(torch.ones(1, dtype=torch.float64)).reach.item()
@@ -48,17 +48,17 @@ class Enclosure:
 
     @property
     def exact(self) -> bool:
-        """Whether it is a single tensor."""
+        """True if the set is a single tensor."""
         return self.slope is None and self.radius is None
 
     @property
     def spread(self) -> Tensor:
-        """The radius as a tensor."""
+        """The radius as a tensor, zeros if it is None."""
         return torch.zeros_like(self.center) if self.radius is None else self.radius
 
     @property
     def reach(self) -> Tensor:
-        """Largest distance from the center, rounded up."""
+        """The largest distance from the center, rounded up."""
         if self.slope is None:
             return self.spread
         return (self.slope.abs() + self.spread) * (1 + 2 * EPS)
@@ -71,14 +71,14 @@ class Enclosure:
 
     @property
     def magnitude(self) -> Tensor:
-        """Largest absolute values."""
+        """The largest absolute value of each element."""
         if self.exact:
             return self.center.abs()
         return (self.center.abs() + self.reach) * (1 + 2 * EPS)
 
 
 def widened(radius: Tensor, *magnitudes: Tensor, terms: int = 1) -> Tensor:
-    """A radius that also covers rounding: ``terms`` operations on values of these magnitudes."""
+    """A radius widened by the rounding errors of ``terms`` operations on values of these magnitudes."""
     result = radius * (1 + 8 * EPS) + _TINY
     for magnitude in magnitudes:
         result = result + (terms + 3) * EPS * magnitude.abs()
@@ -86,7 +86,7 @@ def widened(radius: Tensor, *magnitudes: Tensor, terms: int = 1) -> Tensor:
 
 
 def moved(x: Enclosure, view: Map) -> Enclosure:
-    """A map that only moves elements (reshape, transpose, slice, pad with zeros)."""
+    """Apply a map that only moves elements (reshape, transpose, slice, pad with zeros)."""
     return Enclosure(
         view(x.center),
         None if x.slope is None else view(x.slope),
@@ -96,7 +96,7 @@ def moved(x: Enclosure, view: Map) -> Enclosure:
 
 
 def joined(parts: list[Enclosure], join: Callable[[list[Tensor]], Tensor]) -> Enclosure:
-    """Several enclosures put together (cat, stack)."""
+    """Concatenate or stack several enclosures."""
     count = max(len(p.tangents) for p in parts)
     zeros = [torch.zeros_like(p.center) for p in parts]
     slopes = [zero if p.slope is None else p.slope for p, zero in zip(parts, zeros, strict=True)]
@@ -112,7 +112,7 @@ def joined(parts: list[Enclosure], join: Callable[[list[Tensor]], Tensor]) -> En
 
 
 def summed(x: Enclosure, total: Map, terms: int) -> Enclosure:
-    """A linear map with coefficients in [0, 1] that adds up to ``terms`` values (sum, mean, average pooling)."""
+    """Apply a linear map that adds up to ``terms`` values with coefficients in [0, 1] (sum, mean, average pooling)."""
     center = total(x.center)
     slope = None if x.slope is None else total(x.slope)
     sizes = x.center.abs() if x.slope is None else x.center.abs() + x.slope.abs()
@@ -138,16 +138,16 @@ def add(a: Enclosure, b: Enclosure, sign: float = 1.0) -> Enclosure:
 
 
 def _added(a: tuple[Tensor, ...], b: tuple[Tensor, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """Sums of tangents, of which one side may have none."""
+    """Sums of tangents; either side may have none."""
     if not a or not b:
         return tuple(t.expand_as(like) for t in a or b)
     return tuple((s + t).expand_as(like) * (1 + 2 * EPS) for s, t in zip(a, b, strict=True))
 
 
 def multiplied(a: Enclosure, b: Enclosure, product: Product, terms: int = 1) -> Enclosure:
-    """A bilinear product that adds ``terms`` products for each value (mul, linear, convolution, matmul).
+    """Apply a bilinear product that sums ``terms`` products for each value (mul, linear, convolution, matmul).
 
-    With e**2 in [0, 1], the product of the slopes is all radius.
+    The product of the two slopes has the factor e**2 in [0, 1]; all of it goes into the radius.
     """
     grow = 1 + (terms + 4) * EPS
     rounding = (terms + 4) * EPS
@@ -158,7 +158,7 @@ def multiplied(a: Enclosure, b: Enclosure, product: Product, terms: int = 1) -> 
         slope = other if slope is None else slope + other
     sizes = a.center.abs() if a.slope is None else a.center.abs() + a.slope.abs()
     others = b.center.abs()
-    if b.exact:  # one product: of all that is uncertain in a, and of what rounding makes of the rest
+    if b.exact:  # one product covers both the uncertainty of a and the rounding of the rest
         radius = product(a.spread + rounding * sizes, others)
     elif a.exact:
         radius = product(sizes, b.spread + rounding * (others if b.slope is None else others + b.slope.abs()))
@@ -199,7 +199,7 @@ def boxed(low: Tensor, high: Tensor, tangents: tuple[Tensor, ...] = ()) -> Enclo
 
 
 def chosen(a: Enclosure, b: Enclosure) -> Enclosure:
-    """For every element, whichever of two enclosures of the same value has the smaller radius. Tangents are a's."""
+    """For every element, the one of two enclosures of the same value that has the smaller radius. Tangents are a's."""
     first = a.spread <= b.spread
     slopes = [torch.zeros_like(a.center) if x.slope is None else x.slope for x in (a, b)]
     both = a.slope is None and b.slope is None

@@ -1,7 +1,8 @@
 """Nonlinear functions of enclosures: activations, normalisation, softmax, attention.
 
-Each keeps the slope where its expansion around the center is the tighter one, and falls back to the range of the
-function over the box where that is. Values of exp, erf and the like may be off by ``_ULPS`` units in the last place.
+Each function takes, for every element, the tighter of two enclosures: its expansion around the center, which keeps the
+slope, and its range over the box. Values of exp, erf and similar functions may be off by ``_ULPS`` units in the last
+place.
 """
 
 from __future__ import annotations
@@ -41,16 +42,18 @@ Bound = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Smooth:
-    """A function of one number, with what bounds it.
+    """A smooth function f of one number, with bounds on its derivatives and its errors.
 
     Attributes:
+        value: f.
+        derivative: f'.
         slope: largest \\|f'\\| between two bounds.
         curvature: largest \\|f''\\| between two bounds.
-        lowest: where the only minimum lies and the value there (rounded down), for a function that falls before it and
-            rises after it; None for a function that rises throughout, or falls throughout.
+        lowest: position and value (rounded down) of the only minimum of a function that falls before it and rises after
+            it; None for a monotone function.
         scale: values are off by less than ``_ULPS`` units in the last place of the value or of this multiple of the
-            argument (x times something small has the error of x).
-        cancels: derivatives are off by less than ``_ULPS`` units in the last place of themselves plus this.
+            argument (x times a small number has the error of x).
+        cancels: derivatives are off by less than ``_ULPS`` units in the last place of their magnitude plus this number.
     """
 
     value: Map
@@ -81,7 +84,7 @@ def _tanh_gelu_derivative(x: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
 
 
-# Largest slopes and curvatures, rounded up; tests/certificates/test_enclosures.py samples them.
+# Largest slopes and curvatures, rounded up; tests/certificates/test_enclosures.py checks them on samples.
 GELU = Smooth(
     F.gelu, _gelu_derivative, _constant(1.1290), _constant(0.7980), (-0.7517915246935, -0.16997120747991), 1.0
 )
@@ -122,7 +125,7 @@ RECIPROCAL = Smooth(
 
 
 def smooth(x: Enclosure, f: Smooth) -> Enclosure:
-    """f(x), by f(c) + f'(c) (x - c) with the remainder max \\|f''\\| (x - c)**2 / 2, or by the range of f.
+    """f(x): f(c) + f'(c) (x - c) with a remainder of at most max \\|f''\\| (x - c)**2 / 2, or the range of f.
 
     Source: the mean value form of interval analysis (Moore, Kearfott and Cloud, Introduction to Interval Analysis,
     2009, chapter 6).
@@ -145,6 +148,7 @@ def smooth(x: Enclosure, f: Smooth) -> Enclosure:
 
 
 def _range(low: Tensor, high: Tensor, f: Smooth) -> Enclosure:
+    """The range of f between two bounds."""
     ends = [f.value(low), f.value(high)]
     bottom, top = torch.minimum(*ends), torch.maximum(*ends)
     if f.lowest is not None:
@@ -157,7 +161,7 @@ def _range(low: Tensor, high: Tensor, f: Smooth) -> Enclosure:
 
 
 def relu(x: Enclosure) -> Enclosure:
-    """max(x, 0): exact where the sign is settled, elsewhere a line of slope high / (high - low) or the box [0, high].
+    """max(x, 0): exact where the sign is fixed, elsewhere a line of slope high / (high - low) or the box [0, high].
 
     Source of the line: Singh et al., Fast and effective robustness certification, NeurIPS 2018 (DeepZ).
     """
@@ -193,10 +197,10 @@ def leaky(x: Enclosure, slope: float) -> Enclosure:
 
 
 def reciprocal(x: Enclosure) -> Enclosure:
-    """1 / x where x can't be 0 or negative.
+    """1 / x for positive x.
 
     Raises:
-        Unbounded: it can.
+        Unbounded: x may be 0 or negative.
     """
     if not bool((x.bounds[0] > 0).all()):
         raise Unbounded("a divisor may be 0 on the segment")
@@ -204,10 +208,10 @@ def reciprocal(x: Enclosure) -> Enclosure:
 
 
 def square_root(x: Enclosure) -> Enclosure:
-    """sqrt(x) where x is positive.
+    """sqrt(x) for positive x.
 
     Raises:
-        Unbounded: it may be 0 or negative.
+        Unbounded: x may be 0 or negative.
     """
     if not bool((x.bounds[0] > 0).all()):
         raise Unbounded("the argument of a square root may be 0 on the segment")
@@ -215,7 +219,7 @@ def square_root(x: Enclosure) -> Enclosure:
 
 
 def vector_norm(x: Enclosure, axes: list[int], keepdim: bool) -> Enclosure:
-    """Euclidean norm over axes: within the norm of the deviations of the norm of the center."""
+    """Euclidean norm over axes: the norm of the center, give or take the norm of the deviations."""
     terms = math.prod(x.center.shape[a] for a in axes)
     grow = 1 + (terms + 8) * EPS
 
@@ -231,12 +235,12 @@ def vector_norm(x: Enclosure, axes: list[int], keepdim: bool) -> Enclosure:
 def normalised(x: Enclosure, eps: float) -> Enclosure:
     """(x - mean) / sqrt(variance + eps) over the last axis, without weights.
 
-    With P the projection onto mean 0 and s = sqrt(\\|P x\\|**2 / d + eps), the Jacobian is (P - y y' / d) / s for
-    y = P x / s. The deviation of \\|P x\\| on the enclosure is at most that of x in the Euclidean norm, which bounds s
-    from both sides; the rest follows from the mean value form.
+    Let P be the projection onto mean 0, d the length of the axis, and s = sqrt(\\|P x\\|**2 / d + eps). The Jacobian of
+    y = P x / s is (P - y y' / d) / s. The deviation of \\|P x\\| on the enclosure is at most that of x in the Euclidean
+    norm, which bounds s from both sides; the rest follows from the mean value form.
 
     Raises:
-        Unbounded: every row may be constant, so that nothing useful bounds 1 / s.
+        Unbounded: every row may be constant, so that there is no useful bound on 1 / s.
     """
     size = x.center.shape[-1]
     grow = 1 + (size + 32) * EPS
@@ -292,7 +296,10 @@ def normalised(x: Enclosure, eps: float) -> Enclosure:
 
 
 def softmax(x: Enclosure, axis: int) -> Enclosure:
-    """Softmax over an axis: every probability between those that its own and the other logits' bounds allow."""
+    """Softmax over an axis: each probability is between its values at opposite bounds of its own and the other logits.
+
+    The expansion around the center keeps the slope where that is tighter.
+    """
     size = x.center.shape[axis]
     rounding = (size + _ULPS + 800) * EPS  # a difference of logits beyond 750 underflows; exp has its error up to there
     p = x.center.softmax(axis)
@@ -328,7 +335,7 @@ def softmax(x: Enclosure, axis: int) -> Enclosure:
 def attention(q: Enclosure, k: Enclosure, v: Enclosure, scale: float) -> Enclosure:
     """softmax(q k' scale) v over the last two axes.
 
-    Every row of probabilities adds up to 1, so v may be centered first: only what differs between tokens counts.
+    Every row of probabilities sums to 1, so v is centered first: only differences between tokens matter.
     """
     scores = multiplied(scaled(q, scale), moved(k, lambda t: t.transpose(-1, -2)), torch.matmul, q.center.shape[-1])
     middle = v.center.mean(-2, keepdim=True)
@@ -338,13 +345,13 @@ def attention(q: Enclosure, k: Enclosure, v: Enclosure, scale: float) -> Enclosu
 
 
 def mean_over(x: Enclosure, axes: list[int], keepdim: bool, average: bool = True) -> Enclosure:
-    """Sum or mean over axes."""
+    """Mean over axes; the sum if not ``average``."""
     terms = math.prod(x.center.shape[a] for a in axes)
     return summed(x, lambda t: t.mean(axes, keepdim) if average else t.sum(axes, keepdim), terms)
 
 
 def max_pooled(x: Enclosure, pool: Map) -> Enclosure:
-    """Maximum over windows: of the lower bounds and of the upper bounds."""
+    """Maximum over windows: between those of the lower and of the upper bounds."""
     if x.exact:
         return Enclosure(pool(x.center))
     low, high = x.bounds

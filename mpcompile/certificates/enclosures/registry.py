@@ -1,7 +1,7 @@
-"""The table of rules: what each operator of an aten graph does to enclosures.
+"""The registry of rules: how each operator of an aten graph acts on enclosures.
 
-Graphs come from ``make_fx`` before decomposition, so that a linear layer, a normalisation or an attention is one node.
-An operator without a rule ends a certificate.
+Graphs are traced with ``make_fx`` before decomposition, so that a linear layer, a normalisation or an attention is one
+node. An operator without a rule ends a certificate.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ RULES: dict[str, Rule] = {}
 
 
 class NoRule(Exception):
-    """No rule encloses this operator; the message names it and says why, where that is known."""
+    """No rule encloses this operator; the message names it and, where known, says why."""
 
 
-WHY = {
+WHY = {  # operator -> why it has no rule
     "topk": "which tokens it picks depends on values",
     "sort": "the order depends on values",
     "argsort": "the order depends on values",
@@ -29,7 +29,7 @@ WHY = {
 
 
 def operator_name(target: Any) -> str:
-    """``"linear"`` for ``aten.linear.default``, ``"mpcompile.token_merge"`` for an operator of ours."""
+    """The name of a rule: ``"linear"`` for ``aten.linear.default``, ``"mpcompile.token_merge"`` for our operators."""
     packet = getattr(target, "overloadpacket", None)
     if packet is None:
         return str(getattr(target, "__name__", target))
@@ -37,7 +37,7 @@ def operator_name(target: Any) -> str:
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule under the names of aten operators."""
+    """Register the decorated function as the rule of the aten operators with these names."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -51,8 +51,8 @@ def enclose(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The enclosure of a node's value; arguments are enclosures where the node takes tensors.
 
     Raises:
-        NoRule: the operator, or these arguments of it, can't be enclosed.
-        Unbounded: it can, but on these values nothing bounds it.
+        NoRule: the operator can't be enclosed, or not with these arguments.
+        Unbounded: the operator has a rule, but its value is not bounded on these enclosures.
     """
     name = operator_name(node.target)
     if name not in RULES:
@@ -62,5 +62,6 @@ def enclose(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def refuse(reason: str, refused: bool) -> None:
+    """Raise :class:`NoRule` with this reason, if ``refused``."""
     if refused:
         raise NoRule(reason)

@@ -1,4 +1,4 @@
-"""All rules, registered: what :mod:`mpcompile.certificates.steps` encloses a network with."""
+"""All rules, registered by import; :mod:`mpcompile.certificates.steps` encloses networks through this module."""
 
 from mpcompile.certificates.enclosures import rules_linear, rules_nonlinear
 from mpcompile.certificates.enclosures.functions import Unbounded

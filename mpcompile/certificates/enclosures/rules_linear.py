@@ -1,4 +1,4 @@
-"""Rules of operators that move elements or are linear in each argument: see registry.py."""
+"""Rules of operators that move elements or are linear in each of their arguments; see registry.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mpcompile.certificates.enclosures.enclosure import (
 )
 from mpcompile.certificates.enclosures.registry import RULES, NoRule, Rule, refuse, rule
 
-# --- Views: the same on every part of an enclosure ---
+# --- Operators that move elements: applied to every part of an enclosure ---
 
 
 def _view(function: Callable[..., Tensor]) -> Rule:
@@ -82,7 +82,7 @@ def _pad(x: Enclosure, widths: list[int], mode: str = "constant", value: float |
     return moved(x, lambda t: F.pad(t, widths, mode=mode))
 
 
-def _apart(function: Callable[..., Sequence[Tensor]]) -> Rule:
+def _split(function: Callable[..., Sequence[Tensor]]) -> Rule:
     def apply(x: Enclosure, *args: Any, **kwargs: Any) -> tuple[Enclosure, ...]:
         count = len(function(x.center, *args, **kwargs))
         return tuple(moved(x, lambda t, i=i: function(t, *args, **kwargs)[i]) for i in range(count))  # type: ignore[misc]
@@ -90,9 +90,9 @@ def _apart(function: Callable[..., Sequence[Tensor]]) -> Rule:
     return apply
 
 
-RULES["unbind"] = _apart(Tensor.unbind)
-RULES["chunk"] = _apart(Tensor.chunk)
-RULES["split"] = RULES["split_with_sizes"] = _apart(torch.split)
+RULES["unbind"] = _split(Tensor.unbind)
+RULES["chunk"] = _split(Tensor.chunk)
+RULES["split"] = RULES["split_with_sizes"] = _split(torch.split)
 
 
 @rule("getitem")
@@ -114,6 +114,7 @@ def _stack(parts: list[Enclosure], dim: int = 0) -> Enclosure:
 
 
 def biased(y: Enclosure, bias: Enclosure | None, axis: int) -> Enclosure:
+    """Add a bias (if any) along an axis."""
     if bias is None:
         return y
     shape = [1] * y.center.dim()
@@ -227,6 +228,7 @@ def _pow(x: Any, exponent: Any) -> Enclosure:
 
 
 def over_axes(x: Enclosure, dim: Any) -> list[int]:
+    """The axes that a reduction's ``dim`` means: all of them for None or an empty list."""
     if dim is None or dim == []:
         return list(range(x.center.dim()))
     return [dim] if isinstance(dim, int) else list(dim)

@@ -1,4 +1,4 @@
-"""Rules of nonlinear operators: see registry.py."""
+"""Rules of nonlinear operators; see registry.py."""
 
 from __future__ import annotations
 
