@@ -40,7 +40,7 @@ from mpcompile.passes.base import Context, Results, run_pass
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
-from mpcompile.passes.lower import Lower, Slot
+from mpcompile.passes.lower import Lower, Slot, Slots
 from mpcompile.passes.mask import Masked, magnitude_mask
 from mpcompile.passes.merge_tokens.insert import unmerged
 from mpcompile.pipeline import Pipeline, run_pipeline, transformed
@@ -311,14 +311,16 @@ def mpsparse(
             _inductor(imported.gm, example_inputs, mode), Plan(notes=[str(error)]), [], imported, config, False
         )
     trains = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
-    lower = Lower()
+    slots: list[Slot] = []
     if not trains:
         if autocasts():  # what is next to each other in which dtype depends on it
             propagate(imported.gm, imported.inputs)
         context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan, observers=observers())
         with exact():
-            for step in [FoldNorm(), FoldScale(), lower, Fuse()] if config.frozen else [lower, Fuse()]:
+            for step in [FoldNorm(), FoldScale(), Lower(), Fuse()] if config.frozen else [Lower(), Fuse()]:
                 run_pass(step, imported.gm, context)
+        lowered = context.results.get(Slots)
+        slots = [] if lowered is None else lowered.slots
         _STATE.watch_optimizers()
     run = _inductor(imported.gm, example_inputs, mode, None if trains or not config.frozen else imported.lifted)
-    return CompiledGraph(run, plan, lower.slots, imported, config, not trains)
+    return CompiledGraph(run, plan, slots, imported, config, not trains)

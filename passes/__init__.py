@@ -1,1 +1,9 @@
-"""Passes turn a graph into a graph and know no engine."""
+"""Passes: each turns a graph into a graph.
+
+A pass is one file, or one folder with its helpers inside. The contract is in base.py, what the passes of a run share in
+context.py, and how decisions are recorded in decision.py. rewriting.py holds the graph edits that several passes make;
+channels/ knows which weight axes are the same channels.
+
+They run in this order: ``analyze``, ``allocate``, ``permute``, ``merge_tokens``, ``mask``, ``restore``; for inference,
+then ``fold_norm``, ``fold_scale``, ``lower`` and ``fuse``. Only ``lower`` knows engines.
+"""

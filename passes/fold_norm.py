@@ -23,7 +23,7 @@ from mpcompile.ir.nodes import argument
 from mpcompile.ir.parts import set_attribute
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.rewriting import folded_call, parameter, supersede
+from mpcompile.passes.rewriting import Folded, folded_call, parameter, supersede
 
 _MODULES = frozenset({"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"})
 _TORCH_ORDER = frozenset({torch.batch_norm, torch.ops.aten.batch_norm.default})
@@ -93,8 +93,9 @@ class FoldNorm(Pass):
     """
 
     name = "fold_norm"
+    decision_type = Folded
 
-    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
+    def plan(self, gm: IRModule, ctx: Context) -> Folded:
         convolutions = [layer for layer in layers(gm, ctx.lifted) if layer.kind == "conv2d"]
         names, changing = [layer.name for layer in convolutions], written_tensors(gm, ctx.lifted)
         folded: list[str] = []
@@ -110,7 +111,7 @@ class FoldNorm(Pass):
                 folded.append(layer.name)
             else:
                 left[layer.name] = why
-        return {"folded": folded, "left": left}
+        return Folded(folded, left)
 
     @staticmethod
     def _obstacle(gm: IRModule, layer: LayerOp, norm: Norm, uses: int, ctx: Context) -> str | None:
@@ -125,15 +126,15 @@ class FoldNorm(Pass):
             return "its bias is computed"
         return layer.obstacle or norm.obstacle
 
-    def summary(self, decision: dict[str, Any]) -> str:
-        return f"{len(decision['folded'])} BatchNorms folded, {len(decision['left'])} left"
+    def summary(self, decision: Folded) -> str:
+        return f"{len(decision.folded)} BatchNorms folded, {len(decision.left)} left"
 
     @torch.no_grad()
-    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
+    def apply(self, gm: IRModule, decision: Folded, ctx: Context) -> bool:
         for layer in layers(gm, ctx.lifted):
-            if layer.name in decision["folded"]:
+            if layer.name in decision.folded:
                 _fold(gm, layer, ctx.lifted)
-        return bool(decision["folded"])
+        return bool(decision.folded)
 
 
 def _fold(gm: IRModule, layer: LayerOp, lifted: Lifted) -> None:

@@ -1,4 +1,4 @@
-"""FoldScale: fold a factor per output channel behind a masked layer (LayerScale) into its weight and bias.
+"""FoldScale: fold a factor per output channel after a masked layer (LayerScale) into its weight and bias.
 
 ``gamma * (W x + b)`` equals ``(gamma W) x + gamma b``. Folded, the multiplication costs nothing, and the operation
 after it, most often a residual addition, directly follows the product, where Fuse can take it in. Scaling the rows of a
@@ -20,7 +20,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import fake_value
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.passes.base import Context, Pass
-from mpcompile.passes.rewriting import folded_call, follow, parameter, supersede
+from mpcompile.passes.rewriting import Folded, folded_call, follow, parameter, supersede
 
 _aten = torch.ops.aten
 _MUL = frozenset({operator.mul, operator.imul, torch.mul, torch.multiply, _aten.mul.Tensor, _aten.mul_.Tensor})
@@ -85,8 +85,9 @@ class FoldScale(Pass):
     """
 
     name = "fold_scale"
+    decision_type = Folded
 
-    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
+    def plan(self, gm: IRModule, ctx: Context) -> Folded:
         masked = [layer for layer in layers(gm, ctx.lifted) if layer.mask is not None]
         names, changing = [layer.name for layer in masked], written_tensors(gm, ctx.lifted)
         folded: list[str] = []
@@ -107,17 +108,17 @@ class FoldScale(Pass):
                 folded.append(layer.name)
             else:
                 left[layer.name] = why
-        return {"folded": folded, "left": left}
+        return Folded(folded, left)
 
-    def summary(self, decision: dict[str, Any]) -> str:
-        return f"{len(decision['folded'])} scales folded, {len(decision['left'])} left"
+    def summary(self, decision: Folded) -> str:
+        return f"{len(decision.folded)} scales folded, {len(decision.left)} left"
 
     @torch.no_grad()
-    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
+    def apply(self, gm: IRModule, decision: Folded, ctx: Context) -> bool:
         for layer in layers(gm, ctx.lifted):
-            if layer.name in decision["folded"]:
+            if layer.name in decision.folded:
                 _fold(gm, layer, ctx)
-        return bool(decision["folded"])
+        return bool(decision.folded)
 
 
 def _fold(gm: IRModule, layer: LayerOp, ctx: Context) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from mpcompile.ir.nodes import argument, fake_value, real_inputs, shape_of, targ
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_linear.packed import BEHIND
 from mpcompile.kernels.schema import NmGemmArgs, NmMlpArgs
-from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.base import Context, Decision, Pass
 from mpcompile.passes.lower import PACKED
 from mpcompile.passes.rewriting import does_nothing, exact_class, follow, supersede
 
@@ -190,6 +191,25 @@ class _Search:
         return f"{writers[0]} writes in place before {place.name}" if writers else None
 
 
+@dataclass(frozen=True, eq=False)
+class Fusion(Decision):
+    """What native operators take in, as pairs of node names, the operator first.
+
+    Attributes:
+        activations: activations of the product.
+        residuals: additions.
+        behind: activations of the sum.
+        mlps: second operators of an MLP.
+        left: operator -> why it takes in nothing, or not all that it might.
+    """
+
+    activations: list[tuple[str, str]]
+    residuals: list[tuple[str, str]]
+    behind: list[tuple[str, str]]
+    mlps: list[tuple[str, str]]
+    left: Mapping[str, str]
+
+
 class Fuse(Pass):
     """Native operators take in the activation, the residual addition and the second linear layer that follow them.
 
@@ -203,26 +223,27 @@ class Fuse(Pass):
     """
 
     name = "fuse"
+    decision_type = Fusion
 
-    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
+    def plan(self, gm: IRModule, ctx: Context) -> Fusion:
         search = _Search(gm, ctx.lifted)
         search.walk()
-        return {
-            "activations": _names(search.activations),
-            "residuals": _names(search.residuals),
-            "behind": _names(search.late),
-            "mlps": _names(search.mlps),
-            "left": {node.name: why for node, why in search.left.items()},
-        }
+        return Fusion(
+            activations=_names(search.activations),
+            residuals=_names(search.residuals),
+            behind=_names(search.late),
+            mlps=_names(search.mlps),
+            left={node.name: why for node, why in search.left.items()},
+        )
 
-    def summary(self, decision: dict[str, Any]) -> str:
-        activations = len(decision["activations"]) + len(decision["behind"])
-        residuals, mlps = len(decision["residuals"]), len(decision["mlps"])
-        if not len(decision["activations"]) + residuals + mlps:
+    def summary(self, decision: Fusion) -> str:
+        activations = len(decision.activations) + len(decision.behind)
+        residuals, mlps = len(decision.residuals), len(decision.mlps)
+        if not activations + residuals + mlps:
             return "nothing to fuse"
         return f"{activations} activations, {residuals} residual additions, {mlps} mlps"
 
-    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
+    def apply(self, gm: IRModule, decision: Fusion, ctx: Context) -> bool:
         nodes = {node.name: node for node in gm.graph.nodes}
         plans = {f"{PACKED}.{name}.values": plan for name, plan in ctx.plan.layers.items()}
 
@@ -232,22 +253,22 @@ class Fuse(Pass):
             if plan is not None:
                 plan.notes.setdefault("fuse", {})[key] = value
 
-        for op, end in decision["activations"]:
+        for op, end in decision.activations:
             note(nodes[op], "activation", _activate(gm, nodes[op], nodes[end], ""))
-        for op, add in decision["residuals"]:
+        for op, add in decision.residuals:
             note(nodes[op], "residual", True)
             _add(gm, nodes[op], nodes[add])
-        for op, end in decision["behind"]:
+        for op, end in decision.behind:
             note(nodes[op], "activation", _activate(gm, nodes[op], nodes[end], BEHIND))
-        for first, second in decision["mlps"]:
+        for first, second in decision.mlps:
             note(nodes[first], "mlp", True)
             note(nodes[second], "mlp", True)
             _join(gm, nodes[first], nodes[second])
-        return any(decision[key] for key in ("activations", "residuals", "behind", "mlps"))
+        return bool(decision.activations or decision.residuals or decision.behind or decision.mlps)
 
 
-def _names(table: Mapping[fx.Node, fx.Node]) -> list[list[str]]:
-    return [[op.name, end.name] for op, end in table.items()]
+def _names(table: Mapping[fx.Node, fx.Node]) -> list[tuple[str, str]]:
+    return [(op.name, end.name) for op, end in table.items()]
 
 
 def _activate(gm: IRModule, op: fx.Node, end: fx.Node, prefix: str) -> str | None:

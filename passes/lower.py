@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose_all, en
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear
-from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.base import Context, Decision, Pass
 from mpcompile.plan import LayerPlan
 
 PACKED = "packed"
@@ -33,8 +33,10 @@ class Slot:
     sees it.
 
     Attributes:
-        weight, mask: the nodes that brought in what was packed, or None inside a module.
+        name: the layer.
+        weight, mask: the nodes that brought in the packed weight and its mask; None inside a module.
         chosen: the mask.
+        buffers: the packed tensors, by their names in the engine.
     """
 
     name: str
@@ -47,7 +49,11 @@ class Slot:
 
     @torch.no_grad()
     def fill(self, weight: Tensor, mask: Tensor) -> None:
-        """Pack ``weight`` under ``mask`` into the buffers, in place."""
+        """Pack ``weight`` under ``mask`` into the buffers, in place.
+
+        Raises:
+            GraphError: the packed form is larger than the buffers.
+        """
         for key, value in self.engine.pack(weight.detach(), mask, self.spec).items():
             buffer = self.buffers[key]
             if value.numel() > buffer.numel():
@@ -58,7 +64,7 @@ class Slot:
                     found=value.numel(),
                     hint="compile again: torch._dynamo.reset()",
                 )
-            if value.shape != buffer.shape:  # compiled code holds the buffer: what is left of it stays unused
+            if value.shape != buffer.shape:  # compiled code holds the buffer: the rest of it stays unused
                 buffer.zero_()
                 buffer = buffer[: value.numel()]
             buffer.copy_(value)
@@ -70,37 +76,66 @@ class Slot:
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of the weight that it replaces."""
+        """Bytes of the dense weight that it replaces."""
         return element_count(self.spec.shape) * self.spec.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Slots:
+    """The result of Lower: a slot for each lowered weight."""
+
+    slots: list[Slot]
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine of one layer, and what it was chosen from.
+
+    Attributes:
+        engine: name of the engine.
+        why: why this one.
+        us, dense_us: microseconds of the chosen engine, and of the time that a sparse engine must beat; None where
+            nothing was timed.
+        tokens: rows of the layer's input that the timings hold for.
+        candidates: engine -> its microseconds, or why it can't run the layer, or None where it was not timed.
+    """
+
+    engine: str
+    why: str
+    us: float | None
+    dense_us: float | None
+    tokens: int | None
+    candidates: Mapping[str, float | str | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Lowering(Decision):
+    """Layer name -> its engine; and layers that stay masked and dense -> why."""
+
+    engines: Mapping[str, EngineChoice]
+    left: Mapping[str, str]
+
+
 def spec_of(layer: LayerOp) -> LayerSpec:
-    """The layer as engines see it."""
+    """Return a masked layer as engines see it."""
     weight, geometry = layer.weight.tensor, layer.geometry
     axes = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups) if geometry is not None else None
     assert layer.pattern is not None  # callers pass masked layers
     return LayerSpec(tuple(weight.shape), weight.dtype, weight.device, layer.pattern, axes, shape_of(layer.input))
 
 
-def describe(spec: LayerSpec, choice: Choice) -> dict[str, Any]:
-    """A choice as JSON values: a candidate's microseconds, or why it can't run the layer, or None (not timed)."""
+def describe(spec: LayerSpec, choice: Choice) -> EngineChoice:
+    """Return an engine's choice with its microseconds rounded to the nanosecond."""
     candidates = {c.name: c.reason if c.us is None else round(c.us, 3) for c in choice.candidates}
     us, dense_us = (None if figure is None else round(figure, 3) for figure in (choice.us, choice.dense_us))
-    return {
-        "engine": choice.engine.name,
-        "why": choice.why,
-        "us": us,
-        "dense_us": dense_us,
-        "tokens": spec.tokens,
-        "candidates": candidates,
-    }
+    return EngineChoice(choice.engine.name, choice.why, us, dense_us, spec.tokens, candidates)
 
 
 class Lower(Pass):
-    """Masked layers -> packed layers. Afterwards the graph is for inference; its slots are in :attr:`slots`.
+    """Masked layers -> packed layers. Afterwards the graph is for inference.
 
     Args:
-        measured: time every engine also where the config names one.
+        measured: time every engine even if the config names one.
         progress: False shows no progress bar; None shows one on a terminal.
 
     Example:
@@ -110,14 +145,15 @@ class Lower(Pass):
     """
 
     name = "lower"
+    decision_type = Lowering
+    provides = (Slots,)
     closes_accounts = True
 
     def __init__(self, *, measured: bool = False, progress: bool | None = None) -> None:
         super().__init__()
         self.measured, self.progress = measured, progress
-        self.slots: list[Slot] = []
 
-    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
+    def plan(self, gm: IRModule, ctx: Context) -> Lowering:
         specs: dict[str, LayerSpec] = {}
         left: dict[str, str] = {}
         changing = written_tensors(gm, ctx.lifted)
@@ -135,112 +171,125 @@ class Lower(Pass):
             frozen=ctx.config.frozen,
             progress=self.progress,
         )
-        engines = {name: describe(spec, c) for (name, spec), c in zip(specs.items(), choices, strict=True)}
-        return {"engines": engines, "left": left}
+        return Lowering({name: describe(spec, c) for (name, spec), c in zip(specs.items(), choices, strict=True)}, left)
 
-    def summary(self, decision: dict[str, Any]) -> str:
-        names = [e["engine"] for e in decision["engines"].values()]
+    def summary(self, decision: Lowering) -> str:
+        names = [choice.engine for choice in decision.engines.values()]
         text = ", ".join(f"{names.count(n)} layers on {n}" for n in sorted(set(names))) or "nothing to lower"
-        return text + "".join(f"; {name}: {why}" for name, why in decision["left"].items())
+        return text + "".join(f"; {name}: {why}" for name, why in decision.left.items())
 
     @torch.no_grad()
-    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
-        done: dict[str, Slot] = {}
+    def apply(self, gm: IRModule, decision: Lowering, ctx: Context) -> bool:
+        slots: dict[str, Slot] = {}
         for layer in layers(gm, ctx.lifted):
-            if layer.name not in decision["engines"] or layer.mask is None:
+            choice = decision.engines.get(layer.name)
+            if choice is None or layer.mask is None:
                 continue
-            slot = done.get(layer.name)
+            slot = slots.get(layer.name)
             if slot is None:
-                slot = done[layer.name] = self._slot(gm, layer, decision["engines"][layer.name]["engine"])
+                slot = slots[layer.name] = _pack(gm, layer, engine_named(choice.engine))
                 entry = LayerPlan(layer.kind, slot.spec.shape, str(layer.pattern), None, slot.spec.pattern.density)
                 notes = ctx.plan.layers.setdefault(layer.name, entry).notes
-                notes["lower"] = {**decision["engines"][layer.name], "bytes": slot.nbytes}
-            self._replace(gm, layer, slot)
-        self._fold_reads(gm, {slot.name: slot for slot in done.values()})
-        self._strip(gm, done)
+                notes["lower"] = {**asdict(choice), "bytes": slot.nbytes}
+            _replace(gm, layer, slot)
+        _fold_reads(gm, slots)
+        _strip(gm, slots)
         gm.delete_all_unused_submodules()
-        self.slots = list(done.values())
-        return bool(done)
+        ctx.results.put(Slots(list(slots.values())))
+        return bool(slots)
 
-    def _slot(self, gm: IRModule, layer: LayerOp, name: str) -> Slot:
-        spec = spec_of(layer)
-        engine = engine_named(name)
-        assert layer.mask is not None  # apply() skips layers without one
-        try:
-            packed = engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            size = element_count(spec.shape) * spec.dtype.itemsize / 2**20
-            raise GraphError(
-                "there is no memory to pack its weight in",
-                layer=layer.name,
-                expected=f"a few times {size:,.0f} MiB",
-                found=first_line(error),
-                hint="leave the layer dense (exclude=...), or give the process more memory",
-            ) from error
-        keep(gm, f"{PACKED}.{layer.name}", packed)
-        mask = layer.mask
-        return Slot(layer.name, layer.weight.node, mask.node, mask.tensor, spec, engine, packed)
 
-    def _replace(self, gm: IRModule, layer: LayerOp, slot: Slot) -> None:
-        graph, node = gm.graph, layer.node
-        prefix = f"{PACKED}.{layer.name}"
-        with graph.inserting_before(node):
-            packed = {key: graph.get_attr(f"{prefix}.{key}") for key in slot.buffers}
-            bias = layer.bias
-            if node.op == "call_module" and bias is not None:
-                bias = graph.get_attr(f"{layer.name}.bias")
-            source = argument(node, 0, "input")  # not layer.input: that layer may have been replaced since
-            target, args = slot.engine.call(slot.spec, source, packed, bias)
-            new = graph.call_function(target, args)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        erase_orphans(graph, (ref.node for ref in (layer.weight, layer.mask) if ref is not None))
+def _pack(gm: IRModule, layer: LayerOp, engine: Engine) -> Slot:
+    """Pack a layer's weight into buffers of the graph.
 
-    @staticmethod
-    def _fold_reads(gm: IRModule, slots: Mapping[str, Slot]) -> None:
-        """A graph that asks a packed weight for its dtype or shape alone needs no dense copy for the answer."""
-        for node in list(gm.graph.nodes):
-            slot = slots.get(str(node.target).removesuffix(".weight")) if node.op == "get_attr" else None
-            if slot is None:
-                continue
-            known = {"dtype": slot.spec.dtype, "shape": slot.spec.shape, "ndim": len(slot.spec.shape)}
-            for read in [u for u in node.users if u.target is getattr and u.args[1] in known]:
-                value = known[str(read.args[1])]
-                for user in list(read.users):
-                    known_now: Any = {read: value}
-                    user.args = fx.node.map_arg(user.args, lambda n, to=known_now: to.get(n, n))  # type: ignore[misc]
-                    user.kwargs = fx.node.map_arg(user.kwargs, lambda n, to=known_now: to.get(n, n))  # type: ignore[misc]
-                gm.graph.erase_node(read)
-            erase_orphans(gm.graph, [node])
+    Raises:
+        GraphError: there is not enough memory.
+    """
+    spec = spec_of(layer)
+    assert layer.mask is not None  # apply() skips layers without one
+    try:
+        packed = engine.pack(layer.weight.tensor.detach(), layer.mask.tensor, spec)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        size = element_count(spec.shape) * spec.dtype.itemsize / 2**20
+        raise GraphError(
+            "there is no memory to pack its weight in",
+            layer=layer.name,
+            expected=f"a few times {size:,.0f} MiB",
+            found=first_line(error),
+            hint="leave the layer dense (exclude=...), or give the process more memory",
+        ) from error
+    keep(gm, f"{PACKED}.{layer.name}", packed)
+    mask = layer.mask
+    return Slot(layer.name, layer.weight.node, mask.node, mask.tensor, spec, engine, packed)
 
-    @staticmethod
-    def _strip(gm: IRModule, names: Iterable[str]) -> None:
-        """Of modules whose layers are packed, only the tensors that the graph still reads stay, under their names."""
-        read: dict[str, set[str]] = {}
-        called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-        for node in gm.graph.nodes:
-            owner, _, leaf = str(node.target).rpartition(".")
-            if node.op == "get_attr":
-                read.setdefault(owner, set()).add(leaf)
-        for name in names:
-            module = gm.get_submodule(name) if name in read and name not in called else None
-            if not isinstance(module, (MaskedLinear, MaskedConv2d)):
-                continue
-            holder = nn.Module()
-            for leaf in read[name]:
-                tensor = getattr(module, leaf)
-                if isinstance(tensor, nn.Parameter):
-                    holder.register_parameter(leaf, tensor)
-                else:
-                    holder.register_buffer(leaf, tensor)
-            set_attribute(gm, name, holder)
+
+def _replace(gm: IRModule, layer: LayerOp, slot: Slot) -> None:
+    """Replace one use of a layer by its engine's operator."""
+    graph, node = gm.graph, layer.node
+    with graph.inserting_before(node):
+        packed = {key: graph.get_attr(f"{PACKED}.{layer.name}.{key}") for key in slot.buffers}
+        bias = layer.bias
+        if node.op == "call_module" and bias is not None:
+            bias = graph.get_attr(f"{layer.name}.bias")
+        source = argument(node, 0, "input")  # not layer.input: that layer may have been replaced since
+        target, args = slot.engine.call(slot.spec, source, packed, bias)
+        new = graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    erase_orphans(graph, (ref.node for ref in (layer.weight, layer.mask) if ref is not None))
+
+
+def _fold_reads(gm: IRModule, slots: Mapping[str, Slot]) -> None:
+    """Replace reads of a packed weight's dtype or shape by constants: they need no dense copy of the weight."""
+    for node in list(gm.graph.nodes):
+        slot = slots.get(str(node.target).removesuffix(".weight")) if node.op == "get_attr" else None
+        if slot is None:
+            continue
+        constants = {"dtype": slot.spec.dtype, "shape": slot.spec.shape, "ndim": len(slot.spec.shape)}
+        for read in [u for u in node.users if u.target is getattr and u.args[1] in constants]:
+            _fold_read(read, constants[str(read.args[1])])
+            gm.graph.erase_node(read)
+        erase_orphans(gm.graph, [node])
+
+
+def _fold_read(read: fx.Node, constant: Any) -> None:
+    """Give the users of a node a constant in its place."""
+
+    def fold(node: fx.Node) -> Any:
+        return constant if node is read else node
+
+    for user in list(read.users):
+        user.args = fx.node.map_arg(user.args, fold)
+        user.kwargs = fx.node.map_arg(user.kwargs, fold)
+
+
+def _strip(gm: IRModule, names: Iterable[str]) -> None:
+    """Replace modules whose layers are packed by holders of the tensors that the graph still reads."""
+    read: dict[str, set[str]] = {}
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    for node in gm.graph.nodes:
+        owner, _, leaf = str(node.target).rpartition(".")
+        if node.op == "get_attr":
+            read.setdefault(owner, set()).add(leaf)
+    for name in names:
+        module = gm.get_submodule(name) if name in read and name not in called else None
+        if not isinstance(module, (MaskedLinear, MaskedConv2d)):
+            continue
+        holder = nn.Module()
+        for leaf in sorted(read[name]):
+            tensor = getattr(module, leaf)
+            if isinstance(tensor, nn.Parameter):
+                holder.register_parameter(leaf, tensor)
+            else:
+                holder.register_buffer(leaf, tensor)
+        set_attribute(gm, name, holder)
 
 
 def unpacked(slot: Slot) -> Tensor:
-    """The dense weight that a reference slot holds, for checks."""
+    """Return the dense weight that a slot of the reference engine holds, for checks."""
     k = element_count(slot.spec.shape[1:])
     rows = unpack_rows(slot.buffers["values"], slot.buffers["words"], *slot.spec.pattern, k)
     return from_rows(rows, slot.spec.shape)

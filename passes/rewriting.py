@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mpcompile.ir.view import LayerOp
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import ByMode
+from mpcompile.passes.base import Decision
 
 _DROPOUT = frozenset({F.dropout, torch.dropout, torch.ops.aten.dropout.default})
 _DROPOUT_MODULES = {"torch.nn.modules.dropout.Dropout": "p", "timm.layers.drop.DropPath": "drop_prob"}
@@ -87,6 +89,14 @@ def supersede(graph: fx.Graph, chain: Sequence[fx.Node], new: fx.Node) -> None:
     for node in reversed(chain):
         graph.erase_node(node)
     erase_orphans(graph, sources)
+
+
+@dataclass(frozen=True, eq=False)
+class Folded(Decision):
+    """Names of the masked layers that something is folded into; and layers that are left -> why."""
+
+    folded: list[str]
+    left: Mapping[str, str]
 
 
 def masked_call(graph: fx.Graph, layer: LayerOp, weight: Any, mask: Any, bias: Any, pattern: Pattern) -> fx.Node:

@@ -137,9 +137,10 @@ def explain(
     decision = step.plan(gm, Context(config, imported.inputs, imported.lifted, plan=gm.plan))
     masked = {layer.name: layer for layer in reversed(layers(gm, imported.lifted))}
     rows = []
-    for name, entry in decision["engines"].items():
+    for name, choice in decision.engines.items():
         layer = masked[name]
-        rows.append(LayerChoice(name, tuple(layer.weight.tensor.shape), str(layer.pattern), **entry))
+        engine = dataclasses.asdict(choice)
+        rows.append(LayerChoice(name, tuple(layer.weight.tensor.shape), str(layer.pattern), **engine))
     if not rows:
         raise InputError("the model has no masked layer to explain", hint="choose a pattern other than 'dense'")
     capability = torch.backends.cpu.get_cpu_capability()

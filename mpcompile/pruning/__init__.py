@@ -1,1 +1,1 @@
-"""Which weights to keep: scores, reconstruction, and the budget of each layer. Pure functions of tensors."""
+"""Pruning: scores, reconstruction, and the budget of each layer. Functions of tensors; no pass."""

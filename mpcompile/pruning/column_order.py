@@ -1,10 +1,9 @@
-"""Permutation: order columns so that N:M masks keep more. Pure functions of score matrices.
+"""Column order: arrange columns into groups such that N:M masks keep more. Pure functions of score matrices.
 
-The search anneals exchanges of columns between groups. In every step the groups are paired at random; for each pair
-the exact gain of each of the M x M exchanges is computed at once, over all rows, from the N-th and (N+1)-th largest
-score of every row and group; one exchange a pair is drawn by its gain and the temperature. It thereby takes the moves
-of stripe-group optimisation (Pool and Yu 2021) a pair at a time, with the annealing in place of their bounded
-regressions.
+The search exchanges columns between groups by simulated annealing. In every step the groups are paired at random. For
+each pair the exact gains of all M x M exchanges are computed at once, over all rows, from the N-th and (N+1)-th largest
+score of every row and group; one exchange per pair is drawn by its gain and the temperature. These are the moves of
+stripe-group optimisation (Pool and Yu 2021), one pair at a time, with annealing in place of their bounded regressions.
 """
 
 from __future__ import annotations
@@ -18,15 +17,19 @@ _CHUNK = 1 << 22  # elements of the largest temporary
 
 
 def retained(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Sum of the N largest of every M consecutive scores: (..., R, K) -> (...), float64."""
+    """The sum of the N largest of every M consecutive scores: (..., R, K) -> (...), float64."""
     groups = scores.unflatten(-1, (-1, pattern.m))
     return groups.topk(pattern.n, dim=-1).values.sum(-1).double().sum((-2, -1))
 
 
 def efficacy(before: float, after: float, scores: Tensor, pattern: Pattern) -> float:
-    """Percent of the way from what the given order retains to what masks without groups would.
+    """How far an order closes the gap between the given order and masks without groups, in percent.
 
-    The latter keep the N / M largest scores of every row. Source: Pool and Yu 2021, apex permutation tests.
+    Masks without groups keep the N / M largest scores of every row. Source: Pool and Yu 2021, apex permutation tests.
+
+    Args:
+        before, after: what the given and the new order retain, as from :func:`retained`.
+        scores: (R, K).
     """
     count = scores.shape[-1] * pattern.n // pattern.m
     free = float(scores.topk(count, dim=-1).values.double().sum())
@@ -34,7 +37,13 @@ def efficacy(before: float, after: float, scores: Tensor, pattern: Pattern) -> f
 
 
 class _State:
-    """Columns of P independent problems in groups, with what the gain of an exchange needs, by column number."""
+    """Columns of P independent problems in G groups of M, and the two values per column that gains are computed from.
+
+    Attributes:
+        groups: (P, G, M), column numbers.
+        limit: (P, K, R), what a replacement of the column must exceed to be kept.
+        worth: (P, K, R), what the group loses with the column.
+    """
 
     def __init__(self, scores: Tensor, pattern: Pattern) -> None:
         self.m, self.n = pattern.m, pattern.n
@@ -42,13 +51,13 @@ class _State:
         count, k, _ = self.scores.shape
         self.groups = torch.arange(k, device=scores.device).view(1, -1, self.m).repeat(count, 1, 1)  # (P, G, M)
         self.problem = torch.arange(count, device=scores.device)
-        self.limit = torch.empty_like(self.scores)  # what replaces the column must exceed this to count
-        self.worth = torch.empty_like(self.scores)  # what the group loses with the column
-        everything = self.problem[:, None].expand(-1, k // self.m).reshape(-1)
-        self.refresh(everything, self.groups.reshape(-1, self.m))
+        self.limit = torch.empty_like(self.scores)
+        self.worth = torch.empty_like(self.scores)
+        problem = self.problem[:, None].expand(-1, k // self.m).reshape(-1)
+        self.refresh(problem, self.groups.reshape(-1, self.m))
 
     def refresh(self, problem: Tensor, columns: Tensor) -> None:
-        """Recompute groups whose columns (X, M) changed."""
+        """Recompute X groups whose columns (X, M) changed."""
         step = max(1, _CHUNK // (self.m * self.scores.shape[-1]))
         for p, c in zip(problem.split(step), columns.split(step), strict=True):
             where = (p[:, None], c)
@@ -60,7 +69,7 @@ class _State:
             self.worth[where] = torch.where(inside, s, last)
 
     def gains(self, problem: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Gain of exchanging each column of a with each of b: (X, M) each -> (X, M, M)."""
+        """The gain of exchanging each column of group a with each of group b: (X, M) each -> (X, M, M)."""
         parts = []
         step = max(1, _CHUNK // (self.m * self.m * self.scores.shape[-1]))
         for p, i, j in zip(problem.split(step), a.split(step), b.split(step), strict=True):
@@ -73,22 +82,39 @@ class _State:
 
 
 def _summed(x: Tensor) -> Tensor:
-    """Sums over the rows, contiguous: each is one thread's, so that the number of threads decides on no exchange."""
+    """Sums over rows, made contiguous: one thread computes each sum, so that results don't depend on their number."""
     return x.contiguous().sum(-1).double()
 
 
+def _drawn(gain: Tensor, temperature: float, least: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw an exchange, or none, for each pair of groups: gain (X, M M) -> the pairs that exchange, what each would.
+
+    Gumbel noise on all gains, and on 0 for none, draws in proportion to exp(gain / temperature). At temperature 0 the
+    best exchange is taken if it gains more than ``least``.
+    """
+    if temperature > 0:
+        noise = torch.rand(len(gain), gain.shape[1] + 1, generator=generator).to(gain).clamp_(1e-12, 1 - 1e-7)
+        noise = -torch.log(-torch.log(noise)) * temperature
+        stay = noise[:, -1]
+        best, where = (gain + noise[:, :-1]).max(1)
+    else:
+        best, where = gain.max(1)
+        stay = torch.full_like(best, least)
+    return (best > stay).nonzero()[:, 0], where
+
+
 def search(scores: Tensor, pattern: Pattern, steps: int = 400, seed: int = 0, start: float = 0.25) -> Tensor:
-    """Orders of columns under which the N largest scores of every M neighbours sum to much.
+    """Orders of columns that raise the sum of the N largest scores of every M neighbours.
 
     Args:
-        scores: (P, R, K), not negative: P problems of their own, each over all its rows.
+        scores: (P, R, K), not negative: P independent problems, each over all its rows.
         pattern: N:M; K must be a multiple of M.
-        steps: of the annealing. In each, every group meets one other. The time grows with it, the result depends on it
-            and the seed alone.
-        start: the first temperature, as a share of the spread of the gains.
+        steps: number of annealing steps; in each, every group meets one other. Time is proportional to it.
+        seed: the result depends on the scores, the steps, the start and this seed only.
+        start: the first temperature, as a share of the standard deviation of the gains.
 
     Returns:
-        (P, K), the column that comes to each place. Never worse than the given order.
+        (P, K), the column that comes to each place. No order is worse than the given one.
 
     Example:
         >>> search(torch.tensor([[[9.0, 8.0, 7.0, 6.0, 0.0, 0.0, 0.0, 0.0]]]), Pattern(2, 4)).view(2, 4).lt(4).sum(1)
@@ -96,32 +122,24 @@ def search(scores: Tensor, pattern: Pattern, steps: int = 400, seed: int = 0, st
     """
     count, _, k = scores.shape
     identity = torch.arange(k, device=scores.device).expand(count, -1)
-    total = k // pattern.m
-    if total < 2 or pattern.n >= pattern.m:
+    group_count = k // pattern.m
+    if group_count < 2 or pattern.n >= pattern.m:
         return identity.clone()
     generator = torch.Generator().manual_seed(seed)
     state = _State(scores.float(), pattern)
-    half = total // 2
+    half = group_count // 2
     problem = state.problem[:, None].expand(-1, half).reshape(-1)
     spread = 0.0
     for step in range(steps):
-        order = torch.rand(count, total, generator=generator).argsort(1).to(scores.device)
+        order = torch.rand(count, group_count, generator=generator).argsort(1).to(scores.device)
         places = order[:, : 2 * half].reshape(count, 2, half)
         pa, pb = places[:, 0].reshape(-1), places[:, 1].reshape(-1)
         a, b = state.groups[problem, pa], state.groups[problem, pb]
         gain = state.gains(problem, a, b).flatten(1)
         if step == 0:
             spread = float(gain.double().std())
-        heat = spread * start * (1 - step / (0.9 * steps)) ** 2 if step < 0.9 * steps else 0.0
-        if heat > 0:
-            noise = torch.rand(len(gain), gain.shape[1] + 1, generator=generator).to(gain).clamp_(1e-12, 1 - 1e-7)
-            noise = -torch.log(-torch.log(noise)) * heat
-            stay = noise[:, -1]
-            best, where = (gain + noise[:, :-1]).max(1)
-        else:
-            best, where = gain.max(1)
-            stay = torch.full_like(best, 1e-6 * spread)
-        moved = (best > stay).nonzero()[:, 0]
+        temperature = spread * start * (1 - step / (0.9 * steps)) ** 2 if step < 0.9 * steps else 0.0
+        moved, where = _drawn(gain, temperature, 1e-6 * spread, generator)
         if not len(moved):
             continue
         i, j = where[moved] // pattern.m, where[moved] % pattern.m
@@ -132,7 +150,7 @@ def search(scores: Tensor, pattern: Pattern, steps: int = 400, seed: int = 0, st
         b[row, j] = left
         state.groups[p, pa[moved]], state.groups[p, pb[moved]] = a, b
         state.refresh(torch.cat([p, p]), torch.cat([a, b]))
-    found = state.groups.sort(-1).values.flatten(1)  # the order within a group is free: keep it close to the given one
-    arranged = scores.gather(2, found[:, None].expand_as(scores))
+    order = state.groups.sort(-1).values.flatten(1)  # the order within a group is free: stay close to the given one
+    arranged = scores.gather(2, order[:, None].expand_as(scores))
     better = retained(arranged, pattern) > retained(scores, pattern)
-    return torch.where(better[:, None], found, identity)
+    return torch.where(better[:, None], order, identity)

@@ -1,8 +1,11 @@
-"""Refit: move the kept values of a masked weight, and exchange kept for removed ones, so that its outputs come closer
-to those wanted. Pure functions of rows (R, K) and of the second moments A (K, K) of the inputs.
+"""Refit: adjust the kept values of a masked weight, and exchange kept for removed values, to approach target outputs.
 
-Everything minimises, for each row, (v - t) A (v - t)' over the values v allowed by the mask: the mean squared error of
-the layer's output against what target values t would give. Source: method section 4 (b), (c).
+Pure functions of rows (R, K) and of the second moments A (K, K) of the inputs. Everything minimises, for each row,
+(v - t) A (v - t)' over the values v that the mask allows: the mean squared error of the layer's output against that of
+target values t.
+
+Sources: prune--restore inside a fixed sparse-execution pattern, arXiv 2606.02608 (exchanges); Hassibi and Stork 1993
+(the gains of removing and restoring a value).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.pruning.scores import _BLOCK, _CHUNK
 
-_ROUGH = 0.04  # tolerance of least squares before a sweep: solved further, values settle into the mask they have
+_ROUGH = 0.04  # tolerance of least squares before a sweep: solved further, values adapt to the mask they have
 
 
 def error(values: Tensor, target: Tensor, a: Tensor) -> Tensor:
@@ -30,15 +33,15 @@ def least_squares(
     """Kept values that minimise the error, by conjugate gradients on all rows at once.
 
     Args:
-        values: (R, K), where to start; zero outside the mask.
+        values: (R, K), the start; zero outside the mask.
         target: (R, K).
         a: (K, K), positive definite.
-        kept: (R, K).
-        steps: of conjugate gradients at most, each one product (R, K) x (K, K). The error falls with every one.
-        tol: stop when a step lowers the error, all rows together, by less than this share of it.
+        kept: (R, K), the mask.
+        steps: the most steps of conjugate gradients, each one product (R, K) x (K, K). The error falls in every step.
+        tol: stop when a step lowers the error of all rows together by less than this share of it.
 
     Returns:
-        (R, K), zero outside the mask, no row worse than ``values``.
+        (R, K), zero outside the mask; the error of no row is larger than that of ``values``.
     """
     scale = a.diagonal().clamp(min=1e-30).reciprocal()  # Jacobi preconditioner
     x, away = values.clone(), target - values
@@ -52,7 +55,7 @@ def least_squares(
         ap = (p @ a).mul_(kept)
         alpha = rz / (p * ap).sum(-1, keepdim=True).clamp(min=1e-30)
         x.addcmul_(alpha, p)
-        gain = float((alpha * rz).sum())  # by exactly this the step lowers the error
+        gain = float((alpha * rz).sum())  # exactly what the step lowers the error by
         left -= gain
         if gain <= tol * left:
             break
@@ -65,16 +68,16 @@ def least_squares(
 
 
 def _inside(a: Tensor, kept: Tensor) -> Tensor:
-    """Inverse of A restricted to the kept of each group, zero elsewhere: a (M, M), kept (R, M) -> (R, M, M)."""
+    """The inverse of A restricted to each row's kept values, zero elsewhere: a (M, M), kept (R, M) -> (R, M, M)."""
     both = kept[:, :, None] & kept[:, None, :]
     eye = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
     return torch.linalg.inv(torch.where(both, a, eye)) * both
 
 
 def _exchange_group(b: Tensor, a: Tensor, kept: Tensor, v: Tensor, limit: int = 4) -> tuple[Tensor, Tensor]:
-    """Minimise v' A v - 2 b' v over the group's values and mask by the best exchanges, each with a refit in the group.
+    """Minimise v' A v - 2 b' v over a group's values and mask: the best exchange first, each with a refit of the group.
 
-    b (R, M), a (M, M), kept (R, M), v (R, M) -> values, kept; rows that gain nothing come back as they are.
+    b (R, M), a (M, M), kept (R, M), v (R, M) -> values and mask, (R, M) each; at most ``limit`` exchanges per row.
     """
     kept, best = kept.clone(), v.clone()
     active = torch.arange(len(b), device=b.device)
@@ -105,9 +108,14 @@ def _exchange_group(b: Tensor, a: Tensor, kept: Tensor, v: Tensor, limit: int = 
 
 @exact()
 def exchange_sweep(values: Tensor, target: Tensor, a: Tensor, kept: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """One sweep of prune-restore: in each group in turn, exchanges of a kept for a removed value that lower the error.
+    """One prune-restore sweep: in each group in turn, exchange kept for removed values where that lowers the error.
 
-    An exchange counts with the group's values refitted and all others standing, so that its gain is exact.
+    The gain of an exchange is exact: the group's values are refitted, all others are fixed.
+
+    Args:
+        values, target: (R, K).
+        a: (K, K), positive definite.
+        kept: (R, K), the mask before the sweep.
 
     Returns:
         Values and mask, (R, K) each; the error of no row rises.
@@ -145,9 +153,9 @@ def exchange_sweep(values: Tensor, target: Tensor, a: Tensor, kept: Tensor, patt
 def refit(
     values: Tensor, target: Tensor, a: Tensor, kept: Tensor, pattern: Pattern, sweeps: int = 2, steps: int = 30
 ) -> tuple[Tensor, Tensor]:
-    """Least squares, then ``sweeps`` times exchanges and least squares again; no row ends worse than it began.
+    """Least squares, then ``sweeps`` times an exchange sweep and least squares; the error of no row rises.
 
-    What an exchange sweep starts from need not be solved to the end.
+    Least squares before a sweep is stopped early: see ``_ROUGH``. Arguments and results as in :func:`exchange_sweep`.
     """
     for _ in range(sweeps):
         values = least_squares(values, target, a, kept, steps, _ROUGH)

@@ -1,4 +1,4 @@
-"""Analysis: the Marchenko-Pastur law fitted to every weight of a model, as data, as a table, and as a page of plots."""
+"""Analysis: fits of the Marchenko-Pastur law to every weight of a model, as data, as a table, and as plots."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from mpcompile.rmt.fitting import fit_and_spectra
 
 __all__ = ["Analysis", "LayerAnalysis", "analyze", "study"]
 
-MOST_TAPS = 49  # of a kernel, to fit each: patch embeddings have hundreds, none of which another one overlaps
+MOST_TAPS = 49  # of a kernel that is fitted tap by tap: patch embeddings have hundreds, which never overlap
 _WORST = ("mp", "low_confidence", "not_mp")
 _QKV = re.compile(r"(^|[._])(qkv|in_proj)([._]|$)")
 
 
 @dataclass
 class LayerAnalysis:
-    """One weight.
+    """The fits of one weight.
 
     Attributes:
-        shape: of the weight.
-        fits: by block: ``""`` for the whole weight (a convolution unfolded); ``"q"``, ``"k"`` and ``"v"`` where one
+        shape: the weight's.
+        fits: block -> fit: ``""`` for the whole weight (a convolution unfolded); ``"q"``, ``"k"`` and ``"v"`` if one
             layer holds all three.
-        taps: of a convolution with 2 to 49 taps, fitted tap by tap: ``edge`` and ``sigma`` (medians), ``mp`` (how many
-            follow the law) and ``of``.
-        reason: why it was not fitted, or None.
-        spectra: singular values that each fit describes, falling; not part of the JSON.
+        taps: for a convolution with 2 to 49 taps, fitted tap by tap: the medians ``edge`` and ``sigma``, ``mp`` (how
+            many taps follow the law) and ``of`` (how many there are).
+        reason: why the weight was not fitted, or None.
+        spectra: block -> the falling singular values that its fit describes; not part of the JSON.
     """
 
     shape: tuple[int, ...]
@@ -54,8 +54,8 @@ class LayerAnalysis:
     spectra: dict[str, NDArray[np.float64]] = field(default_factory=dict, repr=False, compare=False)
 
     def notes(self) -> dict[str, Any]:
-        """The whole weight in a few numbers: σ̂ as RMS over the blocks, the noise share of all, the largest edge, all
-        spikes, the worst verdict."""
+        """The whole weight in a few numbers: σ̂ as the RMS over the blocks, the noise share of all blocks, the largest
+        edge, the number of spikes, the worst verdict."""
         if not self.fits:
             return {}
         fits = list(self.fits.values())
@@ -81,7 +81,7 @@ class LayerAnalysis:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """The fits as JSON values."""
         fits = {name: asdict(f) for name, f in self.fits.items()}
         return {"shape": list(self.shape), "reason": self.reason, **self.notes(), "fits": fits}
 
@@ -89,10 +89,11 @@ class LayerAnalysis:
 def study(name: str, weight: Tensor) -> LayerAnalysis:
     """Fit one weight, (out, in) or (out, in, kh, kw).
 
-    A weight of three square blocks whose name says qkv (or in_proj) is fitted as queries, keys and values apart.
+    The queries, keys and values of a weight of three square blocks whose name contains qkv (or in_proj) are fitted
+    separately.
 
     Raises:
-        InputError: with the layer's name; see :func:`mpcompile.rmt.fit`.
+        InputError: as :func:`mpcompile.rmt.fit`, with the layer's name.
 
     Example:
         >>> sorted(study("attn.qkv", torch.randn(192, 64)).fits)
@@ -102,14 +103,14 @@ def study(name: str, weight: Tensor) -> LayerAnalysis:
     blocks = ["q", "k", "v"] if _QKV.search(name) and weight.dim() == 2 and len(weight) == 3 * weight.shape[1] else [""]
     try:
         if weight.dim() not in (2, 4) or not weight.numel() or weight.is_complex() or weight.is_meta:
-            rmt.fit(weight)  # says what is wrong
+            rmt.fit(weight)  # raises, with the reason
         matrices = weight.flatten(1).reshape(len(blocks), len(weight) // len(blocks), -1)
-        found = fit_and_spectra(matrices)
+        fits = fit_and_spectra(matrices)
         taps = rmt.fit_taps(weight) if weight.dim() == 4 and 1 < weight[0, 0].numel() <= MOST_TAPS else ()
     except InputError as error:
         raise InputError(str(error), layer=name) from error
     result = LayerAnalysis(tuple(weight.shape))
-    for block, (fitted, spectrum) in zip(blocks, found, strict=True):
+    for block, (fitted, spectrum) in zip(blocks, fits, strict=True):
         result.fits[block], result.spectra[block] = fitted, spectrum
     if taps:
         result.taps = {
@@ -123,32 +124,36 @@ def study(name: str, weight: Tensor) -> LayerAnalysis:
 
 @exact()
 def study_all(weights: Mapping[str, Tensor], progress: bool | None = None) -> dict[str, LayerAnalysis]:
-    """:func:`study` of each weight, on as many threads as torch has, one matrix a thread: eigenvalue solvers themselves
-    gain little from a second one."""
+    """:func:`study` of each weight, on as many threads as torch uses, one matrix per thread.
+
+    Eigenvalue solvers themselves gain little from a second thread.
+    """
     threads = torch.get_num_threads()
     hidden = None if progress is None else not progress
     bar: dict[str, Any] = {"desc": "analyze", "unit": "layer", "total": len(weights), "disable": hidden}
     if threads == 1 or any(w.device.type != "cpu" for w in weights.values()):
         return {name: study(name, weight) for name, weight in tqdm(weights.items(), **bar)}
-    largest = sorted(weights, key=lambda name: -weights[name].numel())  # first, so that none is left over at the end
+    largest = sorted(
+        weights, key=lambda name: -weights[name].numel()
+    )  # first, so that no large one is left for the end
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = dict(
+            studied = dict(
                 zip(largest, tqdm(pool.map(study, largest, (weights[n] for n in largest)), **bar), strict=True)
             )
     finally:
         torch.set_num_threads(threads)
-    return {name: found[name] for name in weights}
+    return {name: studied[name] for name in weights}
 
 
 @dataclass
 class Analysis:
-    """What the Marchenko-Pastur law says about a model, layer by layer.
+    """The Marchenko-Pastur analysis of a model, layer by layer.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-        >>> found = analyze(model, progress=False)
-        >>> found.layers["2"].fits[""].verdict
+        >>> analysis = analyze(model, progress=False)
+        >>> analysis.layers["2"].fits[""].verdict
         'low_confidence'
     """
 
@@ -159,7 +164,7 @@ class Analysis:
         return json.dumps({name: layer.to_dict() for name, layer in self.layers.items()}, indent=indent)
 
     def table(self) -> str:
-        """One row a fit; lengths are those of singular values, in units of weight."""
+        """A table with one row per fit; sigma and edges are in units of weight."""
         rows = []
         for name, layer in self.layers.items():
             shape = "x".join(map(str, layer.shape))
@@ -191,22 +196,22 @@ class Analysis:
         separable = sum(f.separable for f in fits)
         text = f"{len(fits)} matrices: {count['mp']} follow the law"
         text += f" ({separable} with scales of rows and columns taken out)" if separable else ""
-        text += f", {count['not_mp']} don't, {count['low_confidence']} are too small or narrow to tell"
+        text += f", {count['not_mp']} don't, {count['low_confidence']} are too small or too narrow to judge"
         left = sum(layer.reason is not None for layer in self.layers.values())
         return f"{self.table()}\n\n{text}" + (f"; {left} not fitted" if left else "")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """All spectra on one page (png, pdf, svg, by the suffix): histogram, fitted law, edge, and spikes.
+        """Plot all spectra on one page (png, pdf, svg, by the suffix): histogram, fitted law, edge, and spikes.
 
         Raises:
-            MPCompileError: matplotlib is missing.
-            ArtifactError: the file can't be written, or matplotlib has no such format.
+            MPCompileError: matplotlib is not installed.
+            ArtifactError: the file can't be written, or matplotlib doesn't support its format.
         """
         draw(self, Path(path))
 
 
 def weights_of(model: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, str]]]:
-    """Weights to fit by layer name, and those that are left out, with why."""
+    """The weights to fit by layer name, and the weights left out, each with the reason."""
     fitted: dict[str, Tensor] = {}
     left: dict[str, tuple[Tensor, str]] = {}
     if isinstance(model, nn.Module):
@@ -239,15 +244,15 @@ def weights_of(model: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 def analyze(model: nn.Module | Mapping[str, Tensor], *, progress: bool | None = None) -> Analysis:
     """Fit the Marchenko-Pastur law to every weight of a model: noise level, spectral edge, spikes, goodness of fit.
 
-    Convolutions are fitted unfolded and tap by tap, queries, keys and values apart. Depthwise and grouped convolutions
-    are left out.
+    Convolutions are fitted unfolded and tap by tap; queries, keys and values are fitted separately. Depthwise and
+    grouped convolutions are left out.
 
     Args:
-        model: any module; it needn't be traceable. Or a state dict.
-        progress: show a bar; None where stderr is a terminal.
+        model: any module, traceable or not, or a state dict.
+        progress: show a progress bar; None shows one if stderr is a terminal.
 
     Raises:
-        InputError: nothing to fit, or a weight that is not finite (with the layer's name).
+        InputError: there is nothing to fit, or a weight is not finite (with the layer's name).
 
     Example:
         >>> print(analyze(nn.Linear(64, 64), progress=False).layers[""].fits[""].shape)
@@ -263,11 +268,11 @@ def analyze(model: nn.Module | Mapping[str, Tensor], *, progress: bool | None = 
 
 
 def check_plot(path: Path) -> None:
-    """A plot can be drawn in the format that a file's name asks for.
+    """Check that a plot can be drawn in the format of a file's suffix.
 
     Raises:
-        MPCompileError: matplotlib isn't installed.
-        ArtifactError: it knows no such format.
+        MPCompileError: matplotlib is not installed.
+        ArtifactError: matplotlib doesn't support the format.
     """
     try:
         import matplotlib.figure  # noqa: F401
@@ -281,7 +286,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:
-    """The page of :meth:`Analysis.plot`."""
+    """Draw the page of :meth:`Analysis.plot`."""
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -304,7 +309,7 @@ def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:
         "Singular values (grey), Marchenko-Pastur law (blue), edge (red, dashed), spikes (orange)", fontsize=8
     )
     kind = path.suffix.removeprefix(".").lower()
-    name = {"png": "Software", "pdf": "Creator", "svg": "Creator"}.get(kind)  # by which the file is known as ours
+    name = {"png": "Software", "pdf": "Creator", "svg": "Creator"}.get(kind)  # the field that names the program
     metadata = None if name is None else {name: "mpcompile"}
     write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=110, metadata=metadata))
 

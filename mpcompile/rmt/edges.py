@@ -1,7 +1,7 @@
-"""Where the singular values of noise end: estimates of its variance, and thresholds above it.
+"""Edges: where the singular values of noise end. Estimates of the noise variance, and thresholds above the noise.
 
-Eigenvalues are those of WᵀW/N, W (N, M), N >= M, c = M/N. Sources: BEMA, arXiv 2006.00436 (Ke, Ma, Lin); the median and
-the optimal hard threshold, arXiv 1305.5870 (Gavish, Donoho).
+Eigenvalues are those of WᵀW/N, W (N, M), N >= M, c = M/N. Sources: Ke, Ma and Lin, arXiv 2006.00436 (BEMA); Gavish and
+Donoho, arXiv 1305.5870 (the median and the optimal hard threshold).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from mpcompile.errors import InputError
 from mpcompile.rmt.law import Array, mp_quantile, numbers, positive, tracy_widom_quantile
 
-ALPHA, BETA = 0.2, 0.1  # share of the eigenvalues left out of a fit at each end; rate of false spikes
+ALPHA, BETA = 0.2, 0.1  # share of the eigenvalues excluded from a fit at each end; rate of false spikes
 
 
 def bema(
@@ -24,11 +24,20 @@ def bema(
 ) -> tuple[float, float]:
     """BEMA (arXiv 2006.00436): σ̂² from the middle of a spectrum, and T₊, which pure noise exceeds with probability β.
 
-    λ_k falling, q_k the (k − ½)/M upper quantile of MP(c, 1), αM <= k <= (1 − α)M: σ̂² = Σ q_k λ_k / Σ q_k². Then
-    T₊ = σ̂² [(1 + √c)² + t_{1−β} N^(−2/3) c^(−1/6) (1 + √c)^(4/3)].
+    Over αM <= k <= (1 − α)M, with λ_k falling and q_k the (k − ½)/M upper quantile of MP(c, 1),
+    σ̂² = Σ q_k λ_k / Σ q_k². Then T₊ = σ̂² [(1 + √c)² + t_{1−β} N^(−2/3) c^(−1/6) (1 + √c)^(4/3)], t the quantile of the
+    Tracy-Widom law.
 
-    ``eigenvalues``: all M of WᵀW/N, in any order and in the unit of both results; ``c`` = M/N; ``n_rows`` = N.
-    Raises InputError: eigenvalues empty, not 1-D or not finite; c outside (0, 1]; another argument out of its range.
+    Args:
+        eigenvalues: all M of WᵀW/N, in any order; both results are in their unit.
+        c: M/N.
+        n_rows: N.
+        alpha: share of the eigenvalues excluded at each end.
+        beta: probability that pure noise exceeds T₊.
+
+    Raises:
+        InputError: the eigenvalues are empty, not 1-D or not finite; c is outside (0, 1]; another argument is out of
+            range.
 
     >>> sigma2, threshold = bema(4.0 * mp_quantile((np.arange(100) + 0.5) / 100, c=0.5), c=0.5, n_rows=200)
     >>> round(sigma2, 6), round(threshold, 4)
@@ -47,13 +56,13 @@ def bema(
 
 
 def threshold(sigma2: float, c: float, N: int, beta: float = BETA) -> float:
-    """T₊ of ``bema``. The width (Johnstone) has 1 + √c to the power 4/3, which ``(1 + √c)**4 / 3`` is not."""
+    """T₊ of :func:`bema`. Its width (Johnstone) contains (1 + √c)^(4/3), which ``(1 + √c)**4 / 3`` is not."""
     width = N ** (-2 / 3) * c ** (-1 / 6) * (1 + math.sqrt(c)) ** (4 / 3)
     return sigma2 * ((1 + math.sqrt(c)) ** 2 + tracy_widom_quantile(1 - beta) * width)
 
 
 def window(M: int, alpha: float) -> tuple[NDArray[np.bool_], Array]:
-    """Which of M falling eigenvalues are central, αM <= k <= (1 − α)M (or else all); 1 − (k − ½)/M of each."""
+    """Of M falling eigenvalues: which are central, αM <= k <= (1 − α)M (all if none is), and 1 − (k − ½)/M of each."""
     k = np.arange(1, M + 1)
     central = (k >= alpha * M) & (k <= (1 - alpha) * M)
     return central | ~central.any(), 1 - (k - 0.5) / M
@@ -62,8 +71,10 @@ def window(M: int, alpha: float) -> tuple[NDArray[np.bool_], Array]:
 def median_sigma(eigenvalues: ArrayLike, c: float) -> float:
     """σ̂ from the median eigenvalue alone: σ̂² = median(λ) / μ_c, μ_c the median of MP(c, 1).
 
-    Within 0.5 % of BEMA for M >= 192; noisy (4 %) at M = 64. Spikes hardly move it.
-    Raises InputError: no eigenvalues; ``c`` outside (0, 1].
+    It agrees with BEMA within 0.5 % for M >= 192, and within 4 % at M = 64. Spikes hardly affect it.
+
+    Raises:
+        InputError: there are no eigenvalues, or ``c`` is outside (0, 1].
 
     >>> round(median_sigma(4.0 * mp_quantile((np.arange(101) + 0.5) / 101, c=0.5), c=0.5), 6)
     2.0
@@ -75,11 +86,14 @@ def median_sigma(eigenvalues: ArrayLike, c: float) -> float:
 
 
 def gavish_donoho(c: float, sigma: float | None = None, n_rows: int | None = None) -> float:
-    """Threshold for reconstruction: singular values below it cost a low-rank estimate more than they bring.
+    """Optimal hard threshold: singular values below it increase the error of a low-rank reconstruction.
 
-    With ``sigma`` and ``n_rows`` = N: τ = λ*(c) √N σ, λ*(c) = √(2(c + 1) + 8c / (c + 1 + √(c² + 14c + 1))), in the unit
-    of singular values. Without: ω(c) = λ*(c)/√μ_c, to be multiplied by their median. τ lies above the edge.
-    Raises InputError: ``c`` outside (0, 1], or one of ``sigma`` and ``n_rows`` without the other.
+    With ``sigma`` and ``n_rows`` = N, τ = λ*(c) √N σ in the unit of singular values, where
+    λ*(c) = √(2(c + 1) + 8c / (c + 1 + √(c² + 14c + 1))). Without them, ω(c) = λ*(c)/√μ_c, to be multiplied by the
+    median singular value. τ is above the edge.
+
+    Raises:
+        InputError: ``c`` is outside (0, 1], or only one of ``sigma`` and ``n_rows`` is given.
 
     >>> round(gavish_donoho(1.0), 3), round(gavish_donoho(1.0, sigma=1.0, n_rows=1), 4)
     (2.858, 2.3094)
@@ -94,11 +108,18 @@ def gavish_donoho(c: float, sigma: float | None = None, n_rows: int | None = Non
 
 
 def shuffle_edge(W: Tensor, shuffles: int = 4, seed: int = 0) -> float:
-    """Largest singular value of W with its entries permuted at random, mean of ``shuffles``: an edge without a law.
+    """An edge that assumes no law: the largest singular value of W with its entries permuted at random, in float64.
 
-    Knows the distribution of the entries, long tails included, and nothing else: rows or columns of different variance
-    lose theirs. ``W``: (rows, columns), or a convolution that is unfolded. In float64.
-    Raises InputError: an empty or non-finite weight, or ``shuffles`` below 1.
+    It reflects the distribution of the entries, long tails included, and nothing else: differences of variance between
+    rows or columns are lost.
+
+    Args:
+        W: (rows, columns), or a convolution, which is unfolded.
+        shuffles: number of permutations, over which the mean is taken.
+        seed: of the permutations.
+
+    Raises:
+        InputError: the weight is empty or not finite, or ``shuffles`` is below 1.
 
     >>> W = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
     >>> round(shuffle_edge(W) / (256**0.5 + 128**0.5), 1)

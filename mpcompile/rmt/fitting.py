@@ -17,31 +17,32 @@ from mpcompile.rmt.spikes import bbp_inverse
 
 Verdict = Literal["mp", "not_mp", "low_confidence"]
 
-MIN_M, MIN_C, MIN_RANK = 64, 0.03, 0.98  # below the first two: too noisy to judge; rank / M below the third: not MP
+MIN_M, MIN_C, MIN_RANK = 64, 0.03, 0.98  # below the first two, too noisy to judge; rank / M below the third, not MP
 _SWEEPS = 6  # of the row x column model
-_ROUNDS = 3  # in which spikes are taken out of it
-_MOST_SPIKES = 0.25  # share of the singular values: with more, there is no bulk to find
-_CAP = 9.0  # squared entries count up to three standard deviations in it: spikes and outliers don't make a scale
+_ROUNDS = 3  # of removing spikes from it
+_MOST_SPIKES = 0.25  # share of the singular values; with more spikes there is no bulk to fit
+_CAP = 9.0  # squared entries are capped at three standard deviations: spikes and outliers don't determine a scale
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What the MP law says about one weight.
+    """The fit of the MP law to one weight.
 
     Attributes:
         sigma: σ̂, standard deviation of the noise entries.
         edge: σ₊ = σ̂(√N + √M), where the singular values of the noise end.
-        edge_tw: √(N T₊), with a Tracy-Widom margin: Gaussian noise passes it with probability 0.1, long tails oftener.
+        edge_tw: √(N T₊), the edge with a Tracy-Widom margin: Gaussian noise exceeds it with probability 0.1, noise with
+            long tails more often.
         n_spikes: singular values above ``edge_tw``.
         fit_error: max |F_emp − F_MP| over the central 60 % of the bulk, F_emp(λ_k) = 1 − (k − ½)/M.
         noise_share: share of ‖W‖_F² that the noise explains, N M σ̂²/‖W‖_F², in [0, 1]; 0 if W is 0.
-        verdict: ``"mp"``, ``"not_mp"`` (by rank or fit_error), ``"low_confidence"`` (M < 64 or c < 0.03).
-        shape: (rows, columns) of the matrix that was fitted, before any transposition.
-        separable: the entries have variances of their own by row and column. All figures are then those of
-            D_r^(−1/2) W D_c^(−1/2), D_r and D_c of mean 1, which follows the law, and ``plain`` is the fit of W.
+        verdict: ``"mp"``, ``"not_mp"`` (by rank or fit_error), or ``"low_confidence"`` (M < 64 or c < 0.03).
+        shape: (rows, columns) of the fitted matrix, before any transposition.
+        separable: True if variances differ by row and column. All figures are then those of D_r^(−1/2) W D_c^(−1/2),
+            D_r and D_c of mean 1, which follows the law; ``plain`` is the fit of W.
         spikes: singular values above ``edge_tw``, falling.
-        signal: what the BBP map makes of them: the singular values of the signal behind the noise.
-        plain: the rejected fit of W itself, where ``separable``.
+        signal: the singular values of the signal that explains these, by the inverse BBP map.
+        plain: the rejected fit of W itself, if ``separable``.
     """
 
     sigma: float
@@ -59,18 +60,19 @@ class Fit:
 
 
 def fit(W: Tensor, separable: bool = True) -> Fit:
-    """Fit the MP law to a weight: σ̂ and T₊ by BEMA, and σ̂ once more on the bulk if there are spikes.
+    """Fit the MP law to a weight: σ̂ and T₊ by BEMA, and σ̂ again on the bulk if there are spikes.
 
-    Spikes move the bulk down in rank (40 of 768: σ̂ + 3.5 %). Without k spikes it is that of an (N − k, M − k) matrix: a
-    second BEMA takes it so, but no third, which would peel a spectrum that isn't MP. Where W is too small to judge
-    (low_confidence) or lacks rank, σ̂² = ‖bulk‖_F² / ((N − k)(M − k)). All in float64.
+    Spikes shift the ranks of the bulk (40 of 768: σ̂ + 3.5 %). Without its k spikes, the bulk is that of an
+    (N − k, M − k) matrix, and a second BEMA fits it as such. A third would go on removing values from a spectrum that
+    isn't MP. If W is too small to judge (low_confidence) or rank-deficient, σ̂² = ‖bulk‖_F² / ((N − k)(M − k)). All
+    computations are in float64.
 
     Args:
-        W: (rows, columns), or a convolution (C_out, C_in, kh, kw) that is unfolded to (C_out, C_in kh kw).
-        separable: where the law is rejected, try it on W with its rows' and columns' scales taken out.
+        W: (rows, columns), or a convolution (C_out, C_in, kh, kw), which is unfolded to (C_out, C_in kh kw).
+        separable: if the law is rejected, try it on W with the scales of rows and columns taken out.
 
     Raises:
-        InputError: not a real 2-D or 4-D tensor that holds data; empty; not finite.
+        InputError: W is not a real 2-D or 4-D tensor that holds data, is empty, or is not finite.
 
     >>> f = fit(torch.randn(512, 256, generator=torch.Generator().manual_seed(1)))
     >>> f.verdict, f.n_spikes, round(f.sigma, 2), round(f.edge / (512**0.5 + 256**0.5), 2)
@@ -83,10 +85,10 @@ def fit(W: Tensor, separable: bool = True) -> Fit:
 
 
 def fit_batch(W: Tensor, separable: bool = True) -> tuple[Fit, ...]:
-    """:func:`fit` of each matrix of a batch (B, rows, columns), which share their shape and one call of the solver.
+    """:func:`fit` for each matrix of a batch (B, rows, columns), with one call of the eigenvalue solver.
 
     Raises:
-        InputError: as :func:`fit` does.
+        InputError: as :func:`fit`.
 
     >>> [f.verdict for f in fit_batch(torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1)))]
     ['mp', 'mp']
@@ -95,8 +97,10 @@ def fit_batch(W: Tensor, separable: bool = True) -> tuple[Fit, ...]:
 
 
 def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]]:
-    """:func:`fit_batch`, each fit with the singular values (M,) that it describes, falling: where it is separable,
-    those of the matrix with its rows' and columns' scales taken out."""
+    """:func:`fit_batch`, each fit with the falling singular values (M,) that it describes.
+
+    For a separable fit these are the singular values of the matrix with the scales of its rows and columns taken out.
+    """
     if not isinstance(W, Tensor) or W.ndim != 3 or W.is_complex() or W.is_meta or W.numel() == 0:
         given = f"{W.dtype} of shape {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
         raise InputError(f"expected real, non-empty matrices (B, rows, columns) that hold data; found {given}")
@@ -108,9 +112,9 @@ def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]
     scale = A.abs().amax((1, 2), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
     A = A / scale  # so that no square overflows or underflows
-    # Zero is what rounding makes of zero: that of the entries, of variance <= (eps w)²/12 (8 bits are too coarse).
+    # Eigenvalues count as zero up to the rounding of the entries, of variance <= (eps w)²/12 (8 bits are too coarse).
     eps = torch.finfo(W.dtype).eps if W.is_floating_point() and W.itemsize > 1 else 0.0
-    found: list[tuple[Fit, Array]] = []
+    fits: list[tuple[Fit, Array]] = []
     for a, lam, s in zip(A, _spectra(A), scale.flatten().tolist(), strict=True):
         plain, deficient = _judge(lam, a.shape[0], s, eps, shape)
         result, spectrum = plain, lam
@@ -120,15 +124,15 @@ def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]
                 white, spectrum = other
                 share = min(1.0, a.numel() * (white.sigma / s) ** 2 / (float(a.square().sum()) or 1.0))
                 result = replace(white, separable=True, plain=plain, noise_share=share)
-        found.append((result, s * np.sqrt(a.shape[0] * spectrum)))
-    return found
+        fits.append((result, s * np.sqrt(a.shape[0] * spectrum)))
+    return fits
 
 
 def fit_qkv(W: Tensor, parts: int = 3) -> tuple[Fit, ...]:
-    """Fit ``parts`` equal blocks of rows apart: queries, keys and values each have a scale, and a mixture isn't MP.
+    """Fit ``parts`` equal blocks of rows separately: queries, keys and values differ in scale, and a mixture isn't MP.
 
     Raises:
-        InputError: rows that don't divide into ``parts``, and as :func:`fit` does.
+        InputError: the rows don't divide into ``parts`` blocks; otherwise as :func:`fit`.
 
     >>> {f.shape for f in fit_qkv(torch.randn(576, 192))}
     {(192, 192)}
@@ -141,11 +145,12 @@ def fit_qkv(W: Tensor, parts: int = 3) -> tuple[Fit, ...]:
 
 
 def fit_taps(W: Tensor) -> tuple[Fit, ...]:
-    """Fit a convolution (C_out, C_in, kh, kw) tap by tap, each (C_out, C_in), in the order of ``W.flatten(2)``:
-    neighbouring taps are correlated, which the unfolded matrix is not modelled for.
+    """Fit a convolution (C_out, C_in, kh, kw) tap by tap, each (C_out, C_in), in the order of ``W.flatten(2)``.
+
+    Neighbouring taps are correlated, which the fit of the unfolded matrix doesn't model.
 
     Raises:
-        InputError: not 4-D, and as :func:`fit` does.
+        InputError: W is not 4-D; otherwise as :func:`fit`.
 
     >>> len(fit_taps(torch.randn(64, 64, 3, 3)))
     9
@@ -156,10 +161,10 @@ def fit_taps(W: Tensor) -> tuple[Fit, ...]:
 
 
 def row_column_scales(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances r_i c_j of the entries of A (N, M), float64 -> r (N,) and c (M,), both of mean 1.
+    """Relative variances r_i c_j of the entries of A (N, M), float64: r (N,) and c (M,), both of mean 1.
 
-    Alternately r_i and c_j are set to what makes the mean squares of rows and of columns alike, entries counting up to
-    three standard deviations, so that single entries don't make a scale. A row or column of zeros gets 0.
+    r and c are alternately set to equalise the mean squares of rows and of columns. Entries are capped at three
+    standard deviations, so that single entries don't determine a scale. A row or column of zeros gets 0.
     """
     squares = A.square()
     r, c = squares.mean(1), squares.mean(0)
@@ -175,29 +180,29 @@ def row_column_scales(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _capped(squares: Tensor, r: Tensor, c: Tensor, level: Tensor, axis: int) -> Tensor:
-    """Mean along an axis of the squared entries over their variances, each at most the cap."""
+    """The mean along an axis of the squared entries divided by their variances, each at most the cap."""
     expected = torch.outer(r * level, c)
     return torch.where(expected > 0, squares / expected.clamp(min=1e-300), 0.0).clamp(max=_CAP).mean(axis)
 
 
 def _separable(A: Tensor, scale: float, eps: float, shape: tuple[int, int]) -> tuple[Fit, Array] | None:
-    """The fit of A (N, M) with its rows' and columns' scales taken out, and that one's eigenvalues; or None if that
-    doesn't follow the law either.
+    """The fit of A (N, M) with the scales of its rows and columns taken out, and its eigenvalues; None if that doesn't
+    follow the law either.
 
-    Spikes make scales of their own: they are taken out of what the scales are estimated from, as far as they are found.
+    Spikes distort the scales: those found are removed from the matrix that the scales are estimated from.
     """
     rest = A
     for _ in range(_ROUNDS):
         spread = torch.outer(*row_column_scales(rest)).sqrt()
         white = torch.where(spread > 0, A / spread.clamp(min=1e-300), 0.0)
         lam = _spectra(white[None])[0]
-        found, _ = _judge(lam, A.shape[0], scale, eps, shape)
-        if found.verdict == "mp":
-            return found, lam
-        if not 0 < found.n_spikes <= min(A.shape) * _MOST_SPIKES:
+        fitted, _ = _judge(lam, A.shape[0], scale, eps, shape)
+        if fitted.verdict == "mp":
+            return fitted, lam
+        if not 0 < fitted.n_spikes <= min(A.shape) * _MOST_SPIKES:
             return None
         _, v = torch.linalg.eigh(white.T @ white)
-        top = v[:, -found.n_spikes :]
+        top = v[:, -fitted.n_spikes :]
         rest = (white - (white @ top) @ top.T) * spread
     return None
 
@@ -209,7 +214,7 @@ def _spectra(A: Tensor) -> Array:
 
 
 def _judge(lam: Array, N: int, scale: float, eps: float, shape: tuple[int, int]) -> tuple[Fit, bool]:
-    """The fit of a matrix with these eigenvalues times ``scale``², and whether it lacks rank."""
+    """The fit of a matrix whose eigenvalues are ``lam`` times ``scale``², and True if it is rank-deficient."""
     lam, M = lam.copy(), lam.size
     c, total = M / N, float(lam.sum())  # ‖A‖_F² / N
     lam[lam < max(N * np.finfo(np.float64).eps * lam[0], eps**2 / 12 * total / M * (1 + math.sqrt(c)) ** 2)] = 0.0
@@ -235,7 +240,7 @@ def _judge(lam: Array, N: int, scale: float, eps: float, shape: tuple[int, int])
 
 
 def gamma(M: int) -> float:
-    """Largest ``fit_error`` of noise: O(log M / M), as σ̂ is fitted and eigenvalues are rigid; no textbook KS bound."""
+    """The largest ``fit_error`` of noise: O(log M / M), since σ̂ is fitted and eigenvalues are rigid; no KS bound."""
     # The 0.999 quantile of M fit_error for iid Gaussian W, simulated from the bidiagonal model of a Wishart matrix:
     # M = 64: 2.67, 96: 2.86, 128: 2.95, 192: 3.18, 384: 3.50, 768: 3.66 (mean over c = 1, 0.9, 0.5, 0.25, 0.03, which
     # hardly matter; 6000 to 250 draws each). Uniform, sign and 2:4-masked entries: the same; Laplace: up to 10 % more.
@@ -243,9 +248,9 @@ def gamma(M: int) -> float:
 
 
 def _frobenius(lam: Array, N: int) -> tuple[float, int]:
-    """σ̂² = ‖bulk‖_F² / ((N − k)(M − k)), and k, the eigenvalues (falling) above its T₊, repeated until k stays."""
+    """σ̂² = ‖bulk‖_F² / ((N − k)(M − k)) and k, the number of eigenvalues above its T₊, iterated until k is stable."""
     k, above = -1, 0
-    while above > k:  # ends with k < M: the least of a bulk is at most its mean, and that is below T₊
+    while above > k:  # ends with k < M: the smallest of a bulk is at most its mean, which is below T₊
         k = above
         sigma2 = float(lam[k:].sum()) * N / ((N - k) * (lam.size - k))
         above = int((lam > threshold(sigma2, lam.size / N, N)).sum())

@@ -1,6 +1,6 @@
 """The Marchenko-Pastur (MP) law, and the Tracy-Widom law at its edge, as functions of numbers.
 
-Sources: MP law as in arXiv 2606.02608; Tracy-Widom quantiles, arXiv 1209.3394 (Chiani).
+Sources: arXiv 2606.02608 (MP law); Chiani, arXiv 1209.3394 (Tracy-Widom quantiles).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ Array = NDArray[np.float64]
 def mp_density(x: ArrayLike, c: float, sigma2: float = 1.0) -> Array:
     """Density of the MP law, f(x) = √((λ₊ − x)(x − λ₋)) / (2π c σ² x) on [λ₋, λ₊], 0 outside; shaped like ``x``.
 
-    For c > 1 it integrates to 1/c: the atom 1 − 1/c at 0 is not in it. At c = 1 it diverges at x = 0 (inf).
-    Raises InputError: NaN in ``x``; ``c`` or ``sigma2`` not positive and finite.
+    For c > 1 it integrates to 1/c: it doesn't contain the atom 1 − 1/c at 0. At c = 1 it diverges at x = 0 (inf).
+
+    Raises:
+        InputError: ``x`` contains NaN; ``c`` or ``sigma2`` is not positive and finite.
 
     >>> float(mp_density(1.0, c=1.0).round(4))  # √3 / 2π
     0.2757
@@ -38,8 +40,11 @@ def mp_cdf(x: ArrayLike, c: float, sigma2: float = 1.0) -> Array:
     """Distribution function of the MP law in closed form, 0 below the bulk and 1 above; shaped like ``x``.
 
     With x = σ²(1 + c − 2√c cos t) the integrand is smooth, and its integral over [0, t] is
-    F = t/π + (√c sin t − (1 − c) δ) / (πc), δ = atan(√c sin t / (1 − √c cos t)). For c > 1 by duality:
-    F_c(x) = (1 − 1/c)·[x >= 0] + F_{1/c}(x/c)/c. Raises InputError as ``mp_density`` does.
+    F = t/π + (√c sin t − (1 − c) δ) / (πc), δ = atan(√c sin t / (1 − √c cos t)). For c > 1, by duality,
+    F_c(x) = (1 − 1/c)·[x >= 0] + F_{1/c}(x/c)/c.
+
+    Raises:
+        InputError: as :func:`mp_density`.
 
     >>> mp_cdf([-1.0, 2.0, 9.0], c=1.0).round(4)  # 1/2 + 1/π in the middle
     array([0.    , 0.8183, 1.    ])
@@ -52,9 +57,10 @@ def mp_cdf(x: ArrayLike, c: float, sigma2: float = 1.0) -> Array:
 
 
 def mp_quantile(p: ArrayLike, c: float) -> Array:
-    """Inverse of ``mp_cdf`` for σ² = 1 (multiply by another σ²), by bisection in t to rounding; shaped like ``p``.
+    """Inverse of :func:`mp_cdf` for σ² = 1 (multiply by any other σ²), exact up to rounding; shaped like ``p``.
 
-    Raises InputError: ``p`` outside [0, 1]; ``c`` not positive and finite.
+    Raises:
+        InputError: ``p`` is outside [0, 1]; ``c`` is not positive and finite.
 
     >>> mp_quantile([0.0, 0.5, 1.0], c=0.25).round(4)
     array([0.25 , 0.916, 2.25 ])
@@ -65,7 +71,7 @@ def mp_quantile(p: ArrayLike, c: float) -> Array:
     if c > 1:
         return np.where(p <= 1 - 1 / c, 0.0, c * mp_quantile(np.clip(1 - c * (1 - p), 0.0, 1.0), 1 / c))
     low, high = np.zeros_like(p), np.full_like(p, math.pi)
-    for _ in range(54):
+    for _ in range(54):  # bisection in t
         t = (low + high) / 2
         below = _cdf_of_angle(t, c) < p
         low, high = np.where(below, t, low), np.where(below, high, t)
@@ -74,9 +80,12 @@ def mp_quantile(p: ArrayLike, c: float) -> Array:
 
 
 def tracy_widom_quantile(p: float) -> float:
-    """Quantile of the Tracy-Widom law of order 1, as a shifted gamma (Chiani, arXiv 1209.3394); |error| < 0.03.
+    """Quantile of the Tracy-Widom law of order 1, approximated by a shifted gamma law with |error| < 0.03.
 
-    Raises InputError: ``p`` not strictly between 0 and 1.
+    Source: Chiani, arXiv 1209.3394.
+
+    Raises:
+        InputError: ``p`` is not strictly between 0 and 1.
 
     >>> round(tracy_widom_quantile(0.95), 4)
     0.9794
@@ -87,13 +96,13 @@ def tracy_widom_quantile(p: float) -> float:
 
 
 def _cdf_of_angle(t: Array, c: float) -> Array:
-    """``mp_cdf`` at x = 1 + c − 2√c cos t, for c <= 1."""
+    """:func:`mp_cdf` at x = 1 + c − 2√c cos t, for c <= 1 and σ² = 1."""
     s, r = np.sin(t), math.sqrt(c)
     return t / math.pi + (r * s - (1 - c) * np.arctan2(r * s, 1 - r * np.cos(t))) / (math.pi * c)
 
 
 def numbers(x: ArrayLike, name: str) -> Array:
-    """As float64; an InputError that calls it ``name`` where it holds NaN."""
+    """``x`` as a float64 array; raises an InputError that names it if it contains NaN."""
     x = np.asarray(x.detach().double().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
     if np.isnan(x).any():
         raise InputError(f"{name} holds NaN")
@@ -101,7 +110,7 @@ def numbers(x: ArrayLike, name: str) -> Array:
 
 
 def positive(value: float, name: str) -> float:
-    """As a float; an InputError that calls it ``name`` where it isn't positive and finite."""
+    """``value`` as a float; raises an InputError that names it if it is not positive and finite."""
     if not (value > 0 and math.isfinite(value)):
         raise InputError(f"{name} must be positive and finite; found {value}")
     return float(value)

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mpcompile._moved import renamed
 from mpcompile.ir.numerics import training_flags
 from mpcompile.passes.channels.atoms import Atoms, Axis, Dims
 from mpcompile.passes.channels.rules import Axes, find_rule
 
-__all__ = ["Analysis", "Atoms", "Axis", "ChannelAnalysis", "Dims", "analyse"]
+__all__ = ["Atoms", "Axis", "ChannelAnalysis", "Dims", "analyse"]
+
+__getattr__ = renamed(__name__, {"Analysis": "passes.channels.axes.ChannelAnalysis"})
 
 
 @dataclass
@@ -57,9 +60,6 @@ class ChannelAnalysis:
                             if atoms.expand([first]) != atoms.expand([other]):
                                 atoms.unify([first], [other])
                                 changed = True
-
-
-Analysis = ChannelAnalysis
 
 
 def _operator(target: Any) -> str:

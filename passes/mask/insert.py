@@ -8,7 +8,6 @@ on the outputs of the pruned layers before it, and refitted on the way if a late
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +18,13 @@ from mpcompile.ir.nodes import argument
 from mpcompile.ir.parts import set_attribute
 from mpcompile.ir.roles import roles
 from mpcompile.ir.view import LayerOp, layers, unsupported
-from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Allocated, Context, Pass
 from mpcompile.passes.mask.choice import ALREADY, Masked, Masks, choose
 from mpcompile.passes.mask.eligibility import pattern_words, reason
 from mpcompile.passes.mask.projector import Projector, uses_by_name
+from mpcompile.passes.rewriting import masked_call
 from mpcompile.plan import LayerPlan, is_lowered
 from mpcompile.pruning.project import Projection
 
@@ -120,7 +119,7 @@ class Mask(Pass):
 
     def _mask_use(self, gm: IRModule, use: LayerOp, mask: Tensor, pattern: Pattern, ctx: Context) -> None:
         """Replace one use of a layer by its masked module or operator."""
-        node, geometry = use.node, use.geometry
+        node = use.node
         if node.op == "call_module":
             module = gm.get_submodule(use.name)
             if isinstance(module, (MaskedLinear, MaskedConv2d)):  # an earlier use of a shared layer
@@ -143,12 +142,8 @@ class Mask(Pass):
             holder = gm
         holder.register_buffer(buffer, mask)
         with gm.graph.inserting_before(node):
-            args: list[Any] = [argument(node, 0, "input"), argument(node, 1, "weight")]  # as the graph has them here
-            args += [gm.graph.get_attr(path), use.bias]
-            if geometry is not None:
-                args += [geometry.stride, geometry.padding, geometry.dilation, geometry.groups]
-            target = ops.masked_linear if geometry is None else ops.masked_conv2d
-            new = gm.graph.call_function(target, (*args, pattern.n, pattern.m))
+            weight = argument(node, 1, "weight")  # not use.weight.node: it may have been replaced
+            new = masked_call(gm.graph, use, weight, gm.graph.get_attr(path), use.bias, pattern)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)

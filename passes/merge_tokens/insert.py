@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
 from mpcompile.kernels import ops, schema
-from mpcompile.passes.base import Context, Pass
+from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.schedule import counts, merges, solve
@@ -100,9 +101,8 @@ def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
     return IRModule(gm, graph), copies
 
 
-def _unmasked(gm: IRModule, ctx: Context) -> IRModule:
+def _unmasked(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
     """Return the graph, or a copy without its idle masks if it has any."""
-    idle = idle_masks(gm, ctx.lifted)
     if not idle:
         return gm
     trial, copies = _trial(gm)
@@ -141,10 +141,39 @@ def unmerged(plan: Plan) -> list[str]:
     return [decision["reason"] for decision in last if decision.get("reason")]
 
 
+@dataclass(frozen=True, eq=False)
+class Merges(Decision):
+    """Where tokens merge, and how many.
+
+    Attributes:
+        r: tokens to merge, one number per site; empty if nothing merges.
+        prefix: tokens in front that never merge.
+        sites: names of the attentions of the blocks.
+        tokens: tokens before the first block and after each one.
+        already: True if the graph merges tokens already.
+        reason: why nothing merges although that was asked for.
+        idle: masking step without effect -> the logits that replace it, or attention whose mask goes -> None.
+    """
+
+    r: list[int] = field(default_factory=list)
+    prefix: int = 0
+    sites: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    already: bool = False
+    reason: str | None = None
+    idle: Mapping[str, str | None] = field(default_factory=dict, metadata=UNRECORDED)
+
+    def record(self) -> dict[str, Any]:
+        optional = {"already": self.already, "reason": self.reason}
+        values = {key: value for key, value in super().record().items() if key not in optional}
+        return {**values, **{key: value for key, value in optional.items() if value}}
+
+
 class MergeTokens(Pass):
     """Token merging with proportional attention in every self-attention block."""
 
     name = "merge_tokens"
+    decision_type = Merges
     decides = True
 
     def check(self, gm: IRModule, ctx: Context) -> None:
@@ -163,29 +192,21 @@ class MergeTokens(Pass):
             hint="transform the model that it was made from, with this tome_r",
         )
 
-    def plan(self, gm: IRModule, ctx: Context) -> dict[str, Any]:
-        nothing: dict[str, Any] = {"r": [], "prefix": 0, "sites": [], "tokens": []}
-        r = ctx.config.tome_r
-        if r == 0:
-            return nothing
+    def plan(self, gm: IRModule, ctx: Context) -> Merges:
+        if ctx.config.tome_r == 0:
+            return Merges()
         if any(node.target is ops.token_merge for node in gm.graph.nodes):
-            return {**nothing, "already": True}
-        gm = _unmasked(gm, ctx)
+            return Merges(already=True)
+        idle = idle_masks(gm, ctx.lifted)
+        gm = _unmasked(gm, idle)
         sites, reasons = find_sites(gm)
         if not sites:
-            name, why = next(iter((reasons or opaque_attentions(gm)).items()), (None, None))
-            error = NotEligibleError(
-                f"tome_r={r}, but there is no attention block to merge in",
-                layer=name,
-                expected="attention with a residual addition, on (batch, tokens, channels)",
-                found=why or "no attention",
-                hint="use tome_r=0 for this model",
-            )
+            error = self._not_eligible(gm, reasons, ctx)
             if ctx.tolerant:
-                return {**nothing, "reason": str(error)}
+                return Merges(reason=str(error))
             raise error
         if ctx.tolerant and 0 in (shape_of(sites[0].residual) or ()):
-            return nothing  # a graph for an empty batch: there is nothing to save
+            return Merges()  # a graph for an empty batch: there is nothing to save
         key_mask(sites)
         prefix = count_prefix(sites[0], ctx.lifted) if ctx.config.prefix_tokens is None else ctx.config.prefix_tokens
         tokens = (shape_of(sites[0].residual) or (0, 0))[1]
@@ -196,29 +217,46 @@ class MergeTokens(Pass):
             cost = merging_cost(gm, ctx, prefix, tokens)
             reduction = ctx.config.tome_reduction or 0.0
             numbers = solve(reduction, tokens, prefix, len(sites), ctx.config.tome_schedule, cost)
-        left = counts(tokens, prefix, numbers)
-        return {"r": numbers, "prefix": prefix, "sites": [site.name for site in sites], "tokens": left}
+        return Merges(
+            r=numbers,
+            prefix=prefix,
+            sites=[site.name for site in sites],
+            tokens=counts(tokens, prefix, numbers),
+            idle={node.name: None if source is None else source.name for node, source in idle.items()},
+        )
 
-    def summary(self, decision: dict[str, Any]) -> str:
-        if not decision["sites"]:
-            return "already merged" if decision.get("already") else decision.get("reason") or "off"
-        tokens, r = decision["tokens"], decision["r"]
+    @staticmethod
+    def _not_eligible(gm: IRModule, reasons: Mapping[str, str], ctx: Context) -> NotEligibleError:
+        name, why = next(iter((reasons or opaque_attentions(gm)).items()), (None, None))
+        return NotEligibleError(
+            f"tome_r={ctx.config.tome_r}, but there is no attention block to merge in",
+            layer=name,
+            expected="attention with a residual addition, on (batch, tokens, channels)",
+            found=why or "no attention",
+            hint="use tome_r=0 for this model",
+        )
+
+    def summary(self, decision: Merges) -> str:
+        if not decision.sites:
+            return "already merged" if decision.already else decision.reason or "off"
+        tokens, r = decision.tokens, decision.r
         schedule = str(r[0]) if len(set(r)) == 1 else ", ".join(map(str, r))
-        text = f"r = {schedule} in {len(decision['sites'])} blocks, tokens {tokens[0]} -> {tokens[-1]}"
+        text = f"r = {schedule} in {len(decision.sites)} blocks, tokens {tokens[0]} -> {tokens[-1]}"
         clamped = [block for block, (a, b) in enumerate(itertools.pairwise(tokens)) if a - b < r[block]]
-        text += f", {decision['prefix']} prefix"
+        text += f", {decision.prefix} prefix"
         return text + (f"; r clamped to half of the tokens in {len(clamped)} blocks" if clamped else "")
 
-    def apply(self, gm: IRModule, decision: dict[str, Any], ctx: Context) -> bool:
-        tokens = decision["tokens"]
-        if decision.get("reason"):
-            ctx.plan.note(f"nothing merged: {decision['reason']}")
+    def apply(self, gm: IRModule, decision: Merges, ctx: Context) -> bool:
+        tokens = decision.tokens
+        if decision.reason:
+            ctx.plan.note(f"nothing merged: {decision.reason}")
         if not tokens or tokens[0] == tokens[-1]:
             return False
-        drop(gm, idle_masks(gm, ctx.lifted))
-        names = set(decision["sites"])
+        nodes = {node.name: node for node in gm.graph.nodes}
+        idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
+        drop(gm, idle)
+        names = set(decision.sites)
         sites = [site for site in find_sites(gm)[0] if site.name in names]
-        r, prefix = decision["r"], decision["prefix"]
-        insert_merges(gm, sites, r, prefix, tokens, ctx.config.tome_proportional)
+        insert_merges(gm, sites, decision.r, decision.prefix, tokens, ctx.config.tome_proportional)
         ctx.plan.tokens = list(tokens)
         return True

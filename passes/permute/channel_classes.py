@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.ir.view import LayerOp
-from mpcompile.passes.channels.axes import Analysis, Atoms
+from mpcompile.passes.channels.axes import Atoms, ChannelAnalysis
 
 Orders = dict[int, tuple[int | None, Tensor]]  # atom -> its owner, and an order for each of the owner's places
 
@@ -32,7 +32,7 @@ class ChannelClass:
     readers: dict[str, LayerOp] = field(default_factory=dict)
 
 
-def _sets(analysis: Analysis) -> list[list[int]]:
+def _sets(analysis: ChannelAnalysis) -> list[list[int]]:
     """The atoms of each tensor, one list for each part where some are sliced."""
     atoms, found = analysis.atoms, []
     for dims in analysis.tensors:
@@ -60,7 +60,7 @@ def _at(flat: Sequence[int], selector: int, place: int, atoms: Atoms) -> list[in
     return result
 
 
-def classes(analysis: Analysis, uses: dict[str, LayerOp]) -> list[ChannelClass]:
+def classes(analysis: ChannelAnalysis, uses: dict[str, LayerOp]) -> list[ChannelClass]:
     """Classes of channels that may be permuted, with the layers among ``uses`` whose input axis ends in them."""
     atoms = analysis.atoms
     found: dict[int, ChannelClass] = {}
@@ -115,7 +115,7 @@ def _split_and(tensor: Tensor, flat: Sequence[int], orders: Orders, atoms: Atoms
     return _reorder(tensor.reshape([atoms.size[a] for a in flat]), flat, orders, atoms).reshape(shape)
 
 
-def _moved(gm: nn.Module, analysis: Analysis, orders: Orders) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _moved(gm: nn.Module, analysis: ChannelAnalysis, orders: Orders) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Every parameter and buffer that holds permuted channels: its name, the tensor, and its values reordered."""
     state: dict[str, Tensor] = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
     for name, dims in analysis.dims.items():
@@ -125,13 +125,13 @@ def _moved(gm: nn.Module, analysis: Analysis, orders: Orders) -> Iterator[tuple[
         yield name, tensor, _reorder(view, flat, orders, analysis.atoms).reshape(tensor.shape)
 
 
-def fold(gm: nn.Module, analysis: Analysis, orders: Orders) -> None:
+def fold(gm: nn.Module, analysis: ChannelAnalysis, orders: Orders) -> None:
     """Reorder every parameter and buffer that holds permuted channels, in place."""
     with torch.no_grad():
         for _, tensor, values in _moved(gm, analysis, orders):
             tensor.copy_(values)
 
 
-def folded(gm: nn.Module, analysis: Analysis, orders: Orders) -> dict[str, Tensor]:
+def folded(gm: nn.Module, analysis: ChannelAnalysis, orders: Orders) -> dict[str, Tensor]:
     """What :func:`fold` would write, by name, in the memory layout of the original tensors."""
     return {name: tensor.clone().copy_(values) for name, tensor, values in _moved(gm, analysis, orders)}

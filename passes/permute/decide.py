@@ -22,7 +22,7 @@ from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.parts import device_of
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.passes.base import Context, Decision, Pass
-from mpcompile.passes.channels.axes import Analysis, analyse
+from mpcompile.passes.channels.axes import ChannelAnalysis, analyse
 from mpcompile.passes.mask import eligible
 from mpcompile.passes.permute.channel_classes import ChannelClass, Orders, classes, fold, folded
 from mpcompile.passes.permute.order_search import Reordered, best_order
@@ -86,7 +86,7 @@ class Permute(Pass):
         return self._checked(gm, ctx, analysis, decision) if decision.classes else decision
 
     @staticmethod
-    def _checked(gm: IRModule, ctx: Context, analysis: Analysis, decision: Permutation) -> Permutation:
+    def _checked(gm: IRModule, ctx: Context, analysis: ChannelAnalysis, decision: Permutation) -> Permutation:
         """The decision if the reordered graph computes what the original does, else one that reorders nothing."""
         inputs = [_random(value) for value in ctx.inputs]
         state = folded(gm, analysis, _orders(gm, ctx, analysis, decision.classes))
@@ -145,7 +145,7 @@ def _first_uses(gm: IRModule, ctx: Context) -> dict[str, LayerOp]:
     return uses
 
 
-def _orders(gm: IRModule, ctx: Context, analysis: Analysis, entries: Sequence[Reordered]) -> Orders:
+def _orders(gm: IRModule, ctx: Context, analysis: ChannelAnalysis, entries: Sequence[Reordered]) -> Orders:
     """The orders of a decision by the atoms of an analysis of the same graph."""
     uses = _first_uses(gm, ctx)
     by_reader: dict[str, ChannelClass] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
-from mpcompile.passes.channels.axes import Analysis
+from mpcompile.passes.channels.axes import ChannelAnalysis
 from mpcompile.passes.permute.channel_classes import ChannelClass
 from mpcompile.pruning.column_order import retained, search
 
@@ -48,7 +48,7 @@ class Reordered:
 
 
 def best_order(
-    candidate: ChannelClass, analysis: Analysis, power: Mapping[str, Tensor], ctx: Context
+    candidate: ChannelClass, analysis: ChannelAnalysis, power: Mapping[str, Tensor], ctx: Context
 ) -> Reordered | None:
     """The order of a class under which magnitude masks remove least, or None if none is better than its own."""
     atoms = analysis.atoms
@@ -89,7 +89,7 @@ def _sample(each: Sequence[Tensor], seed: int) -> Tensor:
     return torch.cat([s * (_total(rows) / _total(s)) for s, rows in zip(sample, each, strict=True)], 1)
 
 
-def _writers(candidate: ChannelClass, analysis: Analysis) -> list[str]:
+def _writers(candidate: ChannelClass, analysis: ChannelAnalysis) -> list[str]:
     """Layers whose outputs are the channels of a class that has one order."""
     if candidate.owner is not None:
         return []

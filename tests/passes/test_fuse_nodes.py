@@ -57,7 +57,7 @@ def check(body, expected, why=None, x=None, **modules):
     assert relative(fused(x.clone()), gm(x.clone())) < 1e-6
     assert relative(fused(x.clone()), net(x.clone())) < 1e-6
     if why is not None:
-        assert any(why in reason for reason in decision["left"].values()), decision["left"]
+        assert any(why in reason for reason in decision.left.values()), decision.left
     return fused, decision, ctx
 
 
@@ -211,7 +211,7 @@ def test_unknown_shapes_are_refused():
     gm = IRModule(net, Leaves().trace(net))
     lower_natively(gm)
     decision = Fuse().plan(gm, Context(Config(), [torch.randn(4, 8)]))
-    assert list(decision["left"].values()) == ["shapes are not known"]
+    assert list(decision.left.values()) == ["shapes are not known"]
 
 
 def test_a_sum_that_is_added_to_again():
@@ -223,7 +223,7 @@ def test_dropout_that_is_on_stays():
     gm = IRModule(net, Leaves().trace(net))
     lower_natively(gm)
     _, decision, _ = fuse(gm, [torch.randn(4, 8)])
-    assert counts(decision) == (0, 0, 0) and list(decision["left"].values()) == ["followed by dropout"]
+    assert counts(decision) == (0, 0, 0) and list(decision.left.values()) == ["followed by dropout"]
 
 
 @pytest.mark.parametrize("body", [lambda net, x: x + net.drop(net.fc1(x)), ADDITIONS["by mode"]])

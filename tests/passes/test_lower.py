@@ -12,7 +12,7 @@ from mpcompile.kernels import ops
 from mpcompile.kernels.dispatch import Reference
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
-from mpcompile.passes.lower import Lower, unpacked
+from mpcompile.passes.lower import Lower, Slots, unpacked
 from tests.support.helpers import convolutional, images, mlp, relative, tiny_vit
 
 MODELS = {
@@ -24,10 +24,10 @@ MODELS = {
 
 
 def lowered(gm, **options):
-    """Lower a copy; return it and the pass."""
-    gm, step = copy.deepcopy(gm), Lower()
-    step.run(gm, Context(Config(**options), []))
-    return gm, step
+    """Lower a copy; return it and its slots."""
+    gm, ctx = copy.deepcopy(gm), Context(Config(**options), [])
+    Lower().run(gm, ctx)
+    return gm, ctx.results.get(Slots).slots
 
 
 @pytest.mark.parametrize("engine", ["reference", "dense"])
@@ -36,14 +36,14 @@ def lowered(gm, **options):
 def test_lowered_equals_masked_dense(name, engine, pattern):
     make, data, options = MODELS[name]
     gm = transform(make(), data(2), Config(pattern, score="magnitude", **options)).eval()
-    packed, step = lowered(gm, engine=engine)
-    assert len(step.slots) == len(gm.plan.masked)
+    packed, slots = lowered(gm, engine=engine)
+    assert len(slots) == len(gm.plan.masked)
     assert not any(n.target in ops.MASKED for n in packed.graph.nodes)
     for batch in (1, 3):
         x = data(batch)
         assert relative(packed(x), gm(x)) < 1e-5
     n, m = Pattern.parse(pattern)
-    for slot in step.slots:
+    for slot in slots:
         module = gm.get_submodule(slot.name)
         if engine == "reference":
             assert torch.equal(unpacked(slot), module.weight * module.mask)
@@ -62,12 +62,12 @@ def test_half_precision(dtype):
 
 def test_packed_graph_drops_the_dense_weights():
     gm = transform(mlp(), torch.randn(2, 32), Config(score="magnitude"))
-    packed, step = lowered(gm, engine="reference")
+    packed, slots = lowered(gm, engine="reference")
     names = set(packed.state_dict())
     assert not names & {"0.weight", "2.weight", "0.mask", "2.mask"}
     assert {"0.bias", "2.bias", "4.weight"} <= names
     stored = sum(b.numel() * b.element_size() for b in packed.get_submodule("packed").buffers())
-    assert stored == sum(slot.nbytes for slot in step.slots)
+    assert stored == sum(slot.nbytes for slot in slots)
 
 
 def test_grouped_strided_dilated_convolutions():
@@ -97,8 +97,8 @@ def test_pipeline_can_end_in_lower():
 
 def test_refilling_packs_into_the_same_buffers():
     gm = transform(mlp(), torch.randn(2, 32), Config(score="magnitude"))
-    packed, step = lowered(gm, engine="reference")
-    x, slot = torch.randn(4, 32), step.slots[0]
+    packed, slots = lowered(gm, engine="reference")
+    x, slot = torch.randn(4, 32), slots[0]
     layer = gm.get_submodule(slot.name)
     with torch.no_grad():
         layer.weight.mul_(-2)
