@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved timing, the environment of a run, tables, JSON and bar charts.
+"""Shared by the benchmarks: interleaved timing, the environment of a run, tables, JSON and bar charts.
 
-All builds of a comparison are timed in one run, in rounds: every round calls each build once, in an order of its own.
-So a change in the machine's load hits all of them, and none always finds the data of the same other in the caches.
+All builds of a comparison are timed in one run, in rounds: every round calls each build once, in random order. So a
+change in the machine's load affects all of them, and no build always finds the data of the same other in the caches.
 Figures are medians, with quartiles.
 """
 
@@ -41,12 +41,12 @@ def interleave(
     progress: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every call of every build.
+    """Time every build in interleaved rounds: build -> seconds of each of its calls.
 
     Args:
-        rounds: timed calls of each build; the order within a round is drawn anew, the same in every run.
-        warmup: rounds before those, not timed.
-        progress: says so on stderr, with this name, where it is a terminal.
+        rounds: timed calls of each build; the order is drawn for each round, the same in every run.
+        warmup: untimed rounds before those.
+        progress: name under which progress is shown on stderr, if that is a terminal.
         clock: ``time.thread_time`` counts this thread's processor time alone, for one thread on a busy machine.
     """
     names = list(builds)
@@ -72,7 +72,7 @@ def quartiles(seconds: Sequence[float], unit: float = 1e6) -> dict[str, float]:
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
-    """What the figures depend on: processor, instruction set of the kernels, torch, threads, date, load."""
+    """The conditions of a run: processor, instruction set of the kernels, torch, threads, date, load."""
     try:
         isa = build.library().isa
     except build.Unavailable as error:
@@ -89,12 +89,12 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
 
 def describe(env: Mapping[str, Any]) -> str:
-    """An environment in a line."""
+    """The environment on one line."""
     return ", ".join(f"{key} {value}" for key, value in env.items())
 
 
 def ratio_text(ratio: float) -> str:
-    """``1.23x``; below one it says what that means.
+    """``1.23x``; below one it adds "slower".
 
     Example:
         >>> ratio_text(0.8)
@@ -104,14 +104,14 @@ def ratio_text(ratio: float) -> str:
 
 
 def relative_rms(found: Tensor, expected: Tensor) -> float:
-    """RMS of the difference over RMS of what is expected, in float64."""
+    """RMS of the difference divided by the RMS of the expected values, in float64."""
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 @contextlib.contextmanager
 def num_threads(threads: int) -> Iterator[None]:
-    """Torch runs on so many threads inside."""
+    """Run torch on this many threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -123,13 +123,13 @@ def num_threads(threads: int) -> Iterator[None]:
 def compiled_dense(
     module: torch.nn.Module, x: Tensor, *, freezing: bool = False, **options: Any
 ) -> tuple[Callable[[Tensor], Tensor], float]:
-    """``torch.compile`` of a dense module, compiled for ``x`` here and now; call it under ``torch.no_grad()``.
+    """Compile a dense module for ``x`` with ``torch.compile``, immediately; call it under ``torch.no_grad()``.
 
-    ``freezing`` stands both in the options and around the first call: dynamo reads it from Inductor's configuration,
-    and two builds whose options are equal would share one compiled graph.
+    ``freezing`` is set both in the options and around the first call: dynamo reads it from Inductor's configuration,
+    and two builds with equal options would share one compiled graph.
 
     Returns:
-        The build, and the seconds that compiling took.
+        The build, and the compile time in seconds.
     """
     if freezing:
         options["freezing"] = True
@@ -141,13 +141,13 @@ def compiled_dense(
 
 
 def load(name: str, folder: Path) -> Any:
-    """What :func:`save` wrote, or None."""
+    """The data that :func:`save` wrote, or None."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def save(name: str, data: Any, folder: Path = RESULTS) -> Path:
-    """Write JSON to ``folder/name.json``: whole or not at all."""
+    """Write JSON to ``folder/name.json``, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     write_atomically(path, json.dumps(data, indent=1) + "\n")
@@ -163,7 +163,7 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str], left: int = 1) -> 
 def plot(
     name: str, panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, folder: Path = RESULTS
 ) -> None:
-    """Bars of ratios to ``folder/name.png``, one panel above the other, with a line at 1.
+    """Draw bars of ratios to ``folder/name.png``, one panel above the other, with a line at 1.
 
     Args:
         panels: panel -> group of bars -> bar -> ratio.
@@ -203,7 +203,7 @@ def plot(
 
 @contextlib.contextmanager
 def plotted(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """Axes to draw on, saved to ``path`` afterwards; None where matplotlib is not installed."""
+    """Axes to draw on, saved to ``path`` afterwards; None if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -224,17 +224,17 @@ def plotted(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--quick`` and ``--out``."""
+    """Add ``--quick`` and ``--out``."""
     parser.add_argument(
-        "--quick", action="store_true", help="tiny settings, to see whether it runs; its figures mean nothing"
+        "--quick", action="store_true", help="tiny settings, to check that the bench runs; the figures are meaningless"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where JSON and plot go (bench/results; with --quick, quick/ in it)"
+        "--out", type=Path, metavar="FOLDER", help="folder of JSON and plot (bench/results; with --quick, quick/ in it)"
     )
 
 
 def fill(args: argparse.Namespace, full: Mapping[str, Any], quick: Mapping[str, Any]) -> None:
-    """Give every option that wasn't named its value, for a full or a quick run."""
+    """Set every option that was not given to its default for a full or a quick run."""
     defaults = {**full, **(quick if args.quick else {}), "out": RESULTS / "quick" if args.quick else RESULTS}
     for name, value in defaults.items():
         if getattr(args, name) is None:

@@ -66,7 +66,10 @@ class Engine(Protocol):
         """Return the operator to call and its arguments.
 
         Args:
-            x, packed, bias: tensors, or graph nodes that yield them. ``packed`` has the keys that :meth:`pack` returns.
+            spec: the layer.
+            x: the input: a tensor, or the graph node that yields it; so are ``packed`` and ``bias``.
+            packed: the tensors that :meth:`pack` returned, by name.
+            bias: the bias, or None.
         """
 
 

@@ -29,6 +29,7 @@ from mpcompile.config import Config
 from mpcompile.dump import observers
 from mpcompile.errors import NotEligibleError
 from mpcompile.io.messages import warn_once
+from mpcompile.ir import spec
 from mpcompile.ir.module import Imported, IRModule, Lifted, owned_by_transformed
 from mpcompile.ir.numerics import autocasts, exact
 from mpcompile.ir.parts import keep
@@ -319,6 +320,7 @@ def mpsparse(
         with exact():
             for step in [FoldNorm(), FoldScale(), Lower(), Fuse()] if config.frozen else [Lower(), Fuse()]:
                 run_pass(step, imported.gm, context)
+            spec.check(imported.gm, spec.Stage.FUSED, lifted=imported.lifted, plan=plan)
         lowered = context.results.get(Slots)
         slots = [] if lowered is None else lowered.slots
         _STATE.watch_optimizers()

@@ -126,7 +126,7 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message in printable characters, or the name of its class if that is empty.
 
     Example:
-        >>> first_line(ValueError("no such size\nmore")), first_line(KeyboardInterrupt())
+        >>> first_line(ValueError("no such size\\nmore")), first_line(KeyboardInterrupt())
         ('no such size', 'KeyboardInterrupt')
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -137,7 +137,7 @@ def summary(error: BaseException, most: int = 200) -> str:
     """What an error of somebody else's says, in one printable line: its class, and its first line if it has one.
 
     Example:
-        >>> summary(ValueError("no such size\nmore"))
+        >>> summary(ValueError("no such size\\nmore"))
         'ValueError: no such size'
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -21,6 +21,7 @@ from mpcompile.capture.importers import import_model
 from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.dump import observers
 from mpcompile.errors import ConfigError, GraphError, InputError
+from mpcompile.ir import spec
 from mpcompile.ir.effects import explicit
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.ir.numerics import exact, with_ordinary_tensors
@@ -92,26 +93,35 @@ class Pipeline:
         for step in self.passes:
             step.check(gm, ctx)
         accounts = Accounts(gm, ctx)
+        check = _Check(gm, ctx, output)
         for step in self.passes:
             if step.closes_accounts:
                 accounts.close(gm)
-            gm = run_pass(step, gm, ctx, functools.partial(_check_output, step, ctx, output)).graph_module
+            gm = run_pass(step, gm, ctx, functools.partial(check, step)).graph_module
         accounts.close(gm)
         accounts.enter(ctx.plan)
         gm.plan = ctx.plan
         return gm
 
 
-def _check_output(step: Pass, ctx: Context, expected: Any, result: PassResult) -> None:
-    """Refuse a changed graph that doesn't fit together, or whose output has other shapes than before."""
-    if not result.modified:
-        return
-    try:
-        shapes = _shapes(propagate(result.graph_module, ctx.inputs))
-    except GraphError as error:
-        raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
-    if shapes != expected:
-        raise GraphError(f"pass {step.name!r} changed the output", expected=expected, found=shapes)
+class _Check:
+    """Refuses a changed graph that doesn't fit together, or whose output has other shapes than before."""
+
+    def __init__(self, gm: IRModule, ctx: Context, output: Any) -> None:
+        self.ctx, self.output, self.stage = ctx, output, spec.stage_of(gm)
+
+    def __call__(self, step: Pass, result: PassResult) -> None:
+        if not result.modified:
+            return
+        ctx, gm = self.ctx, result.graph_module
+        self.stage = max(self.stage, spec.REACHED_BY.get(step.name, self.stage))
+        try:
+            shapes = _shapes(propagate(gm, ctx.inputs))
+            spec.check(gm, self.stage, lifted=ctx.lifted, plan=ctx.plan)
+        except GraphError as error:
+            raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
+        if shapes != self.output:
+            raise GraphError(f"pass {step.name!r} changed the output", expected=self.output, found=shapes)
 
 
 def _shapes(value: Any) -> Any:
@@ -195,13 +205,12 @@ def transform(
     imported = import_model(model, example_inputs)
     if pipeline is None:
         check_values(imported.gm)
-    folder = None if statistics is None else Path(statistics)
     return run_pipeline(
         imported,
         config,
         pipeline or Pipeline(),
         calibration=calibration,
-        statistics=folder,
+        statistics=None if statistics is None else Path(statistics),
         memory=memory,
         prior=prior,
         prior_weight=prior_weight,
@@ -261,10 +270,9 @@ def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
 
 def transformed(imported: Imported) -> bool:
     """True if a graph comes from :func:`transform`: it has a plan, or (a captured graph has none) our operators."""
-    ours = ops.MASKED | ops.MERGING | ops.PACKED
     return (
         plan_of(imported.gm) is not None
-        or any(node.target in ours for node in imported.gm.graph.nodes)
+        or any(spec.operator_of(node) for node in imported.gm.graph.nodes)
         or any(layer.pattern is not None for layer in layers(imported.gm, imported.lifted))
     )
 

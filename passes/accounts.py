@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mpcompile.ir import spec
 from mpcompile.ir.macs import count, node_macs
 from mpcompile.ir.module import IRModule
-from mpcompile.kernels import ops
 from mpcompile.passes.base import Context
 from mpcompile.plan import Macs, Plan, is_lowered
 
@@ -24,7 +24,7 @@ class Accounts:
         self.macs: Macs | None = plan.macs if known and lowered else None
         self.executed = {name: entry.macs_executed for name, entry in plan.layers.items()} if self.macs else {}
         self.dense, self.layers = count(gm, lifted=ctx.lifted)[0].dense, node_macs(gm, ctx.lifted)
-        if known and (lowered or any(node.target in ops.PACKED | ops.MERGING for node in gm.graph.nodes)):
+        if known and (lowered or any(spec.family_of(node) not in (None, "masked") for node in gm.graph.nodes)):
             self.dense = plan.macs.dense
             self.layers |= {name: entry.macs_dense for name, entry in plan.layers.items() if entry.macs_dense}
 

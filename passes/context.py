@@ -124,7 +124,11 @@ class Context:
     """What the passes of one run share.
 
     Args:
-        config, inputs, lifted, owned, given: as in :class:`Inputs`, ``inputs`` being the example inputs.
+        config: what to do.
+        inputs: example inputs, one per placeholder; they give shapes, not values.
+        lifted: parameters that are graph inputs.
+        owned: True if the graph owns its weights and may change their values.
+        given: further fields of :class:`Inputs`.
         calibration: calibration data; anything but a :class:`Calibration` becomes one with default options.
         plan: what the passes add their records to.
         results: what the passes leave for later ones.

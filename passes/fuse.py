@@ -23,6 +23,7 @@ from mpcompile.ir.effects import writes
 from mpcompile.ir.macs import is_add
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, fake_value, real_inputs, shape_of, target_name
+from mpcompile.ir.spec import operator_of
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_linear.packed import BEHIND
 from mpcompile.kernels.schema import NmGemmArgs, NmMlpArgs
@@ -99,7 +100,7 @@ class _Search:
         self.gm, self.data = gm, _data_dependent(gm, lifted)
         self.nodes = list(gm.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
-        self.natives = [n for n in self.nodes if n.target in (ops.nm_gemm, ops.nm_conv)]
+        self.natives = [n for n in self.nodes if (row := operator_of(n)) is not None and row.epilogue]
         self.paths = {op: [op] for op in self.natives}
         self.activations: dict[fx.Node, fx.Node] = {}
         self.residuals: dict[fx.Node, fx.Node] = {}

@@ -1,12 +1,12 @@
-"""Certificates: never contradicted on random networks, and how far they reach on real ones.
+"""Certificates: are they ever contradicted on random networks, and how far do they reach on real ones?
 
     python -m bench.certificates.audit                            random MLPs and CNNs, at least 100,000 cases
     python -m bench.certificates.audit --data FOLDER              real models as well (a folder with load.py)
 
 A case is one sample, one set of replaced layers and one pattern. The check runs the pruned network itself, in fp32 and
-in float64, and networks between the dense and the pruned one: no label that a tier certifies may differ, no logit move
-further than its bound, and cross-entropy not rise beyond the sharp bound. A control runs the same check with an unsound
-rule (ReLU enclosed by its chord alone), which has to be caught.
+in float64, and networks between the dense and the pruned one. No label that a tier certifies may differ, no logit may
+move further than its bound, and cross-entropy may not rise beyond the sharp bound. A control runs the same check with
+an unsound rule (ReLU enclosed by its chord alone), which must be caught.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Residual(nn.Module):
 
 
 def network(kind: str, rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    """A random network with 4 to 10 classes, and the shape of its samples. torch's generator gives the weights."""
+    """A random network with 4 to 10 classes, weights from torch's generator, and the shape of its samples."""
     act = rng.choice(ACTIVATIONS)
     classes = rng.randint(4, 10)
     layers: list[nn.Module]
@@ -88,7 +88,7 @@ def network(kind: str, rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def prunable(model: nn.Module, pattern: Pattern) -> list[str]:
-    """Layers whose inputs divide by M, but the last."""
+    """Layers whose inputs divide by M, without the last one."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     found = [n for n, m in layers if not m.weight.shape[1] % pattern.m]
     return found[:-1] if len(found) > 1 else found
@@ -96,7 +96,7 @@ def prunable(model: nn.Module, pattern: Pattern) -> list[str]:
 
 @torch.no_grad()
 def pruned(model: nn.Module, layers: list[str], pattern: Pattern, moved: float = 0.0) -> nn.Module:
-    """A copy with magnitude masks on some layers; kept values are moved by so much, relatively."""
+    """A copy with magnitude masks on some layers, whose kept values are changed by this much, relatively."""
     result = copy.deepcopy(model)
     for name in layers:
         weight: Any = result.get_submodule(name).weight
@@ -117,8 +117,8 @@ def between(dense: nn.Module, sparse: nn.Module, theta: float) -> nn.Module:
 
 
 @dataclass
-class Found:
-    """Counts over cases: how many there are, how many each tier certifies, and what contradicts a certificate."""
+class Counts:
+    """Counts over cases: their number, how many each tier certifies, and contradictions of certificates."""
 
     cases: int = 0
     certified: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))
@@ -129,11 +129,11 @@ class Found:
 
     @property
     def contradictions(self) -> int:
-        """Over all tiers: wrong labels, exceeded bounds, exceeded rises of cross-entropy."""
+        """Over all tiers: wrong labels, exceeded bounds, and larger rises of cross-entropy than proven."""
         return sum(sum(table.values()) for table in (self.labels, self.bounds, self.entropy))
 
-    def add(self, other: Found) -> None:
-        """Sum up; the closest is the largest."""
+    def add(self, other: Counts) -> None:
+        """Add other counts; ``closest`` becomes the larger of the two."""
         self.cases += other.cases
         for tier in TIERS:
             for name in ("certified", "labels", "bounds", "entropy"):
@@ -142,14 +142,14 @@ class Found:
 
 
 @torch.no_grad()
-def check(dense: nn.Module, sparse: nn.Module, x: Tensor, report: Certificates, thetas: tuple[float, ...]) -> Found:
+def check(dense: nn.Module, sparse: nn.Module, x: Tensor, report: Certificates, thetas: tuple[float, ...]) -> Counts:
     """Compare a report with the networks themselves.
 
     Args:
-        thetas: places between sparse (0) and dense (1) where tiers 1 and 2 are held to their promise too; for one
-            replaced layer only, where they make it.
+        thetas: points between sparse (0) and dense (1) at which tiers 1 and 2 are checked too. Only used if one layer
+            is replaced: only then do they make a claim about such points.
     """
-    found = Found(cases=len(x))
+    counts = Counts(cases=len(x))
     before, before32 = copy.deepcopy(dense).double()(x.double()), dense(x)
     label, label32 = before.argmax(1), before32.argmax(1)
     truth = torch.randint(0, before.shape[1], (len(x),), generator=torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def check(dense: nn.Module, sparse: nn.Module, x: Tensor, report: Certificates, 
     networks += [(False, between(dense, sparse, theta)) for theta in thetas]
     for tier in report.tiers:
         kept, eta = torch.tensor(tier.kept), torch.tensor(tier.eta, dtype=torch.float64)
-        found.certified[tier.name] = int(kept.sum())
+        counts.certified[tier.name] = int(kept.sum())
         rise = cross_entropy_bound(before, truth, eta)
         for end, model in networks:
             if not end and tier.name == TIERS[0]:
@@ -165,22 +165,22 @@ def check(dense: nn.Module, sparse: nn.Module, x: Tensor, report: Certificates, 
             single = next(model.parameters()).dtype == torch.float32
             after = model(x if single else x.double())
             change = (after.double() - (before32 if single else before).double()).abs().amax(1)
-            found.labels[tier.name] += int((kept & (after.argmax(1) != (label32 if single else label))).sum())
-            found.bounds[tier.name] += int((change > eta).sum())
+            counts.labels[tier.name] += int((kept & (after.argmax(1) != (label32 if single else label))).sum())
+            counts.bounds[tier.name] += int((change > eta).sum())
             if not single:
                 loss = nn.functional.cross_entropy
                 real = loss(after, truth, reduction="none") - loss(before, truth, reduction="none")
-                found.entropy[tier.name] += int((real > rise + 1e-12).sum())
+                counts.entropy[tier.name] += int((real > rise + 1e-12).sum())
             if end and not single:
-                found.closest[tier.name] = max(found.closest[tier.name], float((change / eta).nan_to_num(0).max()))
-    return found
+                counts.closest[tier.name] = max(counts.closest[tier.name], float((change / eta).nan_to_num(0).max()))
+    return counts
 
 
 Case = tuple[str, str, nn.Module, nn.Module, Tensor, tuple[float, ...]]
 
 
 def cases(seed: int, kind: str, samples: int) -> Iterator[Case]:
-    """One random network with every pattern: each layer alone, all at once, and all with kept values moved."""
+    """One random network with every pattern: each layer alone, all at once, and all with kept values changed."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dense, shape = network(kind, rng)
@@ -197,16 +197,16 @@ def cases(seed: int, kind: str, samples: int) -> Iterator[Case]:
         yield text, "all, moved", dense, pruned(dense, names, pattern, 0.05), x, ()
 
 
-def soundness(least: int, samples: int, seed: int = 0, splits: int = 4) -> Iterator[dict[tuple[str, str, str], Found]]:
-    """At least so many cases, network by network: (kind, pattern, which layers) -> what was found so far."""
-    found: dict[tuple[str, str, str], Found] = {}
+def soundness(least: int, samples: int, seed: int = 0, splits: int = 4) -> Iterator[dict[tuple[str, str, str], Counts]]:
+    """Check at least this many cases, network by network; yields (kind, pattern, layers) -> the counts so far."""
+    found: dict[tuple[str, str, str], Counts] = {}
     total = 0
     while total < least:
         kind = KINDS[seed % len(KINDS)]
         for pattern, depth, dense, sparse, x, thetas in cases(seed, kind, samples):
             report = mpcompile.certify(dense, sparse, x, splits=splits, progress=False)
             one = check(dense, sparse, x, report, thetas)
-            found.setdefault((kind, pattern, depth), Found()).add(one)
+            found.setdefault((kind, pattern, depth), Counts()).add(one)
             total += one.cases
         seed += 1
         wrong = sum(f.contradictions for f in found.values())
@@ -217,7 +217,7 @@ def soundness(least: int, samples: int, seed: int = 0, splits: int = 4) -> Itera
 
 
 def chord(x: Enclosure) -> Enclosure:
-    """ReLU without what its chord leaves out: unsound, for the control."""
+    """An unsound rule of ReLU for the control: its chord without the gap to the function."""
     if x.exact:
         return Enclosure(x.center.relu())
     low, high = x.bounds
@@ -226,9 +226,9 @@ def chord(x: Enclosure) -> Enclosure:
     return Enclosure(share * x.center, slope, share * x.spread, tuple(share * t for t in x.tangents))
 
 
-def control(samples: int, networks: int = 2) -> Found:
-    """The same check on ReLU networks with the unsound rule."""
-    total = Found()
+def control(samples: int, networks: int = 2) -> Counts:
+    """Run the same check on ReLU networks with the unsound rule."""
+    total = Counts()
     with mock.patch.dict(rules.RULES, {"relu": chord}), mock.patch(f"{__name__}.ACTIVATIONS", (nn.ReLU,)):
         for seed in range(networks):
             for _, _, dense, sparse, x, thetas in cases(seed, "mlp", samples):
@@ -237,7 +237,7 @@ def control(samples: int, networks: int = 2) -> Found:
 
 
 def real(folder: Path, name: str, pattern: str, samples: int, score: str, splits: int) -> dict[str, Any]:
-    """A real model: all layers, and each of them."""
+    """Certify a real model: all layers together, and each of them alone."""
     job = task(folder, name)
     x, labels = (t[:samples] for t in job.evaluation)
     calibration = None
@@ -262,8 +262,8 @@ def real(folder: Path, name: str, pattern: str, samples: int, score: str, splits
     }
 
 
-def coverage(found: dict[tuple[str, str, str], Found]) -> list[dict[str, Any]]:
-    """Rows: cases, share that each tier certifies, contradictions, closest approach to a bound."""
+def coverage(found: dict[tuple[str, str, str], Counts]) -> list[dict[str, Any]]:
+    """Rows of the table: cases, share certified by each tier, contradictions, closest approach to a bound."""
     rows = []
     for (kind, pattern, depth), one in sorted(found.items()):
         share = {tier: one.certified[tier] / one.cases for tier in TIERS}
@@ -273,7 +273,7 @@ def coverage(found: dict[tuple[str, str, str], Found]) -> list[dict[str, Any]]:
 
 
 def figure(rows: list[dict[str, Any]], models: list[dict[str, Any]], folder: Path) -> None:
-    """Coverage of random networks, and of every layer of the real ones."""
+    """Plot the coverage of random networks, and of every layer of the real ones."""
     try:
         import matplotlib
     except ImportError:
@@ -318,16 +318,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Measure, print, write; 1 where a certificate was contradicted or the control was not caught."""
+    """Measure, print, write; return 1 if a certificate was contradicted or the control was not caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
-    parser.add_argument("--cases", type=int, help="at least so many (100000)")
-    parser.add_argument("--batch", type=int, help="samples for each network (1024)")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="weights and images, with load.py: real models too")
+    parser.add_argument("--cases", type=int, help="least number of cases (100000)")
+    parser.add_argument("--batch", type=int, help="samples per network (1024)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="weights and images with load.py: adds real models")
     parser.add_argument("--models", nargs="*", default=["resnet20", "vit_tiny"])
     parser.add_argument("--patterns", nargs="*", default=["12:16"], help="of the real models")
     parser.add_argument("--scores", nargs="*", default=["magnitude"], help="of the real models")
-    parser.add_argument("--samples", type=int, help="of each real model (100)")
+    parser.add_argument("--samples", type=int, help="samples per real model (100)")
     parser.add_argument("--splits", type=int, default=4)
     parser.add_argument("--only-real", action="store_true", help="keep the random networks of the last run")
     args = parser.parse_args()

@@ -2,24 +2,23 @@
 
     python -m bench.cpu.e2e --model vit_base_patch16_224 --batch 1 8 --dtype fp32 bf16
 
-The model is a timm model with random weights, which time doesn't depend on. Dense builds are eager, ``torch.compile``
+The model is a timm model with random weights, which do not affect run time. Dense builds are eager, ``torch.compile``
 and ``torch.compile`` with freezing; for models with convolutions beyond the stem also eager and compiled with freezing
 channels last. Sparse builds are ``mpcompile.transform`` (magnitude masks), then ``torch.compile`` with the ``mpsparse``
 backend and ``frozen`` weights; models with convolutions take their input in both memory formats.
 
 A block is one (batch, dtype): its builds are interleaved in one run under ``torch.no_grad()``. The ratio of a build is
-the median of the block's best dense build / its own median; below 1 is printed as "slower". The MAC column, executed /
-dense, says how much masks and merged tokens leave to be done. Engine "auto" chooses by timings that it keeps in the
-cache folder: those made on a busy machine are wrong, and MPCOMPILE_CACHE names another folder. (--quick uses one of
-its own.)
+the median of the block's best dense build divided by its own median; below 1 is printed as "slower". The MAC column,
+executed / dense, is the share of the work that masks and merging leave. Engine "auto" chooses by timings stored in the
+cache folder. Timings from a busy machine are wrong; MPCOMPILE_CACHE names another folder. (--quick uses its own.)
 
 Every compiled sparse build is compared with the transformed module run eagerly in fp32, on at least 16 images. The
-relative RMS difference has to stay below 1e-5 (fp32). In bf16 tokens that are almost equally alike merge otherwise
-after another rounding, in some images and not in others: there it has to stay below 1.5 times that of the transformed
-module run eagerly in bf16. Else the build is called WRONG and the exit status is 1.
+relative RMS difference must stay below 1e-5 (fp32). In bf16, rounding changes which of several nearly equally similar
+tokens are merged, in some images; there the difference must stay below 1.5 times that of the transformed module run
+eagerly in bf16. Otherwise the build is reported as WRONG and the exit status is 1.
 
-Results go into cpu_e2e.json, one record for each (model, depth, batch, dtype, threads). A later run replaces the
-record of the same key as a whole, because figures of two runs aren't interleaved, and leaves the others.
+Results go into cpu_e2e.json, one record per (model, depth, batch, dtype, threads). A later run replaces the record of
+the same key as a whole, because figures of two runs aren't interleaved, and keeps all others.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ from mpcompile.backend import compiled_graphs, mpsparse
 
 NAME = "cpu_e2e"
 KEY = ("model", "depth", "batch", "dtype", "threads")
-CHECKED = 16  # images that a build's numbers are checked on
+CHECKED = 16  # images on which the outputs of a build are checked
 Built = dict[str, tuple[Callable[[], Any], dict[str, Any]]]  # name -> call, facts
 
 
 def create(args: argparse.Namespace, batch: int, dtype: str) -> tuple[nn.Module, Tensor]:
-    """Model and input."""
+    """The model and its input."""
     torch.manual_seed(0)
     extra = {} if args.depth is None else {"depth": args.depth}
     model = timm.create_model(args.model, **extra).eval()
@@ -62,18 +61,18 @@ def create(args: argparse.Namespace, batch: int, dtype: str) -> tuple[nn.Module,
 
 
 def convolutional(model: nn.Module) -> bool:
-    """Whether there are convolutions beyond the stem."""
+    """True if the model has convolutions beyond the stem."""
     return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
 
 
 def dense_builds(model: nn.Module, x: Tensor) -> Built:
-    """Everything that a dense model is commonly run as."""
+    """All common ways to run a dense model."""
     built: Built = {"dense eager": (functools.partial(model, x), {})}
     for name, freezing in (("dense compile", False), ("dense compile freezing", True)):
         run, seconds = common.compiled_dense(model, x, freezing=freezing)
         built[name] = functools.partial(run, x), {"compile_s": seconds}
     if convolutional(model):
-        # Weights in that format are another model: the one above keeps its own.
+        # A copy, since the weights change their format.
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)
         form = x.contiguous(memory_format=torch.channels_last)
         built["dense eager channels_last"] = functools.partial(last, form), {}
@@ -83,14 +82,14 @@ def dense_builds(model: nn.Module, x: Tensor) -> Built:
 
 
 def engines_of(graphs: list[Any]) -> dict[str, int]:
-    """Layers on each engine, from what lowering decided."""
+    """The number of layers on each engine, from the decision of lowering."""
     records = [record for graph in graphs for record in graph.plan.passes if record.name == "lower"]
     names = [entry["engine"] for record in records for entry in record.decision["engines"].values()]
     return dict(collections.Counter(names))
 
 
 def sparse_builds(args: argparse.Namespace, model: nn.Module, x: Tensor, dtype: str, pattern: str, r: int) -> Built:
-    """One transformed model, compiled; for convolutional models in both memory formats."""
+    """One transformed model, compiled, in both memory formats if it is convolutional."""
     name = f"{pattern}" + (f" merge {r}" if r else "")
     facts: dict[str, Any] = {"pattern": pattern, "tome_r": r, "engine": args.engine}
     config = mpcompile.Config(pattern=pattern, tome_r=r, score="magnitude", engine=args.engine)
@@ -161,7 +160,7 @@ def block(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
 
 
 def keep(name: str, new: dict[str, Any], folder: Path) -> tuple[list[dict[str, Any]], Path]:
-    """Put a record into ``folder/name.json`` in the place of the one with its key: all records, and the file."""
+    """Store a record in ``folder/name.json``, replacing the one with the same key; return all records, and the file."""
     records = (common.load(name, folder) or {"records": []})["records"]
     others = [r for r in records if any(r[k] != new[k] for k in KEY)]
     records = sorted([*others, new], key=lambda r: tuple((r[k] is not None, r[k] or 0) for k in KEY))
@@ -174,7 +173,7 @@ def title(record: dict[str, Any]) -> str:
 
 
 def show(record: dict[str, Any]) -> None:
-    """Table of one block."""
+    """Print the table of one block."""
     lines = []
     for name, build in record["builds"].items():
         ms = build["ms"]
@@ -199,16 +198,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224", help="timm name (%(default)s)")
     parser.add_argument("--depth", type=int, metavar="N", help="blocks, for transformers; the model's own by default")
-    parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="images a call (1 8)")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="images per call (1 8)")
     parser.add_argument("--dtype", nargs="+", choices=list(common.DTYPES), help="(fp32 bf16)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
     parser.add_argument("--patterns", nargs="+", metavar="N:M", help="(2:4 8:16)")
     parser.add_argument(
-        "--tome-r", type=int, nargs="+", metavar="R", help="tokens merged a block (0 8; 0 without attention)"
+        "--tome-r", type=int, nargs="+", metavar="R", help="tokens merged per block (0 8; 0 without attention)"
     )
     parser.add_argument("--engine", default="auto", help="auto, cpu, reference or dense (%(default)s)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed calls of each build (15)")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="calls before those (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="untimed calls before those (%(default)s)")
     common.common_arguments(parser)
     args = parser.parse_args(argv)
     if args.quick and args.depth is None and args.model.startswith(("vit", "deit")):
@@ -229,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     wrong = 0
     for batch, dtype in itertools.product(args.batch, args.dtype):
         record = block(args, batch, dtype)
-        torch._dynamo.reset()  # lets go of the compiled graphs, and with them of packed weights
+        torch._dynamo.reset()  # frees the compiled graphs, and with them the packed weights
         gc.collect()
         records, path = keep(NAME, record, args.out)
         show(record)

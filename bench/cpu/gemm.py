@@ -2,20 +2,20 @@
 
     python -m bench.cpu.gemm                    # the matrix products of ViT-B/16
     python -m bench.cpu.gemm --conv             # convolutions of ResNet-50
-    python -m bench.cpu.gemm --layers tiny --tokens 2 --no-autotune --out /tmp   # what a call costs
+    python -m bench.cpu.gemm --layers tiny --tokens 2 --no-autotune --out /tmp   # the overhead of a call
 
 Matrix products: qkv, proj, fc1 and fc2 of ViT-B/16, with bias, at 197 tokens (one image) and 1576 (eight). Dense
 candidates are eager ``F.linear``, the weight prepacked for oneDNN and (fp32) for MKL, ``torch.compile``, and
 ``torch.compile`` with freezing and max-autotune.
 
 Convolutions: those of ResNet-50 at 224 x 224 with stride 1, without bias. Dense candidates are eager and prepacked for
-oneDNN, each contiguous and channels last. The sparse kernel runs in both memory formats, and each of the two is
-compared with the best dense one of any format.
+oneDNN, each contiguous and channels last. The sparse kernel runs in both memory formats, and each is compared with
+the best dense candidate of any format.
 
-The ratio is the median of the best dense candidate / the median of the sparse kernel: above 1 is faster, and below 1
-is printed as "slower". Taking the smallest of several medians favours dense. All candidates of a row are interleaved in
-one run, so that each finds the weights of the others in the caches, much as in a model. What the sparse kernel computes
-is checked against the dense product with the masked weight, by relative RMS (1e-5 fp32, 2e-2 bf16).
+The ratio is the median of the best dense candidate divided by the median of the sparse kernel: above 1 is faster, and
+below 1 is printed as "slower". Taking the smallest of several medians favours dense. All candidates of a row are
+interleaved in one run, so that each finds the weights of the others in the caches, much as in a model. The result of
+the sparse kernel is compared with the dense product with the masked weight, by relative RMS (1e-5 fp32, 2e-2 bf16).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
 from mpcompile.passes.mask import magnitude_mask
 
 LAYERS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
-ASKED = {"tiny": (16, 16)}  # whose time is that of a call; timed where it is asked for
+ASKED = {"tiny": (16, 16)}  # so small that it times the call itself; only timed on request
 CONVS = {  # in, out, kernel, side of the image
     **{f"3x3 {c}->{c} @{side}": (c, c, 3, side) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))},
     **{
@@ -54,7 +54,7 @@ Builds = dict[str, Callable[[], Any]]
 
 
 def optional(builds: Builds, name: str, make: Callable[[], Callable[[], Any]]) -> None:
-    """Add a build if this torch and processor have it; say so if they don't."""
+    """Add a build if this torch and processor support it; print a note if they don't."""
     try:
         run = make()
         run()
@@ -105,7 +105,7 @@ def dense_conv(forms: dict[str, Tensor], weight: Tensor, padding: int) -> Builds
 
 
 def sparse(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, pattern: Pattern) -> tuple[Any, Tensor]:
-    """The engine's call, and what it should give; or why it can't run, as a text."""
+    """The engine's call and its expected result; or why it can't run, as text."""
     geometry = None if weight.dim() == 2 else ([1, 1], [padding] * 2, [1, 1], 1)
     spec = LayerSpec(tuple(weight.shape), weight.dtype, weight.device, pattern, geometry, tuple(x.shape))
     reason = ENGINE.supports(spec) or (f"inputs don't divide by {pattern.m}" if weight.shape[1] % pattern.m else None)
@@ -144,7 +144,7 @@ def compare(
 
 
 def cell(entry: dict[str, Any]) -> str:
-    """A sparse entry in the table."""
+    """The table entry of a sparse candidate."""
     if "unsupported" in entry:
         return entry["unsupported"]
     wrong = "" if entry["correct"] else f" WRONG ({entry['relative_rms']:.1e})"
@@ -192,7 +192,7 @@ def conv_row(
 
 
 def show(rows: list[dict[str, Any]], size: str, name: str, args: argparse.Namespace) -> None:
-    """Table and plot."""
+    """Print the table and draw the plot."""
     columns = list(dict.fromkeys(key for row in rows for key in row["sparse"]))
     head = ["threads", "dtype", size, "layer", "best dense", "us", *(f"{c} us (ratio)" for c in columns)]
     lines = [
@@ -220,7 +220,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = f"({', '.join(LAYERS)}; also tiny; with --conv, all)"
     parser.add_argument("--layers", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--rounds", type=int, metavar="N", help="timed calls each (21; three times that at few tokens)")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="calls before those (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed calls before those (%(default)s)")
     parser.add_argument(
         "--autotune",
         action=argparse.BooleanOptionalAction,

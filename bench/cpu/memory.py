@@ -3,10 +3,10 @@
     python -m bench.cpu.memory --model vit_base_patch16_224 --pattern 8:16
 
 A first process writes two files: the model's state dict (safetensors) and the artifact of ``mpcompile.lower``. Each is
-then loaded by a process of its own, which answers two requests of one image. What is reported is the resident memory of
-the process alone (``Private_*`` in /proc/self/smaps_rollup), less that of the same process before it loaded anything:
-after loading (the dense file is only mapped then, and not yet read) and after the requests, which bring in what is read
-and torch's own buffers; beside the bytes of the weights themselves.
+then loaded by a separate process, which answers two requests of one image. The figures are the private resident memory
+of that process (``Private_*`` in /proc/self/smaps_rollup), minus that of the same process before it loaded anything:
+after loading (when the dense file is mapped but not yet read), and after the requests, which also allocate torch's own
+buffers. The bytes of the weights themselves are given for comparison.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ NAME = "cpu_memory"
 
 
 def private_bytes() -> int:
-    """Resident bytes that no other process shares."""
+    """Resident bytes that are not shared with any other process."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private"))
 
 
 @torch.inference_mode()
 def serve(args: argparse.Namespace) -> dict[str, Any]:
-    """Load a file and answer; in a process of its own."""
+    """Load a file and answer requests, in a separate process."""
     image = torch.randn(1, 3, 224, 224)
-    torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))  # what torch keeps in any case
+    torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))  # torch allocates these in any case
     before = private_bytes()
     if args.serve == "dense":
         with torch.device("meta"):
@@ -55,7 +55,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(args: argparse.Namespace, folder: Path) -> None:
-    """The two files."""
+    """Write the two files."""
     torch.manual_seed(0)
     model, image = timm.create_model(args.model).eval(), torch.randn(1, 3, 224, 224)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "dense.safetensors")

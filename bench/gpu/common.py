@@ -1,8 +1,8 @@
-"""What the GPU benchmarks share: candidates in processes and environments of their own, clocks, ceilings, checks.
+"""Shared by the GPU benchmarks: candidates in separate processes and environments, clocks, ceilings, checks.
 
-``--env NAME=PATH`` gives candidates another environment: PATH is a Python interpreter, or a folder that is put in
-front of ``PYTHONPATH`` (what ``pip install --no-deps --target FOLDER 'triton>=3.9'`` makes). NAME is a candidate,
-``dense`` for all dense ones or ``sparse`` for all others. So the dense baseline keeps the Triton its torch came with.
+``--env NAME=PATH`` runs candidates in another environment: PATH is a Python interpreter, or a folder to put in front of
+``PYTHONPATH`` (as made by ``pip install --no-deps --target FOLDER 'triton>=3.9'``). NAME is a candidate, ``dense`` for
+all dense ones, or ``sparse`` for all others. So the dense baseline keeps the Triton that its torch came with.
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}  # relative RMS
 
 
 def environments(texts: Sequence[str]) -> dict[str, Path]:
-    """``NAME=PATH`` arguments.
+    """Parse ``NAME=PATH`` arguments.
 
     Raises:
-        SystemExit: not of that form, or there is nothing at PATH.
+        SystemExit: an argument doesn't have this form, or PATH doesn't exist.
     """
     found = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not name or not equals or not Path(path).expanduser().exists():
             raise SystemExit(f"--env {text}: expected NAME=PATH, of an interpreter or a folder that is there")
-        found[name] = Path(os.path.abspath(Path(path).expanduser()))  # a link's name is what tells an environment
+        found[name] = Path(
+            os.path.abspath(Path(path).expanduser())
+        )  # not resolved: the name of a link identifies the environment
     return found
 
 
@@ -59,7 +61,7 @@ def command_for(name: str, kind: str, given: Mapping[str, Path]) -> tuple[list[s
 
 
 def run_worker(module: str, job: dict[str, Any], kind: str, given: Mapping[str, Path], limit: float) -> dict[str, Any]:
-    """Run ``python -m module --worker JOB`` in its environment; its result, or ``{"error": ...}``."""
+    """Run ``python -m module --worker JOB`` in its environment; return its result, or ``{"error": ...}``."""
     start, variables, where = command_for(job["candidate"], kind, given)
     with tempfile.TemporaryDirectory() as folder:
         job_file, result = Path(folder) / "job.json", Path(folder) / "result.json"
@@ -71,7 +73,7 @@ def run_worker(module: str, job: dict[str, Any], kind: str, given: Mapping[str, 
                 command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=max(limit, 1), check=False
             )
         except subprocess.TimeoutExpired:
-            # What a worker has written so far counts: it writes after every row.
+            # A worker writes after every row; the rows written so far count.
             partial = json.loads(result.read_text()) if result.exists() else {}
             return {**partial, "error": f"stopped after {limit:.0f} s", "environment": where}
         spent = {"seconds": round(time.monotonic() - began, 1), "environment": where}
@@ -85,12 +87,12 @@ def run_worker(module: str, job: dict[str, Any], kind: str, given: Mapping[str, 
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Whole or not at all: the parent may read at any time."""
+    """Write the result atomically: the parent may read at any time."""
     write_atomically(path, json.dumps(result))
 
 
 def worker_arguments(argv: list[str] | None) -> tuple[dict[str, Any], Path] | None:
-    """Job and result file if this process is a worker, else None."""
+    """The job and the result file if this process is a worker, else None."""
     given = sys.argv[1:] if argv is None else argv
     if not given or given[0] != "--worker":
         return None
@@ -98,7 +100,7 @@ def worker_arguments(argv: list[str] | None) -> tuple[dict[str, Any], Path] | No
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """What figures depend on."""
+    """The versions that the figures depend on."""
     found: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
     try:
         import triton
@@ -120,14 +122,14 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 
 def clock(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
-    """Seconds of so many calls; on CUDA in a graph, by events."""
+    """Seconds for this many calls; on CUDA in a graph, by events."""
     return timing.CudaClock(device) if device.type == "cuda" else timing.wall_clock
 
 
 def median_us(
     run: Callable[[], Any], device: torch.device, rounds: int = 7, sample_s: float = 0.02
 ) -> dict[str, float]:
-    """Median, q1 and q3 of microseconds a call, over rounds of about ``sample_s`` each."""
+    """Median, q1 and q3 of the microseconds per call, over rounds of about ``sample_s`` seconds each."""
     tick = clock(device)
     once = max(tick(run, 1), 1e-7)
     once = max(min(once, tick(run, 1)), 1e-7)
@@ -136,7 +138,7 @@ def median_us(
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> dict[str, float]:
-    """What the GPU does at its best, measured here: GB/s of a copy (read and write), TFLOP/s of a square product."""
+    """The measured ceilings of this GPU: GB/s of a copy (read and write), TFLOP/s of a square product."""
     count, side = (1 << 20, 256) if tiny else (1 << 28, 8192)
     source = torch.empty(count // dtype.itemsize, dtype=dtype, device=device).normal_()
     target = torch.empty_like(source)
@@ -152,17 +154,21 @@ def relative_rms(found: Tensor, expected: Tensor) -> float:
 
 
 def combined(values: Sequence[float]) -> float:
-    """Of repeated processes of one candidate."""
+    """Combine the results of repeated processes of one candidate."""
     return statistics.median(values)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the GPU benchmarks have in common."""
-    parser.add_argument("--env", nargs="+", default=[], metavar="NAME=PATH", help="environments of candidates (above)")
-    parser.add_argument("--budget", type=float, default=480, metavar="S", help="seconds for everything (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where JSON goes (bench/results)")
+    """The arguments that all GPU benchmarks share."""
     parser.add_argument(
-        "--dry-run", action="store_true", help="tiny shapes, on the CPU: does the bench run? its figures mean nothing"
+        "--env", nargs="+", default=[], metavar="NAME=PATH", help="environments of candidates (see above)"
+    )
+    parser.add_argument("--budget", type=float, default=480, metavar="S", help="seconds for everything (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the JSON file (bench/results)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tiny shapes on the CPU, to check that the bench runs; the figures are meaningless",
     )
 
 

@@ -1,12 +1,12 @@
-"""The paper's audit of convolutions, made whole: unfolding is timed too, and cuDNN stands beside it.
+"""The paper's audit of convolutions, completed: unfolding is timed too, and cuDNN is measured beside it.
 
     python -m bench.gpu.conv_audit                       # on a GPU
     python -m bench.gpu.conv_audit --dry-run             # does the bench itself run? (CPU)
 
-Every convolution of ResNet-50 and ResNet-152d (each shape once, weighted by how often it comes) runs four ways, in the
-same dtype: cuDNN on channels-last memory, unfold + dense product, unfold + 2:4 product, and (1x1) the 2:4 product on
-channels-last memory without unfolding. Two ratios are printed: 2:4 against dense *behind the same unfolding*, which is
-what comparisons of products show, and against cuDNN, which is what a model gains. Differences are relative RMS against
+Every convolution of ResNet-50 and ResNet-152d (each shape once, weighted by its number of layers) runs in four ways, in
+the same dtype: cuDNN on channels-last memory, unfold + dense product, unfold + 2:4 product, and (1x1) the 2:4 product
+on channels-last memory without unfolding. Two ratios are printed: 2:4 against dense *after the same unfolding*, as in
+comparisons of products, and against cuDNN, which is the gain of a model. Differences are relative RMS against
 the native convolution in fp32 with the masked weight.
 """
 
@@ -52,7 +52,7 @@ def convolutions(model: str, batch: int, size: int) -> list[dict[str, Any]]:
 
 
 def engine_for(spec: LayerSpec) -> Engine | None:
-    """The first 2:4 engine that runs a product here; on a CPU, the first of all (it falls back to plain torch)."""
+    """The first 2:4 engine that can run a product here; on a CPU, the first of all (it falls back to plain torch)."""
     ours = [engine for engine in GPU_ENGINES if engine.name.startswith("gluon")]
     if spec.device.type != "cuda":
         return ours[-1]
@@ -110,7 +110,7 @@ def audit(layer: dict[str, Any], dtype: torch.dtype, device: torch.device) -> di
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
-    """Above 1 is faster than what it stands against."""
+    """Ratios of times; above 1, 2:4 is the faster one."""
     us = row["us"]
     if "2:4 product" not in us:
         return {}
@@ -126,7 +126,7 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Microseconds of all layers of a model, by way; direct where there is one, else unfold + 2:4."""
+    """Microseconds of all layers of a model in each of the ways; direct where possible, else unfold + 2:4."""
     found = {"cudnn": 0.0, "unfold + dense": 0.0, "unfold + 2:4": 0.0, "best 2:4": 0.0}
     for row in rows:
         us, count = row["us"], row["layers"]

@@ -1,24 +1,24 @@
 """Whole models on a GPU: 2:4 and token merging against the best torch.compile of the dense model in the same dtype.
 
     python -m bench.gpu.e2e --models vit_base_patch16_224 --batch 128      # one command: smoke test, checks, speed
-    python -m bench.gpu.e2e --env sparse=/opt/triton39                     # ours under a Triton of its own
+    python -m bench.gpu.e2e --env sparse=/opt/triton39                     # ours under another Triton
     python -m bench.gpu.e2e --dry-run                                      # does the bench itself run? (CPU)
 
-Builds, each in a process of its own, models with random weights (time doesn't depend on them):
+Builds, each in a separate process, of models with random weights (run time doesn't depend on them):
 
-  eager        as timm gives it
-  fp32 eager   the same in true fp32 (no TF32), in a column of its own: what the paper's ratios stand against
+  eager        the timm model
+  fp32 eager   the same in true fp32 (no TF32), in a separate column: the baseline of the paper's ratios
   dense        torch.compile, mode max-autotune (CUDA graphs on)
-  tome         token merging alone, torch.compile, mode max-autotune
+  tome         only token merging, torch.compile, mode max-autotune
   2:4          backend mpsparse, frozen, mode max-autotune
   2:4 tome     both
-  2:4 graph    the lowered model without Inductor, under a CUDA graph: for where Inductor fails in the sparse
-               environment. It runs only then, or when named in --builds.
+  2:4 graph    the lowered model without Inductor, under a CUDA graph. It runs only if Inductor fails in the sparse
+               environment, or if named in --builds.
 
 First comes a smoke test in the sparse environment: Inductor on a small model, and one of our kernels. Then every build
 is checked: sparse ones against the same transformed model in eager fp32 (relative RMS below 3e-2), dense ones against
-eager. The bar is the faster of eager and dense. Ratios below 1 are printed as slower. What the budget doesn't reach
-is listed as missing, not estimated.
+eager. The baseline is the faster of eager and dense. Ratios below 1 are printed as slower. Builds beyond the time
+budget are listed as missing, not estimated.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "deit_small_patch16_2
 BATCHES = (128, 8, 1, 64, 256)
 DENSE = ("eager", "fp32 eager", "dense")
 BUILDS = (*DENSE, "tome", "2:4", "2:4 tome", "2:4 graph")
-LIMIT = {"fp16": 2e-2, "bf16": 3e-2}  # relative RMS of logits against fp32: sixteen bits through dozens of layers
+LIMIT = {"fp16": 2e-2, "bf16": 3e-2}  # relative RMS of logits against fp32, after dozens of layers in sixteen bits
 WITHOUT_TOKENS = ("convnext", "resnet")
 
 
@@ -62,7 +62,7 @@ def transformed(model: nn.Module, images: Tensor, pattern: str, tome: int) -> nn
 
 
 def graphed(run: Callable[[Tensor], Any], images: Tensor) -> Callable[[Tensor], Any]:
-    """``run`` in a CUDA graph over fixed inputs; as it is on the CPU."""
+    """``run`` in a CUDA graph over fixed inputs; unchanged on the CPU."""
     if images.device.type != "cuda":
         return run
     static, stream = images.clone(), torch.cuda.Stream()
@@ -84,9 +84,9 @@ def graphed(run: Callable[[Tensor], Any], images: Tensor) -> Callable[[Tensor], 
 
 
 def build(job: dict[str, Any], images: Tensor) -> tuple[Callable[[Tensor], Any], Tensor, Any]:
-    """A build's call, what it should give in fp32, and the engines of its layers.
+    """A build's call, its expected result in fp32, and the engines of its layers.
 
-    The mask is chosen on the 16-bit weights everywhere, so that all builds of one kind mask alike.
+    Masks are always chosen on the 16-bit weights, so that all builds of one kind have the same masks.
     """
     device, dtype, name = images.device, gpu_common.DTYPES[job["dtype"]], job["candidate"]
     model = make(job["model"], device, job["dry"])
@@ -124,7 +124,7 @@ def engines(module: Any) -> list[str]:
 
 
 def smoke(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Whether Inductor and one of our kernels run in this environment."""
+    """Check that Inductor and one of our kernels run in this environment."""
     found: dict[str, Any] = {"versions": gpu_common.versions(device)}
     dtype = gpu_common.DTYPES[job["dtype"]]
     layer = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).to(device, dtype).eval()
@@ -187,7 +187,7 @@ def work(job: dict[str, Any], result: Path) -> int:
 
 
 def times(run: Callable[[Tensor], Any], given: Tensor) -> dict[str, float]:
-    """Milliseconds a call: median and quartiles of single calls, by events (max-autotune brings its own CUDA graph)."""
+    """Milliseconds per call: median and quartiles of single calls, by events (max-autotune has its own CUDA graph)."""
     seconds = []
     end_by = time.monotonic() + 3
     while len(seconds) < 5 or (len(seconds) < 100 and time.monotonic() < end_by):
@@ -206,7 +206,7 @@ def times(run: Callable[[Tensor], Any], given: Tensor) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]], builds: list[str]) -> str:
-    """One line a model and batch; ratios against the faster of eager and dense."""
+    """One line per model and batch; ratios against the faster of eager and dense."""
     lines = []
     for (model, batch), group in itertools.groupby(rows, key=lambda row: (row["model"], row["batch"])):
         ms = {row["build"]: row for row in group}
@@ -232,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS[:1]), metavar="NAME", help=f"({' '.join(MODELS)})")
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES[:3]), metavar="B", help="(128 8 1)")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="(%(default)s)")
-    parser.add_argument("--tome-r", type=int, default=8, metavar="R", help="tokens merged a block (%(default)s)")
+    parser.add_argument("--tome-r", type=int, default=8, metavar="R", help="tokens merged per block (%(default)s)")
     parser.add_argument("--builds", nargs="+", choices=BUILDS, default=list(BUILDS[:-1]))
     gpu_common.arguments(parser)
     return parser.parse_args(argv)

@@ -1,16 +1,16 @@
 """One product at a time on a GPU: 2:4 on sparse tensor cores against dense products of the same dtype.
 
     python -m bench.gpu.gemm                                        # within 8 minutes; correctness first
-    python -m bench.gpu.gemm --env sparse=/opt/triton39             # ours under a Triton of its own
+    python -m bench.gpu.gemm --env sparse=/opt/triton39             # ours under another Triton
     python -m bench.gpu.gemm --tiles                                # every tile of ours on every shape
     python -m bench.gpu.gemm --dry-run                              # does the bench itself run? (CPU)
 
 Candidates: ``cublas`` (eager F.linear), ``inductor`` (torch.compile, max-autotune), ``cusparselt`` (torch's own 2:4
-product, after its algorithm search), ``gluon_mma_sp``, ``gluon_wgmma_sp`` and ``triton_expand``. Each runs in a process
-of its own, twice, in rotating order; the figure is the median of both processes' medians. Every process checks its
-results first (relative RMS against fp32 on the same 16-bit inputs, 2e-3 fp16, 1e-2 bf16), and measures the ceilings of
-the card: a copy and an 8192-cubed product. Calls are captured in a CUDA graph and timed by events; inputs lie in the
-second-level cache where they fit. TFLOP/s count the dense product's operations for all candidates.
+product, after its algorithm search), ``gluon_mma_sp``, ``gluon_wgmma_sp`` and ``triton_expand``. Each runs in two
+separate processes, in rotating order; the figure is the median of both processes' medians. Every process first checks
+its results (relative RMS against fp32 on the same 16-bit inputs, 2e-3 fp16, 1e-2 bf16), and measures the ceilings of
+the card: a copy and an 8192-cubed product. Calls are captured in a CUDA graph and timed by events; inputs are in the
+second-level cache where they fit. TFLOP/s count the operations of the dense product for all candidates.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mpcompile.kernels.nm_linear.gpu.engine import TensorCoreEngine
 from mpcompile.kernels.nm_linear.gpu.tiles import family, tiles_for
 from mpcompile.passes.mask import magnitude_mask
 
-# Tokens x (outputs, inputs), the most telling first: a budget that runs out cuts the tail.
+# Tokens x (outputs, inputs), the most informative first: a budget that runs out cuts the tail.
 _VIT = {"ViT-B": 768, "ViT-L": 1024, "ViT-S": 384}
 _TOKENS = (12608, 25216, 50432, 1576, 197)
 CONVNEXT = [
@@ -97,10 +97,10 @@ def problem(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) ->
 def build(
     name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], Tensor], Tensor]:
-    """A candidate's call, and what it should give, in fp32.
+    """A candidate's call, and its expected result in fp32.
 
     Raises:
-        RuntimeError: the candidate can't run it; the text says why.
+        RuntimeError: the candidate can't run the product; the message gives the reason.
     """
     x, weight, mask, bias = problem(m, n, k, dtype, device)
     masked = weight * mask
@@ -152,7 +152,7 @@ def work(job: dict[str, Any], result: Path) -> int:
             found["checks"].append(
                 {"shape": [m, n, k], "relative_rms": error, "ok": error < gpu_common.TOLERANCE[job["dtype"]]}
             )
-        except Exception as failure:  # whatever a candidate does, the others' figures stand
+        except Exception as failure:  # a failing candidate must not lose the figures of the others
             found["checks"].append({"shape": [m, n, k], "reason": str(failure).strip().splitlines()[-1][:200]})
     if any(not check.get("ok", True) for check in found["checks"]):
         gpu_common.write_result(result, {**found, "error": "WRONG results: not timed"})
@@ -180,7 +180,7 @@ def work(job: dict[str, Any], result: Path) -> int:
 
 
 def merged(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row a shape: microseconds of each candidate (median of its processes), TFLOP/s and shares of the ceilings."""
+    """One row per shape: microseconds of each candidate (median of its processes), TFLOP/s, shares of the ceilings."""
     rows: dict[tuple[int, ...], dict[str, Any]] = {}
     for name, runs in results.items():
         for row in (row for run in runs for row in run.get("rows", [])):

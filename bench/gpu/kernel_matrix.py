@@ -1,19 +1,19 @@
-"""Compiles the sparse tensor-core kernels for GPUs that needn't be there, and says what each build takes.
+"""Compile the sparse tensor-core kernels for GPUs that need not be present, and report the resources of each build.
 
     python -m bench.gpu.kernel_matrix --arch 80 90 --json matrix.json     # all tiles, dtypes and epilogues
-    python -m bench.gpu.kernel_matrix --seconds 500                       # some of them; run it again to go on
-    python -m bench.gpu.kernel_matrix --roofline                          # what a model of the chips expects of them
+    python -m bench.gpu.kernel_matrix --seconds 500                       # some of them; run it again to continue
+    python -m bench.gpu.kernel_matrix --roofline                          # times predicted by a model of the chips
 
-Needs Triton 3.9 (``gl.inline_asm``). Where torch has brought an older one, ``--triton FOLDER`` (or the variable
+Needs Triton 3.9 (``gl.inline_asm``). If torch came with an older one, ``--triton FOLDER`` (or the variable
 ``MPCOMPILE_TRITON``) names another: ``pip install --no-deps --target FOLDER 'triton>=3.9'``.
 
-The JSON is a list of records with kernel, tile, dtype, epilogue, arch, registers (a thread), spill_bytes (a thread),
-smem_bytes (a program), sparse_instructions (in the SASS), threads, instructions (others, by name), seconds, source (a
-digest of the kernel's code) and triton; a build that failed has ``error`` in their place. Good records that the file
-holds already are kept if their source is today's (``--again`` compiles all). The exit status is 1 if any build fails,
-spills more than 16 bytes, has no sparse instruction, takes more shared memory than its architecture gives, or is left.
+The JSON is a list of records with kernel, tile, dtype, epilogue, arch, registers (per thread), spill_bytes (per
+thread), smem_bytes (per program), sparse_instructions (in the SASS), threads, instructions (others, by name), seconds,
+source (a digest of the kernel's code) and triton; a failed build has ``error`` instead. Good records in the file are
+kept if their source is unchanged (``--again`` compiles all). The exit status is 1 if any build fails, spills more than
+16 bytes, has no sparse instruction, needs more shared memory than its architecture has, or is missing.
 
-The roofline is arithmetic, not measurement: bytes and clocks by data sheets (kernels/nm_linear/gpu/model.py). Beside
+The roofline is arithmetic, not measurement: bytes and clocks from data sheets (kernels/nm_linear/gpu/model.py). Beside
 the time of the best tile it gives the bound of a *perfect* dense product; the ratio to a real one will differ.
 """
 
@@ -37,15 +37,15 @@ from mpcompile.kernels.nm_linear.gpu.model import CHIPS, choose_tile, dense_us, 
 from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, tiles_of
 
 SPILL = 16
-LAUNCH = ("ptx", "cubin", "function", "parameters", "scratch_bytes")  # of a record, what only a launch needs
-PART = 24  # builds between two looks at the clock
+LAUNCH = ("ptx", "cubin", "function", "parameters", "scratch_bytes")  # fields of a record that only a launch needs
+PART = 24  # builds between two checks of the clock
 KERNELS = ("gluon_mma_conv", "gluon_mma_sp", "gluon_wgmma_sp")
 WIDTHS = {"ViT-S": 384, "ViT-B": 768, "ViT-L": 1024}
 TOKENS = (197, 1576, 12608, 25216, 50432)
 
 
 def matrix(archs: list[int], kernels: list[str], epilogues: list[str]) -> list[Build]:
-    """Every tile on every architecture it is for, in both dtypes, with the epilogues named."""
+    """Every tile on every architecture that supports it, in both dtypes, with the given epilogues."""
     tiles = [(name, tile, arch) for name in kernels for tile in tiles_of(name) for arch in tile.arch if arch in archs]
     return [
         Build(name, tile.name, dtype, epilogue, arch)
@@ -54,7 +54,7 @@ def matrix(archs: list[int], kernels: list[str], epilogues: list[str]) -> list[B
 
 
 def known(where: Path) -> dict[Build, dict[str, Any]]:
-    """Good records of a file whose kernels are still the same."""
+    """The good records of a file whose kernels are unchanged."""
     records = common.load(where.stem, where.parent) or []
     fields = [field.name for field in dataclasses.fields(Build)]
     return {
@@ -67,14 +67,14 @@ def known(where: Path) -> dict[Build, dict[str, Any]]:
 def compiled(
     wanted: list[Build], found: dict[Build, dict[str, Any]], where: Path, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Compile what is wanted and not found, as far as the time goes; the file holds the records of both.
+    """Compile the wanted builds that have no record yet, within the time limit, and add them to the file.
 
     Raises:
-        InputError: there is no Triton that can.
+        InputError: no suitable Triton is installed.
     """
     left, deadline = [build for build in wanted if build not in found], time.monotonic() + args.seconds
     order = {build: number for number, build in enumerate(wanted)}
-    stamp = time.strftime("%Y%m%d-%H%M%S")  # an earlier run's folder stays as it is
+    stamp = time.strftime("%Y%m%d-%H%M%S")  # the folder of an earlier run is not changed
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(left), desc="compile", unit="build") as bar:
         for number, start in enumerate(range(0, len(left), PART)):
             if time.monotonic() > deadline:
@@ -89,7 +89,7 @@ def compiled(
 
 
 def complaint(record: dict[str, Any]) -> str | None:
-    """What is wrong with a build, or None."""
+    """The fault of a build, or None."""
     if "error" in record:
         return str(record["error"])
     if record["spill_bytes"] > SPILL:
@@ -101,7 +101,7 @@ def complaint(record: dict[str, Any]) -> str | None:
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """One line a tile and architecture: the extremes over dtypes and epilogues."""
+    """One line per tile and architecture: the extremes over dtypes and epilogues."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["kernel"], record["tile"], record["arch"]), []).append(record)
@@ -141,13 +141,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_BYTES), default=list(SHARED_BYTES))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="(all)")
     parser.add_argument("--epilogues", nargs="+", choices=EPILOGUES, default=list(EPILOGUES), help="(all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the records go (bench/results/)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep cubins there, for MPCOMPILE_CUBINS")
-    parser.add_argument("--triton", type=Path, metavar="FOLDER", help="a newer Triton, where the installed one is old")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file of the records (bench/results/)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder to keep cubins in, for MPCOMPILE_CUBINS")
+    parser.add_argument(
+        "--triton", type=Path, metavar="FOLDER", help="folder of a newer Triton, if the installed one is too old"
+    )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then; another run goes on (never)")
-    parser.add_argument("--again", action="store_true", help="compile what the file holds already, too")
-    parser.add_argument("--roofline", action="store_true", help="compile nothing; print what the model expects")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="stop after this many seconds; another run continues (never)",
+    )
+    parser.add_argument("--again", action="store_true", help="also compile builds that have a record")
+    parser.add_argument("--roofline", action="store_true", help="compile nothing; print the predictions of the model")
     return parser.parse_args(argv)
 
 

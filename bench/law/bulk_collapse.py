@@ -3,13 +3,13 @@
     python -m bench.law.bulk_collapse
 
 W2 (256, 256) starts iid N(0, 1/N) between a fixed random first layer and a fixed random readout, with ReLU before and
-behind it; 120 samples of 4 clusters; full-batch gradient descent on cross-entropy + lambda ||W2||_F^2. The gradient of
-the cross-entropy lies in the span of the layer's inputs, so that off it W2 only decays: R(t) = (1 - 2 lambda lr)^t
-R(0), the bulk with it, while 4 spikes, one a cluster, stay. Without the penalty the bulk stays. Source: the additive
-model of arXiv 2606.02608.
+after it; 120 samples of 4 clusters; full-batch gradient descent on cross-entropy + lambda ||W2||_F^2. The gradient of
+the cross-entropy is in the span of the layer's inputs. Outside this span W2 only decays, and the bulk with it:
+R(t) = (1 - 2 lambda lr)^t R(0). 4 spikes, one per cluster, remain. Without the penalty the bulk remains. Source: the
+additive model of arXiv 2606.02608.
 
-Passes if, as long as the law describes the bulk (fit error below 0.02), its edge falls as theory has it to 2 %; if the
-4 spikes don't move by more than 1 % after step 2400; and if the control's edge moves by less than 1 %.
+The run passes if the edge follows theory within 2 % as long as the law describes the bulk (fit error below 0.02), the
+4 spikes move by at most 1 % after step 2400, and the edge of the control moves by less than 1 %.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LENGTH = 3.0  # RMS norm of the inputs of the middle layer
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs of the middle layer (N, samples), labels, W2 at the start, and the readout."""
+    """Inputs of the middle layer (N, samples), labels, the initial W2, and the readout."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,7 +43,7 @@ def problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def run(decay: float, steps: int, looks: list[int], seed: int) -> list[dict[str, Any]]:
-    """Train, and fit the law at some steps."""
+    """Train, and fit the law at several steps."""
     psi, labels, w, readout = problem(seed)
     target = torch.nn.functional.one_hot(labels, CLUSTERS).double().T
     u, s, _ = torch.linalg.svd(psi, full_matrices=False)
@@ -54,7 +54,7 @@ def run(decay: float, steps: int, looks: list[int], seed: int) -> list[dict[str,
         hidden = w @ psi
         p = (readout @ hidden.relu()).softmax(0)
         if step in looks:
-            found = rmt.fit(w, separable=False)
+            fit = rmt.fit(w, separable=False)
             largest = torch.linalg.svdvals(w)[: CLUSTERS + 1].tolist()
             rows.append(
                 {
@@ -62,9 +62,9 @@ def run(decay: float, steps: int, looks: list[int], seed: int) -> list[dict[str,
                     "decay": decay,
                     "loss": float(-(p[labels, torch.arange(SAMPLES)]).log().mean()),
                     "singular values": largest,
-                    "edge": found.edge,
-                    "spikes": found.n_spikes,
-                    "fit error": found.fit_error,
+                    "edge": fit.edge,
+                    "spikes": fit.n_spikes,
+                    "fit error": fit.fit_error,
                     "off span": float((w - w @ span @ span.T).norm()) / start,
                     "theory": (1 - 2 * decay * RATE) ** step,
                 }
@@ -74,7 +74,7 @@ def run(decay: float, steps: int, looks: list[int], seed: int) -> list[dict[str,
 
 
 def verdict(rows: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pass criteria, each with the figure that it judges."""
+    """The criteria, each with the figure that it judges."""
     described = list(takewhile(lambda r: r["fit error"] < 0.02, rows))
     off_theory = [abs(r["edge"] / rows[0]["edge"] / r["theory"] - 1) for r in described]
     worst = max(off_theory)
@@ -96,7 +96,7 @@ def verdict(rows: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[s
 
 
 def draw(rows: list[dict[str, Any]], control: list[dict[str, Any]], path: Any) -> None:
-    """Edge and spikes against steps."""
+    """Plot edge and spikes against steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,7 +117,7 @@ def draw(rows: list[dict[str, Any]], control: list[dict[str, Any]], path: Any) -
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
     parser.add_argument("--decay", type=float, default=1e-3)

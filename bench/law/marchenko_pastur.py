@@ -1,11 +1,11 @@
-"""Is the edge where it should be? The Marchenko-Pastur fit on matrices whose truth is known.
+"""Is the fitted edge right? The Marchenko-Pastur fit on matrices of known structure.
 
-    python -m bench.law.marchenko_pastur              # null calibration, planted spikes, what has to be rejected
+    python -m bench.law.marchenko_pastur              # null calibration, planted spikes, matrices to reject
     python -m bench.law.marchenko_pastur --draws 1000
 
-Null: iid Gaussian matrices of six shapes; bias and spread of the fitted edge, how often a spike is seen where none is
-(nominal: 10 %), how often the law is rejected. Eigenvalues are drawn exactly, from the bidiagonal form of a Wishart
-matrix (Dumitriu and Edelman, math-ph/0206043).
+Null: iid Gaussian matrices of six shapes; bias and spread of the fitted edge, the rate of false spikes (nominal: 10 %),
+and the rate of rejections. Eigenvalues are drawn exactly, from the bidiagonal form of a Wishart matrix (Dumitriu and
+Edelman, math-ph/0206043).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def null(n: int, m: int, draws: int) -> dict[str, Any]:
 
 
 def cases(generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
-    """Matrices that noise alone doesn't explain, or that it does."""
+    """Matrices that are noise, and matrices that are not."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -93,7 +93,7 @@ def cases(generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
 
 
 def judge(name: str, make: Callable[[], Tensor]) -> dict[str, Any]:
-    """Plain and row x column fit of one case, and two thresholds that know no law."""
+    """Plain and row x column fit of one case, and two thresholds that assume no law."""
     w = make()
     plain, full = rmt.fit(w, separable=False), rmt.fit(w)
     return {
@@ -111,7 +111,7 @@ def judge(name: str, make: Callable[[], Tensor]) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Histograms of the edge over its true value."""
+    """Plot histograms of the edge relative to its true value."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,10 +127,10 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
-    parser.add_argument("--draws", type=int, help="matrices of each shape (200)")
+    parser.add_argument("--draws", type=int, help="matrices per shape (200)")
     args = parser.parse_args()
     fill(args, {"draws": 200}, {"draws": 5})
     torch.set_num_threads(1)

@@ -3,9 +3,9 @@
     python -m bench.masks.allocation DATA --model vit_tiny --targets 0.25 0.375 0.5 --images 128
 
 DATA is a folder with ``load.py``, weights and labelled images. Calibration and evaluation images are different sets.
-All choices are pruned alike (optimal brain surgeon, least squares) from the same menu; wins are images that a choice
-gets right and uniform doesn't, losses the other way round, with the exact two-sided sign test of that; divergence is
-the mean Kullback-Leibler divergence from the dense model's predictions, in nats.
+All choices are pruned in the same way (optimal brain surgeon, least squares) from the same menu. Wins are images that a
+choice classifies correctly and uniform doesn't, losses the reverse, with the exact two-sided sign test of both.
+Divergence is the mean Kullback-Leibler divergence from the dense model's predictions, in nats.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 
 CHOICES = ("uniform", "calibrated", "mp", "magnitude", "seb")
-COMPARED = ("calibrated", "mp")  # with uniform, on samples held out from calibration
+COMPARED = ("calibrated", "mp")  # with uniform, on held-out calibration samples
 NAMES = {"magnitude": "layer-normalised magnitude", "seb": "SEB", "mp": "MP predictor"}
 
 
 class Once(Allocate):
-    """Predicts damages once for all targets; notes what held-out samples say, and keeps the allocation all the same."""
+    """Predict damages once for all targets; record the held-out comparison, but always choose the allocation."""
 
     memory: ClassVar[dict[str, Any]] = {}
 
@@ -75,7 +75,7 @@ def prune(job: Task, batches: list[Tensor] | None, choice: str, target: float, a
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="vit_tiny", choices=["vit_tiny", "resnet20", "resnet44"])
@@ -83,12 +83,12 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=128, help="calibration images; 0 prunes by magnitude, without data"
     )
-    parser.add_argument("--evaluate", type=int, help="evaluation images (default all)")
-    parser.add_argument("--patterns", nargs="*", default=[], help="the menu (default the device's)")
+    parser.add_argument("--evaluate", type=int, help="evaluation images (default: all)")
+    parser.add_argument("--patterns", nargs="*", default=[], help="the menu (default: the device's)")
     parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
     parser.add_argument("--no-permute", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", help="of the JSON file in bench/results")
+    parser.add_argument("--name", help="name of the JSON file in bench/results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     job = task(args.data, args.model)
@@ -108,10 +108,10 @@ def main() -> None:
             gm = prune(job, batches, choice, target, args)
             row: dict[str, Any] = {"target": target, "choice": NAMES.get(choice, choice)}
             row |= {"saved": gm.plan.macs.reduction, "cpu_seconds": time.process_time() - start}
-            found = predict(gm.eval(), job.evaluation[0])
-            hits = found.argmax(1) == truth
+            predictions = predict(gm.eval(), job.evaluation[0])
+            hits = predictions.argmax(1) == truth
             row["right"] = int(hits.sum())
-            row["divergence"] = divergence(expected, found)
+            row["divergence"] = divergence(expected, predictions)
             before = hits if choice == "uniform" else before
             if before is not None and choice != "uniform":
                 wins, losses = int((hits & ~before).sum()), int((before & ~hits).sum())

@@ -1,10 +1,10 @@
-"""Top-1 without training, rung by rung: which masks lose least on a real model.
+"""Top-1 without training, rung by rung: which masks lose least on a real model?
 
     python -m bench.masks.ladder DATA --model vit_tiny --patterns 2:4 8:16 --images 64 256
 
 DATA is a folder with ``load.py``, weights and labelled images. Calibration and evaluation images are different sets.
-Every rung is compared image by image with the one that it builds on: wins are images that it alone gets right. Rows
-that the JSON file has already are not measured again.
+Every rung is compared image by image with the one that it builds on: wins are images that only the higher rung
+classifies correctly. Rows that are in the JSON file are not measured again.
 """
 
 from __future__ import annotations
@@ -95,31 +95,31 @@ def predict(model: nn.Module, x: Tensor, batch: int = 50) -> Tensor:
     return torch.cat([model(part).log_softmax(-1) for part in x.split(batch)])
 
 
-def divergence(dense: Tensor, found: Tensor) -> float:
-    """Mean Kullback-Leibler divergence from the dense model's predictions, in nats; both as :func:`predict` gives."""
-    return float((dense.exp() * (dense - found)).sum(-1).mean())
+def divergence(dense: Tensor, predictions: Tensor) -> float:
+    """Mean Kullback-Leibler divergence from the dense model's predictions, in nats; both from :func:`predict`."""
+    return float((dense.exp() * (dense - predictions)).sum(-1).mean())
 
 
 def packed(hits: Tensor) -> str:
-    """Which images are right, boolean, one bit an image in hex."""
+    """Encode which images are classified correctly (boolean) in hex, one bit per image."""
     return np.packbits(hits.numpy()).tobytes().hex()
 
 
 def unpacked(text: str, count: int) -> Tensor:
-    """Inverse of :func:`packed`."""
+    """The inverse of :func:`packed`."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count)
     return torch.from_numpy(bits).bool()
 
 
 def right(model: nn.Module, data: tuple[Tensor, Tensor], batch: int = 50) -> Tensor:
-    """Which images the model gets right."""
+    """Which images the model classifies correctly."""
     return predict(model, data[0], batch).argmax(1) == data[1]
 
 
 def measure(
     job: Task, dense: Tensor, pattern: str, count: int, rung: str, flips: bool
 ) -> tuple[dict[str, Any], Tensor]:
-    """One row, and which images the model gets right; ``dense`` are the dense model's log-probabilities."""
+    """One row, and which images the model classifies correctly; ``dense`` holds the dense log-probabilities."""
     x, labels = job.calibration
     chosen = x[draw(labels.tolist(), count)]
     batches = list((torch.cat([chosen, chosen.flip(-1)]) if flips else chosen).split(32))
@@ -129,17 +129,17 @@ def measure(
     gm = transform(job.model, batches[0][:2], Config(pattern=pattern, **options), batches, calibrate=calibrate).eval()
     row: dict[str, Any] = {"pattern": pattern, "images": count, "flips": flips, "rung": rung}
     row |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-    found = predict(gm, job.evaluation[0])
-    hits = found.argmax(1) == job.evaluation[1]
-    row |= {"right": int(hits.sum()), "of": len(hits), "divergence": round(divergence(dense, found), 5)}
+    predictions = predict(gm, job.evaluation[0])
+    hits = predictions.argmax(1) == job.evaluation[1]
+    row |= {"right": int(hits.sum()), "of": len(hits), "divergence": round(divergence(dense, predictions), 5)}
     return row | {"masked": len(gm.plan.masked)}, hits
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Wins and losses of each row against the rung that it builds on, from ``hits``, one bit an image in hex."""
-    found = {(r["pattern"], r["images"], r["flips"], r["rung"]): r for r in rows}
-    for (pattern, images, flips, rung), row in found.items():
-        below = found.get((pattern, images, flips, BELOW.get(rung, "")))
+    """Add wins and losses of each row against the rung that it builds on, from ``hits``, see :func:`packed`."""
+    by_key = {(r["pattern"], r["images"], r["flips"], r["rung"]): r for r in rows}
+    for (pattern, images, flips, rung), row in by_key.items():
+        below = by_key.get((pattern, images, flips, BELOW.get(rung, "")))
         if below is not None and "hits" in row and "hits" in below:
             ours, theirs = int(row["hits"], 16), int(below["hits"], 16)
             row |= {
@@ -150,15 +150,15 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="vit_tiny", choices=["vit_tiny", "resnet20", "resnet44"])
     parser.add_argument("--patterns", nargs="+", default=["2:4", "8:16"])
     parser.add_argument("--images", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
-    parser.add_argument("--flips", action="store_true", help="calibrate on mirrored copies of the images too")
-    parser.add_argument("--name", help="of the JSON file in bench/results")
+    parser.add_argument("--flips", action="store_true", help="calibrate on mirrored copies of the images, too")
+    parser.add_argument("--name", help="name of the JSON file in bench/results")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
     job = task(args.data, args.model)
@@ -176,7 +176,7 @@ def main() -> None:
             continue
         row, hits = measure(job, dense, pattern, count, rung, args.flips)
         print(row, flush=True)
-        for old in same:  # of a code that kept no hits
+        for old in same:  # a row without hits
             rows.remove(old)
         rows.append({**row, "hits": packed(hits)})
         compare(rows)

@@ -1,4 +1,4 @@
-"""Permutation: efficacy of the search on random scores, what masks retain of real shapes, and equality of permuted
+"""Permutation: efficacy of the search on random scores, magnitude retained at real shapes, and equality of permuted
 dense graphs, on full-size models with random weights.
 
     python -m bench.masks.permutation --models vit_base_patch16_224 resnet50
@@ -50,14 +50,14 @@ def random_scores(steps: int) -> list[dict[str, Any]]:
             order = search(scores[None], Pattern(2, 4), steps)[0]
             seconds = time.perf_counter() - start
             before, after = (float(retained(s, Pattern(2, 4))) for s in (scores, scores[:, order]))
-            found = efficacy(before, after, scores, Pattern(2, 4))
-            rows.append({"scores": kind, "seed": seed, "efficacy": round(found, 2), "seconds": round(seconds, 3)})
+            percent = efficacy(before, after, scores, Pattern(2, 4))
+            rows.append({"scores": kind, "seed": seed, "efficacy": round(percent, 2), "seconds": round(seconds, 3)})
     return rows
 
 
 @torch.no_grad()
 def shuffled(name: str) -> dict[str, Any]:
-    """Relative change of the output when every class of channels is put into a random order."""
+    """Relative change of the output if every class of channels is put into a random order."""
     model, x = shaken(name), torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     gm = import_model(model, x).gm.eval()
     start = time.perf_counter()
@@ -85,7 +85,7 @@ def shuffled(name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def kept(name: str, text: str) -> dict[str, Any]:
-    """Share of the sum of |w| that magnitude masks keep, over all layers that are masked, before and after Permute."""
+    """Share of the sum of |w| that magnitude masks keep over all masked layers, before and after Permute."""
     model, x, pattern = shaken(name), torch.zeros(1, 3, 224, 224), Pattern.parse(text)
     imported = import_model(model, x)
     gm, config = imported.gm.eval(), Config(text, score="magnitude", permute=True)
@@ -108,7 +108,7 @@ def kept(name: str, text: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--steps", type=int, default=1000)

@@ -2,8 +2,8 @@
 
     python -m bench.masks.speed --model vit_base_patch16_224 --pattern 2:4 --threads 2
 
-Each model is pruned as :func:`mpcompile.transform` prunes it; time is split into the permutation search, the masks, the
-refit (of it, least squares), and what is left (forward passes and statistics). Accuracy means nothing here.
+Each model is pruned by :func:`mpcompile.transform`; time is split into the permutation search, the masks, the refit
+(least squares separately), and the rest (forward passes and statistics). Accuracy is meaningless here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def clocks() -> Iterator[dict[str, float]]:
 
 
 def shaken(name: str) -> nn.Module:
-    """A timm model whose norms are not the trivial ones."""
+    """A timm model with non-trivial normalisation parameters and statistics."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     for module in model.modules():
@@ -72,7 +72,7 @@ def shaken(name: str) -> nn.Module:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--pattern", default="2:4")
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-permute", action="store_true")
     parser.add_argument("--no-restore", action="store_true")
-    parser.add_argument("--name", help="of the JSON file in bench/results")
+    parser.add_argument("--name", help="name of the JSON file in bench/results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = shaken(args.model)

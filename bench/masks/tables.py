@@ -20,7 +20,7 @@ def markdown(rows: list[list[Any]], head: list[str]) -> str:
 
 
 def ladder(result: dict[str, Any]) -> str:
-    """Images right, and wins and losses against the rung below, by pattern and number of calibration images."""
+    """Images classified correctly, and wins and losses against the rung below, by pattern and calibration images."""
     columns = sorted({(row["pattern"], row["images"]) for row in result["rows"] if not row["flips"]})
     found = {(row["pattern"], row["images"], row["rung"]): row for row in result["rows"] if not row["flips"]}
     lines = []
@@ -35,7 +35,7 @@ def ladder(result: dict[str, Any]) -> str:
 
 
 def speed(results: list[dict[str, Any]]) -> str:
-    """Seconds of each step, memory, and what came out."""
+    """Seconds of each step, memory, and results."""
     lines = []
     for r in results:
         s = {k: f"{v:.0f}" for k, v in r["seconds"].items()}
@@ -65,7 +65,7 @@ def permutation(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print them all."""
+    """Print all tables."""
 
     def read(pattern: str) -> list[dict[str, Any]]:
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]

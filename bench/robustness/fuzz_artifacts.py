@@ -1,13 +1,13 @@
 """Artifact headers changed at random, with valid checksums: does loading ever do anything but load or refuse?
 
-Each round starts from one of two small files (a masked transformer with merging; one with packed engines), replaces,
-removes, exchanges or inserts 1 to 4 things anywhere in its texts or header, sometimes flips bytes of its tensors, puts
-a valid checksum over it, and loads it. Anything but a module or an ArtifactError, or a load beyond ``--limit`` seconds,
-counts as a failure and is kept.
+Each round starts from one of two small files (a masked transformer with merging; one with packed engines). It replaces,
+removes, swaps or inserts 1 to 4 values anywhere in its texts or header, sometimes flips bytes of its tensors, adds a
+valid checksum, and loads the file. Any result other than a module or an ArtifactError, or a load beyond ``--limit``
+seconds, counts as a failure, and the file is kept.
 
-With ``--graphs`` the graph is changed: other operators, arguments, integers and bytes of tensors, in files that
-also hold native kernels (tests/support/forged_graphs.py). What loads is run on an input too, all of it in child
-processes. A child that dies counts as a failure; what a graph takes in time and memory does not.
+With ``--graphs`` the graph is changed: other operators, arguments, integers and bytes of tensors, in files that also
+hold native kernels (tests/support/forged_graphs.py). Files that load are also run on an input, all in child processes.
+A child that dies counts as a failure; the time and memory that a graph takes do not.
 
     python -m bench.robustness.fuzz_artifacts --rounds 10000 --json bench/results/fuzz_artifacts.json
     python -m bench.robustness.fuzz_artifacts --graphs --rounds 10000 --json bench/results/fuzz_graphs.json
@@ -53,7 +53,7 @@ JUNK: list[Any] = [
 
 
 def samples(folder: Path) -> list[Path]:
-    """Two files to change."""
+    """The two files to change."""
     torch.manual_seed(0)
     shape = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 4}
     x = torch.randn(2, 3, 16, 16)
@@ -64,13 +64,13 @@ def samples(folder: Path) -> list[Path]:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every path into nested lists and dicts."""
+    """All paths into nested lists and dicts."""
     keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     return [path, *(place for key in keys for place in places(value[key], (*path, key)))]
 
 
 def change(whole: dict[str, Any], everywhere: list[tuple[Any, ...]], draw: random.Random) -> None:
-    """One thing somewhere."""
+    """Make one random change."""
     path, other = draw.choice(everywhere), draw.choice(everywhere)
     try:
         owner = functools.reduce(operator.getitem, path[:-1], whole)
@@ -88,11 +88,11 @@ def change(whole: dict[str, Any], everywhere: list[tuple[Any, ...]], draw: rando
         else:
             owner[path[-1]] = copy.deepcopy(draw.choice(JUNK))
     except (KeyError, IndexError, TypeError):
-        pass  # an earlier change took the place away
+        pass  # an earlier change removed this place
 
 
 def changed(path: Path, draw: random.Random) -> tuple[dict[str, Any], bytes]:
-    """Header and data of a file with some things changed."""
+    """Header and data of a file after random changes."""
     header, data = parts(path)
     texts = {key: json.loads(header["__metadata__"][key]) for key in TEXTS}
     whole = {**texts, "header": {k: v for k, v in header.items() if k != "__metadata__"}}
@@ -109,8 +109,8 @@ def changed(path: Path, draw: random.Random) -> tuple[dict[str, Any], bytes]:
 
 
 def graphs(rounds: int, seed: int, limit: float) -> dict[str, Any]:
-    """Counts of what became of forged graphs, and the numbers of those that crashed."""
-    torch.set_num_threads(1)  # a fork takes no threads along
+    """Counts of the outcomes of forged graphs, and the numbers of those that crashed."""
+    torch.set_num_threads(1)  # threads don't survive a fork
     counts, crashed = Counter[str](), []
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         found = outcomes(Forger(Path(folder), seed), rounds, seconds=limit)
@@ -125,8 +125,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=10_000)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--limit", type=float, default=20.0, help="seconds a load may take")
-    options.add_argument("--graphs", action="store_true", help="change graphs, and run what loads")
+    options.add_argument("--limit", type=float, default=20.0, help="most seconds per load")
+    options.add_argument("--graphs", action="store_true", help="change graphs, and run those that load")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
     if args.graphs:
@@ -142,7 +142,10 @@ def main() -> None:
         raise TimeoutError("the load took too long")
 
     signal.signal(signal.SIGALRM, stop)
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):  # then: what was done so far
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.suppress(KeyboardInterrupt),
+    ):  # then report what was done so far
         files, path = samples(Path(folder)), Path(folder) / "changed.mpc"
         for number in tqdm(range(args.rounds), unit="header", mininterval=5):
             forge(path, *changed(draw.choice(files), draw))

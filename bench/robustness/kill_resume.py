@@ -1,12 +1,12 @@
-"""Does a run that is killed again and again end with the weights of an undisturbed one?
+"""Does a run that is killed again and again end with the weights of an uninterrupted one?
 
     python -m bench.robustness.kill_resume --kills 20
     python -m bench.robustness.kill_resume --kills 20 --command
 
 A two-block transformer with dropout is distilled on random images, with a checkpoint after every step. The run is
-forked off, killed with SIGKILL at a random moment, and taken up again; at the end all weights are compared bit by
-bit, and what the logs tell. With ``--command`` it is ``mpcompile distill`` on a folder of images, with workers and
-augmentation, killed at any moment from its start on: while it makes the student, too.
+forked, killed with SIGKILL at a random moment, and resumed; at the end all weights are compared bit by bit, and the
+contents of the logs. With ``--command`` it is ``mpcompile distill`` on a folder of images, with workers and
+augmentation, killed at any moment from its start on, also while it makes the student.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def models() -> tuple[nn.Module, Any]:
 
 
 def train(folder: Path, epochs: int, dense: nn.Module, student: Any) -> None:
-    """One run, or the rest of one; leaves its weights in ``folder/final.pt``."""
+    """Start or resume a run; its weights go to ``folder/final.pt``."""
     loader = DataLoader(Noise(96), 16, shuffle=True)
     options = {"epochs": epochs, "lr": 1e-3, "ema": 0.99, "features": 0.5, "accumulate": 2, "checkpoint_steps": 1}
     val = [(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(8))]
@@ -66,18 +66,18 @@ def train(folder: Path, epochs: int, dense: nn.Module, student: Any) -> None:
 
 
 def forked(folder: Path, epochs: int, made: tuple[nn.Module, Any], writes: float, moment: float) -> bool:
-    """Run in a process of its own, killed some time after so many checkpoints; True if it came to its end before.
+    """Run in a separate process that is killed after a number of checkpoints; True if the run ended before.
 
     Args:
-        writes: checkpoints that are let through.
-        moment: how long after the last of them, as a share of the time between two.
+        writes: number of checkpoints before the kill.
+        moment: time from the last of them to the kill, as a share of the time between two.
     """
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            # The first call after a fork renews PyTorch's thread pool. Made here, before autograd starts its threads:
-            # two threads that make it at once can find no pool at all, and PyTorch aborts.
+            # The first call after a fork renews PyTorch's thread pool. It is called before autograd starts its threads:
+            # if two threads make it at once, they may find no pool at all, and PyTorch aborts.
             torch.set_num_threads(1)
             train(folder, epochs, *made)
             code = 0
@@ -125,7 +125,7 @@ def pictures(root: Path) -> None:
 
 
 def run_command(root: Path, out: Path, seconds: float) -> bool:
-    """``mpcompile distill``, killed with all its workers after so many seconds; True if it came to its end before."""
+    """``mpcompile distill``, killed with all its workers after this many seconds; True if it ended before."""
     command = [sys.executable, "-m", "mpcompile", "distill", str(root / "recipe.yaml"), "--data", str(root / "images")]
     command += ["--num-classes", "2", "--threads", "1", "--quiet", "--out", str(out), "--resume", "auto"]
     with (root / "said").open("w+") as said:
@@ -143,12 +143,12 @@ def run_command(root: Path, out: Path, seconds: float) -> bool:
 
 
 def killed(attempt: Callable[[bool], bool], broken: Path, kills: int) -> list[int]:
-    """Try again and again; returns the step of the checkpoint after each kill.
+    """Start and kill a run repeatedly, then let it end; return the step of the checkpoint after each kill.
 
     Args:
-        attempt: one try, killed unless it is told that it is the last; True if it came to its end.
+        attempt: one attempt, which is killed unless it is the last one; True if the run ended.
         broken: the folder of the run.
-        kills: how many before the last try.
+        kills: number of kills before the last attempt.
     """
     steps: list[int] = []
     while not attempt(len(steps) >= kills):
@@ -159,7 +159,7 @@ def killed(attempt: Callable[[bool], bool], broken: Path, kills: int) -> list[in
 
 
 def by_command(root: Path, kills: int, draw: random.Random) -> tuple[Path, Path, list[int]]:
-    """A whole run, a broken one, and the steps at its kills."""
+    """An uninterrupted run, a killed one, and the steps at its kills."""
     pictures(root / "images")
     (root / "recipe.yaml").write_text(RECIPE)
     whole, broken = root / "whole", root / "broken"
@@ -171,7 +171,7 @@ def by_command(root: Path, kills: int, draw: random.Random) -> tuple[Path, Path,
         while run_command(root, broken, 3600 if last else duration * draw.random()):
             if last:
                 return True
-            for name in ("distilled.mpc", checkpoint.NAME, "log.jsonl"):  # its end came first: from the start again
+            for name in ("distilled.mpc", checkpoint.NAME, "log.jsonl"):  # the run ended before the kill: start again
                 (broken / name).unlink()
         return False
 
@@ -179,7 +179,7 @@ def by_command(root: Path, kills: int, draw: random.Random) -> tuple[Path, Path,
 
 
 def by_fork(root: Path, kills: int, epochs: int, draw: random.Random) -> tuple[Path, Path, list[int]]:
-    """The same without the command."""
+    """The same with a function instead of the command."""
     whole, broken, made = root / "whole", root / "broken", models()
     forked(whole, epochs, made, float("inf"), 0.0)
 
@@ -190,14 +190,14 @@ def by_fork(root: Path, kills: int, epochs: int, draw: random.Random) -> tuple[P
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """What a run ended with."""
+    """The final weights of a run."""
     if (folder / "final.pt").exists():
         return dict(torch.load(folder / "final.pt", weights_only=True))
     return dict(mpcompile.load(folder / "distilled.mpc").state_dict())
 
 
 def epochs_told(folder: Path) -> list[Any]:
-    """What the log says of epochs and steps, without times."""
+    """The epochs and steps in the log, without times."""
     return [
         {key: value for key, value in line.items() if key != "time"}
         for line in events.read(folder / "log.jsonl")
@@ -206,7 +206,7 @@ def epochs_told(folder: Path) -> list[Any]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
     parser.add_argument("--kills", type=int)
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     fill(args, {"kills": 20, "epochs": 24}, {"kills": 3, "epochs": 5})
-    torch.set_num_threads(1)  # so that processes can be forked off
+    torch.set_num_threads(1)  # so that processes can be forked
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         if args.command:

@@ -1,4 +1,4 @@
-"""Top-1 against the number of merged tokens, on real images and without any training.
+"""Top-1 against the number of merged tokens, on real images and without training.
 
     python -m bench.tokens.accuracy --data FOLDER --tome-r 0 4 8 12 13 16 20
 
@@ -6,9 +6,9 @@ FOLDER holds ``vit_tiny_patch16_224_fp16.safetensors`` and image files, .npz wit
 bytes), int64 ``offsets`` and ``labels`` of ImageNet's 1000 classes; images are 224 x 224, normalised with mean and
 standard deviation 0.5.
 
-Three ways to merge: on the keys with proportional attention, on the keys without, and, as a control, with the keys
-replaced by random numbers, so that the same number of tokens merges, but any of them. Intervals are Wilson's at 95 %;
-"lost" and "won" count the images that only the dense or only the merged model gets right.
+Tokens are merged in three ways: by their keys with proportional attention, by their keys without it, and, as a control,
+with the keys replaced by random numbers, which merges the same number of random tokens. Intervals are Wilson's at 95 %;
+"lost" and "won" count the images that only the dense or only the merged model classifies correctly.
 
 Results go into tome_accuracy.json and tome_accuracy.png.
 """
@@ -54,7 +54,7 @@ def images_of(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def randomised(gm: IRModule) -> IRModule:
-    """The module with random numbers in the place of the keys that tokens are matched by."""
+    """The module with random numbers in place of the keys by which tokens are matched."""
     for node in [n for n in gm.graph.nodes if n.target is ops.token_merge]:
         with gm.graph.inserting_before(node):
             noise = gm.graph.call_function(torch.randn_like, (node.args[1],))
@@ -71,14 +71,14 @@ def merged(model: nn.Module, r: int, way: str) -> IRModule:
 
 @torch.no_grad()
 def right(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> Tensor:
-    """Which images the model gets right."""
+    """Which images the model classifies correctly."""
     torch.manual_seed(0)
     found = torch.cat([model(chunk).argmax(-1) for chunk in images.split(batch)])
     return found == labels
 
 
 def interval(hits: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Wilson's 95 % interval of a proportion."""
     z, p = 1.959964, hits / total
     middle = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
@@ -86,7 +86,7 @@ def interval(hits: int, total: int) -> tuple[float, float]:
 
 
 def measure(model: nn.Module, path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record for each r and way of merging."""
+    """One record per r and way of merging."""
     images, labels = images_of(path)
     dense = right(model, images, labels, args.batch)
     records = []
@@ -115,7 +115,7 @@ def measure(model: nn.Module, path: Path, args: argparse.Namespace) -> list[dict
 
 
 def plot(records: list[dict[str, Any]], folder: Path) -> None:
-    """Top-1 against r, one panel for each set of images."""
+    """Plot top-1 against r, one panel per set of images."""
     try:
         import matplotlib
     except ImportError:

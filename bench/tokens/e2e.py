@@ -1,25 +1,25 @@
-"""Token merging alone on the CPU, end to end: dense weights, fewer tokens, against the best dense build.
+"""Only token merging, on the CPU, end to end: dense weights and fewer tokens against the best dense build.
 
     python -m bench.tokens.e2e --model vit_base_patch16_224 --batch 8 --dtype fp32 bf16
 
 The model is a timm model with random weights. Dense builds are eager, ``torch.compile`` and ``torch.compile`` with
 freezing; merged ones are ``mpcompile.transform(model, x, Config(pattern="dense", tome_r=r))`` in the same three forms.
 All builds of a (batch, dtype) are interleaved in one run under ``torch.no_grad()``. The ratio of an r is the fastest
-dense median / the fastest merged median of the same dtype. It stands beside the ratio of multiply-accumulates
-(dense / executed), which is what it would be if time went with arithmetic; "of MACs" is one over the other.
+dense median divided by the fastest merged median of the same dtype. Beside it is the ratio of multiply-accumulates
+(dense / executed), which it would equal if time were proportional to arithmetic; "of MACs" is the quotient of the two.
 
 Every compiled merged build is compared with the transformed module run eagerly in fp32. In fp32 the relative RMS
-difference has to stay below 1e-5. In bf16 it is that of rounding, and of tokens that are almost equally alike and merge
-otherwise after another rounding; it may be at most 1.5 times that of the transformed module run eagerly in bf16. Else
-the build is called WRONG and the exit status is 1.
+difference must stay below 1e-5. In bf16 it contains rounding, and the effect of rounding on which of several nearly
+equally similar tokens are merged; it may be at most 1.5 times that of the transformed module run eagerly in bf16.
+Otherwise the build is reported as WRONG and the exit status is 1.
 
-``--parts`` times what merging adds to a block instead: matching and merge, and attention with log(size) as a bias, as
-an extra key channel, written out, and without any; and what fewer tokens save in its linear layers alone: the time
-that they take at the token counts of all blocks, over what it would be if it went with the tokens.
+``--parts`` instead times what merging adds to a block: matching and merging, and attention with log(size) as a bias, as
+an extra key channel, written out, and without it. It also times what fewer tokens save in the linear layers: their time
+at the token counts of all blocks, relative to a time proportional to the number of tokens.
 
-With ``--threads 1`` the clock is the processor time of that thread, which holds on a machine that others use as well.
+With ``--threads 1`` the clock is the processor time of that thread, which is valid on a shared machine, too.
 
-Results go into tome_e2e.json and tome_parts.json, one record for each (model, depth, batch, dtype, threads).
+Results go into tome_e2e.json and tome_parts.json, one record per (model, depth, batch, dtype, threads).
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.passes.merge_tokens.schedule import counts
 
 NAME, PARTS = "tome_e2e", "tome_parts"
-BLOCKS = 12  # of the models whose linear layers --parts times
+BLOCKS = 12  # the models whose linear layers --parts times
 FORMS = ("eager", "compile", "compile freezing")
 
 
 def merged_builds(model: nn.Module, x: Tensor, dtype: str, r: int, forms: list[str]) -> Built:
-    """One transformed model in some of the forms ``FORMS``."""
+    """One transformed model in the given forms, of ``FORMS``."""
     config = mpcompile.Config(pattern="dense", tome_r=r)
     pipeline = mpcompile.Pipeline([MergeTokens()])
     gm = mpcompile.transform(model, x, config, pipeline=pipeline)
@@ -102,7 +102,7 @@ def block(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any]) -> None:
-    """Tables of one record: all builds, and each r against the best dense build."""
+    """Print the tables of one record: all builds, and each r against the best dense build."""
     lines = []
     for name, build in record["builds"].items():
         ms = build["ms"]
@@ -119,7 +119,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def attention_variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Ways to bring log(size) (B, N, 1) into attention."""
+    """Ways to add log(size) (B, N, 1) to attention."""
 
     def bias(size: Tensor) -> Tensor:
         return size.log().transpose(-1, -2).unsqueeze(1)
@@ -140,7 +140,7 @@ def attention_variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[T
 
 
 def linear_scaling(module: nn.Module, x: Tensor, tokens: list[int], args: argparse.Namespace) -> float:
-    """Time of a block's linear layers at each number of tokens, over that at the first number times the share kept."""
+    """Time of a block's linear layers per number of tokens, relative to a time proportional to that number."""
     layers = [module.attn.qkv, module.attn.proj, module.mlp.fc1, module.mlp.fc2]
     given = {layer: torch.randn(*x.shape[:2], layer.in_features, dtype=x.dtype) for layer in layers}
 
@@ -155,7 +155,7 @@ def linear_scaling(module: nn.Module, x: Tensor, tokens: list[int], args: argpar
 
 
 def parts(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
-    """Time what merging adds to one block, compiled, beside the whole dense block."""
+    """Time what merging adds to one block, compiled, and the whole dense block for comparison."""
     model, images = create(argparse.Namespace(**{**vars(args), "depth": 1}), batch, dtype)
     dense, module = common.DTYPES[dtype], model.blocks[0]
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
@@ -203,13 +203,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224", help="timm name (%(default)s)")
     parser.add_argument("--depth", type=int, metavar="N", help="blocks; the model's own by default")
-    parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="images a call (8)")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="images per call (8)")
     parser.add_argument("--dtype", nargs="+", choices=list(common.DTYPES), help="(fp32 bf16)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
-    parser.add_argument("--tome-r", type=int, nargs="+", metavar="R", help="tokens merged a block (8 13 16)")
+    parser.add_argument("--tome-r", type=int, nargs="+", metavar="R", help="tokens merged per block (8 13 16)")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed calls of each build (15)")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="calls before those (%(default)s)")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of merged builds (all)")
+    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="untimed calls before those (%(default)s)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="forms of merged builds (all)")
     parser.add_argument("--parts", action="store_true", help="time the parts of one block instead")
     common.common_arguments(parser)
     args = parser.parse_args(argv)

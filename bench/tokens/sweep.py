@@ -1,18 +1,18 @@
-"""Token merging over every timm architecture that holds an attention layer: supported, refused and why, or failed.
+"""Token merging on every timm architecture with an attention layer: supported, refused (and why), or failed.
 
     python -m bench.tokens.sweep --shard 0/8 --seconds 450     # resumes where it stopped; then the other shards
     python -m bench.tokens.sweep --report                      # the table in docs/
 
-Each architecture is built at depth 2, for images of 8 x 8 patches, where its family takes a depth and a size; else as
-it is, first on the meta device. Eight tokens merge a block; what symbolic tracing can't take is exported first. An
-architecture counts as
+Each architecture is built at depth 2 for images of 8 x 8 patches, if its family accepts a depth and a size, else at its
+own; first on the meta device. Eight tokens are merged per block. Models that symbolic tracing can't handle are exported
+first. An architecture counts as
 
-supported   transformed, and its output, with random weights, equals the one of the eager reference in
-            tests/support/merging_reference.py to a relative RMS of 1e-4, and to a tenth of what merging changes;
-refused     by an error of mpcompile's, which is the reason given;
-failed      anything else: another exception, or another output.
+supported   if it is transformed, and its output with random weights equals that of the eager reference in
+            tests/support/merging_reference.py within a relative RMS of 1e-4 and a tenth of what merging changes;
+refused     if mpcompile raises one of its errors, which gives the reason;
+failed      otherwise: another exception, or another output.
 
-Results go into tome_sweep.json, one record for each name, and docs/token_merging_models.md.
+Results go into tome_sweep.json, one record per name, and docs/token_merging_models.md.
 """
 
 from __future__ import annotations
@@ -50,34 +50,34 @@ DOC = ROOT / "docs" / "token_merging_models.md"
 R = 8
 TOLERANCE = 1e-4
 ATTENTION = re.compile(r"attention|attn|mla$|[mhsp]sa$", re.IGNORECASE)  # class names
-SMALL = 8  # patches a side of the images whose outputs are compared
+SMALL = 8  # patches per side of the images whose outputs are compared
 
 
 def build(name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """An architecture at depth 2 if its family takes a depth; and the arguments it was made with."""
+    """An architecture at depth 2, if its family accepts a depth, and the arguments it was made with."""
     grouped = {"depth": 2, "num_heads": 8, "num_kv_heads": (8, 4)}  # for families that name heads block by block
     for extra in ({"depth": 2, **kwargs}, {"depth": 2}, {**grouped, **kwargs}):
         try:
             return timm.create_model(name, **extra).eval(), extra
-        except Exception:  # families say in many ways that they take no depth, or not this size
+        except Exception:  # families reject a depth or a size with different exceptions
             continue
     return timm.create_model(name).eval(), {}
 
 
 def architectures() -> list[str]:
-    """All names, taking turns between timm's modules, so that a sweep that stops early has seen every family."""
+    """All names, alternating between timm's modules, so that a sweep that stops early has covered every family."""
     turns = [timm.list_models(module=module) for module in timm.list_modules()]
     return [name for turn in itertools.zip_longest(*turns) for name in turn if name is not None]
 
 
 def attention_layers(model: nn.Module) -> list[str]:
-    """Classes of attention that a model holds."""
+    """The classes of attention layers in a model."""
     names = {type(module).__name__ for module in model.modules()}
     return sorted(name for name in names if ATTENTION.search(name.replace("Flatten", "")))
 
 
 def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
-    """The transformed model, and how it was traced."""
+    """The transformed model, and the way it was traced."""
     config, pipeline = Config(pattern="dense", tome_r=R), Pipeline([MergeTokens()])
     try:
         return transform(model, images, config, pipeline=pipeline), "symbolic"
@@ -91,7 +91,7 @@ def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
 
 
 def blocks(model: nn.Module, sites: int) -> list[nn.Module]:
-    """The last ``sites`` modules that add attention to their input: where others stand before them, windows."""
+    """The last ``sites`` modules that add attention to their input; those before them attend within windows."""
     found = list(getattr(model, "blocks", []))
     if not found or isinstance(found[0], (nn.ModuleList, nn.Sequential)):  # stages of blocks
         found = [m for m in model.modules() if any(ATTENTION.search(type(child).__name__) for child in m.children())]
@@ -99,11 +99,11 @@ def blocks(model: nn.Module, sites: int) -> list[nn.Module]:
 
 
 def small_side(model: nn.Module) -> int:
-    """Side, in pixels, of an image of about ``SMALL`` x ``SMALL`` tokens."""
+    """The side, in pixels, of an image of about ``SMALL`` x ``SMALL`` tokens."""
     modules = list(model.modules())
     embeds = [m for m in modules if getattr(m, "img_size", None) and getattr(m, "grid_size", None)]
     sizes = [m.patch_size for m in modules if hasattr(m, "patch_size")]
-    if embeds:  # pixels a token, convolutions in front included
+    if embeds:  # pixels per token, including the convolutions in front
         patch = embeds[0].img_size[0] // embeds[0].grid_size[0]
     else:
         patch = sizes[0] if sizes else 16
@@ -167,7 +167,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Examine what this shard has not examined yet, for so many seconds."""
+    """Examine the remaining architectures of this shard, for this many seconds."""
     number, of = map(int, args.shard.split("/"))
     stem = f"{NAME}-{number}of{of}"
     names = args.models or architectures()[number::of]
@@ -189,7 +189,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def short(reason: str) -> str:
-    """A reason without what differs from variant to variant."""
+    """A reason without the parts that differ from variant to variant."""
     reason = re.sub(r"^[\w.]+: ", "", reason)
     reason = reason.split(". Use ")[0].split("; expected")[0]
     return re.sub(r"\(\d[\d, ]*\)", "(...)", reason)
@@ -203,7 +203,7 @@ def why(record: dict[str, Any]) -> str:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Collect the shards into one file, and write the table; 1 if an architecture failed."""
+    """Collect the shards into one file and write the table; return 1 if an architecture failed."""
     records = load(args.out)
     missing = [name for name in timm.list_models() if name not in records]
     common.save(NAME, {"timm": timm.__version__, "records": [records[n] for n in sorted(records)]}, args.out)
@@ -255,8 +255,10 @@ a bias.
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th architecture from number I on")
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after the architecture that is at work then")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="these alone, again")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="stop after the architecture in progress at that time"
+    )
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="examine only these, again")
     parser.add_argument("--report", action="store_true", help="collect the shards and write the table")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=common.RESULTS, metavar="FOLDER", help="(bench/results)")

@@ -1,11 +1,11 @@
-"""What the demo's job costs in accuracy, over all scans: cross-validated on scikit-learn's digits.
+"""The accuracy cost of the demo's job over all scans, cross-validated on scikit-learn's digits.
 
     python -m bench.training.digits --seeds 0 1 2
 
-Of four parts of the 1,797 scans each is held out once: the dense transformer is trained on the other three, pruned
-(8:16) and merged until at least 60 % of its executed multiply-accumulates are gone, distilled for three epochs on what
-it was trained on, and both predict the held-out part. Drops are paired, scan by scan; scans of different seeds are the
-same scans, so the interval over all seeds treats them as one scan each with the mean of its drops.
+Each of four parts of the 1,797 scans is held out once. The dense transformer is trained on the other three, pruned
+(8:16) and merged until at least 60 % of its executed multiply-accumulates are saved, and distilled for three epochs on
+its training data; then both models predict the held-out part. Drops are paired, scan by scan. All seeds use the same
+scans, so the interval over all seeds treats each scan once, with the mean of its drops.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCANS = 1797
 
 
 def held_out(demo: Demo, fold: int, args: argparse.Namespace) -> tuple[float, dict[str, Tensor]]:
-    """MACs saved, and which of the held-out scans the dense model, the pruned and the distilled one get right."""
+    """MACs saved, and which held-out scans the dense, the pruned and the distilled model classify correctly."""
     data = load_data(demo.seed, fold)
     dense = train_dense(demo, data, fold)
     config = Config(pattern=args.pattern, tome_r=args.tome_r)
@@ -40,10 +40,10 @@ def held_out(demo: Demo, fold: int, args: argparse.Namespace) -> tuple[float, di
 
 
 def over_seeds(drops: Tensor) -> tuple[float, float, float]:
-    """Mean and 95 % interval of the drop, in shares.
+    """Mean and 95 % interval of the drop, as shares.
 
     Args:
-        drops: (seeds, scans), dense right minus distilled right.
+        drops: (seeds, scans), dense correct minus distilled correct.
     """
     each = drops.mean(0)
     mean, width = float(each.mean()), 1.96 * float(each.std() / len(each) ** 0.5)
@@ -51,7 +51,7 @@ def over_seeds(drops: Tensor) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
     parser.add_argument("--seeds", type=int, nargs="+")
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def summarise(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """The table, and the drop of each seed and over all of them, into the JSON file."""
+    """Print the table, and write the drop of each seed and over all of them to the JSON file."""
     rows, drops = [], []
     for seed in args.seeds:
         parts = sorted((p for p in result["parts"] if p["seed"] == seed), key=lambda p: p["fold"])

@@ -1,13 +1,13 @@
-"""What a few epochs of distillation bring back on real models and images.
+"""How much accuracy a few epochs of distillation recover on real models and images.
 
     python -m bench.training.distill DATA --task vit_tiny --patterns 2:4 --tome-r 0 8
     python -m bench.training.distill DATA --task resnet20 --patterns 2:4 8:16 --seeds 0 1
 
-DATA is a folder with ``load.py``, weights and labelled images. Training and calibration images are one set, evaluation
-images another, never looked at before the end. Methods: ``ours`` (masks by OBS, restored and permuted), ``magnitude``
-(masks by magnitude, then the same distillation), ``sr-ste`` and ``gradual`` (dense weights under moving masks, the same
-distillation). Rows that the JSON file holds already are not measured again; ``--holdout N`` keeps N training images out
-and evaluates on them instead, to choose options by.
+DATA is a folder with ``load.py``, weights and labelled images. Training and calibration use one set of images,
+evaluation another, which is not used before the end. Methods: ``ours`` (masks by OBS, restored and permuted),
+``magnitude`` (masks by magnitude, then the same distillation), ``sr-ste`` and ``gradual`` (dense weights under moving
+masks, the same distillation). Rows that are in the JSON file are not measured again. ``--holdout N`` holds out N
+training images and evaluates on them instead, to choose options.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.training.distill import apply_masks
 
 METHODS = ("ours", "magnitude", "sr-ste", "gradual")
-# ViT-Tiny's by the divergence on 100 training images kept out, the others set beforehand; never on evaluation images.
+# ViT-Tiny's by the divergence on 100 held-out training images, the others set beforehand; never on evaluation images.
 OPTIONS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"lr": 1e-4, "alpha": 1.0, "features": 10.0, "weight_decay": 0.01, "precision": "bf16"},
     "resnet20": {"lr": 1e-3, "alpha": 1.0, "features": 1.0, "weight_decay": 1e-4, "bn_batches": 20},
@@ -71,20 +71,20 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         return self.augment(self.images[index]), int(self.labels[index])
 
 
-def paired_drop(dense: Tensor, found: Tensor) -> tuple[float, float, float]:
+def paired_drop(dense: Tensor, sparse: Tensor) -> tuple[float, float, float]:
     """Drop in accuracy on the same images, and its 95 % interval (Agresti and Min 2005), as shares.
 
     Args:
-        dense, found: which images each gets right, boolean.
+        dense, sparse: which images each model classifies correctly, boolean.
     """
-    lost, won, n = int((dense & ~found).sum()), int((found & ~dense).sum()), len(dense)
+    lost, won, n = int((dense & ~sparse).sum()), int((sparse & ~dense).sum()), len(dense)
     centre = (lost - won) / (n + 2)
     width = 1.96 * ((lost + won + 1) - (lost - won) ** 2 / (n + 2)) ** 0.5 / (n + 2)
     return (lost - won) / n, centre - width, centre + width
 
 
 def student(job: Task, method: str, pattern: str, r: int, seed: int, images: int) -> IRModule:
-    """Before training."""
+    """The student before training."""
     x, labels = job.calibration
     if method == "ours":
         batches = list(x[draw(labels.tolist(), min(images, len(x)), seed)].split(50))
@@ -97,7 +97,7 @@ def student(job: Task, method: str, pattern: str, r: int, seed: int, images: int
 
 
 def measure(job: Task, args: argparse.Namespace, method: str, pattern: str, r: int, seed: int) -> dict[str, Any]:
-    """One row."""
+    """Measure one row."""
     torch.manual_seed(seed)
     start, cpu = time.perf_counter(), time.process_time()
     key = f"{args.task}-{method}-{pattern.replace(':', 'of')}-{r}-{seed}-{args.holdout}"
@@ -153,7 +153,7 @@ def _number(value: Any) -> Any:
 
 
 def held_out(job: Task, count: int) -> Task:
-    """The last ``count`` images of a shuffled training set are evaluated on, the others are trained on."""
+    """Evaluate on the last ``count`` images of a shuffled training set, and train on the others."""
     x, labels = job.calibration
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, rest = order[:-count], order[-count:]
@@ -161,7 +161,7 @@ def held_out(job: Task, count: int) -> Task:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--task", default="vit_tiny", choices=list(OPTIONS))
@@ -170,12 +170,14 @@ def main() -> None:
     parser.add_argument("--tome-r", nargs="+", type=int, default=[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--train", type=int, default=1 << 30, metavar="N", help="training images (default all)")
+    parser.add_argument("--train", type=int, default=1 << 30, metavar="N", help="training images (default: all)")
     parser.add_argument("--calibration", type=int, metavar="N", help="calibration images")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="evaluate on N training images instead")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="other training options")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep students and checkpoints there, and go on")
-    parser.add_argument("--name", default="distill", help="of the JSON file")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="folder of students and checkpoints, from which runs are resumed"
+    )
+    parser.add_argument("--name", default="distill", help="name of the JSON file")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()
     args.calibration = args.calibration or CALIBRATION[args.task]

@@ -1,11 +1,11 @@
-"""Does every recipe start, and run, at full model size?
+"""Does every recipe start and run at full model size?
 
     python -m bench.training.recipes
     python -m bench.training.recipes --only vit_base_2of4_tome8
 
-Each recipe makes its model (random weights), its student from 4 random images and two optimiser steps of distillation
-on batches of 2, in a process of its own. Checked: masks are legal before and after, the loss is finite, and the
-multiply-accumulates are those of method section 8, counted from the tensors.
+Each recipe makes its model (random weights), its student from 4 random images, and two optimiser steps of distillation
+on batches of 2, in a separate process. Checks: the masks are legal before and after, the loss is finite, and the
+multiply-accumulates, counted from the tensors, are those that the recipe expects.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOLERANCE = 0.006  # percent points, and G of 1 %: the figures are rounded to tw
 
 
 def check(name: str) -> dict[str, Any]:
-    """One recipe, here and now."""
+    """Check one recipe in this process."""
     recipe = Recipe.load(name, ["train.bn_batches=2"] if Recipe.load(name).train.bn_batches else [])
     torch.manual_seed(0)
     size = recipe.data.size or 224
@@ -71,9 +71,9 @@ def check(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Check, print, write."""
+    """Check, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=Recipe.names(), help="recipes (default all)")
+    parser.add_argument("--only", nargs="*", choices=Recipe.names(), help="recipes (default: all)")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()

@@ -83,7 +83,7 @@ def encode(value: Any, depth: int = 0) -> Any:
         if isinstance(value, kind):
             return {tag: str(value).removeprefix("torch.")}
     raise Refusal(
-        f"a value of type {type(value).__name__} can't be stored",
+        f"a value of type {type(value).__name__} cannot be stored",
         expected="numbers, text, None, slices, dtypes, devices, and tuples, lists and dicts of them",
         found=shown(value),
     )
@@ -255,7 +255,7 @@ def encode_signature(graph: fx.Graph) -> Any:
         for spec in codegen.pytree_info[1:]:
             tree = None if spec is None else encode(pytree.tree_unflatten([0] * spec.num_leaves, spec))
             if spec is not None and _decode_spec(tree) != spec:
-                raise Refusal("inputs or outputs are of a type that a file can't hold", found=shown(spec))
+                raise Refusal("inputs or outputs are of a type that a file cannot hold", found=shown(spec))
             trees.append(tree)
         return {"names": list(codegen.pytree_info.orig_args), "in": trees[0], "out": trees[1]}
     if type(codegen) is not CodeGen or codegen._body_transformer is not None:
@@ -274,7 +274,7 @@ def decode_signature(graph: fx.Graph, value: Any) -> None:
     names, spec = [identifier(name) for name in value["names"]], _decode_spec(value["in"])
     inputs = sum(node.op == "placeholder" for node in graph.nodes)
     if spec.num_leaves != inputs or len(set(names)) != len(names):
-        raise Refusal("the signature doesn't fit the graph", expected=f"{inputs} inputs", found=spec.num_leaves)
+        raise Refusal("the signature does not fit the graph", expected=f"{inputs} inputs", found=spec.num_leaves)
     out = None if value["out"] is None else _decode_spec(value["out"])
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, spec, out)))
 

@@ -155,7 +155,7 @@ def _fill(file: BinaryIO, metadata: dict[str, str], tensors: Mapping[str, Tensor
     for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n)):  # large items first: all stay aligned
         tensor = tensors[name]
         if tensor.dtype not in _CODES:
-            raise Refusal(f"tensor {name} has a dtype that a file can't hold", found=tensor.dtype)
+            raise Refusal(f"tensor {name} has a dtype that a file cannot hold", found=tensor.dtype)
         start, end = end, end + tensor.numel() * tensor.itemsize
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     frame = _frame(header)

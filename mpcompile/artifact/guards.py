@@ -134,7 +134,7 @@ def _checked(function: Callable[..., Any], overload: Any, check: _Check) -> Call
         expected = check(given)
         if expected is not None:
             shapes = [tuple(value.shape) for value in given.values() if isinstance(value, Tensor)]
-            raise InputError(f"{title} can't take these tensors", expected=expected, found=str(shapes)[:200])
+            raise InputError(f"{title} cannot take these tensors", expected=expected, found=str(shapes)[:200])
         return function(*args, **kwargs)
 
     return call

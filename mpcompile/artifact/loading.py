@@ -13,8 +13,9 @@ from mpcompile.artifact.native_nodes import check_packed
 from mpcompile.artifact.opset import Refusal, identifier, shown
 from mpcompile.artifact.packing import unpack_tensors
 from mpcompile.artifact.tree import restore_modules, restore_tensors
-from mpcompile.errors import summary
+from mpcompile.errors import GraphError, summary
 from mpcompile.io.reading import read_bytes
+from mpcompile.ir import spec
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import with_ordinary_tensors
 from mpcompile.plan import Plan
@@ -36,11 +37,14 @@ def load(path: str | os.PathLike[str]) -> IRModule:
             operator or layer that is not allowed.
 
     Example:
-        >>> load("model.safetensors").plan.masked[0]
-        'blocks.0.attn.qkv'
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> gm = mpcompile.transform(model, torch.randn(2, 16), mpcompile.Config(pattern="2:4"))
+        >>> mpcompile.save(gm, "model.mpc")
+        >>> load("model.mpc").plan.masked
+        ['0']
     """
     target = resolve(path)
-    with naming(target, "can't be loaded"):
+    with naming(target, "cannot be loaded"):
         if not os.path.isdir(target):
             return assemble(*read(target))
         if not os.path.exists(os.path.join(target, WEIGHTS)):
@@ -70,13 +74,24 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
             raise Refusal("the mode that the graph stands for is malformed", found=shown(graph["locked"]))
         gm.locked_mode = graph["locked"]
         check_packed(gm)
-        if texts["plan"] != "null":
-            gm.plan = Plan.from_json(texts["plan"])
+        plan = None if texts["plan"] == "null" else Plan.from_json(texts["plan"])
+        if plan is not None:
+            gm.plan = plan
+        _check_stage(gm, plan)
     except Refusal:
         raise
     except Exception as error:  # whatever malformed tables make constructors and fx raise
         raise Refusal(f"its parts make no module ({summary(error)})", expected="what mpcompile.save writes") from error
     return gm
+
+
+def _check_stage(gm: IRModule, plan: Plan | None) -> None:
+    """Refuse a graph that is not legal after the passes that its plan records."""
+    stage = max(spec.stage_of(gm), spec.recorded(plan) if plan is not None else spec.Stage.TRANSFORMED)
+    try:
+        spec.check(gm, stage, plan=plan)
+    except GraphError as error:
+        raise Refusal(error.message, expected=error.expected, found=error.found) from error
 
 
 def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
@@ -87,7 +102,7 @@ def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
         text = read_bytes(path, MAX_HEADER)
     except OSError as error:
         hint = f"remove it: {WEIGHTS} holds the plan, too"
-        raise Refusal(f"its {PLAN} can't be read", found=error.strerror or str(error), hint=hint) from error
+        raise Refusal(f"its {PLAN} cannot be read", found=error.strerror or str(error), hint=hint) from error
     if parse(text, PLAN) != readable(metadata):
         raise Refusal(
             f"{PLAN} is not that of {WEIGHTS}",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.artifact import guards
-from mpcompile.kernels import ops as _ops
+from mpcompile.ir import spec
 
 LISTED = "something on the lists in mpcompile/artifact/"
 
@@ -55,7 +55,7 @@ def keyword_name(text: object) -> str:
     """Return ``text`` if it can name an argument in generated source, else raise Refusal."""
     if isinstance(text, str) and _IDENTIFIER.fullmatch(text) and not keyword.iskeyword(text):
         return text
-    raise Refusal("a name can't stand in Python source", expected="a plain identifier", found=shown(text))
+    raise Refusal("a name cannot stand in Python source", expected="a plain identifier", found=shown(text))
 
 
 def identifier(text: object) -> str:
@@ -77,7 +77,7 @@ def module_path(text: object) -> str:
     if isinstance(text, str) and text.count(".") < _MAX_PARTS and all(map(_is_name, text.split("."))):
         return text
     raise Refusal(
-        "a path can't name a layer or tensor",
+        "a path cannot name a layer or tensor",
         expected="names of printable characters without quotation marks and backslashes, joined by dots",
         found=shown(text),
     )
@@ -180,7 +180,7 @@ _HOMES: tuple[tuple[str, Any, frozenset[str]], ...] = (
     ("torch.linalg", torch.linalg, words("matrix_norm norm vector_norm")),
     ("torch.fft", torch.fft, words("fft fft2 fftn ifft ifft2 ifftn rfft rfft2 rfftn irfft irfft2 irfftn")),
 )
-_OWN = frozenset(op._schema.name.rpartition("::")[2] for op in _ops.MASKED | _ops.PACKED | _ops.MERGING)
+_OWN = frozenset(row.name for row in spec.OPERATORS.values())
 _PACKETS = {"aten": ATEN, "mpcompile": _OWN}
 _SCRIPT = words("size sym_size sym_stride")  # their overload without an axis is TorchScript's
 _OVERLOAD = re.compile(r"(aten|mpcompile)\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")

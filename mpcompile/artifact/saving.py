@@ -48,12 +48,14 @@ def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
             a folder whose files of these names belong to another program, or a full disk.
 
     Example:
-        >>> save(gm, "model.safetensors")
-        >>> torch.equal(load("model.safetensors")(x), gm(x))
+        >>> model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(2, 16)
+        >>> gm = mpcompile.transform(model, x, mpcompile.Config(pattern="2:4"))
+        >>> save(gm, "model.mpc")
+        >>> torch.equal(mpcompile.load("model.mpc")(x), gm(x))
         True
     """
     target = resolve(path)
-    with naming(target, "can't be saved"):
+    with naming(target, "cannot be saved"):
         texts, tensors = describe(gm)
         folder = os.path.isdir(target) or os.fsdecode(os.fspath(path)).endswith(os.sep)
         if not folder:
@@ -75,7 +77,7 @@ def check_folder(folder: str) -> None:
         path = Path(folder, name)
         if os.path.lexists(path) and not is_ours(path):
             raise Refusal(
-                f"the folder holds a {name} that mpcompile didn't write",
+                f"the folder holds a {name} that mpcompile did not write",
                 hint="choose another folder, or move that file",
             )
 

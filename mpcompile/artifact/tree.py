@@ -82,7 +82,7 @@ class Tree:
         name = self._names[id(tensor)] = module_path(_join(path, key))
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
             raise Refusal(
-                f"tensor {name} can't be stored",
+                f"tensor {name} cannot be stored",
                 expected="an ordinary dense tensor with data",
                 found=f"{type(tensor).__name__}, {tensor.layout}, device {tensor.device}",
             )
@@ -103,7 +103,7 @@ def _checked_name(module: nn.Module, path: str) -> str:
     if name is None:
         cls = f"{type(module).__module__}.{type(module).__qualname__}"
         raise Refusal(
-            f"layer {path} is a {cls}, which a file can't hold",
+            f"layer {path} is a {cls}, which a file cannot hold",
             expected=LISTED,
             hint="build it of torch.nn layers, or save gm.state_dict() and transform again",
         )
@@ -232,7 +232,7 @@ def _fill_layer(
         for p, b in ((layer._parameters, layer._buffers), (parameters, buffers))
     )
     if expected != found or layer._buffers.keys() != buffers.keys():
-        raise Refusal(f"layer {path}: the tensors don't fit its class", expected=expected, found=found)
+        raise Refusal(f"layer {path}: the tensors do not fit its class", expected=expected, found=found)
     dtypes = {t.dtype for t in parameters.values() if t is not None}
     if len(dtypes) > 1:  # some layers check only that of the first
         raise Refusal(f"layer {path} has parameters of several dtypes", found=", ".join(sorted(map(str, dtypes))))

@@ -28,7 +28,7 @@ class Verdict:
         zeros: share of exact zeros.
         legal: the patterns that it meets, sparsest first: for every M of 4, 8, 12, 16 and 32 that divides its inputs,
             the smallest N, if that is below M.
-        pattern: the pattern that it has to meet: the one asked for, or that of its own mask; None without either.
+        pattern: its required pattern: the one asked for, or that of its own mask; None without either.
         groups: number of groups of that pattern in the weight; 0 if M does not divide the inputs.
         bad: groups with more than N nonzeros.
         first: where the first bad group starts: output row, input channel, and kernel tap of a convolution.
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """True if it meets the pattern that it has to meet."""
+        """True if it meets its required pattern."""
         return self.pattern is None or (self.groups > 0 and self.bad == 0)
 
 
@@ -60,7 +60,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True if every weight meets the pattern that it has to meet."""
+        """True if every weight meets its required pattern."""
         return all(v.ok for v in self.verdicts.values())
 
     def to_json(self, indent: int | None = None) -> str:
@@ -70,18 +70,18 @@ class Verification:
     def __str__(self) -> str:
         rows = []
         for name, v in self.verdicts.items():
-            held = "" if v.pattern is None else f"{v.pattern}: " + ("yes" if v.ok else f"{v.bad} of {v.groups} bad")
+            met = "" if v.pattern is None else f"{v.pattern}: " + ("yes" if v.ok else f"{v.bad} of {v.groups} bad")
             where = "" if v.first is None else ", ".join(f"{k} {p}" for k, p in v.first.items())
             shape = "x".join(map(str, v.shape))
             legal = " ".join(v.legal) or "none"
             tensorrt = "yes" if v.tensorrt else "no"
-            rows.append([printable(name, 200), shape, f"{v.zeros:.1%}", legal, held, where, tensorrt, v.note])
-        head = ["weight", "shape", "zeros", "legal", "held to", "first bad group", "TensorRT 2:4", "note"]
-        held_to = [v for v in self.verdicts.values() if v.pattern is not None]
-        good, sparse = sum(v.ok for v in held_to), sum(bool(v.legal) for v in self.verdicts.values())
+            rows.append([printable(name, 200), shape, f"{v.zeros:.1%}", legal, met, where, tensorrt, v.note])
+        head = ["weight", "shape", "zeros", "legal", "required", "first bad group", "TensorRT 2:4", "note"]
+        required = [v for v in self.verdicts.values() if v.pattern is not None]
+        good, sparse = sum(v.ok for v in required), sum(bool(v.legal) for v in self.verdicts.values())
         text = f"{len(self.verdicts)} weights, {sparse} legal under some N:M"
-        if held_to:
-            text += f"; {good} of {len(held_to)} meet the pattern that they are held to"
+        if required:
+            text += f"; {good} of {len(required)} meet their required pattern"
         text += f"; TensorRT takes {sum(v.tensorrt for v in self.verdicts.values())} for 2:4"
         return f"{tabulate(rows, headers=head, disable_numparse=True)}\n\n{text}"
 
@@ -103,7 +103,7 @@ def inspect(weight: Tensor, pattern: Pattern | None = None) -> Verdict:
 
     Args:
         weight: (out, in) or (out, in / groups, kh, kw).
-        pattern: the pattern that it has to meet; None for none.
+        pattern: the required pattern; None for none.
 
     Example:
         >>> inspect(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), Pattern(2, 4)).ok
@@ -128,7 +128,7 @@ def inspect(weight: Tensor, pattern: Pattern | None = None) -> Verdict:
     if pattern is not None:
         verdict.pattern = str(pattern)
         if cin % pattern.m:
-            verdict.note = f"{cin} inputs don't divide by {pattern.m}"
+            verdict.note = f"{cin} inputs are not divisible by {pattern.m}"
             return verdict
         verdict.groups = nonzero.numel() // pattern.m
         verdict.bad = check_nm(weight, *pattern)

@@ -61,8 +61,9 @@ def certify(
         labels: true classes of all samples, of any integer type, in one piece or in parts; None takes the labels in
             the batches.
         tiers: which of 0, 1 and 2; None takes all that are defined. Tier 0 is always included.
-        l1, l2: lambda_1 and lambda_2 of the training objective CE + l2 \\|W\\|_F^2 + l1 \\|W\\|_1 over the replaced
-            weights. They are properties of a training run, not of a model; with 0, 0 no decrease is certified.
+        l1: lambda_1 of the training objective CE + l2 \\|W\\|_F^2 + l1 \\|W\\|_1 over the replaced weights. It is a
+            property of a training run, not of a model; with 0 for both lambdas no decrease is certified.
+        l2: lambda_2 of that objective.
         splits: number of parts that each segment is cut into; more parts give tighter bounds at proportional cost.
         confidence: confidence level of the statements about unseen data.
         progress: show a progress bar (on a terminal).

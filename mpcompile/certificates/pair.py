@@ -15,11 +15,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mpcompile._moved import renamed
 from mpcompile.certificates.enclosures.rules import operator_name
 from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.numerics import training_flags
-from mpcompile.kernels import ops, schema
+from mpcompile.ir.spec import family_of
+from mpcompile.kernels import schema
 
+__getattr__ = renamed(
+    __name__,
+    {"Pair": "certificates.pair.NetworkPair", "replay_orders": "certificates.orders.replay_orders"},
+)
 SAME = 1e-9  # relative difference of two float64 runs of the same function
 
 
@@ -163,14 +169,15 @@ def _functionalise(graph: fx.Graph) -> None:
 def _multiply_masks(network: Network) -> None:
     """Replace masked operators by dense ones on weight * mask."""
     for node in network.graph.nodes:
-        if node.target in ops.PACKED:
+        family = family_of(node)
+        if family in ("packed", "native"):
             raise GraphError(
                 "the module is lowered: its weights are packed for kernels",
                 expected="what mpcompile.transform returned",
                 found=operator_name(node.target),
                 hint="certify the module before mpcompile.lower",
             )
-        if node.target not in ops.MASKED:
+        if family != "masked":
             continue
         args = schema.bind(node)
         network.tensors[args.weight] = network.tensors[args.weight] * network.tensors[args.mask]

@@ -36,7 +36,7 @@ def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **op
             raise
         except Exception as error:
             hint = "check that a C++ compiler is installed, or export pt2"
-            raise GraphError(f"AOTInductor can't compile the graph: {first_line(error):.200}", hint=hint) from error
+            raise GraphError(f"AOTInductor cannot compile the graph: {first_line(error):.200}", hint=hint) from error
 
     write_signed(path, write, suffix=".pt2")
 

@@ -11,7 +11,7 @@ from mpcompile._version import __version__
 from mpcompile.errors import GraphError
 from mpcompile.io.ownership import write_signed
 from mpcompile.ir.module import IRModule, masked
-from mpcompile.kernels import ops
+from mpcompile.ir.spec import family_of
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ def dense_state(gm: IRModule) -> dict[str, Tensor]:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
-        >>> gm = transform(model, torch.randn(2, 16), Config(pattern="2:4"))
+        >>> gm = mpcompile.transform(model, torch.randn(2, 16), mpcompile.Config(pattern="2:4"))
         >>> model.load_state_dict(dense_state(gm))
         <All keys matched successfully>
     """
-    if any(node.target in ops.PACKED for node in gm.graph.nodes):
+    if any(family_of(node) in ("packed", "native") for node in gm.graph.nodes):
         raise GraphError("a lowered module has no dense weights", hint="take what mpcompile.transform returned")
     removing: dict[int, Tensor] = {}
     masks: set[int] = set()
@@ -57,7 +57,7 @@ def save_dense(gm: IRModule, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    if any(node.target in ops.MERGING for node in gm.graph.nodes):
+    if any(family_of(node) == "merging" for node in gm.graph.nodes):
         log.warning("a state dict holds no token merging: %s computes with all tokens", path)
     metadata = {"format": "pt", "mpcompile": __version__}
     write_signed(path, lambda temporary: save_file(dense_state(gm), temporary, metadata=metadata))

@@ -37,7 +37,7 @@ def save_onnx(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], *, d
             exported, (), dynamo=True, verbose=False, input_names=["x"], output_names=["logits"]
         )
     except Exception as error:
-        raise GraphError(f"ONNX can't hold the graph: {first_line(error):.200}", hint="export pt2 or aoti") from error
+        raise GraphError(f"ONNX cannot hold the graph: {first_line(error):.200}", hint="export pt2 or aoti") from error
     assert converted is not None  # with dynamo=True
     write_signed(path, lambda temporary: converted.save(temporary, include_initializers=True), suffix=".onnx")
 

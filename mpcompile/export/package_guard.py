@@ -104,7 +104,7 @@ static void mpcompile_arrange(
         if (done) {
             aoti_torch_delete_tensor_object(copy);
         }
-        mpcompile_refuse(handles, count, "input " + std::to_string(i) + " can't be copied into contiguous memory");
+        mpcompile_refuse(handles, count, "input " + std::to_string(i) + " cannot be copied into contiguous memory");
     }
     aoti_torch_delete_tensor_object(handles[i]);
     handles[i] = copy;
@@ -149,7 +149,7 @@ def guarded(package: Path, low: int, high: int) -> Iterator[None]:
 
 def _unguarded() -> GraphError:
     return GraphError(
-        "a package of this version of torch can't check its inputs",
+        "a package of this version of torch cannot check its inputs",
         expected="a version in which AOTInductor writes checks of inputs",
         hint="export pt2 or onnx instead",
     )

@@ -35,7 +35,11 @@ def program(
         MPCompileError: as :func:`mpcompile.lower`.
 
     Example:
-        >>> exported = program(gm, torch.randn(8, 3, 224, 224), dynamic_batch=True)
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> gm = mpcompile.transform(model, torch.randn(2, 16), mpcompile.Config(pattern="2:4"))
+        >>> exported = program(gm, torch.randn(8, 16), engine="reference", dynamic_batch=True)
+        >>> exported.module()(torch.randn(3, 16)).shape
+        torch.Size([3, 4])
     """
     lowered = lower(gm, example, Config(engine=engine))
     shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},) if dynamic_batch else None

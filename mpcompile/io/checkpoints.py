@@ -48,7 +48,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         else:
             source.log_steps(path)
             return
-    raise ArtifactError(f"{path} doesn't fit the model", expected=misfit[0], found=misfit[1])
+    raise ArtifactError(f"{path} does not fit the model", expected=misfit[0], found=misfit[1])
 
 
 def is_artifact(path: Path) -> bool:
@@ -77,7 +77,7 @@ def _read_state(path: Path) -> StateDict:
         raise
     except Exception as error:
         raise ArtifactError(
-            f"{path} can't be read as a checkpoint",
+            f"{path} cannot be read as a checkpoint",
             expected="a complete safetensors file, or a torch file that holds only tensors",
             found=first_line(error),
             hint="fetch the file again, or save the state dict with safetensors",
@@ -119,7 +119,7 @@ def _unpickle(file: BinaryIO, path: Path) -> Any:
                 break
     reason = str(problem).rpartition("WeightsUnpickler error: ")[2].strip()
     raise ArtifactError(
-        f"{path} can't be read as a checkpoint",
+        f"{path} cannot be read as a checkpoint",
         expected="tensors by name, and plain values",
         found=reason.partition("\n")[0].partition(" Please use")[0],
         hint="save model.state_dict() with torch.save or safetensors",

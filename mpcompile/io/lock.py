@@ -74,7 +74,7 @@ def _acquire(folder: Path) -> io.FileIO | None:
             file = io.FileIO(os.open(path, flags, 0o666), "r+")
         except OSError as error:
             reason = error.strerror or str(error)
-            raise ArtifactError(f"can't lock {folder}", expected="a writable folder", found=reason) from error
+            raise ArtifactError(f"cannot lock {folder}", expected="a writable folder", found=reason) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

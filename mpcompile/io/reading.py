@@ -127,7 +127,7 @@ def read_json(path: Path) -> Any:
     try:
         return parse_json(read_bytes(path))
     except OSError as error:
-        raise ArtifactError(f"can't read {path}", found=error.strerror or str(error)) from error
+        raise ArtifactError(f"cannot read {path}", found=error.strerror or str(error)) from error
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON", found=str(error)[:80]) from error
 

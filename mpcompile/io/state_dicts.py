@@ -171,13 +171,13 @@ def find_state(raw: Any, path: Path) -> StateDict:
     expected, hint = "tensors by name", "save model.state_dict() with torch.save or safetensors"
     if not isinstance(raw, Mapping):
         kind = f"a pickled {raw.name}" if isinstance(raw, Ignored) else f"a {type(raw).__name__}"
-        raise ArtifactError(f"{path} can't be read as a checkpoint", expected=expected, found=kind, hint=hint)
+        raise ArtifactError(f"{path} cannot be read as a checkpoint", expected=expected, found=kind, hint=hint)
     state = {name: value for name, value in raw.items() if isinstance(name, str) and _plain(value)}
     if not state:
         pickled = next((value.name for value in raw.values() if isinstance(value, Ignored) and value.name), None)
         keys = f"the entries {', '.join(str(key) for key in list(raw)[:5])}" if raw else "nothing"
         content = keys if pickled is None else f"a pickled {pickled}"
-        raise ArtifactError(f"{path} can't be read as a checkpoint", expected=expected, found=content, hint=hint)
+        raise ArtifactError(f"{path} cannot be read as a checkpoint", expected=expected, found=content, hint=hint)
     odd = sum(isinstance(value, Tensor) for value in raw.values()) - len(state)
     if odd:
         steps.append(f"{odd} tensors without a name, or of an unusual kind, left out")

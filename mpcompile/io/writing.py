@@ -47,7 +47,7 @@ def write_atomically(
         ArtifactError: the folder is missing or not writable, or the disk is full; an older file is untouched.
 
     Example:
-        >>> write_atomically("plan.json", plan.to_json())
+        >>> write_atomically("plan.json", mpcompile.Plan().to_json())
     """
     try:
         if callable(content):
@@ -58,7 +58,9 @@ def write_atomically(
                 file.write(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise ArtifactError(
-            f"can't write {os.fspath(path)}", expected="a writable folder with room", found=error.strerror or str(error)
+            f"cannot write {os.fspath(path)}",
+            expected="a writable folder with room",
+            found=error.strerror or str(error),
         ) from error
 
 
@@ -255,7 +257,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtifactError(f"can't make the folder {path}", found=error.strerror or str(error)) from error
+        raise ArtifactError(f"cannot make the folder {path}", found=error.strerror or str(error)) from error
 
 
 def check_writable(path: Path) -> None:
@@ -271,11 +273,11 @@ def check_writable(path: Path) -> None:
         folder = target.parent
         if not folder.is_dir():
             problem = f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}"
-            raise ArtifactError(f"can't write {path}", expected="a file in an existing folder", found=problem)
+            raise ArtifactError(f"cannot write {path}", expected="a file in an existing folder", found=problem)
         _try_folder(folder)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ArtifactError(f"can't write {path}", expected="a file in a writable folder", found=reason) from error
+        raise ArtifactError(f"cannot write {path}", expected="a file in a writable folder", found=reason) from error
 
 
 def check_folder_writable(path: Path) -> None:
@@ -293,7 +295,7 @@ def check_folder_writable(path: Path) -> None:
         _try_folder(existing)
     except OSError as error:
         reason = error.strerror or str(error)
-        problem = f"can't make the folder {path}, or write into it"
+        problem = f"cannot make the folder {path}, or write into it"
         raise ArtifactError(problem, expected="a writable folder", found=reason) from error
 
 

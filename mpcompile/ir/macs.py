@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import batch_size, shape_of
+from mpcompile.ir.spec import operator_of
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import check_nm
@@ -86,7 +87,8 @@ def count(gm: fx.GraphModule, dense: int | None = None, lifted: Lifted | None = 
     per_layer: dict[str, int] = defaultdict(int)
     for node in gm.graph.nodes:
         macs = node.meta.get("macs", 0)
-        if node.target in (ops.token_merge, ops.token_follow):
+        row = operator_of(node)
+        if row is not None and row.matching:
             matching += macs
             continue
         everything += macs

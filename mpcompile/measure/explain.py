@@ -54,6 +54,10 @@ class Explanation:
         layers: the masked layers, in graph order; a layer that is used twice counts once.
         machine: processor, instruction set and threads.
         cache: the file with the timings.
+
+    Example:
+        >>> Explanation([], "AMD EPYC, avx512, 2 threads", "timings.json").us
+        0
     """
 
     layers: list[LayerChoice]

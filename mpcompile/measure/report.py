@@ -76,6 +76,11 @@ class Report:
         fell_back: dynamo runs the model's own eager code instead of the compiled graph.
         predicted_saving_ms: time that the lowered layers save over the best dense layers, each timed alone; None if
             they were not timed.
+
+    Example:
+        >>> report = Report([Row("dense eager", latency_ms=2.0), Row("mpsparse", latency_ms=1.0)], {})
+        >>> report["mpsparse"].latency_ms
+        1.0
     """
 
     rows: list[Row]

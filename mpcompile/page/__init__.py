@@ -31,7 +31,7 @@ def render(sources: Sources, title: str = "") -> str:
 
     Example:
         >>> page = render(Sources(audit={"rows": [{"name": "dense eager", "macs": 2000000}]}), "My model")
-        >>> "<h1>My model</h1>" in page, "http" in page
+        >>> "<h1>My model</h1>" in page, "https://" in page
         (True, False)
     """
     provenance = sources.artifact.plan.provenance if sources.artifact is not None else {}

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, collect
 from mpcompile.calibration.stream import Stream, batch_norms
-from mpcompile.errors import ArtifactError
-from mpcompile.io.writing import write_atomically
+from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.ir.module import Imported
 from mpcompile.ir.view import LayerOp
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
@@ -173,10 +172,7 @@ class Records:
     def __init__(self, folder: Path | None, stamp: str) -> None:
         self.folder, self.stamp = folder, stamp
         if folder is not None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ArtifactError(f"can't make the folder {folder}", found=error.strerror or str(error)) from error
+            make_folder(folder)
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}.safetensors"
@@ -204,12 +200,7 @@ class Records:
         if path is None:
             return
         tensors = {k: v.cpu() for k, v in moments.tensors().items()}
-        try:
-            write_atomically(path, lambda temporary: save_file(tensors, temporary, {"stamp": self.stamp}))
-        except ArtifactError:
-            raise
-        except Exception as error:
-            raise ArtifactError(f"can't write {path}", expected="a writable folder with room", found=error) from error
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, {"stamp": self.stamp}))
 
 
 def stamp(model: Imported, values: Sequence[Sequence[Any]], config: Mapping[str, Any]) -> str:

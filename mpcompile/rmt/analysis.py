@@ -282,7 +282,7 @@ def check_plot(path: Path) -> None:
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
         expected = f"a format of matplotlib: {', '.join(f'.{name}' for name in sorted(known))}"
-        raise ArtifactError(f"can't write {path}", expected=expected, found=path.suffix or "a name without an ending")
+        raise ArtifactError(f"cannot write {path}", expected=expected, found=path.suffix or "a name without an ending")
 
 
 def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:

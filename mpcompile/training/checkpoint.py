@@ -23,11 +23,11 @@ from mpcompile.io.writing import TEMPORARY, replacing
 __getattr__ = renamed(
     __name__,
     {
+        "check_alike": "training.checkpoint.check_structure",
+        "check_same": "training.checkpoint.check_same_run",
         "digest": "training.checkpoint.weights_digest",
         "in_the_way": "training.checkpoint.earlier_run",
         "left_behind": "training.checkpoint.remove_temporary_files",
-        "check_alike": "training.checkpoint.check_structure",
-        "check_same": "training.checkpoint.check_same_run",
         "random_state": "data.seeding.random_state",
         "set_random_state": "data.seeding.set_random_state",
         "seed_everything": "data.seeding.seed_everything",

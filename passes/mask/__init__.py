@@ -1,5 +1,6 @@
 """Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph."""
 
+from mpcompile import _moved
 from mpcompile.passes.mask.choice import Masked, Masks
 from mpcompile.passes.mask.eligibility import eligible, reason, verify
 from mpcompile.passes.mask.insert import Mask
@@ -16,3 +17,5 @@ __all__ = [
     "top_n",
     "verify",
 ]
+
+__getattr__ = _moved.renamed(__name__, {"sources": "passes.mask.projector.sources"})

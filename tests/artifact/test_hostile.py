@@ -62,7 +62,7 @@ def test_no_file(tmp_path):
         ("pipe", "not a file"),
         ("a/b", "the folder"),
     ):
-        with pytest.raises(ArtifactError, match=f"can't be loaded.*{message}"):
+        with pytest.raises(ArtifactError, match=f"cannot be loaded.*{message}"):
             load(tmp_path / name)
 
 
@@ -161,7 +161,7 @@ def test_hostile_nodes(evil, small, tmp_path, monkeypatch):
     graph = json.loads(header["__metadata__"]["graph"])
     graph["nodes"].insert(1, evil)
     header["__metadata__"]["graph"] = json.dumps(graph)
-    with pytest.raises(ArtifactError, match="can't be loaded"):
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
         load(forge(tmp_path / "file", header, data))
     assert not (tmp_path / "pwned").exists()
 
@@ -247,7 +247,7 @@ def test_hostile_texts(harm, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     header, data = parts(small)
     harm(header)
-    with pytest.raises(ArtifactError, match="can't be loaded"):
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
         load(forge(tmp_path / "file", header, data))
     assert not (tmp_path / "pwned").exists()
 

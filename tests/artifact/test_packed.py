@@ -174,7 +174,7 @@ def test_a_forged_file_is_refused(tmp_path):
     texts = json.loads(header["__metadata__"]["tensors"])
     texts["layer.weight"]["packed"]["mask"] = "layer.weight"
     header["__metadata__"]["tensors"] = json.dumps(texts)
-    with pytest.raises(ArtifactError, match="can't be loaded"):
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
         load(forge(tmp_path / "bad", header, data))
 
 

@@ -80,9 +80,9 @@ UNSAVABLE = [
     (lambda: calling(parametrizations.weight_norm(nn.Linear(2, 2))), "layer layer is a .*ParametrizedLinear"),
     (lambda: calling(hooked()), "layer layer has hooks"),
     (lambda: calling(patched()), "layer layer has hooks or a patched forward"),
-    (lambda: calling(altered()), "layer layer: the tensors don't fit"),
+    (lambda: calling(altered()), "layer layer: the tensors do not fit"),
     (lambda: calling(changed()), "layer layer .ConvTranspose2d. has transposed = False"),
-    (lambda: calling(nn.Linear(2, 2, device="meta")), "tensor layer.weight can't be stored.*meta"),
+    (lambda: calling(nn.Linear(2, 2, device="meta")), "tensor layer.weight cannot be stored.*meta"),
     (lambda: calling(nn.Linear(2, 2, dtype=torch.complex128)), r"tensor layer\.bias has a dtype"),
     (lambda: applying(helper), "node 'helper': it calls .*helper"),
     (lambda: applying(torch.save, "file"), "node 'save': it calls torch.*save"),
@@ -93,7 +93,7 @@ UNSAVABLE = [
     (lambda: applying(getattr, "grad_fn"), r"node 'getattr_1': getattr with .*grad_fn.* is not allowed"),
     (lambda: applying(torch.add, 1j), "node 'add': a value of type complex"),
     (lambda: applying(torch.add, range(3)), "node 'add': a value of type range"),
-    (lambda: applying(torch.add, **{"größe": 1}), "node 'add': a name can't stand"),
+    (lambda: applying(torch.add, **{"größe": 1}), "node 'add': a name cannot stand"),
 ]
 
 

@@ -45,7 +45,7 @@ def test_groups_along_taps_are_not_tensorrt_sparse():
 
 def test_a_pattern_that_does_not_divide():
     verdict = inspect(torch.zeros(2, 10), Pattern(2, 4))
-    assert not verdict.ok and verdict.note == "10 inputs don't divide by 4"
+    assert not verdict.ok and verdict.note == "10 inputs are not divisible by 4"
 
 
 def test_masked_layers_are_held_to_their_own_pattern():

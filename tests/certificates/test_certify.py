@@ -1,4 +1,4 @@
-"""Certificates against the networks themselves, the control that has to fail, and what is refused."""
+"""Certificates against the networks themselves, a control that must fail, and refusals."""
 
 import copy
 import json
@@ -29,19 +29,19 @@ def samples(model, count=24, seed=1):
 
 @pytest.mark.parametrize("kind", bench.KINDS)
 def test_no_certificate_is_contradicted(kind):
-    total = bench.Found()
+    total = bench.Counts()
     for pattern, _, dense, sparse, x, thetas in bench.cases(len(kind), kind, 24):
         if pattern == "12:16":
             total.add(bench.check(dense, sparse, x, certify(dense, sparse, x, progress=False), thetas))
     assert total.contradictions == 0
-    assert total.certified["1 enclosure"] > total.cases / 10  # of something
-    assert total.closest["1 enclosure"] > 0.5  # and not by bounds far above the truth (max pooling loosens them)
+    assert total.certified["1 enclosure"] > total.cases / 10  # certificates exist
+    assert total.closest["1 enclosure"] > 0.5  # and bounds are tight (max pooling loosens them)
 
 
 def test_the_check_catches_an_unsound_rule():
-    """ReLU enclosed by its chord alone: the same networks and the same check have to find it."""
+    """ReLU enclosed by its chord alone: the same check on the same networks must find it."""
     with mock.patch.object(bench, "PATTERNS", ("2:4",)), mock.patch.object(bench, "ACTIVATIONS", (nn.ReLU,)):
-        sound = bench.Found()
+        sound = bench.Counts()
         for _, _, dense, sparse, x, thetas in bench.cases(0, "mlp", 24):
             sound.add(bench.check(dense, sparse, x, certify(dense, sparse, x, progress=False), thetas))
         unsound = bench.control(24, networks=1)
@@ -98,7 +98,7 @@ def test_vision_transformer_and_its_last_layers():
     assert any(s.kind == "not certified" and lost[0].name in s.text for s in whole.statements)
 
 
-def test_token_merging_is_measured_and_says_why_not_more():
+def test_token_merging_is_measured_and_the_reason_for_no_more_is_given():
     model, x = tiny_vit(), samples(tiny_vit(), 4)
     gm = transform(model, x[:2], Config(pattern="2:4", tome_r=2))
     report = certify(model, gm, x[:2], progress=False)
@@ -106,12 +106,12 @@ def test_token_merging_is_measured_and_says_why_not_more():
     assert "token_" in report.statements[-1].text and report.statements[-1].kind == "not certified"
     with pytest.raises(errors.GraphError, match=r"across a change of structure.*tiers=\(0,\)"):
         certify(model, gm, x, tiers=(1,), progress=False)
-    merged = transform(model, x[:2], Config(pattern="dense", tome_r=2))  # the same structure: weights alone differ
+    merged = transform(model, x[:2], Config(pattern="dense", tome_r=2))  # the same structure: only weights differ
     report = certify(merged, gm, x[:1], progress=False, splits=1)
     assert "which tokens become one depends on values" in str(report)
 
 
-def test_batch_norm_behind_a_layer_is_one_step():
+def test_a_layer_and_the_batch_norm_after_it_are_one_step():
     dense, shape = bench.network(
         "cnn", SimpleNamespace(choice=lambda s: s[0], randint=lambda a, b: a, random=lambda: 0.9)
     )
@@ -170,7 +170,7 @@ def test_report_is_json_and_text():
     assert {s["kind"] for s in data["statements"]} >= {"deterministic", "high probability"}
     text = str(report)
     assert "falls by at least" in text and "Clopper-Pearson" in text and "0.001 |W|_1" in text
-    # the penalty: exactly what the two weight matrices differ by
+    # the penalty: the exact difference of the two weight matrices
     weights = [
         (p, s)
         for (n, p), (_, s) in zip(model.named_parameters(), sparse.named_parameters(), strict=True)
@@ -184,7 +184,7 @@ def test_report_is_json_and_text():
     assert tier.ce_sharp <= tier.ce_mean and report.ce_change <= tier.ce_sharp
 
 
-def test_sharp_bound_holds_is_reached_and_is_below_the_papers():
+def test_the_sharp_bound_holds_is_attained_and_is_below_the_papers():
     torch.manual_seed(0)
     logits, labels = torch.randn(200, 7).double() * 3, torch.randint(0, 7, (200,))
     eta = torch.rand(200).double() * 2
@@ -226,7 +226,7 @@ def test_wrong_arguments(change, message):
         certify(given.pop("dense"), given.pop("sparse"), given.pop("batches"), progress=False, **given)
 
 
-def test_other_structures_and_lowered_models_are_refused():
+def test_different_structures_and_lowered_models_are_refused():
     model, x = mlp(), samples(mlp(), 8)
     deeper = nn.Sequential(*list(model)[:4], nn.Linear(64, 64), nn.ReLU(), model[4]).eval()
     with pytest.raises(errors.GraphError, match="linear of 4"):

@@ -1,4 +1,4 @@
-"""Rules of enclosures: whatever the network can compute on a segment lies inside."""
+"""Rules of enclosures: every value that the network can compute on a segment is inside."""
 
 import operator
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def segment(shape, seed, slope=0.3, radius=0.05, shift=0.0):
-    """An enclosure with tangents that are its own reach: moving along it is moving by at most one tangent."""
+    """An enclosure whose tangents are its own reach: no member is further than one tangent from the center."""
     generator = torch.Generator().manual_seed(seed)
     center = torch.randn(shape, generator=generator, dtype=torch.float64) + shift
     direction = slope * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -26,7 +26,7 @@ def segment(shape, seed, slope=0.3, radius=0.05, shift=0.0):
 
 
 def members(x, seed, count=16):
-    """Tensors of an enclosure, its corners among them."""
+    """Tensors inside an enclosure, including corners."""
     generator = torch.Generator().manual_seed(seed)
     for index in range(count):
         e = torch.empty(1, dtype=torch.float64).uniform_(-1, 1, generator=generator)
@@ -38,7 +38,7 @@ def members(x, seed, count=16):
 
 
 def inside(y, e, value, slack=1e-12):
-    """A value with its own e, within the radius alone: the slope has to be right as well."""
+    """Check that a value is within the radius at its e: the slope must be right, too."""
     slope = 0 if y.slope is None else y.slope
     assert bool(((value - y.center - slope * e).abs() <= y.spread + slack).all())
 
@@ -84,26 +84,26 @@ UNARY = {
 @given(
     seed=st.integers(0, 10_000), size=st.sampled_from([1e-6, 0.02, 0.3, 2.0]), radius=st.sampled_from([0.0, 0.05, 1.0])
 )
-def test_every_member_goes_inside(name, seed, size, radius):
+def test_every_member_stays_inside(name, seed, size, radius):
     shape, function, arguments = UNARY[name]
     x = segment(shape, seed, size, size * radius)
     keywords = {"approximate": "tanh"} if name == "tanh gelu" else {}
     try:
         y = RULES[name.removeprefix("tanh ")](x, *arguments, **keywords)
     except fn.Unbounded:
-        assume(size < 1 and radius < 1)  # layer norm may say so on wide segments, and on no other
+        assume(size < 1 and radius < 1)  # layer norm may be unbounded on wide segments, and only there
         raise
     origin = function(x.center)
     for e, value in members(x, seed):
         result = function(value)
         inside(y, e, result)
-        if y.tangents:  # from the center, no further than |J| times how far the argument moved
+        if y.tangents:  # no further from the center than |J| times the movement of the argument
             assert bool(((result - origin).abs() <= y.tangents[0] + 1e-12).all())
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), size=st.sampled_from([1e-6, 0.05, 0.5]))
-def test_attention_and_products_of_what_moves(seed, size):
+def test_attention_and_products_of_moving_values(seed, size):
     q, k, v = (segment((2, 5, 4), seed + i, size, size * 0.1) for i in range(3))
     attended = RULES["scaled_dot_product_attention"](q, k, v)
     product = multiplied(q, k, torch.mul)
@@ -126,7 +126,7 @@ def test_slopes_and_curvatures_are_upper_bounds(function):
 
 
 def test_rounding_of_a_long_sum_is_covered():
-    """Float64 against exact rational sums: cancellation leaves an error that the radius has to hold."""
+    """Float64 against exact rational sums: the radius must contain the error that cancellation leaves."""
     from fractions import Fraction
 
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +139,7 @@ def test_rounding_of_a_long_sum_is_covered():
         assert 0 < error <= Fraction(float(y.spread[0, row])) < Fraction(1, 100)
 
 
-def test_what_has_no_rule_says_so():
+def test_operators_without_a_rule_are_refused():
     graph = fx.Graph()
     x = graph.placeholder("x")
     node = graph.call_function(aten.topk.default, (x, 2))

@@ -91,7 +91,7 @@ def test_what_can_not_be_written_is_told_before_the_work(option, pruned, tmp_pat
     for place in places:
         assert cli.main([*command, f"{tmp_path}/{place}"]) == 2, place
         said = capsys.readouterr().err
-        assert option.split()[1] in said or "can't write" in said or "can't make" in said
+        assert option.split()[1] in said or "cannot write" in said or "cannot make" in said
         assert said.startswith("mpcompile: ") and said[:-1].isprintable() and len(said) < 600
     assert (tmp_path / "file").read_text() == "mine"
     for place in ("x.png", "empty"):

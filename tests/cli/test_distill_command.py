@@ -142,8 +142,8 @@ def test_what_belongs_to_another_run_is_left_alone(command, folder, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--out", "{recipe}"], "can't make the folder"),
-        (["--out", "{recipe}/x"], "can't make the folder"),
+        (["--out", "{recipe}"], "cannot make the folder"),
+        (["--out", "{recipe}/x"], "cannot make the folder"),
         (["--out", "run", "--device", "foo"], "device 'foo' cannot be used"),
         (["--out", "run", "--val-split", "test"], "no images of split 'test'"),
         (["--out", "run", "--num-classes", "5"], "different classes"),

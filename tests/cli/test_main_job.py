@@ -84,9 +84,9 @@ def checkpoint(path, keys):
     [
         (["resnet10t", "--pattern", "5:4"], "1 <= N <= M"),
         (["resnet10t", "--checkpoint", "missing.safetensors"], "there is no checkpoint missing.safetensors"),
-        (["resnet10t", "--checkpoint", "truncated.safetensors"], "can't be read as a checkpoint"),
-        (["resnet10t", "--checkpoint", "pickled.pt"], "can't be read as a checkpoint"),
-        (["resnet10t", "--checkpoint", "other.safetensors"], "doesn't fit the model"),
+        (["resnet10t", "--checkpoint", "truncated.safetensors"], "cannot be read as a checkpoint"),
+        (["resnet10t", "--checkpoint", "pickled.pt"], "cannot be read as a checkpoint"),
+        (["resnet10t", "--checkpoint", "other.safetensors"], "does not fit the model"),
         (["no_such_model"], "timm has no model 'no_such_model'"),
         (["resnet10t", "--tome-r", "8"], "no attention block"),
         (["resnet10t", "--device", "cuda:9"], "can't be used"),

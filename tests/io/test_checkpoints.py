@@ -111,7 +111,7 @@ class Shell:
 def test_nothing_in_a_checkpoint_is_run(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"a": torch.ones(2, 4)}, "x": value}, "a.pt")
-    with pytest.raises(ArtifactError, match="can't be read as a checkpoint"):
+    with pytest.raises(ArtifactError, match="cannot be read as a checkpoint"):
         read_checkpoint(Path("a.pt"))
     assert not Path("ran").exists()
 
@@ -119,7 +119,7 @@ def test_nothing_in_a_checkpoint_is_run(value, tmp_path, monkeypatch):
 def test_a_pickled_model_is_named(tmp_path):
     for value in (mlp(), {"model": mlp()}, [1], {"epoch": 1}, {}):
         torch.save(value, tmp_path / "whole.pth")
-        with pytest.raises(ArtifactError, match=r"whole\.pth can't be read as a checkpoint") as caught:
+        with pytest.raises(ArtifactError, match=r"whole\.pth cannot be read as a checkpoint") as caught:
             read_checkpoint(tmp_path / "whole.pth")
         assert str(caught.value).isprintable() and len(str(caught.value)) < 600
     assert "torch.nn" in str(pickled(mlp(), tmp_path))
@@ -149,7 +149,7 @@ def pickled(value, folder):
 )
 def test_what_does_not_fit_is_one_line(change, tmp_path):
     torch.save(change(mlp().state_dict()), tmp_path / "other.pth")
-    with pytest.raises(ArtifactError, match=r"other\.pth doesn't fit the model; expected .*found ") as caught:
+    with pytest.raises(ArtifactError, match=r"other\.pth does not fit the model; expected .*found ") as caught:
         load_checkpoint(mlp(), tmp_path / "other.pth")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 590
 

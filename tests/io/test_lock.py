@@ -60,5 +60,5 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, caplog):
     with locked(tmp_path):
         assert "has no locks" in caplog.text
     (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match="can't lock"), locked(tmp_path / "file"):
+    with pytest.raises(ArtifactError, match="cannot lock"), locked(tmp_path / "file"):
         pass

@@ -52,7 +52,7 @@ def test_a_folder_of_another_program_is_left_alone(pruned, tmp_path):
     dense = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(2)}, dense)
     before = dense.read_bytes()
-    with pytest.raises(ArtifactError, match=r"holds a model\.safetensors that mpcompile didn't write"):
+    with pytest.raises(ArtifactError, match=r"holds a model\.safetensors that mpcompile did not write"):
         save(pruned, f"{tmp_path}/")
     assert dense.read_bytes() == before and list(tmp_path.iterdir()) == [dense]
     dense.unlink()

@@ -66,7 +66,7 @@ def test_a_recipe_and_the_plan_of_a_folder_are_regular_files(pruned, tmp_path):
     (tmp_path / "a/plan.json").unlink()
     assert load(tmp_path / "a").plan == pruned.plan  # it is there for people
     os.mkfifo(tmp_path / "a/plan.json")
-    with pytest.raises(ArtifactError, match=r"plan\.json can't be read"):
+    with pytest.raises(ArtifactError, match=r"plan\.json cannot be read"):
         load(tmp_path / "a")
 
 

@@ -1,15 +1,18 @@
 """Files are replaced as a whole or not at all; nothing is left behind, and no planted link is followed."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import mpcompile
 from mpcompile.errors import ArtifactError
 from mpcompile.io import writing
 from mpcompile.io.writing import TEMPORARY, replacing, temporary_path, write_atomically
@@ -36,7 +39,7 @@ def test_only_regular_files_are_replaced(content, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("fifo", "link", "folder", "loop", "no/such/folder"):
-        with pytest.raises(ArtifactError, match=f"can't write .*{name}"):
+        with pytest.raises(ArtifactError, match=f"cannot write .*{name}"):
             write_atomically(tmp_path / name, content)
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -49,7 +52,7 @@ def test_temporary_files_follow_no_planted_link(tmp_path, monkeypatch):
     for name in ("guessed.tmp", "guessed.tmp.html"):
         (tmp_path / f"{TEMPORARY}{name}").symlink_to(victim)
     for content in ("x", lambda path: path.write_text("x")):
-        with pytest.raises(ArtifactError, match="can't write"):
+        with pytest.raises(ArtifactError, match="cannot write"):
             write_atomically(tmp_path / "page.html", content)
     named(monkeypatch)
     with pytest.raises(FileExistsError), replacing(tmp_path / "page.html"):
@@ -162,9 +165,18 @@ def test_a_full_disk_is_one_line_whoever_reports_it(content, old, tmp_path):
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-        with pytest.raises(ArtifactError, match=r"can't write .*a; expected a writable folder with room"):
+        with pytest.raises(ArtifactError, match=r"cannot write .*a; expected a writable folder with room"):
             write_atomically(tmp_path / "a", content)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"] * old
+
+
+def test_no_other_module_renames_files():
+    """The guarantees of the one writer hold for everything that mpcompile writes."""
+    root = Path(mpcompile.__file__).parent
+    by_hand = re.compile(r"os\.(replace|rename)\(|mkstemp\(|NamedTemporaryFile\(")
+    paths = [path for folder in (root, root / "kernels", root / "passes") for path in folder.rglob("*.py")]
+    writers = {path.relative_to(root).as_posix() for path in paths if by_hand.search(path.read_text("utf-8"))}
+    assert len(paths) > 100 and writers == {"io/writing.py"}

@@ -265,7 +265,7 @@ def test_names_that_pytorch_allows(names, tmp_path):
 def test_names_that_could_end_a_text_are_refused_by_files_alone(name, tmp_path):
     gm = transform(named((name, "b", "c")), X, HALF)
     assert gm(X).shape == (3, 8)
-    with pytest.raises(MPCompileError, match="can't name a layer") as raised:
+    with pytest.raises(MPCompileError, match="cannot name a layer") as raised:
         save(gm, tmp_path / "m.mpc")
     assert str(raised.value).isprintable()
 

@@ -226,12 +226,12 @@ def test_command(artifact, tmp_path, capsys):
     [
         ([], "nothing to report"),
         (["--image", "cat.jpg", "--audit", "good.json"], "--image needs an artifact"),
-        (["--audit", "none.json"], "can't read none.json"),
+        (["--audit", "none.json"], "cannot read none.json"),
         (["--audit", "bad.json"], "bad.json is not JSON"),
         (["--audit", "list.json"], "list.json is not what mpcompile audit wrote"),
         (["--explain", "good.json"], "good.json is not what mpcompile explain wrote"),
         (["--analyze", "good.json"], "good.json is not what mpcompile analyze wrote"),
-        (["none.mpc"], "can't be loaded"),
+        (["none.mpc"], "cannot be loaded"),
     ],
 )
 def test_bad_calls(arguments, message, tmp_path, monkeypatch, capsys):

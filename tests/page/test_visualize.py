@@ -62,7 +62,7 @@ def test_refusals(tmp_path):
         merged_patches(model, x[0], Config(pattern="dense", tome_r=3, prefix_tokens=2))
     with pytest.raises(InputError, match="display doesn't fit"):
         visualize_merging(model, x[0], tmp_path / "a.png", CONFIG, display=np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ArtifactError, match="can't write"):
+    with pytest.raises(ArtifactError, match="cannot write"):
         visualize_merging(model, x[0], tmp_path / "missing" / "a.png", CONFIG)
 
 
@@ -75,4 +75,4 @@ def test_the_command_draws_a_timm_model(tmp_path, capsys):
     assert "100 -> 91 -> 86 patches" in capsys.readouterr().out
     assert out.exists()
     assert main([*arguments[:3], str(tmp_path / "none.png")]) == 2
-    assert "can't read" in capsys.readouterr().err
+    assert "cannot read" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """On a busy machine the threads of an eigenvalue solver wait for one another: 5 s in place of 1 ms were seen."""
+    """On a busy machine the threads of an eigenvalue solver wait for one another: 5 s instead of 1 ms was observed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

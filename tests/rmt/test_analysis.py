@@ -36,7 +36,7 @@ def found() -> Analysis:
     return analyze(Model(), progress=False)
 
 
-def test_queries_keys_values_taps_and_what_is_left_out(found):
+def test_queries_keys_values_taps_and_omitted_layers(found):
     layers = found.layers
     assert [f.sigma for f in layers["qkv"].fits.values()] == pytest.approx([1.0, 0.5, 2.0], rel=0.06)
     notes = layers["qkv"].notes()
@@ -76,20 +76,20 @@ def test_threads_and_order_change_nothing():
     assert all(alone[k].fits == together[k].fits for k in weights)
 
 
-def test_a_state_dict_serves_as_well():
+def test_a_state_dict_is_accepted():
     model = Model()
     found = analyze(model.state_dict(), progress=False)
     assert found.layers["qkv"].fits == analyze(model, progress=False).layers["qkv"].fits
     assert (
         found.layers["depthwise"].reason and "table" in found.layers
-    )  # a state dict doesn't tell a table from a layer
+    )  # a state dict doesn't distinguish an embedding from a layer
 
 
-def test_plot_is_written_whole_or_not_at_all(found, tmp_path):
+def test_plots_are_written_atomically(found, tmp_path):
     found.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     found.plot(tmp_path / "a.pdf")
-    with pytest.raises(ArtifactError, match=r"can't write .*a\.nonsense.*format"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*a\.nonsense.*format"):
         found.plot(tmp_path / "a.nonsense")
     with pytest.raises(ArtifactError, match="writable folder"):
         found.plot(tmp_path / "missing" / "a.png")
@@ -108,7 +108,7 @@ def test_bad_weights_name_their_layer():
         study("far", torch.empty(4, 4, device="meta"))
 
 
-def test_degenerate_weights_are_told_and_not_numbered():
+def test_degenerate_weights_get_a_verdict_and_finite_numbers():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1), nn.Linear(2048, 64), nn.Linear(80, 80))
     with torch.no_grad():
         model[0].weight.zero_()
@@ -137,7 +137,7 @@ def test_command_on_a_file(tmp_path, capsys):
     assert "there is no checkpoint" in capsys.readouterr().err
 
 
-def test_without_matplotlib_it_says_what_to_install(found, monkeypatch, tmp_path):
+def test_without_matplotlib_the_error_names_the_extra(found, monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -18,7 +18,7 @@ from tests.support.spectra import wishart
 
 
 def test_threshold_at_c_1_in_closed_form():
-    """``(1 + √c)**4 / 3`` for ``(1 + √c)**(4/3)`` would give 16/3 in place of 2^(4/3)."""
+    """The wrong ``(1 + √c)**4 / 3`` for ``(1 + √c)**(4/3)`` would give 16/3 instead of 2^(4/3)."""
     N, sigma2 = 768, 1.7
     got, threshold = rmt.bema(sigma2 * rmt.mp_quantile((np.arange(N) + 0.5) / N, 1.0), 1.0, N)
     t = rmt.tracy_widom_quantile(0.9)
@@ -36,7 +36,7 @@ def test_threshold_is_johnstones(N, M, beta):
     assert N * threshold == pytest.approx(centre + rmt.tracy_widom_quantile(1 - beta) * width, rel=1e-12)
 
 
-def test_bema_sees_only_the_middle():
+def test_bema_ignores_both_ends_of_the_spectrum():
     lam = rmt.mp_quantile((np.arange(100) + 0.5) / 100, 0.5)
     assert rmt.bema(lam[::-1], 0.5, 200) == rmt.bema(torch.from_numpy(lam), 0.5, 200) == rmt.bema(lam, 0.5, 200)
     outer, inner = lam.copy(), lam.copy()
@@ -72,20 +72,20 @@ def test_edge_and_false_spikes_of_pure_noise(N, M, draws, mean, sd, rate):
     assert binom.ppf(1e-4, draws, rate) <= false <= binom.ppf(1 - 1e-4, draws, rate)
 
 
-def test_thresholds_that_know_less(randn):
+def test_other_thresholds(randn):
     W = randn(400, 200).double()
     true = math.sqrt(400) + math.sqrt(200)
     lam = (torch.linalg.eigvalsh(W.T @ W) / 400).numpy()
     assert rmt.median_sigma(lam, 0.5) == pytest.approx(1, abs=0.02)
     assert rmt.shuffle_edge(W) == pytest.approx(true, rel=0.02)
-    assert rmt.shuffle_edge(W + 5) > 2 * true  # a mean is no noise, whatever the order
+    assert rmt.shuffle_edge(W + 5) > 2 * true  # a mean is not noise, in any order
     assert rmt.gavish_donoho(1.0) == pytest.approx(2.858, abs=1e-3)
     for c in (0.1, 0.3, 0.7):
-        cubic = 0.56 * c**3 - 0.95 * c**2 + 1.82 * c + 1.43  # Gavish and Donoho's own, good to 0.02
+        cubic = 0.56 * c**3 - 0.95 * c**2 + 1.82 * c + 1.43  # Gavish and Donoho's approximation, within 0.02
         assert rmt.gavish_donoho(c) == pytest.approx(cubic, abs=0.02)
         assert rmt.gavish_donoho(c, sigma=1.0, n_rows=100) > 10 * (1 + math.sqrt(c))
     heavy = torch.distributions.StudentT(3.0).sample((256, 256))
-    assert rmt.shuffle_edge(heavy) > rmt.fit(heavy).edge_tw  # long tails pass the edge of Gaussian noise
+    assert rmt.shuffle_edge(heavy) > rmt.fit(heavy).edge_tw  # long tails exceed the edge of Gaussian noise
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fits of the Marchenko-Pastur law to noise, to planted structure, and to what isn't one noise level.
+"""Fits of the Marchenko-Pastur law to noise, to planted structure, and to matrices that are neither.
 
 Bounds of simulated quantities are about four standard errors at the number of draws used; every draw is seeded.
 """
@@ -25,7 +25,7 @@ def keep_2_of_4(W: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("M", "draws", "mean"), [(64, 1500, 1.42), (192, 600, 1.84), (768, 60, 2.38)])
 @pytest.mark.parametrize("ratio", [1, 4])
 def test_gamma_is_the_far_quantile_of_noise(M, draws, mean, ratio):
-    """Derives the bound again: M fit_error has sd 0.34 and its 0.999 quantile near mean + 4 sd, for any M and c."""
+    """Derive the bound again: M fit_error has sd 0.34 and its 0.999 quantile near mean + 4 sd, for any M and c."""
     rng = np.random.default_rng([M, ratio])
     errors = M * np.array([fit_error(wishart(ratio * M, M, rng), ratio * M) for _ in range(draws)])
     assert errors.mean() == pytest.approx(mean, abs=4 * 0.34 / math.sqrt(draws) + 0.02)
@@ -35,7 +35,7 @@ def test_gamma_is_the_far_quantile_of_noise(M, draws, mean, ratio):
 
 
 @pytest.mark.parametrize("shape", [(192, 192), (64, 1000)])
-def test_fit_is_bema_where_there_are_no_planted(randn, shape):
+def test_without_spikes_the_fit_is_bema(randn, shape):
     (M, N), W = sorted(shape), 0.02 * randn(*shape)
     lam = torch.linalg.svdvals(W.double()).numpy() ** 2 / N
     f, (sigma2, threshold) = rmt.fit(W), rmt.bema(lam, M / N, N)
@@ -59,13 +59,13 @@ def test_accepts_iid_entries(randn, kind, shape):
 
 
 @pytest.mark.parametrize(("N", "least", "bias", "sd"), [(768, 60, 1.035, 0.0011), (3072, 90, 1.019, 0.0005)])
-def test_finds_planted_planted(randn, N, least, bias, sd):
+def test_finds_planted_spikes(randn, N, least, bias, sd):
     W = randn(N, 768) + planted(randn, N, 768, torch.linspace(least, 300, 40))
     f, lam = rmt.fit(W), torch.linalg.svdvals(W.double()) ** 2 / N
     assert (f.n_spikes, f.verdict) == (40, "mp")
     assert f.sigma == pytest.approx(1, abs=4 * sd)
     sigma2, threshold = rmt.bema(lam, 768 / N, N)
-    assert math.sqrt(sigma2) == pytest.approx(bias, abs=4 * sd + 1e-3)  # what the second BEMA is for
+    assert math.sqrt(sigma2) == pytest.approx(bias, abs=4 * sd + 1e-3)  # the bias that the second BEMA removes
     second, _ = rmt.bema(lam[40:] * N / (N - 40), 728 / (N - 40), N - 40)
     assert (f.sigma**2, f.edge_tw**2 / N) == pytest.approx((second, second * threshold / sigma2), rel=1e-9)
 
@@ -77,7 +77,7 @@ def test_counts_spikes_above_the_second_edge(randn):
     assert (s > first).sum() < f.n_spikes == (s > f.edge_tw).sum()
 
 
-def test_rejects_what_is_not_one_noise_level(randn):
+def test_rejects_several_noise_levels(randn):
     f = rmt.fit(randn(768, 768) * torch.exp(0.5 * randn(768, 1)), separable=False)
     assert f.verdict == "not_mp" and f.fit_error > 8 * gamma(768)
     assert rmt.fit(randn(768, 768) * torch.exp(0.2 * randn(1, 768)), separable=False).verdict == "not_mp"
@@ -86,7 +86,7 @@ def test_rejects_what_is_not_one_noise_level(randn):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_rejects_a_lack_of_rank(randn, dtype):
+def test_rejects_rank_deficiency(randn, dtype):
     f = rmt.fit((randn(768, 600) @ randn(600, 768) / 30).to(dtype))
     assert f.verdict == "not_mp" and f.fit_error > 0.2
     u, s, v = torch.linalg.svd(randn(512, 256).double())
@@ -96,14 +96,14 @@ def test_rejects_a_lack_of_rank(randn, dtype):
     assert rmt.fit(randn(512, 512).to(dtype)).verdict == "mp"  # the smallest eigenvalues of a square matrix aren't zero
 
 
-def test_eight_bits_are_no_lack_of_rank(randn):
+def test_eight_bits_are_not_rank_deficient(randn):
     W = randn(256, 256)
     assert rmt.fit(W.to(torch.float8_e4m3fn)).verdict == "mp"
     f = rmt.fit((W * 32).round().clamp(-128, 127).to(torch.int8))
     assert (f.verdict, f.sigma) == ("mp", pytest.approx(32, rel=4 * 0.9 / 256))
 
 
-def test_what_a_2_of_4_mask_removes_is_noise_of_its_own(randn):
+def test_removed_and_kept_parts_of_masked_noise_are_noise(randn):
     W = randn(768, 768)
     R = W * ~keep_2_of_4(W)
     for part, share in ((R, 0.1324), (W - R, 1 - 0.1324)):
@@ -115,7 +115,7 @@ def test_what_a_2_of_4_mask_removes_is_noise_of_its_own(randn):
     assert math.sqrt(0.1324) * 2 * math.sqrt(768) == pytest.approx(largest, rel=0.01)  # its own width: 4 N^(-2/3) / 8
 
 
-def test_queries_keys_and_values_apart(randn):
+def test_queries_keys_and_values_are_fitted_separately(randn):
     W = torch.cat([s * randn(192, 192) for s in (1.0, 0.5, 2.0)])
     q, k, v = rmt.fit_qkv(W)
     assert [f.verdict for f in (q, k, v)] == ["mp"] * 3
@@ -145,7 +145,7 @@ def test_scales_of_rows_and_columns_are_taken_out(randn):
 def test_spikes_are_seen_through_scales(randn):
     W = randn(256, 256) * torch.exp(0.5 * randn(256, 1)) + planted(randn, 256, 256, torch.tensor([150.0, 250.0]))
     f = rmt.fit(W)
-    assert f.separable and 2 <= f.n_spikes <= 3 and f.plain.n_spikes > 10  # one in ten has a false one
+    assert f.separable and 2 <= f.n_spikes <= 3 and f.plain.n_spikes > 10  # one matrix in ten has a false spike
     assert f.spikes[1] > 1.5 * f.edge > 1.4 * (f.spikes[2] if f.n_spikes > 2 else 0)
 
 

@@ -32,7 +32,7 @@ def test_bbp_map_is_inverted_above_the_edge(strength, sigma, c, n):
         assert seen == pytest.approx(edge, rel=1e-9)
 
 
-def test_bbp_map_is_what_noise_does(randn):
+def test_noise_moves_spikes_by_the_bbp_map(randn):
     strengths = torch.tensor([30.0, 45.0, 70.0])
     seen = torch.linalg.svdvals(randn(400, 200) + planted(randn, 400, 200, strengths))[:3]
     assert rmt.bbp(strengths, 1.0, (400, 200))[::-1] == pytest.approx(seen.numpy(), abs=3)  # sd about 1

@@ -200,10 +200,7 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
         return mpcompile.load(path)
     with tempfile.TemporaryDirectory(prefix="mpcompile-") as folder:
         copy = Path(folder, path.name)
-        try:
-            copy.write_bytes(content)
-        except OSError as error:
-            raise ArtifactError(f"can't write {copy}", found=error.strerror or str(error)) from error
+        write_atomically(copy, content)
         return mpcompile.load(copy)
 
 
