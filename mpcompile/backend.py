@@ -1,11 +1,11 @@
-"""The torch.compile backend ``mpsparse``: mask and merge what hasn't been, lower what is masked, Inductor around it.
+"""The torch.compile backend ``mpsparse``: mask and merge a dense graph, lower its masked layers, then run Inductor.
 
-Registered through the ``torch_dynamo_backends`` entry point, so that the name works without an import.
+Registered through the ``torch_dynamo_backends`` entry point, so the name works without an import.
 
-Inference (no gradient can be asked for): masked weights become packed tensors that the compiled graph owns. Dynamo
-doesn't recompile when a user changes weights, so every call compares a stamp of each weight, and packs again into the
-same buffers when it differs. Training: the graph keeps the masked dense weight, whose masked gradients are zero.
-Dynamo compiles one model many times (batch sizes, grad modes); all share one mask a weight.
+Inference (no gradient can be requested): masked weights become packed tensors that the compiled graph owns. Dynamo
+does not recompile when a user changes weights, so every call compares a stamp of each weight, and packs it again into
+the same buffers if the stamp differs. Training: the graph keeps the masked dense weight, whose masked gradients are
+zero. Dynamo compiles one model many times (batch sizes, grad modes); all graphs share one mask per weight.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from mpcompile.plan import Plan
 
 log = logging.getLogger(__name__)
 
-OWNED = "_owned"  # where a frozen graph keeps what was a parameter
+OWNED = "_owned"  # where a frozen graph holds its former parameters
 
 
 class _State:
-    """What all compiled graphs of the process share."""
+    """State shared by all compiled graphs of the process."""
 
     def __init__(self) -> None:
         self.masks: Any = WeakTensorKeyDictionary()  # the user's weight -> {pattern: mask}
@@ -76,17 +76,17 @@ _STATE = _State()
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is written in place or given other storage (``.data`` writes keep it)."""
+    """Return a value that changes with in-place writes and new storage of the tensor, but not with ``.data`` writes."""
     return (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
 
 
 class CompiledGraph:
-    """What dynamo calls for one graph: packs again whatever changed, then runs the compiled code.
+    """The callable that dynamo runs for one graph: it packs changed weights again, then runs the compiled code.
 
     Attributes:
-        plan: what was decided for this graph.
-        lowered: False for a graph that keeps dense masked weights because gradients may be asked for.
-        calls: how often it ran.
+        plan: the decisions for this graph.
+        lowered: False for a graph that keeps dense masked weights because gradients may be requested.
+        calls: number of calls so far.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CompiledGraph:
         self.stamps: list[Any] = []
         for slot in slots:
             if slot.weight is None or slot.weight.op != "placeholder":
-                continue  # the graph owns this weight: nobody else can change it
+                continue  # the graph owns this weight: nothing else can change it
             given = slot.mask is not None and slot.mask.op == "placeholder"
             place = order.index(slot.mask.name) if given and slot.mask is not None else None
             self.places.append((slot, order.index(slot.weight.name), place))
@@ -119,7 +119,7 @@ class CompiledGraph:
         return self.run(*args)
 
     def _check(self, args: Sequence[Any]) -> None:
-        """Pack again every weight that is not what was packed."""
+        """Pack every weight again that differs from the packed one."""
         everything = self.generation != _STATE.generation
         self.generation = _STATE.generation
         for index, (slot, place, mask_place) in enumerate(self.places):
@@ -134,7 +134,7 @@ class CompiledGraph:
                     self._keep_mask(weight, mask, slot)
 
     def _keep_mask(self, weight: Tensor, mask: Tensor, slot: Slot) -> None:
-        """A weight that was replaced keeps its mask, in this graph and in those still to be compiled."""
+        """Keep the mask of a weight that was replaced, for this graph and for graphs compiled later."""
         _STATE.masks.setdefault(weight, {})[slot.spec.pattern] = mask
         values = weight.detach().square()
         if float((values * mask).sum()) < 0.9 * float((values * magnitude_mask(weight, slot.spec.pattern)).sum()):
@@ -149,8 +149,8 @@ class CompiledGraph:
 def refresh(*, remask: bool = False) -> None:
     """Make every compiled graph pack its weights again at its next call.
 
-    Needed only after a change that leaves no trace, such as ``weight.data.mul_(2)``: in-place updates, load_state_dict,
-    new Parameters and optimizer steps are noticed.
+    Needed only after a change that cannot be detected, such as ``weight.data.mul_(2)``. In-place updates,
+    load_state_dict, new Parameters and optimizer steps are detected.
 
     Args:
         remask: choose the masks again too, by magnitude, for models that were masked by the backend itself. (The
@@ -167,7 +167,7 @@ def refresh(*, remask: bool = False) -> None:
 
 
 def compiled_graphs() -> list[CompiledGraph]:
-    """The graphs that this process has compiled and dynamo still holds."""
+    """Return the graphs that this process has compiled and dynamo still holds."""
     return list(_STATE.graphs)
 
 
@@ -189,12 +189,12 @@ def _pattern_of(weight: Tensor, config: Config) -> Pattern | None:
 
 
 def _budget(config: Config) -> tuple[Any, ...]:
-    """What an allocation depends on besides the weights."""
+    """Return everything that an allocation depends on, besides the weights."""
     return (config.mac_reduction, config.patterns, config.exclude, config.include)
 
 
 def _known_patterns(gm: fx.GraphModule, lifted: Lifted, config: Config) -> dict[str, Pattern | None]:
-    """What an earlier graph of the same weights was allocated: one model has one choice, whatever its batch size."""
+    """Return the patterns that an earlier graph of the same weights was allocated, whatever its batch size."""
     known: dict[str, Pattern | None] = {}
     for layer in layers(gm, lifted):
         choices = _STATE.allocated.get(layer.weight.tensor, {})
@@ -239,7 +239,7 @@ def _transform(imported: Imported, config: Config) -> Plan:
 
 
 def _own(gm: IRModule, lifted: Lifted) -> None:
-    """Parameters that are still graph inputs become constants of the graph: Inductor folds and prepacks only those."""
+    """Turn parameters that are graph inputs into constants of the graph: Inductor folds and prepacks only constants."""
     for node in [n for n in gm.graph.nodes if n.op == "placeholder" and n.name in lifted.tensors and n.users]:
         path = f"{OWNED}.{node.name}"
         keep(gm, OWNED, {node.name: lifted.tensors[node.name].detach()})
@@ -253,7 +253,7 @@ def _own(gm: IRModule, lifted: Lifted) -> None:
 def _inductor(
     gm: IRModule, inputs: Sequence[Any], mode: str | None, frozen: Lifted | None = None
 ) -> Callable[..., Any]:
-    """Compiled by Inductor; with the lifted parameters given, these are constants from now on."""
+    """Compile a graph with Inductor; lifted parameters passed as ``frozen`` become constants of it."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -271,7 +271,7 @@ def _inductor(
 
 @functools.cache
 def _cache_tag() -> str:
-    """Changes with our operators: compiled code that torch keeps on disk holds what they did when it was made."""
+    """Return a key that changes with our operators: code that torch caches on disk contains them as they were."""
     folder = Path(ops.__file__).parent
     key = hashlib.sha256(__version__.encode())
     for path in sorted(folder.rglob("*.py")):
@@ -289,9 +289,9 @@ def mpsparse(
 ) -> Callable[..., Any]:
     """Backend of ``torch.compile(model, backend="mpsparse")``.
 
-    A module from :func:`mpcompile.transform` is lowered as it is. Any other is masked by magnitude and merged first,
-    as ``options`` (the fields of :class:`mpcompile.Config`) say. A graph in which nothing is eligible goes to Inductor
-    unchanged, and a warning says so once.
+    A module from :func:`mpcompile.transform` is lowered as it is. Any other module is first masked by magnitude and
+    merged, as ``options`` (the fields of :class:`mpcompile.Config`) say. A graph without eligible layers goes to
+    Inductor unchanged, with one warning.
 
     Raises:
         MPCompileError: an unknown option, weights that are not finite, or a graph that a pass refuses. Dynamo raises
@@ -314,7 +314,7 @@ def mpsparse(
     trains = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
     slots: list[Slot] = []
     if not trains:
-        if autocasts():  # what is next to each other in which dtype depends on it
+        if autocasts():  # the dtypes of adjacent nodes depend on autocast
             propagate(imported.gm, imported.inputs)
         context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan, observers=observers())
         with exact():

@@ -1,4 +1,4 @@
-"""Masked layers: trainable stand-ins for linear and convolution layers whose weight keeps its name."""
+"""Masked layers: trainable replacements of linear and convolution layers, whose weights keep their names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mpcompile.kernels.nm_format import Pattern
 
 
 class _Masked(nn.Module):
-    """A weight, its N:M mask (a buffer, so that it travels in the state dict), and the pattern.
+    """A weight, its N:M mask (a buffer, so that it is part of the state dict), and the pattern.
 
-    The product ``weight * mask`` is formed in every forward pass: gradients of masked weights are exactly zero, and
-    a state dict of the dense model loads without unmasking anything (a missing ``mask`` keeps the present one).
+    Every forward pass computes ``weight * mask``: gradients of masked weights are exactly zero, and a state dict of
+    the dense model loads without unmasking anything (without a ``mask`` in it, the present one stays).
     """
 
     weight: Tensor

@@ -1,10 +1,10 @@
-"""Time to analyse a model, and to choose its layer budgets.
+"""Time to analyse a model and to choose its layer budgets.
 
     python -m bench.law.analysis
 
-Wall time of ``mpcompile.analyze`` on random weights, and of the knapsack with 156 layers and 6 patterns. The analysis
-takes as long as shapes and rejections demand: weights for which the law is rejected are fitted a second time, with the
-scales of rows and columns taken out.
+Wall time of ``mpcompile.analyze`` on random weights, and of the knapsack with 156 layers and 6 patterns. The time
+of the analysis depends on shapes and rejections: weights that reject the law are fitted a second time, with the scales
+of rows and columns removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOORS = {"vit_base_patch16_224": 15.0, "vit_large_patch16_224": 60.0, "resnet15
 
 
 def analysis(name: str) -> dict[str, Any]:
-    """Time to analyse one model, with the weights that timm initialises."""
+    """Time the analysis of one model, with the initial weights of timm."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     start, cpu = time.perf_counter(), time.process_time()
@@ -37,7 +37,7 @@ def analysis(name: str) -> dict[str, Any]:
 
 
 def budget(seed: int, spread: float) -> dict[str, Any]:
-    """156 layers of several sizes with 6 options each, half of the MACs to save.
+    """Time the knapsack: 156 layers of several sizes with 6 options each, to save half of the MACs.
 
     ``spread`` is the standard deviation of the logarithm of their costs.
     """

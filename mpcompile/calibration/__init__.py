@@ -1,4 +1,4 @@
-"""Calibration: batches of unlabelled inputs, and the statistics of each layer that are gathered from them."""
+"""Calibration: batches of unlabelled inputs, and the statistics of each layer on them."""
 
 from mpcompile import _moved
 from mpcompile.calibration.moments import Moments

@@ -1,4 +1,4 @@
-"""Calibration data: batches in whatever form a user gives them, as the inputs of a graph."""
+"""Calibration data: from any form of batches that a user may pass to the inputs of a graph."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __getattr__ = renamed(__name__, {"draw": "data.labels.draw"})
 
 
 def as_batches(data: Any, what: str = "calibration") -> Iterable[Any]:
-    """One tensor or one dict is one batch; anything else is an iterable of batches.
+    """Return data as an iterable of batches: one tensor or one dict is one batch.
 
     Raises:
-        InputError: it can't be iterated; ``what`` says what it is.
+        InputError: ``data`` is not iterable; the message calls it ``what``.
     """
     if isinstance(data, (Tensor, Mapping)):
         return [data]
@@ -38,10 +38,10 @@ def as_batches(data: Any, what: str = "calibration") -> Iterable[Any]:
 
 
 def peek(data: Any) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and an iterable that still starts with it: the data itself where it can be read again.
+    """Return the first batch and an iterable that still starts with it: the data itself if it can be read again.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no batch.
     """
     data = as_batches(data)
     iterator = iter(data)
@@ -53,10 +53,10 @@ def peek(data: Any) -> tuple[Any, Iterable[Any]]:
 
 
 def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> list[Any]:
-    """The inputs in a batch, in the order of ``names``: all by keyword from a dict, else the first alone.
+    """Return the inputs in a batch, in the order of ``names``: all of a dict by keyword, else only the first item.
 
     Args:
-        examples: of the inputs: where one is a dict or a tuple itself, so are the batches.
+        examples: example inputs: if the only one is a dict or a tuple, so is each batch.
     """
     nested = len(examples) == 1 and isinstance(examples[0], (Mapping, tuple, list))
     if isinstance(batch, Mapping):
@@ -79,10 +79,10 @@ def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> 
 
 
 def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
-    """Each calibration batch as the full list of graph inputs, its shape checked against the example's.
+    """Yield each calibration batch as the full list of graph inputs, its shape checked against the examples.
 
     Raises:
-        InputError: a batch of another shape or type than the example inputs, or not finite.
+        InputError: a batch has another shape or type than the example inputs, or is not finite.
     """
     placeholders = [n for n in model.gm.graph.nodes if n.op == "placeholder"]
     data = [n for n in placeholders if n.name not in model.lifted.tensors]
@@ -100,13 +100,13 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
         for example, value in zip(examples, values, strict=True):
             _check_input(index, example, value)
         if any(isinstance(v, Tensor) and v.dim() and not len(v) for v in pytree.tree_leaves(values)):
-            continue  # no samples: nothing to learn, and reshapes that leave an axis open would be ambiguous
+            continue  # no samples: no statistics, and a reshape with a free axis would be ambiguous
         moved = dict(zip(data, (_moved(v, device) for v in values), strict=True))
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
 
 
 def _like(example: Any, value: Any) -> Any:
-    """``value`` as plain dicts, lists and tuples, without keys (such as labels) that the example lacks."""
+    """Return ``value`` as plain dicts, lists and tuples, without keys (such as labels) that the example lacks."""
     if isinstance(example, Mapping) and isinstance(value, Mapping):
         return {key: _like(example[key], value[key]) for key in example if key in value}
     if isinstance(example, (tuple, list)) and isinstance(value, (tuple, list)) and len(example) == len(value):
@@ -120,11 +120,11 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _check_input(index: int, example: Any, value: Any) -> None:
-    """Refuse an input of a calibration batch that isn't like the example's."""
+    """Refuse an input of a calibration batch that differs from the example in structure or shape, or is not finite."""
     expected, found = (pytree.tree_leaves_with_path(tree) for tree in (example, value))
     if [path for path, _ in expected] != [path for path, _ in found]:
         raise InputError(
-            f"calibration batch {index} is built in another way than example_inputs",
+            f"calibration batch {index} has another structure than example_inputs",
             expected=_outline(example),
             found=_outline(value),
         )
@@ -144,7 +144,7 @@ def _check_input(index: int, example: Any, value: Any) -> None:
 
 
 def _outline(value: Any) -> str:
-    """The kind of an input, and its keys or length."""
+    """Return the type of an input, and its keys or length."""
     if isinstance(value, Mapping):
         return f"a dict with {', '.join(map(str, value))}"[:100]
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__

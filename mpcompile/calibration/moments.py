@@ -1,4 +1,4 @@
-"""Calibration: batches on their way through the graph -> second moments of what enters each layer.
+"""Moments: means and second moments of the inputs of each layer.
 
 :func:`collect` runs the dense graph once and gathers the moments of every layer; stream.py goes layer by layer instead.
 """
@@ -23,12 +23,12 @@ from mpcompile.ir.numerics import exact, training_flags
 from mpcompile.ir.view import LayerOp, layers
 
 _COLUMNS = 512  # of second moments, computed together
-_VALUES = 1 << 24  # input values of a layer that one batch contributes at most, in evenly spaced rows
+_VALUES = 1 << 24  # most input values of a layer that one batch contributes, in evenly spaced rows
 FULL, BLOCK, DIAGONAL = "full", "block", "diagonal"
 
 
 def kind_for(layer: LayerOp, m: int, budget: float) -> tuple[str, int]:
-    """The richest statistics of a layer that fit into ``budget`` bytes, and the bytes they take (float64)."""
+    """Return the most complete statistics of a layer that fit into ``budget`` bytes, and their bytes in float64."""
     groups = 1 if layer.geometry is None else layer.geometry.groups
     k = math.prod(layer.weight.tensor.shape[1:])
     for kind, size in ((FULL, groups * k * k * 8), (BLOCK, groups * k * m * 8)):
@@ -38,10 +38,13 @@ def kind_for(layer: LayerOp, m: int, budget: float) -> tuple[str, int]:
 
 
 def input_rows(x: Tensor, layer: LayerOp) -> tuple[Tensor, slice]:
-    """What a layer multiplies its rows with: (groups, rows, K) in the execution layout, and which rows were taken.
+    """Return the input rows that a layer multiplies by its weight, and a slice that says which were taken.
 
     Args:
         x: input of the layer, (..., in) or (B, C, H, W).
+
+    Returns:
+        (groups, rows, K) in the execution layout, and the slice.
     """
     if layer.geometry is None:
         rows = x.reshape(1, -1, x.shape[-1])
@@ -62,22 +65,22 @@ def input_rows(x: Tensor, layer: LayerOp) -> tuple[Tensor, slice]:
 
 
 def output_rows(y: Tensor, layer: LayerOp, taken: slice) -> Tensor:
-    """Outputs of a layer as (rows, out), the rows that :func:`input_rows` took."""
+    """Return outputs of a layer as (rows, out), for the rows that :func:`input_rows` took."""
     flat = y.reshape(-1, y.shape[-1]) if layer.geometry is None else y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
     return flat[taken].float()
 
 
 @dataclass
 class Moments:
-    """Means over the input rows x of one layer, and over the outputs y that it should give. float64.
+    """Means over the input rows x of one layer, and over the target outputs y, in float64.
 
     Attributes:
         count: input rows seen.
         kind: ``"full"``, ``"block"`` or ``"diagonal"``.
         xx: E[x x'], (groups, K, K); or its diagonal blocks (groups, K / m, m, m); or its diagonal (groups, K).
         x: E[x], (groups, K).
-        yx: E[y x'], (out, K), where y is not what the weight makes of these x; else None.
-        y: E[y], (out,), likewise.
+        yx: E[y x'], (out, K), if the targets y differ from the weight's own outputs on x; else None.
+        y: E[y], (out,), under the same condition.
     """
 
     count: int
@@ -88,19 +91,19 @@ class Moments:
     y: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, for a file."""
+        """Return the moments as named tensors, for a file."""
         found = {"count": torch.tensor(self.count), "xx": self.xx, "x": self.x, "yx": self.yx, "y": self.y}
         return {k: v.contiguous() for k, v in found.items() if v is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
-        """Inverse of :meth:`tensors`."""
+        """Build moments from the result of :meth:`tensors`."""
         xx, x = tensors["xx"], tensors["x"]
         kind = DIAGONAL if xx.shape == x.shape else FULL if xx.dim() == 3 else BLOCK
         return cls(int(tensors["count"]), kind, xx, x, tensors.get("yx"), tensors.get("y"))
 
     def block(self, m: int) -> Tensor:
-        """Diagonal blocks of E[x x'], (groups, K / m, m, m); with zeros beside the diagonal where no more is known."""
+        """Return diagonal blocks of E[x x'], (groups, K / m, m, m), zero off the diagonal if only that is known."""
         if self.kind == BLOCK and self.xx.shape[-1] == m:
             return self.xx
         if self.kind == BLOCK and self.xx.shape[-1] % m == 0:
@@ -112,7 +115,7 @@ class Moments:
         return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
     def centred(self) -> Moments:
-        """The same about the means: what counts where constant parts of the outputs are taken off again."""
+        """Return central moments, which matter where a constant part of the outputs is subtracted later."""
         x = self.x
         if self.kind == FULL:
             outer = x[:, :, None] * x[:, None, :]
@@ -136,7 +139,7 @@ class Moments:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """X' X, (groups, rows, K) -> (groups, K, K). It is symmetric: blocks of columns below the diagonal are mirrored."""
+    """Return X' X, (groups, rows, K) -> (groups, K, K). It is symmetric: blocks below the diagonal are mirrored."""
     k = rows.shape[-1]
     result = rows.new_empty((len(rows), k, k))
     for start in range(0, k, _COLUMNS):
@@ -148,7 +151,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 class Accumulator:
-    """Adds up the moments of one layer batch by batch."""
+    """Accumulate the moments of one layer batch by batch."""
 
     def __init__(self, layer: LayerOp, m: int, kind: str) -> None:
         self.layer, self.m, self.kind, self.count = layer, m, kind, 0
@@ -158,10 +161,10 @@ class Accumulator:
         self.sums[key] = self.sums[key].add_(value) if key in self.sums else value.double()
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Input of the layer, and the output it should give, both as the graph has them."""
+        """Add an input of the layer, and its target output, both in the layout of the graph."""
         rows, taken = input_rows(x, self.layer)
         self.count += rows.shape[1]
-        # In float64: in which order threads add must not decide between masks.
+        # In float64, so that the order in which threads add cannot decide between masks.
         rows = rows.double()
         self._add("x", rows.sum(1))
         if self.kind == FULL:
@@ -178,7 +181,7 @@ class Accumulator:
             self._add("y", wanted.sum(0))
 
     def result(self) -> Moments:
-        """The means.
+        """Return the means.
 
         Raises:
             InputError: the layer's inputs were not finite.
@@ -186,7 +189,7 @@ class Accumulator:
         means = {key: value / self.count for key, value in self.sums.items()}
         if not bool(torch.isfinite(means["xx"]).all()):
             raise InputError(
-                "what enters this layer on the calibration data is not finite",
+                "the inputs of this layer on the calibration data are not finite",
                 layer=self.layer.name,
                 expected="finite activations",
                 found="NaN or infinity",
@@ -196,7 +199,7 @@ class Accumulator:
 
 
 class _Collector(fx.Interpreter):
-    """Runs the graph and adds up moments at the layers it watches."""
+    """Run the graph and accumulate moments at the watched layers."""
 
     def __init__(self, model: Imported, watched: Mapping[fx.Node, tuple[fx.Node, Accumulator]]) -> None:
         super().__init__(model.gm)
@@ -217,18 +220,18 @@ def collect(
     budget: float = math.inf,
     kind: str | None = None,
 ) -> dict[str, Moments]:
-    """Moments of the inputs of each layer on the dense model in eval mode, in one pass.
+    """Return the moments of the inputs of each layer of the dense model in eval mode, from one pass over the data.
 
     Args:
         model: the imported model, its nodes carrying shapes.
         values: the graph inputs of every batch, from :func:`batches`.
-        sizes: layers to watch, by name -> columns a group (m).
-        budget: bytes for all of them together: a layer keeps full moments, else blocks, else the diagonal, as its
-            share of what is left allows.
-        kind: of all of them, whatever the budget.
+        sizes: layers to watch, name -> columns per group (m).
+        budget: bytes for all layers together: each stores full moments, else blocks, else the diagonal, as its share
+            of the remaining bytes allows.
+        kind: kind of moments for all layers, whatever the budget.
 
     Raises:
-        InputError: no batch, or one that the model rejects.
+        InputError: there is no batch, or the model rejects one.
     """
     uses = [layer for layer in layers(model.gm, model.lifted) if layer.name in sizes]
     first = {layer.name: layer for layer in reversed(uses)}

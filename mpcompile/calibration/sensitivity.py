@@ -1,4 +1,4 @@
-"""Sensitivity: how much a model's output says about each layer's output, and how far two models' outputs are apart."""
+"""Sensitivity: how strongly a model's output reacts to each layer's output, and the divergence of two models."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mpcompile.ir.module import Imported
 from mpcompile.ir.numerics import exact, training_flags
 from mpcompile.ir.view import LayerOp
 
-Batch = list[Any]  # the inputs of the graph, one a placeholder
+Batch = list[Any]  # the inputs of the graph, one per placeholder
 
 
 def outputs(value: Any) -> list[Tensor]:
-    """Floating-point tensors that a graph returns, in order."""
+    """Return the floating-point tensors that a graph returns, in order."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
@@ -26,12 +26,12 @@ def outputs(value: Any) -> list[Tensor]:
 
 
 def is_logits(found: list[Tensor]) -> bool:
-    """Whether that looks like one score a class: a single (batch, classes)."""
+    """Return True if the outputs look like one score per class: a single tensor (batch, classes)."""
     return len(found) == 1 and found[0].dim() == 2 and found[0].shape[1] > 1
 
 
 def samples(batch: Batch, model: Imported, size: int) -> Iterator[Batch]:
-    """A batch in parts of at most ``size`` samples; whole where a dynamo or export graph has its size burnt in."""
+    """Yield a batch in parts of at most ``size`` samples; whole if a dynamo or export graph has a fixed batch size."""
     data = [n.name not in model.lifted.tensors for n in model.gm.graph.nodes if n.op == "placeholder"]
     tensors = [v for v, own in zip(batch, data, strict=True) if own and isinstance(v, Tensor) and v.dim()]
     count = len(tensors[0]) if tensors else 1
@@ -44,14 +44,14 @@ def samples(batch: Batch, model: Imported, size: int) -> Iterator[Batch]:
 
 
 def batch_length(batch: Batch, model: Imported) -> int:
-    """Samples of a batch."""
+    """Return the number of samples in a batch."""
     data = [n for n in model.gm.graph.nodes if n.op == "placeholder"]
     own = [v for v, n in zip(batch, data, strict=True) if n.name not in model.lifted.tensors and isinstance(v, Tensor)]
     return len(own[0]) if own and own[0].dim() else 1
 
 
 def _direction(y: Tensor, logits: bool, generator: torch.Generator) -> Tensor:
-    """A random v of the shape of ``y`` with E[v v'] the curvature of the divergence: diag(p) - p p' for logits."""
+    """Return a random v shaped like ``y``; E[v v'] is the curvature of the divergence, diag(p) - p p' for logits."""
     noise = torch.randn(y.shape, generator=generator).to(y)
     if not logits:
         scale = y.detach().double().flatten(1).square().sum(1).clamp(min=1e-30).sqrt().to(y)
@@ -61,7 +61,7 @@ def _direction(y: Tensor, logits: bool, generator: torch.Generator) -> Tensor:
 
 
 class _Probed(fx.Interpreter):
-    """Runs the graph with a zero added to the output of every layer, whose gradient is that output's."""
+    """Run the graph with a zero added to the output of every layer: its gradient is that of the output."""
 
     def __init__(self, gm: fx.GraphModule, at: Mapping[fx.Node, str]) -> None:
         super().__init__(gm)
@@ -81,16 +81,19 @@ class _Probed(fx.Interpreter):
 def output_energy(
     model: Imported, uses: Mapping[str, list[LayerOp]], values: Iterable[Batch], seed: int = 0, size: int = 8
 ) -> dict[str, Tensor]:
-    """G_i = E[Σ_t g_ti²] of every output channel i of each layer, by one backward pass a part: float64, (out,).
+    """Return G_i = E[Σ_t g_ti²] of every output channel i of each layer, from one backward pass per part.
+
+    The values are float64, (out,).
 
     g is the gradient of v'z with respect to the layer's output at token or pixel t, z the model's output and v random
     with E[v v'] the curvature of the divergence at z: of KL(p‖q) for logits (diag(p) - p p', so that E[g g'] is the
     Fisher information), of the relative squared error for other outputs. A change δ of the layer's output, independent
-    from token to token and channel to channel, then costs ½ Σ_i G_i E[δ_i²]: nats a sample for logits.
+    between tokens and between channels, then costs ½ Σ_i G_i E[δ_i²]: nats per sample for logits.
 
     Args:
         uses: layer name -> its nodes.
-        values: the graph's inputs, batch by batch.
+        values: inputs of the graph, batch by batch.
+        seed: seeds v.
         size: samples whose activations are held at a time.
 
     Raises:
@@ -108,7 +111,7 @@ def output_energy(
                 try:
                     found = outputs(runner.run(*own_copies(model.gm, part)))
                     if not found:
-                        raise InputError("the model returns no floating-point tensor, so that layers can't be weighed")
+                        raise InputError("the model returns no floating-point tensor, so layers can't be weighed")
                     kind = is_logits(found)
                     loss = torch.stack([(y * _direction(y, kind, generator)).sum() for y in found]).sum()
                     grads = torch.autograd.grad(loss, [p for _, p in runner.probes], allow_unused=True)
@@ -130,11 +133,11 @@ def output_energy(
 def divergence(
     dense: fx.GraphModule, pruned: fx.GraphModule, values: Sequence[Batch], pruned_values: Sequence[Batch] | None = None
 ) -> float:
-    """Mean over samples of KL(dense‖pruned) in nats for logits, of the relative squared error for other outputs.
+    """Return the mean over samples of KL(dense‖pruned) in nats for logits, of the relative squared error otherwise.
 
     Args:
         values: inputs of the graphs, batch by batch.
-        pruned_values: those of the pruned graph, where its parameters are inputs.
+        pruned_values: inputs of the pruned graph, if its parameters are among them.
     """
     total, count = 0.0, 0
     with training_flags(dense, False), training_flags(pruned, False):

@@ -1,8 +1,8 @@
-"""Stream: all calibration batches, taken through the graph layer by layer on an already pruned prefix.
+"""Stream: all calibration batches at one place of the graph, moved forward layer by layer.
 
-Every batch is held at one place of the graph, as the graph computes it in which earlier layers are replaced, and, if
-asked for, as the dense graph does too. So a layer is fitted to the inputs that it will really see, and every node runs
-once (or twice) in all, however many layers there are.
+The stream holds the activations of every batch at that place, as computed by the graph with its earlier layers
+replaced, and on request also by the dense graph. So a layer is fitted to the inputs that it will really see, and every
+node runs only once (or twice), however many layers there are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _bytes(envs: Iterable[Env]) -> int:
 
 
 class _Shelf:
-    """A list of values that lie in memory up to ``budget`` bytes and in a temporary folder beyond."""
+    """A list of values, in memory up to ``budget`` bytes and in a temporary folder beyond."""
 
     def __init__(self, budget: float) -> None:
         self.budget, self.used = budget, 0
@@ -72,14 +72,14 @@ class _Shelf:
     def __getitem__(self, index: int) -> tuple[Env, Env]:
         value = self.values[index]
         if isinstance(value, Path):
-            sides = torch.load(value, weights_only=False)  # written by this process, in a folder of its own
+            sides = torch.load(value, weights_only=False)  # written by this process, in its own folder
             envs = [{self.nodes[k]: v for k, v in side.items()} for side in sides]
             return envs[0], envs[-1]
         return value
 
 
 class _Runner(fx.Interpreter):
-    """Runs single nodes on an environment that is given to it."""
+    """Run single nodes on a given environment."""
 
     def on(self, node: fx.Node, env: Env) -> Any:
         self.env = env
@@ -90,15 +90,15 @@ class Stream:
     """The batches at one place of the graph, which :meth:`advance` moves forward.
 
     Args:
-        model: the imported model, its nodes carrying shapes. Its weights stay as they are; what replaces them is
-            given to :meth:`replace`.
-        calibration: an iterable of batches; read once, when the stream is made.
-        budget: bytes of activations to hold in memory; what is more goes to a temporary folder.
-        towards: how far the outputs that layers are to be fitted to lie from those of their own weights on pruned
-            inputs (0) towards those of the dense model (1). Above 0 the dense side is kept too.
+        model: the imported model, its nodes carrying shapes. Its weights are not changed; their
+            replacements are passed to :meth:`replace`.
+        calibration: an iterable of batches; read once, at construction.
+        budget: bytes of activations to hold in memory; the rest goes to a temporary folder.
+        towards: targets of the fits, from the outputs of a layer's own weight on pruned inputs (0) to those of the
+            dense model (1). Above 0 the dense activations are held too.
 
     Raises:
-        InputError: no batch, or one of another shape or type than the example inputs.
+        InputError: there is no batch, or one has another shape or type than the example inputs.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class Stream:
             raise InputError("calibration is empty", expected="at least one batch", found="none")
 
     def replace(self, layer: LayerOp, weight: Tensor, bias: Any) -> None:
-        """From here on the pruned side computes ``layer`` with this weight and bias (a tensor, a node or None)."""
+        """Make the pruned side compute ``layer`` with this weight and bias (a tensor, a node or None) from here on."""
         self.layers[layer.node] = (layer, weight, bias)
 
     def renorm(self, node: fx.Node, mean: Tensor, variance: Tensor) -> None:
-        """From here on the pruned side computes this BatchNorm module with these statistics."""
+        """Make the pruned side compute this BatchNorm module with these statistics from here on."""
         self.tensors[node] = {"running_mean": mean, "running_var": variance}
 
     @torch.no_grad()
@@ -139,7 +139,7 @@ class Stream:
             for index in range(len(self.shelf)):
                 dense, pruned = self.shelf[index]
                 with modes_kept():
-                    modes: Env = {}  # each batch enters the modes of this place anew
+                    modes: Env = {}  # each batch enters the modes of this place again
                     for position, node in enumerate(self.nodes[:end]):
                         if switches(node):
                             self._switch(node, modes)
@@ -171,7 +171,7 @@ class Stream:
             pruned.pop(source, None)
 
     def _paired(self, node: fx.Node, dense: Env, pruned: Env) -> Env:
-        """What the dense side computes from: where tokens merge, they pair as they do on the pruned side."""
+        """Return the environment of the dense side: where tokens merge, they pair as on the pruned side."""
         if node.target is not ops.token_merge:
             return dense
         keys = schema.TokenMergeArgs.bind(node).keys
@@ -179,7 +179,7 @@ class Stream:
 
     @staticmethod
     def _part(source: fx.Node, dense: Env, pruned: Env) -> None:
-        """Give the pruned side memory of its own for a tensor that is about to be written, and for its views."""
+        """Give the pruned side its own memory for a tensor that is about to be written, and for its views."""
         if not isinstance(dense[source], Tensor) or storage(dense[source]) != storage(pruned[source]):
             return
         shared = storage(dense[source])
@@ -210,7 +210,7 @@ class Stream:
 
     @torch.no_grad()
     def moments(self, layer: LayerOp, m: int, budget: float) -> Moments:
-        """Moments of the layer's pruned inputs; with a dense side, also with the outputs that are wanted."""
+        """Return the moments of the layer's pruned inputs; with a dense side, also those of the target outputs."""
         self.advance(layer.node)
         kind, _ = kind_for(layer, m, budget)
         accumulator = Accumulator(layer, m, kind)
@@ -224,7 +224,7 @@ class Stream:
         return accumulator.result()
 
     def inputs(self) -> Iterable[list[Any]]:
-        """The graph inputs of every batch; for a stream that has not moved yet."""
+        """Return the graph inputs of every batch, of a stream that has not moved yet."""
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
         return ([self.shelf[i][0][n] for n in placeholders] for i in range(len(self.shelf)))
 
@@ -232,9 +232,9 @@ class Stream:
     def channel_statistics(
         self, node: fx.Node, source: fx.Node, changed_only: bool = True
     ) -> tuple[Tensor, Tensor] | None:
-        """Mean and unbiased variance, over batch and places, of the channels of ``source``'s pruned value (B, C, ...).
+        """Return mean and unbiased variance, over batch and positions, of the channels of ``source``'s pruned value.
 
-        None where ``changed_only`` and no layer before ``source`` was replaced.
+        The value is (B, C, ...). None if ``changed_only`` and no layer before ``source`` was replaced.
         """
         self.advance(node)
         if changed_only and source not in self.changed:
@@ -252,7 +252,7 @@ class Stream:
 
 
 def _apply(layer: LayerOp, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer without its bias."""
+    """Return the layer's output without its bias."""
     if layer.geometry is None:
         return F.linear(x, weight)
     g = layer.geometry
@@ -260,7 +260,7 @@ def _apply(layer: LayerOp, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def batch_norms(gm: fx.GraphModule) -> list[fx.Node]:
-    """Modules of the graph that are BatchNorms over images with running statistics, used once."""
+    """Return the nodes of BatchNorms over images that have running statistics and are used once."""
     found: dict[str, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module":

@@ -1,1 +1,1 @@
-"""Bring a model into the IR: symbolic tracing, captured graphs, and the modes that they stand for."""
+"""Bring a model into the IR: by symbolic tracing, or from a captured graph and its mode."""

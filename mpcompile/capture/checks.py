@@ -1,4 +1,4 @@
-"""What can't be brought into the IR, refused with the name of what to pass instead."""
+"""Refusals of models that cannot be brought into the IR; each error names what to pass instead."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _WRAPPERS = {  # class -> what to pass instead
     "torch.nn.parallel.data_parallel.DataParallel": "model.module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "model.module",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "model.module, its weights gathered",
-    "torch._dynamo.eval_frame.OptimizedModule": "model._orig_mod, and compile what comes out",
+    "torch._dynamo.eval_frame.OptimizedModule": "model._orig_mod, and compile the result",
 }
 
 
 def not_a_model(value: Any) -> InputError:
-    """What to pass instead of something that isn't a module."""
+    """Return the error for a value that is not a module, which says what to pass instead."""
     hint = None
     if isinstance(value, torch.export.ExportedProgram):
         hint = "pass program.module()"
@@ -47,7 +47,7 @@ def _class_path(value: object) -> str:
 
 
 def _check_part(module: nn.Module, path: str) -> None:
-    """Refuse a module that is another form of a model, or around one, by the name of what to pass instead."""
+    """Refuse a wrapper, or another form of a model, and say what to pass instead."""
     name, where = type(module).__name__, path or None
     whole = f"model.{path}" if path else "model"
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
@@ -68,7 +68,7 @@ def _check_part(module: nn.Module, path: str) -> None:
 
 
 def _check_tensors(model: nn.Module) -> None:
-    """Refuse weights without shapes, or of a kind that can't be masked or copied into a graph."""
+    """Refuse weights without shapes, and kinds of weights that cannot be masked or copied into a graph."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise TraceError("the model has lazy parameters", layer=name, hint="run it once on an example input first")
@@ -87,18 +87,18 @@ def _all(named: Any) -> Any:
 
 
 def check_module(model: nn.Module) -> None:
-    """Refuse what can't be traced, before anything is copied.
+    """Refuse a module that cannot be traced, before anything is copied.
 
     Raises:
-        TraceError: a wrapper, a TorchScript or quantised module, names that the result needs, or no parameters.
-        InputError: weights of a kind that can't be copied.
+        TraceError: a wrapper, a TorchScript or quantised module, an attribute with a reserved name, or no parameters.
+        InputError: weights of a kind that cannot be copied.
     """
     for path, module in model.named_modules():
         _check_part(module, path)
     for name in [*model._modules, *model._parameters, *model._buffers]:
         if name in RESERVED:
             raise TraceError(
-                f"{type(model).__name__} has an attribute {name!r}, which the transformed module needs for itself",
+                f"{type(model).__name__} has an attribute {name!r}, which the transformed module uses itself",
                 hint=f"rename the attribute {name!r} of the model",
             )
     if not any(True for _ in model.parameters()):
@@ -120,7 +120,7 @@ def check_hooks(model: nn.Module) -> None:
     if everywhere:
         raise TraceError(
             f"hooks on all modules of the process are registered ({', '.join(everywhere)[:100]})",
-            hint="remove them first (handle.remove()): they can't stand in a graph",
+            hint="remove them first (handle.remove()): a graph cannot hold them",
         )
     if not isinstance(model, fx.GraphModule):
         return
@@ -130,23 +130,25 @@ def check_hooks(model: nn.Module) -> None:
         if path and not masked and not (replaced and type(module).__module__.startswith("torch.nn")):
             continue
         tables = [getattr(module, table).values() for table in HOOK_TABLES]
-        hooks = [hook for hook in itertools.chain(*tables) if not of_torch(hook)]  # export puts checks of its own there
+        hooks = [
+            hook for hook in itertools.chain(*tables) if not of_torch(hook)
+        ]  # torch.export registers its own checks there
         if hooks or replaced:
             raise TraceError(
                 f"{type(module).__name__} has {'hooks' if hooks else 'a forward of its own'}, which would be lost",
                 layer=path or None,
-                hint="remove it first, and put it back on what comes out",
+                hint="remove it first, and register it again on the result",
             )
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, bounds: bool = False) -> None:
-    """Raise for the first weight that isn't finite; a single number may be infinite (the bound of a clamp).
+    """Raise for the first weight that is not finite; a single number may be infinite (the bound of a clamp).
 
     Args:
-        bounds: let all values be infinite (an attention mask holds -inf where it hides), but none NaN.
+        bounds: allow infinite values (an attention mask holds -inf at hidden positions), but no NaN.
 
     Raises:
-        InputError: names the tensor, and how many of its values are NaN or infinite.
+        InputError: names the tensor and counts its values that are NaN or infinite.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.device.type != "meta":
@@ -162,7 +164,7 @@ def check_finite(tensors: Mapping[str, Tensor], *, bounds: bool = False) -> None
 
 
 def check_values(gm: nn.Module) -> None:
-    """Raise for a weight without values: such a model has shapes, for counting operations, and no more.
+    """Raise for a weight without values: on the device "meta" it has only a shape, for counting operations.
 
     Raises:
         InputError: names the weight.

@@ -1,4 +1,4 @@
-"""Copies of a user's model, which is never changed itself."""
+"""Copies of a user's model, which itself is never changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 
 
 def without_history(model: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy, which refuses tensors that were computed: attributes that hooks or a forward have set."""
+    """Return a memo for deepcopy with detached copies of computed tensors, which deepcopy refuses to copy.
+
+    Hooks and forwards leave such tensors in attributes.
+    """
     return {id(t): t.detach().clone() for t in tensors_of(model) if not t.is_leaf}
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A copy of a model, also of the functions and hooks that were put on its instances."""
+    """Return a copy of a model, including the functions and hooks that were set on its instances."""
     memo = without_history(model)
     try:
         copied = copy.deepcopy(model, memo)

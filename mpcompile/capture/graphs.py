@@ -17,7 +17,7 @@ from mpcompile.ir.parts import carry
 
 
 def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
-    """A copy of a GraphModule: private tables dropped, parameters and submodules copied unless ``share``."""
+    """Return a copy of a GraphModule: private tables dropped, parameters and submodules copied unless ``share``."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, copies)
@@ -25,7 +25,7 @@ def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
     original = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     graph.output(output).meta = dict(original.meta)
     for old, new in copies.items():
-        if old.op == "placeholder":  # our names, and AOTAutograd, look for the source of each input
+        if old.op == "placeholder":  # our names, and AOTAutograd, need the source of each input
             new._dynamo_source = getattr(old, "_dynamo_source", None)
     owned = IRModule(gm, graph, class_name=type(gm).__name__)
     owned.training = gm.training

@@ -1,7 +1,7 @@
 """Bring a model into the IR: a module by symbolic tracing, or a GraphModule (symbolic, dynamo, export) as it is.
 
-What comes out is owned: parameters are copies, unless the graph takes them as inputs (dynamo), and the user's module
-is never changed.
+The result is owned: parameters are copies, unless the graph takes them as inputs (dynamo), and the user's module is
+never changed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ __all__ = ["Imported", "check_finite", "check_values", "import_model"]
 
 
 def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = False) -> Imported:
-    """A module or a GraphModule -> the IR.
+    """Return a module or a GraphModule as the IR.
 
     Args:
         model: traced symbolically unless it is a GraphModule already.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. For a dynamo graph, the
-            list that the backend received, parameters included. May be None when the graph carries shapes.
+            list that the backend received, parameters included. May be None if the graph carries shapes.
         share: take the user's tensors instead of copies (the backend, which only reads them).
 
     Raises:
         InputError: example inputs missing or of the wrong kind, or weights that are not finite.
-        TraceError: the module can't be traced, or holds no parameter.
+        TraceError: the module cannot be traced, or has no parameters.
     """
     if not isinstance(model, nn.Module):
         raise not_a_model(model)

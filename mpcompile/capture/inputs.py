@@ -1,4 +1,4 @@
-"""Example inputs, in whatever form a user gives them, as the positional inputs of a graph."""
+"""Example inputs: from any form that a user may pass to the positional inputs of a graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpcompile.ir.numerics import ordinary
 
 
 def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
-    """Example inputs as a list of positional arguments; a dict is bound to the signature of forward."""
+    """Return example inputs as a list of positional arguments; a dict is bound to the signature of forward."""
     example_inputs = ordinary(example_inputs)
     if isinstance(example_inputs, Tensor):
         return [example_inputs]
@@ -40,7 +40,7 @@ def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
 
 
 def example_of(node: fx.Node) -> Any:
-    """An input of the right shape and dtype for a placeholder whose fake value the graph carries."""
+    """Return an input of the shape and dtype of a placeholder's fake value."""
     value = fake_value(node)
     if isinstance(value, Tensor):
         return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device=value.device)

@@ -1,4 +1,4 @@
-"""The mode that a captured graph stands for: torch.export, dynamo and symbolic_trace read ``self.training`` once."""
+"""The mode that a graph was captured in: torch.export, dynamo and symbolic_trace read ``self.training`` once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _RANDOM = ("bernoulli", "rand", "randn", "randint", "randperm", "uniform", "norm
 
 
 def _flag(node: fx.Node) -> bool | None:
-    """The training flag that a node was captured with; None where it has none, or one that is computed."""
+    """Return the training flag that a node was captured with; None if it has none, or a computed one."""
     if node.op != "call_function":
         return None
     if node.target in _EVALUATING:
@@ -53,17 +53,17 @@ def _flag(node: fx.Node) -> bool | None:
 
 
 def _draws(node: fx.Node) -> bool:
-    """Whether an exported node is one of torch's random functions."""
+    """Return True if an exported node is one of torch's random functions."""
     packet = getattr(node.target, "overloadpacket", None)
     return packet is not None and packet.__name__.removesuffix("_").removesuffix("_like") in _RANDOM
 
 
 def captured_mode(graph: fx.Graph) -> bool | None:
-    """The training flag that a graph was captured with, or None where its layers follow the mode.
+    """Return the training flag that a graph was captured with, or None if its layers follow the mode.
 
-    Normalisation may be frozen while a model trains: one flag that says training decides. An exported graph always
-    stands for one mode, and without a sign of training it counts as captured in ``eval()``, for which export is made:
-    stochastic depth, say, leaves nothing behind there.
+    Normalisation may be frozen while a model trains, so a single flag for training decides. An exported graph always
+    has one mode. Without a sign of training it counts as captured in ``eval()``, which export is meant for: stochastic
+    depth, for example, leaves no trace in that mode.
     """
     flags = [flag for flag in map(_flag, graph.nodes) if flag is not None]
     if any(flags):

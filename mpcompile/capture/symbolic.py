@@ -33,7 +33,13 @@ _SCALARS = (bool, int, float, str, type(None))
 
 @dataclass
 class _Traced:
-    """One symbolic trace: its graph, and the tensors that it reads but that the model doesn't hold."""
+    """One symbolic trace.
+
+    Attributes:
+        graph: the traced graph.
+        constants: tensors that the graph reads and the model does not hold.
+        drew: True if torch's random generator was used.
+    """
 
     graph: fx.Graph
     constants: dict[str, Any]
@@ -43,7 +49,7 @@ class _Traced:
 
 @contextlib.contextmanager
 def _generators() -> Iterator[list[bool]]:
-    """Random generators are put back at the end; the list that is yielded then says whether torch's was used."""
+    """Restore random generators at the end; the yielded list then says whether torch's generator was used."""
     drew: list[bool] = []
     numpy = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -61,7 +67,7 @@ def _generators() -> Iterator[list[bool]]:
 
 @contextlib.contextmanager
 def _compiled_functions_inlined() -> Iterator[None]:
-    """Functions under torch.compile are traced like others (dynamo forbids it by default)."""
+    """Trace functions under torch.compile like others, which dynamo forbids by default."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -70,7 +76,7 @@ def _compiled_functions_inlined() -> Iterator[None]:
 
 
 def _graph_of(model: nn.Module, original: nn.Module, training: bool, tracer: Tracer) -> _Traced:
-    """One symbolic trace of the copy of ``original``, which leaves nothing behind in either."""
+    """Trace a copy of ``original`` once, and leave both models unchanged."""
     held = set(vars(model))
     buffers = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
     written: list[str] = []
@@ -92,7 +98,7 @@ def _graph_of(model: nn.Module, original: nn.Module, training: bool, tracer: Tra
                 written.append(name)
                 with torch.no_grad():
                     buffer.copy_(original.get_buffer(name))
-    if written and not tracer.written:  # a write to a tensor isn't seen by the trace unless reading it is a node
+    if written and not tracer.written:  # the trace records a write only if the read of the tensor is a node
         again = Tracer(tracer.given, tracer.keywords, tuple(tracer.fixed), written)
         return _graph_of(model, original, training, again)
     constants = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in constants.items()}
@@ -112,10 +118,10 @@ def _same(a: Any, b: Any, twin: dict[fx.Node, fx.Node]) -> bool:
 
 
 def _unify_modes(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:
-    """Make ``evaluation`` follow the training flag where the two graphs differ in a number only.
+    """Make ``evaluation`` follow the training flag where the two graphs differ only in a number.
 
     Returns:
-        False when they differ in more than that.
+        False if they differ in anything else.
     """
     if len(training.nodes) != len(evaluation.nodes):
         return False
@@ -145,15 +151,15 @@ def _unify_modes(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> b
     return True
 
 
-def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two traces found the same constants."""
+def _equal_constants(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Return True if two traces hold the same constants."""
     if a.keys() != b.keys() or any(type(a[name]) is not type(b[name]) for name in a):
         return False
     return all(torch.equal(a[k], b[k]) if isinstance(a[k], Tensor) else a[k] is b[k] for k in a)
 
 
 def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, Any]:
-    """Parameters of forward that are left at a plain default."""
+    """Return the parameters of forward that stay at a plain default, with their values."""
     fixed = {}
     for position, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
         several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -166,14 +172,14 @@ def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, A
 
 
 def _place(error: BaseException) -> str:
-    """The line of somebody's model that an error comes from."""
+    """Return the line of the user's model that raised an error."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> TraceError:
-    """The error of a model's own code, with the class and the place."""
+    """Return the error for a model whose own code failed, with the class and the line."""
     path, cls = tracer.failed or ("", type(model).__name__)
     return TraceError(
         f"{type(model).__name__} can't be traced: {summary(error)}",
@@ -186,7 +192,7 @@ def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> TraceErr
 
 
 def _traces(model: nn.Module, original: nn.Module, given: int, keywords: Sequence[str]) -> dict[bool, _Traced]:
-    """Training flag -> trace: of the mode that the model is in, and of the other where that can be had."""
+    """Return training flag -> trace: for the mode that the model is in, and for the other one if it can be traced."""
     fixed = tuple(_fixed(model, given, keywords))
     traces: dict[bool, _Traced] = {}
     for training in (model.training, not model.training):
@@ -213,20 +219,20 @@ def _traces(model: nn.Module, original: nn.Module, given: int, keywords: Sequenc
 
 
 def _is_random(model: nn.Module, original: nn.Module, first: _Traced) -> bool:
-    """Whether another trace, after other random numbers, comes out differently."""
+    """Return True if a second trace, from another random seed, differs."""
     tracer = first.tracer
     with torch.random.fork_rng([]):
         torch.manual_seed(torch.initial_seed() + 1)
         other = Tracer(tracer.given, tracer.keywords, tuple(tracer.fixed), tuple(tracer.written))
         again = _graph_of(model, original, model.training, other)
-    return str(again.graph) != str(first.graph) or not _alike(again.constants, first.constants)
+    return str(again.graph) != str(first.graph) or not _equal_constants(again.constants, first.constants)
 
 
 def _trace(model: nn.Module, original: nn.Module, given: int, keywords: Sequence[str]) -> tuple[IRModule, list[str]]:
-    """Symbolic trace of an owned module that follows ``train()`` and ``eval()``."""
+    """Trace an owned module into a graph that follows ``train()`` and ``eval()``, and return notes for the plan."""
     traces = _traces(model, original, given, keywords)
     chosen, other = traces[model.training], traces.get(not model.training)
-    follows = other is not None and _alike(chosen.constants, other.constants)
+    follows = other is not None and _equal_constants(chosen.constants, other.constants)
     follows = follows and _unify_modes(model, traces[True].graph, traces[False].graph)
     for name, value in chosen.constants.items():
         if isinstance(value, Tensor):
@@ -243,18 +249,18 @@ def _trace(model: nn.Module, original: nn.Module, given: int, keywords: Sequence
         silent = sorted({path or type(model).__name__ for path in chosen.tracer.silent})
         more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
         notes.append(
-            f"hooks that return nothing are no part of the graph (on {', '.join(silent[:8])}{more}): "
-            "register them on what came out"
+            f"hooks that return nothing are not part of the graph (on {', '.join(silent[:8])}{more}): "
+            "register them on the result"
         )
     if not follows:
         gm.locked_mode = model.training
         mode = "train" if model.training else "eval"
-        notes.append(f"train() and eval() take different paths: this graph stands for {mode}() alone")
+        notes.append(f"train() and eval() take different paths: this graph is for {mode}() only")
     return gm, notes
 
 
 def import_module(model: nn.Module, example_inputs: Any) -> Imported:
-    """A module by symbolic tracing."""
+    """Import a module by symbolic tracing."""
     check_module(model)
     if example_inputs is None:
         raise InputError(

@@ -1,7 +1,7 @@
-"""The symbolic trace of a module as it runs when it is called: with its hooks, and whatever forward an instance has.
+"""Symbolic tracing of a module as it runs when called: with its hooks, and with a forward set on the instance.
 
-Forward hooks of a module that is entered are traced like the code around them. One that returns nothing and writes into
-nothing computes nothing: what it recorded is taken out of the graph again. Hooks of a leaf stay on the leaf.
+Forward hooks of a module that is entered are traced like the code around them. A hook that returns nothing and writes
+to nothing computes nothing: its nodes are removed from the graph. Hooks of a leaf stay on the leaf.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 _TAKEN = ("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")  # in generated source
-_REMOVE = "remove it first (handle.remove()), and register it on what comes out"
+_REMOVE = "remove it first (handle.remove()), and register it on the result"
 
 
 class _Proxy(Proxy):
-    """Records ``h += 1`` as what it is for a tensor: fx has ``h = h + 1``, which other names of ``h`` don't see."""
+    """Record ``h += 1`` as the in-place write that it is: fx records ``h = h + 1``, which other names of ``h`` miss."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
-            raise TypeError("tensor.data is assigned to, which leaves no trace in a graph")
+            raise TypeError("tensor.data is assigned to, which a graph cannot record")
         super().__setattr__(name, value)
 
 
@@ -50,7 +50,7 @@ for _target in AUGMENTED:
 
 
 def replaced_forward(module: nn.Module) -> bool:
-    """Whether another function than the one of its torch.nn class runs: patched on the instance, or on the class."""
+    """Return True if a patched forward runs: one set on the instance, or on a class of torch.nn."""
     if "forward" in vars(module):
         return True
     for cls in type(module).__mro__:
@@ -66,7 +66,7 @@ def _reads_training(module: nn.Module) -> bool:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a node changes something that exists already."""
+    """Return True if a node changes an existing value."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
@@ -76,14 +76,14 @@ def _writes(node: fx.Node) -> bool:
 
 
 class Tracer(fx.Tracer):
-    """Keeps as leaves what torch.nn defines, our masked layers, and whatever asks for ``self.training``.
+    """A tracer whose leaves are torch.nn modules, masked layers, and modules that read ``self.training``.
 
     A module that reads the flag and holds layers to mask (attention with its ``dropout_p``) is entered: the traces of
-    both modes are compared instead. A module with another forward than its class's is entered, too.
+    both modes are compared instead. A module with a patched forward is entered, too.
 
     Args:
-        given: how many positional inputs there are.
-        keywords: names of the inputs that are given by keyword.
+        given: number of positional inputs.
+        keywords: names of the inputs that are passed by keyword.
         fixed: parameters of forward that stay at their defaults.
         written: buffers that forward writes into: each read of them becomes a node.
 
@@ -99,10 +99,10 @@ class Tracer(fx.Tracer):
         self.given, self.keywords, self.fixed, self.written = given, keywords, set(fixed), set(written)
         self.silent: list[str] = []
         self.failed: tuple[str, str] | None = None
-        self.idle: set[fx.Node] = set()  # made by hooks that returned nothing
+        self.idle: set[fx.Node] = set()  # recorded by hooks that returned nothing
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """As of fx, but a region of autocast, which leaves no node behind, is refused instead of lost.
+        """Trace as fx does, but refuse a region of autocast, which leaves no node and would be lost.
 
         Raises:
             TraceError: forward enters autocast.
@@ -138,7 +138,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Inputs by the signature of the forward that runs; calling the root, not its forward, includes its hooks."""
+        """Create inputs by the signature of the forward that runs. Calling the root itself also runs its hooks."""
         for name in _TAKEN:
             self.graph._graph_namespace.create_name(name, None)
         positional: list[Any] = []
@@ -163,7 +163,7 @@ class Tracer(fx.Tracer):
         def call(root: nn.Module) -> Any:
             return root(*positional, **named)
 
-        call.__annotations__ = {}  # fx would write them into the generated source
+        call.__annotations__ = {}  # fx would copy them into the generated source
         return call, [self.root]
 
     def _input(self, name: str, parameter: inspect.Parameter) -> Proxy:
@@ -198,7 +198,7 @@ class Tracer(fx.Tracer):
 
     @contextlib.contextmanager
     def _hooks(self, module: nn.Module, path: str) -> Iterator[None]:
-        """The module's hooks under watch."""
+        """Record the nodes of a module's hooks while it is traced."""
         before = {table: getattr(module, table) for table in _HOOKS}
         for table, hooks in before.items():
             if hooks:
@@ -227,7 +227,7 @@ class Tracer(fx.Tracer):
         return run
 
     def prune(self) -> None:
-        """Take out what hooks that return nothing have left behind, unless it is used or writes into something."""
+        """Erase the nodes of hooks that return nothing, except those that are used or write to a tensor."""
         for node in reversed(list(self.graph.nodes)):
             if node in self.idle and not node.users and not _writes(node):
                 self.graph.erase_node(node)

@@ -1,15 +1,18 @@
-"""The command line, one module a command.
+"""The command line, one module per command.
 
-To add a command ``bake``, write ``mpcompile/cli/commands/bake.py`` with
+To add a command ``bake``, write ``mpcompile/cli/commands/bake.py`` with two functions:
 
-- ``add(commands)``: declare it with :func:`mpcompile.cli.options.command` (help, a description and an example), add its
-  options (those that several commands share are in :mod:`mpcompile.cli.options`), declare those that name a file to
-  write with :func:`mpcompile.cli.destinations.declare`, and name what runs it with ``job.set_defaults(run=run)``,
-- ``run(args) -> int``: do it, print what there is to read (with :func:`mpcompile.cli.options.show` where there is JSON,
-  too), return the exit status; imports that take long or need an extra stand inside,
+- ``add(commands)`` declares the command with :func:`mpcompile.cli.options.command` (help, description, example), adds
+  its options (:mod:`mpcompile.cli.options` has those that commands share, and the argument types of paths), declares
+  the options that name an output with :func:`mpcompile.cli.destinations.declare`, and ends with
+  ``job.set_defaults(run=run)``.
+- ``run(args) -> int`` does the work, prints the result (with :func:`mpcompile.cli.options.show` if there is also JSON)
+  and returns the exit status. Slow imports, and those that need an extra, go inside it. Models and checkpoints come
+  from :mod:`mpcompile.cli.models`.
 
-and put ``"bake"`` into :data:`COMMANDS`. Errors that the user can mend are raised as
-:class:`~mpcompile.errors.MPCompileError`; :func:`main` prints them in one line and exits with status 2.
+Then add ``"bake"`` to :data:`COMMANDS`. If it writes JSON, :func:`mpcompile.io.ownership.is_ours` must recognise it, so
+that a second run may replace the file. Raise errors that the user can fix as
+:class:`~mpcompile.errors.MPCompileError`: :func:`main` prints them in one line and exits with status 2.
 """
 
 from __future__ import annotations
@@ -42,25 +45,26 @@ COMMANDS = (
     "export",
     "report",
     "demo",
+    "env",
 )
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a call in one printable line, whatever was typed."""
+    """Reports a wrong call in one printable line, whatever was typed."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message, LONGEST - len(self.prog)))
 
 
 class _OneLine(logging.Formatter):
-    """Log records as printable lines."""
+    """Formats a log record as one printable line."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), LONGEST)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser, one sub-command for each of :data:`COMMANDS`."""
+    """Return the argument parser, with one sub-command for each of :data:`COMMANDS`."""
     top = _Parser(prog="mpcompile", description=mpcompile.__doc__)
     top.add_argument("--version", action="version", version=f"mpcompile {mpcompile.__version__}")
     commands = top.add_subparsers(dest="job", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
@@ -70,15 +74,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Exit status 0: done; 1: the command found something wrong (``verify``: a
-    violation); 2: something the user can mend; 130: interrupted."""
+    """Run the command line, as the console script does.
+
+    Args:
+        argv: arguments; None takes those of the process.
+
+    Returns:
+        The exit status. 0: done; 1: the command found something wrong (``verify``: a violation); 2: the user can fix
+        the error; 130: interrupted.
+
+    Example:
+        >>> main(["verify", "no-such-file.mpc", "--quiet"])
+        2
+    """
     args = parser().parse_args(argv)
-    _to_terminal()
+    _set_up_terminal()
     log = logging.getLogger("mpcompile")
     before = log.level
     log.setLevel(logging.ERROR if args.quiet else logging.INFO if args.verbose else logging.WARNING)
     try:
-        with _ended_orderly():
+        with _unwound_by_signals():
             check_destinations(args)
             status: int = args.run(args)
         return status
@@ -91,11 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mpcompile: interrupted", file=sys.stderr)
         return 130
     finally:
-        log.setLevel(before)  # whoever calls this from Python has levels of their own
+        log.setLevel(before)  # a caller from Python has its own log level
 
 
-def _to_terminal() -> None:
-    """Log records are shown as single lines; what a terminal's encoding lacks is escaped."""
+def _set_up_terminal() -> None:
+    """Show log records as single lines, and escape characters that the terminal can't encode."""
     root = logging.getLogger()
     if not root.handlers:
         handler = logging.StreamHandler()
@@ -107,8 +122,8 @@ def _to_terminal() -> None:
 
 
 @contextlib.contextmanager
-def _ended_orderly() -> Iterator[None]:
-    """A request to end (SIGTERM, SIGHUP) unwinds the command, so that its temporary files are removed."""
+def _unwound_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the command, so that its temporary files are removed."""
 
     def end(number: int, _frame: object) -> NoReturn:
         raise SystemExit(128 + number)

@@ -9,8 +9,10 @@ import copy
 import hashlib
 import importlib.util
 import json
+import math
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +26,84 @@ from mpcompile.backend import mpsparse
 from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, MPCompileError
 from mpcompile.io.writing import make_folder, write_atomically
+from mpcompile.ir.module import IRModule
 from mpcompile.kernels.store import cache_folder
 from mpcompile.measure.audit import audit
+from mpcompile.measure.report import BARS, COMPILED, DENSE_EAGER, Report
 from mpcompile.pipeline import transform
+from mpcompile.plan import Plan
 from mpcompile.rmt.analysis import analyze
 from mpcompile.training.distill import distill, parameter_groups
 
 HELD_OUT, FOLDS = 450, 4  # of 1,797 scans: the last part has 447
 SHIFT = 2  # pixels of random shift in training
+PICTURES = 2  # held-out scans on the page
+TITLE = "A vision transformer that reads handwritten digits"
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Options of the demo: a quick or the full one, seed, folder for results, threads, progress bars."""
+    """Options of the demo.
+
+    Attributes:
+        quick: two blocks and 12 epochs instead of four and 20.
+        seed: of the split, the weights and the batches.
+        out: folder for the results.
+        threads: CPU threads of PyTorch; None: PyTorch's choice.
+        progress: print the steps of the job to stderr, with progress bars on a terminal.
+        verbose: return the tables of audit, plan and analysis, too.
+    """
 
     quick: bool = False
     seed: int = 0
     out: Path = Path("mpcompile-demo")
     threads: int | None = None
     progress: bool = True
+    verbose: bool = False
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """Arguments of timm's VisionTransformer."""
+        """Arguments of timm's ``VisionTransformer``."""
         size = {"img_size": 32, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "num_heads": 4}
         return {**size, "depth": 2 if self.quick else 4, "num_classes": 10, "global_pool": "avg"}
 
     @property
     def epochs(self) -> int:
+        """Epochs of training."""
         return 12 if self.quick else 20
+
+    def step(self, text: str) -> None:
+        """Print what the job does next."""
+        if self.progress:
+            print(f"demo: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass
 class Digits:
-    """Images (B, 1, 32, 32), normalised, and labels (B,), split into training and held-out scans."""
+    """Normalised images (B, 1, 32, 32) and labels (B,) of training and held-out scans."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
 
 def split(count: int, seed: int, fold: int = 0) -> tuple[Tensor, Tensor]:
-    """Places of the training and of the held-out scans among ``count``."""
+    """Return the indices of the training and of the held-out scans among ``count``."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     start, end = fold * HELD_OUT, (fold + 1) * HELD_OUT
     return torch.cat([order[:start], order[end:]]), order[start:end]
 
 
 def load_data(seed: int, fold: int = 0) -> Digits:
-    """The digits, shuffled under ``seed``, and of ``FOLDS`` parts number ``fold`` held out."""
+    """Return the digits, shuffled by ``seed``; part ``fold`` of :data:`FOLDS` is held out.
+
+    Raises:
+        MPCompileError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MPCompileError(
-            "the demo needs scikit-learn, which brings the digits", hint="pip install 'mpcompile[demo]'"
+            "the demo needs scikit-learn, which contains the digits", hint="pip install 'mpcompile[demo]'"
         ) from error
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
@@ -88,7 +115,7 @@ def load_data(seed: int, fold: int = 0) -> Digits:
 
 
 class Batches:
-    """Shuffled, randomly shifted training batches; another order each time it is iterated, the same under one seed."""
+    """Shuffled, randomly shifted training batches: a new order on every iteration, reproducible by the seed."""
 
     def __init__(self, data: tuple[Tensor, Tensor], seed: int, size: int = 32) -> None:
         self.images, self.labels = data
@@ -109,7 +136,7 @@ class Batches:
 
 
 def train_dense(demo: Demo, data: Digits, fold: int = 0) -> nn.Module:
-    """The dense model, trained on the spot, or from the cache of an earlier run with the same settings."""
+    """Return the dense model: trained, or from the cache of an earlier run with the same settings."""
     from safetensors.torch import load_file, save_file
     from timm.models.vision_transformer import VisionTransformer
 
@@ -124,7 +151,7 @@ def train_dense(demo: Demo, data: Digits, fold: int = 0) -> nn.Module:
             model.load_state_dict(load_file(cached))
             return model.eval()
         except Exception:
-            cached.unlink(missing_ok=True)  # written by something else, or damaged: train again
+            cached.unlink(missing_ok=True)  # damaged, or written by another program: train again
     batches = Batches(data.train, demo.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=2e-3)
     steps = demo.epochs * len(batches)
@@ -142,42 +169,112 @@ def train_dense(demo: Demo, data: Digits, fold: int = 0) -> nn.Module:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(cached, lambda temporary: save_file(model.state_dict(), temporary))
     except (OSError, ArtifactError):
-        pass  # a cache that can't be written only costs the next run its time
+        pass  # without the cache, the next run trains again
     return model.eval()
 
 
 def run(demo: Demo) -> str:
-    """The whole job; returns what there is to read and leaves report, plan and model in ``demo.out``."""
+    """Run the whole job and write the page, the artifact, the figures, the plan and the analysis into ``demo.out``.
+
+    Returns:
+        The summary, after the tables of audit, plan and analysis if ``demo.verbose``.
+    """
     if demo.threads:
         torch.set_num_threads(demo.threads)
     make_folder(demo.out)
     data = load_data(demo.seed)
-    dense = train_dense(demo, data)
     images, labels = data.test
-    batches = list(zip(images.split(64), labels.split(64), strict=True))
-
-    config = Config(pattern="auto", tome_r=8)  # 8:16 on a CPU, which runs it as fast as 2:4
-    calibration = data.train[0][:256].split(64)
-    narrow = transform(dense, images[:64], replace(config, pattern="2:4"), calibration, seed=demo.seed)
-    student = transform(dense, images[:64], config, calibration, seed=demo.seed)
-    before = copy.deepcopy(student)
+    demo.step(f"training a dense vision transformer on {len(data.train[0]):,} scans, {demo.epochs} epochs")
+    dense = train_dense(demo, data)
+    demo.step("pruning its weights, merging its tokens, distilling it")
+    narrow, before = (_transformed(demo, dense, data, pattern) for pattern in ("2:4", "auto"))  # auto: 8:16 on a CPU
+    student = copy.deepcopy(before)
     distill(student, dense, Batches(data.train, demo.seed + 1), lr=1e-3, progress=demo.progress)
     path = demo.out / "digits.mpc"
     mpcompile.save(student, path)
-    student = mpcompile.load(path)  # what is audited is what was saved
+    student = mpcompile.load(path)  # the audit is of the saved artifact
+    demo.step("compiling, and measuring every build")
+    batches = list(zip(images.split(64), labels.split(64), strict=True))
     others = {"transformed 2:4": narrow, "transformed": before, "... distilled": student}
     compiled = torch.compile(student, backend=mpsparse, options={"frozen": True})
     report = audit(dense, compiled, batches, others=others, rounds=30, progress=demo.progress)
+    demo.step("fitting the Marchenko-Pastur law to the dense weights")
     analysis = analyze(dense, progress=demo.progress)
-    files = [demo.out / "report.json", demo.out / "plan.json", path, demo.out / "analysis.json"]
+    write_atomically(demo.out / "report.json", report.to_json(indent=1))
+    write_atomically(demo.out / "plan.json", student.plan.to_json(indent=1))
     write_atomically(demo.out / "analysis.json", analysis.to_json(indent=1))
     if importlib.util.find_spec("matplotlib") is not None:
-        files.append(demo.out / "analysis.png")
-        analysis.plot(files[-1])
-    plan = student.plan
-    write_atomically(demo.out / "report.json", report.to_json(indent=1))
-    write_atomically(demo.out / "plan.json", plan.to_json(indent=1))
-    chosen = ", ".join(sorted({layer.pattern for layer in plan.layers.values()} - {"dense"}))
-    text = f"Digits, {len(images)} held-out scans, {chosen} + ToMe r = {config.tome_r}\n\n{report}\n\n{plan}"
-    text += f"\n\nThe Marchenko-Pastur law in the dense model\n\n{analysis}"
-    return f"{text}\n\nwritten: {', '.join(map(str, files))}"
+        analysis.plot(demo.out / "analysis.png")
+    _write_page(demo.out, student, images)
+    text = summary(demo.out, dense, report, student.plan)
+    if demo.verbose:
+        law = f"The Marchenko-Pastur law in the dense model\n\n{analysis}"
+        text = f"{report}\n\n{student.plan}\n\n{law}\n\n{text}"
+    return text
+
+
+def _transformed(demo: Demo, dense: nn.Module, data: Digits, pattern: str) -> IRModule:
+    """Return the dense model with masks and merging, calibrated on 256 scans of the training set."""
+    config = Config(pattern=pattern, tome_r=8)
+    calibration = data.train[0][:256].split(64)
+    gm = transform(dense, data.test[0][:64], config, calibration, seed=demo.seed)
+    gm.plan.provenance = {
+        "model": TITLE,
+        "weights": f"trained by mpcompile demo, seed {demo.seed}",
+        "num_classes": 10,
+        "data": {"input_size": list(data.test[0].shape[1:])},
+        "calibration_images": 256,
+    }
+    return gm
+
+
+def _write_page(out: Path, student: IRModule, images: Tensor) -> None:
+    """Write ``report.html`` as ``mpcompile report digits.mpc --audit report.json --analyze analysis.json`` does.
+
+    Its pictures of merged tokens are of the first held-out scans.
+    """
+    from mpcompile import page
+    from mpcompile.page.sources import Sources, read_json
+
+    audited, analyzed = read_json(out / "report.json", "audit"), read_json(out / "analysis.json", "analyze")
+    sources = Sources(audit=audited, analyze=analyzed)
+    page.add_artifact(sources, out / "digits.mpc")
+    for number, image in enumerate(images[:PICTURES], 1):
+        grey = (255 * (image - image.min()) / (image.max() - image.min())).round().byte()
+        pixels = grey.expand(3, -1, -1).permute(1, 2, 0).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
+        sources.pictures[f"held-out scan {number}"] = page.merging_steps(student, image, pixels)
+    page.write(out / "report.html", sources)
+
+
+def summary(out: Path, dense: nn.Module, report: Report, plan: Plan) -> str:
+    """Return the result of the demo in a few lines.
+
+    Args:
+        out: folder of the page and the artifact.
+        dense: the dense model.
+        report: audit with labels and latencies.
+        plan: of the artifact.
+    """
+    was: Any = report[DENSE_EAGER]
+    now: Any = report[COMPILED]
+    best: Any = min((row for row in report.rows if row.name in BARS), key=lambda row: row.latency_ms or math.inf)
+    weights = sum(parameter.numel() for parameter in dense.parameters())
+    patterns = ", ".join(sorted({layer.pattern for layer in plan.layers.values()} - {"dense"}))
+    points = 100 * (now.correct - was.correct) / was.samples
+    faster = "faster" if now.speedup >= 1 else "slower"
+    dtype = report.environment["dtype"]
+    lines = {
+        "made": f"{patterns} masks in {len(plan.masked)} of {len(plan.layers)} layers, "
+        f"{plan.config['tome_r']} tokens merged per block, distilled from the dense model",
+        "accuracy": f"dense {was.top1:.2%} -> {now.top1:.2%} on {was.samples} held-out scans: {points:+.2f} points "
+        f"({now.lost} lost, {now.won} won)",
+        "work": f"{was.macs / 1e6:.2f} -> {now.macs / 1e6:.2f} million multiply-accumulates per scan: "
+        f"{1 - now.macs / was.macs:.1%} saved",
+        "speed": f"{now.speedup:.2f}x, {faster} than the best dense build: {now.latency_ms:.2f} ms for "
+        f"{report.environment['batch']} scans, {best.name} {best.latency_ms:.2f} ms, all {dtype}",
+        "report": f"{out / 'report.html'} (open it in a browser)",
+        "artifact": f"{out / 'digits.mpc'} ({(out / 'digits.mpc').stat().st_size / 2**20:.2f} MiB)",
+        "tables": "report.json, plan.json and analysis.json beside it; --verbose prints them",
+    }
+    head = f"{TITLE}, {weights / 1e6:.2f} million weights: trained, pruned, merged, distilled, compiled"
+    return "\n".join([head, "", *(f"  {name:8}  {text}" for name, text in lines.items())])

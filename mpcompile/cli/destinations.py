@@ -1,6 +1,7 @@
 """Where a command writes: checked once, before the work, for every command and every option that names a file.
 
-Nothing that another program wrote is replaced, no input of the command is, and folders are there and can be written.
+The checks refuse to replace a file that another program wrote, or an input of the command, and find missing or
+read-only folders.
 """
 
 from __future__ import annotations
@@ -17,36 +18,37 @@ from mpcompile.io.ownership import is_ours
 from mpcompile.io.writing import check_folder_writable, check_writable
 
 FOLDER: tuple[str, ...] = ()  # a folder in which nothing is replaced
-FILE, ARTIFACT = "file", "artifact"  # one file; a file, or a folder of WEIGHTS and PLAN where a slash is behind it
+FILE, ARTIFACT = "file", "artifact"  # one file; a file or, with a trailing slash, a folder of WEIGHTS and PLAN
 Kind: TypeAlias = "str | tuple[str, ...]"
 _STANDARD_OUTPUT = "-"
-_TEXTS = ("target", "recipe", "data")  # options that may name an input although they aren't of type Path
+_TEXTS = ("target", "recipe", "data")  # options that may name an input although their type is not Path
 
 
 def declare(job: argparse.ArgumentParser, **kinds: Kind | Callable[[argparse.Namespace], Kind]) -> None:
-    """Say which options of a command name something that it writes.
+    """Declare the options of a command that name its outputs.
 
-    They are left as texts, since a Path has no slash behind it; a file becomes a Path once it is checked.
+    Their values are strings, since a Path loses its trailing slash; :func:`check_destinations` turns that of a file
+    into a Path.
 
     Args:
         job: the command.
-        kinds: by option, :data:`FILE`, :data:`ARTIFACT`, the names of the files that it writes into a folder, or what
-            says one of these from the arguments.
+        kinds: option -> :data:`FILE`, :data:`ARTIFACT`, the names of the files that it writes into a folder, or a
+            function that returns one of these from the parsed arguments.
     """
     job.set_defaults(destinations={**(job.get_default("destinations") or {}), **kinds})
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether an artifact that is written there takes the form of a folder."""
+    """Return True if an artifact written to ``path`` becomes a folder: a trailing slash, or an existing folder."""
     return os.fspath(path).endswith(("/", os.sep)) or os.path.isdir(path)
 
 
 def check_destinations(args: argparse.Namespace) -> None:
-    """Everything that a command will write can be written, and replaces nothing but what mpcompile wrote.
+    """Check that a command can write all of its outputs, and that they replace only files of mpcompile.
 
     Raises:
-        ArtifactError: a folder is missing or not writable, or something is in the way.
-        ConfigError: a file is an input of this very command, or is to be written twice.
+        ArtifactError: a folder is missing or not writable, or the path is taken by something else.
+        ConfigError: an output is also an input of the command, or two outputs are the same file.
     """
     declared: dict[str, Any] = getattr(args, "destinations", None) or {}
     inputs = {key: path for path in _inputs(args, declared) for key in _keys(path)}
@@ -59,10 +61,10 @@ def check_destinations(args: argparse.Namespace) -> None:
         chosen = kind(args) if callable(kind) else kind
         for path in _files(value, chosen, flag):
             _check(path, flag, inputs)
-            real = os.path.realpath(path)
-            if real in written:
-                raise ConfigError(f"{written[real]} and {flag} name the same file", found=path)
-            written[real] = flag
+            real_path = os.path.realpath(path)
+            if real_path in written:
+                raise ConfigError(f"{written[real_path]} and {flag} name the same file", found=path)
+            written[real_path] = flag
             if chosen == FILE:
                 setattr(args, name, path)
     if getattr(args, "record", False) and getattr(args, "artifact", None) is not None:
@@ -71,8 +73,24 @@ def check_destinations(args: argparse.Namespace) -> None:
             check_writable(path)
 
 
+def check_ending(path: str | os.PathLike[str], *endings: str) -> None:
+    """Check that the name of an output has the ending of its format.
+
+    Args:
+        path: the output.
+        endings: those allowed, such as ``".png"``.
+
+    Raises:
+        ArtifactError: it has another ending, or none.
+    """
+    ending = Path(path).suffix
+    if ending.lower() not in endings:
+        expected, found = f"a name that ends in {' or '.join(endings)}", ending or "a name without an ending"
+        raise ArtifactError(f"can't write {path}", expected=expected, found=found)
+
+
 def _files(value: str | os.PathLike[str], kind: Any, flag: str) -> list[Path]:
-    """The files that an option stands for; their folder can be written."""
+    """Return the files that an option writes, after checking that their folder is writable."""
     path = Path(value)
     if isinstance(kind, tuple):
         check_folder_writable(path)
@@ -87,6 +105,7 @@ def _files(value: str | os.PathLike[str], kind: Any, flag: str) -> list[Path]:
 
 
 def _check(path: Path, flag: str, inputs: dict[Any, Path]) -> None:
+    """Check that an output replaces no input of the command and no file of another program."""
     if not os.path.lexists(path):
         return
     read = next((inputs[key] for key in _keys(path) if key in inputs), None)
@@ -101,19 +120,18 @@ def _check(path: Path, flag: str, inputs: dict[Any, Path]) -> None:
 
 
 def _inputs(args: argparse.Namespace, outputs: Iterable[str]) -> Iterator[Path]:
-    """Every path that a command was given besides those that it writes, and the files of artifacts in folders."""
+    """Yield every path among the arguments that is not an output, and the files of artifacts in folders."""
     for name, value in vars(args).items():
         if name in outputs:
             continue
-        items = value if isinstance(value, (list, tuple)) else [value]
-        for item in items:
-            if isinstance(item, Path) or (name in _TEXTS and isinstance(item, str)):
-                yield Path(item)
-                yield from (Path(item) / part for part in (WEIGHTS, PLAN))
+        for path in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(path, Path) or (name in _TEXTS and isinstance(path, str)):
+                yield Path(path)
+                yield from (Path(path) / part for part in (WEIGHTS, PLAN))
 
 
 def _keys(path: Path) -> list[Any]:
-    """What a file is known by: its place on the disk, which links share, and its path."""
+    """Return what identifies a file: device and inode, which hard links share, and its real path."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):

@@ -1,40 +1,39 @@
-"""What several commands share: declaring one, options of models and of the Config, and what is made from them."""
+"""Options that several commands share: declaring a command, its results as text and JSON, and the Config.
+
+Models and checkpoints are made from these options in :mod:`mpcompile.cli.models`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 
-from mpcompile._version import __version__
-from mpcompile.artifact.container import WEIGHTS
 from mpcompile.cli.destinations import FILE, declare
 from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
-from mpcompile.data.images import data_config
-from mpcompile.errors import ArtifactError, ConfigError, InputError, first_line, printable_lines
-from mpcompile.io.checkpoints import load_checkpoint
-from mpcompile.io.reading import read_text, sha256
+from mpcompile.errors import ConfigError, printable_lines
+from mpcompile.io.reading import read_text
 from mpcompile.io.writing import write_atomically
 from mpcompile.io.yaml_options import LARGEST, parse
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # what add(commands) is given
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # the argument of add(commands)
 
 EXITS = "0 done, 1 the command found something wrong, 2 something to mend in the call, 130 interrupted"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# --- Declaring a command, and showing its result ---
 
 
 def command(commands: Commands, name: str, *, help: str, description: str, example: str) -> argparse.ArgumentParser:
     """Declare a command with the options that every command has.
 
     Args:
-        commands: what ``add`` was given.
+        commands: the argument of ``add``.
         name: as typed.
         help: its line in ``mpcompile --help``: lower case, no full stop.
         description: the head of its own help: sentences.
@@ -49,20 +48,25 @@ def command(commands: Commands, name: str, *, help: str, description: str, examp
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     loud = job.add_mutually_exclusive_group()
-    loud.add_argument("--quiet", action="store_true", help="no progress bars, no warnings")
-    loud.add_argument("--verbose", action="store_true", help="also say what is being done, and where errors come from")
+    loud.add_argument("--quiet", action="store_true", help="show no progress bars and no warnings")
+    loud.add_argument("--verbose", action="store_true", help="log each step, and show tracebacks of errors")
     return job
 
 
 def json_option(job: argparse.ArgumentParser) -> None:
-    """``--json FILE``; a command that has it prints its result with :func:`show`."""
-    text = "write the result here as JSON; - prints it, in place of the text"
-    job.add_argument("--json", metavar="FILE", help=text)
+    """Declare ``--json FILE``. A command that has it prints its result with :func:`show`."""
+    text = "write the result to this file as JSON; - prints the JSON instead of the text"
+    job.add_argument("--json", type=as_path_text, metavar="FILE", help=text)
     declare(job, json=FILE)
 
 
 def show(args: argparse.Namespace, text: object, data: str) -> None:
-    """Print a result, and write its JSON where ``--json`` says.
+    """Print a result, and write it as JSON if ``--json`` asks for it.
+
+    Args:
+        args: the parsed arguments.
+        text: the result to read.
+        data: the same result as JSON.
 
     Raises:
         ArtifactError: the file can't be written.
@@ -75,8 +79,23 @@ def show(args: argparse.Namespace, text: object, data: str) -> None:
     print(printable_lines(text))
 
 
+# --- Types of arguments ---
+
+
+def as_path_text(text: str) -> str:
+    """Argument type of a path that stays a string, so that a trailing slash survives. An empty one is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def as_path(text: str) -> Path:
+    """Argument type of a path. An empty one is refused: ``Path("")`` would be the current folder."""
+    return Path(as_path_text(text))
+
+
 def at_least(least: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from ``least`` on."""
+    """Return the argument type of integers >= ``least``."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -88,7 +107,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def tome_r(text: str) -> int | str | tuple[int, ...]:
-    """``8``, ``16,12,8`` (one number a block) or ``auto``."""
+    """Argument type of ``--tome-r``: ``8``, ``16,12,8`` (one number per block) or ``auto``."""
     if text == "auto":
         return text
     numbers = [int(part) for part in text.split(",")]
@@ -97,46 +116,74 @@ def tome_r(text: str) -> int | str | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
+# --- Options of models ---
+
+
 def weights_options(job: argparse.ArgumentParser) -> None:
-    """A timm model and where its weights come from."""
+    """Declare a timm model and the source of its weights."""
     job.add_argument("model", help="name of a timm model, such as vit_base_patch16_224")
     source_options(job)
     classes_option(job)
 
 
 def source_options(job: argparse.ArgumentParser) -> None:
-    """``--pretrained`` or ``--checkpoint FILE``."""
+    """Declare ``--pretrained`` and ``--checkpoint FILE``, of which one may be given."""
     weights = job.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (fetched by timm)")
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="the model's: safetensors file or state dict")
-
-
-def names_file(target: str) -> bool:
-    """Whether what can be a timm model's name or a file of weights is a file."""
-    path = Path(target)
-    return path.suffix in (".mpc", ".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin") or os.path.lexists(path)
+    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (timm downloads them)")
+    text = "weights of the model: a safetensors file or a PyTorch state dict"
+    weights.add_argument("--checkpoint", type=as_path, metavar="FILE", help=text)
 
 
 def classes_option(job: argparse.ArgumentParser) -> None:
-    """``--num-classes``."""
-    job.add_argument(
-        "--num-classes", type=at_least(1), metavar="N", help="of the model (default: timm's, or the file's)"
-    )
+    """Declare ``--num-classes``."""
+    text = "classes of the model (default: those of timm's model, or of the artifact)"
+    job.add_argument("--num-classes", type=at_least(1), metavar="N", help=text)
 
 
 def seed_option(job: argparse.ArgumentParser) -> None:
-    """``--seed``."""
-    job.add_argument("--seed", type=at_least(0), default=0, help="seeds whatever is random (default 0)")
+    """Declare ``--seed``."""
+    job.add_argument("--seed", type=at_least(0), default=0, help="seed of everything random (default 0)")
+
+
+def threads_option(job: argparse.ArgumentParser) -> None:
+    """Declare ``--threads``."""
+    job.add_argument("--threads", type=at_least(1), help="CPU threads of PyTorch (default: PyTorch's choice)")
+
+
+def model_options(job: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Declare the options of a command that measures a timm model.
+
+    Args:
+        job: the command.
+        defaults: as for :func:`config_options`.
+    """
+    weights_options(job)
+    job.add_argument("--batch", type=at_least(1), default=8, help="images per batch (default 8)")
+    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
+    threads_option(job)
+    job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    seed_option(job)
+    json_option(job)
+    config_options(job, **{"score": "magnitude", **defaults})
+
+
+# --- The Config ---
 
 
 def config_options(job: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
-    """``--config FILE`` and an option for each field of the Config, or for those named.
+    """Declare ``--config FILE`` and one option per field of the Config.
 
-    :func:`config_of` makes a Config of them: what is typed goes before what the file says, and that before
-    ``defaults``, which stand in for the Config's own.
+    :func:`config_of` makes a Config of them. An option on the command line wins over the file, the file over
+    ``defaults``, and ``defaults`` over those of the Config.
+
+    Args:
+        job: the command.
+        names: fields that get an option; without any, all of them.
+        defaults: values by field that replace the Config's own defaults.
     """
-    options = job.add_argument_group("what the model becomes", "fields of mpcompile.Config; --config reads them too")
-    options.add_argument("--config", type=Path, metavar="FILE", help="YAML: option names and values, as in Config")
+    options = job.add_argument_group("options of the transformation", "fields of mpcompile.Config, as in --config")
+    text = "YAML file: names and values of Config fields"
+    options.add_argument("--config", type=as_path, metavar="FILE", help=text)
     job.set_defaults(config_defaults=defaults)
     for field in dataclasses.fields(Config):
         if names and field.name not in names:
@@ -151,48 +198,51 @@ def config_options(job: argparse.ArgumentParser, *names: str, **defaults: Any) -
 
 
 _FIELDS: dict[str, dict[str, Any]] = {
-    "pattern": {"metavar": "N:M", "help": "keep N of every M inputs; or auto, or dense"},
+    "pattern": {"metavar": "N:M", "help": "keep N of every M inputs; auto: what the device runs well; dense: no masks"},
     "mac_reduction": {
         "type": float,
         "metavar": "SHARE",
-        "help": "MACs that masks are to save, 0 - 1: each layer gets a pattern of its own; --pattern isn't looked at",
+        "help": "share of the MACs that masks save, 0 - 1: every layer gets its own pattern; --pattern is ignored",
     },
     "patterns": {
         "nargs": "+",
         "metavar": "N:M",
-        "help": "with --mac-reduction: what a layer may become, dense among it (default: what the device runs well)",
+        "help": "with --mac-reduction: patterns to choose from, dense included (default: what the device runs well)",
     },
     "tome_r": {
         "type": tome_r,
         "metavar": "R",
-        "help": "tokens merged a block: 8, or 16,12,8 (one a block), or auto",
+        "help": "tokens merged per block: 8; 16,12,8 (one number per block); or auto",
     },
-    "tome_schedule": {"choices": SCHEDULES, "help": "alike in all blocks, or falling to 0"},
+    "tome_schedule": {"choices": SCHEDULES, "help": "the same number in every block, or falling linearly to 0"},
     "tome_reduction": {
         "type": float,
         "metavar": "SHARE",
-        "help": "with --tome-r auto: MACs to save by merging, 0 - 1",
+        "help": "with --tome-r auto: share of the MACs that merging saves, 0 - 1",
     },
-    "tome_proportional": {"action": "store_false", "help": "count a merged token once in attention, not by its size"},
-    "score": {"choices": SCORES, "help": "which values a group keeps"},
-    "permute": {"action": argparse.BooleanOptionalAction, "help": "reorder channels first (default: with calibration)"},
-    "restore": {"action": "store_false", "help": "leave kept values as they are"},
-    "engine": {"choices": ENGINES, "help": "what runs masked layers"},
-    "exclude": {"nargs": "*", "metavar": "NAME", "help": "roles, names or globs that stay dense"},
-    "include": {"nargs": "*", "metavar": "NAME", "help": "names or globs that are masked all the same"},
-    "prefix_tokens": {"type": at_least(0), "metavar": "N", "help": "tokens in front that never merge"},
+    "tome_proportional": {"action": "store_false", "help": "do not weight a merged token by its size in attention"},
+    "score": {"choices": SCORES, "help": "saliency by which each group keeps its weights"},
+    "permute": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "reorder channels before masking (default: if there is calibration data)",
+    },
+    "restore": {"action": "store_false", "help": "do not refit the kept weights"},
+    "engine": {"choices": ENGINES, "help": "kernels that run masked layers"},
+    "exclude": {"nargs": "*", "metavar": "NAME", "help": "roles, names or globs of layers that stay dense"},
+    "include": {"nargs": "*", "metavar": "NAME", "help": "names or globs of layers to mask although excluded"},
+    "prefix_tokens": {"type": at_least(0), "metavar": "N", "help": "leading tokens that never merge"},
     "frozen": {
         "action": "store_true",
-        "help": "weights won't change any more: fold and prepack, and beat dense builds that do the same",
+        "help": "weights will not change: fold constants, prepack, and compare with dense builds that do the same",
     },
 }
 
 
 def config_of(args: argparse.Namespace) -> Config:
-    """The Config that :func:`config_options` were given.
+    """Return the Config that the options of :func:`config_options` describe.
 
     Raises:
-        ConfigError: a file that is missing or no YAML mapping, an unknown option, or a value that it can't take.
+        ConfigError: the file is missing or not a YAML mapping, an option is unknown, or a value is invalid.
     """
     names = [field.name for field in dataclasses.fields(Config)]
     typed = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -200,179 +250,21 @@ def config_of(args: argparse.Namespace) -> Config:
 
 
 def read_config(path: Path | None) -> dict[str, Any]:
-    """The options in a YAML file; none without a file.
+    """Return the options in a YAML file; {} for None.
 
     Raises:
-        ConfigError: the file is missing or no YAML mapping.
+        ConfigError: the file is missing or not a YAML mapping.
     """
     if path is None:
         return {}
     try:
-        found = parse(read_text(path, LARGEST), f"the config {path}")
+        options = parse(read_text(path, LARGEST), f"the config {path}")
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"can't read the config {path}", expected="a YAML file", found=reason) from error
-    if found is None:
+    if options is None:
         return {}
-    if not isinstance(found, dict):
-        what = f"a {type(found).__name__}"
+    if not isinstance(options, dict):
+        what = f"a {type(options).__name__}"
         raise ConfigError(f"{path} is no config", expected="lines such as 'pattern: \"2:4\"'", found=what)
-    return found
-
-
-def model_options(job: argparse.ArgumentParser, **defaults: Any) -> None:
-    """What every job that measures a timm model takes; ``defaults`` as for :func:`config_options`."""
-    weights_options(job)
-    job.add_argument("--batch", type=at_least(1), default=8, help="images a call (default 8)")
-    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
-    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
-    job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    seed_option(job)
-    json_option(job)
-    config_options(job, **{"score": "magnitude", **defaults})
-
-
-def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
-    import timm
-
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_', maxsplit=1)[0]}*")[:5]
-        raise ConfigError(f"timm has no model {name!r}", expected=", ".join(near) or "a name from timm.list_models()")
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
-        if getattr(model, "dynamic_img_size", False):  # commands have images of one size, whose graph can be traced
-            model = timm.create_model(name, pretrained=pretrained, **options, dynamic_img_size=False)
-        return model
-    except Exception as error:
-        raise InputError(
-            f"timm can't make {name!r}: {first_line(error)}",
-            hint="check the connection, or give --checkpoint FILE" if pretrained else None,
-        ) from error
-
-
-def create_sized(name: str, pretrained: bool, size: Sequence[int] | None, classes: int | None) -> nn.Module:
-    """A timm model for images of a size and a number of classes of one's own; None leaves timm's.
-
-    Its data configuration says the size, too.
-    """
-    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if size is None or tuple(size) == _usual_size(name):
-        return create(name, pretrained, **options)
-    try:
-        model = create(name, pretrained, img_size=tuple(size[-2:]), **options)
-    except InputError as error:
-        if not isinstance(error.__cause__, TypeError):
-            raise
-        model = create(name, pretrained, **options)  # takes images of any size
-    _say_size(model, size)
-    return model
-
-
-def _usual_size(name: str) -> tuple[int, ...] | None:
-    import timm
-
-    try:
-        usual = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # an unknown tag: `create` says so
-        return None
-    return None if usual is None else tuple(usual.input_size)
-
-
-def _say_size(model: nn.Module, size: Sequence[int]) -> None:
-    model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "input_size": tuple(size)}  # type: ignore[assignment]
-
-
-def create_with(
-    name: str, pretrained: bool, checkpoint: Path | None, size: Sequence[int] | None, classes: int | None
-) -> nn.Module:
-    """:func:`create_sized` in eval mode, with the weights of a checkpoint file where one is given.
-
-    Position embeddings for the model's usual size are resampled, if timm can do that.
-
-    Raises:
-        ConfigError: timm has no such model.
-        ArtifactError: the checkpoint can't be read or doesn't fit.
-    """
-    model = create_sized(name, pretrained, size, classes).eval()
-    if checkpoint is None:
-        return model
-    try:
-        load_checkpoint(model, checkpoint)
-    except ArtifactError:
-        if size is None or tuple(size) == _usual_size(name) or not hasattr(model, "set_input_size"):
-            raise
-        usual: Any = create_sized(name, False, None, classes).eval()
-        load_checkpoint(usual, checkpoint)
-        usual.set_input_size(img_size=tuple(size[-2:]))
-        _say_size(usual, size)
-        return usual
-    return model
-
-
-def load_model(args: argparse.Namespace, like: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model of :func:`weights_options`, in eval mode.
-
-    Args:
-        args: what was typed.
-        like: provenance of an artifact, whose image size and classes count where nothing else was typed.
-
-    Raises:
-        ConfigError: timm has no such model.
-        ArtifactError: the checkpoint can't be read or doesn't fit.
-    """
-    data = (like or {}).get("data")
-    size, classes = data.get("input_size") if isinstance(data, Mapping) else None, (like or {}).get("num_classes")
-    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
-        size = None  # anyone can have written it
-    if not (isinstance(classes, int) and classes > 0):
-        classes = None
-    wanted = args.num_classes if args.num_classes is not None else classes
-    return create_with(args.model, args.pretrained, args.checkpoint, size, wanted)
-
-
-def class_names(found: Mapping[str, Any]) -> list[str]:
-    """The classes of an artifact in the order of its outputs, where its provenance names them."""
-    names = found.get("class_names")
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
-
-
-def provenance(
-    args: argparse.Namespace, name: str, model: nn.Module, calibration_images: int, seed: int
-) -> dict[str, Any]:
-    """Where an artifact comes from: model, weights, classes, data configuration, calibration, versions."""
-    import timm
-
-    weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {seed}"
-    if args.checkpoint is not None:
-        file = args.checkpoint / WEIGHTS if args.checkpoint.is_dir() else args.checkpoint
-        weights = {"file": args.checkpoint.name, "sha256": sha256(file)}
-    return {
-        "model": name,
-        "weights": weights,
-        "num_classes": getattr(model, "num_classes", None),
-        "data": data_config(model),
-        "calibration_images": calibration_images,
-        "versions": {
-            "mpcompile": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def prepare(args: argparse.Namespace, like: Mapping[str, Any] | None = None) -> tuple[nn.Module, torch.Tensor, Config]:
-    """Model, random images and config, as :func:`model_options` were given; ``like`` as for :func:`load_model`."""
-    config = config_of(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    model = load_model(args, like)
-    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-    try:
-        device = torch.device(args.device)
-        images = torch.randn(args.batch, *size, dtype=DTYPES[args.dtype], device=device)
-        model = model.to(device, DTYPES[args.dtype])
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {args.device!r} can't be used: {first_line(error)}") from error
-    return model, images, config
+    return options

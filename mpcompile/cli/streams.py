@@ -8,17 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
+from mpcompile._moved import renamed
 from mpcompile.data.images import Images
 from mpcompile.io.reading import sha256
 
+__getattr__ = renamed(__name__, {"Moved": "cli.streams.DeviceBatches"})
 
-class Moved:
-    """Batches as a model takes them, one at a time; read anew each time they are iterated.
+
+class DeviceBatches:
+    """Batches on the device and in the dtype of a model, one at a time; the files are read on every iteration.
 
     Args:
         images: from :func:`mpcompile.data.images.images_at`.
         like: a tensor with the device and the dtype of the model.
-        most: images to stop after, in whole batches; None takes all.
+        most: number of images to stop after, rounded up to whole batches; None: all.
     """
 
     def __init__(self, images: Images, like: Tensor, most: int | None = None) -> None:
@@ -26,7 +29,7 @@ class Moved:
         self.count = images.count if most is None else min(images.count, -(-most // images.batch) * images.batch)
 
     def __iter__(self) -> Iterator[Any]:
-        """Images (batch, 3, H, W), or pairs of them and labels (batch,)."""
+        """Yield images (batch, 3, H, W), or pairs of such images and labels (batch,)."""
         seen = 0
         for batch in self.images:
             pixels, labels = batch if isinstance(batch, tuple) else (batch, None)
@@ -38,18 +41,18 @@ class Moved:
 
 
 def digests(images: Images) -> list[str]:
-    """A short digest of each file: whether two sets share images can be told without keeping either."""
-    found = []
+    """Return a short digest per file: enough to find images that two sets share without keeping either set."""
+    short = []
     for path in images.paths:
-        with contextlib.suppress(OSError):  # gone since it was read: no reason to lose what was computed from it
-            found.append(sha256(path)[:16])
-    return found
+        with contextlib.suppress(OSError):  # deleted since it was read: no reason to lose the computed result
+            short.append(sha256(path)[:16])
+    return short
 
 
-def seen_before(images: Images, made: Mapping[str, Any]) -> str | None:
-    """A remark where some of the images calibrated the artifact with this provenance; None where none did."""
-    known = made.get("calibration_files")
-    if not isinstance(known, list):  # anyone can have written it
+def seen_before(images: Images, provenance: Mapping[str, Any]) -> str | None:
+    """Return a note if some of the images calibrated the artifact with this provenance, else None."""
+    known = provenance.get("calibration_files")
+    if not isinstance(known, list):  # provenance is not checked on load: anyone may have written it
         return None
     count = len(set(map(str, known)).intersection(digests(images)))
     if not count:

@@ -24,6 +24,7 @@ _JSON: tuple[frozenset[str], ...] = (  # keys of what a command writes with --js
     frozenset({"tiers", "samples"}),
     frozenset({"file", "format", "bytes"}),
     frozenset({"recipe", "result", "macs"}),
+    frozenset({"processor", "isa", "kernel_libraries"}),
 )
 _JSON_ENTRIES: tuple[frozenset[str], ...] = (  # keys of every entry of a list or mapping
     frozenset({"shape", "fits"}),

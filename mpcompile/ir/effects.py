@@ -1,8 +1,8 @@
-"""Effects: which nodes do more than yield a value, and what a pass may therefore not move, merge or erase.
+"""Effects: the nodes that do more than yield a value, which a pass must not move, merge or erase.
 
 torch.fx takes every method and every module for pure. In a model, ``h.mul_(0.1)``, ``F.relu(h, inplace=True)``,
-``torch.add(x, y, out=h)`` and ``h[0] = 1`` are statements: whoever reads ``h`` afterwards depends on them, although no
-edge of the graph says so. :func:`explicit` adds the edges where it can.
+``torch.add(x, y, out=h)`` and ``h[0] = 1`` are statements: later readers of ``h`` depend on them, although no edge of
+the graph says so. :func:`explicit` adds the edges where it can.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, dynamo_name, fake_value, target_name
 from mpcompile.ir.parts import attribute
 
-AUGMENTED = {  # statements such as ``h += 1``, which write into a tensor: in place -> the same with a result of its own
+AUGMENTED = {  # statements such as ``h += 1`` write into a tensor: in-place operator -> the one with a new result
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
@@ -34,19 +34,19 @@ AUGMENTED = {  # statements such as ``h += 1``, which write into a tensor: in pl
     operator.ilshift: operator.lshift,
     operator.irshift: operator.rshift,
 }
-UNDECIDED = "mpcompile.augmented"  # in the meta of such a node as long as nobody knows whether its source is read again
+UNDECIDED = "mpcompile.augmented"  # in the meta of such a node until it is known whether its source is read again
 _IN_PLACE = frozenset({"setitem", *(function.__name__ for function in AUGMENTED)})
 _SWITCHES = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})
 _KNOWN = ("torch", "timm", "mpcompile", "operator", "_operator", "builtins", "math", "einops")
 
 
 def switches(node: fx.Node) -> bool:
-    """Whether a node changes the mode in which those behind it run: autocast, or whether gradients are recorded."""
+    """Return True if a node changes the mode in which later nodes run: autocast, or the recording of gradients."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _SWITCHES
 
 
 def _known(target: Any) -> bool:
-    """Whether a function or class comes from a library whose naming tells what writes."""
+    """Return True if a function or class comes from a library whose names show which functions write in place."""
     if isinstance(target, torch._ops.HigherOrderOperator):
         return False
     if isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)):
@@ -55,7 +55,7 @@ def _known(target: Any) -> bool:
 
 
 def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The inputs that a node is known to write into."""
+    """Return the inputs that a node is known to write into."""
     inputs = node.all_input_nodes
     if node.op == "call_module":
         inplace = any(getattr(part, "inplace", False) is True for part in gm.get_submodule(str(node.target)).modules())
@@ -76,7 +76,7 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
 
 
 def writes(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node may write into one of its inputs, or change the mode of those behind it."""
+    """Return True if a node may write into one of its inputs, or change the mode of later nodes."""
     if node.op == "call_module":
         if not _known(type(gm.get_submodule(str(node.target)))):
             return True
@@ -86,20 +86,21 @@ def writes(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _place(value: Any) -> tuple[Any, ...] | None:
-    """Where a fake tensor lies; fakes that are views of each other share a storage, as the real ones do."""
+    """Return storage, offset, shape and strides of a fake tensor. Fake views share a storage, as real ones do."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
     return value.untyped_storage()._cdata, value.storage_offset(), tuple(value.shape), tuple(value.stride())
 
 
 def explicit(gm: IRModule) -> bool:
-    """Let whoever reads a tensor behind an in-place statement read the statement's result, which is that tensor.
+    """Make readers of a tensor after an in-place statement read the result of that statement.
 
-    ``h.mul_(0.1); f(h)`` becomes ``f(h.mul_(0.1))``, so that the flow of data shows the order. Statements that yield
-    something else (``h[0] = 1``), and those on a view, stay as they are. The nodes have to carry fake values.
+    The result is the same tensor: ``h.mul_(0.1); f(h)`` becomes ``f(h.mul_(0.1))``, so data flow implies the order.
+    Statements that yield something else (``h[0] = 1``), and those on a view, stay as they are. The nodes must carry
+    fake values.
 
     Returns:
-        Whether anything changed.
+        True if anything changed.
     """
     changed = False
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -117,12 +118,12 @@ def explicit(gm: IRModule) -> bool:
 
 
 def settle(gm: IRModule) -> bool:
-    """Let what symbolic tracing met as ``h += 1`` be ``h = h + 1`` where nothing reads ``h`` or a view of it again.
+    """Replace a traced ``h += 1`` by ``h = h + 1`` where neither ``h`` nor a view of it is read again.
 
-    So it is nearly always, and passes have fewer forms to know. The nodes have to carry fake values.
+    That is almost always the case, and leaves passes fewer forms to handle. The nodes must carry fake values.
 
     Returns:
-        Whether anything changed.
+        True if anything changed.
     """
     nodes = list(gm.graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
@@ -146,7 +147,7 @@ def settle(gm: IRModule) -> bool:
 
 
 def written_tensors(gm: IRModule, lifted: Lifted) -> set[int]:
-    """Storages of parameters and buffers that the graph itself writes into, through views too."""
+    """Return the storages of parameters and buffers that the graph itself writes into, also through views."""
     held: dict[Any, Tensor] = {}
     for node in gm.graph.nodes:
         tensor = attribute(gm, str(node.target)) if node.op == "get_attr" else lifted.tensors.get(node.name)
@@ -163,7 +164,7 @@ def written_tensors(gm: IRModule, lifted: Lifted) -> set[int]:
 
 
 def own_copies(gm: fx.GraphModule, values: Sequence[Any]) -> list[Any]:
-    """Inputs of a graph that may be run on them: copies where it writes in place, perhaps into what it is given."""
+    """Return inputs that a graph may be run on: copies if it writes in place, perhaps into its own inputs."""
     if not any(written(gm, node) for node in gm.graph.nodes):
         return list(values)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -175,14 +176,14 @@ def own_copies(gm: fx.GraphModule, values: Sequence[Any]) -> list[Any]:
 
 
 def storage(tensor: Tensor) -> int:
-    """What tensors that share memory have in common."""
+    """Return a number that is equal for tensors that share memory."""
     return tensor.untyped_storage()._cdata
 
 
 def erase_orphans(graph: fx.Graph, nodes: Iterable[fx.Node | None]) -> None:
-    """Erase those of the nodes that read an attribute and have no reader left.
+    """Erase those of the given nodes that read an attribute and have no user left.
 
-    Nothing else in the graph is touched: a node without a reader may be a statement.
+    All other nodes stay: a node without users may be a statement.
     """
     for node in dict.fromkeys(nodes):
         if node is not None and node.op == "get_attr" and not node.users:

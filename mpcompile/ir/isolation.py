@@ -1,8 +1,8 @@
-"""Keeps a user's objects as they are while their code runs on stand-ins: proxies of a trace, or fake tensors.
+"""Protect a user's objects while their code runs on proxies of a trace or on fake tensors.
 
 A forward or a hook may write anywhere: into attributes of modules, lists, dicts in its closure, globals, class
-attributes. :func:`untouched` puts all of that back. :func:`rebind` gives the copy of a model functions of its own where
-those that were put on an instance (a patched forward, a hook) hold parts of the original.
+attributes. :func:`untouched` restores all of these. Functions that were set on an instance (a patched forward, a hook)
+may hold parts of the original model: :func:`rebind` gives its copy functions that hold the copied parts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-_MOST = 100_000  # objects that are looked at: an attribute may lead to a whole training program
+_MOST = 100_000  # objects that are visited: an attribute may lead to a whole training program
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "mpcompile"} - {"__main__"})
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), Tensor, ModuleType, torch.dtype, torch.device)
 _NO_CELL = object()
@@ -31,7 +31,7 @@ def _of_library(value: Any) -> bool:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names of globals and attributes that a function or one inside it mentions."""
+    """Return the names of globals and attributes that a function, or one inside it, mentions."""
     found = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -40,11 +40,11 @@ def _names(code: CodeType) -> set[str]:
 
 
 class _Snapshot:
-    """The contents of every container that is reachable from some objects, and what puts them back."""
+    """The contents of every container that is reachable from some objects, and functions that restore them."""
 
     def __init__(self) -> None:
         self.undo: list[Callable[[], None]] = []
-        self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used twice
+        self._seen: dict[int, Any] = {}  # holds the objects, so that no id is reused
 
     def take(self, *roots: Any) -> None:
         stack = list(roots)
@@ -56,7 +56,7 @@ class _Snapshot:
             stack.extend(self._parts(value))
 
     def _parts(self, value: Any) -> list[Any]:
-        """What an object leads to; its contents are noted on the way."""
+        """Return the objects that an object refers to, and record its contents."""
         if isinstance(value, dict):
             return self._dict(value)
         if isinstance(value, (list, set, deque)):
@@ -149,9 +149,9 @@ class _Snapshot:
 
 @contextlib.contextmanager
 def untouched(*roots: Any) -> Iterator[None]:
-    """Contents of the containers, modules, closures, globals and classes behind ``roots`` are put back at the end.
+    """Restore the containers, modules, closures, globals and classes reachable from ``roots`` at the end.
 
-    Tensors are not copied: what is written into one stays.
+    Tensors are not copied: values written into one stay.
 
     Example:
         >>> seen = []
@@ -166,16 +166,16 @@ def untouched(*roots: Any) -> Iterator[None]:
         yield
     finally:
         for restore in reversed(snapshot.undo):
-            with contextlib.suppress(AttributeError, TypeError, RuntimeError):  # read-only by now
+            with contextlib.suppress(AttributeError, TypeError, RuntimeError):  # it has become read-only
                 restore()
 
 
 def rebind(value: Any, memo: Mapping[int, Any]) -> Any:
-    """``value`` with parts of a copied model in place of those of the original; itself where it holds none.
+    """Return ``value`` with parts of the original model replaced by those of its copy, or ``value`` if it holds none.
 
     Args:
-        value: anything that hangs on an instance: a function, a method, a partial, or what their closures hold.
-        memo: of the :func:`copy.deepcopy` that made the copy: id of the original -> its twin.
+        value: any attribute of an instance: a function, a method, a partial, or anything in their closures.
+        memo: of the :func:`copy.deepcopy` that made the copy: id of the original -> its copy.
     """
     return _Rebinding(memo).of(value)
 
@@ -184,7 +184,7 @@ class _Rebinding:
     def __init__(self, memo: Mapping[int, Any]) -> None:
         self.memo = memo
         self.done: dict[int, Any] = {}
-        self.held: list[Any] = []  # methods are made anew at each access: no id may be used twice
+        self.held: list[Any] = []  # each access makes a new method object: no id may be reused
 
     def of(self, value: Any) -> Any:
         if isinstance(value, (nn.Module, Tensor)):
@@ -192,7 +192,7 @@ class _Rebinding:
         if id(value) in self.done:
             return self.done[id(value)]
         self.held.append(value)
-        self.done[id(value)] = value  # for functions that hold themselves
+        self.done[id(value)] = value  # for functions that refer to themselves
         self.done[id(value)] = result = self._of(value)
         return result
 
@@ -221,7 +221,7 @@ class _Rebinding:
         return copy.deepcopy(value, dict(self.memo)) if any(id(v) in self.memo for v in held.values()) else value
 
     def _function(self, function: FunctionType) -> Any:
-        if "_torchdynamo_orig_callable" in function.__dict__:  # a compiled function computes what the plain one does
+        if "_torchdynamo_orig_callable" in function.__dict__:  # a compiled function computes the same as the plain one
             return self.of(function.__dict__["_torchdynamo_orig_callable"])
         closure = function.__closure__ or ()
         cells = [cell.cell_contents if _filled(cell) else _NO_CELL for cell in closure]
@@ -254,7 +254,7 @@ def _defaults(function: FunctionType) -> tuple[Any, Any]:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that hangs on a model: parameters, buffers, attributes, and what lists and dicts in these hold."""
+    """Yield every tensor of a model: parameters, buffers, attributes, and the contents of lists and dicts in these."""
     for module in model.modules():
         stack: list[Any] = [vars(module)]
         while stack:
@@ -276,24 +276,24 @@ _GLOBAL_HOOKS = (
 
 
 def called(hook: Any) -> str:
-    """The name of a hook, for a message."""
+    """Return the name of a hook, for a message."""
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
 def of_torch(hook: Any) -> bool:
-    """Whether a hook is one of torch's own, such as those of its counters and profilers."""
+    """Return True if a hook is torch's own, such as those of its counters and profilers."""
     return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def global_hooks() -> list[str]:
-    """Names of hooks that run on every module of the process, apart from torch's own."""
+    """Return the names of hooks on every module of the process, except torch's own."""
     hooks = [hook for table in _GLOBAL_HOOKS for hook in getattr(torch_module, table).values()]
     return [called(hook) for hook in hooks if not of_torch(hook)]
 
 
 @contextlib.contextmanager
 def without_global_hooks() -> Iterator[None]:
-    """None of the hooks on every module of the process runs for a while."""
+    """Disable the hooks on every module of the process, and restore them at the end."""
     before = {table: getattr(torch_module, table) for table in _GLOBAL_HOOKS}
     for table in before:
         setattr(torch_module, table, OrderedDict())

@@ -22,22 +22,22 @@ ADD = frozenset({operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tens
 
 
 def is_add(node: fx.Node) -> bool:
-    """Whether a node adds two tensors, as a function or as a method."""
+    """Return True if a node adds two tensors, as a function or as a method."""
     return node.target in ADD or (node.op == "call_method" and node.target in ("add", "add_"))
 
 
 def executed_density(layer: LayerOp) -> float:
-    """n/m if the stored weight is legal N:M in its execution layout, else 1."""
+    """Return n/m if the stored weight is legal N:M in its execution layout, else 1."""
     if layer.pattern is None:
         return 1.0
     weight = layer.weight.tensor.detach()
     if layer.weight.node is not None and layer.weight.node.op == "placeholder" and layer.mask is not None:
-        weight = weight * layer.mask.tensor  # a lifted weight is the user's own: only its masked product is stored
+        weight = weight * layer.mask.tensor  # a lifted weight is the user's and dense: its masked product is what runs
     return layer.pattern.density if check_nm(weight, *layer.pattern) == 0 else 1.0
 
 
 def node_macs(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, int]:
-    """Layer name -> dense MACs per sample, from the shapes on the graph."""
+    """Return layer name -> dense MACs per sample, from the shapes on the graph."""
     batch = batch_size(gm, lifted or Lifted())
     total: dict[str, int] = defaultdict(int)
     for layer in layers(gm, lifted):
@@ -46,7 +46,7 @@ def node_macs(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, int
 
 
 def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
-    """Nodes between a token merge and the next residual addition -> tokens before / tokens after that merge."""
+    """Return a factor for each node between a token merge and the next residual addition: tokens before / after it."""
     charges: dict[fx.Node, float] = {}
     order = list(gm.graph.nodes)
     for start, merge in enumerate(order):
@@ -69,7 +69,7 @@ def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
 
 
 def count(gm: fx.GraphModule, dense: int | None = None, lifted: Lifted | None = None) -> tuple[Macs, dict[str, int]]:
-    """MACs of a graph whose nodes carry ``macs`` (see :func:`mpcompile.ir.graph.propagate`).
+    """Count the MACs of a graph whose nodes carry ``macs`` (see :func:`mpcompile.ir.shapes.propagate`).
 
     Args:
         gm: the graph.
@@ -106,6 +106,6 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, which before 2.15 knows no fused attention on CPUs."""
+    """Return torch's FLOP counter, extended by fused attention on CPUs, which it lacks before 2.15."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={fused: _attention_flops})

@@ -1,7 +1,7 @@
-"""The IR's module: a torch-level fx.GraphModule with its plan and the mode it stands for, which can be copied.
+"""The IR's module: a torch-level fx.GraphModule with its plan and its mode, which can be copied and pickled.
 
-torch.fx traces a GraphModule again where it is pickled or copied, and loses its class, hooks and metadata with that;
-here the graph itself is kept.
+torch.fx traces a GraphModule again when it is pickled or copied, and so loses its class, hooks and metadata. Here the
+graph itself is copied.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ _LIVE: weakref.WeakSet[IRModule] = weakref.WeakSet()
 
 
 class IRModule(fx.GraphModule):
-    """What :func:`mpcompile.transform` returns: a trainable GraphModule that carries its Plan.
+    """A trainable GraphModule that carries its Plan: the result of :func:`mpcompile.transform`.
 
-    Pickle keeps all but the shapes on the nodes and the input guards of exported programs; what it reads has the class
-    of the module that was written, if that is still there.
+    Pickling drops only the shapes on the nodes and the input guards of exported programs. A module that is unpickled
+    gets the class of the pickled one if that class still exists in this process.
     """
 
-    _made_of: ClassVar[Any] = None  # what the generated code depends on
-    _made_as: ClassVar[str] = ""  # names the class in this process
+    _made_of: ClassVar[Any] = None  # everything that the generated code depends on
+    _made_as: ClassVar[str] = ""  # identifies the class in this process
 
     def __new__(cls, *args: Any, **kwargs: Any) -> IRModule:
-        self: IRModule = super().__new__(cls, *args, **kwargs)  # a deep copy comes through here alone
+        self: IRModule = super().__new__(cls, *args, **kwargs)  # deep copies call only this
         _LIVE.add(self)
         return self
 
     @property
     def plan(self) -> Plan:
-        """What every pass decided, per layer."""
+        """The decisions of every pass, per layer."""
         plan = self.meta.get(_PLAN)
         if plan is None:
             raise GraphError("this graph has no plan yet", hint="make it with mpcompile.transform")
@@ -69,7 +69,7 @@ class IRModule(fx.GraphModule):
 
     @property
     def locked_mode(self) -> bool | None:
-        """The only training flag this graph stands for, or None when it follows ``train()`` and ``eval()``."""
+        """The one training flag that the graph was captured with, or None if it follows ``train()`` and ``eval()``."""
         return self.meta.get(_LOCK)
 
     @locked_mode.setter
@@ -91,12 +91,12 @@ class IRModule(fx.GraphModule):
         return self
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """As of any module, without the masks: these are no numbers that could be averaged, as AveragedModel does."""
+        """Yield the buffers without the masks, which AveragedModel would average as if they were numbers."""
         masks = {id(mask) for _, mask, _ in masked(self)} if recurse else set()
         return (buffer for buffer in super().buffers(recurse) if id(buffer) not in masks)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """A state dict of the dense model leaves the masks of functional weights as they are, too."""
+        """Load a state dict. One of the dense model leaves the masks of functional weights unchanged, too."""
         for node in self.graph.nodes:
             masked_args = schema.try_bind(node) if node.target in ops.MASKED else None
             mask = None if masked_args is None else masked_args.mask
@@ -106,7 +106,7 @@ class IRModule(fx.GraphModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def recompile(self) -> PythonCode:
-        """As of any GraphModule, but into a class of its own: no class changes once it is made."""
+        """Compile the graph into a class of its own, so that no class ever changes."""
         fresh: Any = types.new_class("GraphModuleImpl", (IRModule,))
         fresh.__name__, fresh.__module__ = type(self).__name__, fx.GraphModule.__module__
         self.__class__ = fresh
@@ -121,7 +121,7 @@ class IRModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         from mpcompile.artifact.codec import is_guard
 
-        guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's own can't be pickled
+        guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's guards cannot be pickled
         names = {str(node.target) for node in guards}
         state = self._kept()
         state["_modules"] = {key: module for key, module in self._modules.items() if key not in names}
@@ -130,7 +130,7 @@ class IRModule(fx.GraphModule):
         return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
-        # Old-style reparametrisation keeps the weight that it computed, which deepcopy refuses: it is computed anew.
+        # Old-style reparametrisation stores the computed weight, which deepcopy refuses; each call recomputes it.
         memo |= {id(t): t.detach().clone() for t in tensors_of(self) if not t.is_leaf and id(t) not in memo}
         twin = memo[id(self)] = IRModule(nn.Module(), fx.Graph(), class_name=type(self).__name__)
         twin.__dict__.update(copy.deepcopy(self._kept(), memo))
@@ -144,7 +144,7 @@ class IRModule(fx.GraphModule):
         return twin
 
     def _kept(self) -> dict[str, Any]:
-        """Attributes, without those that are made of the graph."""
+        """Return the attributes that are not derived from the graph."""
         return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
 
 
@@ -158,7 +158,7 @@ class Lifted:
 
 @dataclass
 class Imported:
-    """An owned graph, the inputs that show its shapes (one a placeholder), and its lifted parameters."""
+    """An owned graph, the example inputs that give its shapes (one per placeholder), and its lifted parameters."""
 
     gm: IRModule
     inputs: list[Any]
@@ -166,7 +166,7 @@ class Imported:
     notes: list[str]
 
 
-# Names that the root of a transformed module has a use for, beside those of any nn.Module.
+# Names that the root of a transformed module uses, besides those of any nn.Module.
 RESERVED = frozenset(
     {"meta", "shape_env", "packed", FOLDED, "_owned", "_graph", "_code", "_in_spec", "_out_spec", "_lineno_map"}
     | {"_prologue_start", "_tracer_cls", "_tracer_extras", "_wrapped_call"}
@@ -177,7 +177,7 @@ RESERVED = frozenset(
 
 @contextlib.contextmanager
 def _any_names(targets: list[str]) -> Iterator[None]:
-    """Lets fx write source for names that are no identifiers there: keywords, and text with quotes."""
+    """Let fx generate source for names that are not identifiers: keywords, and text with quotes."""
     names = {atom for target in targets for atom in target.split(".")}
     if all(name.isidentifier() and name.isascii() and not keyword.iskeyword(name) for name in names):
         yield
@@ -199,14 +199,14 @@ def _any_names(targets: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Stands for a node in what is pickled."""
+    """A node in pickled arguments."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class _NodeRecord:
-    """A node as pickle takes it: functions by the names that stand for them in a file, or as they are."""
+    """A node in a form that can be pickled: listed functions by their names in files, others as they are."""
 
     op: str
     name: str
@@ -230,7 +230,7 @@ class _NodeRecord:
         kind = node.type
         try:
             pickle.dumps(kind)
-        except Exception:  # an annotation with a class of some function's
+        except Exception:  # an annotation with a class that is local to a function
             kind = None
         return cls(node.op, node.name, target, args, kwargs, kind)
 
@@ -266,16 +266,16 @@ def _unpickled(name: str, token: str, state: dict[str, Any], records: list[_Node
 
 
 def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of these parameters belongs to a module with a plan.
+    """Return True if any of these parameters belongs to a module with a plan.
 
-    What dynamo captures of such a module carries no plan, and where neither mask nor merge is in it, no sign either.
+    A graph that dynamo captures from such a module carries no plan; without masks or merges, nothing else shows it.
     """
     wanted = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
     return any(id(p) in wanted for gm in list(_LIVE) if _PLAN in gm.__dict__.get("meta", ()) for p in gm.parameters())
 
 
 def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
-    """(weight, mask, pattern) of everything masked: layers, and calls of the masked operators."""
+    """Yield (weight, mask, pattern) of every masked layer and every call of a masked operator."""
     for module in gm.modules():
         if isinstance(module, (MaskedLinear, MaskedConv2d)):
             yield module.weight, module.mask, module.pattern

@@ -22,12 +22,12 @@ _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """Positional argument ``index`` of a call, or its keyword ``name``, or ``default``."""
+    """Return positional argument ``index`` of a call, or its keyword ``name``, or ``default``."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def target_name(gm: fx.GraphModule, node: fx.Node) -> str:
-    """What a node does, as one word: module class, method or function name."""
+    """Return what a node does as one word: the name of its module class, method or function."""
     if node.op == "call_module":
         return type(gm.get_submodule(str(node.target))).__name__
     if node.op == "call_function":
@@ -37,12 +37,12 @@ def target_name(gm: fx.GraphModule, node: fx.Node) -> str:
 
 
 def fake_value(node: fx.Node) -> Any:
-    """The fake tensor (or tuple of them, or number) that a node yields, from ``val`` or ``example_value``."""
+    """Return the fake tensor (or tuple of them, or number) that a node yields, from ``val`` or ``example_value``."""
     return node.meta.get("val", node.meta.get("example_value"))
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of a node's tensor with symbolic sizes at their example values, or None where it isn't a tensor."""
+    """Return the shape of a node's tensor, symbolic sizes at their example values; None if it yields no tensor."""
     value = fake_value(node)
     if not isinstance(value, Tensor):
         return None
@@ -50,24 +50,24 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def hint(size: Any) -> Any:
-    """A symbolic number's example value, read without specialising the compile on it; anything else as it is."""
+    """Return a symbolic number's example value, without specialising the compile on it; anything else unchanged."""
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
 def element_count(shape: Sequence[int]) -> int:
-    """Product of a shape."""
+    """Return the product of a shape."""
     return math.prod(shape)
 
 
 def reads_number(node: fx.Node) -> bool:
-    """Whether a node takes a Python number out of a tensor, as compiled code does with numbers that vary."""
+    """Return True if a node reads a Python number from a tensor, as compiled code does for numbers that vary."""
     if node.op == "call_method":
         return node.target == "item"
     return node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 
 
 def dynamo_name(node: fx.Node) -> str | None:
-    """Dotted name of the parameter or buffer that a dynamo placeholder stands for, or None for a real input."""
+    """Return the dotted name of the parameter or buffer behind a dynamo placeholder, or None for a real input."""
     source = getattr(getattr(node, "_dynamo_source", None), "name", None)
     source = source() if callable(source) else source
     if not isinstance(source, str) or not re.search(r"_(?:parameters|buffers)\[", source):
@@ -76,7 +76,7 @@ def dynamo_name(node: fx.Node) -> str | None:
 
 
 def lifted_from(gm: fx.GraphModule, inputs: Sequence[Any] | Mapping[str, Any]) -> Lifted:
-    """Match dynamo's lifted parameters to the tensors that the backend received."""
+    """Match dynamo's lifted parameters with the tensors that the backend received."""
     lifted = Lifted()
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=False):
@@ -87,12 +87,12 @@ def lifted_from(gm: fx.GraphModule, inputs: Sequence[Any] | Mapping[str, Any]) -
 
 
 def real_inputs(gm: fx.GraphModule, lifted: Lifted) -> list[fx.Node]:
-    """Placeholders that carry data, not parameters."""
+    """Return the placeholders of data, not of parameters."""
     return [n for n in gm.graph.nodes if n.op == "placeholder" and n.name not in lifted.tensors]
 
 
 def batch_size(gm: fx.GraphModule, lifted: Lifted) -> int:
-    """Length of axis 0 of the first tensor input; 1 where there is none, or where it is empty."""
+    """Return the length of axis 0 of the first tensor input; 1 if there is none, or if it is empty."""
     for node in real_inputs(gm, lifted):
         for value in pytree.tree_leaves(fake_value(node)):
             if isinstance(value, Tensor) and value.dim():

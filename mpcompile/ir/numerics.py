@@ -1,4 +1,4 @@
-"""Modes of torch in which numbers are computed: autocast is for models, not for the algebra that decides about them."""
+"""Modes of torch in which numbers are computed: autocast is for models, not for the algebra of masks and scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 
 def autocasts() -> bool:
-    """Whether autocast is on, on any device."""
+    """Return True if autocast is on for any device."""
     return any(torch.is_autocast_enabled(device) for device in _devices())
 
 
@@ -23,7 +23,7 @@ def _devices() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Autocast off for a while, on all devices; afterwards as it was. Also a decorator.
+    """Turn autocast off on all devices, and restore it at the end. Also a decorator.
 
     >>> with torch.autocast("cpu", torch.bfloat16), exact():
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
@@ -37,7 +37,7 @@ def exact() -> Iterator[None]:
 
 @contextlib.contextmanager
 def modes_kept() -> Iterator[None]:
-    """Autocast and the recording of gradients as they are, and again so at the end, whatever is entered in between."""
+    """Restore autocast and the recording of gradients at the end, whatever is entered in between."""
     with contextlib.ExitStack() as stack:
         for device in _devices():
             dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -48,7 +48,7 @@ def modes_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def training_flags(module: nn.Module, training: bool) -> Iterator[None]:
-    """Every submodule in one mode for a while; afterwards each as it was, also where they differed."""
+    """Set the training flag of every submodule, and restore each one at the end."""
     flags = [(m, m.training) for m in module.modules()]
     try:
         for m, _ in flags:
@@ -64,7 +64,7 @@ R = TypeVar("R")
 
 
 def with_ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs outside of ``torch.inference_mode``: tensors that are made inside can never be trained."""
+    """Make a function run outside of ``torch.inference_mode``: tensors made inside can never be trained."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -77,5 +77,5 @@ def with_ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def ordinary(inputs: Any) -> Any:
-    """Inputs with copies in place of tensors that were made in inference mode, which no gradient can go through."""
+    """Return the inputs, with inference tensors replaced by copies: no gradient can pass through the originals."""
     return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FOLDED = "_folded"  # holds weights that a pass computed anew, under the names of their layers
+FOLDED = "_folded"  # holds weights that a pass has computed, under the names of their layers
 
 
 def attribute(root: nn.Module, path: str) -> Any:
-    """``root.a.b.c`` for ``"a.b.c"``."""
+    """Return ``root.a.b.c`` for ``"a.b.c"``."""
     value: Any = root
     for atom in path.split("."):
         value = getattr(value, atom)
@@ -21,7 +21,7 @@ def attribute(root: nn.Module, path: str) -> Any:
 
 
 def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the submodule at ``path``, wherever else it stands."""
+    """Replace the submodule at ``path``, and wherever else it is registered."""
     parent, _, leaf = path.rpartition(".")
     before = root.get_submodule(parent)._modules.get(leaf)
     setattr(root.get_submodule(parent), leaf, module)
@@ -31,9 +31,10 @@ def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def carry(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` what it lacks of the parameters and buffers of ``source``: their state dicts have the same names.
+    """Register on ``target`` the parameters and buffers of ``source`` that it lacks: their state dicts get equal names.
 
-    That is, parts that no node uses, second names of shared parts, and which buffers stay out of a state dict.
+    These are parts that no node uses, and second names of shared parts. Buffers that stay out of a state dict are
+    marked as in ``source``.
     """
     _carry(source, target, {id(module) for module in target.modules()})
 
@@ -64,7 +65,7 @@ def _carry(source: nn.Module, target: nn.Module, leaves: set[int]) -> None:
 
 
 def keep(root: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Register tensors as buffers of the submodule at ``path``, made where it is missing; returns it."""
+    """Register tensors as buffers of the submodule at ``path``, which is created if missing, and return it."""
     holder = root
     for atom in path.split("."):
         if atom not in holder._modules:
@@ -76,5 +77,5 @@ def keep(root: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> nn.Module
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are; the CPU without any."""
+    """Return the device of a model's weights; the CPU if it has none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,8 +1,9 @@
-"""Regions: the parts of a graph that torch.compile and torch.export keep as graphs of their own inside an operator.
+"""Regions: parts of a graph that torch.compile and torch.export hold as separate graphs inside an operator.
 
-What only says how a part is run (activation checkpointing, autocast, recording of gradients) is put into the graph
-around it, so that passes see its layers. Tags on the nodes keep what checkpointing asks for: AOTAutograd recomputes
-them in the backward pass. Branches and loops stay whole; :func:`mpcompile.ir.graph.unsupported` tells of their weights.
+A region that only says how it is run (activation checkpointing, autocast, recording of gradients) is inlined into the
+surrounding graph, so that passes see its layers. Tags on the nodes preserve checkpointing: AOTAutograd recomputes
+tagged nodes in the backward pass. Branches and loops stay whole; :func:`mpcompile.ir.view.unsupported` reports their
+weights.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 CHECKPOINT, AUTOCAST, GRAD = "tag_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"
 _BODY = {CHECKPOINT: 0, "wrap": 0, GRAD: 1, "invoke_subgraph": 0, AUTOCAST: 4}  # position of an operator's graph
-_OPERANDS = {"invoke_subgraph": 2}  # where those of the graph begin, if not right behind it
+_OPERANDS = {"invoke_subgraph": 2}  # position of the graph's first operand, if not right after it
 _OPTIONS = frozenset({"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"})
 
 
 def opaque(node: fx.Node) -> str | None:
-    """The name of a higher-order operator, which holds graphs of its own, or None for any other node."""
+    """Return the name of a higher-order operator, which holds graphs of its own, or None for any other node."""
     target = node.target
     return str(target.name()) if isinstance(target, torch._ops.HigherOrderOperator) else None
 
 
 def _inside(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """The graph of a node that can be put in place of it, or None."""
+    """Return the graph of a node if it can be inlined, or None."""
     name = opaque(node)
     if name not in _BODY or not _OPTIONS.issuperset(node.kwargs):
-        return None  # options of other kinds decide operator by operator, or belong to the graph
+        return None  # other options decide per operator, or are inputs of the graph
     body = node.args[_BODY[name]]
     if not isinstance(body, fx.Node) or body.op != "get_attr":
         return None
@@ -42,7 +43,7 @@ def _inside(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
 
 
 def _enter(graph: fx.Graph, node: fx.Node) -> Any:
-    """Nodes that enter the mode of a region; the one that knows how to leave it."""
+    """Insert the nodes that enter the mode of a region, and return the one that leaving it needs."""
     name = opaque(node)
     if name == AUTOCAST:
         return graph.call_function(autocast_mode._enter_autocast, tuple(node.args[:4]))
@@ -62,7 +63,7 @@ def _leave(graph: fx.Graph, node: fx.Node, mode: Any) -> None:
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, number: int) -> None:
-    """Put the nodes of ``inner`` in place of ``node``."""
+    """Replace ``node`` by the nodes of ``inner``."""
     graph, name = gm.graph, opaque(node) or ""
     body: Any = node.args[_BODY[name]]
     operands = node.args[_OPERANDS.get(name, _BODY[name] + 1) :]
@@ -94,7 +95,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, number: in
 
 
 def inline_regions(gm: fx.GraphModule) -> bool:
-    """Put every region that only says how it is run into the graph around it; True if there was one."""
+    """Inline every region that only says how it is run. Return True if there was one."""
     number, changed = 0, False
     while True:
         found = next(((n, inner) for n in gm.graph.nodes if (inner := _inside(gm, n)) is not None), None)

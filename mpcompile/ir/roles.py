@@ -1,4 +1,4 @@
-"""Which layers are the stem, the head or depthwise: found by dataflow, not by name."""
+"""Roles of layers (stem, head, depthwise), found by data flow, not by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpcompile.ir.view import layers
 
 
 def _reads_input(node: fx.Node, stops: set[fx.Node], images: set[fx.Node]) -> bool:
-    """Whether data reaches ``node`` from a graph input without passing a weighted layer."""
+    """Return True if data reaches ``node`` from a graph input without passing a weighted layer."""
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
@@ -32,10 +32,10 @@ _ELEMENTWISE_TAIL = re.compile(
 
 
 def roles(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, str]:
-    """Layer name -> ``"stem"``, ``"head"`` or ``"depthwise"``, by dataflow; other layers are absent.
+    """Return layer name -> ``"stem"``, ``"head"`` or ``"depthwise"``; other layers are absent.
 
     Stem: a convolution that reads a graph input with no weighted layer before it. Head: a layer whose result reaches
-    the output through nothing but reshaping, scaling, softmax, or one average of several heads.
+    the output only through reshaping, scaling, softmax, or one average of several heads.
     """
     lifted = lifted or Lifted()
     found = layers(gm, lifted)

@@ -33,7 +33,7 @@ _FORWARD_HOOKS = (
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling a module leaves nothing behind in it, in eval mode: torch's and our own, as they are."""
+    """Return True if a call in eval mode cannot change the module: it is torch's or ours, and without hooks."""
     for part in module.modules():
         if "forward" in vars(part) or any(getattr(part, table) for table in _FORWARD_HOOKS):
             return False
@@ -43,26 +43,26 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class _Shapes(FakeTensorProp):
-    """Runs the graph on fake tensors; leaves ``val`` and ``macs`` (of the whole batch) on every node.
+    """Run the graph on fake tensors and set ``val`` and ``macs`` (of the whole batch) on every node.
 
-    Layers that could keep something of what they see are called on copies that share their tensors.
+    Layers that might store something in a call are replaced by copies that share their tensors.
 
     Args:
-        numbers: what the placeholders of single numbers hold, by name: fake tensors have no values.
+        numbers: values of the placeholders of single numbers, by name: fake tensors have no values.
     """
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, numbers: Mapping[str, Any]) -> None:
         super().__init__(gm, mode)
         self.extra_traceback = False
         self.numbers = numbers
-        self.node: fx.Node | None = None  # the one that runs
+        self.node: fx.Node | None = None  # the node that is running
         self.stand_ins: dict[str, nn.Module] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
         if reads_number(n):
             return self._number(n)
-        # Branches count for nothing (which runs, and how often, is not known); out= takes no tensor with a gradient.
+        # Branches count zero MACs (which one runs, and how often, is unknown); out= refuses tensors with gradients.
         if opaque(n) or "out" in n.kwargs:
             with torch.no_grad():
                 result = super().run_node(n)
@@ -75,7 +75,7 @@ class _Shapes(FakeTensorProp):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value  # real ones would be written to
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value  # nodes would write to a real one
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
@@ -83,13 +83,13 @@ class _Shapes(FakeTensorProp):
             return module(*args, **kwargs)
         if target not in self.stand_ins:
             fakes: Any = {id(t): self._mode.from_tensor(t) for t in tensors_of(module)}
-            with unset_fake_temporarily():  # what a hook keeps is copied as it is
+            with unset_fake_temporarily():  # real tensors that a hook stores are copied as they are
                 self.stand_ins[target] = copy.deepcopy(module, fakes)
         with untouched(module):
             return self.stand_ins[target](*args, **kwargs)
 
     def _number(self, n: fx.Node) -> Any:
-        """The number that was given, or the one that it had when the graph was captured; else 1."""
+        """Return the number that was passed, or the one at capture; else 1."""
         source: Any = n.all_input_nodes[0]
         known = self.numbers.get(source.name, hint(n.meta.get("example_value")))
         if not isinstance(known, (bool, int, float)):
@@ -99,13 +99,13 @@ class _Shapes(FakeTensorProp):
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a graph input is a single number whose value is known."""
+    """Return True if a graph input is a single number whose value is known."""
     known = isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type == "cpu"
     return known and value.dim() == 0
 
 
 def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Recompute shapes and MACs of every node, in eval mode and without touching a real value.
+    """Recompute the shapes and MACs of every node, in eval mode and without touching a real value.
 
     Raises:
         GraphError: an op rejects the shapes it is given.
@@ -115,7 +115,7 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     numbers = {name: v.item() for name, v in zip(names, inputs, strict=False) if _is_number(v)}
     prop = _Shapes(gm, mode, numbers)
-    # Not under no_grad: the counter's module tracker hooks views of parameters, which then have no gradient function.
+    # Not under no_grad: the counter's module tracker hooks views of parameters, which would have no gradient function.
     with modes_kept(), training_flags(gm, False), torch.enable_grad(), without_global_hooks():
         try:
             fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)

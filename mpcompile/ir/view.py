@@ -1,7 +1,7 @@
 """One typed view of the weighted layers of a graph.
 
-A linear layer may stand in a graph as a module call, as ``F.linear`` on an attribute or on a lifted placeholder, as an
-aten op, or masked or packed as one of our own. :func:`layers` shows all of them alike.
+A linear layer may appear in a graph as a module call, as ``F.linear`` on an attribute or on a lifted placeholder, as an
+aten operator, or as one of our masked operators. :func:`layers` returns one type for all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpcompile.layers import MaskedConv2d, MaskedLinear
 
 @dataclass(frozen=True)
 class ParamRef:
-    """A parameter or buffer: its dotted name, its tensor, and the node that brings it in (None inside a module)."""
+    """A parameter or buffer: its dotted name, its tensor, and the node that reads it (None inside a module)."""
 
     name: str
     tensor: Tensor
@@ -48,8 +48,8 @@ class LayerOp:
         name: the layer's dotted name, e.g. ``"blocks.0.attn.qkv"``.
         kind: ``"linear"`` or ``"conv2d"``.
         weight: (out, in) or (out, in / groups, kh, kw).
-        bias: node, tensor or None, as the node or its module has it.
-        obstacle: why this use can't be rewritten, or None.
+        bias: node, tensor or None, as the node or its module holds it.
+        obstacle: why this use cannot be rewritten, or None.
     """
 
     node: fx.Node
@@ -69,7 +69,7 @@ class LayerOp:
 
 
 def _resolve(gm: fx.GraphModule, node: Any, lifted: Lifted) -> ParamRef | None:
-    """The parameter that a get_attr or lifted placeholder brings in, seen through detach, or None."""
+    """Return the parameter that a get_attr or lifted placeholder reads, or None for any other node."""
     if not isinstance(node, fx.Node):
         return None
     if node.op == "get_attr":
@@ -81,7 +81,7 @@ def _resolve(gm: fx.GraphModule, node: Any, lifted: Lifted) -> ParamRef | None:
 
 
 def _ints(value: Any) -> list[int] | None:
-    """A convolution's stride, padding or dilation as two numbers, or None (a name, or a traced value)."""
+    """Return a convolution's stride, padding or dilation as two numbers, or None for a name or a traced value."""
     if isinstance(value, int):
         return [value, value]
     if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value):
@@ -94,7 +94,7 @@ def _layer_name(weight: str) -> str:
 
 
 def _module_obstacle(module: nn.Module) -> str | None:
-    """Why a layer's weight isn't all that decides what it computes, or None."""
+    """Return what else, besides its weight, decides what a layer computes, or None."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"
     if "weight" not in module._parameters:
@@ -167,7 +167,7 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
 
 
 def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
-    """Every use of a linear or 2-d convolution weight, in graph order; a shared layer appears once a use."""
+    """Return every use of a linear or 2-d convolution weight, in graph order; a shared layer appears once per use."""
     found = []
     for node in gm.graph.nodes:
         if node.op == "call_module":
@@ -186,7 +186,7 @@ def _of_dtype(weight: Tensor) -> str:
 
 
 def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Weights that :func:`layers` can't show: name -> (shape, why), so that a report leaves none out."""
+    """Return the weights that :func:`layers` cannot show, name -> (shape, reason), so that no report omits them."""
     known = {layer.weight.name for layer in layers(gm, lifted)}
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for node in gm.graph.nodes:

@@ -13,32 +13,32 @@ from PIL import Image
 
 from mpcompile.errors import printable
 
-ROW, GAP, LABEL, PLOT = 20, 6, 170, 330  # pixels: a bar, between bars, room for names, and for the bars themselves
+ROW, GAP, LABEL, PLOT = 20, 6, 170, 330  # pixels: height of a bar, gap between bars, width of the names and of the bars
 
 
 def escape(value: object) -> str:
-    """Text that can stand in HTML and SVG, its control characters and bidirectional marks shown as escapes."""
+    """Escape text for HTML and SVG; control characters and bidirectional marks become visible escapes."""
     return html.escape(printable(value), quote=True)
 
 
 def svg(width: float, height: float, body: str, title: str) -> str:
-    """A picture that scales with the page; ``title`` is read aloud in its place."""
+    """Return a picture that scales with the page; screen readers read ``title`` instead."""
     size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}"'
     return f'<svg {size} role="img" aria-label="{escape(title)}">{body}</svg>'
 
 
 def text(x: float, y: float, content: object, kind: str = "", anchor: str = "start") -> str:
-    """A line of text whose baseline is at ``y``."""
+    """Return a line of text with its baseline at ``y``."""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
 def rect(x: float, y: float, width: float, height: float, kind: str) -> str:
-    """A filled rectangle."""
+    """Return a filled rectangle."""
     return f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(width, 0.5):.2f}" height="{height:.2f}" class="{kind}"/>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    """A straight line."""
+    """Return a straight line."""
     return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" class="{kind}"/>'
 
 
@@ -47,12 +47,12 @@ class Bar:
     """A bar of a chart.
 
     Attributes:
-        name: on its left.
+        name: text on its left.
         value: its length.
-        shown: on its right.
+        shown: text on its right.
         kind: ``"dense"``, ``"sparse"`` or ``"other"``: its colour.
         low, high: ends of a whisker, or None.
-        start: where it begins; 0 but for waterfalls.
+        start: its left end; other than 0 only in waterfalls.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Bar:
     start: float = 0.0
 
 
-def bars(found: Sequence[Bar], title: str, mark: float | None = None, longest: float = 0.0) -> str:
-    """Horizontal bars from zero, the longest (or ``longest``) across the plot; a line at ``mark``."""
-    longest = max([longest, *(max(bar.start + bar.value, bar.high or 0, mark or 0) for bar in found)]) or 1.0
+def bars(chart: Sequence[Bar], title: str, mark: float | None = None, longest: float = 0.0) -> str:
+    """Return a chart of horizontal bars, scaled so that ``longest`` or the longest bar fills it; a line at ``mark``."""
+    longest = max([longest, *(max(bar.start + bar.value, bar.high or 0, mark or 0) for bar in chart)]) or 1.0
     scale, body = PLOT / longest, ""
-    for number, bar in enumerate(found):
+    for number, bar in enumerate(chart):
         y = number * (ROW + GAP)
         end = LABEL + (bar.start + bar.value) * scale
         body += text(LABEL - 8, y + 14, _short(bar.name), anchor="end")
@@ -78,7 +78,7 @@ def bars(found: Sequence[Bar], title: str, mark: float | None = None, longest: f
             body += line(left, y + ROW / 2, right, y + ROW / 2, "whisker")
             end = max(end, right)
         body += text(end + 6, y + 14, bar.shown)
-    height = len(found) * (ROW + GAP)
+    height = len(chart) * (ROW + GAP)
     if mark is not None:
         body += line(LABEL + mark * scale, -2, LABEL + mark * scale, height - GAP + 2, "mark")
     return svg(LABEL + PLOT + 170, height, body, title)
@@ -97,7 +97,7 @@ def histogram(
     width: float = 260,
     height: float = 110,
 ) -> str:
-    """A density as columns, a law as a line over it, and single values as ticks under the axis."""
+    """Return a density as columns, with a law as a line over it and single values as ticks on the axis."""
     right = max([edges[-1], *spikes, *(x for x, _ in curve)]) or 1.0
     top = max([*heights, *(y for _, y in curve)]) or 1.0
     across, up = width / right, (height - 30) / top
@@ -117,7 +117,7 @@ def histogram(
 
 
 def data_uri(pixels: np.ndarray, kind: str = "PNG") -> str:
-    """An (H, W, 3) uint8 picture as a URI that holds it; ``kind``: PNG, or JPEG for photographs."""
+    """Return an (H, W, 3) uint8 picture as a data URI; ``kind``: PNG, or JPEG for photographs."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, optimize=True, **({"quality": 88} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -127,7 +127,7 @@ _RAMP = np.array([[247, 251, 255], [158, 202, 225], [49, 130, 189], [8, 48, 107]
 
 
 def heat(shares: np.ndarray) -> np.ndarray:
-    """Shares in [0, 1], (H, W) -> colours (H, W, 3) uint8, light for 0 and dark for 1."""
+    """Return the colours (H, W, 3) uint8 of shares (H, W) in [0, 1]: light for 0, dark for 1."""
     place = np.clip(shares, 0, 1) * (len(_RAMP) - 1)
     low = np.minimum(place.astype(int), len(_RAMP) - 2)
     part = (place - low)[..., None]

@@ -1,4 +1,4 @@
-"""The sections of the page: each turns sources into HTML, or returns None where it has nothing to show."""
+"""The sections of the page: each renders its data as HTML, or returns None if it has no data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mpcompile.page import spectra
 from mpcompile.page.charts import Bar, bars, data_uri, escape, heat
 from mpcompile.page.sources import Sources, number, records
 
-SHOWN = 12  # layers drawn at once; the others are folded away
-LISTED = 20  # items of a list in a table
-MAP_ROWS, MAP_COLUMNS = 24, 384  # of a density map
+SHOWN = 12  # figures shown at once; the others are folded
+LISTED = 20  # entries of a list shown in a table
+MAP_ROWS, MAP_COLUMNS = 24, 384  # most rows and columns of a density map
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Section:
     """A part of the page.
 
     Attributes:
-        anchor: its place in links.
+        anchor: its name in links.
         title: its heading.
-        missing: HTML that says which command gives its data.
-        render: sources -> HTML, or None.
+        missing: HTML shown without data: the command that produces it.
+        render: sources -> HTML, or None without data.
     """
 
     anchor: str
@@ -40,7 +40,7 @@ class Section:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], best: int | None = None) -> str:
-    """An HTML table; the first column is left-aligned, row ``best`` stands out."""
+    """Return an HTML table, its first column left-aligned and row ``best`` in bold."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = ""
     for place, row in enumerate(rows):
@@ -50,7 +50,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], best: int | Non
 
 
 def folded(figures: Sequence[str], what: str) -> str:
-    """A grid of figures, those beyond the first :data:`SHOWN` behind a link."""
+    """Return a grid of figures, folded after the first :data:`SHOWN`."""
     text = f'<div class="grid">{"".join(figures[:SHOWN])}</div>'
     rest = figures[SHOWN:]
     if rest:
@@ -63,14 +63,14 @@ def _rows(sources: Sources) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _chosen(rows: list[tuple[str, Mapping[str, Any]]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The dense model, and the build that the audit is about: the compiled one, or the last."""
+    """Return the row of the dense model and that of the audited build: the compiled one, else the last."""
     by_name = dict(rows)
     return rows[0][1], by_name.get(COMPILED, rows[-1][1])
 
 
 def _percent(value: Any) -> str:
-    found = number(value)
-    return "" if found is None else f"{found:.2%}"
+    share = number(value)
+    return "" if share is None else f"{share:.2%}"
 
 
 def _millions(value: float) -> str:
@@ -78,7 +78,7 @@ def _millions(value: float) -> str:
 
 
 def _pair(value: Any, form: Callable[[float], str]) -> str:
-    """`` [low, high]``, or nothing."""
+    """Return `` [low, high]``; "" if the value is not a pair of numbers."""
     if not isinstance(value, (list, tuple)) or len(value) != 2 or None in map(number, value):
         return ""
     return f" [{form(value[0])}, {form(value[1])}]"
@@ -88,7 +88,7 @@ def _pair(value: Any, form: Callable[[float], str]) -> str:
 
 
 def headline(sources: Sources) -> str | None:
-    """Cards and a row for every build."""
+    """Return cards of the main figures, and a table with a row per build."""
     rows = _rows(sources)
     if not rows:
         return _size_card(sources)
@@ -119,8 +119,8 @@ def headline(sources: Sources) -> str | None:
                 ("" if latency is None else f"{latency:.2f}") + _pair(row.get("quartiles_ms"), lambda v: f"{v:.2f}"),
             ]
         )
-    said = sources.figures().get("notes")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in said) if isinstance(said, list) else ""
+    remarks = sources.figures().get("notes")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in remarks) if isinstance(remarks, list) else ""
     picked = next(i for i, (_, row) in enumerate(rows) if row is ours)
     return f'<div class="cards">{cards}</div>{table(head, body, picked)}<ul>{notes}</ul>'
 
@@ -135,7 +135,7 @@ def _cards(dense: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     if was is not None and now is not None:
         cards += _card(f"{now:.1%}", f"top-1, dense {was:.1%} ({100 * (now - was):+.1f} points)")
     elif (agree := number(ours.get("agree"))) is not None:
-        cards += _card(f"{agree:.1%}", "of the samples: the label of the dense model")
+        cards += _card(f"{agree:.1%}", "of the samples get the label of the dense model")
     was, now = number(dense.get("macs")), number(ours.get("macs"))
     if was and now is not None:
         cards += _card(
@@ -143,8 +143,8 @@ def _cards(dense: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         )
     speed, latency = number(ours.get("speedup")), number(ours.get("latency_ms"))
     if speed is not None and latency is not None:
-        word = "faster than" if speed >= 1 else "the speed of (slower than)"
-        cards += _card(f"{speed:.2f}x", f"{word} the best dense build, {latency:.2f} ms a batch")
+        word = "faster" if speed >= 1 else "slower"
+        cards += _card(f"{speed:.2f}x", f"{word} than the best dense build: {latency:.2f} ms per batch")
     return cards
 
 
@@ -156,7 +156,7 @@ def _disk(sources: Sources) -> str:
 
 
 def _size_card(sources: Sources) -> str | None:
-    """Without an audit: what the artifact alone says."""
+    """Return cards of the figures that the artifact alone has, without an audit."""
     if sources.artifact is None:
         return None
     macs = sources.artifact.plan.macs
@@ -169,14 +169,14 @@ def _size_card(sources: Sources) -> str | None:
 
 
 def against_dense(sources: Sources) -> str | None:
-    """Accuracy, latency and arithmetic of every build as bars."""
+    """Return accuracy, latency and arithmetic of every build as bars."""
     rows = _rows(sources)
     if not rows:
         return None
     dense, _ = _chosen(rows)
 
     def chart(title: str, key: str, scale: float, form: Callable[[float], str], ends: str | None = None) -> str:
-        found = []
+        drawn = []
         for name, row in rows:
             value = number(row.get(key))
             if value is None:
@@ -185,40 +185,40 @@ def against_dense(sources: Sources) -> str | None:
             low, high = pair if pair is not None and _pair(pair, str) else (None, None)
             kind = "dense" if name in BARS or name.startswith("dense") else "sparse" if name == COMPILED else "other"
             whisker = (None, None) if low is None or high is None else (low * scale, high * scale)
-            found.append(Bar(name, value * scale, form(value * scale), kind, *whisker))
-        if not found:
+            drawn.append(Bar(name, value * scale, form(value * scale), kind, *whisker))
+        if not drawn:
             return ""
         mark = number(dense.get(key))
-        return f"<h3>{escape(title)}</h3>" + bars(found, title, None if mark is None else mark * scale)
+        return f"<h3>{escape(title)}</h3>" + bars(drawn, title, None if mark is None else mark * scale)
 
     text = chart("Top-1, % (whiskers: 95 % interval)", "top1", 100, lambda v: f"{v:.1f}", "interval")
-    text += chart("Latency of a batch, ms (whiskers: quartiles)", "latency_ms", 1, lambda v: f"{v:.2f}", "quartiles_ms")
-    text += chart("Multiply-accumulates a sample, millions", "macs", 1e-6, _millions)
-    return f'{text}<p class="soft">Dashed: the dense model as it is.</p>' if text else None
+    text += chart("Latency per batch, ms (whiskers: quartiles)", "latency_ms", 1, lambda v: f"{v:.2f}", "quartiles_ms")
+    text += chart("Multiply-accumulates per sample, millions", "macs", 1e-6, _millions)
+    return f'{text}<p class="soft">Dashed line: the dense model in eager mode.</p>' if text else None
 
 
-# --- What the weights look like ---
+# --- The weights ---
 
 
 def spectrum(sources: Sources) -> str | None:
-    """Singular values of every layer, the Marchenko-Pastur law over them."""
-    found, where = spectra.spectra(sources)
-    if not found:
+    """Return the singular values of every layer, with the Marchenko-Pastur law over them."""
+    weights, where = spectra.spectra(sources)
+    if not weights:
         return None
-    figures = [spectra.draw(s) for s in found if len(s.values)]
+    figures = [spectra.draw(s) for s in weights if len(s.values)]
     head = ["layer", "sigma", "edge", "spikes", "fit error", "verdict"]
     body = [
         [s.name, *("" if v is None else f"{v:.4g}" for v in (s.sigma, s.edge)), "" if s.spikes is None else s.spikes,
          "" if s.error is None else f"{s.error:.4f}", (s.verdict or "").replace("_", " ")]
-        for s in found
+        for s in weights
     ]  # fmt: skip
-    law = "Line: the Marchenko–Pastur law of the fitted noise; ticks: values above its edge. Area 1 with the spikes."
+    law = "Line: the Marchenko–Pastur law of the fitted noise; ticks: values above its edge."
     text = f"<p>{escape(where)} {law if figures else ''}</p>" + folded(figures, "spectra")
     return f"{text}<details><summary>All figures</summary>{table(head, body)}</details>"
 
 
 def density(sources: Sources) -> str | None:
-    """Where masks keep weights."""
+    """Return density maps: where the masks keep weights."""
     if sources.artifact is None:
         return None
     figures: dict[str, str] = {}
@@ -237,8 +237,8 @@ def density(sources: Sources) -> str | None:
         )
     if not figures:
         return None
-    key = '<p>Share of the weights that is kept: 0 <span class="ramp"></span> 1. A column is one input channel (every '
-    key += "n-th whole group where there are more than the picture is wide), a row a 24th of the output channels.</p>"
+    key = '<p>Share of kept weights: 0 <span class="ramp"></span> 1. A column is one input channel (in wide layers, '
+    key += "every n-th whole group), a row one 24th of the output channels.</p>"
     return key + folded(list(figures.values()), "maps")
 
 
@@ -250,7 +250,10 @@ def _energy_kept(sources: Sources, name: str) -> str:
 
 
 def _tiles(kept: torch.Tensor, m: int) -> np.ndarray:
-    """Mask rows (out, K) -> shares (rows, columns) of bands of outputs at single inputs, in whole groups of ``m``."""
+    """Return the shares (rows, columns) that mask rows (out, K) keep, per band of outputs and input.
+
+    Inputs are taken in whole groups of ``m``; at most :data:`MAP_ROWS` bands, at most :data:`MAP_COLUMNS` inputs.
+    """
     groups = kept.unflatten(1, (-1, m))
     step = -(-groups.shape[1] * m // MAP_COLUMNS)
     columns = groups[:, ::step].flatten(1)
@@ -258,7 +261,7 @@ def _tiles(kept: torch.Tensor, m: int) -> np.ndarray:
 
 
 def merged(sources: Sources) -> str | None:
-    """Sample images with merged tokens outlined."""
+    """Return sample images with merged tokens outlined."""
     text = ""
     for name, steps in sources.pictures.items():
         figures = "".join(
@@ -267,36 +270,38 @@ def merged(sources: Sources) -> str | None:
             for caption, pixels in steps
         )
         text += f'<h3>{escape(name)}</h3><div class="strip">{figures}</div>'
-    key = "<p>Patches that have become one token are filled with their mean colour and outlined alike.</p>"
+    key = "<p>Patches of one token are filled with their mean colour and outlined in the same colour.</p>"
     return key + text if text else None
 
 
-# --- What is proven, and where time goes ---
+# --- Proofs, time and environment ---
 
 
 def certificates(sources: Sources) -> str | None:
-    """Samples whose label is proven to stay."""
-    found = sources.certify or {}
-    tiers = [(name, tier) for name, tier in records(found.get("tiers")) if number(tier.get("certified")) is not None]
+    """Return the share of samples with a certified label, per tier."""
+    certified = sources.certify or {}
+    tiers = [
+        (name, tier) for name, tier in records(certified.get("tiers")) if number(tier.get("certified")) is not None
+    ]
     if not tiers:
         return None
     drawn = []
     for name, tier in tiers:
-        samples = number(tier.get("samples")) or number(found.get("samples")) or 0
+        samples = number(tier.get("samples")) or number(certified.get("samples")) or 0
         share = tier["certified"] / samples if samples else 0.0
         drawn.append(Bar(name, 100 * share, f"{share:.1%}: {tier['certified']:g} of {samples:g}", "sparse"))
-    text = "<p>Share of the samples whose label is proven to be the dense model's, by tier of the proof.</p>"
+    text = "<p>Share of the samples whose label provably equals that of the dense model, by tier of the proof.</p>"
     text += bars(drawn, "Certified samples, %", longest=100)
-    items = [(str(s.get("kind", "")), str(s.get("text", ""))) for _, s in records(found.get("statements"))]
+    items = [(str(s.get("kind", "")), str(s.get("text", ""))) for _, s in records(certified.get("statements"))]
     text += "<ul>" + "".join(f"<li><b>{escape(kind)}</b>: {escape(words)}</li>" for kind, words in items) + "</ul>"
-    violations = number(found.get("violations"))
+    violations = number(certified.get("violations"))
     if violations:
-        text = f"<p><b>{violations:g} bounds were exceeded by what was measured: don't rely on them.</b></p>{text}"
+        text = f"<p><b>Measurements exceed {violations:g} bounds: do not rely on the certificates.</b></p>{text}"
     return text
 
 
 def waterfall(sources: Sources) -> str | None:
-    """Latency of masked layers, from the dense builds down to what was picked, by kind of layer."""
+    """Return the latency of masked layers as a waterfall, from dense layers to the picked engines, by kind of layer."""
     timed: list[tuple[str, float, float, str]] = []
     for name, entry in records((sources.explain or {}).get("layers")):
         us, dense = number(entry.get("us")), number(entry.get("dense_us"))
@@ -304,20 +309,20 @@ def waterfall(sources: Sources) -> str | None:
             timed.append((_kind(name), us, dense, str(entry.get("engine", ""))))
     if not timed:
         return None
-    timed.sort(key=lambda item: item[0])
+    timed.sort(key=lambda row: row[0])
     level = total = sum(dense for _, _, dense, _ in timed) / 1e3
     drawn, body = [Bar("dense layers", total, f"{total:.2f} ms", "dense")], []
-    for kind, group in groupby(timed, key=lambda item: item[0]):
+    for kind, group in groupby(timed, key=lambda row: row[0]):
         members = list(group)
-        us, dense = sum(item[1] for item in members) / 1e3, sum(item[2] for item in members) / 1e3
+        us, dense = sum(row[1] for row in members) / 1e3, sum(row[2] for row in members) / 1e3
         after = level - (dense - us)
         change = f"{us - dense:+.2f} ms ({len(members)} layers, {dense / us if us else 1:.2f}x)"
         drawn.append(Bar(kind, abs(dense - us), change, "other", start=min(level, after)))
-        engines = ", ".join(sorted({item[3] for item in members}))
+        engines = ", ".join(sorted({row[3] for row in members}))
         body.append([kind, len(members), f"{dense:.3f}", f"{us:.3f}", f"{dense / us if us else 1:.2f}x", engines])
         level = after
     drawn.append(Bar("layers as picked", level, f"{level:.2f} ms", "sparse"))
-    text = "<p>Each layer timed alone; what stays dense in the model is not in here.</p>"
+    text = "<p>Each masked layer timed alone; layers that stay dense are not included.</p>"
     text += bars(drawn, "Latency of masked layers by kind, ms")
     machine = (sources.explain or {}).get("machine")
     text += "" if machine is None else f'<p class="soft">{escape(machine)}</p>'
@@ -325,15 +330,15 @@ def waterfall(sources: Sources) -> str | None:
 
 
 def _kind(name: str) -> str:
-    """``blocks.3.mlp.fc1`` -> ``mlp.fc1``: what layers of the same kind have in common."""
+    """Return the part of a name that layers of one kind share: ``mlp.fc1`` of ``blocks.3.mlp.fc1``."""
     words = [word for word in name.split(".") if not word.isdigit()]
     return ".".join(words[-2:]) or name
 
 
 def environment(sources: Sources) -> str | None:
-    """Machine, versions, where the model comes from, and the Config."""
-    found = sources.figures().get("environment")
-    rows: list[tuple[str, object]] = list(_flat(found)) if isinstance(found, Mapping) else []
+    """Return machine, versions, provenance of the model, and the Config."""
+    machine = sources.figures().get("environment")
+    rows: list[tuple[str, object]] = list(_flat(machine)) if isinstance(machine, Mapping) else []
     if sources.artifact is not None:
         plan = sources.artifact.plan
         rows += [("artifact", sources.name)] if sources.name else []
@@ -341,7 +346,7 @@ def environment(sources: Sources) -> str | None:
         rows += [*_flat(plan.provenance), *_flat({"config": plan.config})]
         rows += _flat({"distillation": trained}) if isinstance(trained, Mapping) else ()
     rows = [(key, "" if value is None else value) for key, value in rows]
-    return f'<div class="words">{table(["what", "is"], rows)}</div>' if rows else None
+    return f'<div class="words">{table(["name", "value"], rows)}</div>' if rows else None
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
@@ -355,17 +360,17 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, obj
             yield f"{prefix}{key}", item
 
 
-def _says(command: str) -> str:
-    return f"No data. <code>{escape(command)}</code> gives it."
+def _missing(command: str) -> str:
+    return f"No data: <code>{escape(command)}</code> produces it."
 
 
 SECTIONS = (
-    Section("headline", "What was gained", _says("mpcompile audit MODEL --json audit.json"), headline),
-    Section("dense", "Against dense", _says("mpcompile audit MODEL --json audit.json"), against_dense),
-    Section("spectra", "Spectra", _says("mpcompile analyze MODEL --json analyze.json"), spectrum),
-    Section("masks", "Masks", _says("mpcompile report ARTIFACT"), density),
-    Section("tokens", "Merged tokens", _says("mpcompile report ARTIFACT --image cat.jpg"), merged),
-    Section("certificates", "Certificates", _says("mpcompile certify MODEL --json certify.json"), certificates),
-    Section("time", "Where the time goes", _says("mpcompile explain MODEL --json explain.json"), waterfall),
-    Section("environment", "Environment", _says("mpcompile audit MODEL --json audit.json"), environment),
+    Section("headline", "What was gained", _missing("mpcompile audit MODEL --json audit.json"), headline),
+    Section("dense", "Against dense", _missing("mpcompile audit MODEL --json audit.json"), against_dense),
+    Section("spectra", "Spectra", _missing("mpcompile analyze MODEL --json analyze.json"), spectrum),
+    Section("masks", "Masks", _missing("mpcompile report ARTIFACT"), density),
+    Section("tokens", "Merged tokens", _missing("mpcompile report ARTIFACT --image cat.jpg"), merged),
+    Section("certificates", "Certificates", _missing("mpcompile certify MODEL --json certify.json"), certificates),
+    Section("time", "Where the time goes", _missing("mpcompile explain MODEL --json explain.json"), waterfall),
+    Section("environment", "Environment", _missing("mpcompile audit MODEL --json audit.json"), environment),
 )

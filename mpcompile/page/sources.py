@@ -1,4 +1,4 @@
-"""What a page is made from: the JSON that commands write, read leniently, and an artifact."""
+"""The data of a page: the JSON of other commands, read leniently, and an artifact."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from mpcompile.plan import Figures
 
 @dataclass
 class Sources:
-    """Everything that a page may show; what is absent is None or empty, and its section says so.
+    """The data of a page. Missing data is None or empty, and its section names the command that produces it.
 
     Attributes:
         audit: ``mpcompile audit --json``: ``rows`` (:class:`mpcompile.measure.report.Row`), ``environment``, ``notes``.
         explain: ``mpcompile explain --json``: ``layers`` with ``name``, ``engine``, ``us``, ``dense_us``.
-        analyze: ``mpcompile analyze --json``: layers by name, or ``layers`` as a list with ``name``; of each ``sigma``,
-            ``edge``, ``spikes``, ``verdict``, ``fit_error``, ``shape``, and ``singular_values`` (or ``eigenvalues`` of
-            W^T W / N) to draw.
+        analyze: ``mpcompile analyze --json``: layers by name, or ``layers`` as a list with ``name``; per layer
+            ``sigma``, ``edge``, ``spikes``, ``verdict``, ``fit_error``, ``shape``, and ``singular_values`` (or
+            ``eigenvalues`` of W^T W / N) to draw.
         certify: ``mpcompile certify --json``: ``samples``, ``tiers`` with ``name``, ``certified``, ``samples``,
             ``median``; ``statements`` with ``kind`` and ``text``.
         artifact: the loaded model.
-        name: of the artifact's file, or "".
-        size: bytes of the artifact on disk.
-        dense_size: bytes of its weights, were they dense.
-        pictures: name -> (H, W, 3) uint8 pictures with merged tokens outlined, in order, with captions.
+        name: file name of the artifact, or "".
+        size: of the artifact on disk, in bytes.
+        dense_size: of its weights stored densely, in bytes.
+        pictures: image name -> (caption, (H, W, 3) uint8 pixels) pairs, with merged tokens outlined.
     """
 
     audit: dict[str, Any] | None = None
@@ -47,7 +47,7 @@ class Sources:
     pictures: dict[str, list[tuple[str, np.ndarray]]] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
-        """What was measured: the audit's JSON, or what the artifact carries of it; {} without either."""
+        """Return the JSON of the audit, or the figures stored in the artifact, or {}."""
         if self.audit is not None:
             return self.audit
         return self.artifact.plan.figures if self.artifact is not None else {}
@@ -95,7 +95,7 @@ class _Certified(TypedDict, total=False):
     violations: float | None
 
 
-# What is read of each command's JSON, and as what; more may stand in it.
+# The fields that are read of each command's JSON, and their types; further fields are ignored.
 _SCHEMAS: dict[str, Any] = {
     "audit": Figures,
     "explain": _Explained,
@@ -106,38 +106,38 @@ _MARKS = {"audit": "rows", "explain": "layers", "certify": "tiers"}
 
 
 def read_json(path: Path | None, command: str) -> dict[str, Any] | None:
-    """What a command wrote with ``--json``; None without a file.
+    """Return the JSON that a command wrote with ``--json``; None for no file.
 
     Raises:
-        ArtifactError: the file is missing, or holds something else.
+        ArtifactError: the file is missing, or is not JSON of that command.
     """
     if path is None:
         return None
-    found = reading.read_json(path)
+    value = reading.read_json(path)
     if command == "analyze":  # layers by name
-        right = isinstance(found, dict) and any(isinstance(v, dict) and "fits" in v for v in found.values())
+        right = isinstance(value, dict) and any(isinstance(v, dict) and "fits" in v for v in value.values())
     else:
-        right = isinstance(found, dict) and isinstance(found.get(_MARKS[command]), list)
+        right = isinstance(value, dict) and isinstance(value.get(_MARKS[command]), list)
     if not right:
-        keys = f"keys {', '.join(list(found)[:5])}" if isinstance(found, dict) else type(found).__name__
+        keys = f"keys {', '.join(list(value)[:5])}" if isinstance(value, dict) else type(value).__name__
         raise ArtifactError(
             f"{path} is not what mpcompile {command} wrote",
             expected=f"what mpcompile {command} MODEL --json {path.name} writes",
             found=keys,
         )
     try:
-        check(found, _SCHEMAS[command])
+        check(value, _SCHEMAS[command])
     except Mismatch as error:
         raise ArtifactError(
             f"{path} is not what mpcompile {command} wrote: its field {error.where} has another type",
             expected=error.expected,
             found=error.found,
         ) from error
-    return dict(found)
+    return dict(value)
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number as a float; None for anything else."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     try:
@@ -147,12 +147,12 @@ def number(value: Any) -> float | None:
 
 
 def numbers(value: Any) -> list[float]:
-    """The finite numbers of a list; none of anything else."""
+    """Return the finite numbers of a list; [] for anything else."""
     return [x for x in map(number, value) if x is not None] if isinstance(value, list) else []
 
 
 def records(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, entry) of a mapping of entries, or of a list of entries with names; others are passed over."""
+    """Yield (name, entry) of a mapping of entries, or of a list of entries with names; others are skipped."""
     if isinstance(value, Mapping):
         value = [{"name": key, **entry} for key, entry in value.items() if isinstance(entry, Mapping)]
     for entry in value if isinstance(value, list) else ():

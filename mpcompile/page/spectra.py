@@ -1,4 +1,4 @@
-"""Spectra of weights beside the Marchenko-Pastur law: those that ``analyze`` gives, else those of an artifact."""
+"""Spectra of weights and the Marchenko-Pastur law: from the JSON of ``analyze``, else computed from an artifact."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mpcompile.ir.view import layers
 from mpcompile.page.charts import escape, histogram
 from mpcompile.page.sources import Sources, number, numbers, records
 
-BINS, CURVE = 40, 60  # columns of a histogram, points of the law's curve
-SMALLEST = 2  # a matrix with fewer singular values has no spectrum to draw
+BINS, CURVE = 40, 60  # columns of a histogram, points of the curve of the law
+SMALLEST = 2  # singular values of a matrix that is drawn
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One weight.
+    """The spectrum of one weight.
 
     Attributes:
-        name: of its layer.
-        values: singular values, in any order; empty where only a fit is known.
-        n, m: longer and shorter side of the matrix, 0 where unknown.
+        name: of the layer.
+        values: singular values, in any order; empty if only the fit is known.
+        n, m: longer and shorter side of the matrix; 0 if unknown.
         sigma, edge: of the fitted noise, or None.
-        spikes, verdict, error: see :class:`mpcompile.rmt.Fit`; None where unknown.
+        spikes, verdict, error: see :class:`mpcompile.rmt.Fit`; None if unknown.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Spectrum:
 
 
 def spectra(sources: Sources) -> tuple[list[Spectrum], str]:
-    """All that are known, and a sentence about where they come from."""
+    """Return the known spectra and a sentence on their source."""
     analyzed = sources.analyze or {}
     given = [_given(name, entry) for name, entry in records(analyzed.get("layers", analyzed))]
     given = [s for s in given if len(s.values) or s.edge is not None]
@@ -54,16 +54,14 @@ def spectra(sources: Sources) -> tuple[list[Spectrum], str]:
         computed = _computed(sources.artifact)
         if given:
             fits = {s.name: s for s in given}
-            text = (
-                "Fits are those of the dense weights; the columns show the weights as they are stored, after masking."
-            )
+            text = "Fits are those of the dense weights; the columns show the stored weights, after masking."
             return [_joined(s, fits[s.name]) if s.name in fits else s for s in computed], text
-        return computed, "Singular values of the weights as they are stored: after masking and refitting."
+        return computed, "Singular values of the stored weights: after masking and refitting."
     return given, "Fits to the dense weights."
 
 
 def _joined(drawn: Spectrum, fit: Spectrum) -> Spectrum:
-    """The columns and law of one, the figures of the other."""
+    """Return a spectrum with the columns and the law of ``drawn`` and the figures of ``fit``."""
     return replace(drawn, edge=fit.edge, spikes=fit.spikes, verdict=fit.verdict, error=fit.error)
 
 
@@ -89,24 +87,24 @@ def _given(name: str, entry: Mapping[str, Any]) -> Spectrum:
 
 @torch.no_grad()
 def _computed(gm: IRModule) -> list[Spectrum]:
-    """Of the masked layers of an artifact."""
-    found: dict[str, Spectrum] = {}
+    """Return the spectra of the masked layers of an artifact."""
+    drawn: dict[str, Spectrum] = {}
     for layer in layers(gm):
         weight = layer.weight.tensor.detach().float()
-        if layer.pattern is None or layer.name in found or min(weight.flatten(1).shape) < SMALLEST:
+        if layer.pattern is None or layer.name in drawn or min(weight.flatten(1).shape) < SMALLEST:
             continue
         rows = weight.flatten(1)
         values = torch.linalg.svdvals(rows).numpy()
         fit = rmt.fit(weight)
         sides = max(rows.shape), min(rows.shape)
-        found[layer.name] = Spectrum(
+        drawn[layer.name] = Spectrum(
             layer.name, values, *sides, fit.sigma, fit.edge, fit.n_spikes, fit.verdict, fit.fit_error
         )
-    return list(found.values())
+    return list(drawn.values())
 
 
 def draw(spectrum: Spectrum) -> str:
-    """A histogram of singular values with the law over it, as a figure."""
+    """Return a histogram of singular values with the law over it, as an HTML figure."""
     s, spikes = spectrum.values, np.array([])
     edge = spectrum.edge
     if edge is not None:

@@ -1,4 +1,4 @@
-"""The style sheet of the page: light and dark by the reader's setting, and for paper."""
+"""The style sheet of the page: light or dark, as the reader prefers, and for print."""
 
 CSS = """
 :root { color-scheme: light dark;

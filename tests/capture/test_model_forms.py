@@ -177,10 +177,10 @@ def test_a_forward_that_takes_a_pair_is_calibrated():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"image": BATCH["image"]}, "built in another way than example_inputs.*image, shift"),
+        ({"image": BATCH["image"]}, "has another structure than example_inputs.*image, shift"),
         ({"image": BATCH["image"][:, :8], "shift": BATCH["shift"]}, "wrong shape"),
         ({"image": BATCH["image"] / 0, "shift": BATCH["shift"]}, "not finite"),
-        (BATCH["image"], "built in another way"),
+        (BATCH["image"], "has another structure"),
     ],
 )
 def test_batches_that_are_not_like_the_example(batch, message):

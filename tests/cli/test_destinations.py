@@ -54,6 +54,7 @@ COMMANDS = {
     "analyze --json": ["analyze", "a.mpc"],
     "analyze --plot": ["analyze", "a.mpc"],
     "visualize --out": ["visualize", MODEL, "--image", "cat.jpg"],
+    "env --json": ["env"],
     "certify --json": ["certify", MODEL, "--artifact", "a.mpc", "--images", "."],
     "distill --json": ["distill", "r.yaml", "--data", ".", "--out", "run"],
     "export --out": ["export", "a.mpc", "--format", "onnx"],
@@ -99,6 +100,39 @@ def test_what_can_not_be_written_is_told_before_the_work(option, pruned, tmp_pat
         with pytest.raises(Worked):
             cli.main([*command, f"{tmp_path}/{place}"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "fifo", "file", "folder", "loop"]
+
+
+PATHS = [
+    [name, *action.option_strings[:1]]
+    for name, job in cli.parser()._subparsers._group_actions[0].choices.items()
+    for action in job._actions
+    if action.metavar in ("FILE", "FOLDER", "PATH") or action.dest in ("artifact", "target", "recipe")
+]
+
+
+@pytest.mark.parametrize("call", PATHS, ids=" ".join)
+def test_an_empty_path_is_not_the_current_folder(call, tmp_path, monkeypatch, capsys):
+    """Inputs and outputs alike: ``Path("")`` is ``.``, which nobody typed."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*call, ""])
+    assert caught.value.code == 2 and "the path is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("visualize {model} --image a.png --out v.xyz", "ends in .png, found .xyz"),
+        ("visualize {model} --image a.png --out v", "ends in .png, found a name without an ending"),
+        ("report a.mpc --out page.pdf", "ends in .html or .htm, found .pdf"),
+        ("analyze a.mpc --plot a.xyz", ".pdf"),
+    ],
+)
+def test_a_name_has_the_ending_of_its_format(command, expected, pruned, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(pruned)
+    before = sorted(pruned.iterdir())
+    assert cli.main(command.format(model=MODEL).split()) == 2
+    assert expected in capsys.readouterr().err and sorted(pruned.iterdir()) == before
 
 
 @pytest.mark.usefixtures("idle")

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import mpcompile
-from mpcompile.cli import main
-from mpcompile.cli import options as common
+from mpcompile.cli import main, models
 from tests.support.helpers import labelled_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,8 +159,8 @@ def test_calls_that_can_not_be(arguments, match, command, recipe, tmp_path, monk
 
 def test_the_artifact_knows_its_size_and_classes(folder, tmp_path, monkeypatch, capsys):
     """What was distilled at a size of one's own is audited, drawn and exported at that size."""
-    made = common.create
-    monkeypatch.setattr(common, "create", lambda *names, **options: made(*names, depth=2, **options))
+    made = models.create
+    monkeypatch.setattr(models, "create", lambda *names, **options: made(*names, depth=2, **options))
     out, recipe, weights = tmp_path / "run", tmp_path / "small.yaml", tmp_path / "dense.safetensors"
     recipe.write_text(
         "model: vit_tiny_patch16_224\n"
@@ -171,7 +170,7 @@ def test_the_artifact_knows_its_size_and_classes(folder, tmp_path, monkeypatch, 
         "data: {batch: 6, size: 64, workers: 0}\n"
     )
     torch.manual_seed(0)
-    dense = common.create_sized("vit_tiny_patch16_224", False, (3, 64, 64), 3)
+    dense = models.create_sized("vit_tiny_patch16_224", False, (3, 64, 64), 3)
     save_file(dense.state_dict(), weights)
     known = ["--checkpoint", str(weights), "--quiet"]
     command = ["distill", str(recipe), "--data", str(folder), "--num-classes", "3", "--out", str(out), *known]
@@ -199,7 +198,7 @@ def test_the_artifact_knows_its_size_and_classes(folder, tmp_path, monkeypatch, 
     picture = str(folder / "validation" / "ant" / "0.png")
     assert main(["report", artifact, "--image", picture, "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "distillation: losses" in page and "behind merge 1" in page
+    assert "distillation: losses" in page and "after merge 1" in page
     assert main(["export", artifact, "--format", "pt2", "--engine", "dense", "--out", str(tmp_path / "m.pt2")]) == 0
 
 

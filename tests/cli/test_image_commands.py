@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import mpcompile
 from mpcompile import Config, cli, transform
-from mpcompile.cli import options as common
+from mpcompile.cli import models
 from tests.support.helpers import tiny_created
 
 NAMES = [f"class{number}" for number in range(10)]
@@ -21,7 +21,7 @@ NAMES = [f"class{number}" for number in range(10)]
 def small_model():
     """What commands create by name is two blocks deep, and compiling it is left out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "create", tiny_created)
+        patch.setattr(models, "create", tiny_created)
         patch.setattr(torch, "compile", lambda model, **_: model)
         yield
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mpcompile import Config, cli, transform
 from mpcompile import backend as module
-from mpcompile import cli
 from mpcompile.cli import demo_job as demo_module
+from mpcompile.io.ownership import is_ours
+from mpcompile.measure.report import Report, Row
+from tests.support.helpers import mlp
 
 
 @pytest.fixture
@@ -58,7 +61,16 @@ def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys)
     assert found["dense eager"][1] > 2 * found["compiled sparse"][1] * 0.99
     assert found["... distilled"][0] == found["compiled sparse"][0]  # compiled and eager agree on every scan
     text = capsys.readouterr().out
-    assert "blocks.0.attn.qkv" in text and "obs" in text and "top-1" in text
+    heads = [line.split()[0] for line in text.splitlines()[2:]]
+    assert heads == ["made", "accuracy", "work", "speed", "report", "artifact", "tables"]
+    assert "8:16 masks in 8 of 10 layers" in text and str(tmp_path / "first/report.html") in text
+    assert "blocks.0.attn.qkv" not in text  # tables are in the files
+    made = {path.name for path in (tmp_path / "first").iterdir()}
+    assert made >= {"digits.mpc", "report.html", "report.json", "plan.json", "analysis.json"}
+    assert all(is_ours(tmp_path / "first" / name) for name in made)
+    page = (tmp_path / "first/report.html").read_text()
+    assert demo_module.TITLE in page and "held-out scan 1" in page and "after merge 2" in page
+    assert page.count('class="none"') == 2  # certificates, and time per layer
     assert len(list((tmp_path / "cache" / "mpcompile").glob("*.safetensors"))) == 1
 
 
@@ -72,6 +84,37 @@ def test_audit_writes_json_and_says_that_random_weights_mean_nothing(tmp_path, c
     report = json.loads(out.read_text())
     assert report["rows"][-1]["macs"] < report["rows"][0]["macs"]
     assert report["rows"][-1]["agree"] is None
+
+
+@pytest.mark.parametrize(("speedup", "word"), [(1.25, "faster"), (0.8, "slower")])
+def test_the_summary_of_the_demo_says_slower_where_it_is(speedup, word, tmp_path):
+    best = Row("dense frozen", latency_ms=8.0)
+    rows = [
+        Row("dense eager", correct=396, samples=400, macs=8_000_000, latency_ms=10.0),
+        best,
+        Row("dense bf16", latency_ms=1.0),  # another dtype is no bar
+        Row("compiled sparse", correct=394, samples=400, lost=5, won=3, macs=3_000_000, latency_ms=8.0 / speedup,
+            speedup=speedup),
+    ]  # fmt: skip
+    gm = transform(mlp(), torch.ones(2, 32), Config(pattern="2:4"))
+    gm.plan.config["tome_r"] = 8
+    (tmp_path / "digits.mpc").write_bytes(bytes(1 << 19))
+    text = demo_module.summary(tmp_path, mlp(), Report(rows, {"dtype": "float32", "batch": 64}), gm.plan)
+    assert f"{speedup:.2f}x, {word} than the best dense build" in text and "dense frozen 8.00 ms" in text
+    assert "99.00% -> 98.50% on 400 held-out scans: -0.50 points (5 lost, 3 won)" in text
+    assert "8.00 -> 3.00 million" in text and "62.5% saved" in text and "0.50 MiB" in text
+
+
+def test_verbose_shows_the_tables(tmp_path, monkeypatch, capsys):
+    options = {}
+
+    def run(demo):
+        options.update(vars(demo))
+        return "summary"
+
+    monkeypatch.setattr(demo_module, "run", run)
+    assert cli.main(["demo", "--verbose", "--out", str(tmp_path)]) == 0
+    assert options["verbose"] and options["progress"] and capsys.readouterr().out == "summary\n"
 
 
 def checkpoint(path, keys):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mpcompile
 from mpcompile import Config, Pipeline, cli, export, transform
-from mpcompile.cli import options as common
+from mpcompile.cli import models
 from mpcompile.cli.options import config_of
 from mpcompile.errors import ConfigError, GraphError
 from mpcompile.io.ownership import sign
@@ -30,7 +30,7 @@ MODEL = "tiny"  # not timm's: see small_model()
 def small_model():
     """What commands create by name is two blocks deep."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "create", tiny_created)
+        patch.setattr(models, "create", tiny_created)
         yield
 
 

@@ -333,7 +333,7 @@ def test_activations_that_overflow_are_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     with torch.no_grad():
         model[0].weight.fill_(3e38)
-    with pytest.raises(InputError, match=r"what enters this layer .* is not finite"):
+    with pytest.raises(InputError, match=r"the inputs of this layer .* are not finite"):
         transform(model, torch.ones(2, 8), Config(score="covariance", permute=False), [torch.ones(2, 8)])
 
 

@@ -17,7 +17,7 @@ from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.gpu.build import Build, parts_of
 from mpcompile.kernels.nm_linear.packed import activate
 from mpcompile.passes.mask import top_n
-from tests.support.ptx_emulator import Block, Memory, Program, TensorMap
+from tests.support.ptx import Block, Memory, Program, TensorMap
 
 LAYOUTS = {name: layout for layout, name in gpu_launch.KERNELS.items()}
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

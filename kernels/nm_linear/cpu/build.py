@@ -1,11 +1,12 @@
-"""Builds the CPU kernels and the operators that call them on the machine that runs them, once, and keeps the libraries.
+"""Compilation of the CPU kernels, and of the operators that call them, on the machine that runs them.
 
-A library's name holds a checksum of source, compiler, flags and instruction set, so that a changed one is another
-file. It is written under a name of its own and renamed: processes that build at the same time do no harm. Behind the
-library's own bytes stands their checksum, since loading half a library can kill the process (SIGBUS).
+Libraries are kept in the cache folder. A library's name holds a checksum of sources, compiler, flags and instruction
+set, so that any change gives another file. A library is written under a temporary name and then renamed, so that
+processes may build at the same time. A checksum follows the library's bytes, because loading a truncated library can
+kill the process (SIGBUS).
 
-Loading a library runs its code. A library is loaded, or stored, only where nobody but this user and root can have
-written: the file, its folder, and every folder above are checked (:func:`others_can_write`).
+Loading a library runs its code. Libraries are loaded and stored only where nobody but this user and root could have
+written: the file, its folder and every folder above it are checked (:func:`mpcompile.io.trust.others_can_write`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import TypeVar
 import torch
 
 from mpcompile.io.messages import warn_once
+from mpcompile.io.trust import others_can_write
 from mpcompile.io.writing import replacing
 from mpcompile.kernels import machine
 from mpcompile.kernels.nm_linear.cpu import abi
@@ -43,7 +45,7 @@ ISAS = {
     "avx2": "-mavx2 -mfma",
     "portable": "",
 }
-# No -ffast-math: it takes products and sums apart again, and NaN with them.
+# No -ffast-math: it reorders sums and ignores NaN.
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
 OPERATOR_SOURCES = ("ops.cpp", "abi.h", "layouts.h")
 OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -shared"
@@ -53,19 +55,19 @@ _CHECKSUM = hashlib.sha256().digest_size
 
 
 class Kernels(ctypes.CDLL):
-    """The library; ``isa`` is one of :data:`ISAS`."""
+    """The library of kernels (``cpu.cpp``); ``isa`` is the key of :data:`ISAS` that it was built for."""
 
     functions = ("nm_linear", "nm_mlp", "nm_conv", "nm_pairs")
     isa: str
 
 
 class Operators(ctypes.CDLL):
-    """What torch calls (``ops.cpp``), above the kernels."""
+    """The library of operators that torch calls (``ops.cpp``), which call the kernels."""
 
     functions = ("nm_use",)
 
     def use(self, kernels: Kernels | None) -> None:
-        """Call these kernels from now on; with None, the operators in Python."""
+        """Make the operators call these kernels, or with None the operators in Python."""
         if kernels is None:
             self.nm_use(None, None, 0)
             return
@@ -77,15 +79,19 @@ _Library = TypeVar("_Library", Kernels, Operators)
 
 
 class Unavailable(Exception):
-    """There is no library, and why."""
+    """No library can be had; the message says why."""
 
 
 class _Rejected(Unavailable):
-    """The compiler ran and refused."""
+    """The compiler ran and failed."""
 
 
 def detect_isa() -> str:
-    """The widest of :data:`ISAS` that this processor runs; ``MPCOMPILE_CPU_ISA`` names a narrower one."""
+    """Return the widest of :data:`ISAS` that this processor runs, or the one that ``MPCOMPILE_CPU_ISA`` names.
+
+    Raises:
+        Unavailable: ``MPCOMPILE_CPU_ISA`` names one that the processor does not run.
+    """
     runs = _processor_isas()
     forced = os.environ.get("MPCOMPILE_CPU_ISA")
     if forced is None:
@@ -115,16 +121,16 @@ def _processor_isas() -> tuple[str, ...]:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler as a command: ``CXX``, else g++ or clang++.
+    """Return the command of the C++ compiler: ``CXX`` if set, else g++, clang++ or c++.
 
     Raises:
-        Unavailable: none is found.
+        Unavailable: there is none.
     """
     named = os.environ.get("CXX")
     for command in [named] if named else ["g++", "clang++", "c++"]:
         try:
             words = shlex.split(command)
-        except ValueError:  # a quote that isn't closed
+        except ValueError:  # an unclosed quote
             words = []
         if words and shutil.which(words[0]):
             return words
@@ -140,12 +146,12 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def _folders() -> list[Path]:
-    """Where the library may lie: the cache, else a folder of this user's among temporary files."""
+    """Folders for libraries, in order of preference: the cache, then this user's folder for temporary files."""
     return [cache_folder() / "kernels", temporary_folder()]
 
 
 def _usable(folder: Path) -> bool:
-    """Whether files can be made there, by nobody else than this user."""
+    """Return True if this user, and nobody else, can create files in a folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _own(folder):
@@ -157,75 +163,15 @@ def _usable(folder: Path) -> bool:
 
 
 def _own(folder: Path) -> bool:
-    """Whether nobody else can put files into a folder; if not, that is said once."""
+    """Return True if nobody else can put files into a folder; warn once if someone can."""
     reason = others_can_write(folder, stat.S_ISDIR)
     if reason is not None:
         warn_once(log, f"mpcompile: libraries in {folder} are not used: {reason}")
     return reason is None
 
 
-def others_can_write(path: Path, kind: Callable[[int], bool]) -> str | None:
-    """Who else than this user and root could have put what stands at a path, or None.
-
-    Args:
-        kind: what it has to be, as a test of its mode. A link is neither file nor folder here.
-
-    Raises:
-        OSError: nothing is there.
-    """
-    if not hasattr(os, "getuid"):
-        return None
-    place = Path(os.path.abspath(path))
-    if not kind(place.lstat().st_mode):
-        return f"{place} is a link, or of another kind"
-    for last, part in [(True, place), *((False, parent) for parent in place.parents)]:
-        found = part.lstat()
-        if stat.S_ISLNK(found.st_mode):  # on the way: what it leads to is looked at as well
-            target = Path(os.path.realpath(part, strict=True))
-            reason = _other_owner(part, found, last) or others_can_write(target, stat.S_ISDIR)
-        else:
-            reason = _other_owner(part, found, last) or _other_writer(part, found, last)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _other_owner(path: Path, found: os.stat_result, last: bool) -> str | None:
-    # In a container, folders of a user from outside show a number that stands for all of those.
-    unknown = () if last else (_overflow_user(),)
-    return None if found.st_uid in (os.getuid(), 0, *unknown) else f"{path} belongs to user {found.st_uid}"
-
-
-def _other_writer(path: Path, found: os.stat_result, last: bool) -> str | None:
-    shared = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _private_group(found.st_gid))
-    if not shared or (not last and found.st_mode & stat.S_ISVTX):  # as in /tmp, where nobody renames another's files
-        return None
-    return f"others can write to {path} (mode {stat.S_IMODE(found.st_mode):o})"
-
-
-@functools.cache
-def _overflow_user() -> int:
-    try:
-        return int(Path("/proc/sys/kernel/overflowuid").read_text())
-    except (OSError, ValueError):
-        return 0
-
-
-@functools.cache
-def _private_group(number: int) -> bool:
-    """Whether nobody but this user, or root, is in a group, as where every user has a group of their own."""
-    import grp
-    import pwd
-
-    try:
-        name, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(number)
-    except KeyError:
-        return False
-    return number in (0, os.getgid()) and group.gr_name in (name, "root") and set(group.gr_mem) <= {name, "root"}
-
-
 def _whole(path: Path) -> bool:
-    """Whether a library is as it was written: its bytes, then their checksum."""
+    """Return True if a library's bytes match the checksum that follows them."""
     data = path.read_bytes()
     return hashlib.sha256(data[:-_CHECKSUM]).digest() == data[-_CHECKSUM:]
 
@@ -251,20 +197,21 @@ def _find(name: str, folders: list[Path]) -> Path | None:
 
 
 def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
-    """Path of the library for an instruction set, built if it isn't there yet.
+    """Return the path of the kernel library for an instruction set; build it unless it exists.
 
     Args:
-        again: build it in any case.
+        sanitize: build with AddressSanitizer and UndefinedBehaviorSanitizer.
+        again: build even if it exists.
 
     Raises:
-        Unavailable: no compiler, no folder that can be written, or a failed build.
+        Unavailable: no compiler, no writable folder, or a failed build.
     """
     flags = [*shlex.split(FLAGS), *shlex.split(ISAS[isa]), *(shlex.split(SANITIZE) if sanitize else [])]
     return _built(f"nm-{isa}", SOURCES, flags, [], again)
 
 
 def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: list[str], again: bool) -> Path:
-    """Path of a library of ``sources``, of which the first is compiled and the others are included."""
+    """Return the path of a library; the first of ``sources`` is compiled and includes the others."""
     command = compiler()
     here = Path(__file__).parent
     digest = hashlib.sha256()
@@ -296,7 +243,7 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
             data = made.read_bytes()
         # Renamed, not overwritten: other processes may have the library mapped.
         with replacing(folder / name, mode=0o700, durable=False, follow=False) as file:
-            file.write(data + hashlib.sha256(data).digest())  # a loader ignores bytes behind the last section
+            file.write(data + hashlib.sha256(data).digest())  # the loader ignores bytes after the last section
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
         raise _Rejected(f"{command[0]} can't build the CPU kernels: {said}") from error
@@ -307,7 +254,7 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
 
 
 def _opened(kind: type[_Library], built: Callable[[bool], Path]) -> _Library:
-    """A library loaded; one that can't be, such as another system's or one of other functions, is built again first."""
+    """Load a library. If that fails, as for a library of another system or with other functions, build it again."""
     path = built(False)
     try:
         return _loaded(kind, path)
@@ -320,19 +267,19 @@ def _opened(kind: type[_Library], built: Callable[[bool], Path]) -> _Library:
 
 
 def _loaded(kind: type[_Library], path: Path) -> _Library:
-    """A library that has every function which is called in it; raises AttributeError for another."""
+    """Load a library that has every function in ``kind.functions``; raise AttributeError if one is missing."""
     library = kind(str(path))
     try:
         for name in kind.functions:
             getattr(library, name)
     except AttributeError:
-        _ctypes.dlclose(library._handle)  # while it is open, its path leads to it even if another file is there
+        _ctypes.dlclose(library._handle)  # while open, its path gives this library even after the file is replaced
         raise
     return library
 
 
 def _binary(path: Path) -> str:
-    """What tells one build of a library from another of the same version."""
+    """Return a text that differs between builds of the same version of a library: its size and time."""
     try:
         found = path.stat()
     except OSError:
@@ -342,10 +289,10 @@ def _binary(path: Path) -> str:
 
 @functools.cache
 def operators() -> Operators | None:
-    """The operators in C++ (``ops.cpp``), or None where this machine can't build them: Python's do the same, later.
+    """Return the operators in C++ (``ops.cpp``), or None if this machine cannot build them.
 
-    They are built against the headers of the torch that is installed, and belong to its version. Once loaded they are
-    what torch calls, until the process ends.
+    The operators in Python give the same results with more overhead per call. The C++ operators are built against the
+    headers of the installed torch and belong to its version. Once loaded, torch calls them until the process ends.
     """
     folder = Path(torch.__file__).parent
     flags = [*shlex.split(OPERATOR_FLAGS), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
@@ -363,13 +310,13 @@ def operators() -> Operators | None:
 
 
 def library() -> Kernels:
-    """The library for this process; its ``isa`` says for which instruction set.
+    """Return the kernel library for this process, for the widest instruction set of processor and compiler.
 
-    That is the widest that the processor runs and the compiler knows. Environment: ``MPCOMPILE_CPU_ISA`` names one, and
-    ``MPCOMPILE_SANITIZE=1`` asks for a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+    ``MPCOMPILE_CPU_ISA`` selects an instruction set. ``MPCOMPILE_SANITIZE=1`` selects a build with AddressSanitizer and
+    UndefinedBehaviorSanitizer.
 
     Raises:
-        Unavailable: it can't be built or loaded.
+        Unavailable: it cannot be built or loaded.
     """
     isa, sanitize = detect_isa(), os.environ.get("MPCOMPILE_SANITIZE") == "1"
     if "MPCOMPILE_CPU_ISA" in os.environ:
@@ -386,18 +333,18 @@ def library() -> Kernels:
                 log, f"mpcompile: the kernels for {isa} can't be built, those for {candidate} are used: {refusal}"
             )
         return loaded
-    assert refusal is not None  # there is one candidate at least
+    assert refusal is not None  # there is at least one candidate
     raise refusal
 
 
 @functools.cache
 def load(isa: str, sanitize: bool = False) -> Kernels:
-    """The library for an instruction set, with its functions' signatures set.
+    """Load the kernel library for an instruction set and set its functions' signatures.
 
     Raises:
-        Unavailable: it can't be built or loaded.
+        Unavailable: it cannot be built or loaded.
     """
-    # torch is imported: its OpenMP runtime serves this library too
+    # torch is imported already, and its OpenMP runtime serves this library too.
     loaded = _opened(Kernels, lambda again: build(isa, sanitize, again=again))
     loaded.nm_linear.argtypes = [ctypes.POINTER(abi.Linear)]
     loaded.nm_mlp.argtypes = [ctypes.POINTER(abi.Mlp)]
@@ -408,7 +355,7 @@ def load(isa: str, sanitize: bool = False) -> Kernels:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why there is no library, or None; said once as a warning."""
+    """Return why there is no kernel library, or None if there is one. Warns the first time."""
     try:
         library()
     except Unavailable as error:

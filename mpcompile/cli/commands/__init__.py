@@ -1,1 +1,1 @@
-"""One file per command: ``configure(parser)`` declares its options, ``run(args)`` does the work."""
+"""One file per command: ``add(commands)`` declares its options, ``run(args)`` does the work."""

@@ -1,4 +1,4 @@
-"""``mpcompile audit``: a timm model, transformed and compiled, measured against its dense builds."""
+"""``mpcompile audit``: measure a transformed and compiled timm model against its dense builds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 import mpcompile
 from mpcompile.backend import mpsparse
-from mpcompile.cli.options import Commands, at_least, class_names, command, model_options, prepare, show
-from mpcompile.cli.streams import Moved, seen_before
+from mpcompile.cli.models import class_names, prepare
+from mpcompile.cli.options import Commands, as_path, at_least, command, model_options, show
+from mpcompile.cli.streams import DeviceBatches, seen_before
 from mpcompile.config import Config
 from mpcompile.data.batches import forward
 from mpcompile.data.images import Images, data_config, images_at
@@ -19,32 +20,40 @@ from mpcompile.errors import ConfigError
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.report import Report
 
-CALIBRATED = 256  # images that a new transform is calibrated on at most, as in `compile`
+CALIBRATED = 256  # images at most for the calibration of a new transform, as in `compile`
 
 
 def add(commands: Commands) -> None:
-    """Declare it."""
+    """Declare the command."""
     job = command(
         commands,
         "audit",
-        help="measure a timm model, dense against pruned and merged",
-        description="Measure a timm model against what it becomes, or against the artifact that was made of it.",
+        help="measure a pruned and merged timm model against the dense one: accuracy, MACs, bytes, latency",
+        description="Compare a timm model with its transformed build, or with an artifact made from it.",
         example="mpcompile audit vit_small_patch16_224 --pattern 2:4 --tome-r 8 --batch 8 --json audit.json\n"
         "mpcompile audit vit_small_patch16_224 --pretrained --artifact pruned.mpc --images val --record",
     )
     model_options(job)
-    job.add_argument("--rounds", type=at_least(0), default=20, help="timings of each build, 0 for none (default 20)")
-    job.add_argument("--artifact", type=Path, metavar="FILE", help="measure what was saved, instead of a new transform")
-    job.add_argument("--images", type=Path, metavar="FOLDER", help="real images; labelled if it has a folder a class")
-    job.add_argument("--samples", type=at_least(1), default=500, help="of --images, drawn by the seed (default 500)")
-    job.add_argument("--record", action="store_true", help="write the figures into the --artifact, too")
+    job.add_argument(
+        "--rounds", type=at_least(0), default=20, help="timings per build; 0 measures no latency (default 20)"
+    )
+    job.add_argument(
+        "--artifact", type=as_path, metavar="FILE", help="measure this artifact instead of a new transform"
+    )
+    job.add_argument(
+        "--images", type=as_path, metavar="FOLDER", help="real images, with labels if there is one folder per class"
+    )
+    job.add_argument(
+        "--samples", type=at_least(1), default=500, help="images drawn from --images by the seed (default 500)"
+    )
+    job.add_argument("--record", action="store_true", help="also store the figures in the --artifact")
     job.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when the measurement went through, whatever it found."""
+    """Return 0 once everything is measured, whatever the figures say."""
     if args.record and args.artifact is None:
-        raise ConfigError("--record needs --artifact", hint="it says where the figures go")
+        raise ConfigError("--record needs --artifact", hint="the figures are stored in that artifact")
     saved = None if args.artifact is None else mpcompile.load(args.artifact)
     made = {} if saved is None else saved.plan.provenance
     model, images, config = prepare(args, made)
@@ -53,22 +62,22 @@ def run(args: argparse.Namespace) -> int:
         classes = getattr(model, "num_classes", 0)
         drawn = {"samples": args.samples, "batch": args.batch, "seed": args.seed}
         files = images_at(args.images, data_config(model), classes=classes, names=class_names(made), **drawn)
-    used = None
+    calibration = None
     if saved is not None:
         gm = saved.to(images.device, images.dtype).eval()
         with torch.no_grad():
-            forward(gm, images[:1], f"artifact {args.artifact}")  # an artifact of another model says so
+            forward(gm, images[:1], f"artifact {args.artifact}")  # an artifact of another model is reported
     else:
-        used = _calibration(config, files, images)
-        gm = mpcompile.transform(model, images, config, used, seed=args.seed)
+        calibration = _calibration(config, files, images)
+        gm = mpcompile.transform(model, images, config, calibration, seed=args.seed)
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": config.engine, "frozen": config.frozen})
-    batches: Any = images if files is None else Moved(files, images)
+    batches: Any = images if files is None else DeviceBatches(files, images)
     report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
     if files is not None:
         report.notes += filter(None, (*files.notes, seen_before(files, made)))
-    if isinstance(used, Moved):
+    if isinstance(calibration, DeviceBatches):
         report.notes.append(
-            f"calibrated on {used.count} of the audited images, which flatters accuracy: for a figure to rely on, "
+            f"calibrated on {calibration.count} of the audited images, which flatters accuracy: for a reliable figure, "
             "compile on other images and audit that --artifact"
         )
     _remark(report, random=not args.pretrained and args.checkpoint is None, noise=files is None)
@@ -82,23 +91,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibration(config: Config, files: Images | None, noise: torch.Tensor) -> Any:
-    """What a new transform is calibrated on where its score needs data: audited images, or noise if there are none."""
+    """Return the calibration data of a new transform: audited images, else noise; None if its score needs no data."""
     if not config.needs_data:
         return None
-    return [noise] if files is None else Moved(files, noise, CALIBRATED)
+    return [noise] if files is None else DeviceBatches(files, noise, CALIBRATED)
 
 
 def _remark(report: Report, random: bool, noise: bool) -> None:
-    """Say what the figures are worth."""
+    """Add a note on what the figures are worth, and drop accuracy where weights are random."""
     if random or noise:
         source = "random weights: accuracy and agreement mean nothing" if random else "images are random noise"
-        report.notes.insert(0, f"{source}; speed, MACs and bytes don't depend on it")
+        report.notes.insert(0, f"{source}; speed, MACs and bytes do not depend on it")
     for row in report.rows if random else ():
         row.agree = row.correct = row.interval = row.lost = row.won = None
 
 
 def _record(path: Path, report: Report) -> None:
-    """The figures go into the artifact's plan; weights stay as they are."""
+    """Store the figures in the plan of the artifact; its weights stay unchanged."""
     saved: IRModule = mpcompile.load(path)
     figures = report.to_dict()
     saved.plan.figures |= {key: figures[key] for key in ("rows", "environment", "notes", "fell_back")}

@@ -1,4 +1,4 @@
-"""``mpcompile compile``: a timm model -> a masked, merged one, saved."""
+"""``mpcompile compile``: mask the weights of a timm model, merge its tokens, and save the result."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 
 import mpcompile
 from mpcompile.cli.destinations import ARTIFACT, FILE, FOLDER, declare
+from mpcompile.cli.models import load_model, provenance
 from mpcompile.cli.options import (
     Commands,
+    as_path,
+    as_path_text,
     at_least,
     command,
     config_of,
     config_options,
     json_option,
-    load_model,
-    provenance,
     seed_option,
     show,
+    threads_option,
     weights_options,
 )
 from mpcompile.cli.streams import digests
@@ -30,32 +32,34 @@ from mpcompile.export import FORMATS, save_dense
 
 
 def add(commands: Commands) -> None:
-    """Declare it."""
+    """Declare the command."""
     job = command(
         commands,
         "compile",
-        help="mask and merge a timm model, and save what it has become",
+        help="mask the weights of a timm model, merge its tokens, and save the artifact",
         description="Mask the weights of a timm model and merge its tokens, on a few hundred unlabelled images, and "
         "save the result with its plan. It can be trained further (mpcompile distill), measured, exported and served.",
         example="mpcompile compile vit_small_patch16_224 --pretrained --images train --pattern 8:16 --out pruned.mpc\n"
         "mpcompile compile resnet50 --checkpoint r50.safetensors --config recipe.yaml --images train --out r50/",
     )
     weights_options(job)
-    job.add_argument("--images", type=Path, metavar="FOLDER", help="images to calibrate on; labels aren't used")
-    job.add_argument("--samples", type=at_least(1), default=256, help="of --images, drawn by the seed (default 256)")
-    job.add_argument("--batch", type=at_least(1), default=32, help="images at a time (default 32)")
-    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
-    job.add_argument("--device", default="cpu", help="where it is computed: cpu or cuda (default cpu)")
+    job.add_argument("--images", type=as_path, metavar="FOLDER", help="images to calibrate on; labels are ignored")
+    job.add_argument(
+        "--samples", type=at_least(1), default=256, help="images drawn from --images by the seed (default 256)"
+    )
+    job.add_argument("--batch", type=at_least(1), default=32, help="images per batch (default 32)")
+    threads_option(job)
+    job.add_argument("--device", default="cpu", help="device of the computation: cpu or cuda (default cpu)")
     job.add_argument("--half", action="store_true", help="save the weights as fp16")
-    out = "file to write, or folder (with a slash behind it)"
-    job.add_argument("--out", required=True, metavar="FILE", help=out)
+    out = "file to write, or folder (with a trailing slash)"
+    job.add_argument("--out", type=as_path_text, required=True, metavar="FILE", help=out)
     graphs = "write the graph before and after every pass into FOLDER, as readable Python with a diff"
-    job.add_argument("--dump", metavar="FOLDER", help=graphs)
+    job.add_argument("--dump", type=as_path_text, metavar="FOLDER", help=graphs)
     declare(job, out=lambda args: ARTIFACT if args.format == "mpc" else FILE, dump=FOLDER)
     kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
     job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)
     seed_option(job)
-    how = "where the statistics of a layer come from, as in mpcompile.transform (default pruned_to_dense)"
+    how = "source of a layer's calibration statistics, as in mpcompile.transform (default pruned_to_dense)"
     job.add_argument("--calibrate", choices=CALIBRATIONS, default="pruned_to_dense", help=how)
     json_option(job)
     config_options(job)
@@ -63,7 +67,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when the file is written."""
+    """Return 0 once the artifact is written."""
     config = config_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""``mpcompile distill``: a recipe, from the dense model to a distilled one; on many GPUs under torchrun."""
+"""``mpcompile distill``: run a recipe, from the dense model to the distilled one; on many GPUs under torchrun."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from torch import nn
 
 import mpcompile
 from mpcompile.cli.destinations import declare
+from mpcompile.cli.models import create_with, provenance
 from mpcompile.cli.options import (
     Commands,
-    at_least,
+    as_path,
+    as_path_text,
     classes_option,
     command,
-    create_with,
     json_option,
-    provenance,
     show,
     source_options,
+    threads_option,
 )
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.io.reading import read_text
@@ -39,45 +40,46 @@ log = logging.getLogger(__name__)
 
 
 def add(commands: Commands) -> None:
-    """Declare it."""
+    """Declare the command."""
     job = command(
         commands,
         "distill",
-        help="mask, merge and distil a timm model by a recipe",
-        description="Make a student of a timm model by a recipe (the paper's, or a YAML file), and distil it from the "
-        "dense model. Under torchrun the same command runs on many GPUs. FOLDER gets the student, checkpoints, a log "
-        "and the result, distilled.mpc.",
+        help="mask, merge and distil a timm model, as a recipe describes",
+        description="Make a student from a timm model by a recipe (of the paper, or a YAML file) and distil the dense "
+        "model into it. Under torchrun the same command runs on many GPUs. The --out folder receives the student, "
+        "checkpoints, a log and the result, distilled.mpc.",
         example="mpcompile distill vit_base_2of4_tome8 --data imagenet --out run --pretrained --resume auto\n"
         "torchrun --nproc-per-node 8 -m mpcompile distill resnet50_8of16 --data imagenet --out run --device cuda\n"
         "mpcompile distill mine.yaml --data photos --out run --set train.lr=3e-4 --set data.batch=16",
     )
-    job.add_argument("recipe", nargs="?", help="name of a recipe (--list shows them) or a YAML file")
-    job.add_argument("--list", action="store_true", help="list the recipes that come with mpcompile")
-    job.add_argument("--data", metavar="FOLDER", help="images: one sub-folder a class, in a folder for each split")
+    job.add_argument("recipe", type=as_path_text, nargs="?", help="name of a recipe (--list shows them) or a YAML file")
+    job.add_argument("--list", action="store_true", help="list the built-in recipes")
+    text = "images: a folder per split, with a sub-folder per class"
+    job.add_argument("--data", type=as_path_text, metavar="FOLDER", help=text)
     job.add_argument(
         "--reader", default="", metavar="NAME", help="hfds/NAME, hfids/NAME or wds/NAME instead of a folder"
     )
     job.add_argument("--train-split", default="train", metavar="SPLIT", help="(default train)")
     job.add_argument(
-        "--val-split", default="validation", metavar="SPLIT", help="none: don't evaluate (default validation)"
+        "--val-split", default="validation", metavar="SPLIT", help="none: no evaluation (default validation)"
     )
-    job.add_argument("--out", type=Path, metavar="FOLDER", help="for everything the run writes")
+    job.add_argument("--out", type=as_path, metavar="FOLDER", help="folder for all files of the run")
     declare(job, out=("student.mpc", "log.jsonl", "result.json", "distilled.mpc"))
     job.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: train.lr=3e-4")
-    job.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: go on where a run broke off")
+    job.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: resume an interrupted run")
     source_options(job)
     classes_option(job)
-    named = "the model's classes in their order, one folder name a line (default: folders in the order of their names)"
-    job.add_argument("--class-map", type=Path, metavar="FILE", help=named)
+    named = "the model's classes in their order, one folder name per line (default: folders sorted by name)"
+    job.add_argument("--class-map", type=as_path, metavar="FILE", help=named)
     job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
-    job.add_argument("--tracker", action="append", default=[], choices=TRACKERS, help="log there too")
+    threads_option(job)
+    job.add_argument("--tracker", action="append", default=[], choices=TRACKERS, help="also log to this tracker")
     json_option(job)
     job.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when the run came to its end."""
+    """Return 0 once the run is complete."""
     from mpcompile.data import ranks
     from mpcompile.training.recipes.recipe import Recipe
 
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         if not ranks.lost(error):
             raise
         raise InputError(
-            "another process is gone, so that this one can't go on", hint="its message says why"
+            "another process ended, so this one can't continue", hint="its message gives the reason"
         ) from error
     finally:
         ranks.stop()
@@ -114,11 +116,11 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
     if ranks.rank() == 0:
         make_folder(args.out)
     with locked(args.out) if ranks.rank() == 0 else contextlib.nullcontext():
-        return _alone(args, recipe, device)
+        return _distill_locked(args, recipe, device)
 
 
-def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
-    """The run, once no other writes into its folder."""
+def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
+    """Run, while no other process writes into the folder."""
     from mpcompile.data import datasets, ranks
     from mpcompile.data import loader as images
     from mpcompile.training import checkpoint
@@ -141,7 +143,7 @@ def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
     if args.val_split != "none":
         names = datasets.class_names(train)
         held = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names, named_by)
-    # Both are made before the student, which takes minutes: what is wrong with them is said at once.
+    # Both are made before the student, which takes minutes: errors in them show at once.
     notes = [note for source in (train, held) for note in getattr(source, "notes", ())]
     for note in notes if ranks.rank() == 0 else ():
         log.warning("note: %s", note)
@@ -166,35 +168,35 @@ def _alone(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
         mpcompile.save(student.eval(), args.out / "distilled.mpc")
         summary = {"recipe": recipe.to_dict(), "result": result.to_dict(), "macs": vars(student.plan.macs)}
         summary["notes"] = notes
-        text = json.dumps(summary, indent=1)
-        write_atomically(args.out / "result.json", text)
+        data = json.dumps(summary, indent=1)
+        write_atomically(args.out / "result.json", data)
         accuracy = f", top-1 {result.accuracy[-1]:.2%}" if result.accuracy else ""
-        told = f"{recipe.name}: loss {' -> '.join(f'{loss:.4f}' for loss in result.losses)}{accuracy}\n"
-        told += f"{result.steps} steps, {result.images} images; written: {args.out / 'distilled.mpc'}"
+        text = f"{recipe.name}: loss {' -> '.join(f'{loss:.4f}' for loss in result.losses)}{accuracy}\n"
+        text += f"{result.steps} steps, {result.images} images; written: {args.out / 'distilled.mpc'}"
         if not args.pretrained and args.checkpoint is None:
-            told += "\nnote: the dense model has random weights, so accuracy means nothing"
-        if args.quiet:  # else they were told before training
-            told += "".join(f"\nnote: {note}" for note in notes)
-        show(args, told, text)
+            text += "\nnote: the dense model has random weights, so accuracy means nothing"
+        if args.quiet:  # else they were logged before training
+            text += "".join(f"\nnote: {note}" for note in notes)
+        show(args, text, data)
     return 0
 
 
 def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str) -> Any:
-    """Made on the first rank, or read from an earlier run with the same recipe; the others are sent it."""
+    """Return the student. The first rank makes it, or reads that of an earlier run, and sends it to the others."""
     from mpcompile.data import ranks
 
     path = args.out / "student.mpc"
     failed: Exception | None = None
     if ranks.rank() == 0:
         try:
-            _made(args, recipe, teacher, train, holds, path)
+            _make_student(args, recipe, teacher, train, holds, path)
         except Exception as error:  # the other ranks are waiting
             failed = error
-    told = ranks.broadcast(None if failed is None else str(failed))
+    problem = ranks.broadcast(None if failed is None else str(failed))
     if failed is not None:
         raise failed
-    if told is not None:
-        raise InputError(f"the first rank failed: {told}")
+    if problem is not None:
+        raise InputError(f"the first rank failed: {problem}")
     content = ranks.broadcast(path.read_bytes() if ranks.rank() == 0 and ranks.active() else None)
     if ranks.rank() == 0:
         return mpcompile.load(path)
@@ -204,8 +206,14 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
         return mpcompile.load(copy)
 
 
-def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str, path: Path) -> None:
-    """Leave the student of this recipe at ``path``, with a stamp beside it: an earlier run's if it is the same."""
+def _make_student(
+    args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str, path: Path
+) -> None:
+    """Write the student of this recipe to ``path``, with a stamp beside it, unless an earlier run left the same one.
+
+    Raises:
+        ArtifactError: the folder holds a run of another student.
+    """
     from mpcompile.data import datasets
     from mpcompile.data import loader as images
     from mpcompile.training import checkpoint
@@ -222,35 +230,43 @@ def _made(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any,
                 f"{args.out} holds a run of another student",
                 expected="the same recipe, dense weights and training images",
                 found="others",
-                hint="take up that run as it was started, or choose a new folder",
+                hint="resume that run with its own options, or choose a new folder",
             )
-    mark.unlink(missing_ok=True)  # killed from here on, nobody takes the one for the other's
+    mark.unlink(missing_ok=True)  # if killed from here on, no stamp vouches for a different student
     calibration, seed = recipe.calibration, recipe.train.seed
     drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch, seed)
     student = recipe.student(teacher, [part.to(device_of(teacher)) for part in drawn])
-    found = provenance(args, recipe.model, teacher, calibration.images, seed)
+    origin = provenance(args, recipe.model, teacher, calibration.images, seed)
     numbers = datasets.class_names(train)
-    student.plan.provenance = {**found, "recipe": recipe.name, "class_names": sorted(numbers, key=lambda n: numbers[n])}
+    student.plan.provenance = {
+        **origin,
+        "recipe": recipe.name,
+        "class_names": sorted(numbers, key=lambda n: numbers[n]),
+    }
     mpcompile.save(student.eval(), path)
     write_atomically(mark, stamp)
 
 
 def _read_stamp(mark: Path) -> str:
-    """What an earlier run's student depends on."""
+    """Return the stamp of the student of an earlier run.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
     problem = None
     try:
-        found = read_text(mark, 1000)
+        stamp = read_text(mark, 1000)
     except OSError as error:
         problem = error.strerror or str(error)
     else:
-        if re.fullmatch("[0-9a-f]{64}", found):
-            return found
+        if re.fullmatch("[0-9a-f]{64}", stamp):
+            return stamp
     hint = f"remove it, and {mark.with_suffix('.mpc').name} with it, to make the student again"
     raise ArtifactError(f"{mark} is damaged", expected="a SHA-256 digest", found=problem or "another text", hint=hint)
 
 
 def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
-    """What the student depends on."""
+    """Return a digest of everything that the student depends on."""
     from mpcompile.training import checkpoint
 
     parts = ("model", "compile", "calibration", "prior_weight")
@@ -260,7 +276,7 @@ def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str
 
 
 def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
-    """What the training batches depend on; not where they lie, nor how many workers read them."""
+    """Return a digest of all that the training batches depend on: not their folder, nor the number of workers."""
     from mpcompile.data import loader as images
 
     how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}

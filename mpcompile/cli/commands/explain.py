@@ -1,20 +1,21 @@
-"""``mpcompile explain``: every engine timed on every masked layer of a timm model."""
+"""``mpcompile explain``: time every engine on every masked layer of a timm model."""
 
 from __future__ import annotations
 
 import argparse
 
 import mpcompile
-from mpcompile.cli.options import Commands, command, model_options, prepare, show
+from mpcompile.cli.models import prepare
+from mpcompile.cli.options import Commands, command, model_options, show
 
 
 def add(commands: Commands) -> None:
-    """Declare it."""
+    """Declare the command."""
     job = command(
         commands,
         "explain",
-        help="time every engine on every masked layer of a timm model, and say which one is picked",
-        description="Transform a timm model, time every engine on its masked layers, and say which one is picked.",
+        help="time every engine on every masked layer of a timm model, and show which one is picked",
+        description="Transform a timm model, time every engine on its masked layers, and show which one is picked.",
         example="mpcompile explain vit_small_patch16_224 --pattern auto --tome-r 8 --batch 8 --dtype bf16",
     )
     model_options(job)
@@ -22,7 +23,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when the layers were timed, whatever was picked."""
+    """Return 0 once the layers are timed, whatever is picked."""
     model, images, config = prepare(args)
     explanation = mpcompile.explain(model, images, config, progress=False if args.quiet else None)
     head = f"{args.model}, {args.dtype}, batch {args.batch}, tome_r = {config.tome_r}"

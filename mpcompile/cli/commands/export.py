@@ -1,10 +1,9 @@
-"""``mpcompile export``: an artifact in a form that other programs run."""
+"""``mpcompile export``: write an artifact in a format that other programs run."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,17 @@ import torch
 import mpcompile
 from mpcompile import export as exporting
 from mpcompile.cli.destinations import FILE, declare
-from mpcompile.cli.options import DTYPES, Commands, at_least, command, json_option, show
+from mpcompile.cli.options import (
+    DTYPES,
+    Commands,
+    as_path,
+    as_path_text,
+    at_least,
+    command,
+    json_option,
+    show,
+    threads_option,
+)
 from mpcompile.config import ENGINES
 from mpcompile.errors import ConfigError
 from mpcompile.ir.module import IRModule
@@ -21,60 +30,68 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # 
 
 
 def add(commands: Commands) -> None:
-    """Declare it."""
+    """Declare the command."""
     job = command(
         commands,
         "export",
         help="write an artifact as a torch.export program, AOTInductor package, ONNX file or timm state dict",
-        description="Write an artifact in a form that other programs run: pt2 (torch.export, packed weights), aoti "
+        description="Write an artifact in a format that other programs run: pt2 (torch.export, packed weights), aoti "
         "(an AOTInductor package: native code), onnx (dense weights with zeros, for TensorRT), dense-masked (a state "
         "dict for timm). The result is run once and compared with the artifact.",
         example="mpcompile export pruned.mpc --format aoti --batch 8 --out pruned.pt2\n"
         "mpcompile export pruned.mpc --format onnx --dynamic-batch --out pruned.onnx",
     )
-    job.add_argument("artifact", type=Path, help="what mpcompile compile or mpcompile.save wrote")
-    job.add_argument("--format", choices=exporting.EXPORTS, required=True, help="see above")
-    job.add_argument("--out", required=True, metavar="FILE", help="file to write")
+    job.add_argument("artifact", type=as_path, help="file or folder of mpcompile compile or mpcompile.save")
+    job.add_argument("--format", choices=exporting.EXPORTS, required=True, help="described above")
+    job.add_argument("--out", type=as_path_text, required=True, metavar="FILE", help="file to write")
     declare(job, out=FILE)
-    job.add_argument("--batch", type=at_least(1), default=1, help="images a call (default 1)")
+    job.add_argument("--batch", type=at_least(1), default=1, help="images per batch (default 1)")
     job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
-    job.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free")
+    job.add_argument("--dynamic-batch", action="store_true", help="accept any batch size")
     job.add_argument(
-        "--input-size", type=at_least(1), nargs=3, metavar=("C", "H", "W"), help="(default: the artifact's)"
+        "--input-size",
+        type=at_least(1),
+        nargs=3,
+        metavar=("C", "H", "W"),
+        help="of one image (default: that of the artifact)",
     )
-    engine = "pt2, aoti: what runs masked layers; dense needs no mpcompile where it is loaded (default auto)"
+    engine = "pt2, aoti: kernels that run masked layers; dense loads without mpcompile (default auto)"
     job.add_argument("--engine", choices=ENGINES, default="auto", help=engine)
-    job.add_argument("--threads", type=at_least(1), help="threads of PyTorch")
+    threads_option(job)
     json_option(job)
     job.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when the file computes what the artifact does, 1 when it doesn't."""
+    """Return 0 if the exported file computes the same as the artifact, else 1."""
     if args.threads:
         torch.set_num_threads(args.threads)
     gm = mpcompile.load(args.artifact).eval()
     if args.format == "dense-masked":
         exporting.save_dense(gm, args.out)
-        found: dict[str, Any] = {"tensors": len(exporting.dense_state(gm))}
+        result: dict[str, Any] = {"tensors": len(exporting.dense_state(gm))}
     else:
-        found = _exported(gm, args)
-    found = {"file": str(args.out), "format": args.format, "bytes": args.out.stat().st_size, **found}
-    text = f"{args.out}: {args.format}, {found['bytes'] / 2**20:,.2f} MiB"
-    if "difference" in found:
-        checked = found["difference"]
+        result = _exported(gm, args)
+    result = {"file": str(args.out), "format": args.format, "bytes": args.out.stat().st_size, **result}
+    text = f"{args.out}: {args.format}, {result['bytes'] / 2**20:,.2f} MiB"
+    if "difference" in result:
+        difference = result["difference"]
         text += (
-            ", not run: onnxruntime isn't installed" if checked is None else f", differs by {checked:.1e} (relative)"
+            ", not run: onnxruntime isn't installed"
+            if difference is None
+            else f", differs by {difference:.1e} (relative)"
         )
-    show(args, text, json.dumps(found, indent=1))
-    return 0 if found.get("ok", True) else 1
+    show(args, text, json.dumps(result, indent=1))
+    return 0 if result.get("ok", True) else 1
 
 
 def _exported(gm: IRModule, args: argparse.Namespace) -> dict[str, Any]:
-    """Export, run what was written, and compare."""
+    """Export, run the exported file, and compare its outputs with those of the artifact."""
     size = args.input_size or gm.plan.provenance.get("data", {}).get("input_size")
     if size is None:
-        raise ConfigError(f"{args.artifact} doesn't say what it takes", hint="give --input-size, such as 3 224 224")
+        raise ConfigError(
+            f"{args.artifact} doesn't record the size of its inputs", hint="give --input-size, such as 3 224 224"
+        )
     dtype = DTYPES[args.dtype]
     gm.to(dtype)
     example = torch.randn(args.batch, *size, generator=torch.Generator().manual_seed(0)).to(dtype)

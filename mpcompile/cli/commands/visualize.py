@@ -1,23 +1,32 @@
-"""``mpcompile visualize``: which patches of an image become one token."""
+"""``mpcompile visualize``: draw which patches of an image become one token."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import mpcompile
-from mpcompile.cli.destinations import FILE, declare
-from mpcompile.cli.options import Commands, command, config_of, config_options, load_model, seed_option, weights_options
+from mpcompile.cli.destinations import FILE, check_ending, declare
+from mpcompile.cli.models import load_model
+from mpcompile.cli.options import (
+    Commands,
+    as_path,
+    as_path_text,
+    command,
+    config_of,
+    config_options,
+    seed_option,
+    weights_options,
+)
 from mpcompile.data.images import data_config, open_image, preprocess, shown
 from mpcompile.errors import printable, printable_lines
 
 
 def add(commands: Commands) -> None:
-    """Declare it."""
+    """Declare the command."""
     job = command(
         commands,
         "visualize",
@@ -26,8 +35,12 @@ def add(commands: Commands) -> None:
         example="mpcompile visualize vit_small_patch16_224 --pretrained --image cat.jpg --out merged.png",
     )
     weights_options(job)
-    job.add_argument("--image", type=Path, required=True, metavar="FILE", help="any format that Pillow reads")
-    job.add_argument("--out", default="merged.png", metavar="FILE", help="(default merged.png)")
+    job.add_argument(
+        "--image", type=as_path, required=True, metavar="FILE", help="image in any format that Pillow reads"
+    )
+    job.add_argument(
+        "--out", type=as_path_text, default="merged.png", metavar="FILE", help="PNG file (default merged.png)"
+    )
     declare(job, out=FILE)
     merging = ("tome_r", "tome_schedule", "tome_reduction", "tome_proportional", "prefix_tokens")
     seed_option(job)
@@ -36,7 +49,8 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when the picture is written."""
+    """Return 0 once the picture is written."""
+    check_ending(args.out, ".png")
     config = dataclasses.replace(config_of(args), pattern="dense")
     picture = open_image(args.image)
     torch.manual_seed(args.seed)
@@ -47,5 +61,5 @@ def run(args: argparse.Namespace) -> int:
     counts = " -> ".join(str(len(np.unique(block))) for block in [np.arange(tokens[0].size), *tokens])
     print(printable_lines(f"{args.model}: {counts} patches and merged patches"), printable(args.out), sep="\n")
     if not args.pretrained and args.checkpoint is None:
-        print("note: random weights, so what merges means nothing")
+        print("note: random weights, so the merging means nothing")
     return 0

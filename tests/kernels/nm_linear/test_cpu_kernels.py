@@ -16,8 +16,8 @@ from mpcompile.kernels.nm_linear import layouts, packed
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.nm_linear.layouts import OCTS, QUADS, RING, ROWS
-from mpcompile.passes.mask import top_n
 from tests.support.helpers import relative
+from tests.support.packed_layers import layer, usable
 
 ISAS = build._processor_isas()
 SIZES = (1, 7, 16, 63, 64, 65, 197)
@@ -35,24 +35,6 @@ def isa(request, monkeypatch):
     yield request.param
     monkeypatch.undo()
     native.use(native.kernels())
-
-
-def usable(dtype, n, m):
-    """The layouts that the kernels in use take for a pattern."""
-    found = [ROWS]
-    if dtype is torch.bfloat16 and native.kernels().nm_pairs():
-        found.append(RING)
-        found += [QUADS] if (n, m) == (2, 4) else [OCTS] if (n, m) == (1, 4) else []
-    return found
-
-
-def layer(shape, n, m, dtype, seed=0):
-    """Weight and N:M mask, at random."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator).to(dtype)
-    rows = layouts.to_rows(torch.randn(shape, generator=generator))
-    mask = layouts.from_rows(top_n(rows.unflatten(-1, (-1, m)), n).flatten(-2), shape)
-    return weight, mask
 
 
 @st.composite

@@ -14,7 +14,7 @@ from mpcompile.kernels.nm_linear import layouts, packed
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.nm_linear.layouts import OCTS, QUADS, RING, ROWS
-from tests.kernels.nm_linear.test_cpu_kernels import layer
+from tests.support.packed_layers import layer
 
 GENERAL = torch.ops.mpcompile
 PATTERNS = {ROWS: (8, 16), QUADS: (2, 4), RING: (3, 8), OCTS: (1, 4)}

@@ -14,7 +14,7 @@ from mpcompile.kernels.nm_linear.packed import activate
 from mpcompile.passes.mask import top_n
 from tests.support.gpu_builds import BUILDS, CONVOLUTIONS, EXTRA, compiled
 from tests.support.helpers import relative
-from tests.support.ptx_emulator import Fault
+from tests.support.ptx import Fault
 from tests.support.sparse_gemm import HALF, LAYOUTS, TOLERANCE, EmulatedKernel, Problem, emulated, run
 
 ROUGH, WIDE_MMA, WIDE_WGMMA = EXTRA
