@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.common import environment, save, table
 from bench.masks.ladder import Task, divergence, predict, task
 from mpcompile import Config, Pipeline, transform
-from mpcompile.calibration.data import draw
+from mpcompile.data.labels import draw
 from mpcompile.ir.module import IRModule
 from mpcompile.passes.allocate.decide import Allocate, _Data, _Layer
 from mpcompile.passes.analyze import Analyze

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bench.common import RESULTS, environment, load, save
 from mpcompile import Config, transform
-from mpcompile.calibration.data import draw
+from mpcompile.data.labels import draw
 
 RUNGS: dict[str, dict[str, Any]] = {
     "magnitude": {"score": "magnitude"},

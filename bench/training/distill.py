@@ -29,7 +29,7 @@ import mpcompile
 from bench.common import environment, load, save, table
 from bench.masks.ladder import Task, right, task
 from mpcompile import Config, Training, distill, transform
-from mpcompile.calibration.data import draw
+from mpcompile.data.labels import draw
 from mpcompile.ir.module import IRModule
 from mpcompile.training.distill import apply_masks
 

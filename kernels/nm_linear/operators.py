@@ -1,10 +1,11 @@
-"""The native operators as torch sees them: schema, CPU kernel, fake, gradient.
+"""The native operators as torch sees them: schema, CPU kernel, fake kernel, gradient.
 
-Each comes twice. ``nm_gemm``, ``nm_mlp`` and ``nm_conv`` are what graphs hold. Once the kernels are built, C++
-(``ops.cpp``) stands behind them on CPUs: it takes what is plain straight to a kernel, and all else to
-``nm_gemm_general`` and its like. Those are the Python of this file, which stands behind both names where C++ can't be
-built. Where no kernel can be had (no compiler, or a layout made for another processor), the plain torch of packed.py
-runs instead, slowly. Gradients come from the masked dense weight that the layout holds, through packed.py as well.
+Each is registered under two names. Graphs hold ``nm_gemm``, ``nm_mlp`` and ``nm_conv``. On CPUs, once the kernels are
+built, C++ (``ops.cpp``) implements these: it passes plain calls straight to a kernel, and all others to
+``nm_gemm_general``, ``nm_mlp_general`` and ``nm_conv_general``. The Python of this file implements the general names,
+and both where the C++ can't be built. Where there is no kernel (no compiler, or a layout made for another processor),
+the plain torch of packed.py runs instead, slowly. Gradients are computed from the masked dense weight that the layout
+holds, also by packed.py.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpAr
 _NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 _FIRST_USE = threading.RLock()
-GENERAL = "_general"  # behind the name of an operator in Python, which C++ falls back on
+GENERAL = "_general"  # suffix of the operators in Python that the ones in C++ fall back on
 _TOKENS, _PLANES = 0, 1  # memory formats of activations, as in abi.h
 
 
 @functools.cache
 def kernels() -> Any:
-    """The library, or None where there is none. The operators call it from now on."""
+    """The library of kernels, or None if there is none; from now on the operators in C++ call it."""
     with _FIRST_USE:
         lib = build.library() if build.unavailable() is None else None
         use(lib)
@@ -43,16 +44,16 @@ def kernels() -> Any:
 
 
 def use(lib: build.Kernels | None) -> None:
-    """Have the operators in C++ call these kernels, or none."""
+    """Make the operators in C++ call these kernels; with None, they call the general operators."""
     if lib is None and not build.operators.cache_info().currsize:
-        return  # nothing to take them from
+        return  # the operators in C++ aren't loaded and call no kernels
     operators = build.operators()
     if operators is not None:
         operators.use(lib)
 
 
 def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
-    """Whether the kernels take these tensors on this processor."""
+    """True if the kernels support these tensors on this processor."""
     lib = kernels()
     if lib is None or not x.is_cpu or x.dtype not in _HALF or values.dtype is not x.dtype:
         return False
@@ -62,7 +63,7 @@ def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
 
 
 def _added(residual: Tensor | None, y: Tensor) -> Tensor | None:
-    """The residual as the kernels read it: of the output's shape and dtype, in its memory order."""
+    """The residual as the kernels read it: with the output's shape, dtype and memory format."""
     if residual is None:
         return None
     order = torch.channels_last if y.dim() == 4 and packed.runs_last(y) else torch.contiguous_format
@@ -146,7 +147,7 @@ def _mlp(
     checks.mlp(x, (one, two), (bias1, bias2), residual, activation)
     threads = torch.get_num_threads()
     tokens = x.numel() // max(1, x.shape[-1])
-    # One thread takes a whole panel through both products, which few panels would leave idle threads.
+    # In the fused kernel one thread takes a whole panel through both products: too few panels leave threads idle.
     few = tokens < 64 * 4 * threads and threads > 1
     apart = few or (layout1 == ROWS) != (layout2 == ROWS) or not k * hidden
     if apart or not runs(x, values1, layout1, layout2) or values2.dtype is not x.dtype:
@@ -174,7 +175,7 @@ def _mlp(
 def _of_nothing(
     x: Tensor, sizes: tuple[int, ...], bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
-    """A convolution of no channels: its bias everywhere."""
+    """The output of a convolution with no input channels: its bias at every pixel, then residual and activation."""
     order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
     y = torch.zeros(sizes, dtype=x.dtype, device=x.device)
     y = y if bias is None else y + bias.to(x.dtype)[:, None, None]
@@ -182,12 +183,12 @@ def _of_nothing(
 
 
 def pointwise(shape: Sequence[int]) -> bool:
-    """Whether a convolution is a matrix product over pixels."""
+    """True if a convolution is a matrix product over pixels, that is, has a 1x1 kernel."""
     return shape[2] == shape[3] == 1
 
 
 def _sizes(x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[Any]:
-    """Of the output; sizes may be symbols here."""
+    """Sizes of the output, which may be symbolic."""
     edges = zip(x.shape[2:], shape[2:], stride, padding, dilation, strict=True)
     return [x.shape[0], shape[0], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in edges)]
 
@@ -246,7 +247,8 @@ def _conv(
         )
         _checked(kernels().nm_linear(args))
         return y
-    # A stride longer than the padded image is cut to its length: the same pixels are read, with fewer phases in memory.
+    # A stride larger than the padded image is clamped to its size: the same pixels are read, and fewer phases (conv.h)
+    # are stored.
     steps = [min(s, size + 2 * p) for s, size, p in zip(stride, x.shape[2:], padding, strict=True)]
     convolution = abi.Conv(
         images=x.shape[0],
@@ -319,12 +321,12 @@ def define(library: Library) -> None:
         short = args.operator
         for name in (short, short + GENERAL):
             library.define(name + args.signature(), tags=(torch.Tag.needs_fixed_stride_order,))
-            # Not for CPU by name: C++ takes that place when it is loaded.
+            # Not registered for CPU itself: C++ takes that key when it is loaded.
             library.impl(name, kernel, "CompositeExplicitAutograd")
             library.impl(name, gpu_launch.IMPLEMENTATIONS[short], "CUDA")
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-        # Both have the autograd of the first, so that graphs hold the first whichever was called, and a training
-        # step's forward runs in C++.
+        # Both names get the autograd kernel of the short one: graphs then hold the short name, whichever was called,
+        # and the forward pass of a training step runs in C++.
         first = getattr(getattr(torch.ops, library.ns), short).default
         above = make_autograd_impl(first, Info(*_gradient(formula)))
         for name in (short, short + GENERAL):

@@ -54,7 +54,7 @@ def preprocess(data: Mapping[str, Any], **augmentation: Any) -> Any:
 
     Args:
         data: size, mean, standard deviation and crop.
-        augmentation: options of timm's training transform; without any, the transform is that of evaluation.
+        augmentation: options of timm's training transform; without any, this is the evaluation transform.
     """
     from timm.data import create_transform
 
@@ -77,7 +77,7 @@ class Images:
         data: see :func:`data_config`.
         batch: images per batch; the last one may be smaller.
         labels: class numbers, or None.
-        notes: remarks for whoever reads the figures: what was left out, and why there are no labels.
+        notes: remarks to show beside results: what was left out, and why there are no labels.
     """
 
     paths: list[Path]
@@ -173,11 +173,11 @@ def folder(
         data: see :func:`data_config`.
         samples: number of images to draw; None, or more than there are, takes all.
         batch: images per batch.
-        classes: of the model; 0 asks for no labels.
-        names: of the classes in the model's order, if known: only they decide the labels, and some folders may be
-            missing. Without names, and with as many folders as classes, the order of the folders gives the labels: 2
-            before 10, as timm's readers count. Otherwise there are no labels, and ``notes`` says why.
-        seed: of the sample.
+        classes: number of the model's classes; with 0, no labels are returned.
+        names: names of the classes in the model's order, if known: they alone decide the labels, and classes may lack
+            a folder. Without names, and with as many folders as classes, the order of the folders gives the labels,
+            with 2 before 10, as timm's readers sort. Otherwise there are no labels, and ``notes`` says why.
+        seed: seed of the random draw.
 
     Raises:
         InputError: the folder does not exist, holds no image, or holds several splits.

@@ -22,8 +22,8 @@ def fill_in_cost(row: Row, build: Any, batch: Any, graphs: Sequence[CompiledGrap
     """Set the MACs per sample and the weight bytes of a row.
 
     Args:
-        row: of the build.
-        build: what runs.
+        row: the row to fill in.
+        build: the build that the row describes.
         batch: one batch of inputs.
         graphs: compiled graphs that ran in the audited build.
         fell_back: the audited build ran the model's eager code instead.
@@ -48,7 +48,7 @@ def fill_in_cost(row: Row, build: Any, batch: Any, graphs: Sequence[CompiledGrap
 
 
 def dense_macs(model: nn.Module, batch: Any) -> int | None:
-    """Return the MACs per sample of a module as it is, or None if it cannot run on fake tensors or on no sample."""
+    """Return the MACs per sample of a module as it is; None if it cannot run on fake tensors or there is no sample."""
     samples = first_tensor(batch).shape[0]
     if not samples:
         return None
@@ -68,7 +68,7 @@ def dense_macs(model: nn.Module, batch: Any) -> int | None:
 
 
 def _graph_macs(gm: IRModule, batch: Any) -> tuple[int, int]:
-    """Return the MACs per sample of a masked graph: executed, and by the paper's convention."""
+    """Return the MACs per sample of a masked graph: executed, and by the paper's convention (see ``Macs``)."""
     inputs = list(batch.values()) if isinstance(batch, Mapping) else [first_tensor(batch)]
     propagate(gm, inputs)
     macs, _ = count(gm)
@@ -80,7 +80,7 @@ def _parameter_bytes(model: nn.Module) -> int:
 
 
 def _lowered_bytes(graphs: Sequence[CompiledGraph], model: nn.Module) -> int:
-    """Return the parameter bytes as the last graph stores them: packed if lowered, the module's own otherwise."""
+    """Return the parameter bytes as stored: packed where lowered (as in the last such graph), else the module's."""
     slots = [slot for g in graphs if g.lowered for slot in g.slots]
     saved = {slot.name: slot.dense_nbytes - slot.nbytes for slot in slots}
     return _parameter_bytes(model) - sum(saved.values())

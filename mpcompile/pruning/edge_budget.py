@@ -1,7 +1,7 @@
 """Spectral Edge Budgeting (SEB): how readily each layer gives up weights, from the edge σ₊ of its noise.
 
-A weight is scored |W| / w, with one w per layer, and the smallest scores of all layers are pruned first: a layer whose
-noise extends further loses more. Pure functions of numbers.
+A weight is scored |W| / w, with one w per layer, and the smallest scores of all layers are pruned first: w grows with
+σ₊, so that a layer with a higher noise edge loses more weights. Pure functions of numbers.
 
 Source: arXiv 2606.02608, Online Resource 2, "Spectral Edge Budgeting", "Layer-type extension" and "Four-regime
 strategy"; the presets were selected there on ViT-B/16.
@@ -17,16 +17,16 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-_FLOOR = 0.1  # least w: no layer is exempt from pruning
+_FLOOR = 0.1  # smallest w: no layer is exempt from pruning
 
 
 class Preset(NamedTuple):
-    """Strength of the modulation, and where it ends.
+    """How strongly w depends on the edges, and the sparsity at which this ends (see :func:`seb_weights`).
 
     Attributes:
         attention: beta of attention projections.
         other: beta of all other layers.
-        s_d: sparsity from which on all w are 1.
+        s_d: sparsity at and above which all w are 1.
     """
 
     attention: float
@@ -35,11 +35,12 @@ class Preset(NamedTuple):
 
 
 def seb_preset(sparsity: float) -> Preset:
-    """The paper's beta and s_d for edges σ₊, by the share of the weights that is removed.
+    """The paper's beta and s_d for edges σ₊ at a given sparsity, the share of weights removed.
 
-    Up to 0.2 this is plain magnitude pruning, beta = 0. There the paper finds σ₊ to be no better than magnitude, and
-    the hybrid of magnitude and SER starts with exact magnitude pruning. (Its beta = 0.5, s_d = 0.3 for this range
-    belong to another signal, the power-law exponent of the spectrum's tail.)
+    Up to a sparsity of 0.2 this is plain magnitude pruning, beta = 0. In this range the paper finds σ₊ to be no better
+    than magnitude, and its hybrid of magnitude and SER (:mod:`mpcompile.pruning.ser`) starts with exact magnitude
+    pruning. (The paper's beta = 0.5, s_d = 0.3 for this range belong to another signal, the power-law exponent of the
+    spectrum's tail.)
 
     >>> seb_preset(0.2).other, seb_preset(0.35).other, seb_preset(0.5).other, seb_preset(0.6)
     (0.0, 1.0, 1.25, Preset(attention=1.0, other=2.0, s_d=0.85))
@@ -59,8 +60,8 @@ def seb_weights(edges: ArrayLike, sparsity: float, beta: ArrayLike, s_d: float) 
     Args:
         edges: σ₊ of each layer, (layers,), in any unit.
         sparsity: s, the share of the weights that is removed.
-        beta: strength of the modulation, one number or (layers,).
-        s_d: where the modulation ends.
+        beta: how strongly w depends on z, one number or (layers,).
+        s_d: sparsity at and above which all w are 1.
 
     >>> seb_weights([1.0, 2.0, 3.0], sparsity=0.35, beta=1.0, s_d=0.7).round(3)
     array([0.388, 1.   , 1.612])

@@ -17,7 +17,7 @@ from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.pruning.scores import _BLOCK, _CHUNK
 
-_ROUGH = 0.04  # tolerance of least squares before a sweep: solved further, values adapt to the mask they have
+_ROUGH = 0.04  # tolerance of least squares before a sweep: a closer fit would adapt values to a mask about to change
 
 
 def error(values: Tensor, target: Tensor, a: Tensor) -> Tensor:
@@ -37,8 +37,9 @@ def least_squares(
         target: (R, K).
         a: (K, K), positive definite.
         kept: (R, K), the mask.
-        steps: the most steps of conjugate gradients, each one product (R, K) x (K, K). The error falls in every step.
-        tol: stop when a step lowers the error of all rows together by less than this share of it.
+        steps: maximum number of conjugate-gradient steps, each one product (R, K) x (K, K). The error falls in every
+            step.
+        tol: stop when a step lowers the total error of all rows by no more than this share of what is left of it.
 
     Returns:
         (R, K), zero outside the mask; the error of no row is larger than that of ``values``.
@@ -55,7 +56,7 @@ def least_squares(
         ap = (p @ a).mul_(kept)
         alpha = rz / (p * ap).sum(-1, keepdim=True).clamp(min=1e-30)
         x.addcmul_(alpha, p)
-        gain = float((alpha * rz).sum())  # exactly what the step lowers the error by
+        gain = float((alpha * rz).sum())  # exact decrease of the total error in this step
         left -= gain
         if gain <= tol * left:
             break
@@ -75,7 +76,7 @@ def _inside(a: Tensor, kept: Tensor) -> Tensor:
 
 
 def _exchange_group(b: Tensor, a: Tensor, kept: Tensor, v: Tensor, limit: int = 4) -> tuple[Tensor, Tensor]:
-    """Minimise v' A v - 2 b' v over a group's values and mask: the best exchange first, each with a refit of the group.
+    """Minimise v' A v - 2 b' v over a group's values and mask, greedily: best exchange first, a refit after each.
 
     b (R, M), a (M, M), kept (R, M), v (R, M) -> values and mask, (R, M) each; at most ``limit`` exchanges per row.
     """
@@ -153,7 +154,7 @@ def exchange_sweep(values: Tensor, target: Tensor, a: Tensor, kept: Tensor, patt
 def refit(
     values: Tensor, target: Tensor, a: Tensor, kept: Tensor, pattern: Pattern, sweeps: int = 2, steps: int = 30
 ) -> tuple[Tensor, Tensor]:
-    """Least squares, then ``sweeps`` times an exchange sweep and least squares; the error of no row rises.
+    """Least squares, then ``sweeps`` rounds of an exchange sweep and least squares; the error of no row rises.
 
     Least squares before a sweep is stopped early: see ``_ROUGH``. Arguments and results as in :func:`exchange_sweep`.
     """

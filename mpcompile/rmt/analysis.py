@@ -28,7 +28,7 @@ from mpcompile.rmt.fitting import fit_and_spectra
 
 __all__ = ["Analysis", "LayerAnalysis", "analyze", "study"]
 
-MOST_TAPS = 49  # of a kernel that is fitted tap by tap: patch embeddings have hundreds, which never overlap
+MOST_TAPS = 49  # in a kernel fitted tap by tap; patch embeddings have hundreds, and their patches never overlap
 _WORST = ("mp", "low_confidence", "not_mp")
 _QKV = re.compile(r"(^|[._])(qkv|in_proj)([._]|$)")
 
@@ -38,13 +38,13 @@ class LayerAnalysis:
     """The fits of one weight.
 
     Attributes:
-        shape: the weight's.
+        shape: shape of the weight.
         fits: block -> fit: ``""`` for the whole weight (a convolution unfolded); ``"q"``, ``"k"`` and ``"v"`` if one
             layer holds all three.
         taps: for a convolution with 2 to 49 taps, fitted tap by tap: the medians ``edge`` and ``sigma``, ``mp`` (how
             many taps follow the law) and ``of`` (how many there are).
         reason: why the weight was not fitted, or None.
-        spectra: block -> the falling singular values that its fit describes; not part of the JSON.
+        spectra: block -> the singular values that its fit describes, in descending order; not part of the JSON.
     """
 
     shape: tuple[int, ...]
@@ -89,8 +89,8 @@ class LayerAnalysis:
 def study(name: str, weight: Tensor) -> LayerAnalysis:
     """Fit one weight, (out, in) or (out, in, kh, kw).
 
-    The queries, keys and values of a weight of three square blocks whose name contains qkv (or in_proj) are fitted
-    separately.
+    If the name contains qkv (or in_proj) and the weight consists of three square blocks, queries, keys and values are
+    fitted separately.
 
     Raises:
         InputError: as :func:`mpcompile.rmt.fit`, with the layer's name.
@@ -164,7 +164,7 @@ class Analysis:
         return json.dumps({name: layer.to_dict() for name, layer in self.layers.items()}, indent=indent)
 
     def table(self) -> str:
-        """A table with one row per fit; sigma and edges are in units of weight."""
+        """A table with one row per fit; sigma and edges are in the units of the weights."""
         rows = []
         for name, layer in self.layers.items():
             shape = "x".join(map(str, layer.shape))
@@ -195,7 +195,7 @@ class Analysis:
         count = Counter(f.verdict for f in fits)
         separable = sum(f.separable for f in fits)
         text = f"{len(fits)} matrices: {count['mp']} follow the law"
-        text += f" ({separable} with scales of rows and columns taken out)" if separable else ""
+        text += f" ({separable} once row and column scales are divided out)" if separable else ""
         text += f", {count['not_mp']} don't, {count['low_confidence']} are too small or too narrow to judge"
         left = sum(layer.reason is not None for layer in self.layers.values())
         return f"{self.table()}\n\n{text}" + (f"; {left} not fitted" if left else "")
@@ -268,7 +268,7 @@ def analyze(model: nn.Module | Mapping[str, Tensor], *, progress: bool | None = 
 
 
 def check_plot(path: Path) -> None:
-    """Check that a plot can be drawn in the format of a file's suffix.
+    """Check that a plot can be drawn in the format that a file's suffix names.
 
     Raises:
         MPCompileError: matplotlib is not installed.
@@ -281,8 +281,8 @@ def check_plot(path: Path) -> None:
         raise MPCompileError("plots need matplotlib", hint="run pip install 'mpcompile[report]'") from error
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
-        expected = f"a format of matplotlib: {', '.join(f'.{name}' for name in sorted(known))}"
-        raise ArtifactError(f"cannot write {path}", expected=expected, found=path.suffix or "a name without an ending")
+        expected = f"a format that matplotlib supports: {', '.join(f'.{name}' for name in sorted(known))}"
+        raise ArtifactError(f"cannot write {path}", expected=expected, found=path.suffix or "a name without a suffix")
 
 
 def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:

@@ -34,7 +34,7 @@ class Feature:
     Attributes:
         block: its module path.
         node: its output in the graph, (batch, tokens, channels) or (batch, channels, height, width).
-        size: if tokens were merged, the node with the number of tokens behind each one, (batch, tokens, 1); else None.
+        size: if tokens were merged, the node that counts the tokens merged into each, (batch, tokens, 1); else None.
     """
 
     block: str
@@ -108,7 +108,7 @@ class WithFeatures(nn.Module):
 
 
 def channel_orders(student: nn.Module) -> dict[str, Tensor]:
-    """Return, for every block with reordered channels, the index of each channel in the original model, by block."""
+    """Return block -> the index of each of its channels in the original model, for blocks with reordered channels."""
     orders: dict[str, Tensor] = {}
     plan = student.plan if isinstance(student, IRModule) else None
     for record in plan.passes if plan is not None else ():
@@ -152,7 +152,7 @@ def feature_loss(
 
     Args:
         student, teacher: (feature, size or None) of each block.
-        orders: of each block, the index of the student's channels in the teacher's feature, or None.
+        orders: for each block, the index of each student channel in the teacher's feature, or None.
         prefix: tokens at the start that are never merged, such as the class token.
     """
     losses = []
@@ -167,7 +167,7 @@ def feature_loss(
 
 @dataclass
 class FeaturePair:
-    """Student and teacher as modules that also return their block outputs, and how to compare these."""
+    """Student and teacher as modules that also return their block outputs, and how to compare the two."""
 
     student: WithFeatures
     teacher: WithFeatures
@@ -209,7 +209,7 @@ def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> Featu
     blocks = [block for block, width in ours.items() if theirs.get(block) == width]
     if not blocks:
         raise InputError(
-            "student and teacher share no block to match features of",
+            "student and teacher share no block of the same width",
             expected=", ".join(list(ours)[:4]) or "a student with numbered blocks",
             found=", ".join(list(theirs)[:4]) or "none",
             hint="distil without feature matching (features=0)",

@@ -74,9 +74,8 @@ class _Constants:
         values = {n: self.value(n) for n in node.all_input_nodes}
         if any(value is _MISSING for value in values.values()):
             return _MISSING
-        values = {
-            n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()
-        }  # the call may write into them
+        # The call may write into its operands.
+        values = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
         args: Any = fx.node.map_arg(node.args, values.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
         kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}

@@ -1,7 +1,7 @@
-// nm_gemm, nm_mlp and pointwise nm_conv, called by torch without going through Python: a layer with few tokens takes
-// less time than the interpreter would. Anything unusual (another dtype, strides, tensors that do not fit, a gradient)
-// goes to the operator of the same name with the suffix _general, which native.py implements. build.py compiles this
-// file against the headers of the installed torch.
+// nm_gemm, nm_mlp and pointwise nm_conv, called by torch without going through Python: for a layer with few tokens, the
+// interpreter would take longer than the kernel. Anything unusual (another dtype, strides, sizes that do not match, a
+// gradient) goes to the operator of the same name with the suffix _general, which operators.py implements. build.py
+// compiles this file against the headers of the installed torch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -29,13 +29,13 @@ using OptionalTensor = std::optional<Tensor>;
 using StringView = c10::string_view;
 using IntList = at::IntArrayRef;
 
-// The functions of cpu.cpp, by address: build.py decides which instruction set they were built for.
+// Addresses of the functions of cpu.cpp; build.py chooses the instruction set that these are built for.
 using LinearKernel = int(const NmLinear*);
 using MlpKernel = int(const NmMlp*);
 struct Kernels {
   LinearKernel* linear;
   MlpKernel* mlp;
-  bool pairs;
+  bool pairs;  // whether they support the layouts of bf16 pairs (QUADS, RING, OCTS)
 };
 std::atomic<const Kernels*> current_kernels{nullptr};  // never freed: a concurrent call may still be reading it
 
@@ -62,9 +62,9 @@ struct WeightArgs {
   int64_t outputs, inputs, n, m, layout;
 };
 
-// True if `values` and `index` have the sizes that the kernels will read; checks.held does the same in Python.
+// True if `values` and `index` have the sizes that the kernels rely on; checks.held makes the same check in Python.
 bool storage_matches(const WeightArgs& w) {
-  constexpr int64_t most = INT_MAX - 1024;  // the kernels count in int, and a few rows beyond the last
+  constexpr int64_t most = INT_MAX - 1024;  // the kernels' counters are int, and run a few rows past the last
   if (w.n < 1 || w.m < w.n || w.m > MAX_M) return false;
   if (w.outputs < 1 || w.inputs < 1 || w.outputs > most || w.inputs > most) return false;
   const int n = (int)w.n, m = (int)w.m, layout = (int)w.layout;
@@ -120,7 +120,7 @@ bool kernels_accept(const Kernels& kernels, const Tensor& x, const WeightArgs& w
 
 const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// For a weight that kernels_accept has accepted.
+// The weight as the kernels take it; only for a weight that kernels_accept has accepted.
 NmWeight to_abi(const WeightArgs& w) {
   return {
       .values = w.values.const_data_ptr(),
@@ -138,7 +138,7 @@ template <class Signature> auto find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// The operators' parameters are those of the schemas in native.py.
+// The operators' parameters are those of kernels/schema.py.
 using GemmSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                              int64_t, int64_t, int64_t, int64_t, StringView);
 
@@ -307,8 +307,8 @@ TORCH_LIBRARY_IMPL(mpcompile, AutogradCPU, m) {
   m.impl("nm_conv", TORCH_FN(ConvAutograd::call));
 }
 
-// Sets the kernels that the operators call from now on, and whether they support layouts of pairs. With null, every
-// call goes to the general operators.
+// Sets the kernels that the operators call from now on, and whether these support the layouts of bf16 pairs. If
+// `linear` is null, every call goes to the general operators.
 extern "C" void nm_use(LinearKernel* linear, MlpKernel* mlp, int pairs) {
   current_kernels = linear ? new Kernels{linear, mlp, pairs != 0} : nullptr;
 }

@@ -2,9 +2,10 @@
 
 One warp fetches: each step of 128 columns is one box of kept values (BN, 64) and two of activations (BM, 64), with the
 128-byte swizzle that the instruction reads. GROUPS warpgroups multiply; each owns BN / GROUPS output features of the
-transposed tile (BN, BM). Two sets of barriers go round the STAGES slots: ``full`` (the fetched bytes are there) and
-``empty`` (every multiplying warp has done with the slot). Metadata come straight from memory, one word a thread and 64
-columns, a step ahead: loaded between issue and wait, they would make ptxas serialise the products.
+transposed tile (BN, BM). Each of the STAGES slots has two barriers: ``full`` (the fetched bytes have arrived) and
+``empty`` (every multiplying warp is done with the slot). Metadata words are loaded from global memory into registers,
+one word per thread for every 64 rows and 64 columns, one step ahead: if they were loaded between the issue of the
+products and the wait, ptxas would serialise the products.
 """
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
@@ -20,7 +21,7 @@ from mpcompile.kernels.nm_linear.gluon.parts import finish, powers
 
 @gluon.constexpr_function
 def accumulator_layout(BN, BM, GROUPS):
-    """Of the fp32 tile (BN, BM): each warpgroup holds blocks of 64 rows."""
+    """Layout of the fp32 tile (BN, BM): each warpgroup holds blocks of 64 rows."""
     registers = [[0, 1], [8, 0]] + [[0, c] for c in powers(8, BM)] + [[r, 0] for r in powers(64, BN // GROUPS)]
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     warps = [[16, 0], [32, 0]] + [[r, 0] for r in powers(BN // GROUPS, BN)]
@@ -29,7 +30,7 @@ def accumulator_layout(BN, BM, GROUPS):
 
 @gluon.constexpr_function
 def metadata_layout(BN, GROUPS):
-    """Of a step's metadata words, (BN / 64, 2, 128)."""
+    """Layout of a step's metadata words, (BN / 64, 2, 128)."""
     blocks = BN // GROUPS // 64
     registers = [[0, 1, 0]] + [[r, 0, 0] for r in powers(1, blocks)]
     lanes = [[0, 0, c] for c in powers(1, 32)]
@@ -39,11 +40,11 @@ def metadata_layout(BN, GROUPS):
 
 @gluon.constexpr_function
 def wgmma_sp(BLOCKS, BM, DT):
-    """A warpgroup's step: 4 times 32 columns for each of BLOCKS blocks of 64 rows, then the wait.
+    """PTX of a warpgroup's step: 4 products of 32 columns for each of BLOCKS blocks of 64 rows, committed, not awaited.
 
     Operands: results, tied accumulators, addresses of the values and of both boxes of activations, metadata words. All
-    descriptors (128-byte swizzle, 1024 bytes from eight rows to the next eight) are built before the fence: ptxas
-    serialises products between which registers are written.
+    descriptors (128-byte swizzle, a stride of 1024 bytes between groups of eight rows) are built before the fence:
+    where registers are written between two products, ptxas serialises them.
     """
     each = BM // 2
     results = BLOCKS * each
@@ -75,7 +76,7 @@ def wgmma_sp(BLOCKS, BM, DT):
 
 @gluon.constexpr_function
 def constraints(BLOCKS, BM, inputs):
-    """Results, accumulators tied to them, and so many other inputs."""
+    """Constraint string of an inline asm: results, accumulators tied to them, and ``inputs`` other inputs."""
     results = BLOCKS * (BM // 2)
     return ",".join(["=f"] * results + [str(i) for i in range(results)] + ["r"] * inputs)
 
@@ -123,7 +124,7 @@ def multiplying(
             PRODUCT, OPERANDS, [acc, sa.index(slot), sx.index(slot * 2), sx.index(slot * 2 + 1), e], acc.type,
             is_pure=False,
         )  # fmt: skip
-        # All of them: with a group left in flight, its metadata register could be written too early.
+        # Wait for all groups: the metadata registers of a group still in flight could be overwritten too early.
         acc = gl.inline_asm("wgmma.wait_group.sync.aligned 0;", TIED, [acc], acc.type, is_pure=False)
         gl.inline_asm(
             "{ .reg .pred p; .reg .b32 t; mov.u32 t, %laneid; setp.eq.u32 p, t, 0;\n"
@@ -142,7 +143,8 @@ def gemm(
     """Y (M, N) = activation(X (M, K) W' + bias) * scale + residual.
 
     wd describes the kept values (rows, columns / 2) in boxes (BN, 64), xd the activations (M, K) in boxes (BM, 64);
-    what lies outside them reads as zero. bias, scale, residual may be None. Programs run features fastest.
+    elements outside the matrices read as zero. bias, scale and residual may be None. Consecutive programs
+    cover the features first, then the tokens.
     """
     BN: gl.constexpr = wd.block_shape[0]
     BM: gl.constexpr = xd.block_shape[0]
@@ -157,7 +159,7 @@ def gemm(
     across = gl.cdiv(N, BN)
     n0 = gl.program_id(0) % across * BN
     m0 = gl.program_id(0) // across * BM
-    # The tuple stands in the call: assigned to a name, its strings would have to become tensors.
+    # The tuples are written inside the call: bound to a name, they would need their strings converted to tensors.
     gl.warp_specialize(
         [
             (

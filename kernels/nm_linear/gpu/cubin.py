@@ -1,9 +1,9 @@
-"""Runs kernels that were compiled elsewhere: cubins, launched through the CUDA driver, without any Triton.
+"""Runs kernels that were compiled elsewhere: cubins, launched through the CUDA driver, without Triton.
 
-``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled:
-``records.json`` files, the cubins beside them. Where the installed Triton can't compile the kernels, gpu_launch.py
-takes them from there. A :class:`Kernel` is called as Triton's are; its arguments go to the driver in the order and
-types that the compiled entry names.
+``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled
+with ``records.json`` files and, beside them, the cubins. Where the installed Triton can't compile the kernels,
+gpu/launch.py takes them from there. A :class:`Kernel` is called like a Triton kernel; its arguments go to the driver in
+the order and with the types that the compiled entry point declares.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mpcompile.kernels.nm_linear.gpu.tiles import tiles_for
 from mpcompile.kernels.nm_linear.packed import activate
 
 VARIABLE = "MPCOMPILE_CUBINS"
-MAP_BYTES = 128  # of a tensor map (CUtensorMap)
+MAP_BYTES = 128  # size of a tensor map (CUtensorMap)
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_SMALL_SHARED = 48 << 10  # what a launch gets without asking
+_SMALL_SHARED = 48 << 10  # bytes of shared memory that a launch may use without setting an attribute
 # Enumerators of cuda.h.
 _MAX_DYNAMIC_SHARED, _SWIZZLE_128B, _PROMOTE_128B = 8, 3, 2
 _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
@@ -36,10 +36,10 @@ _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
 
 @dataclass
 class Box:
-    """What a tensor map describes: a matrix of 16-bit elements, read in boxes with the 128-byte swizzle.
+    """A matrix of 16-bit elements that a tensor map describes, read in boxes with the 128-byte swizzle.
 
     Attributes:
-        base: (rows, columns), neighbouring columns next to each other.
+        base: the matrix, (rows, columns), with a column stride of 1.
         block_shape: rows and columns of a box.
     """
 
@@ -48,7 +48,7 @@ class Box:
 
 
 class Driver:
-    """The few calls of libcuda that a launch needs. Torch has made the context."""
+    """The few libcuda calls that a launch needs. The CUDA context is the one that torch has created."""
 
     def __init__(self) -> None:
         self.cuda = ctypes.CDLL("libcuda.so.1")
@@ -61,7 +61,7 @@ class Driver:
             raise RuntimeError(f"{name}: {(text.value or b'error %d' % code).decode()}")
 
     def function(self, cubin: bytes, name: str, shared: int) -> Any:
-        """A kernel of a cubin, ready for launches with so many bytes of shared memory."""
+        """A kernel of a cubin, ready for launches with ``shared`` bytes of shared memory."""
         module, found = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(module), cubin)
         self._call("cuModuleGetFunction", ctypes.byref(found), module, name.encode())
@@ -70,7 +70,7 @@ class Driver:
         return found
 
     def tensor_map(self, box: Box) -> Any:
-        """The 128 bytes, aligned to 64, by which the tensor memory accelerator knows a matrix."""
+        """The tensor map that describes a matrix to the tensor memory accelerator: 128 bytes, aligned to 64."""
         room = ctypes.create_string_buffer(MAP_BYTES + 64)
         found = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % 64)
         rows, columns = box.base.shape
@@ -89,7 +89,7 @@ class Driver:
         return found
 
     def launch(self, function: Any, blocks: int, threads: int, shared: int, stream: int, values: list[Any]) -> None:
-        """One launch of ``blocks`` blocks; ``values``: ctypes objects, one a parameter."""
+        """One launch of ``blocks`` blocks; ``values``: ctypes objects, one per parameter."""
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         sizes = [*map(ctypes.c_uint, (blocks, 1, 1, threads, 1, 1, shared))]
         self._call("cuLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)
@@ -101,10 +101,10 @@ def driver() -> Any:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """What a ``records.json`` lists.
+    """The records in a ``records.json`` file.
 
     Raises:
-        InputError: it isn't as gpu_build.py writes it.
+        InputError: the file isn't in the form that gpu/build.py writes.
     """
     kinds = {field.name: {"str": str, "int": int, "bool": bool}[str(field.type)] for field in fields(Build)}
     try:
@@ -112,9 +112,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
         if all(type(record[name]) is kind for record in records for name, kind in kinds.items()):
             return list(records)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # said below
+        pass  # reported below
     raise InputError(
-        f"{path} is damaged", expected="what python -m bench.gpu.kernel_matrix --keep writes", hint="compile them again"
+        f"{path} is damaged",
+        expected="what python -m bench.gpu.kernel_matrix --keep writes",
+        hint="compile the kernels again",
     )
 
 
@@ -123,7 +125,7 @@ class Cubins:
     """The builds in a folder.
 
     Attributes:
-        records: of each build, as :func:`gpu_build.record_of` made them, with ``cubin``, its path.
+        records: the record of each build, from ``record_of`` in gpu/build.py, plus ``cubin``, the path of its cubin.
     """
 
     folder: Path
@@ -132,10 +134,10 @@ class Cubins:
 
     @classmethod
     def of(cls, folder: Path) -> Cubins:
-        """Read every ``records.json`` in a folder and below.
+        """Read every ``records.json`` in a folder and its subfolders.
 
         Raises:
-            InputError: there is none, or kernels have changed since.
+            InputError: there is no usable build, a file is damaged, or a kernel's source has changed since.
         """
         found = cls(folder)
         names = [f.name for f in fields(Build)]
@@ -146,7 +148,7 @@ class Cubins:
                     continue
                 if record.get("source") != digest(build.kernel):
                     raise InputError(
-                        f"cubins in {folder} are of another version of {build.kernel}",
+                        f"cubins in {folder} were compiled from another version of {build.kernel}",
                         expected=digest(build.kernel),
                         found=record.get("source"),
                         hint="compile them again: python -m bench.gpu.kernel_matrix --keep FOLDER",
@@ -161,7 +163,7 @@ class Cubins:
         return found
 
     def lacks(self, kernel: str, arch: int) -> str | None:
-        """What a kernel misses here to run on an architecture, or None."""
+        """A message naming the first cubin that a kernel lacks here for an architecture, or None if it has all."""
         for tile in tiles_for(kernel, arch):
             for dtype in _DTYPES.values():
                 for epilogue in EPILOGUES:
@@ -182,13 +184,13 @@ class Cubins:
 
 @functools.cache
 def given() -> Cubins | None:
-    """What :data:`VARIABLE` names, or None."""
+    """The builds in the folder that :data:`VARIABLE` names, or None if it isn't set."""
     folder = os.environ.get(VARIABLE)
     return Cubins.of(Path(folder)) if folder else None
 
 
 def epilogue_of(act: str, bias: bool, scale: bool, residual: bool) -> str | None:
-    """The epilogue of :data:`gpu_build.EPILOGUES` that does this, given a bias of zeros if need be; or None."""
+    """The one of :data:`EPILOGUES` that does this (with a bias of zeros if there is none), or None if none does."""
     if act != "none":
         return None if scale or residual else act
     if scale:
@@ -197,15 +199,15 @@ def epilogue_of(act: str, bias: bool, scale: bool, residual: bool) -> str | None
 
 
 def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
-    """Arguments as the entry takes them.
+    """Convert the arguments of a launch to those of the compiled entry point.
 
     Args:
-        kinds: ``"map"``, ``"u32"`` or ``"u64"``, one a parameter.
-        args: tensors, numbers and boxes; None where the kernel was compiled without. A box stands for its tensor map
-            and for its shape and strides. What kinds are left over are Triton's scratch pointers, which are null.
+        kinds: ``"map"``, ``"u32"`` or ``"u64"``, one per parameter.
+        args: tensors, numbers and boxes; None for an operand that the kernel was compiled without. A box becomes its
+            tensor map, shape and strides. The last two parameters are Triton's scratch pointers, which are null.
 
     Raises:
-        InputError: the entry takes other arguments.
+        InputError: the arguments don't match the entry point's parameters.
     """
     flat: list[Any] = []
     for arg in args:
@@ -216,7 +218,11 @@ def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
     flat += [0] * 2
     fits = len(flat) == len(kinds) and all(isinstance(a, Box) == (k == "map") for a, k in zip(flat, kinds, strict=True))
     if not fits or any(isinstance(a, Tensor) and k != "u64" for a, k in zip(flat, kinds, strict=True)):
-        raise InputError("a cubin takes other arguments", expected=", ".join(kinds), found=f"{len(flat)} arguments")
+        raise InputError(
+            "the arguments don't match the parameters of a cubin",
+            expected=", ".join(kinds),
+            found=f"{len(flat)} arguments",
+        )
     made: list[Any] = []
     for arg, kind in zip(flat, kinds, strict=True):
         if isinstance(arg, Box):
@@ -229,7 +235,7 @@ def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
 
 @dataclass
 class Kernel:
-    """Stands in for a kernel's module: ``gemm[grid](...)`` as Triton would, from cubins."""
+    """Replaces a kernel's module: ``gemm[grid](...)`` launches a cubin, with the arguments of the Triton kernel."""
 
     name: str
     arch: int
@@ -243,12 +249,17 @@ class Kernel:
         return functools.partial(self._run, grid[0])
 
     def _run(self, blocks: int, *args: Any, **options: Any) -> None:
-        """As the kernels' signatures have it: two operands, words or pixels, bias, scale, residual, result, numbers."""
+        """Launch a cubin.
+
+        Args:
+            args: those of the Triton kernel: values, metadata and input in its order, bias, scale, residual, result,
+                numbers.
+        """
         *operands, bias, scale, residual, y = args[:7]
         act, numbers = options["ACT"], args[7:]
         epilogue = epilogue_of(act, bias is not None, scale is not None, residual is not None)
         behind: tuple[str, Any, Any] | None = None
-        if epilogue is None:  # this combination isn't compiled: what comes behind the bias is a pass of its own
+        if epilogue is None:  # not a compiled combination: all that follows the bias runs as a separate pass
             epilogue, behind, scale, residual = "bias", (act, scale, residual), None, None
         out = int(y.shape[-1])
         if epilogue != "none" and bias is None:
@@ -256,7 +267,10 @@ class Kernel:
         build = self._build(operands, epilogue, y, out, options)
         record = self.cubins.records.get(build)
         if record is None:
-            raise InputError(f"no cubin {build.name} in {self.cubins.folder}", hint="build it: bench.gpu.kernel_matrix")
+            raise InputError(
+                f"no cubin {build.name} in {self.cubins.folder}",
+                hint="compile it: python -m bench.gpu.kernel_matrix --keep FOLDER",
+            )
         values = values_of(record["parameters"], [*operands, bias, scale, residual, y, *numbers])
         stream = _stream(y.device)
         function = self.cubins.function(build, y.device.index or 0)
