@@ -68,6 +68,7 @@ def bars(chart: Sequence[Bar], title: str, mark: float | None = None, longest: f
     """Return a chart of horizontal bars, scaled so that ``longest`` or the longest bar fills it; a line at ``mark``."""
     longest = max([longest, *(max(bar.start + bar.value, bar.high or 0, mark or 0) for bar in chart)]) or 1.0
     scale, body = PLOT / longest, ""
+    values = ""  # above the mark, which would strike them through
     for number, bar in enumerate(chart):
         y = number * (ROW + GAP)
         end = LABEL + (bar.start + bar.value) * scale
@@ -77,11 +78,11 @@ def bars(chart: Sequence[Bar], title: str, mark: float | None = None, longest: f
             left, right = LABEL + bar.low * scale, LABEL + bar.high * scale
             body += line(left, y + ROW / 2, right, y + ROW / 2, "whisker")
             end = max(end, right)
-        body += text(end + 6, y + 14, bar.shown)
+        values += text(end + 6, y + 14, bar.shown, "value")
     height = len(chart) * (ROW + GAP)
     if mark is not None:
         body += line(LABEL + mark * scale, -2, LABEL + mark * scale, height - GAP + 2, "mark")
-    return svg(LABEL + PLOT + 170, height, body, title)
+    return svg(LABEL + PLOT + 170, height, body + values, title)
 
 
 def _short(name: str, length: int = 24) -> str:

@@ -80,7 +80,7 @@ def test_every_option_that_names_a_file_is_declared():
 
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("option", COMMANDS)
-def test_what_can_not_be_written_is_told_before_the_work(option, pruned, tmp_path, monkeypatch, capsys):
+def test_an_output_that_cannot_be_written_is_reported_before_the_work(option, pruned, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(pruned)
     command = [*COMMANDS[option], option.split()[1]]
     (tmp_path / "file").write_text("mine")
