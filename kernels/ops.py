@@ -1,9 +1,9 @@
 """The ``mpcompile::`` operators of the IR.
 
-They are registered as CompositeImplicitAutograd: on a graph they are one node each, with N and M written on it, so
-that passes and engines find them; below autograd they are the plain torch code they stand for, so that gradients,
-fake tensors, export and Inductor's fusion follow without a formula of our own. The operators of native kernels
-(``nm_gemm``, ``nm_mlp``, ``nm_conv``) stay whole below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`.
+They are registered as CompositeImplicitAutograd. In a graph each is one node with N and M among its arguments, which
+passes and engines look for. Below autograd each is plain torch code, from which gradients, fake tensors, export and
+Inductor's fusion follow. The operators of native kernels (``nm_gemm``, ``nm_mlp``, ``nm_conv``) remain one operator
+below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`. Arguments: :mod:`mpcompile.kernels.schema`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def packed_call(
     pattern: Sequence[int],
     layout: int,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The native operator for a layer, without residual and activation, and its arguments.
+    """Return the native operator for a layer, without residual and activation, and its arguments.
 
     Args:
         packed: the packed weight's ``values`` and ``index``.
@@ -122,10 +122,10 @@ def packed_call(
 
 
 def packed_arguments(node: fx.Node) -> list[checks.PackedWeight]:
-    """The packed weights that a node of a native operator takes; none of another.
+    """Return the packed weights that a node reads; empty if the node calls no native operator.
 
     Raises:
-        InputError: no input can fit the numbers on the node.
+        InputError: the node's numbers fit no input.
     """
     if node.target not in NATIVE:
         return []

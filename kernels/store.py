@@ -1,4 +1,4 @@
-"""The cache folder, and small JSON files in it. A cache that can't be read or written costs time, never a result."""
+"""The cache folder and small JSON files in it. If the cache cannot be read or written, runs are slower but correct."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MOST_BYTES = 64 << 20  # of a JSON file
 
 
 def cache_folder() -> Path:
-    """``$MPCOMPILE_CACHE``, or ``mpcompile`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It need not exist yet.
+    """Return ``$MPCOMPILE_CACHE``, or ``mpcompile`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It may not exist yet.
 
-    A user without a home has this user's folder among temporary files.
+    For a user without a home directory it is :func:`temporary_folder`.
     """
     given = os.environ.get("MPCOMPILE_CACHE")
     if given:
@@ -34,13 +34,13 @@ def cache_folder() -> Path:
 
 
 def temporary_folder() -> Path:
-    """This user's own among temporary files."""
+    """Return this user's folder among temporary files."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     return Path(tempfile.gettempdir()) / f"mpcompile-{user}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where the file is missing or damaged (which is said once)."""
+    """Return the object in a JSON file; empty if the file is missing or damaged. Warn once about a damaged file."""
     try:
         data = json.loads(read_text(path, _MOST_BYTES))
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, update: dict[str, Any]) -> None:
-    """Add the keys of ``update`` to a JSON file; a reader sees the old file or the new one, whole."""
+    """Add the keys of ``update`` to a JSON file atomically: readers see either the old file or the new one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**read_json(path), **update}, indent=0)
@@ -67,7 +67,7 @@ def write_json(path: Path, update: dict[str, Any]) -> None:
 
 
 def positive(value: Any) -> float | None:
-    """``value`` as a float where it is a positive, finite number, else None: what a file may hold for a duration."""
+    """Return ``value`` as a float if it is a positive, finite number, as a duration in a file must be; else None."""
     if type(value) not in (int, float):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The native operators as torch sees them: schema, CPU kernel, fake kernel, gradient.
+"""The native operators as torch sees them: CPU kernel, fake kernel, gradient.
 
 Each is registered under two names. Graphs hold ``nm_gemm``, ``nm_mlp`` and ``nm_conv``. On CPUs, once the kernels are
 built, C++ (``ops.cpp``) implements these: it passes plain calls straight to a kernel, and all others to

@@ -1,4 +1,4 @@
-"""The GPU engines for 2:4: two kernels of our own on sparse tensor cores."""
+"""The GPU engines for 2:4: two kernels on sparse tensor cores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def unsupported(spec: LayerSpec, layout: int | None = None) -> str | None:
-    """Why a 2:4 kernel (of a layout of sparse24, or the library's) runs no such layer, whatever the GPU; or None."""
+    """Return why no GPU runs a layer by a 2:4 kernel, or None.
+
+    Args:
+        layout: of sparse24; None for the kernels of cuSPARSELt.
+    """
     if spec.device.type != "cuda":
         return f"device {spec.device.type}"
     if spec.dtype not in HALVES:
@@ -41,7 +45,7 @@ def unsupported(spec: LayerSpec, layout: int | None = None) -> str | None:
 
 
 class TensorCoreEngine:
-    """2:4 products on sparse tensor cores, with bias, activation and residual in the same pass (gpu_launch.py)."""
+    """2:4 products on sparse tensor cores, with bias, activation and residual in the epilogue (launch.py)."""
 
     def __init__(self, layout: int) -> None:
         self.layout, self.name = layout, gpu_launch.KERNELS[layout]

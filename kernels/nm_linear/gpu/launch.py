@@ -1,8 +1,8 @@
-"""Launches the sparse tensor-core kernels: the CUDA side of ``nm_gemm``, ``nm_mlp`` and ``nm_conv``.
+"""Launches of the sparse tensor-core kernels: ``nm_gemm``, ``nm_mlp`` and ``nm_conv`` on CUDA.
 
-No call waits for the GPU or moves data to it, and but for its result none allocates where inputs are aligned and
-contiguous: all of it can be captured in a CUDA graph. Under ``MPCOMPILE_DEBUG=1`` every call checks its packed weights
-first, which waits.
+No call waits for the GPU or copies data to it. With aligned, contiguous inputs a call allocates only its result. All
+calls can be captured in a CUDA graph. With ``MPCOMPILE_DEBUG=1`` every call checks its packed weights first, and waits
+for that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TALL_GRID = 2**31 - 1
 
 @functools.lru_cache(maxsize=64)
 def missing(index: int | None, layout: int = MMA_SP) -> str | None:
-    """Why the GPU of this index can't run the kernels of a layout, or None."""
+    """Return why the GPU of this index cannot run the kernels of a layout, or None if it can."""
     if torch.version.hip is not None:
         return "an AMD GPU"
     capability = torch.cuda.get_device_capability(index)
@@ -52,22 +52,22 @@ def missing(index: int | None, layout: int = MMA_SP) -> str | None:
 
 
 def from_cubins() -> bool:
-    """Whether the kernels come from cubins: they are given, and the installed Triton can't compile them."""
+    """Return True if the kernels come from cubins: these are given, and the installed Triton cannot compile them."""
     return old_triton() is not None and gpu_cubin.given() is not None
 
 
 @functools.lru_cache(maxsize=64)
 def _device(index: int) -> tuple[int, int]:
-    """Architecture and number of multiprocessors."""
+    """Return architecture and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(index)
     arch = family((properties.major, properties.minor))
-    assert arch is not None  # missing() has answered before
+    assert arch is not None  # missing() has checked it
     return arch, properties.multi_processor_count
 
 
 @functools.lru_cache(maxsize=8)
 def _kernel(name: str, device: torch.device) -> Any:
-    """The kernel's module, or, where Triton can't compile it, what launches its cubins."""
+    """Return the kernel's module, or an object like it that launches cubins if Triton cannot compile the kernel."""
     cubins = gpu_cubin.given()
     if cubins is not None and from_cubins():
         arch, _ = _device(torch.cuda.current_device() if device.index is None else device.index)
@@ -76,7 +76,7 @@ def _kernel(name: str, device: torch.device) -> Any:
 
 
 def _box(kernel: Any, matrix: Tensor, shape: list[int]) -> Any:
-    """A matrix that is read in boxes with the 128-byte swizzle, as the kernel takes it."""
+    """Describe a matrix that the kernel reads in boxes with the 128-byte swizzle."""
     if isinstance(kernel, gpu_cubin.Kernel):
         return gpu_cubin.Box(matrix, shape)
     language = importlib.import_module("triton.experimental.gluon.language")
@@ -85,24 +85,26 @@ def _box(kernel: Any, matrix: Tensor, shape: list[int]) -> Any:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x (rows, columns) as the kernels read it: rows of neighbouring elements that begin at multiples of 16 bytes."""
+    """Return x (rows, columns) as the kernels read it: rows are contiguous and start at multiples of 16 bytes."""
     if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def check(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> None:
-    """What would lead a kernel outside its tensors, or is not defined.
+    """Check everything that could lead a kernel out of bounds, or to an undefined result.
 
     Raises:
-        InputError: another dtype or device than the weight's, packed tensors of another weight, too many rows.
+        InputError: another dtype or device than the weight's, packed tensors of another weight, or too many rows.
     """
     if x.dtype not in _DTYPES or values.dtype != x.dtype:
         raise InputError(
             "a 2:4 product mixes dtypes", expected="fp16 or bf16 throughout", found=f"{x.dtype}, {values.dtype}"
         )
     if values.device != x.device or index.device != x.device:
-        raise InputError("packed weights lie elsewhere", expected=x.device, found=f"{values.device}, {index.device}")
+        raise InputError(
+            "packed weights are on another device", expected=x.device, found=f"{values.device}, {index.device}"
+        )
     if not sparse24.fits(values.numel(), index.numel(), shape) or index.dtype is not torch.uint8:
         found = f"{values.numel()} values, {index.numel()} index bytes"
         raise InputError(f"packed weights don't fit a weight {shape}", expected="what sparse24.pack makes", found=found)
@@ -134,10 +136,13 @@ def launch(
     activation: str,
     tile: Tile,
 ) -> None:
-    """activation(x W' + bias) * scale + residual -> y; all of it on the GPU, in the kernels' own terms.
+    """Compute y = activation(x W' + bias) * scale + residual; all tensors are on the GPU, as the kernels read them.
 
     Args:
-        x: (M, K), as :func:`aligned` gives it. y: (M, N), contiguous. residual: like y. bias, scale: (N,).
+        x: (M, K), from :func:`aligned`.
+        y: (M, N), contiguous.
+        residual: like y.
+        bias, scale: (N,).
     """
     (m, k), n = x.shape, y.shape[1]
     rows, columns = sparse24.padded((n, k))
@@ -170,7 +175,7 @@ def launch(
 
 
 def tile_of(kernel: str, m: int, n: int, k: int, device: torch.device) -> Tile:
-    """The tile that a product takes on a GPU."""
+    """Return the tile for a product on a GPU."""
     arch, processors = _device(torch.cuda.current_device() if device.index is None else device.index)
     tile = gpu_model.choose_tile(kernel, m, n, k, arch, processors)
     assert tile is not None  # the tables hold a tile of 128 features or fewer for each kernel and architecture
@@ -190,7 +195,7 @@ def product(
     scale: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x (..., K) -> activation(x W' + bias) * scale + residual, (..., out), W packed by sparse24 in ``layout``.
+    """Return activation(x W' + bias) * scale + residual, (..., out), for x (..., K) and W packed in ``layout``.
 
     Raises:
         InputError: see :func:`check`.
@@ -229,7 +234,7 @@ def _mlp(x: Tensor, *rest: Any) -> Tensor:
 
 
 def direct(shape: Sequence[int], layout: int) -> bool:
-    """Whether a convolution other than 1x1 has a kernel."""
+    """Return True if a convolution other than 1x1 has a kernel."""
     return layout == MMA_SP and shape[1] % CONV_CHANNELS == 0
 
 
@@ -245,7 +250,7 @@ def convolution(
     *,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x (B, C, H, W) -> activation(conv + bias) + residual, channels last, by implicit GEMM.
+    """Return activation(conv(x) + bias) + residual in channels last for x (B, C, H, W), by implicit GEMM.
 
     Args:
         axes: stride, padding, dilation.
@@ -287,7 +292,7 @@ def convolution(
 
 
 def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *rest: Any) -> Tensor:
-    """1x1 convolutions are products over the pixels of a channels-last batch; others gather their pixels."""
+    """Run a 1x1 convolution as a product over channels-last pixels, any other by implicit GEMM."""
     stride, padding, dilation, n, m, shape, layout, activation = rest
     weight = PackedWeight(values, index, tuple(shape), n, m, layout)
     checks.conv(x, weight, bias, residual, (stride, padding, dilation), activation)
@@ -312,7 +317,7 @@ def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *r
 
 
 def _late(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An activation behind the residual addition, which these kernels don't have, is a pass of its own."""
+    """Wrap a kernel so that an activation after the residual addition, which it lacks, is a separate pass."""
 
     def run(*args: Any) -> Tensor:
         *others, activation = args

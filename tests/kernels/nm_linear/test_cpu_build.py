@@ -83,7 +83,7 @@ def built(tmp_path_factory):
 
 
 def works():
-    """Whether the operators are right, by whatever they run."""
+    """True if the operators are correct, whatever implements them."""
     mask = (torch.arange(16) % 4 < 2).expand(8, 16)
     weight, x = torch.randn(8, 16), torch.randn(5, 16)
     y = ops.nm_gemm(x, *layouts.pack(weight, mask, 2, 4, layouts.ROWS), None, None, 8, 2, 4, layouts.ROWS, "none")

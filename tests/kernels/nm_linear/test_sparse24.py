@@ -74,7 +74,7 @@ def test_what_does_not_belong_together_is_noticed(layout):
     with pytest.raises(InputError, match="out of order"):
         layouts.check(values, disordered, 4, layout)
     for pair in ((values, index[:3]), (values.float(), index)):
-        with pytest.raises(InputError, match="no packed 2:4 weights"):
+        with pytest.raises(InputError, match="not packed 2:4 weights"):
             sparse24.check(*pair)
     assert not layouts.fits(values.numel(), index.numel() - 8, (64, 128), 2, 4, layout)
     assert not layouts.fits(values.numel(), index.numel(), (64, 128), 1, 4, layout)
