@@ -240,12 +240,12 @@ HEAD = f"""# Which timm models can merge tokens
 
 {
     inspect.cleandoc('''
-Every architecture of timm that holds an attention layer was built (two blocks deep where its family takes a depth),
-traced, and given `Config(tome_r=8)`. "Supported" means more than that it ran: with random weights its output equals
-that of an independent eager reference, which shares no code with the pass, to a relative RMS of 1e-4 and to a tenth of
-what merging changes. "Refused" means an error that names the layer and the reason, before anything was changed. Models
-with windows or relative position biases are refused because a merged token has no place in a window and no row in such
-a bias.
+Every architecture of timm with an attention layer was built (two blocks deep if its family accepts a depth), traced,
+and transformed with `Config(pattern="dense", tome_r=8)`. "Supported" means more than that it ran: with random weights,
+its output equals that of an independent eager reference, which shares no code with the pass. The relative RMS
+difference is below 1e-4, and below a tenth of the change that merging makes. "Refused" means that an error named the
+layer and the reason before anything was changed. Models with windows or relative position biases are refused because a
+merged token has no place in a window and no row in such a bias.
 ''')
 }
 
