@@ -125,5 +125,15 @@ def test_compile_command_dumps(tmp_path, monkeypatch):
     out, graphs = tmp_path / "out.mpc", tmp_path / "graphs"
     assert main(["compile", "tiny", "--out", str(out), "--dump", str(graphs)]) == 0
     assert names(graphs) == DEFAULT
-    (tmp_path / "file").write_text("")
-    assert main(["compile", "tiny", "--out", str(out), "--dump", str(tmp_path / "file")]) != 0
+
+
+@pytest.mark.parametrize("place", ["file", "file/x", "fifo", "loop", "x" * 300])
+def test_compile_command_refuses_a_dump_before_the_work(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(options, "create", lambda *_, **__: pytest.fail("the model was made"))
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert main(["compile", "tiny", "--out", str(tmp_path / "out.mpc"), "--dump", str(tmp_path / place)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("mpcompile: ") and "folder" in message and len(message) < 600
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out.mpc").exists()
