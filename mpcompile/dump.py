@@ -108,7 +108,7 @@ class Dump:
                     number += 1
         except OSError as error:
             raise ArtifactError(
-                f"can't write graphs into {self.folder}",
+                f"cannot write graphs into {self.folder}",
                 expected="a writable folder with room",
                 found=error.strerror or str(error),
             ) from error
