@@ -82,7 +82,7 @@ def test_names_of_passes_are_no_paths(tmp_path):
     assert names(tmp_path) == ["in"] and names(tmp_path / "in") == ["01-.._odd"]
 
 
-@pytest.mark.parametrize("where", ["file", "file/below"])
+@pytest.mark.parametrize("where", ["file", "file/below", "x" * 300])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, where):
     (tmp_path / "file").write_text("")
     with pytest.raises(MPCompileError, match="make the folder"):
@@ -94,6 +94,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, where):
 
 def test_a_dump_that_fails_later_is_one_of_our_errors(tmp_path):
     dump = Dump(tmp_path / "graphs")
+    (tmp_path / "graphs").rmdir()
     (tmp_path / "graphs").write_text("")
     with pytest.raises(MPCompileError, match="cannot write graphs"):
         transform(mlp(), torch.randn(2, 32), pipeline=Pipeline(after_each=dump))
@@ -127,7 +128,7 @@ def test_compile_command_dumps(tmp_path, monkeypatch):
     assert names(graphs) == DEFAULT
 
 
-@pytest.mark.parametrize("place", ["file", "file/x", "fifo", "loop", "x" * 300])
+@pytest.mark.parametrize("place", ["file", "file/x", "fifo", "loop"])
 def test_compile_command_refuses_a_dump_before_the_work(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "create", lambda *_, **__: pytest.fail("the model was made"))
     (tmp_path / "file").write_text("mine")
