@@ -5,7 +5,8 @@ Registered through the ``torch_dynamo_backends`` entry point, so the name works 
 Inference (no gradient can be requested): masked weights become packed tensors that the compiled graph owns. Dynamo
 does not recompile when a user changes weights, so every call compares a stamp of each weight, and packs the weight
 again into the same buffers if its stamp differs. Training: the graph keeps the masked dense weight, whose masked
-gradients are zero. Dynamo compiles one model many times (batch sizes, grad modes); all graphs share one mask per weight.
+gradients are zero. Dynamo compiles one model many times (batch sizes, grad modes); these graphs share one mask per
+weight.
 """
 
 from __future__ import annotations
