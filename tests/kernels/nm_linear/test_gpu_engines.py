@@ -18,7 +18,7 @@ from mpcompile.kernels.nm_linear.gpu import model as gpu_model
 from mpcompile.kernels.nm_linear.gpu.build import Build
 from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, TILES, family, tiles_for
 from tests.support.helpers import images, relative, tiny_vit
-from tests.support.sparse_gemm import EmulatedKernel, Problem, emulated
+from tests.support.ptx.sparse_gemm import EmulatedKernel, Problem, emulated
 
 SPEC = LayerSpec((768, 3072), torch.bfloat16, torch.device("cuda", 0), Pattern(2, 4), inputs=(8, 197, 3072))
 CONV = dataclasses.replace(SPEC, shape=(64, 256, 1, 1), geometry=([1, 1], [0, 0], [1, 1], 1), inputs=(1, 256, 14, 14))
