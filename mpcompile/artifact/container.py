@@ -78,7 +78,7 @@ def naming(path: str, verb: str) -> Iterator[None]:
         folder = os.path.dirname(path)
         expected, hint = "a file that can be opened", "check the path"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            expected, hint = "room for the file", f"free up space on the file system of {folder}, or use another folder"
+            expected, hint = "room for the file", f"free space on the file system of {folder}, or use another folder"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             expected, hint = "permission", f"change the permissions in {folder}, or use another folder"
         elif not os.path.isdir(folder):

@@ -152,8 +152,8 @@ FORGED = [
     ({}, {"mask": code(*[1] * 7)}, "another length"),
     ({}, {"mask": code(*[1] * 6).view(1, 6)}, "do not make a 2:4 weight"),
     ({}, {"mask": torch.ones(6)}, "do not make a 2:4 weight"),
-    ({}, {"mask": code(*[255] * 5, 15)}, "none of the 6"),  # above 6 ** 17
-    ({}, {"mask": code(*[0] * 5, 4)}, "none of the 6"),  # a 17th group, of 16
+    ({}, {"mask": code(*[255] * 5, 15)}, "not one of the 6"),  # above 6 ** 17
+    ({}, {"mask": code(*[0] * 5, 4)}, "not one of the 6"),  # a 17th group, of 16
     ({}, {"mask": code(*[0] * 5, 16)}, "beyond its last group"),  # bit 44 of 44
     ({}, {"values": torch.ones(4, 8, dtype=torch.int32)}, "do not make a 2:4 weight"),
 ]
