@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from mpcompile.errors import ArtifactError
-from mpcompile.io.writing import check_folder_writable, write_atomically
+from mpcompile.io.writing import check_folder_writable, make_folder, write_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import fake_value
 
@@ -83,6 +83,7 @@ class Dump:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         check_folder_writable(self.folder)
+        make_folder(self.folder)
 
     def __call__(self, step: Pass, before: str, gm: IRModule, decision: Decision | dict[str, Any]) -> None:
         after = readable(gm)
@@ -108,7 +109,7 @@ class Dump:
                     number += 1
         except OSError as error:
             raise ArtifactError(
-                f"can't write graphs into {self.folder}",
+                f"cannot write graphs into {self.folder}",
                 expected="a writable folder with room",
                 found=error.strerror or str(error),
             ) from error

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpcompile import Config, MPCompileError, Pipeline, lower, transform
 from mpcompile.__main__ import main
-from mpcompile.cli import options
+from mpcompile.cli import models
 from mpcompile.dump import FILES, Dump, readable
 from mpcompile.passes.base import Pass
 from mpcompile.passes.mask import Mask
@@ -82,20 +82,21 @@ def test_names_of_passes_are_no_paths(tmp_path):
     assert names(tmp_path) == ["in"] and names(tmp_path / "in") == ["01-.._odd"]
 
 
-@pytest.mark.parametrize("where", ["file", "file/below"])
+@pytest.mark.parametrize("where", ["file", "file/below", "x" * 300])
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, where):
     (tmp_path / "file").write_text("")
-    with pytest.raises(MPCompileError, match="can't make the folder"):
+    with pytest.raises(MPCompileError, match="make the folder"):
         Dump(tmp_path / where)
-    with pytest.raises(MPCompileError, match="can't make the folder"):
+    with pytest.raises(MPCompileError, match="make the folder"):
         transform(mlp(), torch.randn(2, 32), dump=tmp_path / where)
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_dump_that_fails_later_is_one_of_our_errors(tmp_path):
     dump = Dump(tmp_path / "graphs")
+    (tmp_path / "graphs").rmdir()
     (tmp_path / "graphs").write_text("")
-    with pytest.raises(MPCompileError, match="can't write graphs"):
+    with pytest.raises(MPCompileError, match="cannot write graphs"):
         transform(mlp(), torch.randn(2, 32), pipeline=Pipeline(after_each=dump))
 
 
@@ -121,9 +122,19 @@ def test_callback_sees_every_pass_also_one_that_is_refused():
 
 
 def test_compile_command_dumps(tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "create", tiny_created)
+    monkeypatch.setattr(models, "create", tiny_created)
     out, graphs = tmp_path / "out.mpc", tmp_path / "graphs"
     assert main(["compile", "tiny", "--out", str(out), "--dump", str(graphs)]) == 0
     assert names(graphs) == DEFAULT
-    (tmp_path / "file").write_text("")
-    assert main(["compile", "tiny", "--out", str(out), "--dump", str(tmp_path / "file")]) != 0
+
+
+@pytest.mark.parametrize("place", ["file", "file/x", "fifo", "loop"])
+def test_compile_command_refuses_a_dump_before_the_work(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "create", lambda *_, **__: pytest.fail("the model was made"))
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert main(["compile", "tiny", "--out", str(tmp_path / "out.mpc"), "--dump", str(tmp_path / place)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("mpcompile: ") and "folder" in message and len(message) < 600
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out.mpc").exists()
