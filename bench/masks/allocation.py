@@ -4,7 +4,7 @@
 
 DATA is a folder with ``load.py``, weights and labelled images. Calibration and evaluation images are different sets.
 All choices are pruned in the same way (optimal brain surgeon, least squares) from the same menu. Wins are images that a
-choice classifies correctly and uniform doesn't, losses the reverse, with the exact two-sided sign test of both.
+choice classifies correctly and uniform does not, losses the reverse, with the exact two-sided sign test of both.
 Divergence is the mean Kullback-Leibler divergence from the dense model's predictions, in nats.
 """
 
@@ -39,7 +39,7 @@ NAMES = {"magnitude": "layer-normalised magnitude", "seb": "SEB", "mp": "MP pred
 
 
 class Once(Allocate):
-    """Predict damages once for all targets; record the held-out comparison, but always choose the allocation."""
+    """Predict damages once for all targets; record the held-out comparison, but always keep the allocation."""
 
     memory: ClassVar[dict[str, Any]] = {}
 
