@@ -124,7 +124,7 @@ def test_an_empty_path_is_not_the_current_folder(call, tmp_path, monkeypatch, ca
     ("command", "expected"),
     [
         ("visualize {model} --image a.png --out v.xyz", "ends in .png, found .xyz"),
-        ("visualize {model} --image a.png --out v", "ends in .png, found a name without an ending"),
+        ("visualize {model} --image a.png --out v", "ends in .png, found a name without a suffix"),
         ("report a.mpc --out page.pdf", "ends in .html or .htm, found .pdf"),
         ("analyze a.mpc --plot a.xyz", ".pdf"),
     ],
@@ -181,7 +181,7 @@ def test_folders_of_a_run_and_of_the_demo(tmp_path, capsys):
         assert cli.main([*command, "--out", f"{tmp_path}/file/run"]) == 2
     (tmp_path / "distilled.mpc").write_text("mine")
     assert cli.main(["distill", "r.yaml", "--data", "images", "--out", str(tmp_path)]) == 2
-    assert "didn't write" in capsys.readouterr().err
+    assert "did not write" in capsys.readouterr().err
 
 
 def test_the_weights_that_were_read_stay(pruned, tmp_path, capsys):

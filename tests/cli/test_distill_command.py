@@ -146,7 +146,7 @@ def test_files_of_another_run_are_left_alone(command, folder, tmp_path, capsys):
         (["--out", "run", "--device", "foo"], "device 'foo' cannot be used"),
         (["--out", "run", "--val-split", "test"], "no images of split 'test'"),
         (["--out", "run", "--num-classes", "5"], "different classes"),
-        (["--out", "run", "--set", "model=test_resnet.foo"], "timm can't make 'test_resnet.foo'"),
+        (["--out", "run", "--set", "model=test_resnet.foo"], "timm cannot create 'test_resnet.foo'"),
         (["--out", "run", "--class-map", "none.txt"], "cannot read the class map none.txt"),
         (["--out", "run", "--set", "data.batch=64"], "fewer training images than make a batch; expected at least 64"),
     ],

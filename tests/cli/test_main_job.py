@@ -132,7 +132,7 @@ def checkpoint(path, keys):
         (["resnet10t", "--checkpoint", "other.safetensors"], "does not fit the model"),
         (["no_such_model"], "timm has no model 'no_such_model'"),
         (["resnet10t", "--tome-r", "8"], "no attention block"),
-        (["resnet10t", "--device", "cuda:9"], "can't be used"),
+        (["resnet10t", "--device", "cuda:9"], "cannot be used"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, message, tmp_path, monkeypatch, capsys):

@@ -217,10 +217,10 @@ def test_every_field_has_an_option():
         ("patern: 2:4", "did you mean 'pattern'"),
         ("pattern: 5:4", "cannot be met"),
         ("tome_r: x", "has no such value"),
-        ("- 1", "is no config.*found a list"),
+        ("- 1", "is not a config.*found a list"),
         ("a: [", "config .*c.yaml is not YAML.*line 1"),
         ("\x00", "is not YAML"),
-        (None, "can't read the config.*No such file"),
+        (None, "cannot read the config.*No such file"),
     ],
 )
 def test_bad_configs_are_explained(text, message, tmp_path):

@@ -20,7 +20,7 @@ from mpcompile.errors import ConfigError
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.report import Report
 
-CALIBRATED = 256  # images at most for the calibration of a new transform, as in `compile`
+CALIBRATED = 256  # maximum number of images that calibrate a new transform, as in `compile`
 
 
 def add(commands: Commands) -> None:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         report.notes += filter(None, (*files.notes, seen_before(files, made)))
     if isinstance(calibration, DeviceBatches):
         report.notes.append(
-            f"calibrated on {calibration.count} of the audited images, which flatters accuracy: for a reliable figure, "
+            f"calibrated on {calibration.count} of the audited images, which flatters accuracy; for a reliable figure, "
             "compile on other images and audit that --artifact"
         )
     _remark(report, random=not args.pretrained and args.checkpoint is None, noise=files is None)
@@ -91,14 +91,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibration(config: Config, files: Images | None, noise: torch.Tensor) -> Any:
-    """Return the calibration data of a new transform: audited images, else noise; None if its score needs no data."""
+    """Return the calibration data of a new transform: audited images, or noise without them; None if it needs none."""
     if not config.needs_data:
         return None
     return [noise] if files is None else DeviceBatches(files, noise, CALIBRATED)
 
 
 def _remark(report: Report, random: bool, noise: bool) -> None:
-    """Add a note on what the figures are worth, and drop accuracy where weights are random."""
+    """Add a note on the figures that mean nothing, and drop accuracy if the weights are random."""
     if random or noise:
         source = "random weights: accuracy and agreement mean nothing" if random else "images are random noise"
         report.notes.insert(0, f"{source}; speed, MACs and bytes do not depend on it")

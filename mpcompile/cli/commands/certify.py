@@ -61,12 +61,16 @@ def add(commands: Commands) -> None:
         metavar="T",
         help="tiers of proof: 0 measured, 1 enclosure, 2 Jacobian (default all)",
     )
-    job.add_argument("--l1", type=float, default=0.0, help="lambda_1 of the training objective (default 0)")
-    job.add_argument("--l2", type=float, default=0.0, help="lambda_2, the factor of |W|_F^2 (default 0)")
     job.add_argument(
-        "--splits", type=at_least(1), default=4, help="pieces per segment: more give tighter bounds (default 4)"
+        "--l1", type=float, default=0.0, help="lambda_1, the factor of |W|_1 in the training objective (default 0)"
     )
-    job.add_argument("--confidence", type=float, default=0.95, help="of statements about unseen images (default 0.95)")
+    job.add_argument("--l2", type=float, default=0.0, help="lambda_2, the factor of |W|_F^2 there (default 0)")
+    job.add_argument(
+        "--splits", type=at_least(1), default=4, help="pieces per segment; more pieces give tighter bounds (default 4)"
+    )
+    job.add_argument(
+        "--confidence", type=float, default=0.95, help="confidence of statements about unseen images (default 0.95)"
+    )
     threads_option(job)
     job.add_argument("--seed", type=at_least(0), default=0, help="seed of the drawn images (default 0)")
     json_option(job)
