@@ -210,7 +210,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "patterns": {
         "nargs": "+",
         "metavar": "N:M",
-        "help": "with --mac-reduction: the allowed patterns, such as 2:4 dense (default: dense and those that run well)",
+        "help": "with --mac-reduction: allowed patterns, such as 2:4 dense (default: dense, and those that run well)",
     },
     "tome_r": {
         "type": tome_r,

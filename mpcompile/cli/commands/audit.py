@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
     if args.record and args.artifact is None:
         raise ConfigError("--record needs --artifact", hint="the figures are stored in that artifact")
     saved = None if args.artifact is None else mpcompile.load(args.artifact)
-    made = {} if saved is None else saved.plan.provenance
-    model, images, config = prepare(args, made)
+    origin = {} if saved is None else saved.plan.provenance
+    model, images, config = prepare(args, origin)
     files = None
     if args.images is not None:
         classes = getattr(model, "num_classes", 0)
         drawn = {"samples": args.samples, "batch": args.batch, "seed": args.seed}
-        files = images_at(args.images, data_config(model), classes=classes, names=class_names(made), **drawn)
+        files = images_at(args.images, data_config(model), classes=classes, names=class_names(origin), **drawn)
     calibration = None
     if saved is not None:
         gm = saved.to(images.device, images.dtype).eval()
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     batches: Any = images if files is None else DeviceBatches(files, images)
     report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
     if files is not None:
-        report.notes += filter(None, (*files.notes, seen_before(files, made)))
+        report.notes += filter(None, (*files.notes, seen_before(files, origin)))
     if isinstance(calibration, DeviceBatches):
         report.notes.append(
             f"calibrated on {calibration.count} of the audited images, which flatters accuracy; for a reliable figure, "

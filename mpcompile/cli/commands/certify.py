@@ -96,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
     if args.checkpoint is None and not args.pretrained:
         raise InputError("the dense weights are missing", expected="--checkpoint FILE or --pretrained", found="neither")
     sparse = _pruned(args.artifact, args.model, args.num_classes)
-    made = sparse.plan.provenance if isinstance(sparse, IRModule) else {}
-    dense = load_model(args, made)
+    origin = sparse.plan.provenance if isinstance(sparse, IRModule) else {}
+    dense = load_model(args, origin)
     classes = getattr(dense, "num_classes", 0)
-    how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": class_names(made), "seed": args.seed}
+    how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": class_names(origin), "seed": args.seed}
     images = images_at(args.images, data_config(dense), **how)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
     report = mpcompile.certify(dense, sparse, images, progress=not args.quiet, **options)
-    notes = "".join(f"\nnote: {note}" for note in filter(None, (*images.notes, seen_before(images, made))))
+    notes = "".join(f"\nnote: {note}" for note in filter(None, (*images.notes, seen_before(images, origin))))
     show(args, f"{args.model}, {images.count} images of {args.images}\n\n{report}{notes}", report.to_json(indent=1))
     return 0

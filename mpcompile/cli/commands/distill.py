@@ -148,18 +148,18 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
             "--class-map needs data that names its classes", expected="a folder or hfds/NAME", found=args.reader
         )
     datasets.check_classes(train, count, named_by)
-    held = None
+    held_out = None
     if args.val_split != "none":
         names = datasets.class_names(train)
-        held = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names, named_by)
+        held_out = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names, named_by)
     # The loaders are made before the student, which takes minutes, so that errors in them show at once.
-    notes = [note for source in (train, held) for note in getattr(source, "notes", ())]
+    notes = [note for source in (train, held_out) for note in getattr(source, "notes", ())]
     for note in notes if ranks.rank() == 0 else ():
         log.warning("note: %s", note)
     batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate, seed)
-    val = None if held is None else images.loader(held, teacher, recipe.data, training=False)
-    holds = datasets.fingerprint(train)
-    student = _student(args, recipe, teacher, train, holds).to(device)
+    val = None if held_out is None else images.loader(held_out, teacher, recipe.data, training=False)
+    data_digest = datasets.fingerprint(train)
+    student = _student(args, recipe, teacher, train, data_digest).to(device)
     result = mpcompile.distill(
         student,
         teacher,
@@ -168,7 +168,7 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
         recipe.train,
         out=args.out,
         resume=args.resume,
-        fingerprint=_fingerprint(args, recipe, teacher, holds),
+        fingerprint=_fingerprint(args, recipe, teacher, data_digest),
         trackers=args.tracker,
         progress=not args.quiet,
     )
@@ -190,7 +190,7 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
     return 0
 
 
-def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str) -> Any:
+def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, data_digest: str) -> Any:
     """Return the student. The first rank makes it, or reads it from an earlier run, and sends it to the others."""
     from mpcompile.data import ranks
 
@@ -198,7 +198,7 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
     failed: Exception | None = None
     if ranks.rank() == 0:
         try:
-            _make_student(args, recipe, teacher, train, holds, path)
+            _make_student(args, recipe, teacher, train, data_digest, path)
         except Exception as error:  # the other ranks are waiting
             failed = error
     problem = ranks.broadcast(None if failed is None else str(failed))
@@ -216,7 +216,7 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
 
 
 def _make_student(
-    args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str, path: Path
+    args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, data_digest: str, path: Path
 ) -> None:
     """Write the student of this recipe to ``path``, and a stamp next to it, unless an earlier run left the same one.
 
@@ -228,7 +228,7 @@ def _make_student(
     from mpcompile.training import checkpoint
 
     make_folder(args.out)
-    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, holds)
+    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, data_digest)
     checkpoint.remove_temporary_files(args.out)
     if args.resume == "auto" and path.exists():
         if os.path.lexists(mark) and _read_stamp(mark) == stamp:
@@ -274,21 +274,21 @@ def _read_stamp(mark: Path) -> str:
     raise ArtifactError(f"{mark} is damaged", expected="a SHA-256 digest", found=problem or "other text", hint=hint)
 
 
-def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
+def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_digest: str) -> str:
     """Return a digest of everything that the student depends on."""
     from mpcompile.training import checkpoint
 
     parts = ("model", "compile", "calibration", "prior_weight")
     made = {key: value for key, value in recipe.to_dict().items() if key in parts}
     text = json.dumps([made, recipe.data.size, recipe.train.seed, args.reader, args.train_split], sort_keys=True)
-    return hashlib.sha256(f"{text} {holds} {checkpoint.weights_digest(teacher)}".encode()).hexdigest()
+    return hashlib.sha256(f"{text} {data_digest} {checkpoint.weights_digest(teacher)}".encode()).hexdigest()
 
 
-def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
+def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_digest: str) -> str:
     """Return a digest of everything that the training batches depend on, without their folder or number of workers."""
     from mpcompile.data import loader as images
 
     how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}
     read = [images.data_config_of(teacher, recipe.data), args.reader, args.train_split]
     text = json.dumps([how, read], sort_keys=True)
-    return hashlib.sha256(f"{text} {holds}".encode()).hexdigest()
+    return hashlib.sha256(f"{text} {data_digest}".encode()).hexdigest()
