@@ -26,12 +26,12 @@ def fresh_dynamo():
 
 @pytest.fixture
 def no_inductor(monkeypatch):
-    """Run lowered graphs as they are: for what doesn't concern code generation."""
+    """Run lowered graphs without code generation, for tests that are not about it."""
     monkeypatch.setattr(module, "_inductor", lambda gm, *_: gm)
 
 
 def graphs():
-    """The graphs that are alive: one test's, since dynamo is reset between tests."""
+    """The live graphs; only those of one test, because dynamo is reset between tests."""
     gc.collect()
     return compiled_graphs()
 
@@ -204,4 +204,4 @@ def test_recompiles_are_counted_by_dynamo_not_by_us():
     compiled = torch.compile(gm, backend=counter)
     with torch.no_grad():
         compiled(torch.randn(4, 32)), compiled(torch.randn(4, 32))
-    assert counter.frame_count == 1  # no guard of ours fails from call to call
+    assert counter.frame_count == 1  # none of our guards fails from call to call

@@ -1,4 +1,4 @@
-"""The house stays readable: short files, small rooms, arrows one way, and no module behind a public function."""
+"""The structure of the tree: short files, small folders, one-way imports, no module hidden by a public function."""
 
 import ast
 from pathlib import Path

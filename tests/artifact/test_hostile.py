@@ -88,7 +88,7 @@ def test_newer_format(small, tmp_path):
 
 
 def test_every_flipped_byte_and_every_truncation_is_noticed(small, tmp_path):
-    """Each byte of the frame and every 7th of the rest; lengths at the boundaries and every 97th."""
+    """Flipped: each byte of the frame, every 7th of the rest. Truncations: lengths at the boundaries and every 97th."""
     raw = small.read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
     path = tmp_path / "file"

@@ -1,4 +1,4 @@
-"""Every operator that a saved graph may call, with tensors of wrong sizes and numbers of any size: no process crashes.
+"""Every operator that a saved graph may call, with wrongly sized tensors and any numbers: no process crashes.
 
 Each operator runs in a child process. Its inputs are between two protected pages, so that reading or writing one
 element beyond a tensor raises a signal.
@@ -31,7 +31,7 @@ from mpcompile.plan import Plan
 
 ATEN = torch.ops.aten
 DRAWS = int(os.environ.get("MPCOMPILE_TEST_DRAWS", "12"))  # calls of each operator
-SECONDS, MEMORY = 60, 1 << 30  # of a batch, beyond what the process has
+SECONDS, MEMORY = 60, 1 << 30  # of a batch; the memory is on top of what the process uses
 PAGE = mmap.PAGESIZE
 SHAPES = (
     (),
@@ -146,7 +146,7 @@ def overloads():
 
 
 def died(run, seconds=SECONDS):
-    """Run in a child; return the signal that ended it, or None, and its last message. Running out of time is fine."""
+    """Run in a child; return the signal that ended it, or None, and its last message. A timeout is not a failure."""
     with tempfile.TemporaryFile() as file:
         child = os.fork()
         if child == 0:

@@ -67,7 +67,7 @@ def test_every_pattern_comes_back_bit_for_bit(data):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (2, 4), (3, 8), (5, 5), (8, 11)])
 def test_the_masks_of_a_group_are_numbered_from_0(n, m):
-    """The code of one group is its rank: masks take every number below C(M, N) once, and no other."""
+    """The code of one group is its rank: the masks have the numbers from 0 to C(M, N) - 1, each once."""
     numbers = set()
     for places in itertools.combinations(range(m), n):
         kept = np.isin(np.arange(m), places)[None]

@@ -1,4 +1,4 @@
-"""Files that hold packed weights: numbers, indices and readers that would lead a kernel out of bounds are refused."""
+"""Files that hold packed weights: numbers, indices and operators that would lead a kernel out of bounds are refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_numbers_in_a_file(changes, tmp_path):
 
 
 def test_an_index_that_packing_cant_have_made(tmp_path):
-    """It would read places of a tile that no block fills, or columns of another cut."""
+    """It would read positions of a tile that no block fills, or columns of another partition."""
     v, i = matrix(16, 480, 16, 32)
     changed = {"n": 10, "m": 20}  # as many entries, in blocks of 80 columns
     with pytest.raises(ArtifactError, match="packed weights"):

@@ -1,4 +1,4 @@
-"""What measures a model holds one batch of images at a time, however many there are and wherever they come from."""
+"""Measurements hold one batch of images at a time, however many images there are and wherever they come from."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ CLASSES = 500
 
 
 class Tracked:
-    """Batches made while they are read: how many were alive at most, and bytes of all tensors at those of ``weigh``."""
+    """Batches made while they are read: the most alive at once, and bytes of all tensors at batches in ``weigh``."""
 
     def __init__(self, inner, weigh=()):
         self.inner, self.weigh, self.alive, self.bytes = inner, weigh, 0, []
@@ -70,7 +70,7 @@ def test_one_batch_is_held_at_a_time(measure, pair):
     batches = Tracked(made(), weigh=(2, BATCHES - 1))
     found, samples = measure(*pair, iter(batches))  # read once: a generator
     assert samples == 8 * BATCHES
-    assert batches.alive <= 3  # the first one, which latency is measured on, the last one, and the next
+    assert batches.alive <= 3  # the first one, on which latency is measured, the last one, and the next
     a_batch_of_logits = 8 * CLASSES * 4
     assert batches.bytes[1] - batches.bytes[0] < a_batch_of_logits
     assert measure(*pair, list(made()))[0] == found

@@ -146,7 +146,7 @@ def test_what_stands_around_forward_is_computed(net, change):
         gm = transform(net, X, DENSE)
         assert relative(gm(X), net(X)) < 1e-6
         expected = net(X)
-        for parameter in net.parameters():  # nothing of the graph hangs on the original
+        for parameter in net.parameters():  # the graph does not depend on the original
             parameter.zero_()
         assert relative(gm(X), expected) < 1e-6
 
@@ -165,7 +165,7 @@ def test_the_same_when_masked_and_lowered(net, change):
 def test_a_forward_replaced_in_the_class_of_torch(net, monkeypatch):
     plain = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: plain(self, x) + 1)
-    assert relative(transform(net, X, HALF)(X), net(X)) < 10  # entered, so that the 1 is seen
+    assert relative(transform(net, X, HALF)(X), net(X)) < 10  # entered, so that the graph contains the 1
     assert relative(transform(net, X, DENSE)(X), net(X)) < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Models in wrappers, other forms of a model, inputs by name: served, or refused with the cure."""
+"""Models in wrappers, other forms of a model, inputs by name: supported, or refused with a remedy."""
 
 import functools
 import warnings
@@ -87,7 +87,7 @@ def test_averaged_models_are_served():
 
 
 class Compiled(nn.Module):
-    """Parts of a model under torch.compile, in ways that leave the module itself in sight."""
+    """Parts of a model under torch.compile, in ways that keep the module itself reachable."""
 
     def __init__(self, how):
         super().__init__()

@@ -39,7 +39,7 @@ def test_no_certificate_is_contradicted(kind):
 
 
 def test_the_check_catches_an_unsound_rule():
-    """ReLU enclosed by its chord alone: the same check on the same networks must find it."""
+    """With ReLU enclosed only by its chord, the same check on the same networks must find contradictions."""
     with mock.patch.object(bench, "PATTERNS", ("2:4",)), mock.patch.object(bench, "ACTIVATIONS", (nn.ReLU,)):
         sound = bench.Counts()
         for _, _, dense, sparse, x, thetas in bench.cases(0, "mlp", 24):

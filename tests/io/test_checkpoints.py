@@ -1,4 +1,4 @@
-"""Checkpoints as training scripts leave them load; nothing in a file is run, and a misfit is one line."""
+"""Checkpoints load as training scripts write them; nothing in a file is run, and a mismatch is reported in one line."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ class Metric:
 
 
 def layouts(state):
-    """Files of common training scripts: what is in them, and a word that the log has to contain."""
+    """Files of common training scripts: their contents, and a word that the log has to contain."""
     under = {f"module.{k}": v for k, v in state.items()}
     compiled = {f"_orig_mod.{k}": v for k, v in state.items()}
     both = {f"module._orig_mod.{k}": v for k, v in state.items()}

@@ -1,4 +1,4 @@
-"""What may stand in a graph after each stage: real graphs pass, and every rule refuses its violation."""
+"""The contents of a graph that are legal after each stage: real graphs pass, and every rule refuses its violation."""
 
 import copy
 
@@ -28,7 +28,7 @@ MODELS = {
 }
 
 
-# --- What transform, lower, export, dynamo and the loader make is legal ---
+# --- Graphs from transform, lower, export, dynamo and the loader are legal ---
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -244,7 +244,7 @@ def test_structure():
 
 
 class Insert(Pass):
-    """Puts a native operator into a graph that is not lowered."""
+    """A pass that puts a native operator into a graph that is not lowered."""
 
     name = "insert"
 

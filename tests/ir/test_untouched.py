@@ -1,4 +1,4 @@
-"""What transform leaves in a user's model and process: nothing; and what it makes there can be trained."""
+"""Transform leaves no trace in a user's model and process, and its result can be trained."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ TOTAL = 0
 
 
 class Stateful(nn.Module):
-    """Keeps something of what it sees, in every way there is; a leaf of the graph if it asks for the mode."""
+    """Stores parts of its inputs in every possible way; a leaf of the graph if it reads the mode."""
 
     table = None
     shared = []  # noqa: RUF012  of the class, as users have it
@@ -97,7 +97,7 @@ def test_generators_modes_and_statistics_stay():
 
 
 class Counting(nn.Module):
-    """Writes into a buffer in every call."""
+    """Writes to a buffer in every call."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def test_random_numbers_are_not_frozen_into_the_graph():
 
 
 class Skipping(nn.Module):
-    """A branch on a random number, in training alone."""
+    """A branch on a random number, only in training."""
 
     def __init__(self):
         super().__init__()

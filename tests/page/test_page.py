@@ -1,4 +1,4 @@
-"""The HTML page: every section with data and without, hostile texts, and a look at it in a real browser."""
+"""The HTML page: every section with and without data, hostile texts, and a screenshot in a real browser."""
 
 import json
 import os
@@ -53,7 +53,7 @@ CERTIFY = {
 
 
 class Reader(HTMLParser):
-    """Collects what a browser would load or run, and whether tags close."""
+    """Collects everything that a browser would load or run, and checks that tags close."""
 
     def __init__(self, text):
         super().__init__()
@@ -92,7 +92,7 @@ def artifact():
 
 @pytest.fixture(scope="module")
 def whole(artifact, tmp_path_factory):
-    """A page with everything on it."""
+    """A page with every section."""
     path = tmp_path_factory.mktemp("images") / "cat <1>.png"
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)

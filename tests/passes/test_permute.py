@@ -74,7 +74,7 @@ def test_groups_of_a_vit():
     found = classes(analysis := analyse(gm, [images()]), {u.name: u for u in layers(gm)})
     sizes = {tuple(sorted(c.readers)): (analysis.atoms.size[c.atom], c.owner is not None) for c in found}
     assert sizes[("blocks.0.mlp.fc2",)] == (128, False)
-    assert sizes[("blocks.1.attn.proj",)] == (16, True)  # an order of its own for each of two heads
+    assert sizes[("blocks.1.attn.proj",)] == (16, True)  # a separate order for each of two heads
     stream = next(names for names in sizes if "head" in names)
     assert sizes[stream] == (32, False) and "blocks.1.attn.qkv" in stream and "blocks.0.mlp.fc1" in stream
 

@@ -56,7 +56,7 @@ def header():
 def changed(change):
     """abi.Linear with a mistake in its fields."""
     fields = dict(abi.Linear._fields_)
-    if change == "swapped":  # of the same type, so that sizes do not tell
+    if change == "swapped":  # fields of the same type, so that sizes do not give it away
         fields = {"residual": ctypes.c_void_p, "x": ctypes.c_void_p} | fields
     elif change == "missing":  # at the end
         del fields["threads"]

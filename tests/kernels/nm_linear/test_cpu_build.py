@@ -1,4 +1,4 @@
-"""Building the CPU kernels: no compiler, broken files, folders that can't be written, processes that start together."""
+"""Building the CPU kernels: no compiler, broken files, unwritable folders, processes that start at once."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ print(json.dumps({
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """As a process that has not built anything, with an empty cache and the instruction set that builds fastest."""
+    """A process that has built nothing, with an empty cache and the instruction set that builds fastest."""
     monkeypatch.setenv("MPCOMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MPCOMPILE_CPU_ISA", "portable")
     for name in ("CXX", "MPCOMPILE_SANITIZE"):
@@ -91,7 +91,7 @@ def works():
 
 
 def place():
-    """Where the library of this process belongs, from a build that is not carried out."""
+    """The path of this process's library, without building it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_find", lambda name, folders: folders[0] / name)
         return build.build("portable")
@@ -286,7 +286,7 @@ def test_threads_and_openmp(built):
     assert (one["new"], two["new"]) == (0, 1)
 
 
-# --- Whose library it is ---
+# --- The owner of a library ---
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def mine(built):
 
 
 def spoil(path, what, tmp_path):
-    """Make somebody else able to have written the library, or its folder, or a folder above."""
+    """Change permissions or owners so that another user could have written the library, its folder or one above."""
     folder = path.parent
     if what == "file":
         path.chmod(0o777)

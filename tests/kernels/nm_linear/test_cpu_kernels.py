@@ -75,7 +75,7 @@ def restore_threads():
 
 
 def size(x, weight, *others):
-    """The size that a product of x and weight has when nothing cancels: what rounding errors are relative to."""
+    """RMS of x times weight if nothing cancelled; rounding errors are relative to it."""
     parts = [x.double().square() @ weight.double().square().T, *(o.double().square() for o in others if o is not None)]
     return sum(part.mean() for part in parts) ** 0.5
 
@@ -87,14 +87,14 @@ def rms(error):
 def luck(terms, outputs):
     """Four standard deviations of the error of a sum in single precision, shrinking as more outputs are averaged.
 
-    A sum of one output can be right to the last bit in one order of addition and not in another: the errors of two
+    A single sum can be exact to the last bit in one order of addition and not in another: the errors of two
     products compare only over many outputs.
     """
     return 4 * 2**-24 * (1 + terms / 6) ** 0.5 / outputs**0.5
 
 
 def drift(x, weight):
-    """What :func:`luck` expects, from the sums themselves: one that happens to run high is rounded more coarsely."""
+    """Like :func:`luck`, but from the partial sums themselves: large ones are rounded more coarsely."""
     weight = weight.double()
     sums = (x.double()[:, None] * weight).cumsum(-1)
     errors = (sums.square() * (weight != 0)).sum(-1) / 3
@@ -221,7 +221,7 @@ def test_large_arguments_of_activations(isa):
 
 
 def test_a_wrong_index_is_noticed():
-    """The comparison above is able to fail."""
+    """The comparison above can fail."""
     weight, mask = layer((32, 64), 2, 4, torch.float32)
     values, index = layouts.pack(weight, mask, 2, 4, ROWS)
     x = torch.randn(20, 64)

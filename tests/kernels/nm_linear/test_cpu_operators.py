@@ -1,4 +1,4 @@
-"""The operators in C++ (ops.cpp): they do what those in Python do, without Python."""
+"""The operators in C++ (ops.cpp) compute the same as those in Python, without Python."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pack(shape, dtype, layout, seed=0):
 
 @pytest.fixture
 def no_python(monkeypatch):
-    """The operators in Python fail."""
+    """Make the operators in Python fail."""
 
     def refuse(*args):
         raise AssertionError("an operator in Python was called")
@@ -141,7 +141,7 @@ def test_tensors_that_do_not_fit_are_refused_and_not_read(dtype, inputs):
         values, index = pack((20, inputs), dtype, layout)
         good = (None, None, 20, n, m, layout, "none")
         assert ops.nm_gemm(x, values, index, *good).shape == (3, 20)
-        cut = 4 if layout == RING else 1  # which holds two values an index byte, and some of both to spare
+        cut = 4 if layout == RING else 1  # RING has two values per index byte, and spare entries of both
         for bad in ((values[:-cut], index), (values, index[:-cut]), (values, index.to(torch.int8))):
             with pytest.raises(InputError, match="packed weights don't fit"):
                 ops.nm_gemm(x, *bad, *good)
@@ -179,7 +179,7 @@ def test_graphs_hold_the_operator_that_was_called(no_python):
 
     traced = make_fx(call, tracing_mode="fake")(x, values, index, bias)
     assert ops.nm_gemm in {node.target for node in traced.graph.nodes}
-    # A gradient is asked for, and yet the product is not Python's.
+    # A gradient is requested, but the product is still not Python's.
     assert call(x, values, index, bias).grad_fn is not None
 
 
@@ -197,4 +197,4 @@ def test_without_kernels_plain_torch_runs(monkeypatch):
         monkeypatch.undo()
         native.use(native.kernels())
     torch.testing.assert_close(fast, slow)
-    assert answers == [False]  # by the operator in Python, which didn't find the kernel
+    assert answers == [False]  # by the operator in Python, which did not find the kernel

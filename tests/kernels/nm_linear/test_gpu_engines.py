@@ -1,4 +1,4 @@
-"""The GPU engines where there is no GPU: what they refuse and why, which tile they take, what reaches a launch."""
+"""The GPU engines without a GPU: refusals and their reasons, the choice of tiles, and the arguments of launches."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ WGMMA, MMA, CUSPARSELT, EXPAND = GPU_ENGINES
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function that makes believe in a GPU of a compute capability."""
+    """A function that simulates the presence of a GPU of a compute capability."""
 
     def make(capability, triton=None, library=True):
         for cached in (gpu_launch.missing, cusparselt.missing):
@@ -202,11 +202,11 @@ def test_activations_that_the_kernels_cannot_read_are_copied(case):
     assert (found is x) == (case == "fine")
 
 
-# --- The way from an operator to the launch ---
+# --- From an operator to the launch ---
 
 
 class Recorder(EmulatedKernel):
-    """Keeps what would be launched, and computes nothing."""
+    """Records launches and computes nothing."""
 
     def __init__(self):
         self.gemm, self.calls = self, []
@@ -257,7 +257,7 @@ def test_operators_hold_under_opcheck():
 
 
 def test_a_lowered_model_is_fused_saved_and_run(monkeypatch, tmp_path):
-    """The passes, on a CPU, as if the GPU engine took the layers; the operators fall back to plain torch here."""
+    """The passes run on a CPU as if the GPU engine took the layers; the operators fall back to plain torch there."""
     monkeypatch.setattr(
         type(MMA), "supports", lambda self, spec: None if self is MMA and spec.geometry is None else "not this one"
     )
