@@ -1,7 +1,7 @@
 """Shared by the benchmarks: interleaved timing, the environment of a run, tables, JSON and bar charts.
 
 All builds of a comparison are timed in one run, in rounds: every round calls each build once, in random order. So a
-change in the machine's load affects all of them, and no build always finds the data of the same other in the caches.
+change in the machine's load affects all of them, and no build always finds the caches as one other build left them.
 Figures are medians, with quartiles.
 """
 
@@ -44,10 +44,10 @@ def interleave(
     """Time every build in interleaved rounds: build -> seconds of each of its calls.
 
     Args:
-        rounds: timed calls of each build; the order is drawn for each round, the same in every run.
+        rounds: timed calls of each build; the order is drawn for each round, with the same seed in every run.
         warmup: untimed rounds before those.
         progress: name under which progress is shown on stderr, if that is a terminal.
-        clock: ``time.thread_time`` counts this thread's processor time alone, for one thread on a busy machine.
+        clock: ``time.thread_time`` counts only this thread's processor time, for one thread on a busy machine.
     """
     names = list(builds)
     order = random.Random(0)
@@ -171,7 +171,7 @@ def plot(
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib isn't installed (pip install 'mpcompile[report]')")
+        print("no plot: matplotlib is not installed (pip install 'mpcompile[report]')")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -226,10 +226,15 @@ def plotted(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 def common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--quick`` and ``--out``."""
     parser.add_argument(
-        "--quick", action="store_true", help="tiny settings, to check that the bench runs; the figures are meaningless"
+        "--quick",
+        action="store_true",
+        help="tiny settings, to check that the benchmark runs; the figures are meaningless",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of JSON and plot (bench/results; with --quick, quick/ in it)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for JSON and plot (bench/results; with --quick, bench/results/quick)",
     )
 
 

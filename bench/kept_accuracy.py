@@ -1,10 +1,10 @@
-"""Speed against accuracy kept: every build of one real model, on one chart, beside the dense builds of other runtimes.
+"""Speed against retained accuracy: every build of one real model in one chart, beside dense builds of other runtimes.
 
     python -m bench.kept_accuracy DATA
 
 DATA is a folder with ``load.py``, weights and labelled images. Masks are calibrated on unlabelled images of one set;
-top-1 is counted on another. Nothing is trained. Latencies are medians of interleaved rounds; the bar is the fastest
-dense build, of torch (eager, ``torch.compile``, freezing) and of ONNX Runtime and OpenVINO where they are installed.
+top-1 is counted on another. Nothing is trained. Latencies are medians of interleaved rounds. The baseline is the
+fastest dense build of torch (eager, ``torch.compile``, freezing), ONNX Runtime and OpenVINO, where they are installed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TOLERANCE = 1e-3  # relative RMS of a build's logits to its own graph in eager m
 
 
 def dense_builds(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """What the dense model is commonly run as, on the given threads."""
+    """The usual ways to run the dense model, on the given number of threads."""
     builds: dict[str, Callable[[], Any]] = {"torch eager": functools.partial(model, x)}
     for name, freezing in (("torch compile", False), ("torch compile, frozen", True)):
         builds[name] = functools.partial(compiled_dense(model, x, freezing=freezing)[0], x)
@@ -76,10 +76,10 @@ def dense_builds(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def checked(name: str, run: Callable[[], Any], expected: Tensor) -> None:
-    """Refuse to time a build that computes something else.
+    """Refuse to time a build whose outputs differ from those of its own graph.
 
     Raises:
-        SystemExit: it does.
+        SystemExit: they differ.
     """
     error = relative_rms(run(), expected)
     if error > TOLERANCE:
@@ -138,7 +138,7 @@ def chart(data: dict[str, Any], folder: Path) -> None:
         axes.axvline(1, color="C7", linewidth=0.8)
         axes.set_xlabel(f"speed against the best dense build ({data['best_dense']}), higher is better")
         axes.set_ylabel(f"top-1 on {total} held-out images, %")
-        axes.set_title("ViT-Tiny/16, untrained after transform, fp32, batch 1", fontsize=10)
+        axes.set_title("ViT-Tiny/16, not retrained after transform, fp32, batch 1", fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left")
 

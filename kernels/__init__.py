@@ -1,1 +1,1 @@
-"""Kernels turn numbers into numbers and know no graph."""
+"""Kernels: operators on tensors, and the engines that run them. Nothing here knows a model's graph."""

@@ -1,8 +1,8 @@
-"""Our operators under torch.autocast: what is packed is multiplied in its own dtype, and yields autocast's.
+"""The operators under torch.autocast: packed weights are multiplied in their own dtype; results have autocast's dtype.
 
-Dense torch casts inputs and weight to autocast's dtype. A packed weight can't be cast (its layout goes by dtype), so
-its operator computes in the weight's dtype, which is no less exact, and rounds the result. Merging tokens is
-bookkeeping in fp32, which autocast leaves alone.
+Dense torch casts inputs and weight to autocast's dtype. A packed weight cannot be cast, because its layout depends on
+its dtype. Its operator computes in the weight's dtype, which is at least as exact, and rounds the result. Token merging
+keeps its sizes in fp32, which autocast does not change.
 """
 
 from __future__ import annotations
@@ -25,16 +25,21 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 
 
 def _packed(operator: Callable[..., Tensor], residual: int) -> Callable[..., Tensor]:
-    """A native operator, whose first two arguments are the input and the packed values."""
+    """Wrap a native operator.
+
+    Args:
+        operator: its first two arguments are the input and the packed values.
+        residual: position of the residual among its arguments.
+    """
 
     def call(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
         wanted = torch.get_autocast_dtype(x.device.type)
         added = rest[residual - 2]
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            if not x.is_floating_point() or torch.float64 in (x.dtype, values.dtype):  # autocast casts no doubles
+            if not x.is_floating_point() or torch.float64 in (x.dtype, values.dtype):  # autocast ignores doubles
                 return operator(x, values, *rest)
             if isinstance(added, Tensor):
-                wanted = torch.promote_types(wanted, added.dtype)  # as an addition behind the product would
+                wanted = torch.promote_types(wanted, added.dtype)  # as when it is added afterwards
                 rest = (*rest[: residual - 2], added.to(values.dtype), *rest[residual - 1 :])
             return operator(x.to(values.dtype), values, *rest).to(wanted)
 
@@ -42,6 +47,8 @@ def _packed(operator: Callable[..., Tensor], residual: int) -> Callable[..., Ten
 
 
 def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an operator that computes in the dtypes it is given."""
+
     def call(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return operator(*args)
@@ -50,7 +57,7 @@ def _exact(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define(library: Library) -> None:
-    """Register all of them; the operators have to be defined in ``library`` already."""
+    """Register the autocast rules of all operators. The operators must already be defined in ``library``."""
     operators = getattr(torch.ops, library.ns)
     for key in _KEYS:
         for name, residual in _RESIDUAL.items():

@@ -1,11 +1,11 @@
 """The N:M weight format: which weights are legal, and how they are packed.
 
-A weight is seen in its *execution layout*, a matrix of rows whose columns run in the order in which a kernel reads
-them. A linear weight (out, in) is already one; a convolution weight (out, in/groups, kh, kw) becomes
-(out, kh * kw * in/groups) with the input channels fastest (KRSC), so that a group of M columns is M input channels at
-one kernel tap. N:M means: in every group of M consecutive columns at most N values are nonzero.
+The format is defined on a weight's *execution layout*, a matrix whose columns are in the order in which a kernel reads
+them. A linear weight (out, in) is its own execution layout. A convolution weight (out, in/groups, kh, kw) becomes
+(out, kh * kw * in/groups) with input channels fastest (KRSC), so that a group of M columns is M input channels at one
+kernel tap. A weight is N:M if every group of M consecutive columns has at most N nonzero values.
 
-A packed weight keeps the N values of each group, and one bit per column that says where they stand. The bits of
+A packed weight stores the N values of each group, and a bit mask with one bit per column. The bits of
 ``groups_per_word(m)`` groups share an integer of 8, 16 or 32 bits.
 """
 
@@ -24,7 +24,7 @@ _PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
 
 
 class Pattern(NamedTuple):
-    """Keep ``n`` of every ``m`` consecutive input values.
+    """An N:M sparsity pattern: ``n`` of every ``m`` consecutive input values are kept.
 
     Example:
         >>> Pattern.parse("8:16").density
@@ -36,10 +36,10 @@ class Pattern(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """``"N:M"`` -> Pattern.
+        """Parse ``"N:M"``.
 
         Raises:
-            ConfigError: not of that form, or not 1 <= N <= M <= 32.
+            ConfigError: the text has another form, or 1 <= N <= M <= 32 does not hold.
         """
         match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
         if match is None:
@@ -51,7 +51,7 @@ class Pattern(NamedTuple):
         n, m = int(match[1]), int(match[2])
         if not 1 <= n <= m <= MAX_M:
             raise ConfigError(
-                f"pattern '{n}:{m}' can't be met",
+                f"pattern '{n}:{m}' cannot be met",
                 expected=f"1 <= N <= M <= {MAX_M}",
                 found=f"N = {n}, M = {m}",
                 hint="N:M keeps N of every M values, so 2:4 keeps half of them",
@@ -60,7 +60,7 @@ class Pattern(NamedTuple):
 
     @property
     def density(self) -> float:
-        """Share of the values that are kept."""
+        """Fraction of the values that are kept."""
         return self.n / self.m
 
     def __str__(self) -> str:
@@ -68,12 +68,12 @@ class Pattern(NamedTuple):
 
 
 def to_rows(weight: Tensor) -> Tensor:
-    """Weight (out, in) or (out, in/groups, kh, kw) -> execution layout (out, K). A view for linear weights."""
+    """Return the execution layout (out, K) of a weight (out, in) or (out, in/groups, kh, kw); a view if linear."""
     return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
 def from_rows(rows: Tensor, shape: torch.Size | list[int] | tuple[int, ...]) -> Tensor:
-    """Inverse of :func:`to_rows`: (out, K) -> ``shape``."""
+    """Return the weight of ``shape`` whose execution layout is ``rows`` (out, K): the inverse of :func:`to_rows`."""
     if len(shape) == 2:
         return rows
     out, cin, kh, kw = shape
@@ -81,14 +81,14 @@ def from_rows(rows: Tensor, shape: torch.Size | list[int] | tuple[int, ...]) -> 
 
 
 def group_axis(shape: torch.Size | tuple[int, ...]) -> int:
-    """Length of the axis that groups must tile: input features, or input channels at one tap."""
+    """Return the length of the axis that groups of M must divide: input features, or input channels at one tap."""
     return int(shape[1])
 
 
 def check_nm(weight: Tensor, n: int, m: int) -> int:
-    """Number of groups of ``m`` with more than ``n`` nonzeros, in the execution layout: 0 means legal N:M.
+    """Count the groups of ``m`` columns with more than ``n`` nonzeros in the execution layout; 0 means legal N:M.
 
-    A weight whose group axis is not a multiple of ``m`` has no legal grouping: every row counts as one violation.
+    If the group axis is not a multiple of ``m``, every row counts as one violation.
 
     Example:
         >>> check_nm(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), 2, 4)
@@ -101,33 +101,33 @@ def check_nm(weight: Tensor, n: int, m: int) -> int:
 
 
 def word_dtype(m: int) -> torch.dtype:
-    """The smallest integer that holds the bits of one group."""
+    """Return the smallest integer type that holds the bits of one group."""
     return torch.uint8 if m <= 8 else torch.int16 if m <= 16 else torch.int32
 
 
 def groups_per_word(m: int) -> int:
-    """How many groups of ``m`` bits fit into one word: 2 for 2:4 (8 bits), 1 for 6:12 (16 bits)."""
+    """Return the number of groups of ``m`` bits that share a word: 2 for 2:4 (8 bits), 1 for 6:12 (16 bits)."""
     return word_dtype(m).itemsize * 8 // m
 
 
 def word_count(k: int, m: int) -> int:
-    """Words a row of ``k`` columns needs."""
+    """Return the number of words in a row of ``k`` columns."""
     return -(-k // (groups_per_word(m) * m))
 
 
 def pack(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """Weight and boolean mask -> (values, words).
+    """Pack a weight under a mask.
 
     Args:
         weight: (out, in) or (out, in/groups, kh, kw), any floating dtype.
-        mask: the same shape, boolean, with exactly ``n`` of every ``m`` set in the execution layout.
+        mask: boolean, of the weight's shape, with exactly ``n`` of every ``m`` columns set in the execution layout.
 
     Returns:
-        ``values`` (out, K * n / m) in the weight's dtype and ``words`` (out, word_count(K, m)), bit ``p`` of a word
-        standing for the ``p``-th column that the word covers.
+        ``values`` (out, K * n / m) in the weight's dtype, and ``words`` (out, word_count(K, m)). Bit ``p`` of a word
+        is the mask of the ``p``-th column that the word covers.
 
     Raises:
-        InputError: the mask doesn't keep exactly ``n`` of every ``m``.
+        InputError: the mask does not keep exactly ``n`` of every ``m``.
 
     Example:
         >>> w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
@@ -138,7 +138,7 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     out, k = rows.shape
     if weight.shape != mask.shape or k % m or group_axis(weight.shape) % m:
         raise InputError(
-            f"a weight {tuple(weight.shape)} can't be packed {n}:{m}",
+            f"a weight {tuple(weight.shape)} cannot be packed {n}:{m}",
             expected=f"a mask of the same shape whose groups of {m} tile axis 1",
             found=f"mask {tuple(mask.shape)}",
         )
@@ -154,7 +154,7 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     span = groups_per_word(m) * m
     bits = torch.nn.functional.pad(kept, (0, word_count(k, m) * span - k)).unflatten(-1, (-1, span))
     words = torch.zeros(bits.shape[:2], dtype=torch.int64, device=weight.device)
-    for p in range(span):  # one bit plane at a time: no temporary of 8 bytes a weight
+    for p in range(span):  # one bit plane at a time, to avoid a temporary of 8 bytes per weight
         words |= bits[..., p].to(torch.int64) << p
     if words.numel() and span == 32:
         words = torch.where(words >= 2**31, words - 2**32, words)
@@ -164,7 +164,7 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
 
 def packed_bytes(shape: torch.Size | tuple[int, ...], itemsize: int, n: int, m: int) -> int:
-    """Bytes of values and words of a packed weight."""
+    """Return the size in bytes of a packed weight: values and words."""
     k = 1
     for axis in shape[1:]:
         k *= int(axis)

@@ -1,9 +1,9 @@
 """The ``mpcompile::`` operators of the IR.
 
-They are registered as CompositeImplicitAutograd: on a graph they are one node each, with N and M written on it, so
-that passes and engines find them; below autograd they are the plain torch code they stand for, so that gradients,
-fake tensors, export and Inductor's fusion follow without a formula of our own. The operators of native kernels
-(``nm_gemm``, ``nm_mlp``, ``nm_conv``) stay whole below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`.
+They are registered as CompositeImplicitAutograd. In a graph each is one node with N and M among its arguments, which
+passes and engines look for. Below autograd each is plain torch code, which provides gradients, fake tensors, export
+and Inductor's fusion. The operators of native kernels (``nm_gemm``, ``nm_mlp``, ``nm_conv``) remain one operator
+below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`. Arguments: :mod:`mpcompile.kernels.schema`.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ def packed_call(
     pattern: Sequence[int],
     layout: int,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The native operator for a layer, without residual and activation, and its arguments.
+    """Return the native operator for a layer, without residual and activation, and its arguments.
 
     Args:
         packed: the packed weight's ``values`` and ``index``.
-        shape: of the dense weight.
-        geometry: of a convolution; None for a linear layer. Groups must be 1.
+        shape: shape of the dense weight.
+        geometry: geometry of a convolution; None for a linear layer. Groups must be 1.
         pattern: (n, m).
-        layout: of the packed weight.
+        layout: layout of the packed weight.
     """
     n, m = pattern
     common: dict[str, Any] = {
@@ -122,10 +122,10 @@ def packed_call(
 
 
 def packed_arguments(node: fx.Node) -> list[checks.PackedWeight]:
-    """The packed weights that a node of a native operator takes; none of another.
+    """Return the packed weights that a node reads; empty if the node calls no native operator.
 
     Raises:
-        InputError: no input can fit the numbers on the node.
+        InputError: the node lacks arguments, or has numbers for which no input is valid.
     """
     if node.target not in NATIVE:
         return []
@@ -133,7 +133,7 @@ def packed_arguments(node: fx.Node) -> list[checks.PackedWeight]:
     try:
         args: Any = expected.bind(node)
     except TypeError as error:
-        given = [*expected.names()[: len(node.args)], *node.kwargs]
+        present = [*expected.names()[: len(node.args)], *node.kwargs]
         names = ", ".join(expected.names())
-        raise InputError(f"{node.target} lacks arguments", expected=names, found=", ".join(given)) from error
+        raise InputError(f"{node.target} lacks arguments", expected=names, found=", ".join(present)) from error
     return checks.stored(args)

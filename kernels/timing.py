@@ -1,11 +1,11 @@
-"""How long a layer takes on each engine, on this machine: timed once, then read from memory or from the cache folder.
+"""Latency of a layer on each engine of this machine: timed once, then read from memory or the cache folder.
 
-The dense bar is the better of what eager torch does and what torch.compile with freezing makes (weights prepacked for
-oneDNN or MKL). Token counts are rounded up to four steps an octave, so that models whose blocks have ever fewer tokens
-need few timings. All candidates of a layer are timed together, in interleaved rounds of changing order; the figure is
-the median. Each goes round several copies of its weights and inputs, since in a model a layer finds neither in the
-processor's nearer caches. Convolutions run channels last, as Inductor lays them on CPUs. On CUDA, calls are captured in
-a graph and timed by events: what the GPU does, without the time to launch it.
+The dense time to beat is the lower of eager torch's and that of torch.compile with freezing (weights prepacked for
+oneDNN or MKL). Token counts are rounded up to four steps per octave, so that models whose blocks have fewer and fewer
+tokens need few timings. All candidates of a layer are timed together, in interleaved rounds of random order; the median
+counts. Each candidate cycles through several copies of its weights and inputs, because in a model a layer finds neither
+in the processor's inner caches. Convolutions run channels last, as Inductor lays them out on CPUs. On CUDA, calls are
+captured in a graph and timed by events, which excludes launch time.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ __all__ = [
 ]
 
 _ROUNDS, _ENOUGH_S, _TOO_LONG_S, _SAMPLE_S = 5, 0.06, 0.25, 0.006
-_COPIES, _COPIES_BYTES = 16, 48 << 20  # at most so many, and so much memory of weights and inputs
-_HOPELESS = 3  # times slower than the best after two rounds: no further ones
+_COPIES, _COPIES_BYTES = 16, 48 << 20  # at most this many copies, and this many bytes of weights and inputs
+_HOPELESS = 3  # after two rounds, a candidate this many times slower than the best is timed no further
 
 CostModel = Callable[[str, LayerSpec, int], "float | None"]
 _MODEL: CostModel | None = None
@@ -63,17 +63,17 @@ _MEMORY: dict[tuple[str, str], dict[str, float]] = {}  # (file, entry key) -> na
 
 
 def set_cost_model(model: CostModel | None) -> None:
-    """Ask ``model(engine name, spec, threads)`` for microseconds instead of timing; where it gives None, time.
+    """Use the microseconds that ``model(engine name, spec, threads)`` returns; engines are timed where it returns None.
 
-    It is asked for ``"dense prepacked"`` too, which may stay None. For tests, and for building on one machine what
-    runs on another. None goes back to timing.
+    The model is also called for ``"dense prepacked"``, for which None is allowed. Cost models serve tests, and builds
+    on one machine for another. ``set_cost_model(None)`` returns to timing.
     """
     global _MODEL  # noqa: PLW0603
     _MODEL = model
 
 
 def bucket(count: int) -> int:
-    """``count`` rounded up to the next of ..., 64, 76, 90, 107, 128, 152, 181, 215, 256, ...
+    """Round ``count`` up to the next of ..., 64, 76, 90, 107, 128, 152, 181, 215, 256, ...
 
     Example:
         >>> [bucket(n) for n in (1, 3, 128, 129, 197)]
@@ -86,7 +86,7 @@ def bucket(count: int) -> int:
 
 
 def bucketed(spec: LayerSpec) -> LayerSpec:
-    """The spec that is timed in place of this one: tokens rounded up, or the batch of a convolution."""
+    """Return the spec that is timed in place of this one: its tokens, or a convolution's batch, are rounded up."""
     if spec.inputs is None:
         return spec
     if spec.geometry is None:
@@ -97,7 +97,7 @@ def bucketed(spec: LayerSpec) -> LayerSpec:
 
 
 def entry_key(spec: LayerSpec, threads: int) -> str:
-    """What a timing depends on, besides the machine and the engine."""
+    """Return the key of a timing: everything it depends on besides the machine and the engine."""
     spec = bucketed(spec)
     device = torch.cuda.get_device_name(spec.device) if spec.device.type == "cuda" else spec.device.type
     shape, inputs = ("x".join(map(str, axes or ())) for axes in (spec.shape, spec.inputs))
@@ -106,7 +106,7 @@ def entry_key(spec: LayerSpec, threads: int) -> str:
 
 
 def triton_version() -> str:
-    """Of the package that is installed, or "none"."""
+    """Return the version of the installed Triton, or "none"."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -115,7 +115,7 @@ def triton_version() -> str:
 
 @functools.cache
 def machine_key() -> str:
-    """Changes with the processor, its instruction set, torch, mpcompile, and the kernels' sources."""
+    """Return a digest of the processor, its instruction set, torch, mpcompile and the kernels' sources."""
     parts = [cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.__version__, __version__]
     parts += [os.environ.get(name, "") for name in ("MPCOMPILE_CPU_ISA", "ONEDNN_MAX_CPU_ISA")]
     if torch.version.cuda is not None:
@@ -128,21 +128,23 @@ def machine_key() -> str:
 
 
 def sources(folder: Path) -> list[Path]:
-    """The kernels' source files in a folder and all folders below it."""
-    found = (Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in found if path.suffix in (".py", ".cpp", ".h"))
+    """Return the kernels' source files in a folder and all folders below it."""
+    files = (Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in files if path.suffix in (".py", ".cpp", ".h"))
 
 
 def cache_file() -> Path:
-    """Where this machine's timings lie."""
+    """Return the path of this machine's timings."""
     return store.cache_folder() / f"timings-{machine_key()}.json"
 
 
 def times(spec: LayerSpec, engines: Sequence[Engine]) -> dict[str, float] | None:
-    """Microseconds a call of each engine and of each of :data:`DENSE`; from the cost model, the cache, or the clock.
+    """Return microseconds per call of each engine and each of :data:`DENSE`, by name.
+
+    Times come from the cost model, from the cache, or from a measurement.
 
     Returns:
-        None where nothing can be timed: input shape unknown, integers, or ``MPCOMPILE_TIMING=off``.
+        None if nothing can be timed: input shape unknown, integers, or ``MPCOMPILE_TIMING=off``.
     """
     if spec.inputs is None or not spec.dtype.is_floating_point or spec.device.type == "meta":
         return None
@@ -157,16 +159,16 @@ def times(spec: LayerSpec, engines: Sequence[Engine]) -> dict[str, float] | None
         return None
     path, key = cache_file(), entry_key(spec, threads)
     place = (str(path), key)
-    found = _MEMORY.get(place) or _valid(store.read_json(path).get(key))
-    if not found.keys() >= set(names):  # timed together or not at all: figures of one load of the machine
-        found = measure(spec, engines, threads)
-        store.write_json(path, {key: {name: round(us, 3) for name, us in found.items()}})
-    _MEMORY[place] = found
-    return {name: us for name, us in found.items() if name in names or name in DENSE} | modelled
+    timed = _MEMORY.get(place) or _valid(store.read_json(path).get(key))
+    if not timed.keys() >= set(names):  # all are timed together, under the same load of the machine
+        timed = measure(spec, engines, threads)
+        store.write_json(path, {key: {name: round(us, 3) for name, us in timed.items()}})
+    _MEMORY[place] = timed
+    return {name: us for name, us in timed.items() if name in names or name in DENSE} | modelled
 
 
 def _valid(entry: Any) -> dict[str, float]:
-    """An entry of the file if it is what was once written there, else nothing."""
+    """Return an entry of the cache file; empty if it is malformed."""
     if not isinstance(entry, dict):
         return {}
     times = {name: us for name, value in entry.items() if (us := store.positive(value)) is not None}
@@ -175,7 +177,7 @@ def _valid(entry: Any) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _quiet(spec: LayerSpec, threads: int) -> Iterator[None]:
-    """As an inference build runs: no gradients, no autocast, so many threads."""
+    """Set the conditions of inference: no gradients, no autocast, and ``threads`` threads."""
     before = torch.get_num_threads()
     if threads != before:
         torch.set_num_threads(threads)
@@ -188,10 +190,10 @@ def _quiet(spec: LayerSpec, threads: int) -> Iterator[None]:
 
 
 def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[str, float]:
-    """Time a layer of random values on every engine, now. Leaves torch's random state alone.
+    """Time a layer of random values on every engine. Torch's random state does not change.
 
     Returns:
-        name -> median microseconds a call.
+        name -> median microseconds per call.
     """
     with _quiet(spec, threads):
         runs = [(name, _rotating(calls)) for name, calls in _runs(bucketed(spec), engines)]
@@ -204,7 +206,7 @@ def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[st
 
 
 def wall_clock(run: Callable[[], Any], calls: int) -> float:
-    """Seconds that so many calls in a row take."""
+    """Return the seconds that ``calls`` calls in a row take."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -212,7 +214,7 @@ def wall_clock(run: Callable[[], Any], calls: int) -> float:
 
 
 def _rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    """Each time the next of several calls."""
+    """Return a function that cycles through several calls."""
     turn = itertools.cycle(calls)
 
     def call() -> Any:
@@ -222,7 +224,7 @@ def _rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 class CudaClock:
-    """Seconds that a GPU takes for so many calls, replayed from a graph, or launched where they can't be captured."""
+    """Measures the seconds that a GPU takes for several calls, replayed from a graph, or launched if not capturable."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -246,7 +248,7 @@ class CudaClock:
             for _ in range(calls):
                 run()
 
-        launch()  # compiles kernels, and lets libraries allocate
+        launch()  # compile kernels, and let libraries allocate
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -260,7 +262,7 @@ class CudaClock:
 
 
 def _race(runs: Sequence[Callable[[], Any]], sample: Callable[[Callable[[], Any], int], float]) -> list[float]:
-    """Median seconds a call of each; ``sample`` gives the seconds of so many calls."""
+    """Return the median seconds per call of each run; ``sample(run, calls)`` returns the seconds of ``calls`` calls."""
     for run in runs:
         sample(run, 1)
     calls = [max(1, int(_SAMPLE_S / max(sample(run, 1), 1e-7))) for run in runs]
@@ -279,8 +281,8 @@ def _race(runs: Sequence[Callable[[], Any]], sample: Callable[[Callable[[], Any]
 
 
 def _runs(spec: LayerSpec, engines: Sequence[Engine]) -> Iterator[tuple[str, list[Callable[[], Any]]]]:
-    """Name of everything to time, and its call on each of several copies of weight and input."""
-    assert spec.inputs is not None  # times() asks for none of those
+    """Yield the name of each candidate, and its call on each of several copies of weight and input."""
+    assert spec.inputs is not None  # as times() has checked
     generator = torch.Generator().manual_seed(0)
     k = math.prod(spec.shape[1:])
     n, m = spec.pattern
@@ -311,16 +313,16 @@ _Maker = Callable[[LayerSpec, Tensor, Tensor, Tensor], "Callable[[], Any] | None
 def _prepacked(
     make: _Maker, spec: LayerSpec, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor
 ) -> list[Callable[[], Any]]:
-    """The call that torch.compile with freezing makes of a dense layer, for each input; none where torch has none."""
+    """Return, for each input, the call that torch.compile with freezing makes for a dense layer; empty if none."""
     if spec.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return []
     try:
-        found = [run for x in inputs if (run := make(spec, x, weight, bias)) is not None]
-        for run in found[:1]:
+        calls = [run for x in inputs if (run := make(spec, x, weight, bias)) is not None]
+        for run in calls[:1]:
             run()
     except (RuntimeError, AttributeError, NotImplementedError):
         return []  # not on this processor, not for this dtype, or not in this torch
-    return found
+    return calls
 
 
 def _onednn(spec: LayerSpec, x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Any]:

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mpcompile._version import __version__
 from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
+from mpcompile.dump import observers
 from mpcompile.errors import NotEligibleError
 from mpcompile.io.messages import warn_once
 from mpcompile.ir import spec
@@ -36,7 +37,7 @@ from mpcompile.ir.shapes import propagate
 from mpcompile.ir.view import layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.passes.base import Context, Results
+from mpcompile.passes.base import Context, Results, run_pass
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
@@ -315,10 +316,10 @@ def mpsparse(
     if not trains:
         if autocasts():  # the dtypes of adjacent nodes depend on autocast
             propagate(imported.gm, imported.inputs)
-        context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan)
+        context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan, observers=observers())
         with exact():
             for step in [FoldNorm(), FoldScale(), Lower(), Fuse()] if config.frozen else [Lower(), Fuse()]:
-                step.run(imported.gm, context)
+                run_pass(step, imported.gm, context)
             spec.check(imported.gm, spec.Stage.FUSED, lifted=imported.lifted, plan=plan)
         lowered = context.results.get(Slots)
         slots = [] if lowered is None else lowered.slots

@@ -1,4 +1,4 @@
-"""Config: what the compiler is asked to do. The same fields serve Python, ``options={}`` and the command line."""
+"""Config: the options of the compiler. Python, ``options={}`` and the command line share the same fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpcompile.kernels.dispatch import auto_menu, auto_pattern
 from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "wanda", "covariance", "obs", "ser")
-_WITHOUT_DATA = frozenset({"magnitude"})  # scores of the weights alone
+_WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alone
 CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
@@ -44,10 +44,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def only_fields(cls: type, options: Mapping[str, Any], complaint: str) -> None:
-    """Every option is a field of a dataclass.
+    """Check that every option is a field of a dataclass.
 
     Raises:
-        ConfigError: one isn't; ``complaint`` and its name, the fields, and the one it may stand for.
+        ConfigError: one isn't. The message has ``complaint``, the option, the fields, and the nearest one.
     """
     valid = [f.name for f in dataclasses.fields(cls)]
     for key in options:
@@ -68,45 +68,44 @@ class Config:
         pattern: ``"N:M"`` keeps N of every M consecutive input values (1 <= N <= M <= 32), ``"dense"`` masks nothing,
             and ``"auto"`` keeps half, in the widest groups that the device's engines run at full speed and that divide
             the layer's inputs (on CPUs 8:16, 4:8 or 2:4).
-        mac_reduction: the share of the model's multiply-accumulates that masks are to save, between 0 and 1. Given,
-            each layer gets a pattern of its own from ``patterns``, and ``pattern`` is not looked at. What merging saves
-            comes on top.
-        patterns: with ``mac_reduction``, what a layer may become: ``"N:M"`` and ``"dense"``. Empty: what the device's
-            engines run well (on CPUs 12:16 to 4:16, in narrower groups where 16 doesn't divide the layer's inputs; on
-            CUDA 2:4), or dense.
-        tome_r: tokens merged away in every attention block (ToMe); 0 merges none. A list gives one number for each
-            block. ``"auto"`` finds the numbers that save ``tome_reduction``.
+        mac_reduction: the share of the model's multiply-accumulates to save by masks, between 0 and 1. If given, each
+            layer gets its own pattern from ``patterns``, and ``pattern`` is ignored. Merging saves on top of that.
+        patterns: with ``mac_reduction``, the patterns that a layer may get: ``"N:M"`` and ``"dense"``. Empty: those
+            that the device's engines run well (on CPUs 12:16 to 4:16, in narrower groups where 16 doesn't divide the
+            layer's inputs; on CUDA 2:4), or dense.
+        tome_r: number of tokens merged per attention block (ToMe); 0 merges none. A list gives one number per block.
+            ``"auto"`` finds the numbers that save ``tome_reduction``.
         tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
-        tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates that merging alone is to save, between
-            0 and 1.
-        tome_proportional: let a merged token count in attention as often as the tokens it stands for. Without
-            training, some models (those pretrained as masked autoencoders) keep more accuracy without.
-        score: which values a group keeps: ``"magnitude"`` the largest; ``"wanda"`` the largest times their input;
-            ``"covariance"`` those whose absence costs the output least; ``"obs"`` (optimal brain surgeon) likewise,
-            with the remaining values of the row moved to make up for it; ``"ser"`` as ``"covariance"``, drawn towards a
-            source mask that prunes, trains what it removed for a short while and restores what moved furthest. All
-            but the first need calibration data, and fall back to magnitude, with a note in the Plan, when there is
-            none.
-        permute: reorder channels so that the masks keep more, folded into the weights; None does so when there is
+        tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by merging alone, between 0
+            and 1.
+        tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,
+            some models (those pretrained as masked autoencoders) keep more accuracy if this is off.
+        score: which values a group keeps: ``"magnitude"`` the largest; ``"wanda"`` the largest products of value and
+            input norm; ``"covariance"`` the set whose complement costs the output least; ``"obs"`` (optimal brain
+            surgeon) likewise, with the remaining values of the row adjusted to compensate; ``"ser"`` as
+            ``"covariance"``, drawn towards a source mask: it prunes, trains the removed values for a short while, and
+            restores those that moved furthest. All but the first need calibration data; without any, they fall back
+            to magnitude, with a note in the Plan.
+        permute: reorder channels so that the masks keep more energy, folded into the weights; None does so if there is
             calibration data.
-        restore: with calibration data, refit kept values by least squares, and exchange kept for removed ones where
-            that lowers the error. (BatchNorm statistics are then taken anew in any case.)
-        engine: what runs a masked layer: ``"cpu"`` (native kernels on packed weights); on CUDA ``"gluon_wgmma_sp"``,
-            ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and ``"triton_expand"`` (any N:M, spread
-            out in registers); ``"reference"`` (packed values + bitmask, plain torch), ``"dense"`` (masked weight, dense
-            GEMM), ``"auto"`` (the fastest, as timed on this machine).
-        exclude: what stays dense: the roles ``"stem"`` (the convolution that reads the image), ``"head"`` (the last
-            layer before the output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. Given, it
-            replaces the default.
+        restore: with calibration data, refit kept values by least squares, and swap kept for removed ones where that
+            lowers the error. (BatchNorm statistics are re-estimated in any case.)
+        engine: the engine of masked layers: ``"cpu"`` (native kernels on packed weights); on CUDA
+            ``"gluon_wgmma_sp"``, ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and
+            ``"triton_expand"`` (any N:M, expanded in registers); ``"reference"`` (packed values + bitmask, plain
+            torch), ``"dense"`` (masked weight, dense GEMM), ``"auto"`` (the fastest, as timed on this machine).
+        exclude: layers that stay dense: the roles ``"stem"`` (the convolution that reads the image), ``"head"`` (the
+            last layer before the output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. A
+            value replaces the default.
         include: layer names or globs that are masked although ``exclude`` names them. A name (no wildcard) that can't
             be masked is an error.
-        prefix_tokens: class, distillation and register tokens at the front of the sequence, never merged; None finds
-            their number in the graph.
+        prefix_tokens: number of class, distillation and register tokens at the front of the sequence, which never
+            merge; None finds it in the graph.
         frozen: promise that weights don't change after compilation: BatchNorm is folded into convolutions, Inductor
-            folds constants and prepacks dense weights, and no call checks whether anything changed.
+            folds constants and prepacks dense weights, and no call checks for changed weights.
 
     Raises:
-        ConfigError: an unknown option or a value that an option can't take.
+        ConfigError: an unknown option, or a value that an option doesn't take.
 
     Example:
         >>> Config(pattern="8:16", tome_r=8).pattern
@@ -164,7 +163,7 @@ class Config:
             raise ConfigError("option 'mac_reduction' is no share", expected="a number between 0 and 1", found=share)
         if share is not None and self.pattern == "dense":
             raise ConfigError(
-                "pattern='dense' masks nothing, so that no MACs can be saved",
+                "pattern='dense' masks nothing, so it saves no MACs",
                 expected="mac_reduction=None with it",
                 found=share,
             )
@@ -179,7 +178,7 @@ class Config:
             if text != "dense":
                 Pattern.parse(text)
         if self.patterns and not any(text != "dense" for text in self.patterns):
-            raise ConfigError("option 'patterns' allows dense layers alone", expected="at least one 'N:M' in it")
+            raise ConfigError("option 'patterns' allows only dense layers", expected="at least one 'N:M' in it")
 
     def _check_merging(self) -> None:
         r, reduction = self.tome_r, self.tome_reduction
@@ -204,7 +203,7 @@ class Config:
 
     @property
     def needs_data(self) -> bool:
-        """Whether the score looks at calibration data; without any it falls back to magnitude."""
+        """True if the score uses calibration data; without any it falls back to magnitude."""
         return self.score not in _WITHOUT_DATA
 
     def choices(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:
@@ -219,7 +218,7 @@ class Config:
     def menu(self, weight: Tensor) -> tuple[Pattern, ...]:
         """With ``mac_reduction``, the patterns that a weight (out, in, ...) may get, densest first.
 
-        Of a menu of the device's own, those with the widest groups that divide its inputs.
+        From the device's default menu, only the patterns with the widest groups that divide the weight's inputs.
         """
         k = group_axis(weight.shape)
         fits = [p for p in dict.fromkeys(self.choices(weight.device, weight.dtype)) if k % p.m == 0]
@@ -238,7 +237,7 @@ class Config:
         """A Config from a mapping such as ``torch.compile``'s ``options``.
 
         Raises:
-            ConfigError: a key that is no option; the message lists the valid ones.
+            ConfigError: an unknown key; the message lists the valid ones.
         """
         if options is not None and not isinstance(options, Mapping):
             raise ConfigError("options are not a mapping", expected="a dict of option names", found=repr(options))

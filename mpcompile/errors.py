@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each says where, what was expected, what was found, and what to do next."""
+"""The errors that users meet. Each names the place, what was expected, what was found, and the next step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = [
     "printable_lines",
 ]
 
-LONGEST = 580  # characters of a message: with the name of the program in front, below 600
-_SHORTEST = 60  # to which a part of a message is cut
+LONGEST = 580  # characters of a message; below 600 with the name of the program in front
+_SHORTEST = 60  # no part of a message is cut below this length
 
 
 def printable(value: object, longest: int | None = None) -> str:
-    """A value as one line that can go to a terminal: control characters, line ends and bidirectional marks escaped.
+    """A value as one line that is safe to print: control characters, line ends and bidirectional marks are escaped.
 
     Args:
-        value: anything; what stands in names and messages may come from a stranger's file.
-        longest: characters kept; the middle of a longer text is left out.
+        value: anything; names and messages may come from an untrusted file.
+        longest: most characters to keep; the middle of a longer text is left out.
 
     Example:
         >>> print(printable("a\\x1b[31m\\nb"))
@@ -40,7 +40,7 @@ def printable(value: object, longest: int | None = None) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """As :func:`printable`, with the text's own line ends: for tables, which are made of several lines."""
+    """Like :func:`printable`, but keep line ends: for tables of several lines."""
     return "\n".join(map(printable, str(text).split("\n")))
 
 
@@ -50,7 +50,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def _fitted(parts: list[str], separators: int) -> list[str]:
-    """The parts of a message, the longest ones cut until all of them together are short enough."""
+    """The parts of a message, the longest ones cut until the message is short enough."""
     while (excess := sum(map(len, parts)) + separators - LONGEST) > 0:
         place = max(range(len(parts)), key=lambda i: len(parts[i]))
         if len(parts[place]) <= _SHORTEST:
@@ -60,7 +60,7 @@ def _fitted(parts: list[str], separators: int) -> list[str]:
 
 
 class MPCompileError(Exception):
-    """Base of every error that mpcompile raises for something the user can change.
+    """Base of every error that mpcompile raises for something that the user can change.
 
     Args:
         message: What went wrong, in one sentence.
@@ -83,7 +83,7 @@ class MPCompileError(Exception):
         found: object = None,
         hint: str | None = None,
     ) -> None:
-        self.message = message  # as it was given; str() of this is one printable line
+        self.message = message  # as given; str() of the error is one printable line
         self.layer, self.expected, self.found, self.hint = layer, expected, found, hint
         parts: list[tuple[str, object, str]] = [("", layer, ": ")] if layer else []
         parts.append(("", message, ""))
@@ -99,23 +99,23 @@ class MPCompileError(Exception):
 
 
 class ConfigError(MPCompileError):
-    """An option that doesn't exist, or a value it can't take."""
+    """An unknown option, or a value that an option doesn't take."""
 
 
 class InputError(MPCompileError):
-    """Data of the wrong kind: example inputs, calibration batches, weights that are not finite."""
+    """Wrong data: example inputs or calibration batches that don't fit, weights that are not finite."""
 
 
 class TraceError(MPCompileError):
-    """The module can't be brought into the IR."""
+    """The module can't be traced into the IR."""
 
 
 class GraphError(MPCompileError):
-    """A pass can't do what was asked on this graph, or left it inconsistent."""
+    """A pass can't carry out the options on this graph, or left the graph inconsistent."""
 
 
 class NotEligibleError(MPCompileError):
-    """Nothing can be masked, or a layer that the user named can't be."""
+    """No layer can be masked, or one that the user named can't be."""
 
 
 class ArtifactError(MPCompileError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,24 +13,27 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.passes.infra.pass_base import PassResult
 
 from mpcompile.calibration.data import as_batches, peek
 from mpcompile.capture.checks import check_values
 from mpcompile.capture.importers import import_model
 from mpcompile.config import CALIBRATIONS, Config
+from mpcompile.dump import observers
 from mpcompile.errors import ConfigError, GraphError, InputError
 from mpcompile.ir import spec
 from mpcompile.ir.effects import explicit
-from mpcompile.ir.macs import count, node_macs
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.ir.numerics import exact, with_ordinary_tensors
 from mpcompile.ir.shapes import propagate
 from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
+from mpcompile.passes.accounts import Accounts
 from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
-from mpcompile.passes.base import Calibration, Context, Pass, Results
+from mpcompile.passes.base import Calibration, Context, Pass, Results, run_pass
+from mpcompile.passes.context import Observer
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
@@ -38,13 +42,18 @@ from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens, unmerged
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
-from mpcompile.plan import LayerPlan, Macs, Plan, is_lowered
+from mpcompile.plan import LayerPlan, Plan
 
 log = logging.getLogger(__name__)
 
 
 class Pipeline:
     """An ordered list of passes. Without arguments, the one that :func:`mpcompile.transform` runs.
+
+    Args:
+        passes: instances of :class:`mpcompile.passes.base.Pass`.
+        after_each: called after every pass with the pass, the code of the graph before it as text, the graph as it is
+            then, and the decision. :class:`mpcompile.dump.Dump` is one that writes files.
 
     Example:
         >>> [p.name for p in Pipeline()]
@@ -53,7 +62,7 @@ class Pipeline:
         ['mask', 'merge_tokens']
     """
 
-    def __init__(self, passes: Sequence[Pass] | None = None) -> None:
+    def __init__(self, passes: Sequence[Pass] | None = None, *, after_each: Observer | None = None) -> None:
         chosen = (
             [Analyze(), Allocate(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
         )
@@ -63,6 +72,7 @@ class Pipeline:
                     "this is not a pass", expected="an instance of mpcompile.passes.base.Pass", found=repr(step)
                 )
         self.passes: list[Pass] = chosen
+        self.after_each = after_each
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
@@ -71,10 +81,10 @@ class Pipeline:
         return f"Pipeline([{', '.join(p.name for p in self.passes)}])"
 
     def __call__(self, model: Imported, ctx: Context) -> IRModule:
-        """Run every pass on the imported graph; check its shapes after each that changed it.
+        """Run every pass on the imported graph, and check its shapes after every change.
 
         Raises:
-            MPCompileError: a pass refused, or left a graph whose shapes don't fit.
+            MPCompileError: a pass refuses the graph, or leaves it with shapes that don't fit.
         """
         gm = model.gm
         output = _shapes(propagate(gm, ctx.inputs))
@@ -82,63 +92,40 @@ class Pipeline:
             gm.recompile()
         for step in self.passes:
             step.check(gm, ctx)
-        accounts = _Accounts(gm, ctx)
-        stage = spec.stage_of(gm)
+        accounts = Accounts(gm, ctx)
+        check = _Check(gm, ctx, output)
         for step in self.passes:
             if step.closes_accounts:
                 accounts.close(gm)
-            result = step.run(gm, ctx)
-            gm = result.graph_module
-            if result.modified:
-                stage = max(stage, spec.REACHED_BY.get(step.name, stage))
-                try:
-                    after = _shapes(propagate(gm, ctx.inputs))
-                    spec.check(gm, stage, lifted=ctx.lifted, plan=ctx.plan)
-                except GraphError as error:
-                    raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
-                if after != output:
-                    raise GraphError(f"pass {step.name!r} changed the output", expected=output, found=after)
+            gm = run_pass(step, gm, ctx, functools.partial(check, step)).graph_module
         accounts.close(gm)
         accounts.enter(ctx.plan)
         gm.plan = ctx.plan
         return gm
 
 
-class _Accounts:
-    """Multiply-accumulates of one run: of the dense model, and of the graph once its masks and merges are decided.
+class _Check:
+    """Refuses a changed graph that doesn't fit together, or whose output has other shapes than before."""
 
-    Packed layers show no patterns, and merged tokens are no longer there to be counted: what the plan that the graph
-    came with knows of the model before goes on, and nothing is counted behind Lower.
-    """
+    def __init__(self, gm: IRModule, ctx: Context, output: Any) -> None:
+        self.ctx, self.output, self.stage = ctx, output, spec.stage_of(gm)
 
-    def __init__(self, gm: IRModule, ctx: Context) -> None:
-        plan = ctx.plan
-        known = plan.macs.dense > 0
-        lowered = is_lowered(gm, plan)
-        self.lifted = ctx.lifted
-        self.macs: Macs | None = plan.macs if known and lowered else None
-        self.executed = {name: entry.macs_executed for name, entry in plan.layers.items()} if self.macs else {}
-        self.dense, self.layers = count(gm, lifted=ctx.lifted)[0].dense, node_macs(gm, ctx.lifted)
-        if known and (lowered or any(spec.family_of(node) not in (None, "masked") for node in gm.graph.nodes)):
-            self.dense = plan.macs.dense
-            self.layers |= {name: entry.macs_dense for name, entry in plan.layers.items() if entry.macs_dense}
-
-    def close(self, gm: IRModule) -> None:
-        """Count the graph as it is now; later calls count nothing."""
-        if self.macs is None:
-            self.macs, self.executed = count(gm, self.dense, self.lifted)
-
-    def enter(self, plan: Plan) -> None:
-        """Put the figures into a plan."""
-        assert self.macs is not None  # close() comes first
-        plan.macs = self.macs
-        for name, entry in plan.layers.items():
-            entry.macs_dense = self.layers.get(name, 0)
-            entry.macs_executed = self.executed.get(name, entry.macs_dense)
+    def __call__(self, step: Pass, result: PassResult) -> None:
+        if not result.modified:
+            return
+        ctx, gm = self.ctx, result.graph_module
+        self.stage = max(self.stage, spec.REACHED_BY.get(step.name, self.stage))
+        try:
+            shapes = _shapes(propagate(gm, ctx.inputs))
+            spec.check(gm, self.stage, lifted=ctx.lifted, plan=ctx.plan)
+        except GraphError as error:
+            raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
+        if shapes != self.output:
+            raise GraphError(f"pass {step.name!r} changed the output", expected=self.output, found=shapes)
 
 
 def _shapes(value: Any) -> Any:
-    """Shapes of whatever a graph returns."""
+    """Shapes of everything that a graph returns."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape)
     if isinstance(value, (tuple, list)):
@@ -162,37 +149,40 @@ def transform(
     prior_weight: float = 0.1,
     calibrate: str = "pruned_to_dense",
     seed: int = 0,
+    dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
     """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
 
-    The model itself is not changed. The result follows ``train()`` and ``eval()``, can be trained (gradients of masked
-    weights are zero), deep-copied, saved with :func:`mpcompile.save`, and lowered with
-    ``torch.compile(gm, backend="mpsparse")``. ``gm.plan`` says what was decided.
+    The model itself is not changed. The result follows ``train()`` and ``eval()``. It can be trained (gradients of
+    masked weights are zero), deep-copied, saved with :func:`mpcompile.save`, and lowered with
+    ``torch.compile(gm, backend="mpsparse")``. ``gm.plan`` holds the decisions.
 
     Args:
         model: a module that torch.fx can trace, or a GraphModule from symbolic_trace, dynamo or export.
         example_inputs: a tensor, a tuple of inputs, or a dict of keyword inputs; only shapes and dtypes matter. For a
-            dynamo graph, the list that the backend received. May be left out when the graph carries shapes, or when
-            calibration data gives them.
-        config: what to do; see :class:`mpcompile.Config`.
+            dynamo graph, the list that the backend received. Not needed if the graph carries shapes, or if there is
+            calibration data.
+        config: the options; see :class:`mpcompile.Config`.
         calibration: an iterable of batches (a tensor, a tuple whose first item is the input, or a dict of keyword
-            inputs), for a score that needs data. Without it, the score falls back to magnitude and the Plan says so.
-        pipeline: other passes than the default ones.
-        statistics: a folder for the moments of every layer: an interrupted run on the same weights, data and options
-            goes on where it was.
-        memory: bytes that calibration statistics may take, and again the activations that are held between layers:
-            what is more is kept as diagonal blocks, or written to a temporary folder.
+            inputs), for a score that needs data. Without it, the score falls back to magnitude, and the Plan says so.
+        pipeline: passes to run instead of the default ones.
+        statistics: a folder for the moments of every layer, from which an interrupted run on the same weights, data
+            and options resumes.
+        memory: bytes that calibration statistics may take, and again the activations held between layers. Beyond that,
+            statistics are kept as diagonal blocks, and activations are written to a temporary folder.
         prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn.
         prior_weight: alpha of that Hamming prior.
-        calibrate: ``"pruned_to_dense"`` takes the statistics of a layer with all layers before it pruned already, and
-            fits it towards the outputs that the dense model gives there: all the way in models with BatchNorm, whose
-            statistics are then taken anew, else a quarter of it; ``"pruned"`` fits each layer to what its own weights
-            make of the pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which is
-            faster and less accurate.
-        seed: seeds whatever is random.
+        calibrate: ``"pruned_to_dense"`` takes the statistics of a layer behind the pruned layers before it, and fits it
+            towards the outputs of the dense model: all the way in models with BatchNorm, whose statistics are then
+            re-estimated, else a quarter of the way; ``"pruned"`` fits each layer to the outputs of its own weights on
+            pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less
+            accurate.
+        seed: seeds every random choice.
+        dump: a folder for the graph before and after every pass, as readable Python with a diff; see
+            :class:`mpcompile.dump.Dump`. ``MPCOMPILE_DUMP=FOLDER`` asks for it without a change of code.
 
     Raises:
-        MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or data doesn't fit.
+        MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or the data doesn't fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
@@ -215,33 +205,41 @@ def transform(
     imported = import_model(model, example_inputs)
     if pipeline is None:
         check_values(imported.gm)
-    folder = None if statistics is None else Path(statistics)
     return run_pipeline(
         imported,
         config,
         pipeline or Pipeline(),
         calibration=calibration,
-        statistics=folder,
+        statistics=None if statistics is None else Path(statistics),
         memory=memory,
         prior=prior,
         prior_weight=prior_weight,
         calibrate=calibrate,
         seed=seed,
+        dump=dump,
     )
 
 
 @with_ordinary_tensors
-def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = None) -> IRModule:
-    """The lowered module, ahead of time: packed weights, fused layers, no dense copy of what is masked.
+def lower(
+    model: nn.Module,
+    example_inputs: Any = None,
+    config: Config | None = None,
+    *,
+    dump: str | os.PathLike[str] | None = None,
+) -> IRModule:
+    """Lower a model ahead of time: packed weights, fused layers, no dense copy of masked weights.
 
-    The result stands alone: the model can be deleted. It is for inference, runs as it is, and faster behind
-    ``torch.compile(lowered, backend="mpsparse", options={"frozen": True})``; it can be saved with
-    :func:`mpcompile.save` (packed for the kind of processor that it was lowered on; on another it runs slowly).
+    The result does not depend on the model, which can be deleted. It is for inference, and runs as it is; faster with
+    ``torch.compile(lowered, backend="mpsparse", options={"frozen": True})``. It can be saved with
+    :func:`mpcompile.save`; its weights are packed for the kind of processor that it was lowered on, and it runs slowly
+    on another.
 
     Args:
-        model: from :func:`transform`, or any that it takes: that is masked by magnitude first.
+        model: from :func:`transform`, or any model that it takes, which is then masked by magnitude first.
         example_inputs: as in :func:`transform`; engines are timed for their batch size.
-        config: ``engine`` says what runs masked layers.
+        config: ``engine`` names the engine of masked layers.
+        dump: as in :func:`transform`.
 
     Raises:
         MPCompileError: as :func:`transform`.
@@ -256,14 +254,14 @@ def lower(model: nn.Module, example_inputs: Any = None, config: Config | None = 
     imported = import_model(model, example_inputs)
     check_values(imported.gm)
     imported.gm.eval()
-    gm = complete(imported, config, [FoldNorm(), FoldScale(), Lower(), Fuse()])
+    gm = complete(imported, config, [FoldNorm(), FoldScale(), Lower(), Fuse()], dump=dump)
     for reason in unmerged(gm.plan):
         log.warning("nothing merged: %s", reason)
     return gm
 
 
 def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
-    """The plan that a graph carries, or None where it was never transformed."""
+    """The plan that a graph carries, or None if it was never transformed."""
     try:
         return gm.plan if isinstance(gm, IRModule) else None
     except GraphError:
@@ -271,7 +269,7 @@ def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
 
 
 def transformed(imported: Imported) -> bool:
-    """Whether a graph has been through :func:`transform`: its plan says so, or (a captured graph has none) its ops."""
+    """True if a graph comes from :func:`transform`: it has a plan, or (a captured graph has none) our operators."""
     return (
         plan_of(imported.gm) is not None
         or any(spec.operator_of(node) for node in imported.gm.graph.nodes)
@@ -279,14 +277,19 @@ def transformed(imported: Imported) -> bool:
     )
 
 
-def complete(imported: Imported, config: Config, passes: Sequence[Pass] = ()) -> IRModule:
-    """Run the default passes unless the graph has been transformed already, then ``passes``."""
+def complete(
+    imported: Imported,
+    config: Config,
+    passes: Sequence[Pass] = (),
+    dump: str | os.PathLike[str] | None = None,
+) -> IRModule:
+    """Run the default passes unless the graph was transformed before, then ``passes``."""
     first: list[Pass] = [] if transformed(imported) else list(Pipeline())
-    return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True)
+    return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True, dump=dump)
 
 
 def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
-    """The plan of a run: that of the runs before, with what the graph holds already and what is asked for now."""
+    """The plan of a run: that of earlier runs, the masks that the graph already has, and the options of this run."""
     before = plan_of(imported.gm)
     plan = Plan() if before is None else copy.deepcopy(before)
     options, old = config.to_dict(), plan.config
@@ -299,7 +302,7 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
         kept += [key for key in old if not key.startswith(("tome_", "prefix_", "engine", "frozen"))]
     plan.config = {**options, **{key: old[key] for key in kept}}
     plan.notes = list(dict.fromkeys([*plan.notes, *imported.notes]))
-    plan.figures = {}  # measured on what the module was before
+    plan.figures = {}  # they were measured on the module before this run
     for layer in layers(imported.gm, imported.lifted):
         if layer.pattern is not None:
             fresh = LayerPlan(layer.kind, tuple(layer.weight.tensor.shape))
@@ -326,8 +329,9 @@ def run_pipeline(
     allocated: Mapping[str, Pattern | None] | None = None,
     tolerant: bool = False,
     results: Results | None = None,
+    dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
-    """The common part of :func:`transform` and the backend: passes on an imported graph, Plan attached."""
+    """Run passes on an imported graph and attach the Plan: the common part of :func:`transform` and the backend."""
     for name, value in (("memory", memory), ("prior_weight", prior_weight)):
         if value < 0:
             raise ConfigError(f"{name} is negative", expected="0 or more", found=value)
@@ -351,6 +355,7 @@ def run_pipeline(
         plan=plan,
         results=results,
         requests=[request for step in pipeline for request in step.requests],
+        observers=[*([pipeline.after_each] if pipeline.after_each else []), *observers(dump)],
         prior=_checked(prior or {}, imported),
         prior_weight=prior_weight,
         seed=seed,
@@ -380,10 +385,10 @@ def _check_needs(pipeline: Pipeline, config: Config) -> None:
 
 
 def _checked(prior: Mapping[str, torch.Tensor], model: Imported) -> Mapping[str, torch.Tensor]:
-    """Source masks, each checked against the weight it is for.
+    """Source masks, each checked against the weight that it is for.
 
     Raises:
-        InputError: a layer that isn't there, or a mask of another shape or type.
+        InputError: an unknown layer, or a mask of another shape or type.
     """
     shapes = {layer.name: layer.weight.tensor.shape for layer in layers(model.gm, model.lifted)}
     for name, mask in prior.items():

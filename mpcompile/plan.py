@@ -1,4 +1,4 @@
-"""Plan: what every pass decided, layer by layer, as data, as JSON, and as a table a person can read."""
+"""Plan: what every pass decided, layer by layer, as data, as JSON, and as a readable table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpcompile.io.reading import parse_json
 from mpcompile.io.schema import Between, Length, Natural, check
 from mpcompile.kernels import ops
 
-_CELL, _LINE = 200, 560  # characters printed at most: of a name or reason, of a remark
+_CELL, _LINE = 200, 560  # most characters printed of a name or reason, and of a remark
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Macs:
     """Multiply-accumulates per sample (convolution, linear and attention products; nothing elementwise).
 
     Attributes:
-        dense: of the model as it came in.
+        dense: of the model before any pass.
         executed: of the graph as it runs. A masked layer counts as n/m only if its stored weight is legal N:M.
-        paper: as ``executed``, but whatever stands between a token merge and the next residual addition is charged at
-            the token count before the merge (the convention of arXiv 2606.02608).
-        matching: spent on finding which tokens to merge and on averaging them; in neither of the two above.
+        paper: as ``executed``, but everything between a token merge and the next residual addition is charged at the
+            token count before the merge (the convention of arXiv 2606.02608).
+        matching: for finding which tokens to merge and averaging them; included in neither of the two above.
     """
 
     dense: int
@@ -56,9 +56,9 @@ class LayerPlan:
         shape: of the weight.
         pattern: ``"N:M"``, or ``"dense"``.
         reason: why it stays dense, or None.
-        density: share of the values that are kept.
-        macs_dense, macs_executed: per sample, before and after.
-        notes: pass name -> what it did here.
+        density: share of the values that the mask keeps.
+        macs_dense, macs_executed: multiply-accumulates per sample, before and after.
+        notes: pass name -> what that pass did to the layer.
     """
 
     kind: str
@@ -72,12 +72,12 @@ class LayerPlan:
 
 
 def is_lowered(gm: fx.GraphModule, plan: Plan) -> bool:
-    """Whether the masked layers of a graph are packed, or run dense without a mask."""
+    """True if the masked layers of a graph are packed, or run dense without a mask."""
     return any(record.name == "lower" for record in plan.passes) or any(n.target in ops.PACKED for n in gm.graph.nodes)
 
 
 def _why(layer: LayerPlan) -> str:
-    """Why a layer is dense, or what chose its mask; and why it was allocated its pattern."""
+    """Why a layer is dense, or the score that chose its mask; and why it was allocated its pattern."""
     first = layer.reason or layer.notes.get("mask", {}).get("score", "")
     budget = layer.notes.get("allocate", {}).get("why")
     return f"{first}: {budget}" if budget else first
@@ -92,7 +92,7 @@ class PassRecord:
     summary: str
 
 
-# What a plan's JSON has to hold, so that whatever reads a plan finds the types that it counts on. More may stand in it.
+# The types that a plan's JSON must have where readers of a plan rely on them. It may hold more.
 
 
 class _Analyzed(TypedDict, total=False):
@@ -165,7 +165,7 @@ class _Macs:
 
 
 class Data(TypedDict, total=False):
-    """How images are made for a model, as :func:`mpcompile.data.images.data_config` says it."""
+    """How images are prepared for a model, as :func:`mpcompile.data.images.data_config` gives it."""
 
     input_size: Annotated[list[Annotated[int, Between(1, 1 << 14)]], Length(3)]
     interpolation: str
@@ -199,7 +199,7 @@ class _Row(TypedDict, total=False):
 
 
 class Figures(TypedDict, total=False):
-    """What an audit measured, as far as it is read again."""
+    """The measurements of an audit that are read again."""
 
     rows: list[_Row]
     environment: dict[str, Any]
@@ -221,7 +221,7 @@ class _Plan:
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Options have values of the types that they take; those of other versions may be there too."""
+    """Check the types of known options; options of other versions are allowed."""
     from mpcompile.config import Config
 
     for name, hint in typing.get_type_hints(Config).items():
@@ -236,12 +236,12 @@ class Plan:
     Attributes:
         config: as :meth:`mpcompile.Config.to_dict` gives it.
         layers: by name, in the graph's order.
-        passes: what ran, in order.
+        passes: the passes that ran, in order.
         macs: of the whole model.
         notes: remarks about the whole model.
-        tokens: behind every merge.
-        provenance: where model and data came from (JSON values): for whoever fills it, such as ``mpcompile compile``.
-        figures: what was measured (JSON values), such as :meth:`mpcompile.Report.to_dict` without its plan.
+        tokens: number of tokens before the first merge and after each.
+        provenance: where model and data came from (JSON values), as a command such as ``mpcompile compile`` enters it.
+        figures: measurements (JSON values), such as :meth:`mpcompile.Report.to_dict` without its plan.
 
     Example:
         >>> plan = Plan(config={"pattern": "2:4"})
@@ -295,7 +295,7 @@ class Plan:
             raise InputError("this is not the JSON of a plan", found=str(error)) from error
 
     def table(self) -> str:
-        """One row a layer."""
+        """One row per layer."""
         rows = []
         for name, layer in self.layers.items():
             mp = layer.notes.get("analyze", {})

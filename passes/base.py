@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from mpcompile.dump import readable
 from mpcompile.ir.module import IRModule
 from mpcompile.passes.context import Allocated, Calibration, Context, Inputs, Request, Results
 from mpcompile.passes.decision import UNRECORDED, Decision
@@ -112,4 +114,37 @@ class Pass(PassBase):
             gm.recompile()
         record = decision.record() if isinstance(decision, Decision) else decision
         ctx.plan.passes.append(PassRecord(self.name, record, self.summary(decision)))
-        return PassResult(gm, modified)
+        return Applied(gm, modified, decision)
+
+
+class Applied(PassResult):
+    """A PassResult that also holds the decision that was applied."""
+
+    decision: Any
+
+    def __new__(cls, gm: IRModule, modified: bool, decision: Any) -> Applied:
+        self: Any = super().__new__(cls, gm, modified)
+        self.decision = decision
+        return self
+
+
+def run_pass(step: Pass, gm: IRModule, ctx: Context, check: Callable[[PassResult], None] | None = None) -> PassResult:
+    """Run one pass and tell the observers of the run.
+
+    Args:
+        check: called with the result first; where it refuses, the observers still see the graph.
+    """
+    if not ctx.observers:
+        result = step.run(gm, ctx)
+        if check is not None:
+            check(result)
+        return result
+    before = readable(gm)
+    result = step.run(gm, ctx)
+    try:
+        if check is not None:
+            check(result)
+    finally:
+        for observer in ctx.observers:
+            observer(step, before, result.graph_module, getattr(result, "decision", {}))
+    return result

@@ -25,7 +25,7 @@ from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, fake_value, real_inputs, shape_of, target_name
 from mpcompile.ir.spec import operator_of
 from mpcompile.kernels import ops, schema
-from mpcompile.kernels.nm_linear.packed import BEHIND
+from mpcompile.kernels.nm_linear.packed import AFTER_RESIDUAL
 from mpcompile.kernels.schema import NmGemmArgs, NmMlpArgs
 from mpcompile.passes.base import Context, Decision, Pass
 from mpcompile.passes.lower import PACKED
@@ -260,7 +260,7 @@ class Fuse(Pass):
             note(nodes[op], "residual", True)
             _add(gm, nodes[op], nodes[add])
         for op, end in decision.behind:
-            note(nodes[op], "activation", _activate(gm, nodes[op], nodes[end], BEHIND))
+            note(nodes[op], "activation", _activate(gm, nodes[op], nodes[end], AFTER_RESIDUAL))
         for first, second in decision.mlps:
             note(nodes[first], "mlp", True)
             note(nodes[second], "mlp", True)

@@ -5,8 +5,8 @@
 
 A case is one sample, one set of replaced layers and one pattern. The check runs the pruned network itself, in fp32 and
 in float64, and networks between the dense and the pruned one. No label that a tier certifies may differ, no logit may
-move further than its bound, and cross-entropy may not rise beyond the sharp bound. A control runs the same check with
-an unsound rule (ReLU enclosed by its chord alone), which must be caught.
+move further than its bound, and cross-entropy may not rise beyond the sharp bound. As a control, the same check is run
+with an unsound rule (ReLU enclosed only by its chord), which must be caught.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def network(kind: str, rng: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def prunable(model: nn.Module, pattern: Pattern) -> list[str]:
-    """Layers whose inputs divide by M, without the last one."""
+    """Layers whose number of inputs is divisible by M, except the last one."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     found = [n for n, m in layers if not m.weight.shape[1] % pattern.m]
     return found[:-1] if len(found) > 1 else found
@@ -96,7 +96,7 @@ def prunable(model: nn.Module, pattern: Pattern) -> list[str]:
 
 @torch.no_grad()
 def pruned(model: nn.Module, layers: list[str], pattern: Pattern, moved: float = 0.0) -> nn.Module:
-    """A copy with magnitude masks on some layers, whose kept values are changed by this much, relatively."""
+    """A copy with magnitude masks on some layers; ``moved`` is the relative change of their kept values."""
     result = copy.deepcopy(model)
     for name in layers:
         weight: Any = result.get_submodule(name).weight
@@ -147,7 +147,7 @@ def check(dense: nn.Module, sparse: nn.Module, x: Tensor, report: Certificates, 
 
     Args:
         thetas: points between sparse (0) and dense (1) at which tiers 1 and 2 are checked too. Only used if one layer
-            is replaced: only then do they make a claim about such points.
+            is replaced, because only then do they make a claim about such points.
     """
     counts = Counts(cases=len(x))
     before, before32 = copy.deepcopy(dense).double()(x.double()), dense(x)
@@ -180,7 +180,7 @@ Case = tuple[str, str, nn.Module, nn.Module, Tensor, tuple[float, ...]]
 
 
 def cases(seed: int, kind: str, samples: int) -> Iterator[Case]:
-    """One random network with every pattern: each layer alone, all at once, and all with kept values changed."""
+    """One random network with every pattern: each layer by itself, all at once, and all with kept values changed."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dense, shape = network(kind, rng)
@@ -237,7 +237,7 @@ def control(samples: int, networks: int = 2) -> Counts:
 
 
 def real(folder: Path, name: str, pattern: str, samples: int, score: str, splits: int) -> dict[str, Any]:
-    """Certify a real model: all layers together, and each of them alone."""
+    """Certify a real model: all layers together, and each layer by itself."""
     job = task(folder, name)
     x, labels = (t[:samples] for t in job.evaluation)
     calibration = None
@@ -277,7 +277,7 @@ def figure(rows: list[dict[str, Any]], models: list[dict[str, Any]], folder: Pat
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib isn't installed (pip install 'mpcompile[report]')")
+        print("no plot: matplotlib is not installed (pip install 'mpcompile[report]')")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -321,7 +321,7 @@ def main() -> int:
     """Measure, print, write; return 1 if a certificate was contradicted or the control was not caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser)
-    parser.add_argument("--cases", type=int, help="least number of cases (100000)")
+    parser.add_argument("--cases", type=int, help="minimum number of cases (100000)")
     parser.add_argument("--batch", type=int, help="samples per network (1024)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="weights and images with load.py: adds real models")
     parser.add_argument("--models", nargs="*", default=["resnet20", "vit_tiny"])

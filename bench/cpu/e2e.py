@@ -10,15 +10,16 @@ backend and ``frozen`` weights; models with convolutions take their input in bot
 A block is one (batch, dtype): its builds are interleaved in one run under ``torch.no_grad()``. The ratio of a build is
 the median of the block's best dense build divided by its own median; below 1 is printed as "slower". The MAC column,
 executed / dense, is the share of the work that masks and merging leave. Engine "auto" chooses by timings stored in the
-cache folder. Timings from a busy machine are wrong; MPCOMPILE_CACHE names another folder. (--quick uses its own.)
+cache folder. If those were made on a busy machine, they are wrong: name another folder in MPCOMPILE_CACHE. (--quick
+uses a folder of its own.)
 
 Every compiled sparse build is compared with the transformed module run eagerly in fp32, on at least 16 images. The
 relative RMS difference must stay below 1e-5 (fp32). In bf16, rounding changes which of several nearly equally similar
 tokens are merged, in some images; there the difference must stay below 1.5 times that of the transformed module run
 eagerly in bf16. Otherwise the build is reported as WRONG and the exit status is 1.
 
-Results go into cpu_e2e.json, one record per (model, depth, batch, dtype, threads). A later run replaces the record of
-the same key as a whole, because figures of two runs aren't interleaved, and keeps all others.
+Results go into cpu_e2e.json, one record per (model, depth, batch, dtype, threads). A later run replaces a whole record
+of the same key, because figures of two runs are not interleaved, and keeps all others.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def block(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
     built = dense_builds(model, x)
     dense = list(built)
     for pattern, r in itertools.product(args.patterns, args.tome_r):
-        print(f"batch {batch}, {dtype}: building {pattern}, {r} tokens merged a block", file=sys.stderr, flush=True)
+        print(f"batch {batch}, {dtype}: building {pattern}, {r} tokens merged per block", file=sys.stderr, flush=True)
         built |= sparse_builds(args, model, x, dtype, pattern, r)
     env = common.environment()
     calls = {name: run for name, (run, _) in built.items()}

@@ -13,7 +13,7 @@ oneDNN, each contiguous and channels last. The sparse kernel runs in both memory
 the best dense candidate of any format.
 
 The ratio is the median of the best dense candidate divided by the median of the sparse kernel: above 1 is faster, and
-below 1 is printed as "slower". Taking the smallest of several medians favours dense. All candidates of a row are
+below 1 is printed as "slower". The minimum over several dense medians favours dense. All candidates of a row are
 interleaved in one run, so that each finds the weights of the others in the caches, much as in a model. The result of
 the sparse kernel is compared with the dense product with the masked weight, by relative RMS (1e-5 fp32, 2e-2 bf16).
 """
@@ -54,7 +54,7 @@ Builds = dict[str, Callable[[], Any]]
 
 
 def optional(builds: Builds, name: str, make: Callable[[], Callable[[], Any]]) -> None:
-    """Add a build if this torch and processor support it; print a note if they don't."""
+    """Add a build if this torch and processor support it; otherwise print a note."""
     try:
         run = make()
         run()
@@ -105,7 +105,7 @@ def dense_conv(forms: dict[str, Tensor], weight: Tensor, padding: int) -> Builds
 
 
 def sparse(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, pattern: Pattern) -> tuple[Any, Tensor]:
-    """The engine's call and its expected result; or why it can't run, as text."""
+    """The engine's call and its expected result, or the reason why it cannot run."""
     geometry = None if weight.dim() == 2 else ([1, 1], [padding] * 2, [1, 1], 1)
     spec = LayerSpec(tuple(weight.shape), weight.dtype, weight.device, pattern, geometry, tuple(x.shape))
     reason = ENGINE.supports(spec) or (f"inputs don't divide by {pattern.m}" if weight.shape[1] % pattern.m else None)

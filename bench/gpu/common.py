@@ -35,13 +35,13 @@ def environments(texts: Sequence[str]) -> dict[str, Path]:
     """Parse ``NAME=PATH`` arguments.
 
     Raises:
-        SystemExit: an argument doesn't have this form, or PATH doesn't exist.
+        SystemExit: an argument does not have this form, or PATH does not exist.
     """
     found = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not name or not equals or not Path(path).expanduser().exists():
-            raise SystemExit(f"--env {text}: expected NAME=PATH, of an interpreter or a folder that is there")
+            raise SystemExit(f"--env {text}: expected NAME=PATH, where PATH is an interpreter or a folder that exists")
         found[name] = Path(
             os.path.abspath(Path(path).expanduser())
         )  # not resolved: the name of a link identifies the environment
@@ -122,7 +122,7 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 
 def clock(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
-    """Seconds for this many calls; on CUDA in a graph, by events."""
+    """A function (call, count) -> seconds for that many calls; on CUDA in a graph, timed by events."""
     return timing.CudaClock(device) if device.type == "cuda" else timing.wall_clock
 
 
@@ -168,7 +168,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tiny shapes on the CPU, to check that the bench runs; the figures are meaningless",
+        help="tiny shapes on the CPU, to check that the benchmark runs; the figures are meaningless",
     )
 
 
@@ -181,7 +181,7 @@ def device_for(dry: bool) -> torch.device:
     if dry:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA GPU here; --dry-run checks the bench itself on the CPU")
+        raise SystemExit("there is no CUDA GPU here; --dry-run checks the benchmark itself on the CPU")
     return torch.device("cuda", torch.cuda.current_device())
 
 

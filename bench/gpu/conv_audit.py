@@ -1,7 +1,7 @@
 """The paper's audit of convolutions, completed: unfolding is timed too, and cuDNN is measured beside it.
 
     python -m bench.gpu.conv_audit                       # on a GPU
-    python -m bench.gpu.conv_audit --dry-run             # does the bench itself run? (CPU)
+    python -m bench.gpu.conv_audit --dry-run             # does the benchmark itself run? (CPU)
 
 Every convolution of ResNet-50 and ResNet-152d (each shape once, weighted by its number of layers) runs in four ways, in
 the same dtype: cuDNN on channels-last memory, unfold + dense product, unfold + 2:4 product, and (1x1) the 2:4 product
@@ -32,7 +32,7 @@ MODELS = ("resnet50", "resnet152d")
 
 
 def convolutions(model: str, batch: int, size: int) -> list[dict[str, Any]]:
-    """Shapes of a model's ungrouped convolutions whose inputs divide by 16, and the number of layers of each."""
+    """Shapes of a model's ungrouped convolutions with inputs divisible by 16, and the number of layers of each."""
     found: dict[tuple[Any, ...], int] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -52,7 +52,7 @@ def convolutions(model: str, batch: int, size: int) -> list[dict[str, Any]]:
 
 
 def engine_for(spec: LayerSpec) -> Engine | None:
-    """The first 2:4 engine that can run a product here; on a CPU, the first of all (it falls back to plain torch)."""
+    """The first 2:4 engine that can run a product here; on a CPU, the first of all, which falls back to plain torch."""
     ours = [engine for engine in GPU_ENGINES if engine.name.startswith("gluon")]
     if spec.device.type != "cuda":
         return ours[-1]
@@ -110,7 +110,7 @@ def audit(layer: dict[str, Any], dtype: torch.dtype, device: torch.device) -> di
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
-    """Ratios of times; above 1, 2:4 is the faster one."""
+    """Ratios of times; above 1, 2:4 is faster."""
     us = row["us"]
     if "2:4 product" not in us:
         return {}
@@ -126,7 +126,7 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Microseconds of all layers of a model in each of the ways; direct where possible, else unfold + 2:4."""
+    """Microseconds of all layers of a model in each way; the last is direct where possible, else unfold + 2:4."""
     found = {"cudnn": 0.0, "unfold + dense": 0.0, "unfold + 2:4": 0.0, "best 2:4": 0.0}
     for row in rows:
         us, count = row["us"], row["layers"]

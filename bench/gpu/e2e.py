@@ -2,9 +2,9 @@
 
     python -m bench.gpu.e2e --models vit_base_patch16_224 --batch 128      # one command: smoke test, checks, speed
     python -m bench.gpu.e2e --env sparse=/opt/triton39                     # ours under another Triton
-    python -m bench.gpu.e2e --dry-run                                      # does the bench itself run? (CPU)
+    python -m bench.gpu.e2e --dry-run                                      # does the benchmark itself run? (CPU)
 
-Builds, each in a separate process, of models with random weights (run time doesn't depend on them):
+Builds, each in a separate process, of models with random weights (run time does not depend on them):
 
   eager        the timm model
   fp32 eager   the same in true fp32 (no TF32), in a separate column: the baseline of the paper's ratios
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     builds = list(args.builds)
     if first.get("inductor") != "ok":
         builds = ["2:4 graph" if name == "2:4" else name for name in builds if name != "2:4 tome"]
-        print("Inductor doesn't run in the sparse environment: the lowered model runs without it, under a CUDA graph")
+        print("Inductor does not run in the sparse environment: the lowered model runs without it, under a CUDA graph")
     jobs = [
         (model, name)
         for model in models

@@ -3,7 +3,7 @@
     python -m bench.gpu.gemm                                        # within 8 minutes; correctness first
     python -m bench.gpu.gemm --env sparse=/opt/triton39             # ours under another Triton
     python -m bench.gpu.gemm --tiles                                # every tile of ours on every shape
-    python -m bench.gpu.gemm --dry-run                              # does the bench itself run? (CPU)
+    python -m bench.gpu.gemm --dry-run                              # does the benchmark itself run? (CPU)
 
 Candidates: ``cublas`` (eager F.linear), ``inductor`` (torch.compile, max-autotune), ``cusparselt`` (torch's own 2:4
 product, after its algorithm search), ``gluon_mma_sp``, ``gluon_wgmma_sp`` and ``triton_expand``. Each runs in two
@@ -37,7 +37,7 @@ from mpcompile.kernels.nm_linear.gpu.engine import TensorCoreEngine
 from mpcompile.kernels.nm_linear.gpu.tiles import family, tiles_for
 from mpcompile.passes.mask import magnitude_mask
 
-# Tokens x (outputs, inputs), the most informative first: a budget that runs out cuts the tail.
+# Tokens x (outputs, inputs), the most informative first: if the time budget runs out, the last ones are left out.
 _VIT = {"ViT-B": 768, "ViT-L": 1024, "ViT-S": 384}
 _TOKENS = (12608, 25216, 50432, 1576, 197)
 CONVNEXT = [
@@ -100,7 +100,7 @@ def build(
     """A candidate's call, and its expected result in fp32.
 
     Raises:
-        RuntimeError: the candidate can't run the product; the message gives the reason.
+        RuntimeError: the candidate cannot run the product; the message gives the reason.
     """
     x, weight, mask, bias = problem(m, n, k, dtype, device)
     masked = weight * mask

@@ -37,7 +37,8 @@ from mpcompile.kernels.nm_linear.gpu.model import CHIPS, choose_tile, dense_us, 
 from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, tiles_of
 
 SPILL = 16
-LAUNCH = ("ptx", "cubin", "function", "parameters", "scratch_bytes")  # fields of a record that only a launch needs
+# Fields of a record that are needed only for a launch.
+LAUNCH = ("ptx", "cubin", "function", "parameters", "scratch_bytes")
 PART = 24  # builds between two checks of the clock
 KERNELS = ("gluon_mma_conv", "gluon_mma_sp", "gluon_wgmma_sp")
 WIDTHS = {"ViT-S": 384, "ViT-B": 768, "ViT-L": 1024}

@@ -29,7 +29,7 @@ PLANTED = 40
 
 
 def wishart(n: int, m: int, rng: np.random.Generator) -> np.ndarray:
-    """Falling eigenvalues of WᵀW/N for a Gaussian (N, M) matrix."""
+    """Eigenvalues of WᵀW/N for a Gaussian (N, M) matrix, in descending order."""
     a = np.sqrt(rng.chisquare(n - np.arange(m)))
     b = np.sqrt(rng.chisquare(np.arange(m - 1, 0, -1)))
     diagonal = a**2
@@ -62,7 +62,7 @@ def null(n: int, m: int, draws: int) -> dict[str, Any]:
 
 
 def cases(generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
-    """Matrices that are noise, and matrices that are not."""
+    """Matrices that are pure noise, and matrices that are not."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)

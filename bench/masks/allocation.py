@@ -4,7 +4,7 @@
 
 DATA is a folder with ``load.py``, weights and labelled images. Calibration and evaluation images are different sets.
 All choices are pruned in the same way (optimal brain surgeon, least squares) from the same menu. Wins are images that a
-choice classifies correctly and uniform doesn't, losses the reverse, with the exact two-sided sign test of both.
+choice classifies correctly and uniform does not, losses the reverse, with the exact two-sided sign test of both.
 Divergence is the mean Kullback-Leibler divergence from the dense model's predictions, in nats.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +24,9 @@ from bench.masks.ladder import Task, divergence, predict, task
 from mpcompile import Config, Pipeline, transform
 from mpcompile.data.labels import draw
 from mpcompile.ir.module import IRModule
-from mpcompile.passes.allocate.decide import Allocate, _Data, _Layer
+from mpcompile.passes.allocate.decide import Allocate, Comparison
+from mpcompile.passes.allocate.menu import Candidate
+from mpcompile.passes.allocate.prediction import Samples
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Context
 from mpcompile.passes.mask import Mask
@@ -38,30 +39,30 @@ NAMES = {"magnitude": "layer-normalised magnitude", "seb": "SEB", "mp": "MP pred
 
 
 class Once(Allocate):
-    """Predict damages once for all targets; record the held-out comparison, but always choose the allocation."""
+    """Predict damages once for all targets; record the held-out comparison, but always keep the allocation."""
 
     memory: ClassVar[dict[str, Any]] = {}
 
-    def _data(self, gm: IRModule, ctx: Context, found: list[_Layer], kind: str) -> _Data | None:
+    def _data(self, gm: IRModule, ctx: Context, candidates: list[Candidate], kind: str) -> Samples | None:
         if kind not in COMPARED:
             return None
         if "data" not in self.memory:
-            self.memory["data"] = super()._data(gm, ctx, found, kind)
+            self.memory["data"] = super()._data(gm, ctx, candidates, kind)
         return self.memory["data"]
 
     def _predict(
-        self, gm: IRModule, ctx: Context, found: list[_Layer], kind: str, data: _Data | None, target: float
+        self, gm: IRModule, ctx: Context, candidates: list[Candidate], kind: str, data: Samples | None, target: float
     ) -> dict[str, str]:
         if kind != "calibrated":
-            return super()._predict(gm, ctx, found, kind, data, target)
+            return super()._predict(gm, ctx, candidates, kind, data, target)
         if "costs" not in self.memory:
-            super()._predict(gm, ctx, found, kind, data, target)
-            self.memory["costs"] = [item.costs for item in found]
-        for item, costs in zip(found, self.memory["costs"], strict=True):
-            item.costs = costs
+            super()._predict(gm, ctx, candidates, kind, data, target)
+            self.memory["costs"] = [candidate.costs for candidate in candidates]
+        for candidate, costs in zip(candidates, self.memory["costs"], strict=True):
+            candidate.costs = costs
         return {}
 
-    def _better(self, held_out: Mapping[str, Any]) -> str:
+    def _better(self, held_out: Comparison) -> str:
         self.memory["kept"] = super()._better(held_out)
         return "allocation"
 

@@ -4,7 +4,7 @@
 
 DATA is a folder with ``load.py``, weights and labelled images. Calibration and evaluation images are different sets.
 Every rung is compared image by image with the one that it builds on: wins are images that only the higher rung
-classifies correctly. Rows that are in the JSON file are not measured again.
+classifies correctly. Rows that are already in the JSON file are not measured again.
 """
 
 from __future__ import annotations
@@ -112,14 +112,14 @@ def unpacked(text: str, count: int) -> Tensor:
 
 
 def right(model: nn.Module, data: tuple[Tensor, Tensor], batch: int = 50) -> Tensor:
-    """Which images the model classifies correctly."""
+    """A boolean per image: True if the model classifies it correctly."""
     return predict(model, data[0], batch).argmax(1) == data[1]
 
 
 def measure(
     job: Task, dense: Tensor, pattern: str, count: int, rung: str, flips: bool
 ) -> tuple[dict[str, Any], Tensor]:
-    """One row, and which images the model classifies correctly; ``dense`` holds the dense log-probabilities."""
+    """One row, and a boolean per image, True if it is classified correctly; ``dense``: the dense log-probabilities."""
     x, labels = job.calibration
     chosen = x[draw(labels.tolist(), count)]
     batches = list((torch.cat([chosen, chosen.flip(-1)]) if flips else chosen).split(32))

@@ -57,7 +57,7 @@ def random_scores(steps: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def shuffled(name: str) -> dict[str, Any]:
-    """Relative change of the output if every class of channels is put into a random order."""
+    """Relative change of the output after every class of channels is put into a random order."""
     model, x = shaken(name), torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     gm = import_model(model, x).gm.eval()
     start = time.perf_counter()

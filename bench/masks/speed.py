@@ -3,7 +3,7 @@
     python -m bench.masks.speed --model vit_base_patch16_224 --pattern 2:4 --threads 2
 
 Each model is pruned by :func:`mpcompile.transform`; time is split into the permutation search, the masks, the refit
-(least squares separately), and the rest (forward passes and statistics). Accuracy is meaningless here.
+(with least squares listed separately), and the rest (forward passes and statistics). Accuracy is meaningless here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ seconds, counts as a failure, and the file is kept.
 
 With ``--graphs`` the graph is changed: other operators, arguments, integers and bytes of tensors, in files that also
 hold native kernels (tests/support/forged_graphs.py). Files that load are also run on an input, all in child processes.
-A child that dies counts as a failure; the time and memory that a graph takes do not.
+A child that dies counts as a failure; excessive time or memory of a graph does not.
 
     python -m bench.robustness.fuzz_artifacts --rounds 10000 --json bench/results/fuzz_artifacts.json
     python -m bench.robustness.fuzz_artifacts --graphs --rounds 10000 --json bench/results/fuzz_graphs.json
@@ -110,7 +110,7 @@ def changed(path: Path, draw: random.Random) -> tuple[dict[str, Any], bytes]:
 
 def graphs(rounds: int, seed: int, limit: float) -> dict[str, Any]:
     """Counts of the outcomes of forged graphs, and the numbers of those that crashed."""
-    torch.set_num_threads(1)  # threads don't survive a fork
+    torch.set_num_threads(1)  # threads do not survive a fork
     counts, crashed = Counter[str](), []
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         found = outcomes(Forger(Path(folder), seed), rounds, seconds=limit)
@@ -125,7 +125,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=10_000)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--limit", type=float, default=20.0, help="most seconds per load")
+    options.add_argument("--limit", type=float, default=20.0, help="maximum seconds per load")
     options.add_argument("--graphs", action="store_true", help="change graphs, and run those that load")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
@@ -145,7 +145,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.suppress(KeyboardInterrupt),
-    ):  # then report what was done so far
+    ):  # then report the rounds so far
         files, path = samples(Path(folder)), Path(folder) / "changed.mpc"
         for number in tqdm(range(args.rounds), unit="header", mininterval=5):
             forge(path, *changed(draw.choice(files), draw))

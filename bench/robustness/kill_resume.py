@@ -4,9 +4,9 @@
     python -m bench.robustness.kill_resume --kills 20 --command
 
 A two-block transformer with dropout is distilled on random images, with a checkpoint after every step. The run is
-forked, killed with SIGKILL at a random moment, and resumed; at the end all weights are compared bit by bit, and the
-contents of the logs. With ``--command`` it is ``mpcompile distill`` on a folder of images, with workers and
-augmentation, killed at any moment from its start on, also while it makes the student.
+forked, killed with SIGKILL at a random moment, and resumed; at the end, all weights are compared bit for bit, and so
+are the contents of the logs. With ``--command``, ``mpcompile distill`` runs on a folder of images, with workers and
+augmentation, and is killed at any moment after its start, even while it makes the student.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def forked(folder: Path, epochs: int, made: tuple[nn.Module, Any], writes: float
     if pid == 0:
         code = 1
         try:
-            # The first call after a fork renews PyTorch's thread pool. It is called before autograd starts its threads:
-            # if two threads make it at once, they may find no pool at all, and PyTorch aborts.
+            # The first call after a fork renews PyTorch's thread pool. It is made before autograd starts its threads:
+            # if two threads renew the pool at once, they may find none, and PyTorch aborts.
             torch.set_num_threads(1)
             train(folder, epochs, *made)
             code = 0
@@ -91,7 +91,7 @@ def forked(folder: Path, epochs: int, made: tuple[nn.Module, Any], writes: float
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             if status:
-                raise SystemExit("a run failed of itself, without being killed")
+                raise SystemExit("a run failed without being killed")
             return True
         found = path.stat().st_ino if path.exists() else None
         if found != last:
@@ -128,8 +128,8 @@ def run_command(root: Path, out: Path, seconds: float) -> bool:
     """``mpcompile distill``, killed with all its workers after this many seconds; True if it ended before."""
     command = [sys.executable, "-m", "mpcompile", "distill", str(root / "recipe.yaml"), "--data", str(root / "images")]
     command += ["--num-classes", "2", "--threads", "1", "--quiet", "--out", str(out), "--resume", "auto"]
-    with (root / "said").open("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+    with (root / "output").open("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -137,8 +137,8 @@ def run_command(root: Path, out: Path, seconds: float) -> bool:
             process.wait()
             return False
         if process.returncode:
-            said.seek(0)
-            raise SystemExit(f"a run failed of itself, without being killed: {said.read()}")
+            output.seek(0)
+            raise SystemExit(f"a run failed without being killed: {output.read()}")
     return True
 
 
@@ -196,7 +196,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return dict(mpcompile.load(folder / "distilled.mpc").state_dict())
 
 
-def epochs_told(folder: Path) -> list[Any]:
+def logged_epochs(folder: Path) -> list[Any]:
     """The epochs and steps in the log, without times."""
     return [
         {key: value for key, value in line.items() if key != "time"}
@@ -224,20 +224,20 @@ def main() -> None:
             whole, broken, steps = by_fork(Path(name), args.kills, args.epochs, draw)
         expected, found = weights(whole), weights(broken)
         left = [p.name for p in broken.iterdir() if p.name.endswith(".tmp")]
-        told = epochs_told(whole) == epochs_told(broken)
+        same_logs = logged_epochs(whole) == logged_epochs(broken)
     equal = expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
     print(
-        f"{len(steps)} kills; final weights {'equal bit by bit' if equal else 'DIFFER'}, logs "
-        f"{'alike' if told else 'DIFFER'}; files left behind: {left or 'none'}"
+        f"{len(steps)} kills; final weights {'equal bit for bit' if equal else 'DIFFER'}, logs "
+        f"{'equal' if same_logs else 'DIFFER'}; files left over: {left or 'none'}"
     )
-    row = {"kills": len(steps), "steps at kills": steps, "equal": equal, "logs alike": told, "left": left}
+    row = {"kills": len(steps), "steps at kills": steps, "equal": equal, "logs alike": same_logs, "left": left}
     kept = load("kill_resume", args.out) or {}
     save(
         "kill_resume",
         {**kept, "command" if args.command else "function": {**row, "environment": environment(1)}},
         args.out,
     )
-    raise SystemExit(0 if equal and told and not left and len(steps) == args.kills and max(steps) else 1)
+    raise SystemExit(0 if equal and same_logs and not left and len(steps) == args.kills and max(steps) else 1)
 
 
 if __name__ == "__main__":

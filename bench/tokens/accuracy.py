@@ -7,8 +7,8 @@ bytes), int64 ``offsets`` and ``labels`` of ImageNet's 1000 classes; images are 
 standard deviation 0.5.
 
 Tokens are merged in three ways: by their keys with proportional attention, by their keys without it, and, as a control,
-with the keys replaced by random numbers, which merges the same number of random tokens. Intervals are Wilson's at 95 %;
-"lost" and "won" count the images that only the dense or only the merged model classifies correctly.
+with the keys replaced by random numbers, which merges the same number of tokens at random. Intervals are Wilson's,
+95 %; "lost" and "won" count the images that only the dense or only the merged model classifies correctly.
 
 Results go into tome_accuracy.json and tome_accuracy.png.
 """
@@ -71,7 +71,7 @@ def merged(model: nn.Module, r: int, way: str) -> IRModule:
 
 @torch.no_grad()
 def right(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> Tensor:
-    """Which images the model classifies correctly."""
+    """A boolean per image: True if the model classifies it correctly."""
     torch.manual_seed(0)
     found = torch.cat([model(chunk).argmax(-1) for chunk in images.split(batch)])
     return found == labels
@@ -119,7 +119,7 @@ def plot(records: list[dict[str, Any]], folder: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib isn't installed (pip install 'mpcompile[report]')")
+        print("no plot: matplotlib is not installed (pip install 'mpcompile[report]')")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

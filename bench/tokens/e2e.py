@@ -1,4 +1,4 @@
-"""Only token merging, on the CPU, end to end: dense weights and fewer tokens against the best dense build.
+"""Token merging alone, on the CPU, end to end: dense weights and fewer tokens against the best dense build.
 
     python -m bench.tokens.e2e --model vit_base_patch16_224 --batch 8 --dtype fp32 bf16
 
@@ -9,8 +9,8 @@ dense median divided by the fastest merged median of the same dtype. Beside it i
 (dense / executed), which it would equal if time were proportional to arithmetic; "of MACs" is the quotient of the two.
 
 Every compiled merged build is compared with the transformed module run eagerly in fp32. In fp32 the relative RMS
-difference must stay below 1e-5. In bf16 it contains rounding, and the effect of rounding on which of several nearly
-equally similar tokens are merged; it may be at most 1.5 times that of the transformed module run eagerly in bf16.
+difference must stay below 1e-5. In bf16, rounding also changes which of several nearly equally similar tokens are
+merged; there the difference may be at most 1.5 times that of the transformed module run eagerly in bf16.
 Otherwise the build is reported as WRONG and the exit status is 1.
 
 ``--parts`` instead times what merging adds to a block: matching and merging, and attention with log(size) as a bias, as
@@ -82,7 +82,7 @@ def block(args: argparse.Namespace, batch: int, dtype: str) -> dict[str, Any]:
     built = dense_builds(model, x)
     dense = list(built)
     for r in args.tome_r:
-        print(f"batch {batch}, {dtype}: building {r} tokens merged a block", file=sys.stderr, flush=True)
+        print(f"batch {batch}, {dtype}: building {r} tokens merged per block", file=sys.stderr, flush=True)
         built |= merged_builds(model, x, dtype, r, args.forms)
     env = common.environment()
     calls = {name: run for name, (run, _) in built.items()}
@@ -140,7 +140,7 @@ def attention_variants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[T
 
 
 def linear_scaling(module: nn.Module, x: Tensor, tokens: list[int], args: argparse.Namespace) -> float:
-    """Time of a block's linear layers per number of tokens, relative to a time proportional to that number."""
+    """Time of a block's linear layers by number of tokens, relative to a time proportional to that number."""
     layers = [module.attn.qkv, module.attn.proj, module.mlp.fc1, module.mlp.fc2]
     given = {layer: torch.randn(*x.shape[:2], layer.in_features, dtype=x.dtype) for layer in layers}
 

@@ -3,9 +3,9 @@
     python -m bench.tokens.sweep --shard 0/8 --seconds 450     # resumes where it stopped; then the other shards
     python -m bench.tokens.sweep --report                      # the table in docs/
 
-Each architecture is built at depth 2 for images of 8 x 8 patches, if its family accepts a depth and a size, else at its
-own; first on the meta device. Eight tokens are merged per block. Models that symbolic tracing can't handle are exported
-first. An architecture counts as
+Each architecture is built at depth 2 for images of 8 x 8 patches if its family accepts a depth and a size, else at its
+own depth and size; first on the meta device. Eight tokens are merged per block. Models that symbolic tracing cannot
+handle are exported first. An architecture counts as
 
 supported   if it is transformed, and its output with random weights equals that of the eager reference in
             tests/support/merging_reference.py within a relative RMS of 1e-4 and a tenth of what merging changes;
@@ -54,7 +54,7 @@ SMALL = 8  # patches per side of the images whose outputs are compared
 
 
 def build(name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """An architecture at depth 2, if its family accepts a depth, and the arguments it was made with."""
+    """An architecture, at depth 2 if its family accepts a depth, and the arguments with which it was created."""
     grouped = {"depth": 2, "num_heads": 8, "num_kv_heads": (8, 4)}  # for families that name heads block by block
     for extra in ({"depth": 2, **kwargs}, {"depth": 2}, {**grouped, **kwargs}):
         try:
@@ -91,7 +91,7 @@ def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
 
 
 def blocks(model: nn.Module, sites: int) -> list[nn.Module]:
-    """The last ``sites`` modules that add attention to their input; those before them attend within windows."""
+    """The last ``sites`` modules that add attention to their input (earlier ones attend within windows)."""
     found = list(getattr(model, "blocks", []))
     if not found or isinstance(found[0], (nn.ModuleList, nn.Sequential)):  # stages of blocks
         found = [m for m in model.modules() if any(ATTENTION.search(type(child).__name__) for child in m.children())]
@@ -167,7 +167,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Examine the remaining architectures of this shard, for this many seconds."""
+    """Examine the remaining architectures of this shard, for at most ``args.seconds``."""
     number, of = map(int, args.shard.split("/"))
     stem = f"{NAME}-{number}of{of}"
     names = args.models or architectures()[number::of]
@@ -178,7 +178,7 @@ def sweep(args: argparse.Namespace) -> None:
         if name in known and not args.models:
             continue
         if time.monotonic() > deadline:
-            print("out of time; run it again to go on")
+            print("out of time; run it again to continue")
             return
         record = examine(name)
         print(name, record["outcome"], record.get("reason", "")[:160], record.get("seconds", ""), flush=True)
@@ -240,12 +240,12 @@ HEAD = f"""# Which timm models can merge tokens
 
 {
     inspect.cleandoc('''
-Every architecture of timm that holds an attention layer was built (two blocks deep where its family takes a depth),
-traced, and given `Config(tome_r=8)`. "Supported" means more than that it ran: with random weights its output equals
-that of an independent eager reference, which shares no code with the pass, to a relative RMS of 1e-4 and to a tenth of
-what merging changes. "Refused" means an error that names the layer and the reason, before anything was changed. Models
-with windows or relative position biases are refused because a merged token has no place in a window and no row in such
-a bias.
+Every architecture of timm with an attention layer was built (two blocks deep if its family accepts a depth), traced,
+and transformed with `Config(pattern="dense", tome_r=8)`. "Supported" means more than that it ran: with random weights,
+its output equals that of an independent eager reference, which shares no code with the pass. The relative RMS
+difference is below 1e-4, and below a tenth of the change that merging makes. "Refused" means that an error named the
+layer and the reason before anything was changed. Models with windows or relative position biases are refused because a
+merged token has no place in a window and no row in such a bias.
 ''')
 }
 
@@ -254,7 +254,7 @@ a bias.
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th architecture from number I on")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th architecture, starting at number I")
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="stop after the architecture in progress at that time"
     )

@@ -26,7 +26,7 @@ SCANS = 1797
 
 
 def held_out(demo: Demo, fold: int, args: argparse.Namespace) -> tuple[float, dict[str, Tensor]]:
-    """MACs saved, and which held-out scans the dense, the pruned and the distilled model classify correctly."""
+    """MACs saved, and the held-out scans that the dense, the pruned and the distilled model classify correctly."""
     data = load_data(demo.seed, fold)
     dense = train_dense(demo, data, fold)
     config = Config(pattern=args.pattern, tome_r=args.tome_r)

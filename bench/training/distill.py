@@ -1,4 +1,4 @@
-"""How much accuracy a few epochs of distillation recover on real models and images.
+"""The accuracy that a few epochs of distillation recover on real models and images.
 
     python -m bench.training.distill DATA --task vit_tiny --patterns 2:4 --tome-r 0 8
     python -m bench.training.distill DATA --task resnet20 --patterns 2:4 8:16 --seeds 0 1
@@ -6,7 +6,7 @@
 DATA is a folder with ``load.py``, weights and labelled images. Training and calibration use one set of images,
 evaluation another, which is not used before the end. Methods: ``ours`` (masks by OBS, restored and permuted),
 ``magnitude`` (masks by magnitude, then the same distillation), ``sr-ste`` and ``gradual`` (dense weights under moving
-masks, the same distillation). Rows that are in the JSON file are not measured again. ``--holdout N`` holds out N
+masks, the same distillation). Rows already in the JSON file are not measured again. ``--holdout N`` holds out N
 training images and evaluates on them instead, to choose options.
 """
 
@@ -34,7 +34,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.training.distill import apply_masks
 
 METHODS = ("ours", "magnitude", "sr-ste", "gradual")
-# ViT-Tiny's by the divergence on 100 held-out training images, the others set beforehand; never on evaluation images.
+# ViT-Tiny's were chosen by divergence on 100 held-out training images, the others beforehand; none on evaluation data.
 OPTIONS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"lr": 1e-4, "alpha": 1.0, "features": 10.0, "weight_decay": 0.01, "precision": "bf16"},
     "resnet20": {"lr": 1e-3, "alpha": 1.0, "features": 1.0, "weight_decay": 1e-4, "bn_batches": 20},
@@ -75,7 +75,7 @@ def paired_drop(dense: Tensor, sparse: Tensor) -> tuple[float, float, float]:
     """Drop in accuracy on the same images, and its 95 % interval (Agresti and Min 2005), as shares.
 
     Args:
-        dense, sparse: which images each model classifies correctly, boolean.
+        dense, sparse: a boolean per image, True if that model classifies it correctly.
     """
     lost, won, n = int((dense & ~sparse).sum()), int((sparse & ~dense).sum()), len(dense)
     centre = (lost - won) / (n + 2)

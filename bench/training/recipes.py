@@ -5,7 +5,7 @@
 
 Each recipe makes its model (random weights), its student from 4 random images, and two optimiser steps of distillation
 on batches of 2, in a separate process. Checks: the masks are legal before and after, the loss is finite, and the
-multiply-accumulates, counted from the tensors, are those that the recipe expects.
+multiply-accumulates, counted from the tensors, equal those that the recipe expects.
 """
 
 from __future__ import annotations

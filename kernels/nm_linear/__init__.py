@@ -1,1 +1,1 @@
-"""N:M linear and convolution: one file an engine, the reference beside them."""
+"""N:M linear layers and convolutions: the reference in plain torch, and CPU and GPU engines in folders of their own."""

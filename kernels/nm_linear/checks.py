@@ -1,11 +1,11 @@
-"""What the native operators accept: every number and tensor that a kernel relies on, checked before anything is sized.
+"""Checks of every number and tensor that a native kernel relies on, before any memory is allocated.
 
-``nm_gemm``, ``nm_mlp`` and ``nm_conv`` call this first, on CPUs and GPUs. On its short path ops.cpp makes the same
-checks and sends everything that fails one here. The loader of artifacts makes the checks that need no input
-(:func:`stored`). Python's integers have no width, so nothing wraps around before it becomes a C ``int``.
+``nm_gemm``, ``nm_mlp`` and ``nm_conv`` run them first, on CPUs and GPUs. The fast path in ops.cpp makes the same checks
+and sends every call that fails one here. The artifact loader makes the checks that need no input (:func:`stored`).
+Python's integers are unbounded, so a number cannot overflow before it becomes a C ``int``.
 
-The contents of an index are not inspected in a call: a tile has as many rows as a byte can name (layouts.h), and the
-table of a ``RING`` weight is read within its bounds (sweep.h).
+A call does not inspect the contents of an index. They cannot lead a kernel out of bounds: a tile has as many rows as a
+byte can name (layouts.h), and the table of a ``RING`` weight is read within its bounds (sweep.h).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from mpcompile.kernels.nm_linear import layouts, packed, sparse24
 from mpcompile.kernels.nm_linear.layouts import RING, ROWS
 from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
 
-COUNT = 2**31 - 1024  # rows and columns of a weight: the kernels count in int, and a few further
-NUMBER = 2**31 - 1  # a stride, padding, dilation or kernel size
-BYTES = 2**47  # of a tensor: what a process can address
-FREE = 2**28  # elements that padding, or a weight without columns, may call for whatever the input's size
-TIMES = 64  # ... and beyond that, so many times the input's
+COUNT = 2**31 - 1024  # most rows or columns of a weight: the kernels' counters are int, and run a few past the last
+NUMBER = 2**31 - 1  # largest stride, padding, dilation or kernel size
+BYTES = 2**47  # size of the largest tensor: the address space of a process
+FREE = 2**28  # elements that padding, or a weight without columns, may need however small the input is
+TIMES = 64  # beyond FREE, at most this many times the elements of the input
 LAYOUTS = (*layouts.NAMES, *sparse24.NAMES)
 
 
 class PackedWeight(NamedTuple):
-    """A packed weight as an operator is given it.
+    """A packed weight among an operator's arguments.
 
-    ``values`` and ``index`` are tensors, or nodes of a graph; in a graph the columns of a matrix are not known: None.
+    ``values`` and ``index`` are tensors, or graph nodes. In a graph the columns of a matrix are unknown: None.
     """
 
     values: Any
@@ -47,15 +47,15 @@ class PackedWeight(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"packed weights don't fit a weight {tuple(self.shape)} {self.n}:{self.m}"
+        return f"packed weights do not fit a weight {tuple(self.shape)} {self.n}:{self.m}"
 
 
 def weights(args: NativeArgs, columns: int | None = None) -> list[PackedWeight]:
-    """The packed weights among an operator's arguments.
+    """Return the packed weights among an operator's arguments.
 
     Args:
         args: arguments of ``nm_gemm``, ``nm_mlp`` or ``nm_conv``.
-        columns: features of the input.
+        columns: number of features of the input.
     """
     if isinstance(args, NmMlpArgs):
         one = PackedWeight(args.values1, args.index1, (args.hidden, columns), args.n1, args.m1, args.layout1)
@@ -73,40 +73,40 @@ def _can_be(shape: tuple[int, ...], n: int, m: int, layout: int) -> bool:
 
 
 def weight_numbers(shape: tuple[int, ...], n: int, m: int, layout: int) -> None:
-    """A shape, pattern and layout that a packed weight can have.
+    """Check that a packed weight can have this shape, pattern and layout.
 
     Raises:
-        InputError: they aren't.
+        InputError: it cannot.
     """
     if not all(type(number) is int for number in (*shape, n, m, layout)) or not _can_be(shape, n, m, layout):
         raise InputError(
             "no packed weight has these numbers",
-            expected=f"1 <= N <= M <= {MAX_M}, inputs in groups of M, a layout of {sorted(LAYOUTS)}, sizes to {COUNT}",
-            found=f"{_shown(n)}:{_shown(m)}, layout {_shown(layout)}, a weight {_shown(shape)}",
+            expected=f"1 <= N <= M <= {MAX_M}, inputs in groups of M, a layout of {sorted(LAYOUTS)}, sizes <= {COUNT}",
+            found=f"{_abbreviated(n)}:{_abbreviated(m)}, layout {_abbreviated(layout)}, a weight {_abbreviated(shape)}",
             hint="lower the module again with mpcompile.lower",
         )
 
 
-def _shown(value: object) -> str:
+def _abbreviated(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def epilogue(activation: object, known: Sequence[str] = packed.EPILOGUES) -> None:
-    """An activation that the operator knows.
+    """Check that an activation is one of those that the operator has.
 
     Raises:
-        InputError: another one.
+        InputError: it is not.
     """
     if activation not in known:
-        raise InputError("no such activation", expected=", ".join(known), found=_shown(activation))
+        raise InputError("no such activation", expected=", ".join(known), found=_abbreviated(activation))
 
 
 def held(x: Tensor, weight: PackedWeight) -> None:
-    """That two tensors hold a packed weight, whole, for inputs such as ``x``.
+    """Check that ``values`` and ``index`` hold a complete packed weight for inputs like ``x``.
 
     Raises:
-        InputError: another dtype, device, size or order in memory than packing gives them.
+        InputError: their dtype, device, size or memory order differs from that of packed tensors.
     """
     values, index, shape, n, m, layout = weight
     weight_numbers(shape, n, m, layout)
@@ -122,16 +122,16 @@ def held(x: Tensor, weight: PackedWeight) -> None:
     if not layouts.fits(values.numel(), index.numel(), shape, n, m, layout):
         raise InputError(
             weight.title,
-            expected=f"what layouts.pack makes of it in layout {layouts.NAMES.get(layout, layout)}",
+            expected=f"tensors from layouts.pack in layout {layouts.NAMES.get(layout, layout)}",
             found=f"{values.numel()} values, {index.numel()} index bytes",
         )
     if layout == ROWS and len(shape) == 2 and index.is_cpu and math.prod(shape):
-        # A few features more or less leave the sizes as they are, but not the last row's places.
+        # Padding makes the sizes equal for a few features more or less, but the last row's places still differ.
         width, entries, kept = layouts.last_places(shape[1], n, m)
         end = index.reshape(-1)[-entries:].tolist()
         if end[kept - 1] < width - m or any(end[kept:]):
             raise InputError(
-                weight.title, expected="an input of the features that were packed", found=f"one of {shape[1]}"
+                weight.title, expected="an input with as many features as were packed", found=f"{shape[1]} features"
             )
     if layout == RING:
         end = layouts.table_bytes(shape, m)
@@ -146,46 +146,46 @@ def _described(tensor: Tensor) -> str:
 
 
 def room(shape: Sequence[int], dtype: torch.dtype, most: int | None = None) -> None:
-    """That an output, or what a kernel makes of an input, is of a size to ask memory for.
+    """Check that an output, or a padded input, is small enough to allocate.
 
     Args:
-        most: elements, if the sizes of the tensors that are there don't bound them.
+        most: limit in elements, for shapes that are not bounded by those of existing tensors.
 
     Raises:
-        InputError: it isn't.
+        InputError: it is too large.
     """
     limit = BYTES // dtype.itemsize if most is None else most
     if math.prod(shape) > limit:
         raise InputError(
             "the output, or the padded input, is too large",
             expected=f"at most {limit} elements",
-            found=_shown(tuple(shape)),
+            found=_abbreviated(tuple(shape)),
             hint="use smaller padding or a smaller batch",
         )
 
 
 def beside(bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], out: int, x: Tensor) -> None:
-    """A bias of ``out`` values, and a residual that spreads over an output of ``shape``; both where the input is.
+    """Check that a bias has ``out`` values, that a residual broadcasts to ``shape``, and that both are on x's device.
 
     Raises:
-        InputError: they are something else.
+        InputError: one of them does not.
     """
     if bias is not None and bias.shape != (out,):
-        raise InputError("the bias doesn't fit", expected=f"({out},)", found=tuple(bias.shape))
+        raise InputError("the bias does not fit", expected=f"({out},)", found=tuple(bias.shape))
     if residual is not None and residual.shape != tuple(shape):
         pairs = zip(reversed(residual.shape), reversed(shape), strict=False)
         if residual.dim() > len(shape) or any(size not in (1, whole) for size, whole in pairs):
-            raise InputError("the residual doesn't fit", expected=tuple(shape), found=tuple(residual.shape))
+            raise InputError("the residual does not fit", expected=tuple(shape), found=tuple(residual.shape))
     for tensor in (bias, residual):
         if tensor is not None and tensor.device != x.device:
-            raise InputError("a bias or residual lies elsewhere", expected=x.device, found=tensor.device)
+            raise InputError("a bias or residual is on another device", expected=x.device, found=tensor.device)
 
 
 def gemm(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, activation: str) -> None:
-    """What ``nm_gemm`` takes.
+    """Check the arguments of ``nm_gemm``.
 
     Raises:
-        InputError: something that it doesn't.
+        InputError: one is invalid.
     """
     epilogue(activation)
     tokens(x)
@@ -202,10 +202,10 @@ def mlp(
     residual: Tensor | None,
     activation: str,
 ) -> None:
-    """What ``nm_mlp`` takes.
+    """Check the arguments of ``nm_mlp``.
 
     Raises:
-        InputError: something that it doesn't.
+        InputError: one is invalid.
     """
     epilogue(activation, packed.ACTIVATIONS)
     tokens(x)
@@ -217,20 +217,20 @@ def mlp(
 
 
 def tokens(x: Tensor) -> None:
-    """That the input has features.
+    """Check that the input has an axis of features.
 
     Raises:
-        InputError: it is a single number.
+        InputError: it is a scalar.
     """
     if not x.dim():
-        raise InputError("a matrix product can't read this input", expected="(..., features)", found="a single number")
+        raise InputError("a matrix product cannot read this input", expected="(..., features)", found="a single number")
 
 
 def geometry(shape: Any, stride: Any, padding: Any, dilation: Any) -> None:
-    """Numbers that a convolution can have.
+    """Check that a convolution can have these numbers.
 
     Raises:
-        InputError: they aren't.
+        InputError: it cannot.
     """
     axes = [*stride, *padding, *dilation, *shape]
     good = len(shape) == 4 and len(stride) == len(padding) == len(dilation) == 2
@@ -242,7 +242,7 @@ def geometry(shape: Any, stride: Any, padding: Any, dilation: Any) -> None:
         raise InputError(
             "no convolution has these numbers",
             expected=f"a shape (out, in, height, width), stride, dilation and padding (two each) up to {NUMBER}",
-            found=f"{_shown(tuple(shape))}, {_shown(stride)}, {_shown(dilation)}, {_shown(padding)}",
+            found=", ".join(map(_abbreviated, (tuple(shape), stride, dilation, padding))),
             hint="lower the module again with mpcompile.lower",
         )
 
@@ -255,19 +255,22 @@ def conv(
     axes: tuple[Sequence[int], Sequence[int], Sequence[int]],
     activation: str,
 ) -> tuple[int, int, int, int]:
-    """What ``nm_conv`` takes; the sizes of its output.
+    """Check the arguments of ``nm_conv``.
 
     Args:
         axes: stride, padding, dilation.
 
+    Returns:
+        The shape of the output.
+
     Raises:
-        InputError: something that it doesn't.
+        InputError: an argument is invalid.
     """
     shape, (stride, padding, dilation) = weight.shape, axes
     epilogue(activation)
     geometry(shape, stride, padding, dilation)
     if x.dim() != 4 or x.shape[1] != shape[1]:
-        raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
+        raise InputError(f"a convolution {tuple(shape)} cannot read this input", found=tuple(x.shape))
     held(x, weight)
     padded = [size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True)]
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, shape[2:], strict=True)]
@@ -285,7 +288,7 @@ def conv(
 
 
 def stored(args: NativeArgs) -> list[PackedWeight]:
-    """The packed weights of a node, with its numbers checked as far as possible without an input.
+    """Return the packed weights of a node after checking its numbers, as far as possible without an input.
 
     Args:
         args: the node's arguments.
@@ -303,10 +306,10 @@ def stored(args: NativeArgs) -> list[PackedWeight]:
 
 
 def contents(weight: PackedWeight, values: Tensor, index: Tensor) -> None:
-    """That a file's tensors hold the weight, and that its index names nothing outside the weight's blocks.
+    """Check that a file's tensors hold the weight, and that the index stays inside the weight's blocks.
 
     Raises:
-        InputError: they don't.
+        InputError: the tensors do not hold the weight, or the index leaves its blocks.
     """
     shape = None if None in weight.shape else weight.shape
     layouts.check(values, index, weight.m, weight.layout, shape)

@@ -1,18 +1,19 @@
-"""How the CPU kernels keep an N:M weight: blocks of columns, and in each a list of entries for every row.
+"""Memory layouts of N:M weights for the CPU kernels: blocks of columns, and in each block a list of entries per row.
 
-A block is what the kernel holds of the activations in its first-level cache: up to :data:`ROWS_BLOCK` or
-:data:`PAIRS_BLOCK` input columns. Blocks follow one another; inside a block, rows do; inside a row, entries do.
+A block covers the input columns whose activations the kernel holds in the first-level cache: up to :data:`ROWS_BLOCK`
+or :data:`PAIRS_BLOCK` columns. Storage order is blocks, then rows of a block, then entries of a row.
 
-* ``ROWS`` (fp32; bf16 where the processor has no bf16 products): an entry is one kept value and the number of its
-  column in the block (one byte). 5 bytes a kept value in fp32, 3 in bf16.
+* ``ROWS`` (fp32; bf16 on processors without bf16 products): an entry is one kept value and its column in the block (one
+  byte). 5 bytes per kept value in fp32, 3 in bf16.
 * ``QUADS`` (bf16, 2:4): an entry is two kept values and the number of a *pair* of columns. The kernel holds all six
-  pairs of every four columns interleaved, which is what bf16 dot-product instructions read.
-* ``OCTS`` (bf16, 1:4): as ``QUADS`` with the sixteen pairs of a column of one four and a column of the next.
-* ``RING`` (bf16, any N:M): as ``QUADS`` with pairs of columns up to three apart; a value that finds no partner stands
-  alone, beside a zero. Rows need different numbers of entries, so four rows at a time are padded to the same even
-  number and stored two entries of each row after the other; a table says where each four begin.
+  pairs of every four columns interleaved, as bf16 dot-product instructions read them.
+* ``OCTS`` (bf16, 1:4): as ``QUADS``, with the sixteen pairs of one column from a group of four and one from the next
+  group.
+* ``RING`` (bf16, any N:M): as ``QUADS``, with pairs of columns at most three apart. A value without a partner is stored
+  with a zero. Rows need different numbers of entries, so each group of four rows is padded to the same even number, and
+  stores two entries of each row in turn. A table holds the start of each group of four rows.
 
-Pair layouts take 5 bytes for two kept values.
+Pair layouts take 5 bytes per two kept values.
 """
 
 from __future__ import annotations
@@ -38,29 +39,29 @@ PAIRS_BLOCK = 64  # columns; all pairs of 32 (RING) or 64 (QUADS) bf16 tokens: 2
 OCTS_BLOCK = 96  # columns; all pairs of 32 bf16 tokens: 24 KiB
 REACH = 3  # how far apart the columns of a RING pair may be
 RING_ROWS = 4  # rows that share one number of entries
-RING_SPARE = 32  # one entry in so many is left over
-CONV_COLUMNS, CONV_CHANNELS = 96, 10  # (tap, channel) columns and channels of a convolution's block, about
+RING_SPARE = 32  # one spare entry is added per this many
+CONV_COLUMNS, CONV_CHANNELS = 96, 10  # approximate (tap, channel) columns, and channels, of a convolution's block
 QUAD_PAIRS = tuple(itertools.combinations(range(4), 2))
 
 
 def block_columns(layout: int, m: int) -> int:
-    """Columns of a full block of a matrix whose groups are ``m`` long."""
+    """Return the number of columns in a full block of a matrix with groups of ``m``."""
     if layout == ROWS:
         return ROWS_BLOCK // m * m
     return OCTS_BLOCK if layout == OCTS else PAIRS_BLOCK
 
 
 def channel_block(m: int) -> int:
-    """Input channels of a full block of a convolution whose groups are ``m`` long."""
+    """Return the number of input channels in a full block of a convolution with groups of ``m``."""
     return m * max(1, CONV_CHANNELS // m)
 
 
 class Cut(NamedTuple):
-    """How a weight's columns are cut into blocks: up to ``wide`` channels at up to ``some`` taps each.
+    """The cut of a weight's columns into blocks of up to ``wide`` channels at up to ``some`` taps each.
 
-    A matrix has one tap. A convolution is cut into channels first and taps second, so that a block reads few channels;
-    inside a block the taps are outermost. Packing, the checks of operators and the loading of files all go by this, and
-    conv.h and layouts.h do the same.
+    A matrix has one tap. A convolution is cut along channels first and taps second, so that a block reads few channels;
+    inside a block the taps are outermost. Packing, the checks of operators and the loading of files all use this class.
+    conv.h and layouts.h implement the same cut in C++.
     """
 
     channels: int
@@ -70,7 +71,7 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int], layout: int, m: int) -> Cut:
-        """The cut of a weight of ``shape``."""
+        """Return the cut of a weight of ``shape``."""
         taps = math.prod(shape[2:])
         if taps <= 1:
             return cls(shape[1], block_columns(layout, m), taps, 1)
@@ -79,15 +80,15 @@ class Cut(NamedTuple):
         return cls(shape[1], wide, taps, -(-taps // parts))
 
     def widths(self) -> list[tuple[int, int]]:
-        """Columns of a block, and how many blocks have so many: up to four pairs."""
+        """Return pairs (columns of a block, number of such blocks): at most four pairs."""
         (parts, rest), (times, left) = divmod(self.channels, self.wide), divmod(self.taps, self.some)
-        found = [(self.wide * self.some, parts * times), (self.wide * left, parts)]
-        found += [(rest * self.some, times), (rest * left, 1)]
-        return [(width, count) for width, count in found if width and count]
+        pairs = [(self.wide * self.some, parts * times), (self.wide * left, parts)]
+        pairs += [(rest * self.some, times), (rest * left, 1)]
+        return [(width, count) for width, count in pairs if width and count]
 
 
 def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
-    """Columns of each block, as indices into the execution layout (see nm_format)."""
+    """Return the columns of each block, as indices into the execution layout (see nm_format)."""
     cut = Cut.of(shape, layout, m)
     if not cut.channels * cut.taps:
         return []
@@ -99,40 +100,40 @@ def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
 
 
 def row_entries(width: int, n: int, m: int) -> int:
-    """Entries of a row in a ROWS block of ``width`` columns: its kept values, padded to a multiple of four."""
+    """Return the entries per row of a ROWS block of ``width`` columns: its kept values, rounded up to fours."""
     return -(-(width // m * n + min(n, width % m)) // 4) * 4
 
 
 def block_entries(layout: int, width: int, n: int, m: int) -> int:
-    """Entries of a row in a block of ``width`` columns of any layout but ``RING``."""
+    """Return the number of entries of a row in a block of ``width`` columns, for any layout but ``RING``."""
     if layout == ROWS:
         return row_entries(width, n, m)
     return -(-width // (8 if layout == OCTS else 4))
 
 
 def index_bound(layout: int, width: int) -> int:
-    """What every number in the index of a block of ``width`` columns is below."""
+    """Return the exclusive upper bound of the numbers in the index of a block of ``width`` columns."""
     return {ROWS: width, QUADS: -(-width // 4) * 6, RING: width * REACH, OCTS: -(-width // 8) * 16}[layout]
 
 
 def _check_layout(layout: int) -> None:
     if layout not in NAMES:
-        raise InputError("there is no such layout", expected=f"one of {sorted(NAMES)}", found=layout)
+        raise InputError("no such layout", expected=f"one of {sorted(NAMES)}", found=layout)
 
 
 def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Tensor, Tensor]:
-    """Weight and N:M mask -> (values, index) of a layout, both one-dimensional.
+    """Pack a weight under an N:M mask into a layout.
 
     Args:
-        weight: (out, in) or (out, in, kh, kw), fp32 or bf16; bf16 for ``QUADS`` and ``RING``.
-        mask: boolean, the same shape, ``n`` of every ``m`` set in the execution layout. ``QUADS`` takes 2:4 alone,
-            ``OCTS`` 1:4.
+        weight: (out, in) or (out, in, kh, kw), fp32 or bf16; ``QUADS``, ``OCTS`` and ``RING`` need bf16.
+        mask: boolean, of the weight's shape, ``n`` of every ``m`` columns set in the execution layout. ``QUADS`` takes
+            only 2:4, ``OCTS`` only 1:4.
 
     Returns:
-        ``values`` in the weight's dtype and ``index`` (uint8).
+        ``values`` in the weight's dtype and ``index`` in uint8, both one-dimensional.
 
     Raises:
-        InputError: the mask doesn't keep exactly ``n`` of every ``m``, or there is no such layout.
+        InputError: the mask does not keep exactly ``n`` of every ``m``, or there is no such layout.
     """
     _check_layout(layout)
     rows, kept = to_rows(weight), to_rows(mask)
@@ -157,10 +158,10 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
     values = torch.cat([v.flatten() for v, _, _ in parts])
     index = torch.cat([i.flatten() for _, i, _ in parts])
     if layout == RING:
-        # Entries before each four rows of each block, as little-endian int32, stand in front of the column numbers.
+        # A table precedes the column numbers: entries before each four rows of each block, as little-endian int32.
         counts = torch.cat([c for _, _, c in parts]) * RING_ROWS
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        spare = len(index) // RING_SPARE + 8  # for another mask of the same pattern, packed into the same buffers
+        spare = len(index) // RING_SPARE + 8  # room for another mask of the same pattern in the same buffers
         values = torch.nn.functional.pad(values, (0, 2 * spare))
         index = torch.cat([starts.view(torch.uint8), torch.nn.functional.pad(index, (0, spare))])
     return values.contiguous(), index.contiguous()
@@ -168,7 +169,7 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
 
 @functools.lru_cache(maxsize=4096)
 def fits(values: int, index: int, shape: tuple[int, ...], n: int, m: int, layout: int) -> bool:
-    """Whether tensors of so many values and index bytes can hold a weight of ``shape`` in a layout."""
+    """Return True if ``values`` values and ``index`` index bytes can hold a weight of ``shape`` in a layout."""
     if layout in sparse24.NAMES:
         return (n, m) == (2, 4) and sparse24.fits(values, index, shape)
     widths = Cut.of(shape, layout, m).widths()
@@ -179,26 +180,26 @@ def fits(values: int, index: int, shape: tuple[int, ...], n: int, m: int, layout
 
 
 def last_places(columns: int, n: int, m: int) -> tuple[int, int, int]:
-    """Of the last ``ROWS`` block of a matrix: its width, the entries of a row, and how many of them are kept values."""
+    """Return width, entries per row, and kept values per row of the last ``ROWS`` block of a matrix."""
     full = block_columns(ROWS, m)
     width = columns % full or full
     return width, row_entries(width, n, m), width // m * n
 
 
 def table_bytes(shape: Sequence[int], m: int) -> int:
-    """Bytes of the table in front of the index of a ``RING`` weight of ``shape``."""
+    """Return the size in bytes of the table that precedes the index of a ``RING`` weight of ``shape``."""
     parts = sum(count for _, count in Cut.of(shape, RING, m).widths())
     return 4 * (parts * -(-shape[0] // RING_ROWS) + 1)
 
 
 def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[int] | None = None) -> None:
-    """Make sure that an index, wherever it comes from, names nothing outside its weight's blocks.
+    """Check that an index from an untrusted source stays inside its weight's blocks.
 
     Args:
-        shape: of the weight; without one, a matrix of any size.
+        shape: shape of the weight; None for a matrix of any size.
 
     Raises:
-        InputError: it does, or it isn't of the layout at all.
+        InputError: it does not, or the tensors do not have the form of the layout.
     """
     if layout in sparse24.NAMES and values.dim() == index.dim() == 1 and index.dtype == torch.uint8:
         sparse24.check(values, index)
@@ -210,7 +211,7 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
         or index.dim() != 1
         or index.dtype != torch.uint8
     ):
-        raise InputError("these are no packed weights", expected=f"two vectors of a layout in {sorted(NAMES)}")
+        raise InputError("these are not packed weights", expected=f"two vectors of a layout in {sorted(NAMES)}")
     numbers = index
     if layout == RING:
         table = index[: max(0, len(index) - len(values) // 2)]
@@ -222,18 +223,18 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
     widths = [block_columns(layout, m)] if shape is None else [w for w, _ in Cut.of(shape, layout, m).widths()]
     bound = index_bound(layout, max(widths, default=1))
     if len(numbers) and int(numbers.max()) >= bound:
-        found = int(numbers.max())
-        raise InputError("an index of packed weights lies outside its block", expected=f"below {bound}", found=found)
+        largest = int(numbers.max())
+        raise InputError("an index of packed weights is outside its block", expected=f"below {bound}", found=largest)
 
 
 def check_places(index: Tensor, shape: Sequence[int | None], n: int, m: int) -> None:
-    """Make sure that a ``ROWS`` index of the right length is one that packing makes: ``n`` places in each group.
+    """Check that a ``ROWS`` index of the right length has ``n`` places in each group, as packing makes it.
 
     Args:
-        shape: of the weight; the columns of a matrix may be unknown, None.
+        shape: shape of the weight, with None for the columns of a matrix if their number is unknown.
 
     Raises:
-        InputError: it is of another pattern or another cut, or damaged.
+        InputError: the index has another pattern or another cut, or is damaged.
     """
     out = shape[0] or 0
     if not out or not len(index):
@@ -256,7 +257,7 @@ def check_places(index: Tensor, shape: Sequence[int | None], n: int, m: int) -> 
 
 
 def _in_groups(rows: Tensor, count: int, n: int, m: int) -> bool:
-    """Whether the first ``count`` places of each row ascend, ``n`` in each group of ``m``, and zeros follow."""
+    """Return True if the first ``count`` places of each row ascend, ``n`` in each group of ``m``, followed by zeros."""
     places, rest = rows[:, :count], rows[:, count:]
     group = torch.arange(count, device=rows.device) // n
     if bool(rest.any()) or bool((places[:, 1:] <= places[:, :-1]).any()):
@@ -292,7 +293,7 @@ def _pack_octs(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     block = torch.nn.functional.pad(block, (0, pad)).unflatten(-1, (-1, 2, 4))
     kept = torch.nn.functional.pad(kept, (0, pad)).unflatten(-1, (-1, 2, 4))
     place = kept.to(torch.uint8).argmax(-1)
-    values = (block * kept).sum(-1, dtype=block.dtype)  # one of the four is kept, none behind the last column
+    values = (block * kept).sum(-1, dtype=block.dtype)  # one of the four is kept, or none in the padding
     index = place[..., 0] * 4 + place[..., 1] + torch.arange(block.shape[1]) * 16
     return values, index.to(torch.uint8), torch.empty(0)
 
@@ -308,8 +309,8 @@ def _pack_ring(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     second = torch.full((len(block), capacity + 2), -1)
     waiting = torch.full((len(block),), -1)
     rows = torch.arange(len(block))
-    # From left to right, a kept column joins the one that waits, if that is near enough, or waits itself. Leaving as
-    # few as possible alone is what this greedy order achieves, since only the distance decides.
+    # From left to right, a kept column pairs with the waiting one if that is near enough, and waits otherwise. Only
+    # distance decides, so this greedy order leaves the fewest columns without a partner.
     for c in range(width):
         here = kept[:, c]
         joins = here & (waiting >= 0) & (c - waiting <= REACH)
@@ -337,7 +338,7 @@ def _pack_ring(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, layout: int) -> Tensor:
-    """The dense weight of ``shape`` that (values, index) hold; differentiable in ``values``.
+    """Return the dense weight of ``shape`` that (values, index) hold; differentiable in ``values``.
 
     Example:
         >>> w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
@@ -383,7 +384,7 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
             place, row = pair.flatten(), row.repeat_interleave(2)
             valid = (row < out) & (place < width)
             place, row, value = place[valid], row[valid], value[valid]
-        # Added, not written: padding entries add zeros to column 0.
+        # index_add, not a copy: padding entries then add zeros to column 0.
         dense = dense.index_add(0, row * k + columns[place], value)
         start = end
     return from_rows(dense.view(out, k), list(shape))

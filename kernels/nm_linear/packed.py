@@ -1,7 +1,7 @@
-"""The operators on CPU layouts, in plain torch: what the native kernels are checked against, and their gradient.
+"""The native operators in plain torch: the reference that kernels are tested against, and the source of gradients.
 
-``nm_gemm``, ``nm_mlp`` and ``nm_conv`` take a weight in a layout of :mod:`mpcompile.kernels.nm_linear.layouts`, and do
-bias, activation and residual in the same pass. Here the weight is spread out and dense operators follow.
+``nm_gemm``, ``nm_mlp`` and ``nm_conv`` take a weight in a layout of :mod:`mpcompile.kernels.nm_linear.layouts`. The
+kernels apply bias, activation and residual in an epilogue. Here the weight is unpacked, and dense operators follow.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mpcompile.errors import InputError
 from mpcompile.kernels.nm_linear.layouts import unpack
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-BEHIND = "add_"  # in front of an activation's name: it follows the residual addition, as in a ResNet
-EPILOGUES = (*ACTIVATIONS, *(BEHIND + name for name in ACTIVATIONS))
+AFTER_RESIDUAL = "add_"  # prefix of an activation that follows the residual addition, as in a ResNet
+EPILOGUES = (*ACTIVATIONS, *(AFTER_RESIDUAL + name for name in ACTIVATIONS))
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """One of :data:`ACTIVATIONS`, by name."""
+    """Apply one of :data:`ACTIVATIONS` by name."""
     if activation == "relu":
         return F.relu(x)
     if activation == "gelu":
@@ -30,28 +30,28 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """activation(y) + residual; for one of :data:`EPILOGUES` that begins with ``add_``, activation(y + residual)."""
-    late = activation.startswith(BEHIND)
+    """Return activation(y) + residual, or activation(y + residual) for an epilogue that begins with ``add_``."""
+    late = activation.startswith(AFTER_RESIDUAL)
     y = y if late else activate(y, activation)
     y = y if residual is None else y + residual
-    return activate(y, activation.removeprefix(BEHIND)) if late else y
+    return activate(y, activation.removeprefix(AFTER_RESIDUAL)) if late else y
 
 
 def row(vector: Tensor | None, out: int, dtype: torch.dtype) -> Tensor | None:
-    """A bias, or another value per output, as the kernels read it.
+    """Return a bias, or another vector of ``out`` values, as the kernels read it.
 
     Raises:
-        InputError: it has another size.
+        InputError: it has another shape.
     """
     if vector is None:
         return None
     if vector.shape != (out,):
-        raise InputError("the bias doesn't fit", expected=f"({out},)", found=tuple(vector.shape))
+        raise InputError("the bias does not fit", expected=f"({out},)", found=tuple(vector.shape))
     return vector.to(dtype).contiguous()
 
 
 def runs_last(x: Tensor) -> bool:
-    """Whether an image batch runs channels last; where both orders fit, the plain one counts."""
+    """Return True if a batch of images is channels last. A batch that fits both memory formats counts as contiguous."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -1,6 +1,6 @@
-"""The reference engine: packed values are spread out again at every call, in plain torch, and a dense op follows.
+"""The reference engine in plain torch: packed weights are unpacked at every call, and a dense operator follows.
 
-It saves memory, not time. Every other engine is checked against it.
+It saves memory but not time. Every other engine is tested against it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mpcompile.kernels.nm_format import MAX_M, from_rows, groups_per_word, word_
 
 
 def _popcount(x: Tensor) -> Tensor:
-    """Bits set in each int32, for words whose sign bit is clear (SWAR addition)."""
+    """Count the bits set in each int32, for words whose sign bit is clear (SWAR addition)."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -21,26 +21,26 @@ def _popcount(x: Tensor) -> Tensor:
 
 
 def _check(values: Tensor, words: Tensor, n: int, m: int, k: int) -> None:
-    """That values and words are those of a weight with ``k`` columns.
+    """Check that values and words can be those of a weight with ``k`` columns.
 
     Raises:
-        InputError: they aren't.
+        InputError: they cannot.
     """
     good = 1 <= n <= m <= MAX_M and k >= 0 and k % m == 0 and values.dim() == words.dim() == 2
     good = good and words.dtype is word_dtype(m) and values.shape[0] == words.shape[0]
     if not good or values.shape[1] != k // m * n or words.shape[1] != word_count(k, m):
         raise InputError(
-            f"packed weights don't fit {str(k)[:20]} inputs {str(n)[:20]}:{str(m)[:20]}",
-            expected="what nm_format.pack makes",
+            f"packed weights do not fit {str(k)[:20]} inputs {str(n)[:20]}:{str(m)[:20]}",
+            expected="tensors from nm_format.pack",
             found=f"values {tuple(values.shape)}, words {tuple(words.shape)} {words.dtype}",
         )
 
 
 def unpack_rows(values: Tensor, words: Tensor, n: int, m: int, k: int) -> Tensor:
-    """(values, words) of :func:`mpcompile.kernels.nm_format.pack` -> dense rows (out, k).
+    """Unpack (values, words) of :func:`mpcompile.kernels.nm_format.pack` into dense rows (out, k).
 
-    Column ``j`` holds ``values[group * n + rank]`` where ``rank`` counts the kept columns before it in its group. All
-    of it is elementwise but one gather, so that Inductor makes one loop of it.
+    Column ``j`` is ``values[group * n + rank]``, where ``rank`` counts the kept columns before it in its group. All
+    steps are elementwise except one gather, so that Inductor compiles them into one loop.
     """
     _check(values, words, n, m, k)
     span = groups_per_word(m) * m
@@ -58,7 +58,7 @@ def unpack_rows(values: Tensor, words: Tensor, n: int, m: int, k: int) -> Tensor
 
 
 def nm_linear(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int, k: int) -> Tensor:
-    """x (..., k) times the packed weight (out, k), plus bias (out,) -> (..., out)."""
+    """Multiply x (..., k) by a packed weight (out, k) and add a bias (out,); returns (..., out)."""
     return torch.nn.functional.linear(x, unpack_rows(values, words, n, m, k), bias)
 
 
@@ -75,9 +75,9 @@ def nm_conv2d(
     m: int,
     shape: list[int],
 ) -> Tensor:
-    """x (B, C, H, W) convolved with the packed weight of ``shape`` (out, C/groups, kh, kw)."""
+    """Convolve x (B, C, H, W) with a packed weight of ``shape`` (out, C/groups, kh, kw)."""
     if len(shape) != 4 or min(shape) < 0 or values.shape[:1] != (shape[0],):
         found = f"a weight {str(shape)[:60]}"
-        raise InputError("packed weights don't fit a convolution", expected=f"{len(values)} rows", found=found)
+        raise InputError("packed weights do not fit a convolution", expected=f"{len(values)} rows", found=found)
     rows = unpack_rows(values, words, n, m, shape[1] * shape[2] * shape[3])
     return torch.nn.functional.conv2d(x, from_rows(rows, shape), bias, stride, padding, dilation, groups)

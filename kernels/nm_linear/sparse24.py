@@ -1,13 +1,13 @@
-"""2:4 weights as NVIDIA's sparse tensor cores read them: kept values, and two bits each that say where they stood.
+"""2:4 weights as NVIDIA's sparse tensor cores read them: kept values, and two bits of metadata for each one's position.
 
-Rows are padded with zeros to a multiple of :data:`ROWS_UNIT` and columns to one of :data:`COLUMNS_UNIT`, so that every
-tile of the kernels is full and one packed weight serves all of them. The eight positions of sixteen dense columns make
-a half word; a metadata word holds the half words of two rows eight apart, and words stand in the order in which the
-lanes of a warp (``mma.sp``) or the threads of a warpgroup (``wgmma.sp``) take them. The PTX ISA fixes both orders in
-its figures of sparse fragments and metadata storage.
+Rows are zero-padded to a multiple of :data:`ROWS_UNIT`, and columns to a multiple of :data:`COLUMNS_UNIT`, so that
+every tile is full and one packed weight serves all tiles. The eight positions in sixteen dense columns make a half
+word. A metadata word holds the half words of two rows eight apart. Words are in the order in which the lanes of a warp
+(``mma.sp``) or the threads of a warpgroup (``wgmma.sp``) read them. The PTX ISA defines both orders in its figures of
+sparse fragments and metadata storage.
 
-Behind the metadata stand eight bytes: a checksum of values and metadata, compared at every call where
-``MPCOMPILE_DEBUG=1``.
+An eight-byte checksum of values and metadata follows the metadata. With ``MPCOMPILE_DEBUG=1`` it is checked at every
+call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import from_rows, to_rows
 
-MMA_SP, WGMMA_SP = 16, 17  # beside the layouts of CPU kernels, in layouts.py
+MMA_SP, WGMMA_SP = 16, 17  # numbers that the layouts of the CPU kernels (layouts.py) do not use
 NAMES = {MMA_SP: "mma.sp", WGMMA_SP: "wgmma.sp"}
 
 ROWS_UNIT, COLUMNS_UNIT = 128, 128
@@ -30,7 +30,7 @@ _LEGAL = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)  # two positions of a 
 
 
 def padded(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the packed weight, counted densely.
+    """Return rows and columns of the padded dense weight.
 
     Example:
         >>> padded((1000, 768)), padded((64, 16, 3, 3))
@@ -43,25 +43,25 @@ def padded(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def fits(values: int, index: int, shape: Sequence[int]) -> bool:
-    """Whether so many values and index bytes hold a weight of ``shape``."""
+    """Return True if ``values`` values and ``index`` index bytes hold a weight of ``shape``."""
     rows, columns = padded(shape)
     return values == rows * columns // 2 and index == rows * columns // 8 + CHECKSUM_BYTES
 
 
 def pack(weight: Tensor, mask: Tensor, layout: int) -> tuple[Tensor, Tensor]:
-    """Weight and 2:4 mask -> (values, index), both one-dimensional.
+    """Pack a weight under a 2:4 mask into (values, index), both one-dimensional.
 
     Args:
         weight: (out, in) or (out, in, kh, kw), fp16 or bf16, on any device.
-        mask: boolean, the same shape, two of every four set in the execution layout (see nm_format).
+        mask: boolean, of the weight's shape, two of every four set in the execution layout (see nm_format).
         layout: ``MMA_SP`` or ``WGMMA_SP``: the order of metadata words.
 
     Returns:
-        ``values`` in the weight's dtype, the rows of the padded weight one after the other, and ``index`` (uint8):
-        metadata, then the checksum.
+        ``values`` in the weight's dtype, row after row of the padded weight, and ``index`` (uint8): metadata, then the
+        checksum.
 
     Raises:
-        InputError: the mask doesn't keep exactly two of every four.
+        InputError: the mask does not keep exactly two of every four.
 
     Example:
         >>> weight = torch.arange(8.0, dtype=torch.half).view(1, 8)
@@ -73,7 +73,8 @@ def pack(weight: Tensor, mask: Tensor, layout: int) -> tuple[Tensor, Tensor]:
     """
     if weight.shape != mask.shape or weight.shape[1] % 4:
         found = f"a weight {tuple(weight.shape)} and a mask {tuple(mask.shape)}"
-        raise InputError("a weight can't be packed 2:4", expected="a mask of its shape, inputs in fours", found=found)
+        expected = "a mask of its shape, inputs a multiple of 4"
+        raise InputError("a weight cannot be packed 2:4", expected=expected, found=found)
     dense, kept = to_rows(weight), to_rows(mask)
     bad = int((kept.unflatten(-1, (-1, 4)).sum(-1, dtype=torch.uint8) != 2).sum())
     if bad:
@@ -91,7 +92,7 @@ def pack(weight: Tensor, mask: Tensor, layout: int) -> tuple[Tensor, Tensor]:
 
 
 def _words(position: Tensor, layout: int) -> Tensor:
-    """Positions 0..3 (rows, columns / 2) -> metadata words (int32, in the order of ``layout``)."""
+    """Return the metadata words (int32, in the order of ``layout``) of positions 0..3 (rows, columns / 2)."""
     shifts = torch.arange(0, 16, 2, dtype=torch.int32, device=position.device)
     half = (position.unflatten(-1, (-1, 8)).to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
     if layout == MMA_SP:  # lane 4g + 2s + q: rows 16s + g and 16s + g + 8 of 32, half word q of 32 columns
@@ -104,7 +105,7 @@ def _words(position: Tensor, layout: int) -> Tensor:
 
 
 def _positions(index: Tensor, rows: int, columns: int, layout: int) -> Tensor:
-    """The inverse of :func:`_words`."""
+    """Return the positions of metadata words: the inverse of :func:`_words`."""
     words = index[: rows * columns // 8].view(torch.int32)
     if layout == MMA_SP:
         words = words.view(rows // 32, columns // 32, 8, 2, 2).permute(0, 3, 2, 1, 4)
@@ -116,7 +117,7 @@ def _positions(index: Tensor, rows: int, columns: int, layout: int) -> Tensor:
 
 
 def unpack(values: Tensor, index: Tensor, shape: Sequence[int], layout: int) -> Tensor:
-    """The dense weight of ``shape`` that (values, index) hold; differentiable in ``values``."""
+    """Return the dense weight of ``shape`` that (values, index) hold; differentiable in ``values``."""
     rows, columns = padded(shape)
     position = _positions(index, rows, columns, layout).view(rows, columns // 4, 2).long()
     dense = values.new_zeros(rows, columns // 4, 4).scatter(-1, position, values.view(rows, columns // 4, 2))
@@ -127,7 +128,7 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], layout: int) -> 
 
 
 def checksum(values: Tensor, index: Tensor) -> Tensor:
-    """Eight bytes that change when a value or a metadata byte does, or when two of either trade places."""
+    """Return eight bytes that change if a value or metadata byte changes, or if two of either are swapped."""
 
     def weighted(words: Tensor) -> Tensor:
         words = words.long()
@@ -138,22 +139,22 @@ def checksum(values: Tensor, index: Tensor) -> Tensor:
 
 
 def check(values: Tensor, index: Tensor) -> None:
-    """Make sure that metadata, wherever it comes from, is what the instructions define a result for.
+    """Check that the instructions define a result for metadata from an untrusted source.
 
     Raises:
-        InputError: two positions of a group are equal or descend, or the checksum tells of another weight.
+        InputError: two positions of a group are equal or descend, or the checksum does not match.
     """
     if len(index) < CHECKSUM_BYTES or len(index) % 4 or values.dtype.itemsize != 2:
-        raise InputError("these are no packed 2:4 weights", expected="what sparse24.pack makes")
+        raise InputError("these are not packed 2:4 weights", expected="tensors from sparse24.pack")
     legal = torch.zeros(16, dtype=torch.bool, device=index.device)
     legal[list(_LEGAL)] = True
     legal = (legal[:, None] & legal[None, :]).flatten()
     if not bool(legal[index[:-CHECKSUM_BYTES].long()].all()):
         raise InputError("2:4 metadata names positions out of order", hint="pack or save the weights again")
     if not torch.equal(checksum(values, index[:-CHECKSUM_BYTES]), index[-CHECKSUM_BYTES:]):
-        raise InputError("2:4 metadata doesn't belong to these values", hint="pack or save the weights again")
+        raise InputError("2:4 metadata does not belong to these values", hint="pack or save the weights again")
 
 
 def debugging() -> bool:
-    """Whether every call has to check its packed weights first (it waits for the GPU then)."""
+    """Return True if every call must check its packed weights first, which waits for the GPU."""
     return os.environ.get("MPCOMPILE_DEBUG") == "1"

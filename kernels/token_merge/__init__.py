@@ -1,1 +1,1 @@
-"""Token merging: matching and merge."""
+"""Token merging: bipartite matching and size-weighted averages, in plain torch and in Triton."""

@@ -1,4 +1,4 @@
-"""The operator around the Triton kernels of token merging, for inference on CUDA."""
+"""The operator on the Triton kernels of token merging, for inference on CUDA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpcompile.kernels.token_merge import reference
 
-_MOST = 16384  # tokens of A that one program can rank
+_MAX_RANKED = 16384  # most tokens of set A that one program can rank
 
 
 @functools.cache
@@ -24,14 +24,14 @@ def _has_triton() -> bool:
 
 
 def _power(count: int) -> int:
-    """The next power of two, 16 at least."""
+    """Return the next power of two, at least 16."""
     return max(16, 1 << (count - 1).bit_length())
 
 
 def launch(
     x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, wrap: Callable[[Any], Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.token_merge`` by the kernels; ``wrap`` makes them visible to Inductor."""
+    """Compute ``reference.token_merge`` with the kernels; ``wrap`` makes them visible to Inductor."""
     from mpcompile.kernels.token_merge import merge_kernels
 
     batch, tokens, channels = x.shape
@@ -72,7 +72,7 @@ def token_merge_fused(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int
 
 
 def runs(x: Tensor, keys: Tensor, size: Tensor) -> bool:
-    """Whether the kernels take a merge: CUDA tensors of ordinary floats, no gradient wanted, sizes that are known."""
+    """Return True if the kernels support a merge: CUDA, fp32, fp16 or bf16, no gradient, and no symbolic sizes."""
     if x.device.type != "cuda" or keys.device != x.device or not _has_triton() or torch.version.hip is not None:
         return False
     floats = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,12 +81,12 @@ def runs(x: Tensor, keys: Tensor, size: Tensor) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or keys.requires_grad or size.requires_grad):
         return False
     known = all(isinstance(count, int) for count in (*x.shape[1:], *keys.shape[1:]))
-    return known and x.shape[1] <= 2 * _MOST
+    return known and x.shape[1] <= 2 * _MAX_RANKED
 
 
 def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge ``r`` tokens of x: by the kernels where they run, else in plain torch; see ``reference.token_merge``."""
+    """Merge ``r`` tokens of x by the kernels if they support it, else in plain torch; see ``reference.token_merge``."""
     if runs(x, keys, size):
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.mpcompile.token_merge_fused.default(x, keys, size, r, prefix)
-        return found
+        merged: tuple[Tensor, Tensor, Tensor] = torch.ops.mpcompile.token_merge_fused.default(x, keys, size, r, prefix)
+        return merged
     return reference.token_merge(x, keys, size, r, prefix)

@@ -1,9 +1,9 @@
-"""Token merging in four Triton kernels; no matrix of tokens by tokens reaches memory.
+"""Token merging in four Triton kernels; no tokens-by-tokens matrix is written to memory.
 
-``metric``: keys averaged over heads and normalised. ``match``: for every token of A the most similar one of B, block by
-block of B, as attention does it. ``rank``: which tokens of A merge, and where the others go. ``merge``: one program a
-token, which copies it, or adds up what merges into it. Conventions, ties included, and results are those of
-``reference.token_merge``.
+``metric`` averages keys over heads and normalises them. ``match`` finds the most similar token of B for every token of
+A, one block of B at a time, as flash attention does. ``rank`` decides which tokens of A merge and where the others go.
+``merge`` has one program per token, which copies the token or adds the tokens that merge into it. Conventions (ties
+included) and results are those of ``reference.token_merge``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -28,13 +28,13 @@ def metric(K, U, N, heads, sb, sh, sn, D: tl.constexpr, BD: tl.constexpr, BN: tl
     mean = mean / heads
     square = tl.sum(mean * mean, 1)
     unit = mean / tl.maximum(tl.sqrt(square), 1e-12)[:, None]
-    unit = tl.where((square < float("inf"))[:, None], unit, 0.0)  # false of NaN, which tl.maximum would drop
+    unit = tl.where((square < float("inf"))[:, None], unit, 0.0)  # false for NaN, which tl.maximum would drop
     tl.store(U + (b * N + n)[:, None] * D + d[None, :], unit, mask=inside)
 
 
 @triton.jit
 def _products(left, rows, j0, odd, nb, D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr):
-    """Of some tokens of A with BB tokens of B from number j0 on; -inf behind the last."""
+    """Products of some tokens of A with BB tokens of B, starting with number j0; -inf after the last token."""
     j = j0 + tl.arange(0, BB)
     d = tl.arange(0, BD)
     there = (j < nb)[:, None] & (d < D)[None, :]
@@ -50,7 +50,7 @@ def match(
 ):  # fmt: skip
     """S (B, N, D) -> best, target (B, na): the highest product of a token of A with one of B, and the first within TIE.
 
-    What is within TIE of the highest is known only once that is, so that products are formed twice.
+    Products are computed twice: which are within TIE of the highest is known only once the highest is.
     """
     b = tl.program_id(1).to(tl.int64)
     a = tl.program_id(0) * BA + tl.arange(0, BA)
@@ -75,9 +75,9 @@ def match(
 
 @triton.jit
 def rank(best, target, place, na, r, TIE: tl.constexpr, BA: tl.constexpr):
-    """Per image: target (B, na) becomes -1 where a token stays; place (B, na): its number among those that stay.
+    """Per image: target (B, na) becomes -1 for tokens that stay; place (B, na) numbers these in order.
 
-    The r-th highest is the cut: what exceeds it by more than TIE merges, and the first of what is within TIE of it.
+    The r-th highest product is the cut. Tokens above it by more than TIE merge, then the first tokens within TIE of it.
     """
     b = tl.program_id(0).to(tl.int64)
     a = tl.arange(0, BA)
@@ -102,7 +102,7 @@ def merge(
     X, size, target, place, Y, new_size, N, C, na, r, prefix, even, odd, sb, sn,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """X (B, N, C), size (B, N) -> Y (B, N - r, C), new_size (B, N - r): one program a token and BC channels."""
+    """X (B, N, C), size (B, N) -> Y (B, N - r, C), new_size (B, N - r): one program per token and BC channels."""
     b = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0)
     c = tl.program_id(2) * BC + tl.arange(0, BC)

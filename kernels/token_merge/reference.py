@@ -1,23 +1,23 @@
 """Token merging (ToMe) in plain torch: bipartite matching on the keys, size-weighted averages, proportional attention.
 
-Conventions: the first ``prefix`` tokens (class, distillation, registers) stay first, in their order, and neither merge
-nor receive. The others alternate by their index in the whole sequence: even indices form A, odd ones B. The ``r``
-tokens of A that are most similar to a token of B are averaged into it. New order: prefix, the rest of A ascending, B
-ascending. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 3.
+Conventions: the first ``prefix`` tokens (class, distillation, registers) stay first, in order, and take no part in
+merging. The others are split by their index in the whole sequence: even indices form set A, odd indices set B. The
+``r`` tokens of A that are most similar to a token of B are averaged into it. New order: prefix, the rest of A, B, each
+in ascending order. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 3.
 
 Similarities are cosines of keys summed over heads. Equal keys have similarities that differ in the last bits, depending
-on the order in which a processor adds products. So that ties go by index alone on every processor and in every engine,
+on the order in which a processor adds products. To break ties by index alone on every processor and in every engine,
 similarities that differ by at most ``TIE`` count as equal:
 
 - A token of A is matched with the first token of B whose similarity is within ``TIE`` of its highest.
 - The r-th highest of these highest similarities is the cut. Tokens of A above it by more than ``TIE`` merge; of those
-  within ``TIE`` of it, the first ones merge, until there are r.
+  within ``TIE`` of it, the first ones merge, until r have merged.
 
 Both rules measure from one value that does not depend on the order of comparisons, so "equal" need not be transitive.
-Similarities are not rounded to a grid instead, because two that differ in the last bit can fall on either side of a
-grid's edge. A key with NaN or infinity has similarity 0 to every token.
+Rounding similarities to a grid would not help: two that differ in the last bit can be on either side of a grid's edge.
+A key with NaN or infinity has similarity 0 to every token.
 
-Tokens that took no part come out bit for bit as they went in. Nothing here adds with atomics, so that two runs agree.
+Tokens that take no part are unchanged, bit for bit. Sums use no atomics, so that two runs agree.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 # In fp32, the order of addition changes a cosine over D channels by at most 4 D 2^-24: 2^-14 for 256 channels, 2^-12
 # for 1024. Keys in bf16 only resolve about 2^-9, so that nothing a model relies on is lost.
 TIE = 2.0**-12
-CHANNELS = 8  # keys grow by so many channels where they carry log(size): flash attention reads multiples of 8
+CHANNELS = 8  # channels added to keys that carry log(size): flash attention reads multiples of 8
 
 
 _Operator = TypeVar("_Operator", bound=Callable[..., Any])
@@ -54,12 +54,12 @@ def _without_autocast(operator: _Operator) -> _Operator:
 
 
 def token_size(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many input tokens each token stands for, before any merge.
+    """Return the number of input tokens that each token represents, before any merge.
 
     Args:
         x: (B, N, C).
-        mask: attention mask over keys, (B or 1, 1, 1, N): boolean, or added to the logits. A token counts as often
-            as the mask lets attention count it: exp(mask), 0 where it is hidden.
+        mask: attention mask over keys, (B or 1, 1, 1, N): boolean, or added to the logits. A token counts as much as in
+            attention: exp(mask), and 0 if hidden.
 
     Returns:
         (B, N, 1) in float32; ones without a mask.
@@ -71,19 +71,19 @@ def token_size(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _from(size: Tensor, start: int) -> Tensor:
-    """Sizes (B, N, 1) of the tokens from number ``start`` on; a negative one puts tokens of size 1 in front."""
+    """Return the sizes (B, N, 1) of the tokens from number ``start``; a negative start prepends tokens of size 1."""
     return F.pad(size, (0, 0, -start, 0), value=1.0) if start < 0 else size[:, start:]
 
 
 def token_bias(size: Tensor, logits: Tensor, start: int, dim: int) -> Tensor:
-    """log(size), shaped to be added to attention logits (B, ..., T, ...) whose keys lie along ``dim``."""
+    """Return log(size), shaped to be added to attention logits (B, ..., T, ...) whose keys are along ``dim``."""
     shape = [1] * logits.dim()
     shape[0], shape[dim] = size.shape[0], -1
     return _from(size, start).log().reshape(shape).to(logits.dtype)
 
 
 def merged_count(tokens: int, r: int, prefix: int) -> int:
-    """Tokens left after merging ``r`` of ``tokens``; at most half of those that aren't prefix can go."""
+    """Return the number of tokens left after merging ``r``; at most half of the tokens outside the prefix can merge."""
     return tokens - max(0, min(r, (tokens - prefix) // 2))
 
 
@@ -93,13 +93,13 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
 
     Args:
         x: (B, N, C) tokens.
-        keys: (B, heads, N, D), as attention saw them.
-        size: (B, N, 1) input tokens each token stands for.
+        keys: (B, heads, N, D), as attention used them.
+        size: (B, N, 1) number of input tokens that each token represents.
         r: tokens to merge away, clamped to half of the tokens that are not prefix.
         prefix: tokens at the front that take no part.
 
     Returns:
-        x (B, N - r, C), size (B, N - r, 1), and (B, N) int64: the place of each old token in the new sequence.
+        x (B, N - r, C), size (B, N - r, 1), and (B, N) int64: the position of each old token in the new sequence.
     """
     batch, tokens, _ = x.shape
     r = tokens - merged_count(tokens, r, prefix)
@@ -112,10 +112,10 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
 
     chosen = target.unsqueeze(1).gather(-1, listed[:, None, -r:])  # (B, 1, r)
     share = (chosen == torch.arange(len(range(odd, tokens, 2)), device=x.device).view(1, -1, 1)).float()
-    share = share * size.gather(1, sources).transpose(-1, -2)  # (B, odd tokens, r): what each of them receives
+    share = share * size.gather(1, sources).transpose(-1, -2)  # (B, odd tokens, r): weight that each token receives
     received = share.sum(-1, keepdim=True)
     grown = size[:, odd::2] + received
-    # A weighted average as a step from where the target stands, so that one that receives nothing doesn't move.
+    # The weighted average as a step from the target's value, so that a target that receives nothing is unchanged.
     into, arriving = x[:, odd::2].float(), _rows(x, sources).float()
     step = (share @ arriving - received * into) / grown.clamp(min=torch.finfo(torch.float32).tiny)
     merged = torch.cat([x[:, :prefix], _rows(x, rest), (into + step).to(x.dtype)], 1)
@@ -125,17 +125,17 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, N, C), index (B, n, 1) -> (B, n, C)."""
+    """Gather rows: x (B, N, C), index (B, n, 1) -> (B, n, C)."""
     first = x.shape[1] * torch.arange(x.shape[0], device=x.device).view(-1, 1, 1)
     return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape[:2])
 
 
 def _match(keys: Tensor, even: int, odd: int) -> tuple[Tensor, Tensor]:
-    """The highest similarity of each token of A, and the token of B that it is matched with; both (B, A)."""
-    # Head by head: Tensor.sum adds some columns in another order, and equal keys would differ where heads cancel.
+    """Return the highest similarity of each token of A, and the token of B that it is matched with; both (B, A)."""
+    # Head by head: Tensor.sum adds some columns in another order, so equal keys would differ where heads cancel.
     total = functools.reduce(torch.add, keys.float().unbind(1))
     metric = F.normalize(total, dim=-1)
-    metric = torch.where(metric == metric, metric, 0.0)  # false of NaN
+    metric = torch.where(metric == metric, metric, 0.0)  # false for NaN
     scores = metric[:, even::2] @ metric[:, odd::2].transpose(-1, -2)
     best = scores.amax(-1, keepdim=True)
     index = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float32)
@@ -144,15 +144,15 @@ def _match(keys: Tensor, even: int, odd: int) -> tuple[Tensor, Tensor]:
 
 
 def _split(best: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Put the ``r`` tokens of A that merge behind the others; both parts keep their order.
+    """Order the tokens of A: first those that stay, then the ``r`` that merge, each part in its old order.
 
-    The cut comes from comparing and counting, with no sort: under Inductor that is a small fused loop.
+    The cut is found by comparing and counting, without a sort, which Inductor compiles into a small fused loop.
 
     Args:
         best: (B, A), finite.
 
     Returns:
-        The place of each item, and the items in their new order; both (B, A) int64.
+        The new place of each token, and the tokens in their new order; both (B, A) int64.
     """
     higher = (best.unsqueeze(-2) > best.unsqueeze(-1)).sum(-1)
     cut = torch.where(higher < r, best, torch.inf).amin(-1, keepdim=True)
@@ -168,7 +168,7 @@ def _split(best: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def places(of_a: Tensor, left: int, prefix: int, tokens: int) -> Tensor:
-    """Places of all old tokens (B, tokens), from those of A among what isn't prefix; ``left`` of A stay."""
+    """Return the new places of all tokens (B, tokens), given those of A after the prefix; ``left`` tokens of A stay."""
     batch, device = of_a.shape[0], of_a.device
     odd = prefix + 1 - prefix % 2
     of_b = left + torch.arange(len(range(odd, tokens, 2)), device=device).expand(batch, -1)
@@ -179,12 +179,12 @@ def places(of_a: Tensor, left: int, prefix: int, tokens: int) -> Tensor:
 
 
 def token_mean(x: Tensor, size: Tensor, start: int, dim: int, keepdim: bool) -> Tensor:
-    """Mean over the tokens of x along ``dim``, each weighted by the input tokens it stands for.
+    """Return the mean over the tokens of x along ``dim``, each weighted by the input tokens it represents.
 
     Args:
         x: (B, ..., T, ...) with T = N - start tokens along ``dim``.
         size: (B, N, 1), the sizes of all N tokens.
-        start: number of the first token in x; negative where x has other tokens, each of size 1, in front.
+        start: number of the first token in x; negative if other tokens, each of size 1, precede the tokens in x.
     """
     shape = [1] * x.dim()
     shape[0], shape[dim] = x.shape[0], x.shape[dim]
@@ -195,22 +195,22 @@ def token_mean(x: Tensor, size: Tensor, start: int, dim: int, keepdim: bool) -> 
 
 @_without_autocast
 def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, start: int, dim: int, rank: int) -> Tensor:
-    """Bring a value per input token (a position embedding, a rotary table) to merged tokens, as their mean.
+    """Average a value per input token (a position embedding, a rotary table) over the tokens that merged.
 
-    A merged token stands for several that were alike; what is linear in such a value (adding it, rotating by it) then
-    acts as it would on their average.
+    A merged token represents several similar tokens. Operations that are linear in the value (adding it, rotating by
+    it) act on the merged token as on their average.
 
     Args:
         table: T = N0 - start values along ``dim``; broadcasts to ``rank`` axes, the first of them the batch.
-        place: (B, N0): where each input token is now.
+        place: (B, N0): the current place of each input token.
         before: (B, N0, 1) sizes of the input tokens.
         size: (B, N, 1) sizes of the merged tokens.
         start: number of the table's first token.
-        dim: the axis of tokens, counted from the back (-1 is the last).
-        rank: axes of the tensor that it is combined with.
+        dim: the axis of tokens, counted from the last (-1).
+        rank: number of axes of the tensor that the table is combined with.
 
     Returns:
-        ``rank`` axes: batch B, N - start along ``dim``, the others as in the table.
+        A tensor of ``rank`` axes: batch B, N - start along ``dim``, the others as in the table.
     """
     count = size.shape[1] - start
     rows = torch.arange(start, start + count, device=place.device).view(1, -1, 1)
@@ -226,10 +226,10 @@ def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, sta
 def _attention_by_channel(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float
 ) -> Tensor:
-    """Attention with a bias per key (B, 1, 1, T) that travels as two key channels: high and low part.
+    """Attention with a bias per key (B, 1, 1, T), carried by two extra key channels: a high part and a low part.
 
-    A mask would take flash attention out of the choice on CUDA. Queries hold ones in both channels; the low part
-    is what half precision loses of the high one.
+    A mask would rule out flash attention on CUDA. Queries are one in both channels. The low part is the rounding error
+    of the high part in half precision.
     """
     bias = (bias.float() / scale).transpose(-1, -2).expand(-1, key.shape[1], -1, -1)
     high = bias.to(key.dtype)
@@ -252,11 +252,11 @@ def token_attention(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """Proportional attention: log(size) joins the logits of merged keys.
+    """Proportional attention: log(size) is added to the logits of merged keys.
 
     Args:
         query: (B, heads, L, D).
-        key, value: (B, heads, T, D), of the tokens from number ``start`` on.
+        key, value: (B, heads, T, D), of the tokens from number ``start``.
         size: (B, N, 1).
         start: as in :func:`token_mean`.
         dropout_p, scale, enable_gqa: as in ``scaled_dot_product_attention``.

@@ -199,7 +199,7 @@ def run(demo: Demo) -> str:
     compiled = torch.compile(student, backend=mpsparse, options={"frozen": True})
     report = audit(dense, compiled, batches, others=others, rounds=30, progress=demo.progress)
     demo.step("fitting the Marchenko-Pastur law to the dense weights")
-    analysis = analyze(dense, progress=demo.progress)
+    analysis = analyze(dense, progress=None if demo.progress else False)  # None: on a terminal alone
     write_atomically(demo.out / "report.json", report.to_json(indent=1))
     write_atomically(demo.out / "plan.json", student.plan.to_json(indent=1))
     write_atomically(demo.out / "analysis.json", analysis.to_json(indent=1))
@@ -267,7 +267,7 @@ def summary(out: Path, dense: nn.Module, report: Report, plan: Plan) -> str:
         "made": f"{patterns} masks in {len(plan.masked)} of {len(plan.layers)} layers, "
         f"{plan.config['tome_r']} tokens merged per block, distilled from the dense model",
         "accuracy": f"dense {was.top1:.2%} -> {now.top1:.2%} on {was.samples} held-out scans: {points:+.2f} points "
-        f"({now.lost} lost, {now.won} won)",
+        f"({now.lost} scans lost, {now.won} won)",
         "work": f"{was.macs / 1e6:.2f} -> {now.macs / 1e6:.2f} million multiply-accumulates per scan: "
         f"{1 - now.macs / was.macs:.1%} saved",
         "speed": f"{now.speedup:.2f}x, {faster} than the best dense build: {now.latency_ms:.2f} ms for "

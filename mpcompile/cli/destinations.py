@@ -17,6 +17,7 @@ from mpcompile.errors import ArtifactError, ConfigError
 from mpcompile.io.ownership import is_ours
 from mpcompile.io.writing import check_folder_writable, check_writable
 
+FOLDER: tuple[str, ...] = ()  # a folder in which nothing is replaced
 FILE, ARTIFACT = "file", "artifact"  # one file; a file or, with a trailing slash, a folder of WEIGHTS and PLAN
 Kind: TypeAlias = "str | tuple[str, ...]"
 _STANDARD_OUTPUT = "-"

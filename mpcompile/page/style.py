@@ -29,6 +29,7 @@ tr.best td { font-weight: 600 }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .85em; overflow-wrap: anywhere }
 svg { max-width: 100%; height: auto; overflow: visible; display: block }
 svg text { fill: var(--ink); font-size: 12px; font-family: inherit }
+svg text.value { paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
 svg text.small { font-size: 10px; fill: var(--soft) }
 .bar.dense { fill: var(--dense) } .bar.sparse { fill: var(--sparse) } .bar.other { fill: var(--other) }
 .whisker { stroke: var(--ink); stroke-width: 1.5 } .mark { stroke: var(--mark); stroke-dasharray: 3 3 }

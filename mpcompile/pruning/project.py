@@ -1,5 +1,8 @@
-"""Project: one layer onto N:M, its mask and its refitted values, from the moments of its inputs; and, with a stream,
-layer after layer, each on the inputs that the layers pruned before it leave to it."""
+"""Projection onto N:M: the mask and the refitted values of a layer, from the moments of its inputs.
+
+:func:`project` does one layer. :func:`in_sequence` does one layer after another along the graph, each from the outputs
+of the pruned layers before it.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,9 @@ from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.pruning import refit, scores
 from mpcompile.pruning.scores import DAMPING
 
-# A fit to dense outputs from pruned inputs shrinks what it can't foretell. BatchNorm statistics that are taken anew
-# undo that; without them the whole way loses more than it wins: of 0, 1/4, 1/2 and 1, 1/4 was best on images kept out.
+# A fit to dense outputs from pruned inputs shrinks the components that it cannot predict. Re-estimated BatchNorm
+# statistics undo that; without them, fitting fully to the dense outputs overfits: of 0, 1/4, 1/2 and 1, 1/4 was best on
+# held-out images.
 TOWARDS_DENSE = 0.25
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # BatchNorm module -> mean and variance of its inputs
@@ -34,14 +38,14 @@ Statistics = dict[str, tuple[Tensor, Tensor]]  # BatchNorm module -> mean and va
 
 @dataclass(frozen=True)
 class Projection:
-    """What a layer becomes.
+    """The result of projecting a layer.
 
     Attributes:
         mask: boolean, of the weight's shape.
-        weight: refitted values, zero outside the mask; None where the weight keeps its own.
-        score: what chose the mask.
-        notes: what the refit did: ``error_masked`` and ``error_refitted``, mean squared error of the outputs over
-            their mean square, on the calibration data; or ``skipped``, why there was none.
+        weight: refitted values, zero outside the mask; None if the weight keeps its own values.
+        score: the score that chose the mask.
+        notes: result of the refit: ``error_masked`` and ``error_refitted``, the mean squared error of the outputs over
+            their mean square on the calibration data; or ``skipped``, the reason why there was no refit.
     """
 
     mask: Tensor
@@ -51,33 +55,33 @@ class Projection:
 
 
 def problems(weight: Tensor, moments: Moments) -> list[tuple[Tensor, Tensor]]:
-    """For each of a convolution's groups (one for a linear layer): target rows (R, K), and damped moments (K, K).
+    """Return target rows (R, K) and damped moments (K, K) for each of a convolution's groups (one for a linear layer).
 
-    The target rows are the layer's own, or, where the moments say which outputs are wanted, those that come closest to
-    them without a mask, drawn towards the layer's own by the damping.
+    The target rows are the layer's own. If the moments hold target outputs, they are the unmasked rows that come
+    closest to these, regularised towards the layer's own by the damping.
     """
     parts = to_rows(weight.detach()).float().chunk(len(moments.xx))
     wanted = [None] * len(parts) if moments.yx is None else moments.yx.chunk(len(parts))
-    found = []
+    pieces = []
     for rows, xx, yx in zip(parts, moments.xx, wanted, strict=True):
         xx = xx.to(rows.device)
         a, target = scores.damped(xx, DAMPING), rows
         if yx is not None:
             exact = rows.double()
             target = (exact + torch.linalg.solve(a, yx.to(rows.device) - exact @ xx, left=False)).float()
-        found.append((target, a.float()))
-    return found
+        pieces.append((target, a.float()))
+    return pieces
 
 
 def choose(
     weight: Tensor, moments: Moments | None, pattern: Pattern, score: str, prior: tuple[Tensor, float] | None = None
 ) -> tuple[Tensor, Tensor | None, str]:
-    """Mask of a weight, the values that the score leaves (None: its own), and the score that was used.
+    """Return the mask of a weight, the values that the score adjusts it to (None: its own), and the score used.
 
     Args:
         weight: (out, in) or (out, in / groups, kh, kw).
-        moments: of its inputs; without them the score is magnitude. ``obs`` needs full moments, ``covariance`` at
-            least blocks: else the next cheaper score serves.
+        moments: moments of its inputs; without them the score is magnitude. ``obs`` needs full moments, ``covariance``
+            at least blocks; otherwise the next cheaper score is used.
         prior: a source mask of the weight's shape and the weight alpha of the Hamming prior, for ``covariance``.
     """
     if moments is None or score == "magnitude":
@@ -111,11 +115,11 @@ def choose(
 def restore(
     weight: Tensor, mask: Tensor, values: Tensor | None, moments: Moments | None, pattern: Pattern
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Refit the kept values and exchange kept for removed ones -> mask, values (None: unchanged), notes.
+    """Refit the kept values, and swap kept for removed ones -> mask, values (None: unchanged), notes.
 
     Args:
-        values: where to start, of the weight's shape; None starts from the weight itself.
-        moments: must be full; otherwise nothing is done and the notes say why.
+        values: start of the refit, of the weight's shape; None starts from the weight itself.
+        moments: must be full; otherwise nothing is done, and the notes say why.
 
     No row ends with a larger error than it began with; the notes hold the error before and after, over the mean
     square of the outputs.
@@ -155,14 +159,14 @@ def project(
 
 
 class Records:
-    """Moments of layers in a folder, one safetensors file each, so that an interrupted run goes on where it was.
+    """Moments of layers in a folder, one safetensors file each, from which an interrupted run resumes.
 
     Args:
-        folder: made if missing; None keeps nothing.
-        stamp: what the moments depend on; files with another stamp are made anew.
+        folder: the folder, created if missing; None keeps nothing.
+        stamp: digest of everything that the moments depend on; files with another stamp are ignored and replaced.
 
     Raises:
-        ArtifactError: the folder can't be made or written to.
+        ArtifactError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path | None, stamp: str) -> None:
@@ -174,7 +178,7 @@ class Records:
         return None if self.folder is None else self.folder / f"{name}.safetensors"
 
     def get(self, name: str) -> Moments | None:
-        """Those of a layer, or None where there are none, or not of this run."""
+        """Return the moments of a layer, or None if there are none, or if they are not of this run."""
         path = self._path(name)
         if path is None or not path.is_file():
             return None
@@ -183,14 +187,14 @@ class Records:
                 if (file.metadata() or {}).get("stamp") != self.stamp:
                     return None
             return Moments.from_tensors(load_file(path))
-        except Exception:  # a torn or foreign file: gathered anew
+        except Exception:  # a torn or foreign file: its moments are gathered again
             return None
 
     def put(self, name: str, moments: Moments) -> None:
-        """Write a layer's, through a temporary file.
+        """Write the moments of a layer, through a temporary file.
 
         Raises:
-            ArtifactError: the folder isn't writable, or the disk is full.
+            ArtifactError: the folder is not writable, or the disk is full.
         """
         path = self._path(name)
         if path is None:
@@ -200,7 +204,7 @@ class Records:
 
 
 def stamp(model: Imported, values: Sequence[Sequence[Any]], config: Mapping[str, Any]) -> str:
-    """A digest of the weights, of the calibration data and of the options: what moments depend on."""
+    """Return a digest of the weights, the calibration data and the options: everything that moments depend on."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     tensors = [*model.gm.state_dict().values(), *model.lifted.tensors.values()]
     for tensor in [*tensors, *(v for batch in values for v in batch if isinstance(v, Tensor))]:
@@ -222,19 +226,19 @@ def in_sequence(
     statistics: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Projection], Statistics]:
-    """Project layer after layer along the graph, each on the inputs that the pruned layers before it leave.
+    """Project one layer after another along the graph, each from the outputs of the pruned layers before it.
 
     Args:
-        model: not changed.
-        uses: the nodes of each layer to project. One with several nodes is decided at the first, from dense inputs.
-        decide: name and moments -> what the layer becomes.
+        model: the model; not changed.
+        uses: the nodes of each layer to project. A layer with several nodes is decided at the first, from dense inputs.
+        decide: name and moments -> projection of the layer.
         calibration: batches; read once.
-        memory: bytes that moments may take, and again the activations held between layers.
+        memory: bytes that moments may take, and as many again for the activations held between layers.
         towards_dense: fit layers towards the outputs of the dense model: all the way in models with BatchNorms that are
             re-estimated, :data:`TOWARDS_DENSE` of the way in others.
-        renorm: re-estimate the statistics of BatchNorms behind projected layers.
+        renorm: re-estimate the statistics of BatchNorms after projected layers.
         statistics: a folder that keeps the moments of layers, so that an interrupted run resumes.
-        options: whatever else the moments depend on; moments of other options are gathered again.
+        options: everything else that the moments depend on; moments of other options are gathered again.
 
     Returns:
         The projections by layer name, and the mean and variance of each re-estimated BatchNorm by module name.
@@ -266,7 +270,7 @@ def in_sequence(
             moments = stream.moments(layer, patterns[name].m, memory)
             records.put(name, moments)
         if len(uses[name]) == 1 and len(norm_at.intersection(node.users)) == len(node.users) == 1:
-            moments = moments.centred()  # a BatchNorm alone reads the outputs, and takes their means off
+            moments = moments.centred()  # only a BatchNorm reads the outputs, and it subtracts their means
         projections[name] = projection = decide(name, moments)
         weight = layer.weight.tensor.detach()
         new = weight * projection.mask if projection.weight is None else projection.weight.to(weight.dtype)
@@ -276,10 +280,10 @@ def in_sequence(
 
 
 def reestimate(model: Imported, calibration: Iterable[Any], memory: int) -> Statistics:
-    """Mean and variance of every BatchNorm of the graph as it is, each behind the re-estimated ones before it.
+    """Re-estimate mean and variance of every BatchNorm of a graph, each after the re-estimated ones before it.
 
     Args:
-        model: not changed.
+        model: the model; not changed.
         calibration: batches; read once.
         memory: bytes of activations to hold.
 
@@ -301,7 +305,7 @@ def _renorm(stream: Stream, node: fx.Node, norms: Statistics, changed_only: bool
 
 
 def write_norms(gm: nn.Module, norms: Statistics) -> None:
-    """Put means and variances into the BatchNorm modules that they belong to, in place."""
+    """Write means and variances into the BatchNorm modules that they belong to, in place."""
     for name, (mean, variance) in norms.items():
         module: Any = gm.get_submodule(name)
         module.running_mean.copy_(mean)

@@ -45,7 +45,7 @@ def command(folder, recipe):
     return ["distill", str(recipe), "--data", str(folder), "--num-classes", "3", "--quiet"]
 
 
-def test_the_command_runs_a_recipe_and_goes_on(folder, recipe, tmp_path, capsys):
+def test_the_command_runs_a_recipe_and_resumes(folder, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     command = ["distill", str(recipe), "--data", str(folder), "--out", str(out), "--num-classes", "3", "--quiet"]
     assert main([*command, "--set", "train.checkpoint_steps=1"]) == 0
@@ -82,7 +82,7 @@ def test_a_corrupt_image_is_named(folder, recipe, tmp_path, capsys):
     assert "bee/3.png cannot be read" in said and "checkpoint" in said
 
 
-def test_the_command_says_what_is_missing(capsys):
+def test_missing_arguments_are_named(capsys):
     assert main(["distill", "resnet50_2of4"]) == 2
     assert "no ['--data', '--out']" in capsys.readouterr().err
     assert main(["distill", "--list"]) == 0
@@ -118,7 +118,7 @@ def test_a_corrupt_evaluation_image_costs_no_epoch(command, folder, tmp_path, ca
     assert json.loads(capsys.readouterr().out)["result"]["resumed"] == 4
 
 
-def test_what_belongs_to_another_run_is_left_alone(command, folder, tmp_path, capsys):
+def test_files_of_another_run_are_left_alone(command, folder, tmp_path, capsys):
     out, data = tmp_path / "run", tmp_path / "data"
     command += ["--out", str(out), "--val-split", "none"]
     assert main([*command, "--set", "train.epochs=1"]) == 0
@@ -151,7 +151,7 @@ def test_what_belongs_to_another_run_is_left_alone(command, folder, tmp_path, ca
         (["--out", "run", "--set", "data.batch=64"], "fewer training images than make a batch; expected at least 64"),
     ],
 )
-def test_calls_that_can_not_be(arguments, match, command, recipe, tmp_path, monkeypatch, capsys):
+def test_invalid_calls(arguments, match, command, recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*command, *[part.format(recipe=recipe) for part in arguments]]) == 2
     assert match in capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_two_processes_do_what_one_does(broken, folder, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_what_of_the_data_is_not_read_is_told_once(quiet, command, folder, tmp_path, capsys):
+def test_unread_data_is_reported_once(quiet, command, folder, tmp_path, capsys):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(folder, data)
     (data / "train" / ".ipynb_checkpoints").mkdir()

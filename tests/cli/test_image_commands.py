@@ -42,7 +42,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["audit", "certify", "compile"])
-def test_the_result_says_what_was_left_out(command, made, tmp_path, capsys):
+def test_the_result_names_unread_files(command, made, tmp_path, capsys):
     images = tmp_path / "images"
     images.symlink_to(made / "images")
     call = [command, "tiny", "--checkpoint", str(made / "dense.safetensors"), "--images", str(images), "--quiet"]

@@ -101,7 +101,7 @@ def test_the_summary_of_the_demo_says_slower_where_it_is(speedup, word, tmp_path
     (tmp_path / "digits.mpc").write_bytes(bytes(1 << 19))
     text = demo_module.summary(tmp_path, mlp(), Report(rows, {"dtype": "float32", "batch": 64}), gm.plan)
     assert f"{speedup:.2f}x, {word} than the best dense build" in text and "dense frozen 8.00 ms" in text
-    assert "99.00% -> 98.50% on 400 held-out scans: -0.50 points (5 lost, 3 won)" in text
+    assert "99.00% -> 98.50% on 400 held-out scans: -0.50 points (5 scans lost, 3 won)" in text
     assert "8.00 -> 3.00 million" in text and "62.5% saved" in text and "0.50 MiB" in text
 
 

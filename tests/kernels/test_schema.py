@@ -39,10 +39,10 @@ SIGNATURES = {
 NATIVE = (schema.NmGemmArgs, schema.NmMlpArgs, schema.NmConvArgs)
 CPP_TYPES = {
     "Tensor": r"const Tensor&",
-    "Tensor?": r"const \w+&",  # an optional of Tensor, under a shorter name
-    "int[]": r"Ints",
+    "Tensor?": r"const OptionalTensor&",
+    "int[]": r"IntList",
     "int": r"int64_t",
-    "str": r"Text",
+    "str": r"StringView",
 }
 
 

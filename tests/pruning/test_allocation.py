@@ -17,7 +17,7 @@ from mpcompile.capture.importers import import_model
 from mpcompile.errors import ConfigError, InputError, NotEligibleError
 from mpcompile.ir.view import layers
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.passes.allocate.decide import Allocate
+from mpcompile.passes.allocate import Allocate, decide
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.mask import Mask, verify
 from mpcompile.pipeline import run_pipeline
@@ -188,7 +188,7 @@ def test_with_data_it_is_compared_on_samples_it_has_not_seen():
 
 def test_a_worse_allocation_is_dropped_for_the_uniform_pattern(monkeypatch):
     losses = iter([3.0, 2.0, 1.0])  # of the two allocations, and of uniform
-    monkeypatch.setattr(Allocate, "_lost", lambda *_: next(losses))
+    monkeypatch.setattr(decide, "held_out_loss", lambda *_: next(losses))
     gm = transform(tiny_vit(), images(), Config(mac_reduction=0.3, permute=False, restore=False), data(2))
     record = next(r for r in gm.plan.passes if r.name == "allocate")
     assert record.decision["kept"] == "uniform" and "uniform kept" in record.summary
@@ -271,7 +271,7 @@ def test_graphs_of_one_model_share_one_allocation():
         ({"mac_reduction": 1.5}, "no share"),
         ({"mac_reduction": 0.5, "pattern": "dense"}, "masks nothing"),
         ({"patterns": ("2:4",)}, "goes with mac_reduction"),
-        ({"mac_reduction": 0.5, "patterns": ("dense",)}, "dense layers alone"),
+        ({"mac_reduction": 0.5, "patterns": ("dense",)}, "only dense layers"),
         ({"mac_reduction": 0.5, "patterns": ("5:4",)}, "1 <= N <= M"),
         ({"mac_reduction": 1}, "wrong type"),
     ],

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that aren't there, by a Triton that may be newer than the one torch brought."""
+"""Kernels compiled without a GPU, by a Triton that may be newer than the one torch installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def covering() -> list[Build]:
-    """Every tile on every architecture that it is for, dtypes and epilogues in turn; wgmma.sp's tiles three times."""
+    """Every tile on each of its architectures, cycling through dtypes and epilogues; tiles of wgmma.sp three times."""
     pairs = [(tile, arch) for tile in TILES for arch in tile.arch for _ in range(1 if len(tile.arch) > 1 else 3)]
     combinations = [(dtype, epilogue) for epilogue in EPILOGUES for dtype in ("fp16", "bf16")]
     builds = []
@@ -43,7 +43,7 @@ BUILDS = [*covering(), *EXTRA, *CONVOLUTIONS]
 
 @functools.cache
 def compiled(folder: Path) -> dict[Build, dict[str, Any]]:
-    """Every build of :data:`BUILDS` with its record (gpu_build.record_of), and its PTX in place of the path."""
+    """Every build of :data:`BUILDS` with its record (build.record_of), with the PTX itself in place of its path."""
     triton = None if os.environ.get("MPCOMPILE_TRITON") else ROOT / ".triton"
     try:
         found = dict(compile_all(BUILDS, folder, triton))

@@ -1,4 +1,4 @@
-"""Runs the plain Triton kernels in Triton's interpreter and prints how far they are from the reference, as JSON.
+"""Plain Triton kernels in Triton's interpreter: prints their errors against the reference, as JSON.
 
 A process of its own, started with TRITON_INTERPRET=1 by test_triton_kernels.py. In ``tl.dot`` the interpreter
 multiplies the bit patterns of bf16, so that fp32 and fp16 are checked here; bf16 is compiled.
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def plain(kernel: Any) -> Any:
-    """A kernel as it is, where no compiler looks on."""
+    """Return the kernel itself: no compiler has to see it."""
     return kernel
 
 

@@ -1,4 +1,4 @@
-"""The CPU engine: C++ kernels for any N:M, built on the machine that runs them."""
+"""The CPU engine: C++ kernels for any N:M pattern, compiled on the machine that runs them."""
 
 from mpcompile import _moved
 

@@ -1,4 +1,4 @@
-"""The CPU engine: native kernels for any N:M, linear layers and convolutions, fp32 and bf16."""
+"""The CPU engine: native kernels for linear layers and convolutions, any N:M pattern, fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mpcompile.kernels.nm_linear.cpu import build
 
 
 def multiplies_pairs(dtype: torch.dtype) -> bool:
-    """Whether the kernels for ``dtype`` read pairs of columns: bf16, on processors with bf16 dot products."""
+    """Return True if the kernels for ``dtype`` read pairs of columns: bf16, on processors with bf16 dot products."""
     return dtype is torch.bfloat16 and (lib := native.kernels()) is not None and bool(lib.nm_pairs())
 
 
 def layout_of(spec: LayerSpec) -> int:
-    """The layout that this processor runs fastest for a layer."""
+    """Return the layout that this processor runs fastest for a layer."""
     if not multiplies_pairs(spec.dtype):
         return layouts.ROWS
     return {"2:4": layouts.QUADS, "1:4": layouts.OCTS}.get(str(spec.pattern), layouts.RING)
 
 
 class CpuEngine:
-    """Packed values with byte indices, multiplied by C++ kernels that this machine's compiler builds (build.py)."""
+    """Packed values with byte indices, multiplied by C++ kernels that are compiled on this machine (build.py)."""
 
     name = "cpu"
 
@@ -44,7 +44,7 @@ class CpuEngine:
                 return "bf16 convolution other than 1x1"
         reason = build.unavailable()
         if reason is None:
-            native.kernels()  # the operators are built now and not in the first call
+            native.kernels()  # builds the operators before the first call
         return reason
 
     def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
-"""2:4 convolution on ``mma.sp``: the product of gluon_mma_sp.py over pixels that are gathered on their way in.
+"""2:4 convolution on ``mma.sp`` by implicit GEMM: the product of mma_sp.py over pixels gathered from the image.
 
-No patches are written to memory (implicit GEMM). Columns of the packed weight run channels first within a tap, so that
-a step of BK columns reads BK neighbouring channels of one tap: input channels have to be a multiple of BK. Pixels
-beyond the edge count as zeros.
+No patches are written to memory. Columns of the packed weight are channels within a tap, so that a step of BK columns
+reads BK neighbouring channels of one tap. Input channels must be a multiple of BK. Pixels outside the image are zero.
 """
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
@@ -22,7 +21,7 @@ def fetch(
     A_ptr, E_ptr, sa, se, sx, n0, step, steps, slot, image, top, left, live, H, W, C, KW, taps, dil_h, dil_w,
     BK: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of one step. image, top, left, live: of the tile's pixels, before the tap's offset."""
+    """Start the copies of one step. image, top, left and live describe the tile's pixels, without the tap's offset."""
     LX: gl.constexpr = copy_layout(BK, WARPS)
     fetch_weights(A_ptr, E_ptr, sa, se, n0, step, steps, slot, BK, WARPS)
     tap = step * BK // C

@@ -1,11 +1,11 @@
 """2:4 matrix product on ``mma.sp.m16n8k32`` (compute capability 8.0 and later).
 
-The sparse operand of the instruction is the left one, so the product is computed transposed: a tile holds BN output
-features by BM tokens. Each step of BK columns comes in by ``cp.async``, STAGES - 1 steps ahead, into swizzled shared
-memory: kept values (BN, BK / 2) and activations (BM, BK), both seen as pairs in an int32, and metadata words. Thread
-layouts are those of the instruction's fragments, so that loads from shared memory become ``ldmatrix``.
+The left operand of the instruction is the sparse one, so the product is computed transposed: a tile holds BN output
+features by BM tokens. ``cp.async`` brings each step of BK columns into swizzled shared memory, STAGES - 1 steps ahead:
+kept values (BN, BK / 2) and activations (BM, BK), both as pairs in an int32, and metadata words. Thread layouts are
+those of the instruction's fragments, so that loads from shared memory become ``ldmatrix``.
 
-Rows of activations at M and beyond and columns at K and beyond count as zeros; weights are padded (sparse24.py).
+Activations in rows from M on and in columns from K on count as zero; weights are padded (sparse24.py).
 """
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
@@ -23,7 +23,7 @@ _LANES = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]  # lane 4g + q: row g, int32 c
 
 @gluon.constexpr_function
 def values_layout(BN, WN, WM):
-    """Of the kept values of 32 columns, int32 (BN, 8)."""
+    """Layout of the kept values of 32 columns, int32 (BN, 8)."""
     registers = [[8, 0], [0, 4]] + [[r, 0] for r in powers(16, BN // WN)]
     warps = [[r, 0] for r in powers(BN // WN, BN)] + [[0, 0] for _ in powers(1, WM)]
     return gl.DistributedLinearLayout(registers, _LANES, warps, [], [BN, 8])
@@ -31,7 +31,7 @@ def values_layout(BN, WN, WM):
 
 @gluon.constexpr_function
 def tokens_layout(BM, WN, WM):
-    """Of 32 columns of activations, int32 (BM, 16)."""
+    """Layout of 32 columns of activations, int32 (BM, 16)."""
     registers = [[0, 4], [0, 8]] + [[r, 0] for r in powers(8, BM // WM)]
     warps = [[0, 0] for _ in powers(1, WN)] + [[r, 0] for r in powers(BM // WM, BM)]
     return gl.DistributedLinearLayout(registers, _LANES, warps, [], [BM, 16])
@@ -39,7 +39,7 @@ def tokens_layout(BM, WN, WM):
 
 @gluon.constexpr_function
 def metadata_layout(BN, WN, WM):
-    """Of the metadata words of 32 columns, (BN / 32, 1, 32)."""
+    """Layout of the metadata words of 32 columns, (BN / 32, 1, 32)."""
     registers = [[r, 0, 0] for r in powers(1, BN // WN // 32)]
     lanes = [[0, 0, c] for c in powers(1, 32)]
     warps = [[r, 0, 0] for r in powers(BN // WN // 32, BN // 32)] + [[0, 0, 0] for _ in powers(1, WM)]
@@ -48,7 +48,7 @@ def metadata_layout(BN, WN, WM):
 
 @gluon.constexpr_function
 def accumulator_layout(BN, BM, WN, WM):
-    """Of the fp32 tile (BN, BM)."""
+    """Layout of the fp32 accumulator (BN, BM)."""
     registers = [[0, 1], [8, 0]] + [[0, c] for c in powers(8, BM // WM)] + [[r, 0] for r in powers(16, BN // WN)]
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     warps = [[r, 0] for r in powers(BN // WN, BN)] + [[0, c] for c in powers(BM // WM, BM)]
@@ -57,7 +57,7 @@ def accumulator_layout(BN, BM, WN, WM):
 
 @gluon.constexpr_function
 def mma_sp(MT, NT, DT):
-    """The instructions of a warp for 32 columns: MT x NT tiles of 16 x 8.
+    """Return the instructions of a warp for 32 columns: MT x NT tiles of 16 x 8.
 
     Operands are numbered: results, then accumulators, values, activations, metadata. One metadata word serves two
     16-row tiles; the instruction's last operand selects the quarter of the lanes that a tile reads.
@@ -80,7 +80,7 @@ def mma_sp(MT, NT, DT):
 
 @gluon.jit
 def fetch_weights(A_ptr, E_ptr, sa, se, n0, step, steps, slot, BK: gl.constexpr, WARPS: gl.constexpr):
-    """Start the copies of a step's values and metadata; none behind the last step."""
+    """Start the copies of a step's values and metadata; none after the last step."""
     BN: gl.constexpr = sa.shape[1]
     LA: gl.constexpr = gl.BlockedLayout([1, 4], [512 // BK, BK // 16], [WARPS, 1], [1, 0])
     LE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [4, 1, 8], [WARPS, 1, 1], [2, 1, 0])
@@ -98,13 +98,13 @@ def fetch_weights(A_ptr, E_ptr, sa, se, n0, step, steps, slot, BK: gl.constexpr,
 
 @gluon.constexpr_function
 def copy_layout(BK, WARPS):
-    """Of activations on their way to shared memory, int32 (BM, BK / 2)."""
+    """Layout of the copies of activations to shared memory, int32 (BM, BK / 2)."""
     return gl.BlockedLayout([1, 4], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
 
 
 @gluon.jit
 def fetch(A_ptr, E_ptr, X_ptr, sa, se, sx, n0, m0, step, steps, slot, M, K, ldx, BK: gl.constexpr, WARPS: gl.constexpr):
-    """Start the copies of one step; none behind the last, but a group is committed all the same."""
+    """Start the copies of one step. After the last step nothing is copied, but a group is still committed."""
     BM: gl.constexpr = sx.shape[1]
     LX: gl.constexpr = copy_layout(BK, WARPS)
     fetch_weights(A_ptr, E_ptr, sa, se, n0, step, steps, slot, BK, WARPS)
@@ -117,7 +117,7 @@ def fetch(A_ptr, E_ptr, X_ptr, sa, se, sx, n0, m0, step, steps, slot, M, K, ldx,
 
 @gluon.jit
 def multiply(acc, sa, sx, se, slot, BK: gl.constexpr, WN: gl.constexpr, WM: gl.constexpr, DT: gl.constexpr):
-    """One step, 32 columns at a time: the fragments of a whole step would take twice the registers."""
+    """Multiply one step, 32 columns at a time: the fragments of a whole step would take twice the registers."""
     BN: gl.constexpr = sa.shape[1]
     BM: gl.constexpr = sx.shape[1]
     AL: gl.constexpr = values_layout(BN, WN, WM)
@@ -134,7 +134,7 @@ def multiply(acc, sa, sx, se, slot, BK: gl.constexpr, WN: gl.constexpr, WM: gl.c
 
 @gluon.jit
 def allocate(BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory of STAGES steps: values, activations, metadata."""
+    """Allocate shared memory for STAGES steps: values, activations, metadata."""
     SA: gl.constexpr = gl.SwizzledSharedLayout(4, 1 if BK >= 128 else 2, 8 if BK >= 128 else 4, [1, 0])
     SX: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     SE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -152,8 +152,9 @@ def gemm(
 ):  # fmt: skip
     """Y (M, N) = activation(X (M, K) W' + bias) * scale + residual, W (N, K) packed for ``steps`` steps of BK columns.
 
-    A_ptr, E_ptr, X_ptr point at int32; ldx, ldy, ldr count elements of 16 bits. bias, scale, residual may be None.
-    One program a tile, features fastest: programs that run together share their rows of activations.
+    A_ptr, E_ptr, X_ptr point to int32; ldx, ldy, ldr count elements of 16 bits. bias, scale, residual may be None.
+    Consecutive programs, one per tile, cover the features first, then the tokens: those that run together share their
+    rows of activations.
     """
     CL: gl.constexpr = accumulator_layout(BN, BM, WN, WM)
     WARPS: gl.constexpr = WN * WM

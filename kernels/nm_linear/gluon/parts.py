@@ -1,6 +1,7 @@
-"""What the two sparse tensor-core kernels share: powers of two, activations, and the epilogue.
+"""Shared parts of the sparse tensor-core kernels: powers of two, activations, and the epilogue.
 
-Needs Triton 3.9 (``gl.inline_asm``); import it only where :func:`mpcompile.kernels.nm_linear.gpu.missing` is None.
+Needs Triton 3.9 (``gl.inline_asm``). Import it only if :func:`mpcompile.kernels.nm_linear.gpu.launch.missing` returns
+None.
 """
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
@@ -13,17 +14,17 @@ from triton.experimental.gluon import language as gl
 
 @gluon.constexpr_function
 def powers(start, end):
-    """start, 2 start, 4 start, ... below end."""
-    found = []
+    """Return start, 2 start, 4 start, ... below end."""
+    numbers = []
     while start < end:
-        found.append(start)
+        numbers.append(start)
         start *= 2
-    return found
+    return numbers
 
 
 @gluon.constexpr_function
 def output_layout(BN, BM, WARPS):
-    """Of a transposed tile (BN, BM): eight neighbouring features a thread, 16 bytes of the row that it stores."""
+    """Layout of a transposed tile (BN, BM): eight neighbouring features per thread, 16 bytes of a stored row."""
     lanes = min(BN // 8, 32)
     return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, WARPS], [0, 1])
 
@@ -34,7 +35,7 @@ def gelu(x):
     z = gl.abs(x * 0.7071067811865476)
     t = 1.0 / (1.0 + 0.3275911 * z)
     p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * p * gl.exp(-z * z)  # of the normal distribution, beyond |x|
+    tail = 0.5 * p * gl.exp(-z * z)  # probability of the normal distribution beyond |x|
     return x * gl.where(x < 0.0, tail, 1.0 - tail)
 
 

@@ -1,4 +1,4 @@
-"""The GPU engines: tiles, compilation for a named GPU, and launches."""
+"""The GPU engines: tiles, compilation for a named architecture, and launches."""
 
 from mpcompile import _moved
 

@@ -1,10 +1,10 @@
-"""Compiles the kernels for a named GPU on a machine that has none, and reads off what came out.
+"""Compilation of the kernels for a named architecture, without a GPU, and statistics of the result.
 
     python -m mpcompile.kernels.nm_linear.gpu.build BUILDS.json FOLDER
 
-BUILDS.json is a list of objects with the fields of :class:`Build`. FOLDER receives a cubin and a PTX file each, and
-``records.json``. Triton 3.9 has to be importable: where torch has brought an older one, put the folder of another in
-front, in ``PYTHONPATH``.
+BUILDS.json is a list of objects with the fields of :class:`Build`. A cubin and a PTX file per build, and
+``records.json``, are written to FOLDER. Triton 3.9 must be importable; if torch installed an older one, put the folder
+of a newer one first in ``PYTHONPATH``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SPARSE = {"mma": r"\bHMMA\.SP\.16832\.F32", "wgmma": r"\bHGMMA\.SP\.64x\d+x32\.
 _TYPED = {"fp16": r"(?!\.BF16)\b", "bf16": r"\.BF16\b"}
 DTYPES = {"fp16": "fp16", "bf16": "bf16"}
 EPILOGUES = ("none", "bias", "relu", "gelu", "gelu_tanh", "silu", "res", "scale_res")
-_BATCH = 12  # builds of one process: importing torch takes as long as compiling three
+_BATCH = 12  # builds per process: importing torch takes as long as compiling three
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -42,11 +42,12 @@ class Build:
     """One kernel to compile.
 
     Attributes:
-        kernel, tile: of :data:`mpcompile.kernels.nm_linear.gpu.tiles.TILES`, the tile by its name.
+        kernel, tile: names in :data:`mpcompile.kernels.nm_linear.gpu.tiles.TILES`.
         dtype: ``"fp16"`` or ``"bf16"``.
-        epilogue: of :data:`EPILOGUES`: bare, bias, bias + activation, bias + residual, bias * scale + residual.
+        epilogue: one of :data:`EPILOGUES`: none, bias, bias and activation, bias and residual, or bias, scale and
+            residual.
         arch: 80 for compute capability 8.0, and so on.
-        aligned: whether the number of output features is a multiple of 16.
+        aligned: True if the number of output features is a multiple of 16.
     """
 
     kernel: str
@@ -68,7 +69,7 @@ class Build:
 
 @functools.cache
 def digest(kernel: str) -> str:
-    """Of the sources that a kernel is compiled from: a record with another one tells of another kernel."""
+    """Return a digest of the files that a kernel is compiled from; a record with another digest is outdated."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in kernel_files(kernel))).hexdigest()[:12]
 
 
@@ -80,16 +81,16 @@ def kernel_files(kernel: str) -> list[Path]:
 
 
 def parts_of(epilogue: str) -> tuple[str, bool, bool, bool]:
-    """Activation, and whether there are a bias, a scale and a residual."""
+    """Return the activation of an epilogue, and flags for bias, scale and residual."""
     act = epilogue if epilogue in ("relu", "gelu", "gelu_tanh", "silu") else "none"
     return act, epilogue != "none", epilogue == "scale_res", epilogue in ("res", "scale_res")
 
 
 def source_of(build: Build) -> Any:
-    """The kernel with its types, as Triton's compiler takes it."""
+    """Return the kernel with its argument types, as input for Triton's compiler."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    tile, half = build.cut, DTYPES[build.dtype]
+    tile, dtype = build.cut, DTYPES[build.dtype]
     act, bias, scale, res = parts_of(build.epilogue)
     pointers = {"bias_ptr": bias, "scale_ptr": scale, "res_ptr": res}
     signature: dict[str, str] = {}
@@ -104,19 +105,19 @@ def source_of(build: Build) -> Any:
 
         shared = gl.NVMMASharedLayout(128, 16, 2)
         signature |= {
-            key: f"tensordesc<{half}[{rows},64],{shared!r}>" for key, rows in (("wd", tile.n), ("xd", tile.m))
+            key: f"tensordesc<{dtype}[{rows},64],{shared!r}>" for key, rows in (("wd", tile.n), ("xd", tile.m))
         }
         signature["E_ptr"] = "*i32"
         constants["GROUPS"] = tile.warps // 4
         numbers = ("M", "N", "steps", "ldy", "ldr")
-    for name, given in pointers.items():
-        signature[name] = f"*{half}" if given else "constexpr"
-        if not given:
+    for name, present in pointers.items():
+        signature[name] = f"*{dtype}" if present else "constexpr"
+        if not present:
             constants[name] = None
-    signature["Y_ptr"] = f"*{half}"
+    signature["Y_ptr"] = f"*{dtype}"
     signature |= dict.fromkeys(numbers, "i32")
     numbers = tuple(name for name in numbers if name not in constants and name not in ("STAGES", "ACT", "DT"))
-    constants |= {"STAGES": tile.stages, "ACT": act, "DT": {"fp16": "f16"}.get(half, half)}
+    constants |= {"STAGES": tile.stages, "ACT": act, "DT": {"fp16": "f16"}.get(dtype, dtype)}
     order = kernel.arg_names
     signature = {name: signature.get(name, "constexpr") for name in order}
     rows = ("K", "ldx", "C", "N", "ldy", "ldr") if build.aligned else ("K", "ldx", "C")
@@ -130,7 +131,7 @@ def source_of(build: Build) -> Any:
 
 
 def compile_build(build: Build) -> Any:
-    """What ``triton.compile`` makes of a build; its ``asm`` holds ``"ptx"`` and ``"cubin"``."""
+    """Compile a build; the ``asm`` of the result holds ``"ptx"`` and ``"cubin"``."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -146,18 +147,18 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def entry_parameters(ptx: str) -> list[str]:
-    """What the entry of a PTX module takes, in order: ``"map"`` (a tensor map), ``"u64"`` or ``"u32"``."""
+    """Return the parameter types of the entry of a PTX module: ``"map"`` (a tensor map), ``"u64"`` or ``"u32"``."""
     signature = ptx[ptx.index(".entry") :].split(")", 1)[0]
     return ["map" if bits == "b8" else f"u{bits[1:]}" for bits in re.findall(r"\.param .*?\.([ub]\d+)\b", signature)]
 
 
 def record_of(build: Build, folder: Path) -> dict[str, Any]:
-    """Compile a build into ``folder``, and say what it takes.
+    """Compile a build into ``folder`` and return its record.
 
     Returns:
-        The fields of the build, ``source`` (see :func:`digest`), ``triton``, ``registers``, ``spill_bytes`` (of a
-        thread's stack), ``smem_bytes``, ``sparse_instructions``, ``branches`` and other instruction counts,
-        ``threads``, ``seconds``, and ``function``, ``parameters``, ``scratch_bytes`` for a launch; or ``error``.
+        The fields of the build, ``source`` (see :func:`digest`), ``triton``, ``registers``, ``spill_bytes`` (stack per
+        thread), ``smem_bytes``, ``sparse_instructions``, counts of other ``instructions``, ``threads``, ``seconds``,
+        and ``function``, ``parameters``, ``scratch_bytes`` for a launch; or ``error`` instead.
     """
     import triton
 
@@ -165,7 +166,7 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         made = compile_build(build)
-    except Exception as error:  # a build that fails is a finding, not the end of the run
+    except Exception as error:  # recorded, so that the other builds continue
         return record | {"error": f"{type(error).__name__}: {str(error).strip()[-400:]}"}
     record["seconds"] = round(time.perf_counter() - start, 2)
     cubin, ptx = folder / f"{build.name}.cubin", folder / f"{build.name}.ptx"
@@ -189,38 +190,38 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
 
 
 def environment(folder: Path | None = None) -> dict[str, str]:
-    """Variables of a process that can import a Triton with ``gl.inline_asm``.
+    """Return environment variables for a process that imports a Triton with ``gl.inline_asm``.
 
     Args:
-        folder: where a newer Triton was installed with ``pip install --no-deps --target``; by default what
-            ``MPCOMPILE_TRITON`` names. It isn't needed where the installed Triton is new enough.
+        folder: where a newer Triton was installed with ``pip install --no-deps --target``; by default the folder that
+            ``MPCOMPILE_TRITON`` names. Ignored if the installed Triton is new enough.
 
     Raises:
-        InputError: there is none.
+        InputError: no such Triton is found.
     """
     reason = old_triton()
     if reason is None:
         return dict(os.environ)
-    given = folder or Path(os.environ.get("MPCOMPILE_TRITON") or ".triton")
-    if not (given / "triton" / "__init__.py").is_file():
+    target = folder or Path(os.environ.get("MPCOMPILE_TRITON") or ".triton")
+    if not (target / "triton" / "__init__.py").is_file():
         raise InputError(
-            f"{reason}, and there is no newer one in {given}",
-            hint=f"`pip install --no-deps --target {given} 'triton>=3.9'`, or name its folder in MPCOMPILE_TRITON",
+            f"{reason}, and there is no newer one in {target}",
+            hint=f"`pip install --no-deps --target {target} 'triton>=3.9'`, or name its folder in MPCOMPILE_TRITON",
         )
-    path = [str(given.resolve()), *sys.path[1:], os.environ.get("PYTHONPATH", "")]
+    path = [str(target.resolve()), *sys.path[1:], os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in path if part)}
 
 
 def compile_all(
     builds: Sequence[Build], folder: Path, triton: Path | None = None, jobs: int = 2
 ) -> Iterator[tuple[Build, dict[str, Any]]]:
-    """Compile in processes of their own, which may use a newer Triton than this one; cubins and PTX go into ``folder``.
+    """Compile in subprocesses, which may use a newer Triton than this one; cubins and PTX are written to ``folder``.
 
     Yields:
         Each build with its record (see :func:`record_of`), in no particular order.
 
     Raises:
-        InputError: no Triton that can, or a process that died.
+        InputError: no Triton can compile the kernels, or a process failed.
     """
     env, waiting = environment(triton), [builds[i : i + _BATCH] for i in range(0, len(builds), _BATCH)]
     running: list[tuple[Sequence[Build], Path, subprocess.Popen[bytes], Any]] = []

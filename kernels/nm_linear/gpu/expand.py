@@ -1,4 +1,4 @@
-"""The operator around the Triton kernel that spreads any N:M out, and its engine."""
+"""The engine for any N:M on CUDA, and its operator: a Triton kernel that unpacks weights in registers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @functools.cache
 def no_triton() -> str | None:
-    """Why the kernel can't be compiled, or None."""
+    """Return why the kernel cannot be compiled, or None if it can."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -28,7 +28,7 @@ def no_triton() -> str | None:
 
 
 def tile(m: int, n: int) -> tuple[int, int, int]:
-    """Tokens, features and columns of a program: narrow where that makes enough programs.
+    """Return tokens, features and columns of a program; small products get small ones, so that there are enough.
 
     Example:
         >>> tile(1, 768), tile(300, 4096)
@@ -42,14 +42,14 @@ def tile(m: int, n: int) -> tuple[int, int, int]:
 def launch(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int, wrap: Callable[[Any], Any]
 ) -> Tensor:
-    """x (..., K) times the packed weight, plus bias, by the kernel; ``wrap`` makes it visible to Inductor."""
+    """Multiply x (..., K) by a packed weight and add a bias with the kernel; ``wrap`` makes it visible to Inductor."""
     from mpcompile.kernels.nm_linear.gpu.expand_kernel import expand
 
     k, out = x.shape[-1], values.shape[0]
     if values.shape != (out, k // m * n) or words.shape != (out, word_count(k, m)) or k % m:
         found = f"values {tuple(values.shape)}, words {tuple(words.shape)}"
         raise InputError(
-            f"packed weights don't fit {k} inputs {n}:{m}", expected="what nm_format.pack makes", found=found
+            f"packed weights do not fit {k} inputs {n}:{m}", expected="tensors from nm_format.pack", found=found
         )
     y = x.new_empty((*x.shape[:-1], out))
     rows = x.reshape(-1, k)
@@ -66,13 +66,13 @@ def launch(
 
 @torch.library.triton_op("mpcompile::nm_expand", mutates_args={})
 def nm_expand(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    if x.device.type == "cpu":  # where what was lowered for a GPU is traced or run without one
+    if x.device.type == "cpu":  # a module lowered for a GPU, traced or run without one
         return reference.nm_linear(x, values, words, bias, n, m, x.shape[-1])
     return launch(x, values, words, bias, n, m, torch.library.wrap_triton)
 
 
 class ExpandEngine:
-    """Any N:M on CUDA by a dense product of weights that are spread out in registers."""
+    """Any N:M on CUDA: weights are unpacked in registers and multiplied densely."""
 
     name = "triton_expand"
 

@@ -1,8 +1,8 @@
-"""Any N:M product on a GPU: values and bitmask (nm_format), spread out in registers, then an ordinary dense product.
+"""Products with any N:M pattern on a GPU: values and bit masks (nm_format) are unpacked in registers, then multiplied.
 
-The rank of a kept column in its group is the number of mask bits below it; its value is gathered from there. Weights
-travel packed, so that this saves memory, and time where they are the traffic: few tokens. The arithmetic is that of the
-dense product.
+The rank of a kept column in its group is the number of mask bits below it, which locates its value. Weights are read
+packed. That saves memory, and also time if weights dominate the traffic (few tokens). The arithmetic is that
+of the dense product.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _ones(x):
-    """Bits set in each int32."""
+    """Count the bits set in each int32."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -28,7 +28,7 @@ def expand(
     NV: tl.constexpr, MG: tl.constexpr, SPAN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Y (M, N) = X (M, K) W' + B; V (N, kept) values, W (N, words) words of SPAN mask bits, NV of every MG kept."""
+    """Y (M, N) = X (M, K) W' + B: V (N, kept) are values, W (N, words) words of SPAN mask bits, NV of every MG kept."""
     across = tl.cdiv(N, BN)
     n = tl.program_id(0) % across * BN + tl.arange(0, BN)
     m = tl.program_id(0) // across * BM + tl.arange(0, BM)
@@ -42,7 +42,7 @@ def expand(
         bit, place = (k % SPAN)[None, :], (k % MG)[None, :]
         kept_here = ((word >> bit) & 1) != 0
         rank = _ones((word >> (bit - place)) & ((1 << place) - 1))
-        source = (k // MG)[None, :] * NV + tl.minimum(rank, NV - 1)  # words that keep more stay inside the row
+        source = (k // MG)[None, :] * NV + tl.minimum(rank, NV - 1)  # words with more bits set stay inside the row
         v = tl.load(V + n.to(tl.int64)[:, None] * kept + source, mask=kept_here & inside, other=0.0)
         acc = tl.dot(x, tl.trans(v), acc, input_precision="ieee")
     if B is not None:

@@ -1,8 +1,8 @@
-"""Launches the sparse tensor-core kernels: the CUDA side of ``nm_gemm``, ``nm_mlp`` and ``nm_conv``.
+"""Launches of the sparse tensor-core kernels: ``nm_gemm``, ``nm_mlp`` and ``nm_conv`` on CUDA.
 
-No call waits for the GPU or moves data to it, and but for its result none allocates where inputs are aligned and
-contiguous: all of it can be captured in a CUDA graph. Under ``MPCOMPILE_DEBUG=1`` every call checks its packed weights
-first, which waits.
+No call waits for the GPU or copies data to it. With aligned, contiguous inputs a call allocates only its result. All
+calls can be captured in a CUDA graph. With ``MPCOMPILE_DEBUG=1`` every call checks its packed weights first, and waits
+for that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TALL_GRID = 2**31 - 1
 
 @functools.lru_cache(maxsize=64)
 def missing(index: int | None, layout: int = MMA_SP) -> str | None:
-    """Why the GPU of this index can't run the kernels of a layout, or None."""
+    """Return why the GPU of this index cannot run the kernels of a layout, or None if it can."""
     if torch.version.hip is not None:
         return "an AMD GPU"
     capability = torch.cuda.get_device_capability(index)
@@ -41,7 +41,7 @@ def missing(index: int | None, layout: int = MMA_SP) -> str | None:
     if arch is None:
         return f"{name}: sparse tensor cores begin with 8.0"
     if layout == WGMMA_SP and arch != 90:
-        return f"{name}: wgmma is of 9.0"
+        return f"{name}: wgmma needs 9.0"
     cubins = gpu_cubin.given()
     if cubins is None or not from_cubins():
         return old_triton()
@@ -52,22 +52,22 @@ def missing(index: int | None, layout: int = MMA_SP) -> str | None:
 
 
 def from_cubins() -> bool:
-    """Whether the kernels come from cubins: they are given, and the installed Triton can't compile them."""
+    """Return True if the kernels come from cubins: a folder is set, and the installed Triton cannot compile them."""
     return old_triton() is not None and gpu_cubin.given() is not None
 
 
 @functools.lru_cache(maxsize=64)
 def _device(index: int) -> tuple[int, int]:
-    """Architecture and number of multiprocessors."""
+    """Return architecture and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(index)
     arch = family((properties.major, properties.minor))
-    assert arch is not None  # missing() has answered before
+    assert arch is not None  # missing() has checked it
     return arch, properties.multi_processor_count
 
 
 @functools.lru_cache(maxsize=8)
 def _kernel(name: str, device: torch.device) -> Any:
-    """The kernel's module, or, where Triton can't compile it, what launches its cubins."""
+    """Return the kernel's module, or an object like it that launches cubins if Triton cannot compile the kernel."""
     cubins = gpu_cubin.given()
     if cubins is not None and from_cubins():
         arch, _ = _device(torch.cuda.current_device() if device.index is None else device.index)
@@ -76,7 +76,7 @@ def _kernel(name: str, device: torch.device) -> Any:
 
 
 def _box(kernel: Any, matrix: Tensor, shape: list[int]) -> Any:
-    """A matrix that is read in boxes with the 128-byte swizzle, as the kernel takes it."""
+    """Describe a matrix that the kernel reads in boxes with the 128-byte swizzle."""
     if isinstance(kernel, gpu_cubin.Kernel):
         return gpu_cubin.Box(matrix, shape)
     language = importlib.import_module("triton.experimental.gluon.language")
@@ -85,33 +85,36 @@ def _box(kernel: Any, matrix: Tensor, shape: list[int]) -> Any:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x (rows, columns) as the kernels read it: rows of neighbouring elements that begin at multiples of 16 bytes."""
+    """Return x (rows, columns) as the kernels read it: rows are contiguous and start at multiples of 16 bytes."""
     if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def check(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> None:
-    """What would lead a kernel outside its tensors, or is not defined.
+    """Check everything that could lead a kernel out of bounds, or to an undefined result.
 
     Raises:
-        InputError: another dtype or device than the weight's, packed tensors of another weight, too many rows.
+        InputError: another dtype or device than the weight's, packed tensors of another weight, or too many rows.
     """
     if x.dtype not in _DTYPES or values.dtype != x.dtype:
         raise InputError(
             "a 2:4 product mixes dtypes", expected="fp16 or bf16 throughout", found=f"{x.dtype}, {values.dtype}"
         )
     if values.device != x.device or index.device != x.device:
-        raise InputError("packed weights lie elsewhere", expected=x.device, found=f"{values.device}, {index.device}")
+        raise InputError(
+            "packed weights are on another device", expected=x.device, found=f"{values.device}, {index.device}"
+        )
     if not sparse24.fits(values.numel(), index.numel(), shape) or index.dtype is not torch.uint8:
         found = f"{values.numel()} values, {index.numel()} index bytes"
-        raise InputError(f"packed weights don't fit a weight {shape}", expected="what sparse24.pack makes", found=found)
+        title = f"packed weights do not fit a weight {shape}"
+        raise InputError(title, expected="tensors from sparse24.pack", found=found)
     if shape[1] % 16:
-        raise InputError("inputs don't divide by 16", expected="rows of whole 32-byte pieces", found=shape[1])
+        raise InputError("a 2:4 product cannot read this input", expected="a multiple of 16 features", found=shape[1])
     rows = x.numel() // max(1, shape[1])
     if rows >= _LIMIT or max(shape) >= _LIMIT:
         raise InputError(
-            "a product too large", expected=f"fewer than {_LIMIT} rows", found=rows, hint="split the batch"
+            "the product is too large", expected=f"fewer than {_LIMIT} rows", found=rows, hint="split the batch"
         )
     if sparse24.debugging():
         sparse24.check(values, index)
@@ -119,7 +122,7 @@ def check(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> N
 
 def _fits_tile(tile: Tile, rows: int) -> None:
     if rows % tile.n:
-        raise InputError("a tile reaches beyond the packed weight", expected=f"rows in {tile.n}s", found=rows)
+        raise InputError("a tile reaches beyond the packed weight", expected=f"a multiple of {tile.n} rows", found=rows)
 
 
 def launch(
@@ -134,10 +137,13 @@ def launch(
     activation: str,
     tile: Tile,
 ) -> None:
-    """activation(x W' + bias) * scale + residual -> y; all of it on the GPU, in the kernels' own terms.
+    """Compute y = activation(x W' + bias) * scale + residual; tensors are on the GPU, in the form that kernels read.
 
     Args:
-        x: (M, K), as :func:`aligned` gives it. y: (M, N), contiguous. residual: like y. bias, scale: (N,).
+        x: (M, K), from :func:`aligned`.
+        y: (M, N), contiguous.
+        residual: (M, N), like y.
+        bias, scale: (N,).
     """
     (m, k), n = x.shape, y.shape[1]
     rows, columns = sparse24.padded((n, k))
@@ -145,7 +151,7 @@ def launch(
     grid = (-(-n // tile.n) * -(-m // tile.m),)
     if grid[0] > _TALL_GRID:
         raise InputError(
-            "a product too large", expected=f"at most {_TALL_GRID} tiles", found=grid[0], hint="split the batch"
+            "the product is too large", expected=f"at most {_TALL_GRID} tiles", found=grid[0], hint="split the batch"
         )
     words, res_stride = index.view(torch.int32), 0 if residual is None else residual.stride(0)
     options = {"num_warps": tile.warps, "enable_fp_fusion": True}
@@ -170,7 +176,7 @@ def launch(
 
 
 def tile_of(kernel: str, m: int, n: int, k: int, device: torch.device) -> Tile:
-    """The tile that a product takes on a GPU."""
+    """Return the tile for a product on a GPU."""
     arch, processors = _device(torch.cuda.current_device() if device.index is None else device.index)
     tile = gpu_model.choose_tile(kernel, m, n, k, arch, processors)
     assert tile is not None  # the tables hold a tile of 128 features or fewer for each kernel and architecture
@@ -190,7 +196,7 @@ def product(
     scale: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x (..., K) -> activation(x W' + bias) * scale + residual, (..., out), W packed by sparse24 in ``layout``.
+    """Return activation(x W' + bias) * scale + residual, (..., out), for x (..., K) and W packed in ``layout``.
 
     Raises:
         InputError: see :func:`check`.
@@ -229,7 +235,7 @@ def _mlp(x: Tensor, *rest: Any) -> Tensor:
 
 
 def direct(shape: Sequence[int], layout: int) -> bool:
-    """Whether a convolution other than 1x1 has a kernel."""
+    """Return True if a convolution other than 1x1 has a kernel."""
     return layout == MMA_SP and shape[1] % CONV_CHANNELS == 0
 
 
@@ -245,7 +251,7 @@ def convolution(
     *,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x (B, C, H, W) -> activation(conv + bias) + residual, channels last, by implicit GEMM.
+    """Return activation(conv(x) + bias) + residual in channels last for x (B, C, H, W), by implicit GEMM.
 
     Args:
         axes: stride, padding, dilation.
@@ -266,7 +272,7 @@ def convolution(
     if m == 0 or min(height, width) < 1:
         return y.permute(0, 3, 1, 2)
     if x.shape[2] * x.shape[3] >= _LIMIT // max(1, channels):
-        raise InputError("an image too large", expected=f"fewer than {_LIMIT} elements each", found=tuple(x.shape))
+        raise InputError("an image is too large", expected=f"fewer than {_LIMIT} elements each", found=tuple(x.shape))
     if residual is not None:
         residual = residual.to(y.dtype).permute(0, 2, 3, 1).expand(y.shape).contiguous()
     pixels = pixels if pixels.data_ptr() % 16 == 0 else pixels.clone()
@@ -287,7 +293,7 @@ def convolution(
 
 
 def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *rest: Any) -> Tensor:
-    """1x1 convolutions are products over the pixels of a channels-last batch; others gather their pixels."""
+    """Run a 1x1 convolution as a product over channels-last pixels, any other by implicit GEMM."""
     stride, padding, dilation, n, m, shape, layout, activation = rest
     weight = PackedWeight(values, index, tuple(shape), n, m, layout)
     checks.conv(x, weight, bias, residual, (stride, padding, dilation), activation)
@@ -312,11 +318,11 @@ def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *r
 
 
 def _late(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An activation behind the residual addition, which these kernels don't have, is a pass of its own."""
+    """Wrap a kernel so that an activation after the residual addition, which it lacks, is a separate pass."""
 
     def run(*args: Any) -> Tensor:
         *others, activation = args
-        if not activation.startswith(packed.BEHIND):
+        if not activation.startswith(packed.AFTER_RESIDUAL):
             return kernel(*args)
         return packed.finish(kernel(*others, "none"), None, activation)
 

@@ -1,8 +1,8 @@
-"""How long a product should take on a GPU, from the bytes it moves and the clocks its instructions need.
+"""A latency model of products on a GPU, from the bytes they move and the clocks of their instructions.
 
-Nothing here is measured. It picks the tile of a product, and ``bench/gpu/kernel_matrix.py --roofline`` prints it beside
-the dense product's own bound. Peak figures of chips are those of NVIDIA's data sheets; shared memory moves 128 bytes a
-clock and multiprocessor.
+Nothing here is measured. The model picks the tile of a product; ``bench/gpu/kernel_matrix.py --roofline`` prints its
+predictions beside the bound of the dense product. Peak rates of chips are from NVIDIA's data sheets. Shared memory
+moves 128 bytes per clock and multiprocessor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, Tile, tiles_for
 from mpcompile.kernels.nm_linear.sparse24 import padded
 
-_SHARED_RATE = 128  # bytes a clock
+_SHARED_RATE = 128  # bytes per clock
 _WAVE_START = 1200  # clocks from the start of a program to its first product, and from its last to the next program
 _LAUNCH_US = 2.0
 
@@ -24,11 +24,11 @@ class Chip:
     """One GPU.
 
     Attributes:
-        macs: dense multiply-accumulates (fp16, fp32 sums) a clock and multiprocessor.
-        mma_macs: the same for ``mma.sync``, where that is slower than the chip's own instruction.
+        macs: dense multiply-accumulates (fp16 with fp32 sums) per clock and multiprocessor.
+        mma_macs: the same for ``mma.sync``, which on some chips is slower than the instruction made for the chip.
         ghz: boost clock.
         gbs: memory bandwidth, GB/s.
-        l2_rate: bytes a clock and multiprocessor from the second-level cache.
+        l2_rate: bytes per clock and multiprocessor from the second-level cache.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Chip:
 
     @property
     def tflops(self) -> float:
-        """Dense peak."""
+        """Dense peak in TFLOP/s."""
         return 2e-3 * self.processors * self.macs * self.ghz
 
 
@@ -57,7 +57,7 @@ CHIPS = (
 
 @functools.lru_cache(maxsize=64)
 def chip_for(arch: int, processors: int | None = None) -> Chip:
-    """The chip of an architecture that the model knows, with another number of multiprocessors if given."""
+    """Return the model's chip for an architecture, with another number of multiprocessors if given."""
     known = next(chip for chip in CHIPS if chip.arch == arch)
     if processors is None or processors == known.processors:
         return known
@@ -65,7 +65,7 @@ def chip_for(arch: int, processors: int | None = None) -> Chip:
 
 
 def step_clocks(tile: Tile, chip: Chip) -> tuple[float, float, float]:
-    """Clocks of one step of one program: products, shared memory, second-level cache.
+    """Return the clocks that one step of a program spends on products, shared memory and second-level cache.
 
     Example:
         >>> from mpcompile.kernels.nm_linear.gpu.tiles import TILES
@@ -83,13 +83,13 @@ def step_clocks(tile: Tile, chip: Chip) -> tuple[float, float, float]:
 
 
 def residents(tile: Tile, chip: Chip) -> int:
-    """Programs that a multiprocessor holds at once."""
+    """Return the number of programs that a multiprocessor holds at once."""
     registers = 65536 // (tile.warps * 32 * (255 if tile.n * tile.m // (tile.warps * 32) > 64 else 128))
     return max(1, min(SHARED_BYTES[chip.arch] // (tile.stage_bytes * tile.stages), registers))
 
 
 def predict_us(tile: Tile, m: int, n: int, k: int, chip: Chip, *, residual: bool = False) -> float:
-    """Microseconds of a product (m, k) x (n, k)' by a tile."""
+    """Return the microseconds of a product (m, k) x (n, k)' by a tile."""
     rows, columns = padded((n, k))
     programs = -(-n // tile.n) * -(-m // tile.m)
     products, shared, cache = step_clocks(tile, chip)
@@ -102,14 +102,14 @@ def predict_us(tile: Tile, m: int, n: int, k: int, chip: Chip, *, residual: bool
 
 
 def dense_us(m: int, n: int, k: int, chip: Chip, *, residual: bool = False) -> float:
-    """Microseconds of the dense product at the chip's peak, or of its bytes: what no dense kernel beats."""
+    """Return the lower bound of the dense product in microseconds: at the chip's peak, or at its memory bandwidth."""
     moved = 2 * (n * k + m * (k + n * (2 if residual else 1)))
     return max(m * n * k / (chip.processors * chip.macs * chip.ghz * 1e3), moved / chip.gbs * 1e-3) + _LAUNCH_US
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(kernel: str, m: int, n: int, k: int, arch: int, processors: int | None = None) -> Tile | None:
-    """The tile of a kernel that should be fastest, or None where the kernel has none for the architecture.
+    """Return the tile of a kernel with the lowest predicted latency; None if no tile fits the architecture.
 
     Example:
         >>> choose_tile("gluon_mma_sp", 16, 768, 768, 80).m, choose_tile("gluon_mma_sp", 12608, 3072, 768, 80).m

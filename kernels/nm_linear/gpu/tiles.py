@@ -1,7 +1,7 @@
-"""Tiles of the sparse tensor-core kernels, and which one a product takes.
+"""Tiles of the sparse tensor-core kernels.
 
-Every tile of the table is compiled for every architecture it names in the tests (registers spilled, shared memory) and
-in ``bench/gpu/kernel_matrix.py``.
+The tests and ``bench/gpu/kernel_matrix.py`` compile every tile for every architecture it names, and check spilled
+registers and shared memory.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """How one program is cut.
+    """The part of a product that one program computes, and how.
 
     Attributes:
-        n, m, k: output features, tokens, columns a step.
-        warps_n, warps_m: warps along features and along tokens. For ``wgmma.sp``, warps of all warpgroups, and 1.
+        n, m, k: output features, tokens, and columns per step.
+        warps_n, warps_m: warps along features and along tokens. For ``wgmma.sp``: warps of all warpgroups, and 1.
         stages: steps held in shared memory.
-        arch: the compute capabilities (80 for 8.0) that it is for.
+        arch: compute capabilities (80 for 8.0) that the tile is for.
     """
 
     kernel: str
@@ -35,12 +35,12 @@ class Tile:
 
     @property
     def warps(self) -> int:
-        """Warps that multiply; ``wgmma.sp`` has one more that fetches."""
+        """Warps that multiply; ``wgmma.sp`` has one more, which fetches."""
         return self.warps_n * self.warps_m
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of one step: values, activations, and (``mma.sp``) metadata."""
+        """Bytes of shared memory per step: values, activations and, for ``mma.sp``, metadata."""
         words = self.n * self.k // 8 if self.kernel == "gluon_mma_sp" else 0
         return self.n * self.k + self.m * self.k * 2 + words
 
@@ -50,9 +50,9 @@ MODULES = {
     name: f"mpcompile.kernels.nm_linear.gluon.{name.removeprefix('gluon_')}"
     for name in ("gluon_mma_sp", "gluon_mma_conv", "gluon_wgmma_sp")
 }
-CONV_CHANNELS = 64  # input channels of a convolution come in so many at a time
+CONV_CHANNELS = 64  # input channels of a convolution per step
 _ALL, _BIG, _SMALL = (80, 86, 89, 90, 100), (80, 90, 100), (86, 89)
-# Compute capability 8.6 and 8.9 have 99 KiB of shared memory a block, 8.0 has 163, 9.0 and 10.0 have 227.
+# Shared memory per block: 99 KiB on compute capability 8.6 and 8.9, 163 on 8.0, 227 on 9.0 and 10.0.
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 TILES: tuple[Tile, ...] = (
     Tile("gluon_mma_sp", 256, 128, 64, 4, 2, 4, _BIG),
@@ -71,7 +71,7 @@ TILES: tuple[Tile, ...] = (
 
 
 def family(capability: tuple[int, int]) -> int | None:
-    """The architecture of :data:`SHARED_BYTES` that a GPU counts as, or None below 8.0.
+    """Return the architecture of :data:`SHARED_BYTES` that a GPU belongs to, or None below compute capability 8.0.
 
     Example:
         >>> [family(c) for c in ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0))]
@@ -88,12 +88,12 @@ def family(capability: tuple[int, int]) -> int | None:
 
 
 def tiles_of(kernel: str) -> tuple[Tile, ...]:
-    """The tiles of a kernel. Convolutions take those of ``gluon_mma_sp`` whose steps fit into 64 input channels."""
+    """Return the tiles of a kernel. Convolutions use those of ``gluon_mma_sp`` with steps of 64 input channels."""
     if kernel == "gluon_mma_conv":
         return tuple(tile for tile in TILES if tile.kernel == "gluon_mma_sp" and tile.k == CONV_CHANNELS)
     return tuple(tile for tile in TILES if tile.kernel == kernel)
 
 
 def tiles_for(kernel: str, arch: int) -> tuple[Tile, ...]:
-    """The tiles of a kernel on an architecture."""
+    """Return the tiles of a kernel on an architecture."""
     return tuple(tile for tile in tiles_of(kernel) if arch in tile.arch)

@@ -1,4 +1,4 @@
-"""Whether the installed Triton can compile the sparse tensor-core kernels."""
+"""The installed Triton, and whether it can compile the sparse tensor-core kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 
 @functools.cache
 def old_triton() -> str | None:
-    """Why the installed Triton can't compile the kernels, or None."""
+    """Return why the installed Triton cannot compile the kernels, or None if it can."""
     try:
         import triton
         from triton.experimental.gluon import language

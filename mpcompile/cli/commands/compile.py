@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import mpcompile
-from mpcompile.cli.destinations import ARTIFACT, FILE, declare
+from mpcompile.cli.destinations import ARTIFACT, FILE, FOLDER, declare
 from mpcompile.cli.models import load_model, provenance
 from mpcompile.cli.options import (
     Commands,
@@ -53,7 +53,9 @@ def add(commands: Commands) -> None:
     job.add_argument("--half", action="store_true", help="save the weights as fp16")
     out = "file to write, or folder (with a trailing slash)"
     job.add_argument("--out", type=as_path_text, required=True, metavar="FILE", help=out)
-    declare(job, out=lambda args: ARTIFACT if args.format == "mpc" else FILE)
+    graphs = "write the graph before and after every pass into FOLDER, as readable Python with a diff"
+    job.add_argument("--dump", type=as_path_text, metavar="FOLDER", help=graphs)
+    declare(job, out=lambda args: ARTIFACT if args.format == "mpc" else FILE, dump=FOLDER)
     kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
     job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)
     seed_option(job)
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     calibration: Images | None = None
     if args.images is not None:
         calibration = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
-    how = {"calibrate": args.calibrate, "seed": args.seed}
+    how = {"calibrate": args.calibrate, "seed": args.seed, "dump": args.dump}
     gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
     used = 0 if calibration is None else calibration.count
     gm.plan.provenance = provenance(args, args.model, model, used, args.seed)

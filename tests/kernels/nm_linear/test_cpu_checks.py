@@ -221,7 +221,7 @@ def test_cpp_and_python_agree_on_sizes(layout, m, groups, data):
 
 @pytest.mark.parametrize("layout", [ROWS, QUADS, RING, OCTS])
 def test_an_index_that_is_overwritten_stays_inside(layout):
-    """Whatever stands in an index after it was checked; under AddressSanitizer this test would tell."""
+    """An index overwritten after it was checked leads no kernel out of bounds; AddressSanitizer would report it."""
     dtype, (n, m) = (torch.float32 if layout == ROWS else torch.bfloat16), {OCTS: (1, 4)}.get(layout, (2, 4))
     if layout not in usable(dtype, n, m):
         pytest.skip("this processor has no bf16 products")
@@ -294,9 +294,9 @@ def test_the_reference_engine_checks_its_numbers():
         (2, 64, 16),
         (1, 4, 16),
     ):
-        with pytest.raises(MPCompileError, match="packed weights don't fit"):
+        with pytest.raises(MPCompileError, match="packed weights do not fit"):
             ops.nm_linear(x, values, words, None, n, m, k)
-    with pytest.raises(MPCompileError, match="packed weights don't fit"):
+    with pytest.raises(MPCompileError, match="packed weights do not fit"):
         ops.nm_conv2d(x, values, words, None, [1, 1], [0, 0], [1, 1], 1, 2, 4, [8, 16, 2**20, 2**20])
 
 

@@ -17,7 +17,7 @@ from mpcompile.kernels.nm_linear.gpu.cubin import Cubins, epilogue_of
 from tests.support.gpu_builds import CONVOLUTIONS, EXTRA, compiled
 from tests.support.helpers import relative
 from tests.support.ptx import Block, Memory, Program, TensorMap
-from tests.support.sparse_gemm import LAYOUTS, TOLERANCE, Problem, bits
+from tests.support.ptx.sparse_gemm import LAYOUTS, TOLERANCE, Problem, bits
 
 ROUGH, _, WIDE_WGMMA = EXTRA
 ROOM = 1 << 21  # bytes of each tensor, with what lies between them

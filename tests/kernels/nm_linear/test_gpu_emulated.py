@@ -15,7 +15,7 @@ from mpcompile.passes.mask import top_n
 from tests.support.gpu_builds import BUILDS, CONVOLUTIONS, EXTRA, compiled
 from tests.support.helpers import relative
 from tests.support.ptx import Fault
-from tests.support.sparse_gemm import HALF, LAYOUTS, TOLERANCE, EmulatedKernel, Problem, emulated, run
+from tests.support.ptx.sparse_gemm import HALF, LAYOUTS, TOLERANCE, EmulatedKernel, Problem, emulated, run
 
 ROUGH, WIDE_MMA, WIDE_WGMMA = EXTRA
 ON = {"gluon_mma_sp": 80, "gluon_wgmma_sp": 90}

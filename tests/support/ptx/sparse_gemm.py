@@ -1,4 +1,4 @@
-"""2:4 products that go the way of a GPU's, up to the launch; there the emulator runs the compiled kernel."""
+"""2:4 products through the GPU's launch code, with the emulator running the compiled kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2}
 
 @dataclass(frozen=True)
 class Problem:
-    """x (m, k) times a 2:4 weight (n, k), with everything that an epilogue takes."""
+    """x (m, k) times a 2:4 weight (n, k), with all operands of an epilogue."""
 
     x: Tensor
     weight: Tensor
@@ -50,7 +50,7 @@ class Problem:
         return sparse24.pack(self.weight, self.mask, LAYOUTS[build.kernel])
 
     def expected(self, epilogue: str) -> Tensor:
-        """In float64, from the 16-bit inputs."""
+        """The result in float64, from the 16-bit inputs."""
         act, bias, scale, res = parts_of(epilogue)
         y = self.x.double() @ (self.weight * self.mask).double().T
         y = activate(y + self.bias.double() if bias else y, act)
@@ -59,13 +59,13 @@ class Problem:
 
 
 def bits(tensor: Tensor) -> np.ndarray:
-    """The bytes that a tensor spans, from its first element to its last."""
+    """Return the bytes that a tensor spans, from its first element to its last."""
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return tensor.as_strided((span,), (1,)).view(torch.uint8).numpy()
 
 
 class EmulatedKernel:
-    """Stands in for a kernel's module: ``gemm[grid](...)`` runs its PTX on the tensors' own memory.
+    """A fake of a kernel's module: ``gemm[grid](...)`` runs its PTX on the tensors' own memory.
 
     ``first``: this many tiles of tokens before the tensors' first row are taken to be there, and aren't run.
     """
@@ -104,7 +104,7 @@ class EmulatedKernel:
 
 @contextlib.contextmanager
 def emulated(kernel: EmulatedKernel) -> Any:
-    """Launches of gpu_launch reach the kernel."""
+    """Make launches of gpu/launch.py reach the kernel."""
     with (
         mock.patch.object(gpu_launch, "_kernel", lambda name, device: kernel),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
@@ -115,7 +115,7 @@ def emulated(kernel: EmulatedKernel) -> Any:
 def run(
     build: Build, record: dict[str, Any], problem: Problem, index: Tensor | None = None, first: int = 0, **how: Any
 ) -> Tensor:
-    """A product by way of :func:`gpu_launch.product`; ``index``: other metadata than belong to the weight."""
+    """Run :func:`launch.product`; ``index`` replaces the weight's own metadata."""
     act, bias, scale, res = parts_of(build.epilogue)
     values, own = problem.packed(build)
     with emulated(EmulatedKernel(build, record, first, **how)):

@@ -1,0 +1,89 @@
+"""The choice of patterns: the least predicted damage for a target, the uniform choice beside it, and the reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpcompile.passes.allocate.menu import Candidate, label
+from mpcompile.passes.allocate.prediction import UNIFORM
+from mpcompile.pruning import knapsack
+
+
+@dataclass
+class Choice:
+    """What one kind of damage chooses, and the uniform choice from the same menu.
+
+    Attributes:
+        kind: of damage.
+        candidates: with the costs and the menu of that kind.
+        best, even: the two choices, as places in each candidate's options.
+        price: damage per unit saved at the margin of the best choice; 0 if nothing was predicted.
+        inadmissible: ``"LAYER PATTERN"`` -> why that option was taken from the menu.
+    """
+
+    kind: str
+    candidates: list[Candidate]
+    best: list[int]
+    even: list[int]
+    price: float
+    inadmissible: dict[str, str]
+
+    def damage(self, chosen: Sequence[int]) -> float:
+        """Predicted damage of a choice."""
+        return float(sum(c.costs[i] for c, i in zip(self.candidates, chosen, strict=True)))
+
+    def saved(self, chosen: Sequence[int]) -> float:
+        """MACs or bytes that a choice saves."""
+        return float(sum(c.saved[i] for c, i in zip(self.candidates, chosen, strict=True)))
+
+
+def choose(candidates: list[Candidate], kind: str, target: float, inadmissible: dict[str, str]) -> Choice:
+    """The best and the uniform choice for a target, from candidates whose savings and costs are filled in."""
+    costs, saved = [c.costs for c in candidates], [c.saved for c in candidates]
+    even = knapsack.even_mix([c.density for c in candidates], saved, target)
+    best, price = (even, 0.0) if kind == UNIFORM else knapsack.solve(costs, saved, target)
+    return Choice(kind, candidates, best, even, price, inadmissible)
+
+
+def describe_uniform(candidates: Sequence[Candidate], chosen: Sequence[int]) -> str:
+    """A uniform choice in words."""
+    used = Counter(label(c.options[i]) for c, i in zip(candidates, chosen, strict=True))
+    names = " and ".join(sorted(used))
+    return f"{names} everywhere" if len(used) == 1 else f"{names} mixed evenly"
+
+
+def explain_layers(
+    choice: Choice, chosen: Sequence[int], total: float, kept: str, unit: str
+) -> dict[str, dict[str, Any]]:
+    """For every layer: its pattern, the damage and savings of each option, and why it got this one."""
+    entries = {}
+    uniform = "uniform: better than allocation on held-out samples" if choice.price else "uniform, as asked"
+    for candidate, i in zip(choice.candidates, chosen, strict=True):
+        options = {
+            label(p): {"damage": c, "saved": s / total}
+            for p, c, s in zip(candidate.options, candidate.costs, candidate.saved, strict=True)
+        }
+        why = _why(candidate, i, choice.price, unit) if kept == "allocation" else uniform
+        for name in candidate.names:
+            entries[name] = {"pattern": label(candidate.options[i]), "why": why, "options": options}
+    return entries
+
+
+def _why(candidate: Candidate, i: int, price: float, unit: str) -> str:
+    """What the next sparser and the next denser option would cost, relative to the marginal price of what they save."""
+
+    def ratio(a: int, b: int) -> str:
+        gain = (candidate.saved[b] - candidate.saved[a]) * price
+        return f"{(candidate.costs[b] - candidate.costs[a]) / gain:.2g}x" if gain > 0 else "more than"
+
+    parts = []
+    if i + 1 < len(candidate.options):
+        parts.append(f"{label(candidate.options[i + 1])} would cost {ratio(i, i + 1)} what its {unit} cost elsewhere")
+    else:
+        parts.append("the sparsest on its menu")
+    if i > 0:
+        parts.append(f"over {label(candidate.options[i - 1])} it pays {ratio(i - 1, i)}")
+    return ", ".join(parts)
