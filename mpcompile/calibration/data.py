@@ -1,4 +1,4 @@
-"""Calibration data: from any form of batches that a user may pass to the inputs of a graph."""
+"""Calibration data: any form of batches that a user may pass, converted to the inputs of a graph."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def peek(data: Any) -> tuple[Any, Iterable[Any]]:
 
 
 def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> list[Any]:
-    """Return the inputs in a batch, in the order of ``names``: all of a dict by keyword, else only the first item.
+    """Return the inputs in a batch: the entries of a dict in the order of ``names``, else only the first item.
 
     Args:
-        examples: example inputs: if the only one is a dict or a tuple, so is each batch.
+        examples: example inputs; if there is one, and it is a dict or a tuple, then the input in each batch is too.
     """
     nested = len(examples) == 1 and isinstance(examples[0], (Mapping, tuple, list))
     if isinstance(batch, Mapping):
@@ -82,7 +82,7 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
     """Yield each calibration batch as the full list of graph inputs, its shape checked against the examples.
 
     Raises:
-        InputError: a batch has another shape or type than the example inputs, or is not finite.
+        InputError: a batch differs from the example inputs in shape or type, or is not finite.
     """
     placeholders = [n for n in model.gm.graph.nodes if n.op == "placeholder"]
     data = [n for n in placeholders if n.name not in model.lifted.tensors]
@@ -124,7 +124,7 @@ def _check_input(index: int, example: Any, value: Any) -> None:
     expected, found = (pytree.tree_leaves_with_path(tree) for tree in (example, value))
     if [path for path, _ in expected] != [path for path, _ in found]:
         raise InputError(
-            f"calibration batch {index} has another structure than example_inputs",
+            f"calibration batch {index} has a different structure from example_inputs",
             expected=_outline(example),
             found=_outline(value),
         )

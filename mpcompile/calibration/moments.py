@@ -22,13 +22,16 @@ from mpcompile.ir.module import Imported
 from mpcompile.ir.numerics import exact, training_flags
 from mpcompile.ir.view import LayerOp, layers
 
-_COLUMNS = 512  # of second moments, computed together
-_VALUES = 1 << 24  # most input values of a layer that one batch contributes, in evenly spaced rows
+_COLUMNS = 512  # columns of second moments that are computed together
+_VALUES = 1 << 24  # input values per layer and batch; of larger inputs, evenly spaced rows are taken
 FULL, BLOCK, DIAGONAL = "full", "block", "diagonal"
 
 
 def kind_for(layer: LayerOp, m: int, budget: float) -> tuple[str, int]:
-    """Return the most complete statistics of a layer that fit into ``budget`` bytes, and their bytes in float64."""
+    """Return the most complete kind of statistics that fits into ``budget`` bytes, and its bytes in float64.
+
+    The diagonal is always allowed.
+    """
     groups = 1 if layer.geometry is None else layer.geometry.groups
     k = math.prod(layer.weight.tensor.shape[1:])
     for kind, size in ((FULL, groups * k * k * 8), (BLOCK, groups * k * m * 8)):
@@ -38,7 +41,7 @@ def kind_for(layer: LayerOp, m: int, budget: float) -> tuple[str, int]:
 
 
 def input_rows(x: Tensor, layer: LayerOp) -> tuple[Tensor, slice]:
-    """Return the input rows that a layer multiplies by its weight, and a slice that says which were taken.
+    """Return the input rows that a layer multiplies by its weight, and the slice of rows that were taken.
 
     Args:
         x: input of the layer, (..., in) or (B, C, H, W).
@@ -92,8 +95,8 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the moments as named tensors, for a file."""
-        found = {"count": torch.tensor(self.count), "xx": self.xx, "x": self.x, "yx": self.yx, "y": self.y}
-        return {k: v.contiguous() for k, v in found.items() if v is not None}
+        named = {"count": torch.tensor(self.count), "xx": self.xx, "x": self.x, "yx": self.yx, "y": self.y}
+        return {k: v.contiguous() for k, v in named.items() if v is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
@@ -103,7 +106,7 @@ class Moments:
         return cls(int(tensors["count"]), kind, xx, x, tensors.get("yx"), tensors.get("y"))
 
     def block(self, m: int) -> Tensor:
-        """Return diagonal blocks of E[x x'], (groups, K / m, m, m), zero off the diagonal if only that is known."""
+        """Return diagonal blocks of E[x x'], (groups, K / m, m, m); diagonal if only that is known."""
         if self.kind == BLOCK and self.xx.shape[-1] == m:
             return self.xx
         if self.kind == BLOCK and self.xx.shape[-1] % m == 0:
@@ -115,7 +118,7 @@ class Moments:
         return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
     def centred(self) -> Moments:
-        """Return central moments, which matter where a constant part of the outputs is subtracted later."""
+        """Return central moments, for a layer whose outputs have their means subtracted later, as BatchNorm does."""
         x = self.x
         if self.kind == FULL:
             outer = x[:, :, None] * x[:, None, :]
@@ -164,7 +167,7 @@ class Accumulator:
         """Add an input of the layer, and its target output, both in the layout of the graph."""
         rows, taken = input_rows(x, self.layer)
         self.count += rows.shape[1]
-        # In float64, so that the order in which threads add cannot decide between masks.
+        # In float64, so that the order in which threads add up cannot change which mask is chosen.
         rows = rows.double()
         self._add("x", rows.sum(1))
         if self.kind == FULL:
@@ -223,12 +226,12 @@ def collect(
     """Return the moments of the inputs of each layer of the dense model in eval mode, from one pass over the data.
 
     Args:
-        model: the imported model, its nodes carrying shapes.
+        model: the imported model, whose nodes carry shapes.
         values: the graph inputs of every batch, from :func:`batches`.
         sizes: layers to watch, name -> columns per group (m).
         budget: bytes for all layers together: each stores full moments, else blocks, else the diagonal, as its share
             of the remaining bytes allows.
-        kind: kind of moments for all layers, whatever the budget.
+        kind: kind of moments for all layers, regardless of the budget.
 
     Raises:
         InputError: there is no batch, or the model rejects one.

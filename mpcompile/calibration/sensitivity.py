@@ -1,4 +1,4 @@
-"""Sensitivity: how strongly a model's output reacts to each layer's output, and the divergence of two models."""
+"""Sensitivity: how strongly a model's output reacts to each layer's output, and the divergence between two models."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def outputs(value: Any) -> list[Tensor]:
     return [tensor for v in values for tensor in outputs(v)]
 
 
-def is_logits(found: list[Tensor]) -> bool:
+def is_logits(tensors: list[Tensor]) -> bool:
     """Return True if the outputs look like one score per class: a single tensor (batch, classes)."""
-    return len(found) == 1 and found[0].dim() == 2 and found[0].shape[1] > 1
+    return len(tensors) == 1 and tensors[0].dim() == 2 and tensors[0].shape[1] > 1
 
 
 def samples(batch: Batch, model: Imported, size: int) -> Iterator[Batch]:
@@ -61,7 +61,7 @@ def _direction(y: Tensor, logits: bool, generator: torch.Generator) -> Tensor:
 
 
 class _Probed(fx.Interpreter):
-    """Run the graph with a zero added to the output of every layer: its gradient is that of the output."""
+    """Run the graph with zeros added to the output of every layer: their gradient is the gradient of that output."""
 
     def __init__(self, gm: fx.GraphModule, at: Mapping[fx.Node, str]) -> None:
         super().__init__(gm)
@@ -81,9 +81,9 @@ class _Probed(fx.Interpreter):
 def output_energy(
     model: Imported, uses: Mapping[str, list[LayerOp]], values: Iterable[Batch], seed: int = 0, size: int = 8
 ) -> dict[str, Tensor]:
-    """Return G_i = E[Σ_t g_ti²] of every output channel i of each layer, from one backward pass per part.
+    """Return G_i = E[Σ_t g_ti²] of every output channel i of each layer, from backward passes.
 
-    The values are float64, (out,).
+    The values are float64, (out,). Each part of at most ``size`` samples takes one backward pass.
 
     g is the gradient of v'z with respect to the layer's output at token or pixel t, z the model's output and v random
     with E[v v'] the curvature of the divergence at z: of KL(p‖q) for logits (diag(p) - p p', so that E[g g'] is the
@@ -91,16 +91,16 @@ def output_energy(
     between tokens and between channels, then costs ½ Σ_i G_i E[δ_i²]: nats per sample for logits.
 
     Args:
-        uses: layer name -> its nodes.
+        uses: layer name -> its uses in the graph.
         values: inputs of the graph, batch by batch.
         seed: seeds v.
-        size: samples whose activations are held at a time.
+        size: number of samples whose activations are held at a time.
 
     Raises:
         InputError: the model rejects a batch, returns no floating-point tensor, or its gradients are not finite.
     """
-    at = {use.node: name for name, found in uses.items() for use in found}
-    axis = {name: -1 if found[0].geometry is None else 1 for name, found in uses.items()}
+    at = {use.node: name for name, nodes in uses.items() for use in nodes}
+    axis = {name: -1 if nodes[0].geometry is None else 1 for name, nodes in uses.items()}
     total: dict[str, Tensor] = {}
     count = 0
     generator = torch.Generator().manual_seed(seed)
@@ -109,11 +109,11 @@ def output_energy(
             for part in samples(batch, model, size):
                 runner = _Probed(model.gm, at)
                 try:
-                    found = outputs(runner.run(*own_copies(model.gm, part)))
-                    if not found:
-                        raise InputError("the model returns no floating-point tensor, so layers can't be weighed")
-                    kind = is_logits(found)
-                    loss = torch.stack([(y * _direction(y, kind, generator)).sum() for y in found]).sum()
+                    results = outputs(runner.run(*own_copies(model.gm, part)))
+                    if not results:
+                        raise InputError("the model returns no floating-point tensor, so layers cannot be weighted")
+                    logits = is_logits(results)
+                    loss = torch.stack([(y * _direction(y, logits, generator)).sum() for y in results]).sum()
                     grads = torch.autograd.grad(loss, [p for _, p in runner.probes], allow_unused=True)
                 except RuntimeError as error:
                     raise InputError(f"a backward pass through the model failed: {first_line(error)}") from error
@@ -133,7 +133,7 @@ def output_energy(
 def divergence(
     dense: fx.GraphModule, pruned: fx.GraphModule, values: Sequence[Batch], pruned_values: Sequence[Batch] | None = None
 ) -> float:
-    """Return the mean over samples of KL(dense‖pruned) in nats for logits, of the relative squared error otherwise.
+    """Return the mean over samples of KL(dense‖pruned), in nats, for logits, else of the relative squared error.
 
     Args:
         values: inputs of the graphs, batch by batch.
@@ -143,13 +143,13 @@ def divergence(
     with training_flags(dense, False), training_flags(pruned, False):
         for batch, other in zip(values, values if pruned_values is None else pruned_values, strict=True):
             wanted = outputs(dense(*own_copies(dense, batch)))
-            found = outputs(pruned(*own_copies(pruned, other)))
+            actual = outputs(pruned(*own_copies(pruned, other)))
             count += len(wanted[0])
             if is_logits(wanted):
-                p, q = (y[0].double().log_softmax(-1) for y in (wanted, found))
+                p, q = (y[0].double().log_softmax(-1) for y in (wanted, actual))
                 total += float((p.exp() * (p - q)).sum())
             else:
-                pairs = [(a.double().flatten(1), b.double().flatten(1)) for a, b in zip(wanted, found, strict=True)]
+                pairs = [(a.double().flatten(1), b.double().flatten(1)) for a, b in zip(wanted, actual, strict=True)]
                 total += float(
                     sum(((a - b).square().sum(1) / a.square().sum(1).clamp(min=1e-30)).sum() for a, b in pairs)
                 )

@@ -1,8 +1,8 @@
-"""Stream: all calibration batches at one place of the graph, moved forward layer by layer.
+"""Stream: all calibration batches at one point of the graph, moved forward layer by layer.
 
-The stream holds the activations of every batch at that place, as computed by the graph with its earlier layers
-replaced, and on request also by the dense graph. So a layer is fitted to the inputs that it will really see, and every
-node runs only once (or twice), however many layers there are.
+The stream holds the activations of every batch at that point, as computed by the graph with its earlier layers
+replaced and, on request, also by the dense graph. Thus a layer is fitted to the inputs that it will actually see, and
+every node runs only once (or twice) per batch, however many layers there are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _bytes(envs: Iterable[Env]) -> int:
 
 
 class _Shelf:
-    """A list of values, in memory up to ``budget`` bytes and in a temporary folder beyond."""
+    """A list of values, held in memory up to ``budget`` bytes and in a temporary folder beyond that."""
 
     def __init__(self, budget: float) -> None:
         self.budget, self.used = budget, 0
@@ -87,18 +87,18 @@ class _Runner(fx.Interpreter):
 
 
 class Stream:
-    """The batches at one place of the graph, which :meth:`advance` moves forward.
+    """The batches at one point of the graph; :meth:`advance` moves them forward.
 
     Args:
-        model: the imported model, its nodes carrying shapes. Its weights are not changed; their
+        model: the imported model, whose nodes carry shapes. Its weights are not changed; their
             replacements are passed to :meth:`replace`.
         calibration: an iterable of batches; read once, at construction.
         budget: bytes of activations to hold in memory; the rest goes to a temporary folder.
-        towards: targets of the fits, from the outputs of a layer's own weight on pruned inputs (0) to those of the
-            dense model (1). Above 0 the dense activations are held too.
+        towards: position of the fits' targets between the outputs of a layer's own weight on pruned inputs (0) and
+            those of the dense model (1). Above 0 the dense activations are held too.
 
     Raises:
-        InputError: there is no batch, or one has another shape or type than the example inputs.
+        InputError: there is no batch, or one differs from the example inputs in shape or type.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Stream:
             for index in range(len(self.shelf)):
                 dense, pruned = self.shelf[index]
                 with modes_kept():
-                    modes: Env = {}  # each batch enters the modes of this place again
+                    modes: Env = {}  # each batch re-enters the modes in force at this point
                     for position, node in enumerate(self.nodes[:end]):
                         if switches(node):
                             self._switch(node, modes)
@@ -171,7 +171,7 @@ class Stream:
             pruned.pop(source, None)
 
     def _paired(self, node: fx.Node, dense: Env, pruned: Env) -> Env:
-        """Return the environment of the dense side: where tokens merge, they pair as on the pruned side."""
+        """Return the dense side's environment; a token merge gets the pruned side's keys, to merge the same tokens."""
         if node.target is not ops.token_merge:
             return dense
         keys = schema.TokenMergeArgs.bind(node).keys
@@ -224,7 +224,7 @@ class Stream:
         return accumulator.result()
 
     def inputs(self) -> Iterable[list[Any]]:
-        """Return the graph inputs of every batch, of a stream that has not moved yet."""
+        """Return the graph inputs of every batch; only for a stream that has not moved yet."""
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
         return ([self.shelf[i][0][n] for n in placeholders] for i in range(len(self.shelf)))
 
@@ -261,10 +261,10 @@ def _apply(layer: LayerOp, x: Tensor, weight: Tensor) -> Tensor:
 
 def batch_norms(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the nodes of BatchNorms over images that have running statistics and are used once."""
-    found: dict[str, list[fx.Node]] = {}
+    uses: dict[str, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
             if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-                found.setdefault(str(node.target), []).append(node)
-    return [nodes[0] for nodes in found.values() if len(nodes) == 1]
+                uses.setdefault(str(node.target), []).append(node)
+    return [nodes[0] for nodes in uses.values() if len(nodes) == 1]

@@ -26,7 +26,7 @@ _WRAPPERS = {  # class -> what to pass instead
 
 
 def not_a_model(value: Any) -> InputError:
-    """Return the error for a value that is not a module, which says what to pass instead."""
+    """Return the error for a value that is not a module; the error says what to pass instead."""
     hint = None
     if isinstance(value, torch.export.ExportedProgram):
         hint = "pass program.module()"
@@ -35,7 +35,7 @@ def not_a_model(value: Any) -> InputError:
     elif isinstance(value, torch.jit.ScriptFunction):
         hint = "pass the torch.nn.Module that it was scripted or traced from"
     elif isinstance(value, Mapping):
-        hint = "weights alone don't say what is computed: load them into the model first"
+        hint = "weights alone do not define a computation: load them into the model first"
     elif callable(value):
         hint = "put it into the forward of a torch.nn.Module that holds its weights"
     expected = "a torch.nn.Module or fx.GraphModule"
@@ -52,7 +52,7 @@ def _check_part(module: nn.Module, path: str) -> None:
     whole = f"model.{path}" if path else "model"
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         hint = f"pass the torch.nn.Module that {whole} was scripted or traced from"
-        raise TraceError("a TorchScript module can't be traced", layer=where, found=name, hint=hint)
+        raise TraceError("a TorchScript module cannot be traced", layer=where, found=name, hint=hint)
     if _class_path(module) in _WRAPPERS:
         inner = _WRAPPERS[_class_path(module)].replace("model", whole, 1)
         verb = "pass" if not path else "put in its place"
@@ -75,7 +75,7 @@ def _check_tensors(model: nn.Module) -> None:
         if tensor.is_quantized or is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided:
             kind = "quantised" if tensor.is_quantized else type(tensor.data).__name__
             raise InputError(
-                f"the weight is no ordinary tensor ({kind}, {tensor.layout})",
+                f"the weight is not an ordinary tensor ({kind}, {tensor.layout})",
                 layer=name,
                 expected="dense tensors on one device",
                 hint="gather, densify or dequantise the weights first",
@@ -98,7 +98,7 @@ def check_module(model: nn.Module) -> None:
     for name in [*model._modules, *model._parameters, *model._buffers]:
         if name in RESERVED:
             raise TraceError(
-                f"{type(model).__name__} has an attribute {name!r}, which the transformed module uses itself",
+                f"{type(model).__name__} has an attribute {name!r}, a name that the transformed module needs itself",
                 hint=f"rename the attribute {name!r} of the model",
             )
     if not any(True for _ in model.parameters()):
@@ -108,9 +108,9 @@ def check_module(model: nn.Module) -> None:
     hooked = [path for path, m in model.named_modules() if m._state_dict_hooks or m._state_dict_pre_hooks]
     if hooked and not state <= {name for name, _ in [*_all(model.named_parameters), *_all(model.named_buffers)]}:
         raise TraceError(
-            "state-dict hooks give the weights other names",
+            "state-dict hooks rename the weights",
             layer=hooked[0] or type(model).__name__,
-            hint="remove them first (handle.remove()): the transformed module has no hooks of the model",
+            hint="remove them first (handle.remove()): the transformed module lacks the model's hooks",
         )
 
 
@@ -130,9 +130,8 @@ def check_hooks(model: nn.Module) -> None:
         if path and not masked and not (replaced and type(module).__module__.startswith("torch.nn")):
             continue
         tables = [getattr(module, table).values() for table in HOOK_TABLES]
-        hooks = [
-            hook for hook in itertools.chain(*tables) if not of_torch(hook)
-        ]  # torch.export registers its own checks there
+        # torch.export registers its own checks there.
+        hooks = [hook for hook in itertools.chain(*tables) if not of_torch(hook)]
         if hooks or replaced:
             raise TraceError(
                 f"{type(module).__name__} has {'hooks' if hooks else 'a forward of its own'}, which would be lost",

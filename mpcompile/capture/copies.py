@@ -1,4 +1,4 @@
-"""Copies of a user's model, which itself is never changed."""
+"""Copies of a user's model: the model itself is never changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
-        raise TraceError(f"{type(model).__name__} can't be copied: {summary(error)}") from error
+        raise TraceError(f"{type(model).__name__} cannot be copied: {summary(error)}") from error
     parts = [*model.modules(), *model.parameters(), *model.buffers()]
     memo = {id(part): memo[id(part)] for part in parts}
     for module in copied.modules():

@@ -1,4 +1,4 @@
-"""A GraphModule as it is: from symbolic tracing, dynamo or torch.export."""
+"""Import of a GraphModule (from symbolic tracing, dynamo or torch.export), without tracing it again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
     original = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     graph.output(output).meta = dict(original.meta)
     for old, new in copies.items():
-        if old.op == "placeholder":  # our names, and AOTAutograd, need the source of each input
+        if old.op == "placeholder":  # layer names and AOTAutograd need the source of each input
             new._dynamo_source = getattr(old, "_dynamo_source", None)
     owned = IRModule(gm, graph, class_name=type(gm).__name__)
     owned.training = gm.training
@@ -46,6 +46,7 @@ def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
 
 
 def import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Imported:
+    """Import a GraphModule; without ``example_inputs``, the inputs have the shapes that its placeholders carry."""
     owned = _own_graph(gm, share)
     placeholders = [n for n in owned.graph.nodes if n.op == "placeholder"]
     if example_inputs is not None:
@@ -54,8 +55,8 @@ def import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Import
         return Imported(owned, inputs, lifted, [])
     if any(dynamo_name(n) for n in placeholders):
         raise InputError(
-            "this graph takes its weights as inputs, so it doesn't hold their values",
-            expected="example_inputs, the list that dynamo hands to a backend",
+            "this graph takes its weights as inputs, so it does not hold their values",
+            expected="example_inputs, the list that dynamo passes to a backend",
             found="None",
             hint="call mpcompile.transform(gm, example_inputs)",
         )

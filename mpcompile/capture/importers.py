@@ -1,6 +1,6 @@
-"""Bring a model into the IR: a module by symbolic tracing, or a GraphModule (symbolic, dynamo, export) as it is.
+"""Bring a model into the IR: trace a module symbolically, or take a GraphModule (symbolic, dynamo, export) as it is.
 
-The result is owned: parameters are copies, unless the graph takes them as inputs (dynamo), and the user's module is
+The result owns its parameters: they are copies, unless the graph takes them as inputs (dynamo). The user's module is
 never changed.
 """
 
@@ -21,13 +21,13 @@ __all__ = ["Imported", "check_finite", "check_values", "import_model"]
 
 
 def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = False) -> Imported:
-    """Return a module or a GraphModule as the IR.
+    """Import a module or a GraphModule into the IR.
 
     Args:
         model: traced symbolically unless it is a GraphModule already.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. For a dynamo graph, the
             list that the backend received, parameters included. May be None if the graph carries shapes.
-        share: take the user's tensors instead of copies (the backend, which only reads them).
+        share: use the user's tensors instead of copies (for the backend, which only reads them).
 
     Raises:
         InputError: example inputs missing or of the wrong kind, or weights that are not finite.
@@ -42,9 +42,9 @@ def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = 
     else:
         imported = import_module(model, example_inputs)
     inline_regions(imported.gm)
-    found = layers(imported.gm, imported.lifted)
-    biases = {f"{layer.name}.bias": layer.bias for layer in found if isinstance(layer.bias, Tensor)}
-    check_finite({layer.weight.name: layer.weight.tensor for layer in found} | biases)
+    uses = layers(imported.gm, imported.lifted)
+    biases = {f"{layer.name}.bias": layer.bias for layer in uses if isinstance(layer.bias, Tensor)}
+    check_finite({layer.weight.name: layer.weight.tensor for layer in uses} | biases)
     everything = {imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()}
     check_finite({**imported.gm.state_dict(), **everything}, bounds=True)
     return imported

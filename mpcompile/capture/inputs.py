@@ -1,4 +1,4 @@
-"""Example inputs: from any form that a user may pass to the positional inputs of a graph."""
+"""Example inputs: any form that a user may pass, converted to the positional inputs of a graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
             bound = inspect.signature(model.forward).bind(**example_inputs)
         except TypeError as error:
             hint = "to pass the dict itself as the one input, put it into a tuple: ({...},)"
-            raise InputError(f"example_inputs don't fit forward: {error}", hint=hint) from error
+            raise InputError(f"example_inputs do not fit forward: {error}", hint=hint) from error
         values: list[Any] = []
         for name, value in bound.arguments.items():
             rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
@@ -40,7 +40,7 @@ def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
 
 
 def example_of(node: fx.Node) -> Any:
-    """Return an input of the shape and dtype of a placeholder's fake value."""
+    """Return an input with the shape and dtype of a placeholder's fake value."""
     value = fake_value(node)
     if isinstance(value, Tensor):
         return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device=value.device)

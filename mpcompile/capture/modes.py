@@ -59,11 +59,11 @@ def _draws(node: fx.Node) -> bool:
 
 
 def captured_mode(graph: fx.Graph) -> bool | None:
-    """Return the training flag that a graph was captured with, or None if its layers follow the mode.
+    """Return the training flag that a graph was captured with, or None if its layers follow ``train()`` and ``eval()``.
 
-    Normalisation may be frozen while a model trains, so a single flag for training decides. An exported graph always
-    has one mode. Without a sign of training it counts as captured in ``eval()``, which export is meant for: stochastic
-    depth, for example, leaves no trace in that mode.
+    A single node with a true flag is enough to call it training, since a model may train with frozen normalisation. An
+    exported graph always has one mode. Without a sign of training it counts as captured in ``eval()``, the mode that
+    export is meant for: stochastic depth, for example, leaves no trace in that mode.
     """
     flags = [flag for flag in map(_flag, graph.nodes) if flag is not None]
     if any(flags):

@@ -1,4 +1,4 @@
-"""A module by symbolic tracing, in train and eval mode."""
+"""Import of a module by symbolic tracing, in train and eval mode."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Traced:
 
     Attributes:
         graph: the traced graph.
-        constants: tensors that the graph reads and the model does not hold.
+        constants: values, mostly tensors, that the graph reads but the model does not hold.
         drew: True if torch's random generator was used.
     """
 
@@ -67,7 +67,7 @@ def _generators() -> Iterator[list[bool]]:
 
 @contextlib.contextmanager
 def _compiled_functions_inlined() -> Iterator[None]:
-    """Trace functions under torch.compile like others, which dynamo forbids by default."""
+    """Allow tracing through functions wrapped in torch.compile, which dynamo forbids by default."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -118,10 +118,10 @@ def _same(a: Any, b: Any, twin: dict[fx.Node, fx.Node]) -> bool:
 
 
 def _unify_modes(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:
-    """Make ``evaluation`` follow the training flag where the two graphs differ only in a number.
+    """Make ``evaluation`` follow the training flag, if the two graphs differ only in numbers.
 
     Returns:
-        False if they differ in anything else.
+        False if they differ in anything else; ``evaluation`` is then unchanged.
     """
     if len(training.nodes) != len(evaluation.nodes):
         return False
@@ -159,7 +159,7 @@ def _equal_constants(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, Any]:
-    """Return the parameters of forward that stay at a plain default, with their values."""
+    """Return name -> value of the parameters of forward that keep their default, a plain number, string or None."""
     fixed = {}
     for position, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
         several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -172,7 +172,7 @@ def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, A
 
 
 def _place(error: BaseException) -> str:
-    """Return the line of the user's model that raised an error."""
+    """Return ``", file:line"`` for the line of the user's model that raised an error, or ``""`` if there is none."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
@@ -182,7 +182,7 @@ def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> TraceErr
     """Return the error for a model whose own code failed, with the class and the line."""
     path, cls = tracer.failed or ("", type(model).__name__)
     return TraceError(
-        f"{type(model).__name__} can't be traced: {summary(error)}",
+        f"{type(model).__name__} cannot be traced: {summary(error)}",
         layer=path or None,
         expected="a forward without data-dependent control flow",
         found=f"{type(error).__name__} in {cls}.forward{_place(error)}",
@@ -192,7 +192,7 @@ def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> TraceErr
 
 
 def _traces(model: nn.Module, original: nn.Module, given: int, keywords: Sequence[str]) -> dict[bool, _Traced]:
-    """Return training flag -> trace: for the mode that the model is in, and for the other one if it can be traced."""
+    """Return training flag -> trace, for the mode that the model is in, and for the other mode if it can be traced."""
     fixed = tuple(_fixed(model, given, keywords))
     traces: dict[bool, _Traced] = {}
     for training in (model.training, not model.training):
@@ -276,7 +276,7 @@ def import_module(model: nn.Module, example_inputs: Any) -> Imported:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(inputs):
         raise InputError(
-            "the number of example inputs doesn't fit",
+            "the number of example inputs is wrong",
             expected=f"{len(placeholders)} ({', '.join(str(p.target) for p in placeholders)})",
             found=len(inputs),
         )

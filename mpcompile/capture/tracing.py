@@ -1,7 +1,8 @@
 """Symbolic tracing of a module as it runs when called: with its hooks, and with a forward set on the instance.
 
-Forward hooks of a module that is entered are traced like the code around them. A hook that returns nothing and writes
-to nothing computes nothing: its nodes are removed from the graph. Hooks of a leaf stay on the leaf.
+The tracer records a leaf module as one call, and enters all others. Forward hooks of an entered module are traced like
+the code around them. A hook that returns nothing and writes to nothing has no effect on the result: its nodes are
+removed from the graph. Hooks of a leaf stay on the leaf.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
-_TAKEN = ("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")  # in generated source
+_TAKEN = ("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")  # names in generated source
 _REMOVE = "remove it first (handle.remove()), and register it on the result"
 
 
 class _Proxy(Proxy):
-    """Record ``h += 1`` as the in-place write that it is: fx records ``h = h + 1``, which other names of ``h`` miss."""
+    """Record ``h += 1`` as an in-place write. Other names of ``h`` would not see ``h = h + 1``, which fx records."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
-            raise TypeError("tensor.data is assigned to, which a graph cannot record")
+            raise TypeError("an assignment to tensor.data cannot be recorded in a graph")
         super().__setattr__(name, value)
 
 
@@ -71,8 +72,8 @@ def _writes(node: fx.Node) -> bool:
         return False
     name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
-    given = "out" in node.kwargs or node.kwargs.get("inplace") is True
-    return in_place or name == "setitem" or node.target in AUGMENTED or given
+    requested = "out" in node.kwargs or node.kwargs.get("inplace") is True
+    return in_place or name == "setitem" or node.target in AUGMENTED or requested
 
 
 class Tracer(fx.Tracer):
@@ -99,10 +100,10 @@ class Tracer(fx.Tracer):
         self.given, self.keywords, self.fixed, self.written = given, keywords, set(fixed), set(written)
         self.silent: list[str] = []
         self.failed: tuple[str, str] | None = None
-        self.idle: set[fx.Node] = set()  # recorded by hooks that returned nothing
+        self.idle: set[fx.Node] = set()  # nodes recorded by hooks that returned nothing
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace as fx does, but refuse a region of autocast, which leaves no node and would be lost.
+        """Trace as fx does, but refuse a region under autocast, which leaves no node and would be lost.
 
         Raises:
             TraceError: forward enters autocast.
@@ -138,7 +139,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Create inputs by the signature of the forward that runs. Calling the root itself also runs its hooks."""
+        """Create inputs from the signature of the forward that runs, and a call of the root itself, for its hooks."""
         for name in _TAKEN:
             self.graph._graph_namespace.create_name(name, None)
         positional: list[Any] = []
@@ -217,7 +218,7 @@ class Tracer(fx.Tracer):
             except MPCompileError:
                 raise
             except Exception as error:
-                text = f"the forward hook {called(hook)} can't be traced: {summary(error)}"
+                text = f"the forward hook {called(hook)} cannot be traced: {summary(error)}"
                 raise TraceError(text, layer=path or type(self.root).__name__, hint=_REMOVE) from error
             if result is None:
                 self.silent.append(path)

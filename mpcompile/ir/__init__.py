@@ -1,1 +1,1 @@
-"""The intermediate representation: an owned torch.fx module, typed views of its layers, and what it may hold."""
+"""The intermediate representation: an owned torch.fx module, typed views of its layers, and the legal operators."""

@@ -1,6 +1,6 @@
-"""Effects: the nodes that do more than yield a value, which a pass must not move, merge or erase.
+"""Effects: nodes that do more than yield a value, so that no pass may move, merge or erase them.
 
-torch.fx takes every method and every module for pure. In a model, ``h.mul_(0.1)``, ``F.relu(h, inplace=True)``,
+torch.fx assumes that every method and every module is pure. In a model, ``h.mul_(0.1)``, ``F.relu(h, inplace=True)``,
 ``torch.add(x, y, out=h)`` and ``h[0] = 1`` are statements: later readers of ``h`` depend on them, although no edge of
 the graph says so. :func:`explicit` adds the edges where it can.
 """
@@ -20,7 +20,7 @@ from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, dynamo_name, fake_value, target_name
 from mpcompile.ir.parts import attribute
 
-AUGMENTED = {  # statements such as ``h += 1`` write into a tensor: in-place operator -> the one with a new result
+AUGMENTED = {  # in-place operator (``h += 1`` writes into a tensor) -> the operator that returns a new result
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
@@ -34,7 +34,7 @@ AUGMENTED = {  # statements such as ``h += 1`` write into a tensor: in-place ope
     operator.ilshift: operator.lshift,
     operator.irshift: operator.rshift,
 }
-UNDECIDED = "mpcompile.augmented"  # in the meta of such a node until it is known whether its source is read again
+UNDECIDED = "mpcompile.augmented"  # meta key of an in-place operator's node until :func:`settle` has looked at it
 _IN_PLACE = frozenset({"setitem", *(function.__name__ for function in AUGMENTED)})
 _SWITCHES = frozenset({"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"})
 _KNOWN = ("torch", "timm", "mpcompile", "operator", "_operator", "builtins", "math", "einops")
@@ -67,9 +67,9 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
         marked = [(i, a) for i, a in enumerate(target._schema.arguments) if a.alias_info and a.alias_info.is_write]
         values: list[Any] = [argument(node, i, a.name) for i, a in marked]
         return [n for v in values for n in (v if isinstance(v, (tuple, list)) else [v]) if isinstance(n, fx.Node)]
-    given = node.kwargs.get("out")
-    if given is not None:
-        return [n for n in (given if isinstance(given, (tuple, list)) else [given]) if isinstance(n, fx.Node)]
+    out = node.kwargs.get("out")
+    if out is not None:
+        return [n for n in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(n, fx.Node)]
     name = target_name(gm, node)
     flag = node.kwargs.get("inplace", False) is not False or any(a is True for a in node.args)  # F.relu(x, True)
     return inputs[:1] if flag or name in _IN_PLACE or name.endswith("_") else []
@@ -147,24 +147,27 @@ def settle(gm: IRModule) -> bool:
 
 
 def written_tensors(gm: IRModule, lifted: Lifted) -> set[int]:
-    """Return the storages of parameters and buffers that the graph itself writes into, also through views."""
+    """Return the storages of parameters and buffers that the graph itself writes into, directly or through views."""
     held: dict[Any, Tensor] = {}
     for node in gm.graph.nodes:
         tensor = attribute(gm, str(node.target)) if node.op == "get_attr" else lifted.tensors.get(node.name)
         place = _place(fake_value(node))
         if isinstance(tensor, Tensor) and place is not None:
             held[place[0]] = tensor
-    found = set()
+    storages = set()
     for node in gm.graph.nodes:
         for source in written(gm, node):
             place = _place(fake_value(source))
             if place is not None and place[0] in held:
-                found.add(storage(held[place[0]]))
-    return found
+                storages.add(storage(held[place[0]]))
+    return storages
 
 
 def own_copies(gm: fx.GraphModule, values: Sequence[Any]) -> list[Any]:
-    """Return inputs that a graph may be run on: copies if it writes in place, perhaps into its own inputs."""
+    """Return inputs that are safe to run a graph on: copies if it writes in place, since it may write into its inputs.
+
+    Parameters are passed as they are.
+    """
     if not any(written(gm, node) for node in gm.graph.nodes):
         return list(values)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]

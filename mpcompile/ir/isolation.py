@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-_MOST = 100_000  # objects that are visited: an attribute may lead to a whole training program
+_MOST = 100_000  # limit on visited objects: an attribute may lead to a whole training program
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "mpcompile"} - {"__main__"})
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), Tensor, ModuleType, torch.dtype, torch.device)
 _NO_CELL = object()
@@ -32,11 +32,11 @@ def _of_library(value: Any) -> bool:
 
 def _names(code: CodeType) -> set[str]:
     """Return the names of globals and attributes that a function, or one inside it, mentions."""
-    found = set(code.co_names)
+    names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found |= _names(constant)
-    return found
+            names |= _names(constant)
+    return names
 
 
 class _Snapshot:
@@ -175,7 +175,7 @@ def rebind(value: Any, memo: Mapping[int, Any]) -> Any:
 
     Args:
         value: any attribute of an instance: a function, a method, a partial, or anything in their closures.
-        memo: of the :func:`copy.deepcopy` that made the copy: id of the original -> its copy.
+        memo: the memo of the :func:`copy.deepcopy` that made the copy: id of an original -> its copy.
     """
     return _Rebinding(memo).of(value)
 
@@ -184,7 +184,7 @@ class _Rebinding:
     def __init__(self, memo: Mapping[int, Any]) -> None:
         self.memo = memo
         self.done: dict[int, Any] = {}
-        self.held: list[Any] = []  # each access makes a new method object: no id may be reused
+        self.held: list[Any] = []  # keeps temporary objects, such as methods, alive: no id may be reused
 
     def of(self, value: Any) -> Any:
         if isinstance(value, (nn.Module, Tensor)):

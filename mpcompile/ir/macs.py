@@ -1,4 +1,4 @@
-"""MAC accounting, from the tensors and shapes of a graph and never from a config."""
+"""MAC counts, computed from the tensors and shapes of a graph and never from a config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def executed_density(layer: LayerOp) -> float:
         return 1.0
     weight = layer.weight.tensor.detach()
     if layer.weight.node is not None and layer.weight.node.op == "placeholder" and layer.mask is not None:
-        weight = weight * layer.mask.tensor  # a lifted weight is the user's and dense: its masked product is what runs
+        weight = weight * layer.mask.tensor  # a lifted weight is the user's dense one; the graph masks it when it runs
     return layer.pattern.density if check_nm(weight, *layer.pattern) == 0 else 1.0
 
 
@@ -46,7 +46,7 @@ def node_macs(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, int
 
 
 def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
-    """Return a factor for each node between a token merge and the next residual addition: tokens before / after it."""
+    """Return tokens before / tokens after for the nodes between a token merge and the next residual addition."""
     charges: dict[fx.Node, float] = {}
     order = list(gm.graph.nodes)
     for start, merge in enumerate(order):
@@ -106,6 +106,6 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return torch's FLOP counter, extended by fused attention on CPUs, which it lacks before 2.15."""
+    """Return torch's FLOP counter, extended by fused attention on CPUs, which it does not count before torch 2.15."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={fused: _attention_flops})

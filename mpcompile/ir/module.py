@@ -1,6 +1,6 @@
-"""The IR's module: a torch-level fx.GraphModule with its plan and its mode, which can be copied and pickled.
+"""The IR's module: a torch-level fx.GraphModule that can be copied and pickled together with its plan and its mode.
 
-torch.fx traces a GraphModule again when it is pickled or copied, and so loses its class, hooks and metadata. Here the
+When a GraphModule is pickled or copied, torch.fx traces it again, which loses its class, hooks and metadata. Here the
 graph itself is copied.
 """
 
@@ -81,8 +81,8 @@ class IRModule(fx.GraphModule):
         if locked is not None and locked != mode:
             here, there = ("train", "eval") if locked else ("eval", "train")
             raise GraphError(
-                "the traced module takes another path in train() than in eval()",
-                expected=f"use in {here}() mode, in which it was captured",
+                "the traced module takes different paths in train() and eval()",
+                expected=f"use in {here}() mode, the one that it was captured in",
                 found=f"{there}()",
                 hint=f"call .{there}() on the original before it is captured (by mpcompile.transform or torch.export), "
                 "or set locked_mode = None if the model computes the same in both modes",
@@ -96,7 +96,7 @@ class IRModule(fx.GraphModule):
         return (buffer for buffer in super().buffers(recurse) if id(buffer) not in masks)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Load a state dict. One of the dense model leaves the masks of functional weights unchanged, too."""
+        """Load a state dict. That of the dense model has no masks, and leaves the masks of functional weights as is."""
         for node in self.graph.nodes:
             masked_args = schema.try_bind(node) if node.target in ops.MASKED else None
             mask = None if masked_args is None else masked_args.mask
@@ -106,7 +106,7 @@ class IRModule(fx.GraphModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def recompile(self) -> PythonCode:
-        """Compile the graph into a class of its own, so that no class ever changes."""
+        """Compile the graph into a new class, so that no existing class ever changes."""
         fresh: Any = types.new_class("GraphModuleImpl", (IRModule,))
         fresh.__name__, fresh.__module__ = type(self).__name__, fx.GraphModule.__module__
         self.__class__ = fresh
@@ -150,7 +150,7 @@ class IRModule(fx.GraphModule):
 
 @dataclass
 class Lifted:
-    """Parameters that arrive as graph inputs, by placeholder name (dynamo graphs); empty otherwise."""
+    """Parameters that are inputs of a dynamo graph, and their dotted names, by placeholder name; else empty."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
@@ -199,14 +199,14 @@ def _any_names(targets: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Reference:
-    """A node in pickled arguments."""
+    """A node in pickled arguments, or a function that artifacts may hold as a pickled target."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class _NodeRecord:
-    """A node in a form that can be pickled: listed functions by their names in files, others as they are."""
+    """A node in a form that can be pickled: functions that artifacts may hold by their names there, others as is."""
 
     op: str
     name: str

@@ -1,4 +1,4 @@
-"""Single nodes of a graph: their arguments, names and fake values, and the inputs that they stand for."""
+"""Single nodes of a graph: their arguments, names and fake values, and which placeholders hold parameters or data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 
 def target_name(gm: fx.GraphModule, node: fx.Node) -> str:
-    """Return what a node does as one word: the name of its module class, method or function."""
+    """Return the name of a node's operation: of its module's class, its method or its function."""
     if node.op == "call_module":
         return type(gm.get_submodule(str(node.target))).__name__
     if node.op == "call_function":
@@ -42,7 +42,7 @@ def fake_value(node: fx.Node) -> Any:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Return the shape of a node's tensor, symbolic sizes at their example values; None if it yields no tensor."""
+    """Return the shape of a node's tensor, with example values for symbolic sizes; None if it yields no tensor."""
     value = fake_value(node)
     if not isinstance(value, Tensor):
         return None
@@ -67,7 +67,7 @@ def reads_number(node: fx.Node) -> bool:
 
 
 def dynamo_name(node: fx.Node) -> str | None:
-    """Return the dotted name of the parameter or buffer behind a dynamo placeholder, or None for a real input."""
+    """Return the dotted name of the parameter or buffer that a dynamo placeholder holds, or None for a real input."""
     source = getattr(getattr(node, "_dynamo_source", None), "name", None)
     source = source() if callable(source) else source
     if not isinstance(source, str) or not re.search(r"_(?:parameters|buffers)\[", source):
@@ -87,7 +87,7 @@ def lifted_from(gm: fx.GraphModule, inputs: Sequence[Any] | Mapping[str, Any]) -
 
 
 def real_inputs(gm: fx.GraphModule, lifted: Lifted) -> list[fx.Node]:
-    """Return the placeholders of data, not of parameters."""
+    """Return the placeholders that hold data rather than parameters."""
     return [n for n in gm.graph.nodes if n.op == "placeholder" and n.name not in lifted.tensors]
 
 

@@ -1,4 +1,4 @@
-"""Modes of torch in which numbers are computed: autocast is for models, not for the algebra of masks and scores."""
+"""Torch's global modes: autocast is meant for models, not for computing masks and scores."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exact() -> Iterator[None]:
 
 @contextlib.contextmanager
 def modes_kept() -> Iterator[None]:
-    """Restore autocast and the recording of gradients at the end, whatever is entered in between."""
+    """Restore autocast and the recording of gradients at the end, whatever modes the code in between enters."""
     with contextlib.ExitStack() as stack:
         for device in _devices():
             dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -64,7 +64,7 @@ R = TypeVar("R")
 
 
 def with_ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function run outside of ``torch.inference_mode``: tensors made inside can never be trained."""
+    """Make a function run outside ``torch.inference_mode``: tensors made in that mode can never be trained."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

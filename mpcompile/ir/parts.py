@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FOLDED = "_folded"  # holds weights that a pass has computed, under the names of their layers
+FOLDED = "_folded"  # submodule that holds weights computed by a pass, under the names of their layers
 
 
 def attribute(root: nn.Module, path: str) -> Any:
@@ -21,7 +21,7 @@ def attribute(root: nn.Module, path: str) -> Any:
 
 
 def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the submodule at ``path``, and wherever else it is registered."""
+    """Replace the submodule at ``path``, also under any other name that it is registered under."""
     parent, _, leaf = path.rpartition(".")
     before = root.get_submodule(parent)._modules.get(leaf)
     setattr(root.get_submodule(parent), leaf, module)
@@ -33,8 +33,8 @@ def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:
 def carry(source: nn.Module, target: nn.Module) -> None:
     """Register on ``target`` the parameters and buffers of ``source`` that it lacks: their state dicts get equal names.
 
-    These are parts that no node uses, and second names of shared parts. Buffers that stay out of a state dict are
-    marked as in ``source``.
+    These are parts that no node uses, and second names of shared parts. A buffer of ``target`` is
+    persistent, that is, part of the state dict, only if ``source`` has it as a persistent one.
     """
     _carry(source, target, {id(module) for module in target.modules()})
 

@@ -1,7 +1,7 @@
 """Regions: parts of a graph that torch.compile and torch.export hold as separate graphs inside an operator.
 
-A region that only says how it is run (activation checkpointing, autocast, recording of gradients) is inlined into the
-surrounding graph, so that passes see its layers. Tags on the nodes preserve checkpointing: AOTAutograd recomputes
+A region that only sets how its nodes run (activation checkpointing, autocast, recording of gradients) is inlined into
+the surrounding graph, so that passes see its layers. Tags on the nodes preserve checkpointing: AOTAutograd recomputes
 tagged nodes in the backward pass. Branches and loops stay whole; :func:`mpcompile.ir.view.unsupported` reports their
 weights.
 """
@@ -17,8 +17,8 @@ from torch.amp import autocast_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
 CHECKPOINT, AUTOCAST, GRAD = "tag_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"
-_BODY = {CHECKPOINT: 0, "wrap": 0, GRAD: 1, "invoke_subgraph": 0, AUTOCAST: 4}  # position of an operator's graph
-_OPERANDS = {"invoke_subgraph": 2}  # position of the graph's first operand, if not right after it
+_BODY = {CHECKPOINT: 0, "wrap": 0, GRAD: 1, "invoke_subgraph": 0, AUTOCAST: 4}  # argument with an operator's graph
+_OPERANDS = {"invoke_subgraph": 2}  # argument with the graph's first operand, if not the one after the graph
 _OPTIONS = frozenset({"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"})
 
 
@@ -29,10 +29,10 @@ def opaque(node: fx.Node) -> str | None:
 
 
 def _inside(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    """Return the graph of a node if it can be inlined, or None."""
+    """Return the graph that a node holds if it can be inlined, or None."""
     name = opaque(node)
     if name not in _BODY or not _OPTIONS.issuperset(node.kwargs):
-        return None  # other options decide per operator, or are inputs of the graph
+        return None  # other options set a policy for each operator, or are inputs of the graph
     body = node.args[_BODY[name]]
     if not isinstance(body, fx.Node) or body.op != "get_attr":
         return None
@@ -43,7 +43,7 @@ def _inside(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
 
 
 def _enter(graph: fx.Graph, node: fx.Node) -> Any:
-    """Insert the nodes that enter the mode of a region, and return the one that leaving it needs."""
+    """Insert the nodes that enter the mode of a region, and return the node that :func:`_leave` needs, if any."""
     name = opaque(node)
     if name == AUTOCAST:
         return graph.call_function(autocast_mode._enter_autocast, tuple(node.args[:4]))
@@ -95,14 +95,14 @@ def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, number: in
 
 
 def inline_regions(gm: fx.GraphModule) -> bool:
-    """Inline every region that only says how it is run. Return True if there was one."""
+    """Inline every region that only sets how its nodes run. Return True if there was one."""
     number, changed = 0, False
     while True:
-        found = next(((n, inner) for n in gm.graph.nodes if (inner := _inside(gm, n)) is not None), None)
-        if found is None:
+        region = next(((n, inner) for n in gm.graph.nodes if (inner := _inside(gm, n)) is not None), None)
+        if region is None:
             break
         number, changed = number + 1, True
-        _inline(gm, *found, number)
+        _inline(gm, *region, number)
     if changed:
         gm.recompile()
     return changed

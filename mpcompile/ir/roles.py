@@ -1,4 +1,4 @@
-"""Roles of layers (stem, head, depthwise), found by data flow, not by name."""
+"""Roles of layers (stem, head, depthwise), determined by data flow, not by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpcompile.ir.view import layers
 
 
 def _reads_input(node: fx.Node, stops: set[fx.Node], images: set[fx.Node]) -> bool:
-    """Return True if data reaches ``node`` from a graph input without passing a weighted layer."""
+    """Return True if data reaches ``node`` from a graph input without passing through a weighted layer."""
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
@@ -38,11 +38,11 @@ def roles(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, str]:
     the output only through reshaping, scaling, softmax, or one average of several heads.
     """
     lifted = lifted or Lifted()
-    found = layers(gm, lifted)
-    by_node = {layer.node: layer for layer in found}
+    uses = layers(gm, lifted)
+    by_node = {layer.node: layer for layer in uses}
     images = set(real_inputs(gm, lifted))
     result: dict[str, str] = {}
-    for layer in found:
+    for layer in uses:
         if layer.depthwise:
             result[layer.name] = "depthwise"
         elif layer.kind == "conv2d" and _reads_input(layer.input, set(by_node), images):

@@ -33,7 +33,7 @@ _FORWARD_HOOKS = (
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return True if a call in eval mode cannot change the module: it is torch's or ours, and without hooks."""
+    """Return True if a call in eval mode cannot change the module: all of it is torch's or ours, and has no hooks."""
     for part in module.modules():
         if "forward" in vars(part) or any(getattr(part, table) for table in _FORWARD_HOOKS):
             return False
@@ -45,10 +45,10 @@ def _is_plain(module: nn.Module) -> bool:
 class _Shapes(FakeTensorProp):
     """Run the graph on fake tensors and set ``val`` and ``macs`` (of the whole batch) on every node.
 
-    Layers that might store something in a call are replaced by copies that share their tensors.
+    Layers that might store something when called are replaced by copies that hold fakes of their tensors.
 
     Args:
-        numbers: values of the placeholders of single numbers, by name: fake tensors have no values.
+        numbers: placeholder name -> value, for inputs that are single numbers: fake tensors have no values.
     """
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, numbers: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class _Shapes(FakeTensorProp):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value  # nodes would write to a real one
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value  # a node could write to a real one
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
@@ -89,7 +89,7 @@ class _Shapes(FakeTensorProp):
             return self.stand_ins[target](*args, **kwargs)
 
     def _number(self, n: fx.Node) -> Any:
-        """Return the number that was passed, or the one at capture; else 1."""
+        """Return the number that was passed in, else the one seen at capture, else 1."""
         source: Any = n.all_input_nodes[0]
         known = self.numbers.get(source.name, hint(n.meta.get("example_value")))
         if not isinstance(known, (bool, int, float)):
@@ -124,9 +124,9 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             node = prop.node
             where = None if node is None or node.op != "call_module" else str(node.target)
             raise GraphError(
-                f"shapes don't fit through the graph: {summary(error)}",
+                f"shapes cannot be propagated through the graph: {summary(error)}",
                 layer=where,
                 expected="example inputs that the model accepts",
                 found=", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i)[:80] for i in inputs),
-                hint=None if node is None else f"it is raised at {target_name(gm, node)} (node {node.name})",
+                hint=None if node is None else f"the error comes from {target_name(gm, node)} (node {node.name})",
             ) from error

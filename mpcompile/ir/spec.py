@@ -1,4 +1,4 @@
-"""What may stand in a graph after transform, after lower and after fuse: one table, checked between stages.
+"""The operators and layers that are legal after transform, after lower and after fuse: a table, checked between stages.
 
 The table constrains mpcompile's own operators and layers. Everything else that torch.fx can hold is legal at every
 stage, so a user's pass may insert any torch operator.
@@ -12,8 +12,8 @@ packed, native     lowered and later        packed tensors are buffers or graph 
 ``nm_mlp``         fused                    as native
 =================  =======================  ======================================================================
 
-Two exceptions are part of the table. A masked layer stays after lower if the plan says why (its weight is written to by
-the graph). A native operator has a residual or an activation only after fuse.
+Two further rules: a masked layer may remain after lower only if the plan gives a reason (the graph writes into its
+weight), and a native operator has a residual or an activation only after fuse.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Stage(enum.IntEnum):
-    """How far a graph has been compiled. Stages are ordered: a graph only moves up."""
+    """How far a graph has been compiled. Stages are ordered: a graph never moves back."""
 
     TRANSFORMED = 1  # captured, or masked and merged
     LOWERED = 2
@@ -48,7 +48,7 @@ class Stage(enum.IntEnum):
 
 
 REACHED_BY = {"lower": Stage.LOWERED, "fuse": Stage.FUSED}
-"""The stage that a pass of this name takes a graph to; other passes leave the stage as it is."""
+"""Pass name -> the stage that the pass takes a graph to; other passes leave the stage as it is."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Operator:
         stored: names of arguments that are packed tensors: reads of buffers, or graph inputs.
         literal: names of arguments that are plain numbers or lists of them, because passes and engines read them.
         epilogue: argument -> the value it has before fuse, which sets it.
-        matching: True if its MACs are the price of merging tokens, not the model's own.
+        matching: True if its MACs are the cost of matching tokens, not the model's own.
     """
 
     target: Any
@@ -103,22 +103,22 @@ def _rows() -> Iterator[Operator]:
 
 
 OPERATORS: dict[Any, Operator] = {row.target: row for row in _rows()}
-"""mpcompile's operators: target -> its row."""
+"""Target -> row of the table, for every operator of mpcompile."""
 
 
 def operator_of(node: fx.Node) -> Operator | None:
-    """The row of a node's operator, or None for a node that is not one of mpcompile's operators."""
+    """Return the row of a node's operator, or None for a node that is not one of mpcompile's operators."""
     return OPERATORS.get(node.target) if node.op == "call_function" else None
 
 
 def family_of(node: fx.Node) -> str | None:
-    """The family of a node's operator, or None for a node that is not one of mpcompile's operators."""
+    """Return the family of a node's operator, or None for a node that is not one of mpcompile's operators."""
     row = operator_of(node)
     return None if row is None else row.family
 
 
 def stage_of(gm: fx.GraphModule) -> Stage:
-    """The earliest stage at which the operators of a graph are legal.
+    """Return the earliest stage at which the operators of a graph are legal.
 
     Example:
         >>> stage_of(mpcompile.lower(model, x))
@@ -128,14 +128,14 @@ def stage_of(gm: fx.GraphModule) -> Stage:
     for node in gm.graph.nodes:
         row = operator_of(node)
         if row is not None:
-            given = schema.try_bind(node)
-            fused = given is not None and any(getattr(given, name) != idle for name, idle in row.epilogue)
+            args = schema.try_bind(node)
+            fused = args is not None and any(getattr(args, name) != idle for name, idle in row.epilogue)
             stage = max(stage, Stage.FUSED if fused else row.since)
     return stage
 
 
 def recorded(plan: Plan) -> Stage:
-    """The stage that a plan's passes have taken their graph to."""
+    """Return the stage that a plan's passes have taken their graph to."""
     return max((REACHED_BY[record.name] for record in plan.passes if record.name in REACHED_BY), default=Stage(1))
 
 
@@ -146,12 +146,12 @@ def check(gm: IRModule, stage: Stage, *, lifted: Lifted | None = None, plan: Pla
         gm: the graph.
         stage: the stage that it has reached.
         lifted: parameters that are graph inputs.
-        plan: the record of the graph's passes. Masked layers are refused once it says that lower ran, but for those
-            that it left with a reason.
+        plan: the record of the graph's passes. If it records that lower ran, masked layers are refused, except those
+            that lower left masked for a recorded reason.
 
     Raises:
-        GraphError: a node that the table does not allow; it names the node, the stage, what is expected there and what
-            was found.
+        GraphError: a node that the table does not allow. The message names the node and the stage, and says what was
+            expected and what was found.
     """
     _check_structure(gm, stage)
     for node in gm.graph.nodes:
@@ -159,7 +159,7 @@ def check(gm: IRModule, stage: Stage, *, lifted: Lifted | None = None, plan: Pla
         if row is None:
             continue
         if stage < row.since:
-            raise _illegal(node, stage, f"{row.name} from stage {row.since} on", row.name)
+            raise _illegal(node, stage, f"{row.name} at stage {row.since} or later", row.name)
         _check_arguments(gm, row, node, stage)
     if stage > Stage.TRANSFORMED and (plan is None or recorded(plan) > Stage.TRANSFORMED):
         _check_no_masks(gm, stage, lifted, set() if plan is None else _left(plan))
@@ -170,7 +170,7 @@ def _illegal(node: fx.Node, stage: Stage, expected: object, found: object) -> Gr
 
 
 def _check_structure(gm: fx.GraphModule, stage: Stage) -> None:
-    """One output, and it is last; inputs before calls; every path leads to something."""
+    """Check that there is one output, the last node, that inputs precede calls, and that every path exists."""
     called = False
     nodes = list(gm.graph.nodes)
     outputs = [node for node in nodes if node.op == "output"]
@@ -181,7 +181,7 @@ def _check_structure(gm: fx.GraphModule, stage: Stage) -> None:
     for node in nodes:
         called = called or node.op.startswith("call_")
         if node.op == "placeholder" and called:
-            raise _illegal(node, stage, "inputs before the first call", "an input behind a call")
+            raise _illegal(node, stage, "inputs before the first call", "an input after a call")
         if node.op not in ("get_attr", "call_module"):
             continue
         try:
@@ -194,23 +194,23 @@ def _check_structure(gm: fx.GraphModule, stage: Stage) -> None:
 
 def _check_arguments(gm: fx.GraphModule, row: Operator, node: fx.Node, stage: Stage) -> None:
     try:
-        given = schema.bind(node)
+        args = schema.bind(node)
     except TypeError as error:
         names = ", ".join(schema.OPERATORS[row.name].names())
         raise _illegal(node, stage, f"the arguments of {row.name}: {names}", error) from error
-    for argument, value in zip(row.target._schema.arguments, given, strict=True):
+    for argument, value in zip(row.target._schema.arguments, args, strict=True):
         expected = _violation(gm, row, argument, value)
         if expected is not None:
-            raise _illegal(node, stage, f"{expected} as {argument.name!r} of {row.name}", _shown(value))
+            raise _illegal(node, stage, f"{expected} as {argument.name!r} of {row.name}", _abridged(value))
     for name, idle in row.epilogue:
-        if stage < Stage.FUSED and getattr(given, name) != idle:
+        if stage < Stage.FUSED and getattr(args, name) != idle:
             raise _illegal(
-                node, stage, f"{name!r} of {row.name} to be {idle!r} before fuse", _shown(getattr(given, name))
+                node, stage, f"{name!r} of {row.name} to be {idle!r} before fuse", _abridged(getattr(args, name))
             )
 
 
 def _violation(gm: fx.GraphModule, row: Operator, argument: Any, value: Any) -> str | None:
-    """What an argument should be, where it is not that."""
+    """Return what an argument should be, or None if it is legal."""
     kind = str(argument.real_type)
     if value is None:
         return None if kind.startswith("Optional") else "a value"
@@ -237,7 +237,7 @@ def _is_stored(gm: fx.GraphModule, value: Any) -> bool:
 
 
 def _check_no_masks(gm: IRModule, stage: Stage, lifted: Lifted | None, left: Collection[str]) -> None:
-    """No masked layer is left after lower, but for those with a reason in the plan."""
+    """Refuse masked layers after lower, except those with a reason in the plan."""
     for layer in layers(gm, lifted):
         if layer.mask is not None and layer.name not in left:
             found = f"the masked layer {layer.name}"
@@ -245,10 +245,10 @@ def _check_no_masks(gm: IRModule, stage: Stage, lifted: Lifted | None, left: Col
 
 
 def _left(plan: Plan) -> set[str]:
-    """Layers that a recorded pass ``lower`` left masked; the plan holds the reason."""
+    """Return the layers that ``lower`` left masked according to the plan, which holds the reasons."""
     return {name for record in plan.passes if record.name == "lower" for name in record.decision.get("left", {})}
 
 
-def _shown(value: Any) -> str:
+def _abridged(value: Any) -> str:
     text = f"{value.op} {value.target}" if isinstance(value, fx.Node) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -94,7 +94,7 @@ def _layer_name(weight: str) -> str:
 
 
 def _module_obstacle(module: nn.Module) -> str | None:
-    """Return what else, besides its weight, decides what a layer computes, or None."""
+    """Return why a layer does not simply compute with its stored weight, or None if it does."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"
     if "weight" not in module._parameters:
@@ -168,7 +168,7 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
 
 def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
     """Return every use of a linear or 2-d convolution weight, in graph order; a shared layer appears once per use."""
-    found = []
+    uses = []
     for node in gm.graph.nodes:
         if node.op == "call_module":
             layer = _module_layer(gm, node)
@@ -177,8 +177,8 @@ def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
         else:
             layer = None
         if layer is not None:
-            found.append(layer)
-    return found
+            uses.append(layer)
+    return uses
 
 
 def _of_dtype(weight: Tensor) -> str:
@@ -186,9 +186,9 @@ def _of_dtype(weight: Tensor) -> str:
 
 
 def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the weights that :func:`layers` cannot show, name -> (shape, reason), so that no report omits them."""
+    """Return name -> (shape, reason) of the weights that :func:`layers` misses, so that no report omits them."""
     known = {layer.weight.name for layer in layers(gm, lifted)}
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    missed: dict[str, tuple[tuple[int, ...], str]] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module":
             module = gm.get_submodule(node.target)
@@ -196,7 +196,7 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
                 full = f"{node.target}.{name}"
                 if parameter.dim() >= 2 and full not in known:
                     why = f"inside {type(module).__name__}{_of_dtype(parameter)}"
-                    found[_layer_name(full)] = (tuple(parameter.shape), why)
+                    missed[_layer_name(full)] = (tuple(parameter.shape), why)
         elif node.op == "call_function" and (
             node.target in MATMUL | LINEAR or "conv" in str(node.target) or opaque(node)
         ):
@@ -205,5 +205,5 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
                 if ref is not None and ref.tensor.dim() >= 2 and ref.name not in known:
                     op = getattr(node.target, "__name__", str(node.target))
                     why = f"inside {opaque(node)}, which holds a graph of its own" if opaque(node) else f"used by {op}"
-                    found[_layer_name(ref.name)] = (tuple(ref.tensor.shape), why + _of_dtype(ref.tensor))
-    return found
+                    missed[_layer_name(ref.name)] = (tuple(ref.tensor.shape), why + _of_dtype(ref.tensor))
+    return missed

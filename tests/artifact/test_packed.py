@@ -92,7 +92,7 @@ def test_removed_weights_that_are_not_zero_are_stored_with_a_warning(tmp_path, c
         layer.weight[~layer.mask] = 1.0
     with caplog.at_level(logging.WARNING, logger="mpcompile"):
         save(module_of(layer), tmp_path / "file")
-    assert "1 masked weights are stored whole" in caplog.text and "layer.weight" in caplog.text
+    assert "1 masked weights are stored in full" in caplog.text and "layer.weight" in caplog.text
     loaded = load(tmp_path / "file").layer
     assert torch.equal(loaded.weight, layer.weight) and torch.equal(loaded.mask, layer.mask)
 
@@ -144,18 +144,18 @@ FORGED = [
     ({"m": 3}, {}, "malformed"),
     ({"shape": [4, 16, 1]}, {}, "malformed"),
     ({"shape": [4, -16]}, {}, "malformed"),
-    ({"shape": [10**9, 16]}, {}, "make no 2:4 weight"),
-    ({"shape": [16, 4]}, {}, "make no 2:4 weight"),
-    ({"n": 1}, {}, "make no 1:4 weight"),
+    ({"shape": [10**9, 16]}, {}, "do not make a 2:4 weight"),
+    ({"shape": [16, 4]}, {}, "do not make a 2:4 weight"),
+    ({"n": 1}, {}, "do not make a 1:4 weight"),
     ({}, {"mask": code()}, "another length"),
     ({}, {"mask": code(*[1] * 5)}, "another length"),
     ({}, {"mask": code(*[1] * 7)}, "another length"),
-    ({}, {"mask": code(*[1] * 6).view(1, 6)}, "make no 2:4 weight"),
-    ({}, {"mask": torch.ones(6)}, "make no 2:4 weight"),
-    ({}, {"mask": code(*[255] * 5, 15)}, "none of the 6"),  # above 6 ** 17
-    ({}, {"mask": code(*[0] * 5, 4)}, "none of the 6"),  # a 17th group, of 16
+    ({}, {"mask": code(*[1] * 6).view(1, 6)}, "do not make a 2:4 weight"),
+    ({}, {"mask": torch.ones(6)}, "do not make a 2:4 weight"),
+    ({}, {"mask": code(*[255] * 5, 15)}, "not one of the 6"),  # above 6 ** 17
+    ({}, {"mask": code(*[0] * 5, 4)}, "not one of the 6"),  # a 17th group, of 16
     ({}, {"mask": code(*[0] * 5, 16)}, "beyond its last group"),  # bit 44 of 44
-    ({}, {"values": torch.ones(4, 8, dtype=torch.int32)}, "make no 2:4 weight"),
+    ({}, {"values": torch.ones(4, 8, dtype=torch.int32)}, "do not make a 2:4 weight"),
 ]
 
 
@@ -210,7 +210,7 @@ def test_a_plan_of_another_save_is_refused(saved):
     gm.plan.note("later")
     save(gm, folder)
     (folder / "plan.json").write_text(before)
-    with pytest.raises(ArtifactError, match=r"plan\.json is not that of model\.safetensors"):
+    with pytest.raises(ArtifactError, match=r"plan\.json does not belong to model\.safetensors"):
         load(folder)
     (folder / "plan.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"its plan\.json is not JSON"):

@@ -147,6 +147,6 @@ def test_convolutions_come_back_from_a_file(kernel, n, m, tmp_path):
     save(gm, tmp_path / "file")
     with pytest.raises(ArtifactError, match="outside its block"):
         load(tmp_path / "file")
-    with pytest.raises(ArtifactError, match="don't fit"):
+    with pytest.raises(ArtifactError, match="do not fit"):
         save(network(build, v=v[:-4], i=i[:-4]), tmp_path / "file")
         load(tmp_path / "file")

@@ -98,9 +98,9 @@ def test_nothing_to_measure_is_said(inputs, pair):
 
 
 def test_what_is_no_stream_is_named(pair):
-    with pytest.raises(InputError, match=r"what is to be audited has the wrong type.*found int"):
+    with pytest.raises(InputError, match=r"the data to audit has the wrong type.*found int"):
         audit(*pair, 5, rounds=0, dense_compiled=pair[0], progress=False)
-    with pytest.raises(InputError, match=r"what is to be certified has the wrong type.*found int"):
+    with pytest.raises(InputError, match=r"the data to certify has the wrong type.*found int"):
         certify(*pair, 5, progress=False)
 
 

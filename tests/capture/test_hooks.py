@@ -234,7 +234,7 @@ def test_a_hook_that_cannot_be_traced_is_named(net):
             raise ValueError
 
     handle = net.body.register_forward_hook(stops_at_nan)
-    with pytest.raises(TraceError, match=r"^body: the forward hook .*stops_at_nan can't be traced.*handle.remove"):
+    with pytest.raises(TraceError, match=r"^body: the forward hook .*stops_at_nan cannot be traced.*handle.remove"):
         transform(net, X, DENSE)
     handle.remove()
     transform(net, X, DENSE)

@@ -67,7 +67,7 @@ FORMS = [
     (lambda: mlp().state_dict(), "load them into the model first"),
     (lambda: torch.export.export(mlp(), (X,)), r"program\.module\(\)"),
     (lambda: None, "not a model"),
-    (sparse, "^0.weight: .*no ordinary tensor"),
+    (sparse, "^0.weight: .*not an ordinary tensor"),
 ]
 
 
@@ -177,10 +177,10 @@ def test_a_forward_that_takes_a_pair_is_calibrated():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"image": BATCH["image"]}, "has another structure than example_inputs.*image, shift"),
+        ({"image": BATCH["image"]}, "has a different structure from example_inputs.*image, shift"),
         ({"image": BATCH["image"][:, :8], "shift": BATCH["shift"]}, "wrong shape"),
         ({"image": BATCH["image"] / 0, "shift": BATCH["shift"]}, "not finite"),
-        (BATCH["image"], "has another structure"),
+        (BATCH["image"], "has a different structure"),
     ],
 )
 def test_batches_that_are_not_like_the_example(batch, message):

@@ -66,7 +66,7 @@ def test_the_result_names_unread_files(command, made, tmp_path, capsys):
     assert cli.main(call) == 0
     said = capsys.readouterr().out
     assert f"note: not read in {images}: 1 dangling link (gone)" in said
-    assert ("no labels: the model has no classes that are called toad" in said) == (command != "compile")
+    assert ("no labels: the model has no classes called toad" in said) == (command != "compile")
     if command == "audit":
         assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["correct"] is None
 

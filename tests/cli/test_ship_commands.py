@@ -215,7 +215,7 @@ def test_every_field_has_an_option():
     ("text", "message"),
     [
         ("patern: 2:4", "did you mean 'pattern'"),
-        ("pattern: 5:4", "can't be met"),
+        ("pattern: 5:4", "cannot be met"),
         ("tome_r: x", "has no such value"),
         ("- 1", "is no config.*found a list"),
         ("a: [", "config .*c.yaml is not YAML.*line 1"),

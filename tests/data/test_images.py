@@ -109,7 +109,7 @@ def test_all_at_once_from_folders_and_archives(tmp_path):
     assert x.shape == (2, 3, 32, 32) and len(set(labels.tolist())) == 2
     np.savez(file, images=np.zeros((5, 4, 4), np.float32))
     for path, message in (
-        (file, "holds other images"),
+        (file, "holds images of another form"),
         (tmp_path / "none.npz", "cannot read"),
         (tmp_path / "x", "no images in"),
     ):

@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(clock, monkeypatch, caplog
     with caplog.at_level(logging.WARNING):
         assert choose(LINEAR).us == choose(CONV).us == choose(LINEAR).us == 5.0
     assert len(clock) == 2
-    assert [record.message.count("can't be written") for record in caplog.records] == [1]
+    assert [record.message.count("cannot be written") for record in caplog.records] == [1]
     assert list(store.cache_folder().iterdir()) == []
 
 

@@ -196,7 +196,7 @@ def test_figures_saved_in_an_artifact_are_shown(artifact):
         assert "1.60x" in page.render(Sources(artifact=artifact))
     finally:
         artifact.plan.figures = {}
-    assert "aren't measured" in page.render(Sources(artifact=artifact))
+    assert "not measured" in page.render(Sources(artifact=artifact))
 
 
 def test_lenient_readers():
@@ -228,9 +228,9 @@ def test_command(artifact, tmp_path, capsys):
         (["--image", "cat.jpg", "--audit", "good.json"], "--image needs an artifact"),
         (["--audit", "none.json"], "cannot read none.json"),
         (["--audit", "bad.json"], "bad.json is not JSON"),
-        (["--audit", "list.json"], "list.json is not what mpcompile audit wrote"),
-        (["--explain", "good.json"], "good.json is not what mpcompile explain wrote"),
-        (["--analyze", "good.json"], "good.json is not what mpcompile analyze wrote"),
+        (["--audit", "list.json"], "list.json is not the JSON of mpcompile audit"),
+        (["--explain", "good.json"], "good.json is not the JSON of mpcompile explain"),
+        (["--analyze", "good.json"], "good.json is not the JSON of mpcompile analyze"),
         (["none.mpc"], "cannot be loaded"),
     ],
 )

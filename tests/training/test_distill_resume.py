@@ -77,7 +77,7 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(checkpoint, "write", limited)
-    refused(ArtifactError, "room, found File too large.*is whole", model=model, out=tmp_path)
+    refused(ArtifactError, "room, found File too large.*is intact", model=model, out=tmp_path)
     monkeypatch.undo()
     assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 6
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []

@@ -119,7 +119,7 @@ def finish(process):
     [
         ("CXX", "/nonexistent", "no C++ compiler (/nonexistent)"),
         ("CXX", "'g++", "no C++ compiler ('g++)"),
-        ("CXX", "false", "false can't build the CPU kernels: exit status 1"),
+        ("CXX", "false", "false cannot build the CPU kernels: exit status 1"),
         ("CXX", "g++ -DW=", "error"),
         ("MPCOMPILE_CPU_ISA", "sse9", "MPCOMPILE_CPU_ISA=sse9: this processor runs"),
     ],
@@ -144,7 +144,7 @@ def test_a_compiler_that_is_too_old_for_the_processor_builds_a_narrower_library(
     assert CpuEngine().supports(SPEC) is None and works()
     assert native.kernels().isa == "portable"
     (said,) = warnings(caplog)
-    assert "the kernels for avx512_bf16 can't be built, those for portable are used" in said
+    assert "the kernels for avx512_bf16 cannot be built, those for portable are used" in said
     assert "unknown option" in said
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_library_is_built_again(caplog, built, damage):
     path.parent.mkdir(parents=True)
     if damage == "folder":
         path.mkdir()
-        assert "can't build the CPU kernels" in CpuEngine().supports(SPEC)
+        assert "cannot build the CPU kernels" in CpuEngine().supports(SPEC)
         assert works()
         return
     flipped = built[:5000] + bytes([built[5000] ^ 1]) + built[5001:]
@@ -180,7 +180,7 @@ def test_a_library_that_cant_be_loaded_is_built_again(caplog):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"another system's" + build.hashlib.sha256(b"another system's").digest())
     assert CpuEngine().supports(SPEC) is None and works()
-    assert warnings(caplog) == [f"mpcompile: {path} can't be loaded and is built again"]
+    assert warnings(caplog) == [f"mpcompile: {path} cannot be loaded and is built again"]
 
 
 def test_a_library_without_the_functions_is_built_again(caplog, tmp_path):
@@ -195,7 +195,7 @@ def test_a_library_without_the_functions_is_built_again(caplog, tmp_path):
         return path
 
     assert build._opened(build.Kernels, built).nm_conv is not None
-    assert warnings(caplog) == [f"mpcompile: {path} can't be loaded and is built again"]
+    assert warnings(caplog) == [f"mpcompile: {path} cannot be loaded and is built again"]
     with pytest.raises(build.Unavailable, match="undefined symbol"):
         build._opened(build.Operators, built)
 
@@ -248,7 +248,7 @@ def test_a_cache_that_cant_be_written_is_replaced_by_temporary_files(monkeypatch
     build.load.cache_clear()
     assert build.load("portable") is not None
     said = warnings(caplog)
-    assert len(said) == 1 and "can't be written" in said[0] and str(folder) in said[0]
+    assert len(said) == 1 and "cannot be written" in said[0] and str(folder) in said[0]
 
 
 def test_no_folder_at_all(monkeypatch, caplog):

@@ -294,9 +294,9 @@ def test_the_reference_engine_checks_its_numbers():
         (2, 64, 16),
         (1, 4, 16),
     ):
-        with pytest.raises(MPCompileError, match="packed weights don't fit"):
+        with pytest.raises(MPCompileError, match="packed weights do not fit"):
             ops.nm_linear(x, values, words, None, n, m, k)
-    with pytest.raises(MPCompileError, match="packed weights don't fit"):
+    with pytest.raises(MPCompileError, match="packed weights do not fit"):
         ops.nm_conv2d(x, values, words, None, [1, 1], [0, 0], [1, 1], 1, 2, 4, [8, 16, 2**20, 2**20])
 
 

@@ -129,7 +129,7 @@ def test_gemm(isa, p):
 @given(p=problems(), hidden=st.integers(1, 4))
 def test_mlp(isa, p, hidden):
     torch.set_num_threads(1)
-    middle = p["activation"].removeprefix(packed.BEHIND)
+    middle = p["activation"].removeprefix(packed.AFTER_RESIDUAL)
     n, m, out, dtype = p["n"], p["m"], p["out"], p["dtype"]
     hidden = hidden * m
     one, mask1 = layer((hidden, p["k"]), n, m, dtype, p["seed"])
@@ -303,11 +303,11 @@ def test_patterns_and_blocks():
 def test_tensors_of_another_size_are_refused(isa):
     weight, mask = layer((24, 64), 2, 4, torch.float32)
     values, index = layouts.pack(weight, mask, 2, 4, ROWS)
-    with pytest.raises(InputError, match="packed weights don't fit"):
+    with pytest.raises(InputError, match="packed weights do not fit"):
         ops.nm_gemm(torch.randn(3, 64), values[:-4], index, None, None, 24, 2, 4, ROWS, "none")
-    with pytest.raises(InputError, match="packed weights don't fit"):
+    with pytest.raises(InputError, match="packed weights do not fit"):
         ops.nm_gemm(torch.randn(3, 128), values, index, None, None, 24, 2, 4, ROWS, "none")
-    with pytest.raises(InputError, match="bias doesn't fit"):
+    with pytest.raises(InputError, match="bias does not fit"):
         ops.nm_gemm(torch.randn(3, 64), values, index, torch.randn(23), None, 24, 2, 4, ROWS, "none")
 
 

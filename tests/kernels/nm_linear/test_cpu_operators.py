@@ -143,11 +143,11 @@ def test_tensors_that_do_not_fit_are_refused_and_not_read(dtype, inputs):
         assert ops.nm_gemm(x, values, index, *good).shape == (3, 20)
         cut = 4 if layout == RING else 1  # RING has two values per index byte, and spare entries of both
         for bad in ((values[:-cut], index), (values, index[:-cut]), (values, index.to(torch.int8))):
-            with pytest.raises(InputError, match="packed weights don't fit"):
+            with pytest.raises(InputError, match="packed weights do not fit"):
                 ops.nm_gemm(x, *bad, *good)
         with pytest.raises(InputError, match="bias"):
             ops.nm_gemm(x, values, index, x.new_zeros(19), *good[1:])
-        with pytest.raises(InputError, match="packed weights don't fit"):
+        with pytest.raises(InputError, match="packed weights do not fit"):
             ops.nm_gemm(x, values, index, None, None, 200, n, m, layout, "none")
 
 

@@ -46,10 +46,10 @@ def gpu(monkeypatch):
     ("capability", "wgmma", "mma"),
     [
         ((7, 5), "begin with 8.0", "begin with 8.0"),
-        ((8, 0), "wgmma is of 9.0", None),
-        ((8, 9), "wgmma is of 9.0", None),
+        ((8, 0), "wgmma needs 9.0", None),
+        ((8, 9), "wgmma needs 9.0", None),
         ((9, 0), None, None),
-        ((10, 0), "wgmma is of 9.0", None),
+        ((10, 0), "wgmma needs 9.0", None),
     ],
 )
 def test_a_gpu_that_cannot(gpu, capability, wgmma, mma):
@@ -66,7 +66,7 @@ def test_reasons_are_named(gpu):
     for change, reason in (
         ({"dtype": torch.float32}, "dtype float32 (fp16 and bf16 have kernels)"),
         ({"pattern": Pattern(8, 16)}, "pattern 8:16 (sparse tensor cores run 2:4)"),
-        ({"shape": (768, 3080)}, "3080 inputs don't divide by 16"),
+        ({"shape": (768, 3080)}, "3080 inputs are not a multiple of 16"),
         ({"shape": (10, 3072)}, "fewer than 16 outputs"),
         ({"device": torch.device("cpu")}, "device cpu"),
     ):
@@ -82,8 +82,8 @@ def test_reasons_are_named(gpu):
     assert MMA.supports(wide) is None
     assert WGMMA.supports(wide) == CUSPARSELT.supports(wide) == "convolution other than 1x1"
     narrow = dataclasses.replace(wide, shape=(64, 96, 3, 3))
-    assert MMA.supports(narrow) == "96 input channels of a convolution don't divide by 64"
-    assert CUSPARSELT.supports(dataclasses.replace(SPEC, shape=(770, 3072))) == "770 outputs don't divide by 16"
+    assert MMA.supports(narrow) == "96 input channels of a convolution are not a multiple of 64"
+    assert CUSPARSELT.supports(dataclasses.replace(SPEC, shape=(770, 3072))) == "770 outputs are not a multiple of 16"
 
 
 def test_old_triton_and_absent_libraries_are_named(gpu):
@@ -164,11 +164,11 @@ def test_no_tokens_launch_nothing():
     [
         (PROBLEM.x.bfloat16(), {}, "mixes dtypes"),
         (PROBLEM.x.float(), {"values": torch.zeros(8192)}, "mixes dtypes"),
-        (PROBLEM.x[:, :112], {"out": 64, "values": torch.zeros(64, dtype=torch.float16)}, "don't fit a weight"),
-        (PROBLEM.x, {"out": 200}, "don't fit a weight"),
-        (PROBLEM.x[:, :120], {}, "don't divide by 16"),
-        (PROBLEM.x[:1].expand(2**31, 128), {}, "a product too large"),
-        (PROBLEM.x, {"bias": torch.zeros(63, dtype=torch.float16), "tile": TILES[0]}, "the bias doesn't fit"),
+        (PROBLEM.x[:, :112], {"out": 64, "values": torch.zeros(64, dtype=torch.float16)}, "do not fit a weight"),
+        (PROBLEM.x, {"out": 200}, "do not fit a weight"),
+        (PROBLEM.x[:, :120], {}, "expected a multiple of 16 features, found 120"),
+        (PROBLEM.x[:1].expand(2**31, 128), {}, "the product is too large"),
+        (PROBLEM.x, {"bias": torch.zeros(63, dtype=torch.float16), "tile": TILES[0]}, "the bias does not fit"),
         (PROBLEM.x.to("meta"), {}, "packed weights are on another device"),
     ],
 )
@@ -184,7 +184,7 @@ def test_metadata_of_another_weight_are_noticed_in_debug_mode(monkeypatch):
     product(PROBLEM.x, PROBLEM, index=other[1], tile=TILES[0])
     assert len(launched) == 1
     monkeypatch.setenv("MPCOMPILE_DEBUG", "1")
-    with pytest.raises(InputError, match="doesn't belong to these values"):
+    with pytest.raises(InputError, match="does not belong to these values"):
         product(PROBLEM.x, PROBLEM, index=other[1], tile=TILES[0])
 
 
@@ -278,7 +278,7 @@ def test_a_lowered_model_is_fused_saved_and_run(monkeypatch, tmp_path):
 def test_expansion_refuses_what_does_not_fit():
     values, words = torch.zeros(8, 16), torch.zeros(8, 4, dtype=torch.uint8)
     for x, held, bits in ((torch.zeros(2, 36), values, words), (torch.zeros(2, 32), values[:, :8], words)):
-        with pytest.raises(InputError, match="packed weights don't fit"):
+        with pytest.raises(InputError, match="packed weights do not fit"):
             expand.launch(x, held, bits, None, 2, 4, lambda kernel: kernel)
 
 
