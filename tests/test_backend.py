@@ -166,7 +166,7 @@ def test_a_transformed_module_is_not_transformed_again():
     assert [schema.TokenMergeArgs.bind(n).r for n in merges] == [2, 2]
 
 
-def test_nothing_eligible_is_inductor_and_said_once(caplog):
+def test_nothing_eligible_is_inductor_and_logged_once(caplog):
     model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 6)
     messages._WARNED.clear()
     with caplog.at_level(logging.WARNING, "mpcompile"), torch.no_grad():

@@ -92,19 +92,19 @@ def test_batches_of_any_size_count_their_samples_once(pair):
 
 
 @pytest.mark.parametrize("inputs", [[], iter([]), torch.zeros(0, 16), [torch.zeros(0, 16)], torch.tensor(3.0)])
-def test_nothing_to_measure_is_said(inputs, pair):
+def test_nothing_to_measure_is_reported(inputs, pair):
     with pytest.raises(InputError, match=r"no inputs|no axis"):
         audit(*pair, inputs, rounds=0, dense_compiled=pair[0], progress=False)
 
 
-def test_what_is_no_stream_is_named(pair):
+def test_objects_that_are_not_streams_are_named(pair):
     with pytest.raises(InputError, match=r"the data to audit has the wrong type.*found int"):
         audit(*pair, 5, rounds=0, dense_compiled=pair[0], progress=False)
     with pytest.raises(InputError, match=r"the data to certify has the wrong type.*found int"):
         certify(*pair, 5, progress=False)
 
 
-def test_a_loader_that_fails_is_said_in_one_line(pair):
+def test_a_failing_loader_is_reported_in_one_line(pair):
     def broken():
         yield from list(made())[:2]
         raise OSError("disk\ngone")
@@ -114,7 +114,7 @@ def test_a_loader_that_fails_is_said_in_one_line(pair):
             measure(*pair, broken())
 
 
-def test_outputs_that_are_not_finite_are_told_and_stay_json(pair):
+def test_outputs_that_are_not_finite_are_reported_as_valid_json(pair):
     dense, _ = pair
     broken = nn.Sequential(dense, nn.Threshold(0.0, float("nan"))).eval()
     report = audit(dense, broken, torch.randn(4, 16), rounds=0, dense_compiled=dense, progress=False)
@@ -173,7 +173,7 @@ def test_commands_hold_one_batch_at_a_time(folder):
     assert json.loads((folder / "out.json").read_text())["samples"] == BATCHES
 
 
-def test_images_that_an_artifact_was_calibrated_on_are_told(folder, capsys):
+def test_images_that_an_artifact_was_calibrated_on_are_reported(folder, capsys):
     folder, _ = folder
     out, made = f"{folder}/out.json", f"{folder}/new.mpc"
     run(folder, "compile", "--samples", "5", "--calibrate", "dense", "--out", made)

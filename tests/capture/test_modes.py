@@ -118,7 +118,7 @@ def test_symbolic_graphs_whose_layers_follow():
     assert not torch.equal(gm.train()(X), gm(X)) and torch.equal(gm.eval()(X), gm(X))
 
 
-def test_a_frozen_norm_does_not_make_a_training_graph_one_of_eval():
+def test_a_frozen_norm_does_not_turn_a_training_graph_into_an_eval_graph():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()

@@ -184,7 +184,7 @@ def test_report_is_json_and_text():
     assert tier.ce_sharp <= tier.ce_mean and report.ce_change <= tier.ce_sharp
 
 
-def test_the_sharp_bound_holds_is_attained_and_is_below_the_papers():
+def test_the_sharp_bound_holds_is_attained_and_is_below_that_of_the_paper():
     torch.manual_seed(0)
     logits, labels = torch.randn(200, 7).double() * 3, torch.randint(0, 7, (200,))
     eta = torch.rand(200).double() * 2

@@ -129,7 +129,7 @@ def test_an_empty_path_is_not_the_current_folder(call, tmp_path, monkeypatch, ca
         ("analyze a.mpc --plot a.xyz", ".pdf"),
     ],
 )
-def test_a_name_has_the_ending_of_its_format(command, expected, pruned, tmp_path, monkeypatch, capsys):
+def test_a_name_has_the_suffix_of_its_format(command, expected, pruned, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(pruned)
     before = sorted(pruned.iterdir())
     assert cli.main(command.format(model=MODEL).split()) == 2

@@ -75,7 +75,7 @@ def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.usefixtures("no_inductor")
-def test_audit_writes_json_and_says_that_random_weights_mean_nothing(tmp_path, capsys):
+def test_audit_writes_json_and_notes_that_random_weights_mean_nothing(tmp_path, capsys):
     out = tmp_path / "audit.json"
     arguments = ["audit", "resnet10t", "--batch", "2", "--rounds", "2", "--quiet", "--json", str(out)]
     assert cli.main(arguments) == 0
@@ -87,7 +87,7 @@ def test_audit_writes_json_and_says_that_random_weights_mean_nothing(tmp_path, c
 
 
 @pytest.mark.parametrize(("speedup", "word"), [(1.25, "faster"), (0.8, "slower")])
-def test_the_summary_of_the_demo_says_slower_where_it_is(speedup, word, tmp_path):
+def test_the_summary_of_the_demo_reports_slower_builds(speedup, word, tmp_path):
     best = Row("dense frozen", latency_ms=8.0)
     rows = [
         Row("dense eager", correct=396, samples=400, macs=8_000_000, latency_ms=10.0),

@@ -56,7 +56,7 @@ def pruned(folder):
     return folder / "pruned.mpc"
 
 
-def test_compile_saves_what_it_says(folder, pruned):
+def test_compile_saves_the_model_that_it_reports(folder, pruned):
     gm = mpcompile.load(pruned)
     assert gm.plan.to_dict() == json.loads((folder / "plan.json").read_text())
     assert gm.plan.config["pattern"] == "4:8" and gm.plan.config["tome_r"] == 3 and len(gm.plan.masked) == 8

@@ -147,14 +147,14 @@ def pickled(value, folder):
         lambda s: {**s, "0.weight": s["0.weight"] > 0},
     ],
 )
-def test_what_does_not_fit_is_one_line(change, tmp_path):
+def test_a_mismatch_is_reported_in_one_line(change, tmp_path):
     torch.save(change(mlp().state_dict()), tmp_path / "other.pth")
     with pytest.raises(ArtifactError, match=r"other\.pth does not fit the model; expected .*found ") as caught:
         load_checkpoint(mlp(), tmp_path / "other.pth")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 590
 
 
-def test_odd_tensors_are_passed_over(tmp_path, caplog):
+def test_odd_tensors_are_skipped(tmp_path, caplog):
     value = {
         ("a", 1): torch.ones(2, 4),
         3: torch.ones(2, 4),

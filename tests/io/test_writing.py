@@ -97,7 +97,7 @@ def test_a_link_that_is_not_followed_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_what_has_to_outlive_a_power_failure_is_flushed(durable, tmp_path, monkeypatch):
+def test_files_that_have_to_survive_a_power_failure_are_flushed(durable, tmp_path, monkeypatch):
     """The file is flushed before it gets its name, the folder afterwards."""
     calls = []
     flush, rename = os.fsync, os.replace
@@ -159,7 +159,7 @@ FULL = [
 
 @pytest.mark.parametrize("content", FULL)
 @pytest.mark.parametrize("old", [True, False])
-def test_a_full_disk_is_one_line_whoever_reports_it(content, old, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_whatever_raises_it(content, old, tmp_path):
     if old:
         (tmp_path / "a").write_text("old")
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

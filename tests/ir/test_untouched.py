@@ -60,7 +60,7 @@ KINDS = ["attribute", "list", "dict", "class", "global"]
 
 @pytest.mark.parametrize("cls", [Stateful, Leaf])
 @pytest.mark.parametrize("keep", KINDS)
-def test_nothing_of_a_trace_stays(cls, keep):
+def test_tracing_leaves_nothing_behind(cls, keep):
     part = cls(keep)
     model = nn.Sequential(nn.Linear(32, 64), part, nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     gm = transform(model, X, HALF)
@@ -187,7 +187,7 @@ def test_made_without_gradients_and_trained_outside():
     assert all(p.grad is not None for p in gm.parameters())
 
 
-def test_untouched_puts_back_what_is_reachable():
+def test_untouched_restores_everything_reachable():
     total, seen, deep = 0, {"a": 1}, [[1], {2}]
 
     def write():
@@ -246,7 +246,7 @@ def test_errors_of_the_model_itself(error, late):
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
-def test_errors_of_a_leaf_are_met_by_shape_propagation(error):
+def test_errors_of_a_leaf_are_raised_by_shape_propagation(error):
     model = nn.Sequential(nn.Linear(32, 32), Inner(error), nn.Linear(32, 8)).eval()
     with pytest.raises(MPCompileError) as raised:
         transform(model, X, HALF)

@@ -136,7 +136,7 @@ def test_an_engine_that_the_cache_lacks_is_timed_with_the_others(clock, monkeypa
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff\xfe", '{"KEY": {"fake": -1, "reference": 1, "dense": "x"}}'])
-def test_a_damaged_cache_is_said_once_and_replaced(clock, content, caplog):
+def test_a_damaged_cache_is_logged_once_and_replaced(clock, content, caplog):
     path = timing.cache_file()
     path.parent.mkdir(parents=True)
     key = timing.entry_key(LINEAR, torch.get_num_threads())
@@ -149,7 +149,7 @@ def test_a_damaged_cache_is_said_once_and_replaced(clock, content, caplog):
     assert json.loads(path.read_text())[key]["fake"] == 5.0
 
 
-def test_a_folder_that_cannot_be_written_is_said_once(clock, monkeypatch, caplog):
+def test_an_unwritable_folder_is_logged_once(clock, monkeypatch, caplog):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -237,7 +237,7 @@ def test_a_timing_of_a_wrong_type_is_ignored(entry):
     assert timing._valid({"dense": 2, "cpu": 1.5}) == {"dense": 2.0, "cpu": 1.5}
 
 
-def test_a_cache_that_is_no_file_of_ours_is_ignored(tmp_path):
+def test_a_cache_that_is_not_our_file_is_ignored(tmp_path):
     path = tmp_path / "timings.json"
     for text in ("[" * 100_000, '{"a": ' * 100_000, "[1]", "{", "\xff\xfe", "9" * 5000):
         path.write_text(text, encoding="latin-1")

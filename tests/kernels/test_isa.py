@@ -12,7 +12,7 @@ from mpcompile.kernels.nm_linear import operators as native
 HELD = {"avx2": ("AVX2", 256), "portable": ("DEFAULT", 0)}  # torch's name for it, and the bits of Inductor's vectors
 
 
-def test_what_the_environment_holds_is_held():
+def test_the_environment_restricts_every_library():
     held = os.environ.get("MPCOMPILE_CPU_ISA")
     kernels = native.kernels()
     assert held is None or kernels is None or kernels.isa == held

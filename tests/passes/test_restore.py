@@ -227,7 +227,7 @@ def test_vit_with_merging_is_calibrated_on_the_merged_graph():
 
 @pytest.mark.parametrize("calibrate", ["pruned", "dense"])
 @pytest.mark.parametrize("options", [{}, {"restore": False}, {"restore": False, "score": "magnitude"}], ids=str)
-def test_batch_norms_are_estimated_anew(calibrate, options):
+def test_batch_norms_are_re_estimated(calibrate, options):
     torch.manual_seed(0)
     blocks = [
         (nn.Conv2d(c, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16, momentum=1.0), nn.ReLU()) for c in (3, 16, 16)

@@ -127,7 +127,7 @@ def test_queries_keys_and_values_are_fitted_separately(randn):
     assert rmt.fit_qkv(W, parts=1) == (rmt.fit(W),)
 
 
-def test_scales_of_rows_and_columns_are_taken_out(randn):
+def test_scales_of_rows_and_columns_are_divided_out(randn):
     r, c = torch.exp(0.5 * randn(256, 1)), torch.exp(0.4 * randn(1, 192))
     W = randn(256, 192) * (r * c).sqrt()
     f = rmt.fit(W)

@@ -96,7 +96,7 @@ def test_wrong_recipes_are_refused(changes, match):
         Recipe.load("resnet50_2of4", changes)
 
 
-def test_other_files_are_no_recipe(tmp_path):
+def test_other_files_are_not_recipes(tmp_path):
     with pytest.raises(ConfigError, match=r"no recipe.*vit_base_2of4_tome8"):
         Recipe.load("vit_huge")
     path = tmp_path / "a.yaml"

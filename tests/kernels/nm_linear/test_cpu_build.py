@@ -124,7 +124,7 @@ def finish(process):
         ("MPCOMPILE_CPU_ISA", "sse9", "MPCOMPILE_CPU_ISA=sse9: this processor runs"),
     ],
 )
-def test_without_a_library_plain_torch_runs_and_the_reason_is_said_once(monkeypatch, caplog, name, value, reason):
+def test_without_a_library_plain_torch_runs_and_the_reason_is_logged_once(monkeypatch, caplog, name, value, reason):
     monkeypatch.setenv(name, value)
     for _ in range(2):
         assert reason in CpuEngine().supports(SPEC)
@@ -148,7 +148,7 @@ def test_a_compiler_that_is_too_old_for_the_processor_builds_a_narrower_library(
     assert "unknown option" in said
 
 
-def test_a_compiler_that_answers_no_question_is_no_obstacle(monkeypatch):
+def test_a_compiler_that_does_not_report_its_version_is_used(monkeypatch):
     def refuse(*args, **kwargs):
         raise subprocess.TimeoutExpired("g++", 30)
 
@@ -175,7 +175,7 @@ def test_a_damaged_library_is_built_again(caplog, built, damage):
     assert warnings(caplog) == [f"mpcompile: {path} is damaged and is built again"]
 
 
-def test_a_library_that_cant_be_loaded_is_built_again(caplog):
+def test_a_library_that_cannot_be_loaded_is_built_again(caplog):
     path = place()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"another system's" + build.hashlib.sha256(b"another system's").digest())
@@ -238,7 +238,7 @@ def test_a_good_library_is_kept(caplog, built, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_cache_that_cant_be_written_is_replaced_by_temporary_files(monkeypatch, caplog, tmp_path):
+def test_an_unwritable_cache_is_replaced_by_temporary_files(monkeypatch, caplog, tmp_path):
     file = tmp_path / "file"
     file.write_text("no folder")
     monkeypatch.setenv("MPCOMPILE_CACHE", str(file / "below"))
@@ -324,7 +324,7 @@ SPOILT = ["file", "group", "folder", "above", "link", "linked folder", "owner", 
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_library_that_others_can_have_written_is_not_loaded(what, mine, tmp_path):
+def test_a_library_that_others_could_have_written_is_not_loaded(what, mine, tmp_path):
     if os.getuid() and ("owner" in what or what == "group"):
         pytest.skip("only root gives files away")
     assert build._find(mine.name, build._folders()) == mine
@@ -339,7 +339,7 @@ def test_a_library_that_others_can_have_written_is_not_loaded(what, mine, tmp_pa
         assert made.parent == store.temporary_folder()
 
 
-def test_a_cache_folder_of_others_is_said_once(mine, caplog, tmp_path):
+def test_a_cache_folder_of_others_is_logged_once(mine, caplog, tmp_path):
     spoil(mine, "folder", tmp_path)
     for _ in range(2):
         build.load.cache_clear()
@@ -349,7 +349,7 @@ def test_a_cache_folder_of_others_is_said_once(mine, caplog, tmp_path):
 
 
 @pytest.mark.parametrize("home", [None, "", "~", "relative"])
-def test_without_a_home_caches_lie_among_temporary_files(home, monkeypatch, tmp_path):
+def test_without_a_home_caches_are_among_temporary_files(home, monkeypatch, tmp_path):
     for name in ("MPCOMPILE_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     if home is not None:

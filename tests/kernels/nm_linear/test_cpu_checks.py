@@ -269,7 +269,7 @@ def test_tensors_that_are_not_strided_are_refused():
     both("nm_gemm", torch.randn(4, 64), matrix()[0].to_sparse(), matrix()[1], None, None, *GEMM.values())
 
 
-def test_layouts_that_there_are_not():
+def test_unknown_layouts_are_refused():
     for layout in (-1, 4, 99, 2**32):
         with pytest.raises(InputError, match="no such layout"):
             layouts.pack(*layer((8, 16), 2, 4, torch.float32), 2, 4, layout)
@@ -300,7 +300,7 @@ def test_the_reference_engine_checks_its_numbers():
         ops.nm_conv2d(x, values, words, None, [1, 1], [0, 0], [1, 1], 1, 2, 4, [8, 16, 2**20, 2**20])
 
 
-def test_the_checks_cost_little_where_c_cant_be_built():
+def test_checks_run_once_where_cpp_cannot_be_built():
     """The numbers of a weight are checked only once."""
     checks._can_be.cache_clear()
     values, index = matrix()

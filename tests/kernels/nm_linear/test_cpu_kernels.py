@@ -201,7 +201,7 @@ def test_no_tokens(isa):
     assert ops.nm_conv(torch.empty(0, 16, 4, 4), values, index, None, None, *args).shape == (0, 8, 4, 4)
 
 
-def test_values_that_are_not_finite_come_through(isa):
+def test_values_that_are_not_finite_are_propagated(isa):
     weight, mask = layer((16, 16), 8, 16, torch.float32)
     values, index = layouts.pack(weight, mask, 8, 16, ROWS)
     x = torch.ones(3, 16)
@@ -220,7 +220,7 @@ def test_large_arguments_of_activations(isa):
         torch.testing.assert_close(y, packed.activate(x, activation), rtol=1e-5, atol=1e-6)
 
 
-def test_a_wrong_index_is_noticed():
+def test_a_wrong_index_is_detected():
     """The comparison above can fail."""
     weight, mask = layer((32, 64), 2, 4, torch.float32)
     values, index = layouts.pack(weight, mask, 2, 4, ROWS)
@@ -328,7 +328,7 @@ def test_check_finds_an_index_outside_the_tile(layout):
             layouts.check(values, damaged, m, layout)
 
 
-def test_a_residual_is_spread_over_the_batch(isa):
+def test_a_residual_is_broadcast_over_the_batch(isa):
     weight, mask = layer((16, 32), 2, 4, torch.float32)
     x, residual = torch.randn(4, 3, 32), torch.randn(1, 3, 16)
     y = ops.nm_gemm(x, *layouts.pack(weight, mask, 2, 4, ROWS), None, residual, 16, 2, 4, ROWS, "none")

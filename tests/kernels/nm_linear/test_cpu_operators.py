@@ -44,7 +44,7 @@ def no_python(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_plain_calls_see_no_python(no_python, dtype, mode):
+def test_plain_calls_run_no_python(no_python, dtype, mode):
     bias, residual = torch.randn(48).to(dtype), torch.randn(2, 5, 48).to(dtype)
     with mode():
         for layout in layouts_here(dtype):
@@ -62,7 +62,7 @@ def test_plain_calls_see_no_python(no_python, dtype, mode):
                 assert ops.nm_conv(image, *two, bias, None, *plain).is_contiguous(memory_format=order)
 
 
-def test_what_is_out_of_the_ordinary_goes_the_general_way(no_python):
+def test_unusual_calls_use_the_general_operators(no_python):
     values, index = pack((48, 32), torch.float32, ROWS)
     with pytest.raises(AssertionError, match="in Python was called"):
         ops.nm_gemm(torch.randn(32, 5).T, values, index, None, None, 48, 8, 16, ROWS, "none")
@@ -134,7 +134,7 @@ def test_convolutions_are_those_of_python(stride, padding, order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs", [16, 96, 208])
-def test_tensors_that_do_not_fit_are_refused_and_not_read(dtype, inputs):
+def test_tensors_of_wrong_sizes_are_refused_and_not_read(dtype, inputs):
     x = torch.randn(3, inputs).to(dtype)
     for layout in layouts_here(dtype):
         n, m = PATTERNS[layout]

@@ -127,7 +127,7 @@ def test_the_kernels_own_tests_find_nothing():
 @pytest.mark.parametrize("fault", ["none", "slices"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_any_alignment_that_slices_have_will_do(isa, dtype, fault):
+def test_any_alignment_of_slices_is_accepted(isa, dtype, fault):
     status, said = calls()[isa, dtype, fault]
     assert (status, said) == (0, "called\nreturned\n")
 
@@ -135,13 +135,13 @@ def test_any_alignment_that_slices_have_will_do(isa, dtype, fault):
 @pytest.mark.parametrize("fault", ["x", "values", "index", "y"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_memory_that_is_too_small_is_noticed(isa, dtype, fault):
+def test_memory_that_is_too_small_is_detected(isa, dtype, fault):
     status, said = calls()[isa, dtype, fault]
     assert status != 0 and "called" in said and "returned" not in said
     assert "ERROR: AddressSanitizer" in said
 
 
-def test_undefined_behaviour_is_noticed():
+def test_undefined_behaviour_is_detected():
     status, said = calls()["portable", "fp32", "odd"]
     assert status != 0 and "called" in said and "returned" not in said
     assert "runtime error" in said and "misaligned" in said

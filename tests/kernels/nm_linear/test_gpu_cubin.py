@@ -146,12 +146,12 @@ def test_epilogues():
     assert epilogue_of("relu", True, False, True) is epilogue_of("none", True, True, False) is None
 
 
-def test_a_combination_that_is_not_compiled_is_a_pass_behind():
+def test_a_combination_that_is_not_compiled_is_a_pass_after_the_product():
     y, scale, residual = torch.randn(3, 4), torch.randn(4), torch.randn(3, 4)
     assert torch.equal(gpu_cubin._finish(y, "relu", scale, residual), y.relu() * scale + residual)
 
 
-def test_says_what_is_missing(records, gpu_folder, monkeypatch):
+def test_missing_parts_are_reported(records, gpu_folder, monkeypatch):
     with without_triton(monkeypatch, gpu_folder, 80, None) as cubins:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
         gpu_launch.missing.cache_clear()
@@ -166,7 +166,7 @@ def test_says_what_is_missing(records, gpu_folder, monkeypatch):
     gpu_launch.missing.cache_clear()
 
 
-def test_refuses_folders_that_hold_no_kernels_or_old_ones(records, gpu_folder, tmp_path):
+def test_folders_without_kernels_or_with_old_ones_are_refused(records, gpu_folder, tmp_path):
     with pytest.raises(InputError, match="no compiled kernels"):
         Cubins.of(tmp_path)
     first = sorted(gpu_folder.rglob("records.json"))[0]

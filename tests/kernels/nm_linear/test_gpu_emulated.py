@@ -69,7 +69,7 @@ def test_addresses_beyond_2_to_the_31_elements(records):
     assert relative(found, problem.expected(ROUGH.epilogue)) < TOLERANCE[ROUGH.dtype]
 
 
-def test_rows_that_lie_apart(records):
+def test_rows_with_gaps_between_them(records):
     problem = Problem.make(40, 48, 128, ROUGH.dtype)
     wide = torch.zeros(40, 160, dtype=torch.float16)
     wide[:, 16:144] = problem.x
@@ -173,7 +173,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_spoiled_kernels_fail(what, records):
+def test_broken_kernels_fail(what, records):
     build, pattern, replacement, way = SPOILED[what]
     ptx = records[build]["ptx"]
     if replacement is None:  # the last wait in the file is the fetching warp's, which then continues at once

@@ -177,7 +177,7 @@ def test_bad_input_is_refused_before_the_launch(x, how, message):
         product(x, PROBLEM, **how)
 
 
-def test_metadata_of_another_weight_are_noticed_in_debug_mode(monkeypatch):
+def test_metadata_of_another_weight_are_detected_in_debug_mode(monkeypatch):
     other = sparse24.pack(*(Problem.make(8, 64, 128, "fp16", seed=1).__dict__[k] for k in ("weight", "mask")), 16)
     launched = []
     monkeypatch.setattr(gpu_launch, "launch", lambda *args: launched.append(args))
@@ -217,7 +217,7 @@ class Recorder(EmulatedKernel):
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (64, 128, 1, 1)])
-def test_operators_launch_what_they_were_told(shape, monkeypatch):
+def test_operators_launch_with_their_arguments(shape, monkeypatch):
     monkeypatch.setattr(gpu_launch, "_device", lambda index: (80, 108))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(gpu_launch, "missing", lambda index, layout=16: None)
@@ -282,7 +282,7 @@ def test_expansion_refuses_what_does_not_fit():
             expand.launch(x, held, bits, None, 2, 4, lambda kernel: kernel)
 
 
-def test_a_build_is_named_by_what_it_is():
+def test_a_build_is_named_after_its_parameters():
     build = Build("gluon_mma_sp", "64x16x128s5", "fp16", "gelu", 80)
     assert build.name == "gluon_mma_sp-64x16x128s5-fp16-gelu-sm80" and build.cut.m == 16
     assert expand.tile(1, 768)[0] == 16
