@@ -39,7 +39,7 @@ def _packed(operator: Callable[..., Tensor], residual: int) -> Callable[..., Ten
             if not x.is_floating_point() or torch.float64 in (x.dtype, values.dtype):  # autocast ignores doubles
                 return operator(x, values, *rest)
             if isinstance(added, Tensor):
-                wanted = torch.promote_types(wanted, added.dtype)  # as an addition after the product does
+                wanted = torch.promote_types(wanted, added.dtype)  # as when it is added afterwards
                 rest = (*rest[: residual - 2], added.to(values.dtype), *rest[residual - 1 :])
             return operator(x.to(values.dtype), values, *rest).to(wanted)
 

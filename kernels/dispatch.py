@@ -1,4 +1,4 @@
-"""The choice of an engine: the engines there are, and which of them runs a masked layer.
+"""The list of engines, and the choice of the one that runs a masked layer.
 
 ``"auto"`` takes the fastest engine that supports the layer, as timed on this machine (timing.py). A sparse engine must
 beat the best dense build by more than the noise (:data:`MARGIN`).
@@ -90,7 +90,7 @@ def auto_pattern(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...
     """Return the patterns of density 1/2 that the device runs at full speed, widest first (wider groups keep more).
 
     GPUs and processors that multiply bf16 in pairs of columns run only 2:4 at full speed. In wider groups some values
-    have no partner within reach.
+    have no partner close enough (``REACH`` in layouts.py).
     """
     if device.type == "cuda" or (device.type == "cpu" and multiplies_pairs(dtype)):
         return (Pattern(2, 4),)
@@ -98,7 +98,7 @@ def auto_pattern(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...
 
 
 def auto_menu(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...]:
-    """Return the patterns to choose from for each layer, those that the device runs well; widest groups first."""
+    """Return the patterns that the device runs well, from which each layer's is chosen; widest groups first."""
     if device.type == "cuda":
         return (Pattern(2, 4),)
     if device.type == "cpu" and multiplies_pairs(dtype):
@@ -111,7 +111,7 @@ def engine_named(name: str) -> Engine:
     """Return one of :data:`ENGINES` by its name.
 
     Raises:
-        ConfigError: no engine of that name.
+        ConfigError: there is no engine of that name.
     """
     named = {candidate.name: candidate for candidate in ENGINES}
     if name not in named:
@@ -127,10 +127,10 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
             ``MPCOMPILE_TIMING=off``), it takes the first in :data:`ENGINES` that supports the layer. A name takes that
             engine, or dense if it does not support the layer.
         measured: time the candidates even if an engine is named, including those that cannot be the fastest.
-        frozen: weights do not change, so that dense layers are prepacked, and sparse engines have to beat that.
+        frozen: True if weights do not change. Dense layers can then be prepacked, and sparse engines have to beat that.
 
     Raises:
-        ConfigError: no engine of that name.
+        ConfigError: there is no engine of that name.
 
     Example:
         >>> spec = LayerSpec((8, 8), torch.float32, torch.device("cpu"), Pattern(2, 4))

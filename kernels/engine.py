@@ -21,7 +21,7 @@ class LayerSpec:
     """One masked layer as an engine sees it.
 
     Attributes:
-        shape: of the weight, (out, in) or (out, in / groups, kh, kw).
+        shape: shape of the weight, (out, in) or (out, in / groups, kh, kw).
         geometry: (stride, padding, dilation, groups), or None for a linear layer.
         inputs: example shape of the input, (..., in) or (B, C, H, W); None if unknown.
     """
@@ -67,7 +67,7 @@ class Engine(Protocol):
 
         Args:
             spec: the layer.
-            x: the input: a tensor, or the graph node that yields it; so are ``packed`` and ``bias``.
+            x: the input, a tensor or the graph node that yields it. The same holds for ``packed`` and ``bias``.
             packed: the tensors that :meth:`pack` returned, by name.
             bias: the bias, or None.
         """
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is known about one engine for a layer.
+    """An engine that a layer could use, with its time or the reason why it cannot run the layer.
 
     Attributes:
         us: microseconds per call; None if not timed.

@@ -39,7 +39,7 @@ class Pattern(NamedTuple):
         """Parse ``"N:M"``.
 
         Raises:
-            ConfigError: another form, or not 1 <= N <= M <= 32.
+            ConfigError: the text has another form, or 1 <= N <= M <= 32 does not hold.
         """
         match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
         if match is None:
@@ -51,7 +51,7 @@ class Pattern(NamedTuple):
         n, m = int(match[1]), int(match[2])
         if not 1 <= n <= m <= MAX_M:
             raise ConfigError(
-                f"pattern '{n}:{m}' can't be met",
+                f"pattern '{n}:{m}' cannot be met",
                 expected=f"1 <= N <= M <= {MAX_M}",
                 found=f"N = {n}, M = {m}",
                 hint="N:M keeps N of every M values, so 2:4 keeps half of them",
@@ -138,7 +138,7 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     out, k = rows.shape
     if weight.shape != mask.shape or k % m or group_axis(weight.shape) % m:
         raise InputError(
-            f"a weight {tuple(weight.shape)} can't be packed {n}:{m}",
+            f"a weight {tuple(weight.shape)} cannot be packed {n}:{m}",
             expected=f"a mask of the same shape whose groups of {m} tile axis 1",
             found=f"mask {tuple(mask.shape)}",
         )

@@ -1,8 +1,8 @@
 """The ``mpcompile::`` operators of the IR.
 
 They are registered as CompositeImplicitAutograd. In a graph each is one node with N and M among its arguments, which
-passes and engines look for. Below autograd each is plain torch code, from which gradients, fake tensors, export and
-Inductor's fusion follow. The operators of native kernels (``nm_gemm``, ``nm_mlp``, ``nm_conv``) remain one operator
+passes and engines look for. Below autograd each is plain torch code, which provides gradients, fake tensors, export
+and Inductor's fusion. The operators of native kernels (``nm_gemm``, ``nm_mlp``, ``nm_conv``) remain one operator
 below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`. Arguments: :mod:`mpcompile.kernels.schema`.
 """
 
@@ -99,10 +99,10 @@ def packed_call(
 
     Args:
         packed: the packed weight's ``values`` and ``index``.
-        shape: of the dense weight.
-        geometry: of a convolution; None for a linear layer. Groups must be 1.
+        shape: shape of the dense weight.
+        geometry: geometry of a convolution; None for a linear layer. Groups must be 1.
         pattern: (n, m).
-        layout: of the packed weight.
+        layout: layout of the packed weight.
     """
     n, m = pattern
     common: dict[str, Any] = {
@@ -125,7 +125,7 @@ def packed_arguments(node: fx.Node) -> list[checks.PackedWeight]:
     """Return the packed weights that a node reads; empty if the node calls no native operator.
 
     Raises:
-        InputError: the node's numbers fit no input.
+        InputError: the node lacks arguments, or has numbers for which no input is valid.
     """
     if node.target not in NATIVE:
         return []
@@ -133,7 +133,7 @@ def packed_arguments(node: fx.Node) -> list[checks.PackedWeight]:
     try:
         args: Any = expected.bind(node)
     except TypeError as error:
-        given = [*expected.names()[: len(node.args)], *node.kwargs]
+        present = [*expected.names()[: len(node.args)], *node.kwargs]
         names = ", ".join(expected.names())
-        raise InputError(f"{node.target} lacks arguments", expected=names, found=", ".join(given)) from error
+        raise InputError(f"{node.target} lacks arguments", expected=names, found=", ".join(present)) from error
     return checks.stored(args)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
-# A tensor, or the graph node that yields it. The second item is the type in torch's schema language.
+# A tensor, or the graph node that yields it. The annotation is the type in torch's schema language.
 Tensor = Annotated[Any, "Tensor"]
 OptionalTensor = Annotated[Any, "Tensor?"]
 Ints = Annotated[list[int], "int[]"]
@@ -43,25 +43,25 @@ class Args:
 
     Attributes:
         operator: name of the operator, without its namespace.
-        returns: its result in torch's schema language.
+        returns: type of its result, in torch's schema language.
     """
 
     operator: ClassVar[str]
     returns: ClassVar[str] = "Tensor"
 
     def __iter__(self) -> Iterator[Any]:
-        """The arguments in the operator's order."""
+        """Iterate over the arguments, in the operator's order."""
         return (getattr(self, name) for name in self.names())
 
     @classmethod
     @functools.cache  # one entry per class
     def names(cls) -> tuple[str, ...]:
-        """Names of the arguments, in order."""
+        """Return the names of the arguments, in order."""
         return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     @classmethod
     def position(cls, name: str) -> int:
-        """Position of an argument.
+        """Return the position of an argument.
 
         Raises:
             ValueError: the operator has no argument of that name.
@@ -72,7 +72,7 @@ class Args:
 
     @classmethod
     def signature(cls) -> str:
-        """Arguments and result in torch's schema language, without the operator's name."""
+        """Return arguments and result in torch's schema language, without the operator's name."""
         hints = typing.get_type_hints(cls, include_extras=True)
         parts = []
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -84,10 +84,10 @@ class Args:
 
     @classmethod
     def bind(cls: type[_Args], node: Node) -> _Args:
-        """The arguments of a node by name.
+        """Return the arguments of a node as an instance, to read them by name.
 
         Raises:
-            TypeError: the node lacks an argument, or has one that the operator doesn't take.
+            TypeError: the node lacks an argument, or has one that the operator does not take.
         """
         return cls(*node.args, **node.kwargs)
 
@@ -237,7 +237,7 @@ class TokenBiasArgs(Args):
 
 @dataclass
 class TokenMergeArgs(Args):
-    """Merge ``r`` tokens of x; yields tokens, sizes and the new place of each old token."""
+    """Merge ``r`` tokens of x; yields tokens, sizes and the new position of each old token."""
 
     operator: ClassVar[str] = "token_merge"
     returns: ClassVar[str] = "(Tensor, Tensor, Tensor)"
@@ -294,23 +294,23 @@ OPERATORS: dict[str, type[Args]] = {cls.operator: cls for cls in Args.__subclass
 
 
 def operator_name(target: Callable[..., Any] | str) -> str:
-    """Name of an operator's target without namespace and overload; empty for anything that is no torch operator."""
+    """Return the name of a torch operator without namespace and overload; empty for any other target."""
     schema = getattr(target, "_schema", None)
     return "" if schema is None else str(schema.name).rpartition("::")[2]
 
 
 def bind(node: Node) -> Any:
-    """The arguments of a node that calls one of :data:`OPERATORS`, as that operator's class.
+    """Return the arguments of a node that calls one of :data:`OPERATORS`, as an instance of that operator's class.
 
     Raises:
-        KeyError: it calls another operator.
+        KeyError: the node calls another operator.
         TypeError: see :meth:`Args.bind`.
     """
     return OPERATORS[operator_name(node.target)].bind(node)
 
 
 def try_bind(node: Node) -> Any:
-    """As :func:`bind`, but None for a call of another operator or with missing arguments, as a file may hold."""
+    """As :func:`bind`; None if the node calls another operator or lacks arguments, as a damaged file may have it."""
     try:
         return bind(node)
     except (KeyError, TypeError):

@@ -15,17 +15,17 @@ from mpcompile.io.reading import read_text
 from mpcompile.io.writing import replacing
 
 log = logging.getLogger(__name__)
-_MOST_BYTES = 64 << 20  # of a JSON file
+_MAX_BYTES = 64 << 20  # size of the largest JSON file that is read
 
 
 def cache_folder() -> Path:
     """Return ``$MPCOMPILE_CACHE``, or ``mpcompile`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It may not exist yet.
 
-    For a user without a home directory it is :func:`temporary_folder`.
+    For a user without a home directory, return :func:`temporary_folder`.
     """
-    given = os.environ.get("MPCOMPILE_CACHE")
-    if given:
-        return Path(given)
+    chosen = os.environ.get("MPCOMPILE_CACHE")
+    if chosen:
+        return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     if base and os.path.isabs(base):
         return Path(base) / "mpcompile"
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def temporary_folder() -> Path:
-    """Return this user's folder among temporary files."""
+    """Return this user's folder inside the system's temporary folder."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     return Path(tempfile.gettempdir()) / f"mpcompile-{user}"
 
@@ -42,14 +42,14 @@ def temporary_folder() -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if the file is missing or damaged. Warn once about a damaged file."""
     try:
-        data = json.loads(read_text(path, _MOST_BYTES))
+        data = json.loads(read_text(path, _MAX_BYTES))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        warn_once(log, f"mpcompile: {path} can't be read and is ignored: {str(error)[:200]}")
+        warn_once(log, f"mpcompile: {path} cannot be read and is ignored: {str(error)[:200]}")
         return {}
     if not isinstance(data, dict):
-        warn_once(log, f"mpcompile: {path} can't be read and is ignored: it holds no JSON object")
+        warn_once(log, f"mpcompile: {path} cannot be read and is ignored: it does not hold a JSON object")
         return {}
     return data
 
@@ -59,11 +59,11 @@ def write_json(path: Path, update: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**read_json(path), **update}, indent=0)
-        # A cache needs no flush, and a link may have been planted by another user among temporary files.
+        # A cache needs no flush. Links are not followed: another user may have planted one in the temporary folder.
         with replacing(path, mode=0o600, durable=False, follow=False) as file:
             file.write(text.encode("utf-8"))
     except (OSError, RecursionError) as error:
-        warn_once(log, f"mpcompile: {path} can't be written, so nothing is kept for the next run: {error}")
+        warn_once(log, f"mpcompile: {path} cannot be written, so nothing is stored for the next run: {error}")
 
 
 def positive(value: Any) -> float | None:

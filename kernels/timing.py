@@ -1,11 +1,11 @@
 """Latency of a layer on each engine of this machine: timed once, then read from memory or the cache folder.
 
-The dense bar is the faster of eager torch and torch.compile with freezing (weights prepacked for oneDNN or MKL). Token
-counts are rounded up to four steps per octave, so that models whose blocks have fewer and fewer tokens need few
-timings. All candidates of a layer are timed together, in interleaved rounds of random order; the median counts. Each
-candidate cycles through several copies of its weights and inputs, because in a model a layer finds neither in the
-processor's inner caches. Convolutions run channels last, as Inductor lays them out on CPUs. On CUDA, calls are captured
-in a graph and timed by events, which leaves out launch time.
+The dense time to beat is the lower of eager torch's and that of torch.compile with freezing (weights prepacked for
+oneDNN or MKL). Token counts are rounded up to four steps per octave, so that models whose blocks have fewer and fewer
+tokens need few timings. All candidates of a layer are timed together, in interleaved rounds of random order; the median
+counts. Each candidate cycles through several copies of its weights and inputs, because in a model a layer finds neither
+in the processor's inner caches. Convolutions run channels last, as Inductor lays them out on CPUs. On CUDA, calls are
+captured in a graph and timed by events, which excludes launch time.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ _MEMORY: dict[tuple[str, str], dict[str, float]] = {}  # (file, entry key) -> na
 
 
 def set_cost_model(model: CostModel | None) -> None:
-    """Use ``model(engine name, spec, threads)``, in microseconds, instead of timing; where it gives None, time.
+    """Use the microseconds that ``model(engine name, spec, threads)`` returns; engines are timed where it returns None.
 
-    The model is also asked for ``"dense prepacked"``, which may be None. This serves tests, and building on one machine
-    for another. ``set_cost_model(None)`` returns to timing.
+    The model is also called for ``"dense prepacked"``, for which None is allowed. Cost models serve tests, and builds
+    on one machine for another. ``set_cost_model(None)`` returns to timing.
     """
     global _MODEL  # noqa: PLW0603
     _MODEL = model
@@ -141,7 +141,7 @@ def cache_file() -> Path:
 def times(spec: LayerSpec, engines: Sequence[Engine]) -> dict[str, float] | None:
     """Return microseconds per call of each engine and each of :data:`DENSE`, by name.
 
-    Figures come from the cost model, from the cache, or from timing.
+    Times come from the cost model, from the cache, or from a measurement.
 
     Returns:
         None if nothing can be timed: input shape unknown, integers, or ``MPCOMPILE_TIMING=off``.
@@ -160,7 +160,7 @@ def times(spec: LayerSpec, engines: Sequence[Engine]) -> dict[str, float] | None
     path, key = cache_file(), entry_key(spec, threads)
     place = (str(path), key)
     timed = _MEMORY.get(place) or _valid(store.read_json(path).get(key))
-    if not timed.keys() >= set(names):  # timed all together, so that the figures are of one load of the machine
+    if not timed.keys() >= set(names):  # all are timed together, under the same load of the machine
         timed = measure(spec, engines, threads)
         store.write_json(path, {key: {name: round(us, 3) for name, us in timed.items()}})
     _MEMORY[place] = timed
@@ -168,7 +168,7 @@ def times(spec: LayerSpec, engines: Sequence[Engine]) -> dict[str, float] | None
 
 
 def _valid(entry: Any) -> dict[str, float]:
-    """Return an entry of the file; empty if it is malformed."""
+    """Return an entry of the cache file; empty if it is malformed."""
     if not isinstance(entry, dict):
         return {}
     times = {name: us for name, value in entry.items() if (us := store.positive(value)) is not None}
@@ -177,7 +177,7 @@ def _valid(entry: Any) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _quiet(spec: LayerSpec, threads: int) -> Iterator[None]:
-    """The conditions of inference: no gradients, no autocast, and ``threads`` threads."""
+    """Set the conditions of inference: no gradients, no autocast, and ``threads`` threads."""
     before = torch.get_num_threads()
     if threads != before:
         torch.set_num_threads(threads)
@@ -224,7 +224,7 @@ def _rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 class CudaClock:
-    """Seconds that a GPU takes for a number of calls, replayed from a graph, or launched if they cannot be captured."""
+    """Measures the seconds that a GPU takes for several calls, replayed from a graph, or launched if not capturable."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -313,7 +313,7 @@ _Maker = Callable[[LayerSpec, Tensor, Tensor, Tensor], "Callable[[], Any] | None
 def _prepacked(
     make: _Maker, spec: LayerSpec, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor
 ) -> list[Callable[[], Any]]:
-    """Return the call that torch.compile with freezing makes for a dense layer, per input; empty if it has none."""
+    """Return, for each input, the call that torch.compile with freezing makes for a dense layer; empty if none."""
     if spec.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return []
     try:

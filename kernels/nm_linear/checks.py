@@ -24,10 +24,10 @@ from mpcompile.kernels.nm_linear import layouts, packed, sparse24
 from mpcompile.kernels.nm_linear.layouts import RING, ROWS
 from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
 
-COUNT = 2**31 - 1024  # rows and columns of a weight: the kernels count in int, and go a few beyond the end
-NUMBER = 2**31 - 1  # a stride, padding, dilation or kernel size
-BYTES = 2**47  # of a tensor: what a process can address
-FREE = 2**28  # elements that padding, or a weight without columns, may need for an input of any size
+COUNT = 2**31 - 1024  # most rows or columns of a weight: the kernels' counters are int, and run a few past the last
+NUMBER = 2**31 - 1  # largest stride, padding, dilation or kernel size
+BYTES = 2**47  # size of the largest tensor: the address space of a process
+FREE = 2**28  # elements that padding, or a weight without columns, may need however small the input is
 TIMES = 64  # beyond FREE, at most this many times the elements of the input
 LAYOUTS = (*layouts.NAMES, *sparse24.NAMES)
 
@@ -47,7 +47,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"packed weights don't fit a weight {tuple(self.shape)} {self.n}:{self.m}"
+        return f"packed weights do not fit a weight {tuple(self.shape)} {self.n}:{self.m}"
 
 
 def weights(args: NativeArgs, columns: int | None = None) -> list[PackedWeight]:
@@ -55,7 +55,7 @@ def weights(args: NativeArgs, columns: int | None = None) -> list[PackedWeight]:
 
     Args:
         args: arguments of ``nm_gemm``, ``nm_mlp`` or ``nm_conv``.
-        columns: features of the input.
+        columns: number of features of the input.
     """
     if isinstance(args, NmMlpArgs):
         one = PackedWeight(args.values1, args.index1, (args.hidden, columns), args.n1, args.m1, args.layout1)
@@ -81,25 +81,25 @@ def weight_numbers(shape: tuple[int, ...], n: int, m: int, layout: int) -> None:
     if not all(type(number) is int for number in (*shape, n, m, layout)) or not _can_be(shape, n, m, layout):
         raise InputError(
             "no packed weight has these numbers",
-            expected=f"1 <= N <= M <= {MAX_M}, inputs in groups of M, a layout of {sorted(LAYOUTS)}, sizes to {COUNT}",
-            found=f"{_shown(n)}:{_shown(m)}, layout {_shown(layout)}, a weight {_shown(shape)}",
+            expected=f"1 <= N <= M <= {MAX_M}, inputs in groups of M, a layout of {sorted(LAYOUTS)}, sizes <= {COUNT}",
+            found=f"{_abbreviated(n)}:{_abbreviated(m)}, layout {_abbreviated(layout)}, a weight {_abbreviated(shape)}",
             hint="lower the module again with mpcompile.lower",
         )
 
 
-def _shown(value: object) -> str:
+def _abbreviated(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def epilogue(activation: object, known: Sequence[str] = packed.EPILOGUES) -> None:
-    """Check that the operator has an activation.
+    """Check that an activation is one of those that the operator has.
 
     Raises:
-        InputError: it does not.
+        InputError: it is not.
     """
     if activation not in known:
-        raise InputError("no such activation", expected=", ".join(known), found=_shown(activation))
+        raise InputError("no such activation", expected=", ".join(known), found=_abbreviated(activation))
 
 
 def held(x: Tensor, weight: PackedWeight) -> None:
@@ -122,16 +122,16 @@ def held(x: Tensor, weight: PackedWeight) -> None:
     if not layouts.fits(values.numel(), index.numel(), shape, n, m, layout):
         raise InputError(
             weight.title,
-            expected=f"what layouts.pack makes of it in layout {layouts.NAMES.get(layout, layout)}",
+            expected=f"tensors from layouts.pack in layout {layouts.NAMES.get(layout, layout)}",
             found=f"{values.numel()} values, {index.numel()} index bytes",
         )
     if layout == ROWS and len(shape) == 2 and index.is_cpu and math.prod(shape):
-        # Padding hides a few features more or less from the sizes, but not from the last row's places.
+        # Padding makes the sizes equal for a few features more or less, but the last row's places still differ.
         width, entries, kept = layouts.last_places(shape[1], n, m)
         end = index.reshape(-1)[-entries:].tolist()
         if end[kept - 1] < width - m or any(end[kept:]):
             raise InputError(
-                weight.title, expected="an input of the features that were packed", found=f"one of {shape[1]}"
+                weight.title, expected="an input with as many features as were packed", found=f"{shape[1]} features"
             )
     if layout == RING:
         end = layouts.table_bytes(shape, m)
@@ -159,7 +159,7 @@ def room(shape: Sequence[int], dtype: torch.dtype, most: int | None = None) -> N
         raise InputError(
             "the output, or the padded input, is too large",
             expected=f"at most {limit} elements",
-            found=_shown(tuple(shape)),
+            found=_abbreviated(tuple(shape)),
             hint="use smaller padding or a smaller batch",
         )
 
@@ -168,14 +168,14 @@ def beside(bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], o
     """Check that a bias has ``out`` values, that a residual broadcasts to ``shape``, and that both are on x's device.
 
     Raises:
-        InputError: one does not.
+        InputError: one of them does not.
     """
     if bias is not None and bias.shape != (out,):
-        raise InputError("the bias doesn't fit", expected=f"({out},)", found=tuple(bias.shape))
+        raise InputError("the bias does not fit", expected=f"({out},)", found=tuple(bias.shape))
     if residual is not None and residual.shape != tuple(shape):
         pairs = zip(reversed(residual.shape), reversed(shape), strict=False)
         if residual.dim() > len(shape) or any(size not in (1, whole) for size, whole in pairs):
-            raise InputError("the residual doesn't fit", expected=tuple(shape), found=tuple(residual.shape))
+            raise InputError("the residual does not fit", expected=tuple(shape), found=tuple(residual.shape))
     for tensor in (bias, residual):
         if tensor is not None and tensor.device != x.device:
             raise InputError("a bias or residual is on another device", expected=x.device, found=tensor.device)
@@ -223,7 +223,7 @@ def tokens(x: Tensor) -> None:
         InputError: it is a scalar.
     """
     if not x.dim():
-        raise InputError("a matrix product can't read this input", expected="(..., features)", found="a single number")
+        raise InputError("a matrix product cannot read this input", expected="(..., features)", found="a single number")
 
 
 def geometry(shape: Any, stride: Any, padding: Any, dilation: Any) -> None:
@@ -242,7 +242,7 @@ def geometry(shape: Any, stride: Any, padding: Any, dilation: Any) -> None:
         raise InputError(
             "no convolution has these numbers",
             expected=f"a shape (out, in, height, width), stride, dilation and padding (two each) up to {NUMBER}",
-            found=f"{_shown(tuple(shape))}, {_shown(stride)}, {_shown(dilation)}, {_shown(padding)}",
+            found=", ".join(map(_abbreviated, (tuple(shape), stride, dilation, padding))),
             hint="lower the module again with mpcompile.lower",
         )
 
@@ -270,7 +270,7 @@ def conv(
     epilogue(activation)
     geometry(shape, stride, padding, dilation)
     if x.dim() != 4 or x.shape[1] != shape[1]:
-        raise InputError(f"a convolution {tuple(shape)} can't read this input", found=tuple(x.shape))
+        raise InputError(f"a convolution {tuple(shape)} cannot read this input", found=tuple(x.shape))
     held(x, weight)
     padded = [size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True)]
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, shape[2:], strict=True)]
@@ -309,7 +309,7 @@ def contents(weight: PackedWeight, values: Tensor, index: Tensor) -> None:
     """Check that a file's tensors hold the weight, and that the index stays inside the weight's blocks.
 
     Raises:
-        InputError: they do not, or it does not.
+        InputError: the tensors do not hold the weight, or the index leaves its blocks.
     """
     shape = None if None in weight.shape else weight.shape
     layouts.check(values, index, weight.m, weight.layout, shape)

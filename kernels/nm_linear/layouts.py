@@ -10,8 +10,8 @@ or :data:`PAIRS_BLOCK` columns. Storage order is blocks, then rows of a block, t
 * ``OCTS`` (bf16, 1:4): as ``QUADS``, with the sixteen pairs of one column from a group of four and one from the next
   group.
 * ``RING`` (bf16, any N:M): as ``QUADS``, with pairs of columns at most three apart. A value without a partner is stored
-  with a zero. Rows need different numbers of entries, so groups of four rows are padded to the same even number, and
-  two entries of each row alternate. A table holds the start of each group of four rows.
+  with a zero. Rows need different numbers of entries, so each group of four rows is padded to the same even number, and
+  stores two entries of each row in turn. A table holds the start of each group of four rows.
 
 Pair layouts take 5 bytes per two kept values.
 """
@@ -100,12 +100,12 @@ def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
 
 
 def row_entries(width: int, n: int, m: int) -> int:
-    """Return the entries per row of a ROWS block of ``width`` columns: kept values, padded to a multiple of four."""
+    """Return the entries per row of a ROWS block of ``width`` columns: its kept values, rounded up to fours."""
     return -(-(width // m * n + min(n, width % m)) // 4) * 4
 
 
 def block_entries(layout: int, width: int, n: int, m: int) -> int:
-    """Return the entries of a row in a block of ``width`` columns, for any layout but ``RING``."""
+    """Return the number of entries of a row in a block of ``width`` columns, for any layout but ``RING``."""
     if layout == ROWS:
         return row_entries(width, n, m)
     return -(-width // (8 if layout == OCTS else 4))
@@ -196,10 +196,10 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
     """Check that an index from an untrusted source stays inside its weight's blocks.
 
     Args:
-        shape: of the weight; None for a matrix of any size.
+        shape: shape of the weight; None for a matrix of any size.
 
     Raises:
-        InputError: it does not, or it is not of the layout.
+        InputError: it does not, or the tensors do not have the form of the layout.
     """
     if layout in sparse24.NAMES and values.dim() == index.dim() == 1 and index.dtype == torch.uint8:
         sparse24.check(values, index)
@@ -228,10 +228,10 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
 
 
 def check_places(index: Tensor, shape: Sequence[int | None], n: int, m: int) -> None:
-    """Check that packing could have made a ``ROWS`` index of the right length: ``n`` places in each group.
+    """Check that a ``ROWS`` index of the right length has ``n`` places in each group, as packing makes it.
 
     Args:
-        shape: of the weight; None for the unknown number of columns of a matrix.
+        shape: shape of the weight, with None for the columns of a matrix if their number is unknown.
 
     Raises:
         InputError: the index has another pattern or another cut, or is damaged.
@@ -293,7 +293,7 @@ def _pack_octs(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     block = torch.nn.functional.pad(block, (0, pad)).unflatten(-1, (-1, 2, 4))
     kept = torch.nn.functional.pad(kept, (0, pad)).unflatten(-1, (-1, 2, 4))
     place = kept.to(torch.uint8).argmax(-1)
-    values = (block * kept).sum(-1, dtype=block.dtype)  # one of the four is kept; none after the last column
+    values = (block * kept).sum(-1, dtype=block.dtype)  # one of the four is kept, or none in the padding
     index = place[..., 0] * 4 + place[..., 1] + torch.arange(block.shape[1]) * 16
     return values, index.to(torch.uint8), torch.empty(0)
 
@@ -309,8 +309,8 @@ def _pack_ring(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     second = torch.full((len(block), capacity + 2), -1)
     waiting = torch.full((len(block),), -1)
     rows = torch.arange(len(block))
-    # From left to right, a kept column pairs with the waiting one if that is near enough, and waits otherwise. This
-    # greedy order leaves the fewest columns alone, since only distance decides.
+    # From left to right, a kept column pairs with the waiting one if that is near enough, and waits otherwise. Only
+    # distance decides, so this greedy order leaves the fewest columns without a partner.
     for c in range(width):
         here = kept[:, c]
         joins = here & (waiting >= 0) & (c - waiting <= REACH)

@@ -3,7 +3,7 @@
 Each is registered under two names. Graphs hold ``nm_gemm``, ``nm_mlp`` and ``nm_conv``. On CPUs, once the kernels are
 built, C++ (``ops.cpp``) implements these: it passes plain calls straight to a kernel, and all others to
 ``nm_gemm_general``, ``nm_mlp_general`` and ``nm_conv_general``. The Python of this file implements the general names,
-and both where the C++ can't be built. Where there is no kernel (no compiler, or a layout made for another processor),
+and both where the C++ cannot be built. Where there is no kernel (no compiler, or a layout made for another processor),
 the plain torch of packed.py runs instead, slowly. Gradients are computed from the masked dense weight that the layout
 holds, also by packed.py.
 """
@@ -28,7 +28,7 @@ from mpcompile.kernels.nm_linear.layouts import ROWS
 from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
 
 _NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
-_HALF = {torch.float32: 0, torch.bfloat16: 1}
+_IS_BF16 = {torch.float32: 0, torch.bfloat16: 1}
 _FIRST_USE = threading.RLock()
 GENERAL = "_general"  # suffix of the operators in Python that the ones in C++ fall back on
 _TOKENS, _PLANES = 0, 1  # memory formats of activations, as in abi.h
@@ -46,7 +46,7 @@ def kernels() -> Any:
 def use(lib: build.Kernels | None) -> None:
     """Make the operators in C++ call these kernels; with None, they call the general operators."""
     if lib is None and not build.operators.cache_info().currsize:
-        return  # the operators in C++ aren't loaded and call no kernels
+        return  # the operators in C++ are not loaded and call no kernels
     operators = build.operators()
     if operators is not None:
         operators.use(lib)
@@ -55,7 +55,7 @@ def use(lib: build.Kernels | None) -> None:
 def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
     """True if the kernels support these tensors on this processor."""
     lib = kernels()
-    if lib is None or not x.is_cpu or x.dtype not in _HALF or values.dtype is not x.dtype:
+    if lib is None or not x.is_cpu or x.dtype not in _IS_BF16 or values.dtype is not x.dtype:
         return False
     if any(layout in sparse24.NAMES for layout in layouts):
         return False
@@ -113,7 +113,7 @@ def _gemm(
             weight=_weight(weight, bias),
             tokens=y.numel() // out,
             pixels=1,
-            bf16=_HALF[x.dtype],
+            bf16=_IS_BF16[x.dtype],
             format=_TOKENS,
             activation=_NUMBER[activation],
             threads=torch.get_num_threads(),
@@ -164,7 +164,7 @@ def _mlp(
             first=_weight(one, bias1),
             second=_weight(two, bias2),
             tokens=tokens,
-            bf16=_HALF[x.dtype],
+            bf16=_IS_BF16[x.dtype],
             activation=packed.ACTIVATIONS.index(activation),
             threads=threads,
         )
@@ -172,7 +172,7 @@ def _mlp(
     return y
 
 
-def _of_nothing(
+def _without_channels(
     x: Tensor, sizes: tuple[int, ...], bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     """The output of a convolution with no input channels: its bias at every pixel, then residual and activation."""
@@ -213,7 +213,7 @@ def _conv(
     sizes = checks.conv(x, weight, bias, residual, axes, activation)
     flat = pointwise(shape)
     if not shape[1]:
-        return _of_nothing(x, sizes, bias, residual, activation)
+        return _without_channels(x, sizes, bias, residual, activation)
     if not runs(x, values, layout) or (x.dtype is not torch.float32 and not flat):
         y = packed.nm_conv(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation)
         return y.contiguous(memory_format=torch.channels_last if packed.runs_last(x) else torch.contiguous_format)
@@ -241,7 +241,7 @@ def _conv(
         args = abi.Linear(
             tokens=y.shape[0] * pixels,
             pixels=pixels,
-            bf16=_HALF[x.dtype],
+            bf16=_IS_BF16[x.dtype],
             format=_TOKENS if last else _PLANES,
             **shared,
         )
@@ -286,7 +286,7 @@ def _fake_conv(*args: Any) -> Tensor:
 
 
 def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Backward and setup_context of an operator whose value in plain torch is ``formula``."""
+    """Return backward and setup_context of an operator that ``formula`` computes in plain torch."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
@@ -299,9 +299,9 @@ def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Calla
         with torch.enable_grad():
             for i in wanted:
                 inputs[i] = inputs[i].detach().requires_grad_()
-            found = torch.autograd.grad(formula(*inputs), [inputs[i] for i in wanted], grad)
+            gradients = torch.autograd.grad(formula(*inputs), [inputs[i] for i in wanted], grad)
         result: list[Any] = [None] * len(inputs)
-        for i, value in zip(wanted, found, strict=True):
+        for i, value in zip(wanted, gradients, strict=True):
             result[i] = value
         return tuple(result)
 

@@ -14,8 +14,8 @@ from mpcompile.errors import InputError
 from mpcompile.kernels.nm_linear.layouts import unpack
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-BEHIND = "add_"  # prefix of an activation that follows the residual addition, as in a ResNet
-EPILOGUES = (*ACTIVATIONS, *(BEHIND + name for name in ACTIVATIONS))
+AFTER_RESIDUAL = "add_"  # prefix of an activation that follows the residual addition, as in a ResNet
+EPILOGUES = (*ACTIVATIONS, *(AFTER_RESIDUAL + name for name in ACTIVATIONS))
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -31,10 +31,10 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """Return activation(y) + residual, or activation(y + residual) for an epilogue that begins with ``add_``."""
-    late = activation.startswith(BEHIND)
+    late = activation.startswith(AFTER_RESIDUAL)
     y = y if late else activate(y, activation)
     y = y if residual is None else y + residual
-    return activate(y, activation.removeprefix(BEHIND)) if late else y
+    return activate(y, activation.removeprefix(AFTER_RESIDUAL)) if late else y
 
 
 def row(vector: Tensor | None, out: int, dtype: torch.dtype) -> Tensor | None:
@@ -46,7 +46,7 @@ def row(vector: Tensor | None, out: int, dtype: torch.dtype) -> Tensor | None:
     if vector is None:
         return None
     if vector.shape != (out,):
-        raise InputError("the bias doesn't fit", expected=f"({out},)", found=tuple(vector.shape))
+        raise InputError("the bias does not fit", expected=f"({out},)", found=tuple(vector.shape))
     return vector.to(dtype).contiguous()
 
 

@@ -30,8 +30,8 @@ def _check(values: Tensor, words: Tensor, n: int, m: int, k: int) -> None:
     good = good and words.dtype is word_dtype(m) and values.shape[0] == words.shape[0]
     if not good or values.shape[1] != k // m * n or words.shape[1] != word_count(k, m):
         raise InputError(
-            f"packed weights don't fit {str(k)[:20]} inputs {str(n)[:20]}:{str(m)[:20]}",
-            expected="what nm_format.pack makes",
+            f"packed weights do not fit {str(k)[:20]} inputs {str(n)[:20]}:{str(m)[:20]}",
+            expected="tensors from nm_format.pack",
             found=f"values {tuple(values.shape)}, words {tuple(words.shape)} {words.dtype}",
         )
 
@@ -78,6 +78,6 @@ def nm_conv2d(
     """Convolve x (B, C, H, W) with a packed weight of ``shape`` (out, C/groups, kh, kw)."""
     if len(shape) != 4 or min(shape) < 0 or values.shape[:1] != (shape[0],):
         found = f"a weight {str(shape)[:60]}"
-        raise InputError("packed weights don't fit a convolution", expected=f"{len(values)} rows", found=found)
+        raise InputError("packed weights do not fit a convolution", expected=f"{len(values)} rows", found=found)
     rows = unpack_rows(values, words, n, m, shape[1] * shape[2] * shape[3])
     return torch.nn.functional.conv2d(x, from_rows(rows, shape), bias, stride, padding, dilation, groups)

@@ -1,4 +1,4 @@
-"""2:4 weights as NVIDIA's sparse tensor cores read them: kept values, and two bits of metadata per value, its position.
+"""2:4 weights as NVIDIA's sparse tensor cores read them: kept values, and two bits of metadata for each one's position.
 
 Rows are zero-padded to a multiple of :data:`ROWS_UNIT`, and columns to a multiple of :data:`COLUMNS_UNIT`, so that
 every tile is full and one packed weight serves all tiles. The eight positions in sixteen dense columns make a half
@@ -6,7 +6,7 @@ word. A metadata word holds the half words of two rows eight apart. Words are in
 (``mma.sp``) or the threads of a warpgroup (``wgmma.sp``) read them. The PTX ISA defines both orders in its figures of
 sparse fragments and metadata storage.
 
-An eight-byte checksum of values and metadata follows the metadata. With ``MPCOMPILE_DEBUG=1`` it is compared at every
+An eight-byte checksum of values and metadata follows the metadata. With ``MPCOMPILE_DEBUG=1`` it is checked at every
 call.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import from_rows, to_rows
 
-MMA_SP, WGMMA_SP = 16, 17  # beside the layouts of CPU kernels, in layouts.py
+MMA_SP, WGMMA_SP = 16, 17  # numbers that the layouts of the CPU kernels (layouts.py) do not use
 NAMES = {MMA_SP: "mma.sp", WGMMA_SP: "wgmma.sp"}
 
 ROWS_UNIT, COLUMNS_UNIT = 128, 128
@@ -73,7 +73,8 @@ def pack(weight: Tensor, mask: Tensor, layout: int) -> tuple[Tensor, Tensor]:
     """
     if weight.shape != mask.shape or weight.shape[1] % 4:
         found = f"a weight {tuple(weight.shape)} and a mask {tuple(mask.shape)}"
-        raise InputError("a weight can't be packed 2:4", expected="a mask of its shape, inputs in fours", found=found)
+        expected = "a mask of its shape, inputs a multiple of 4"
+        raise InputError("a weight cannot be packed 2:4", expected=expected, found=found)
     dense, kept = to_rows(weight), to_rows(mask)
     bad = int((kept.unflatten(-1, (-1, 4)).sum(-1, dtype=torch.uint8) != 2).sum())
     if bad:
@@ -144,14 +145,14 @@ def check(values: Tensor, index: Tensor) -> None:
         InputError: two positions of a group are equal or descend, or the checksum does not match.
     """
     if len(index) < CHECKSUM_BYTES or len(index) % 4 or values.dtype.itemsize != 2:
-        raise InputError("these are not packed 2:4 weights", expected="what sparse24.pack makes")
+        raise InputError("these are not packed 2:4 weights", expected="tensors from sparse24.pack")
     legal = torch.zeros(16, dtype=torch.bool, device=index.device)
     legal[list(_LEGAL)] = True
     legal = (legal[:, None] & legal[None, :]).flatten()
     if not bool(legal[index[:-CHECKSUM_BYTES].long()].all()):
         raise InputError("2:4 metadata names positions out of order", hint="pack or save the weights again")
     if not torch.equal(checksum(values, index[:-CHECKSUM_BYTES]), index[-CHECKSUM_BYTES:]):
-        raise InputError("2:4 metadata doesn't belong to these values", hint="pack or save the weights again")
+        raise InputError("2:4 metadata does not belong to these values", hint="pack or save the weights again")
 
 
 def debugging() -> bool:

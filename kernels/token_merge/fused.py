@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpcompile.kernels.token_merge import reference
 
-_MOST = 16384  # tokens of set A that one program can rank
+_MAX_RANKED = 16384  # most tokens of set A that one program can rank
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def _power(count: int) -> int:
 def launch(
     x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, wrap: Callable[[Any], Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run ``reference.token_merge`` on the kernels; ``wrap`` makes them visible to Inductor."""
+    """Compute ``reference.token_merge`` with the kernels; ``wrap`` makes them visible to Inductor."""
     from mpcompile.kernels.token_merge import merge_kernels
 
     batch, tokens, channels = x.shape
@@ -72,7 +72,7 @@ def token_merge_fused(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int
 
 
 def runs(x: Tensor, keys: Tensor, size: Tensor) -> bool:
-    """Return True if the kernels support a merge: CUDA, fp32, fp16 or bf16, no gradient, and known sizes."""
+    """Return True if the kernels support a merge: CUDA, fp32, fp16 or bf16, no gradient, and no symbolic sizes."""
     if x.device.type != "cuda" or keys.device != x.device or not _has_triton() or torch.version.hip is not None:
         return False
     floats = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,7 +81,7 @@ def runs(x: Tensor, keys: Tensor, size: Tensor) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or keys.requires_grad or size.requires_grad):
         return False
     known = all(isinstance(count, int) for count in (*x.shape[1:], *keys.shape[1:]))
-    return known and x.shape[1] <= 2 * _MOST
+    return known and x.shape[1] <= 2 * _MAX_RANKED
 
 
 def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:

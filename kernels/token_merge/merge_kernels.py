@@ -34,7 +34,7 @@ def metric(K, U, N, heads, sb, sh, sn, D: tl.constexpr, BD: tl.constexpr, BN: tl
 
 @triton.jit
 def _products(left, rows, j0, odd, nb, D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr):
-    """Products of some tokens of A with BB tokens of B from number j0; -inf after the last token."""
+    """Products of some tokens of A with BB tokens of B, starting with number j0; -inf after the last token."""
     j = j0 + tl.arange(0, BB)
     d = tl.arange(0, BD)
     there = (j < nb)[:, None] & (d < D)[None, :]
@@ -50,7 +50,7 @@ def match(
 ):  # fmt: skip
     """S (B, N, D) -> best, target (B, na): the highest product of a token of A with one of B, and the first within TIE.
 
-    Products are computed twice: what is within TIE of the highest is known only once the highest is.
+    Products are computed twice: which are within TIE of the highest is known only once the highest is.
     """
     b = tl.program_id(1).to(tl.int64)
     a = tl.program_id(0) * BA + tl.arange(0, BA)
@@ -75,7 +75,7 @@ def match(
 
 @triton.jit
 def rank(best, target, place, na, r, TIE: tl.constexpr, BA: tl.constexpr):
-    """Per image: target (B, na) becomes -1 for tokens that stay; place (B, na) is their number among those.
+    """Per image: target (B, na) becomes -1 for tokens that stay; place (B, na) numbers these in order.
 
     The r-th highest product is the cut. Tokens above it by more than TIE merge, then the first tokens within TIE of it.
     """

@@ -93,7 +93,7 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
 
     Args:
         x: (B, N, C) tokens.
-        keys: (B, heads, N, D), as attention saw them.
+        keys: (B, heads, N, D), as attention used them.
         size: (B, N, 1) number of input tokens that each token represents.
         r: tokens to merge away, clamped to half of the tokens that are not prefix.
         prefix: tokens at the front that take no part.
@@ -112,7 +112,7 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
 
     chosen = target.unsqueeze(1).gather(-1, listed[:, None, -r:])  # (B, 1, r)
     share = (chosen == torch.arange(len(range(odd, tokens, 2)), device=x.device).view(1, -1, 1)).float()
-    share = share * size.gather(1, sources).transpose(-1, -2)  # (B, odd tokens, r): what each token receives
+    share = share * size.gather(1, sources).transpose(-1, -2)  # (B, odd tokens, r): weight that each token receives
     received = share.sum(-1, keepdim=True)
     grown = size[:, odd::2] + received
     # The weighted average as a step from the target's value, so that a target that receives nothing is unchanged.
@@ -132,7 +132,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _match(keys: Tensor, even: int, odd: int) -> tuple[Tensor, Tensor]:
     """Return the highest similarity of each token of A, and the token of B that it is matched with; both (B, A)."""
-    # Head by head: Tensor.sum adds some columns in another order, and where heads cancel, equal keys would differ.
+    # Head by head: Tensor.sum adds some columns in another order, so equal keys would differ where heads cancel.
     total = functools.reduce(torch.add, keys.float().unbind(1))
     metric = F.normalize(total, dim=-1)
     metric = torch.where(metric == metric, metric, 0.0)  # false for NaN

@@ -1,5 +1,5 @@
 // The C interface of the kernel library (cpu.cpp): parameter structs and functions. ops.cpp calls it from C++,
-// native.py through ctypes. abi.py mirrors every struct field by field; tests/test_cpu_abi.py compares the two.
+// operators.py through ctypes. abi.py mirrors every struct field by field; test_cpu_abi.py compares the two.
 #pragma once
 
 #include <cstdint>

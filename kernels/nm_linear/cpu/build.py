@@ -5,8 +5,8 @@ set, so that any change gives another file. A library is written under a tempora
 processes may build at the same time. A checksum follows the library's bytes, because loading a truncated library can
 kill the process (SIGBUS).
 
-Loading a library runs its code. Libraries are loaded and stored only where nobody but this user and root could have
-written: the file, its folder and every folder above it are checked (:func:`mpcompile.io.trust.others_can_write`).
+Loading a library runs its code. Libraries are loaded and stored only where nobody but this user and root can
+write: the file, its folder and every folder above it are checked (:func:`mpcompile.io.trust.others_can_write`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Operators(ctypes.CDLL):
     functions = ("nm_use",)
 
     def use(self, kernels: Kernels | None) -> None:
-        """Make the operators call these kernels, or with None the operators in Python."""
+        """Make the operators call these kernels; with None, they call the operators in Python."""
         if kernels is None:
             self.nm_use(None, None, 0)
             return
@@ -79,7 +79,7 @@ _Library = TypeVar("_Library", Kernels, Operators)
 
 
 class Unavailable(Exception):
-    """No library can be had; the message says why."""
+    """No library is available; the message says why."""
 
 
 class _Rejected(Unavailable):
@@ -90,7 +90,7 @@ def detect_isa() -> str:
     """Return the widest of :data:`ISAS` that this processor runs, or the one that ``MPCOMPILE_CPU_ISA`` names.
 
     Raises:
-        Unavailable: ``MPCOMPILE_CPU_ISA`` names one that the processor does not run.
+        Unavailable: ``MPCOMPILE_CPU_ISA`` names one that it does not run.
     """
     runs = _processor_isas()
     forced = os.environ.get("MPCOMPILE_CPU_ISA")
@@ -192,7 +192,7 @@ def _find(name: str, folders: list[Path]) -> Path | None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            warn_once(log, f"mpcompile: {path} can't be read and is built again: {error}")
+            warn_once(log, f"mpcompile: {path} cannot be read and is built again: {error}")
     return None
 
 
@@ -221,14 +221,14 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
     digest.update(_version(tuple(command)).encode())
     name = f"{stem}-{digest.hexdigest()[:20]}.so"
     folders = _folders()
-    found = None if again else _find(name, folders)
-    if found is not None:
-        return found
+    existing = None if again else _find(name, folders)
+    if existing is not None:
+        return existing
     folder = next((f for f in folders if _usable(f)), None)
     if folder is None:
         raise Unavailable(f"no folder for the CPU kernels can be written: tried {', '.join(map(str, folders))}")
     if folder != folders[0]:
-        warn_once(log, f"mpcompile: {folders[0]} can't be written safely; the CPU kernels are kept in {folder}")
+        warn_once(log, f"mpcompile: {folders[0]} cannot be written safely; the CPU kernels are kept in {folder}")
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(dir=folder) as private:
@@ -245,25 +245,25 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
         with replacing(folder / name, mode=0o700, durable=False, follow=False) as file:
             file.write(data + hashlib.sha256(data).digest())  # the loader ignores bytes after the last section
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
-        raise _Rejected(f"{command[0]} can't build the CPU kernels: {said}") from error
+        output = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
+        raise _Rejected(f"{command[0]} cannot build the CPU kernels: {output}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]} can't build the CPU kernels: {error}") from error
+        raise Unavailable(f"{command[0]} cannot build the CPU kernels: {error}") from error
     log.info("built %s in %.1f s", name, time.perf_counter() - start)
     return folder / name
 
 
 def _opened(kind: type[_Library], built: Callable[[bool], Path]) -> _Library:
-    """Load a library. If that fails, as for a library of another system or with other functions, build it again."""
+    """Load a library. If that fails (it is of another system, or lacks functions), build it again."""
     path = built(False)
     try:
         return _loaded(kind, path)
     except (OSError, AttributeError):
-        warn_once(log, f"mpcompile: {path} can't be loaded and is built again")
+        warn_once(log, f"mpcompile: {path} cannot be loaded and is built again")
     try:
         return _loaded(kind, built(True))
     except (OSError, AttributeError) as error:
-        raise Unavailable(f"the CPU kernels can't be loaded: {error}") from error
+        raise Unavailable(f"the CPU kernels cannot be loaded: {error}") from error
 
 
 def _loaded(kind: type[_Library], path: Path) -> _Library:
@@ -273,18 +273,18 @@ def _loaded(kind: type[_Library], path: Path) -> _Library:
         for name in kind.functions:
             getattr(library, name)
     except AttributeError:
-        _ctypes.dlclose(library._handle)  # while open, its path gives this library even after the file is replaced
+        _ctypes.dlclose(library._handle)  # while it is open, its path loads it again, even if the file is replaced
         raise
     return library
 
 
 def _binary(path: Path) -> str:
-    """Return a text that differs between builds of the same version of a library: its size and time."""
+    """Return a string that differs between builds of the same version of a library: its size and modification time."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return "unknown"
-    return f"{found.st_size:x}{found.st_mtime_ns:x}"
+    return f"{status.st_size:x}{status.st_mtime_ns:x}"
 
 
 @functools.cache
@@ -310,7 +310,7 @@ def operators() -> Operators | None:
 
 
 def library() -> Kernels:
-    """Return the kernel library for this process, for the widest instruction set of processor and compiler.
+    """Return this process's kernel library, for the widest instruction set that processor and compiler support.
 
     ``MPCOMPILE_CPU_ISA`` selects an instruction set. ``MPCOMPILE_SANITIZE=1`` selects a build with AddressSanitizer and
     UndefinedBehaviorSanitizer.
@@ -330,7 +330,7 @@ def library() -> Kernels:
             continue
         if refusal is not None:
             warn_once(
-                log, f"mpcompile: the kernels for {isa} can't be built, those for {candidate} are used: {refusal}"
+                log, f"mpcompile: the kernels for {isa} cannot be built, those for {candidate} are used: {refusal}"
             )
         return loaded
     assert refusal is not None  # there is at least one candidate

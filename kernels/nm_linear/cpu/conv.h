@@ -1,8 +1,9 @@
 // Direct convolution, with output pixels in the lanes: no im2col matrix is written to memory.
 //
 // The image is copied once into padded planes, one per channel; for stride s, each plane is stored as s * s phases, the
-// planes of every s-th row and column. What a kernel tap reads for a row of output pixels is then contiguous in one
-// phase. Blocks of (tap, channel) columns are copied from there into the tile, and sweep.h computes the product.
+// planes of every s-th row and column. The pixels that a kernel tap reads for a row of output pixels are then
+// contiguous in one phase. Blocks of (tap, channel) columns are copied from there into the tile, and sweep.h computes
+// the product.
 #pragma once
 
 #include "gemm.h"
@@ -105,7 +106,7 @@ static std::vector<Run> find_runs(const Convolution& g, int64_t first, int64_t t
   return runs;
 }
 
-// Copies the (tap, channel) columns of a block into the tile. `planes` is that of the block's first channel.
+// Copies the (tap, channel) columns of a block into the tile. `planes` begins at the block's first channel.
 template <int V>
 static void fill_conv_tile(const Convolution& g, const std::vector<Run>& runs, const float* planes, int first_tap,
                            ConvBlocks block, float* tile) {
@@ -115,7 +116,7 @@ static void fill_conv_tile(const Convolution& g, const std::vector<Run>& runs, c
   for (int t = 0; t < block.taps; t++) {
     const float* const shifted = planes + g.tap_offset(first_tap + t);
     for (int k = 0; k < block.channels; k++) {
-      // Whole vectors: what is copied past the end of a run is overwritten by the next run or the next tile row.
+      // Whole vectors: pixels copied past the end of a run are overwritten by the next run or the next tile row.
       const float* from = shifted + k * plane_size;
       float* row = tile + (size_t)(t * block.channels + k) * P;
       for (const Run& run : runs)
@@ -136,7 +137,7 @@ static void accumulate_conv(const Convolution& g, const PackedWeight<float>& w, 
   const bool half = last_vector_half_used<V>(first, tokens);
   auto sweep = half ? sweep_rows<V, HALVES, float, float> : sweep_rows<V, false, float, float>;
   const float* initial = w.initial_sums();
-  float* tile = scratch().tile.get((size_t)TILE_ROWS * P + W, true);  // W more for the last whole vector
+  float* tile = scratch().tile.get((size_t)TILE_ROWS * P + W, true);  // W more: the last vector is stored whole
   size_t offset = 0;
   for (int c0 = 0; c0 < w.inputs; c0 += full.channels)
     for (int t0 = 0; t0 < taps; t0 += full.taps) {

@@ -1,5 +1,5 @@
-// N:M sparse products on the CPU, for any N:M, behind the C interface of abi.h. Uses no torch headers; build.py
-// compiles it on the machine it runs on.
+// Sparse products on the CPU for any N:M, with the C interface of abi.h. Uses no torch headers; build.py compiles it on
+// the machine it runs on.
 
 #include "conv.h"
 
@@ -9,8 +9,8 @@ template <class X> PackedWeight<X> unwrap(const NmWeight& w) {
   return {(const X*)w.values, (const uint8_t*)w.index, (const X*)w.bias, w.inputs, w.outputs, w.n, w.m, w.layout};
 }
 
-// Exceptions must not leave a C function. Inside a parallel region only running out of memory throws, when scratch is
-// allocated, and that terminates the process. The callers check that sizes are sane.
+// Exceptions must not leave a C function. Inside a parallel region only the allocation of scratch memory can throw, if
+// memory runs out, and that terminates the process. The callers check that sizes are sane.
 template <class F> int guarded(F f) {
   try {
     f();

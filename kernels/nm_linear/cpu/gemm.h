@@ -18,7 +18,7 @@
 constexpr int MAX_PANEL_VECTORS = 4;
 constexpr int MAX_TASK_ROWS = 768;  // output rows of a task: their sums stay in the L2 cache
 constexpr int MIN_TASK_ROWS = 128;
-constexpr int MANY_TASKS = 16;  // tasks per thread above which the choice of split no longer matters
+constexpr int MANY_TASKS = 16;  // tasks per thread above which the choice of split makes no difference
 
 // A buffer that its thread keeps between calls.
 template <class T> class Scratch {
@@ -72,7 +72,7 @@ template <class X> struct PackedWeight {
   int block_width() const { return block_columns(layout, m); }
   int max_panel_vectors() const { return layout == LAYOUT_RING || layout == LAYOUT_OCTS ? 2 : MAX_PANEL_VECTORS; }
 
-  // Cost of filling the tiles of a panel, in weight rows of the same cost: the fewer entries a row has, the more rows.
+  // Cost of filling the tiles of a panel, as the number of weight rows that cost the same: more if rows are short.
   int fill_cost() const { return layout == LAYOUT_ROWS ? 32 * m / n : 64; }
 
   // The bias as floats: zeros without a bias, and for the padding rows of LAYOUT_RING.
@@ -102,7 +102,7 @@ inline Panels even_panels(int64_t tokens, int max_vectors, int threads) {
   return {vectors, fewest > threads ? std::min(vectors, ceil_div(fewest, threads) * threads) : fewest};
 }
 
-// What the best split of a product depends on.
+// The parameters that determine the best split of a product.
 struct SplitProblem {
   int64_t tokens;
   int max_panel_vectors, outputs, fill_cost, threads;
@@ -133,7 +133,7 @@ struct Split {
 // Estimated time until all threads are done, if each takes the next task when it becomes free. A weight row costs one
 // unit per vector of the panel, and 0.3 for reading its entries; filling the tiles costs as much as `fill_cost` rows.
 inline double makespan(const Split& split, const SplitProblem& problem) {
-  std::vector<double> busy(problem.threads, 0.0);  // a heap; in front, the thread that becomes free first
+  std::vector<double> busy(problem.threads, 0.0);  // a heap whose front is the thread that becomes free first
   for (int n = 0; n < problem.outputs; n += split.rows)
     for (int64_t p = 0; p < split.panels.count; p++) {
       std::pop_heap(busy.begin(), busy.end(), std::greater<>());
@@ -203,7 +203,7 @@ static void fill_pairs(int layout, const Activations<bf16>& in, const Panel& pan
   constexpr int P = V * W;
   const int k0 = channels.begin, count = channels.count;
   __m512i* pairs = (__m512i*)scratch().channel_pairs.get((OCTS_BLOCK / 2 + 4) * V * 64);
-  memset(pairs + (size_t)(count / 2) * V, 0, (size_t)4 * V * 64);  // zeros behind the last channel
+  memset(pairs + (size_t)(count / 2) * V, 0, (size_t)4 * V * 64);  // zeros after the last channel
   if (in.format == FORMAT_TOKENS) {
     for (int v = 0; v < V; v++) {
       int tokens = (int)std::max<int64_t>(0, std::min<int64_t>(W, in.tokens - panel.first - v * W));
@@ -232,7 +232,7 @@ static void fill_pairs(int layout, const Activations<bf16>& in, const Panel& pan
   for (int v = 0; v < V; v++) spread({pairs + v, V}, count, tile + v * W, P);
 }
 
-// accumulate for the layouts of bf16 pairs.
+// The same as `accumulate` below, for the layouts of bf16 pairs.
 template <int V>
 static void accumulate_pairs(const PackedWeight<bf16>& w, const Activations<bf16>& in, const Panel& panel,
                              RowRange rows, float* sums) {
@@ -281,7 +281,7 @@ static void accumulate(const PackedWeight<X>& w, const Activations<X>& in, const
   const bool half = last_vector_half_used<V>(panel.first, in.tokens);
   auto sweep = half ? sweep_rows<V, HALVES, float, X> : sweep_rows<V, false, float, X>;
   const float* bias = w.initial_sums();
-  if (!w.inputs)  // no block below to start the sums
+  if (!w.inputs)  // the loop below has no block that would start the sums
     for (int n = rows.begin; n < rows.end; n++) std::fill_n(sums + (size_t)(n - rows.begin) * P, P, bias[n]);
   float* filled = in.float_panel ? nullptr : scratch().tile.get((size_t)TILE_ROWS * P, true);
   size_t offset = 0;

@@ -133,8 +133,8 @@ NM_INLINE void rows_block(const Pair* tile, BlockRows<Pair> block, float* sums, 
   acc.write(sums);
 }
 
-// One block of columns in LAYOUT_RING. Weight rows form groups of RING_ROWS with an entry count of their own; the
-// entries of group i start at group_offsets[i] (int32, unaligned).
+// One block of columns in LAYOUT_RING. Each group of RING_ROWS weight rows has its own entry count; the entries of
+// group i start at group_offsets[i] (int32, unaligned).
 struct RingBlock {
   const Pair* values;
   const uint8_t* index;
@@ -166,7 +166,8 @@ NM_INLINE void ring_rows(const Pair* tile, BlockRows<Pair> block, float* sums, c
   acc.write(sums);
 }
 
-// sweep_rows for LAYOUT_RING. Offsets are clamped: whatever the table contains, no entry outside the weight is read.
+// The same as `sweep_rows` below, for LAYOUT_RING. Offsets are clamped: whatever the table contains, no entry outside
+// the weight is read.
 template <int V, bool HALF>
 static void sweep_ring(const Pair* tile, const RingBlock& block, RowRange rows, float* sums, const float* initial) {
   const RingBlock b = block;
@@ -216,7 +217,7 @@ template <class Channel> NM_INLINE void join_channel_pairs(Channel channel, int 
 NM_INLINE __m512i blend_pairs(__m512i low, __m512i high) { return _mm512_mask_blend_epi16(0xaaaaaaaau, low, high); }
 
 // The spread functions expand the channel pairs of a block into a tile that holds every column pair the layout can
-// number, one pair per tile row of P lanes. The channel pairs behind the last channel have to be zero.
+// number, one pair per tile row of P lanes. The channel pairs after the last channel have to be zero.
 
 static void spread_quads(ChannelPairs channels, int count, Pair* tile, int P) {
   for (int k = 0; k < count; k += 4, tile += 6 * P) {

@@ -138,7 +138,7 @@ template <class X> NM_INLINE void write_lanes(vf sums, int count, const X* resid
   for (int j = 0; j < count; j++) from_float(sums[j], y + j);
 }
 
-// Applies the epilogue and writes the sums token-major. `place[i]` is the row of y for lane i, negative for none.
+// Applies the epilogue and writes the sums token-major. `place[i]` is the row of y for lane i; -1 skips it.
 template <class X> static void write_tokens(const PanelSums& sums, const int64_t* place, const Output<X>& out) {
   const int before = activation_before_residual(out.epilogue), after = activation_after_residual(out.epilogue);
   const int begin = sums.rows.begin, end = sums.rows.end, lanes = sums.lanes;

@@ -86,7 +86,7 @@ NM_INLINE vf fma(vf a, vf b, vf c) {
 }
 
 // Half a vector, for a panel whose last vector is at most half full. Used only where half a vector is cheaper than a
-// whole one: with 16 lanes, on processors that execute them as two halves.
+// whole one: with 16 lanes, on processors that execute such a vector as two halves.
 #if NM_AVX512
 constexpr bool HALVES = true;
 typedef float vl __attribute__((vector_size(W * 2)));

@@ -21,7 +21,7 @@ def fetch(
     A_ptr, E_ptr, sa, se, sx, n0, step, steps, slot, image, top, left, live, H, W, C, KW, taps, dil_h, dil_w,
     BK: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of one step. image, top, left, live are those of the tile's pixels, without the tap's offset."""
+    """Start the copies of one step. image, top, left and live describe the tile's pixels, without the tap's offset."""
     LX: gl.constexpr = copy_layout(BK, WARPS)
     fetch_weights(A_ptr, E_ptr, sa, se, n0, step, steps, slot, BK, WARPS)
     tap = step * BK // C

@@ -5,7 +5,7 @@ features by BM tokens. ``cp.async`` brings each step of BK columns into swizzled
 kept values (BN, BK / 2) and activations (BM, BK), both as pairs in an int32, and metadata words. Thread layouts are
 those of the instruction's fragments, so that loads from shared memory become ``ldmatrix``.
 
-Activations in rows from M and columns from K are zero; weights are padded (sparse24.py).
+Activations in rows from M on and in columns from K on count as zero; weights are padded (sparse24.py).
 """
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
@@ -153,7 +153,8 @@ def gemm(
     """Y (M, N) = activation(X (M, K) W' + bias) * scale + residual, W (N, K) packed for ``steps`` steps of BK columns.
 
     A_ptr, E_ptr, X_ptr point to int32; ldx, ldy, ldr count elements of 16 bits. bias, scale, residual may be None.
-    One program per tile, features fastest, so that programs that run together share their rows of activations.
+    Consecutive programs, one per tile, cover the features first, then the tokens: those that run together share their
+    rows of activations.
     """
     CL: gl.constexpr = accumulator_layout(BN, BM, WN, WM)
     WARPS: gl.constexpr = WN * WM

@@ -35,7 +35,7 @@ def gelu(x):
     z = gl.abs(x * 0.7071067811865476)
     t = 1.0 / (1.0 + 0.3275911 * z)
     p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * p * gl.exp(-z * z)  # of the normal distribution, beyond |x|
+    tail = 0.5 * p * gl.exp(-z * z)  # probability of the normal distribution beyond |x|
     return x * gl.where(x < 0.0, tail, 1.0 - tail)
 
 

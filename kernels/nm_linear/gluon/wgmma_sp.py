@@ -143,8 +143,8 @@ def gemm(
     """Y (M, N) = activation(X (M, K) W' + bias) * scale + residual.
 
     wd describes the kept values (rows, columns / 2) in boxes (BN, 64), xd the activations (M, K) in boxes (BM, 64);
-    elements outside the matrices read as zero. bias, scale and residual may be None. Consecutive programs
-    cover the features first, then the tokens.
+    elements outside the matrices read as zero. bias, scale and residual may be None. Consecutive programs cover the
+    features first, then the tokens.
     """
     BN: gl.constexpr = wd.block_shape[0]
     BM: gl.constexpr = xd.block_shape[0]

@@ -1,4 +1,4 @@
-"""Compilation of the kernels for a named architecture, without a GPU, and figures of the result.
+"""Compilation of the kernels for a named architecture, without a GPU, and statistics of the result.
 
     python -m mpcompile.kernels.nm_linear.gpu.build BUILDS.json FOLDER
 
@@ -90,7 +90,7 @@ def source_of(build: Build) -> Any:
     """Return the kernel with its argument types, as input for Triton's compiler."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    tile, half = build.cut, DTYPES[build.dtype]
+    tile, dtype = build.cut, DTYPES[build.dtype]
     act, bias, scale, res = parts_of(build.epilogue)
     pointers = {"bias_ptr": bias, "scale_ptr": scale, "res_ptr": res}
     signature: dict[str, str] = {}
@@ -105,19 +105,19 @@ def source_of(build: Build) -> Any:
 
         shared = gl.NVMMASharedLayout(128, 16, 2)
         signature |= {
-            key: f"tensordesc<{half}[{rows},64],{shared!r}>" for key, rows in (("wd", tile.n), ("xd", tile.m))
+            key: f"tensordesc<{dtype}[{rows},64],{shared!r}>" for key, rows in (("wd", tile.n), ("xd", tile.m))
         }
         signature["E_ptr"] = "*i32"
         constants["GROUPS"] = tile.warps // 4
         numbers = ("M", "N", "steps", "ldy", "ldr")
-    for name, given in pointers.items():
-        signature[name] = f"*{half}" if given else "constexpr"
-        if not given:
+    for name, present in pointers.items():
+        signature[name] = f"*{dtype}" if present else "constexpr"
+        if not present:
             constants[name] = None
-    signature["Y_ptr"] = f"*{half}"
+    signature["Y_ptr"] = f"*{dtype}"
     signature |= dict.fromkeys(numbers, "i32")
     numbers = tuple(name for name in numbers if name not in constants and name not in ("STAGES", "ACT", "DT"))
-    constants |= {"STAGES": tile.stages, "ACT": act, "DT": {"fp16": "f16"}.get(half, half)}
+    constants |= {"STAGES": tile.stages, "ACT": act, "DT": {"fp16": "f16"}.get(dtype, dtype)}
     order = kernel.arg_names
     signature = {name: signature.get(name, "constexpr") for name in order}
     rows = ("K", "ldx", "C", "N", "ldy", "ldr") if build.aligned else ("K", "ldx", "C")
@@ -166,7 +166,7 @@ def record_of(build: Build, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         made = compile_build(build)
-    except Exception as error:  # recorded, so that the other builds go on
+    except Exception as error:  # recorded, so that the other builds continue
         return record | {"error": f"{type(error).__name__}: {str(error).strip()[-400:]}"}
     record["seconds"] = round(time.perf_counter() - start, 2)
     cubin, ptx = folder / f"{build.name}.cubin", folder / f"{build.name}.ptx"
@@ -202,13 +202,13 @@ def environment(folder: Path | None = None) -> dict[str, str]:
     reason = old_triton()
     if reason is None:
         return dict(os.environ)
-    given = folder or Path(os.environ.get("MPCOMPILE_TRITON") or ".triton")
-    if not (given / "triton" / "__init__.py").is_file():
+    target = folder or Path(os.environ.get("MPCOMPILE_TRITON") or ".triton")
+    if not (target / "triton" / "__init__.py").is_file():
         raise InputError(
-            f"{reason}, and there is no newer one in {given}",
-            hint=f"`pip install --no-deps --target {given} 'triton>=3.9'`, or name its folder in MPCOMPILE_TRITON",
+            f"{reason}, and there is no newer one in {target}",
+            hint=f"`pip install --no-deps --target {target} 'triton>=3.9'`, or name its folder in MPCOMPILE_TRITON",
         )
-    path = [str(given.resolve()), *sys.path[1:], os.environ.get("PYTHONPATH", "")]
+    path = [str(target.resolve()), *sys.path[1:], os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in path if part)}
 
 

@@ -1,7 +1,7 @@
 """Runs kernels that were compiled elsewhere: cubins, launched through the CUDA driver, without Triton.
 
 ``MPCOMPILE_CUBINS`` names a folder that ``python -m bench.gpu.kernel_matrix --arch 90 --keep FOLDER`` has filled
-with ``records.json`` files and, beside them, the cubins. Where the installed Triton can't compile the kernels,
+with ``records.json`` files and, beside them, the cubins. Where the installed Triton cannot compile the kernels,
 gpu/launch.py takes them from there. A :class:`Kernel` is called like a Triton kernel; its arguments go to the driver in
 the order and with the types that the compiled entry point declares.
 """
@@ -62,21 +62,21 @@ class Driver:
 
     def function(self, cubin: bytes, name: str, shared: int) -> Any:
         """A kernel of a cubin, ready for launches with ``shared`` bytes of shared memory."""
-        module, found = ctypes.c_void_p(), ctypes.c_void_p()
+        module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(module), cubin)
-        self._call("cuModuleGetFunction", ctypes.byref(found), module, name.encode())
+        self._call("cuModuleGetFunction", ctypes.byref(kernel), module, name.encode())
         if shared > _SMALL_SHARED:
-            self._call("cuFuncSetAttribute", found, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
-        return found
+            self._call("cuFuncSetAttribute", kernel, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
+        return kernel
 
     def tensor_map(self, box: Box) -> Any:
         """The tensor map that describes a matrix to the tensor memory accelerator: 128 bytes, aligned to 64."""
         room = ctypes.create_string_buffer(MAP_BYTES + 64)
-        found = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % 64)
+        encoded = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % 64)
         rows, columns = box.base.shape
         self._call(
             "cuTensorMapEncodeTiled",
-            ctypes.byref(found),
+            ctypes.byref(encoded),
             ctypes.c_int(_ELEMENTS[box.base.dtype]),
             ctypes.c_uint32(2),
             ctypes.c_void_p(box.base.data_ptr()),
@@ -86,7 +86,7 @@ class Driver:
             (ctypes.c_uint32 * 2)(1, 1),
             *map(ctypes.c_int, (0, _SWIZZLE_128B, _PROMOTE_128B, 0)),
         )
-        return found
+        return encoded
 
     def launch(self, function: Any, blocks: int, threads: int, shared: int, stream: int, values: list[Any]) -> None:
         """One launch of ``blocks`` blocks; ``values``: ctypes objects, one per parameter."""
@@ -104,7 +104,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     """The records in a ``records.json`` file.
 
     Raises:
-        InputError: the file isn't in the form that gpu/build.py writes.
+        InputError: the file is not in the form that gpu/build.py writes.
     """
     kinds = {field.name: {"str": str, "int": int, "bool": bool}[str(field.type)] for field in fields(Build)}
     try:
@@ -115,7 +115,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         pass  # reported below
     raise InputError(
         f"{path} is damaged",
-        expected="what python -m bench.gpu.kernel_matrix --keep writes",
+        expected="a file from python -m bench.gpu.kernel_matrix --keep",
         hint="compile the kernels again",
     )
 
@@ -139,7 +139,7 @@ class Cubins:
         Raises:
             InputError: there is no usable build, a file is damaged, or a kernel's source has changed since.
         """
-        found = cls(folder)
+        cubins = cls(folder)
         names = [f.name for f in fields(Build)]
         for path in sorted(folder.rglob("records.json")):
             for record in _records(path):
@@ -153,14 +153,14 @@ class Cubins:
                         found=record.get("source"),
                         hint="compile them again: python -m bench.gpu.kernel_matrix --keep FOLDER",
                     )
-                found.records[build] = {**record, "cubin": path.parent / f"{build.name}.cubin"}
-        if not found.records:
+                cubins.records[build] = {**record, "cubin": path.parent / f"{build.name}.cubin"}
+        if not cubins.records:
             raise InputError(
                 f"no compiled kernels in {folder}",
                 expected="records.json and cubins",
                 hint=f"python -m bench.gpu.kernel_matrix --keep {folder}",
             )
-        return found
+        return cubins
 
     def lacks(self, kernel: str, arch: int) -> str | None:
         """A message naming the first cubin that a kernel lacks here for an architecture, or None if it has all."""
@@ -184,7 +184,7 @@ class Cubins:
 
 @functools.cache
 def given() -> Cubins | None:
-    """The builds in the folder that :data:`VARIABLE` names, or None if it isn't set."""
+    """The builds in the folder that :data:`VARIABLE` names, or None if it is not set."""
     folder = os.environ.get(VARIABLE)
     return Cubins.of(Path(folder)) if folder else None
 
@@ -207,7 +207,7 @@ def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
             tensor map, shape and strides. The last two parameters are Triton's scratch pointers, which are null.
 
     Raises:
-        InputError: the arguments don't match the entry point's parameters.
+        InputError: the arguments do not match the entry point's parameters.
     """
     flat: list[Any] = []
     for arg in args:
@@ -219,7 +219,7 @@ def values_of(kinds: Sequence[str], args: Sequence[Any]) -> list[Any]:
     fits = len(flat) == len(kinds) and all(isinstance(a, Box) == (k == "map") for a, k in zip(flat, kinds, strict=True))
     if not fits or any(isinstance(a, Tensor) and k != "u64" for a, k in zip(flat, kinds, strict=True)):
         raise InputError(
-            "the arguments don't match the parameters of a cubin",
+            "the arguments do not match the parameters of a cubin",
             expected=", ".join(kinds),
             found=f"{len(flat)} arguments",
         )
@@ -258,9 +258,9 @@ class Kernel:
         *operands, bias, scale, residual, y = args[:7]
         act, numbers = options["ACT"], args[7:]
         epilogue = epilogue_of(act, bias is not None, scale is not None, residual is not None)
-        behind: tuple[str, Any, Any] | None = None
+        separate_pass: tuple[str, Any, Any] | None = None
         if epilogue is None:  # not a compiled combination: all that follows the bias runs as a separate pass
-            epilogue, behind, scale, residual = "bias", (act, scale, residual), None, None
+            epilogue, separate_pass, scale, residual = "bias", (act, scale, residual), None, None
         out = int(y.shape[-1])
         if epilogue != "none" and bias is None:
             bias = _zeros(out, y.dtype, y.device)
@@ -275,8 +275,8 @@ class Kernel:
         stream = _stream(y.device)
         function = self.cubins.function(build, y.device.index or 0)
         driver().launch(function, blocks, record["threads"], record["smem_bytes"], stream, values)
-        if behind is not None:
-            y.copy_(_finish(y, *behind))
+        if separate_pass is not None:
+            y.copy_(_finish(y, *separate_pass))
 
     def _build(self, operands: list[Any], epilogue: str, y: Tensor, out: int, options: dict[str, Any]) -> Build:
         if "BN" in options:

@@ -59,12 +59,12 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: int) 
 @nm_cusparselt.register_kernel("cpu")
 def _(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: int) -> Tensor:
     raise InputError(
-        "a weight packed for cuSPARSELt runs on CUDA alone", hint="lower the model again, with engine='auto'"
+        "a weight packed for cuSPARSELt runs on CUDA only", hint="lower the model again, with engine='auto'"
     )
 
 
 class CuSparseLtEngine:
-    """2:4 products of NVIDIA's library. The algorithm is searched once per shape and number of tokens."""
+    """2:4 products by NVIDIA's library. The fastest algorithm is searched for once per shape and number of tokens."""
 
     name = "cusparselt"
 
@@ -76,7 +76,7 @@ class CuSparseLtEngine:
         if reason is None and spec.geometry is not None:
             reason = "a convolution"
         if reason is None and spec.shape[0] % 16:
-            reason = f"{spec.shape[0]} outputs don't divide by 16"
+            reason = f"{spec.shape[0]} outputs are not a multiple of 16"
         return reason or missing(spec.device.index)
 
     def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:

@@ -14,25 +14,25 @@ from mpcompile.kernels.nm_linear import sparse24
 from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.gpu.tiles import CONV_CHANNELS
 
-HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 def unsupported(spec: LayerSpec, layout: int | None = None) -> str | None:
-    """Return why no GPU runs a layer by a 2:4 kernel, or None.
+    """Return why no 2:4 kernel on a GPU runs a layer, or None if one does.
 
     Args:
-        layout: of sparse24; None for the kernels of cuSPARSELt.
+        layout: one of ``sparse24.NAMES``; None for the kernels of cuSPARSELt.
     """
     if spec.device.type != "cuda":
         return f"device {spec.device.type}"
-    if spec.dtype not in HALVES:
+    if spec.dtype not in DTYPES:
         return f"dtype {str(spec.dtype).removeprefix('torch.')} (fp16 and bf16 have kernels)"
     if spec.pattern != (2, 4):
         return f"pattern {spec.pattern} (sparse tensor cores run 2:4)"
     if spec.shape[0] < 16:
         return "fewer than 16 outputs"
     if spec.shape[1] % 16:
-        return f"{spec.shape[1]} inputs don't divide by 16"
+        return f"{spec.shape[1]} inputs are not a multiple of 16"
     if spec.geometry is not None:
         if spec.geometry[3] != 1:
             return "grouped convolution"
@@ -40,7 +40,7 @@ def unsupported(spec: LayerSpec, layout: int | None = None) -> str | None:
             if layout != sparse24.MMA_SP:
                 return "convolution other than 1x1"
             if not gpu_launch.direct(spec.shape, layout):
-                return f"{spec.shape[1]} input channels of a convolution don't divide by {CONV_CHANNELS}"
+                return f"{spec.shape[1]} input channels of a convolution are not a multiple of {CONV_CHANNELS}"
     return None
 
 
@@ -53,7 +53,7 @@ class TensorCoreEngine:
     def supports(self, spec: LayerSpec) -> str | None:
         why = unsupported(spec, self.layout) or gpu_launch.missing(spec.device.index, self.layout)
         if why is None and spec.shape[0] % 16 and gpu_launch.from_cubins():
-            return f"{spec.shape[0]} outputs don't divide by 16, for which cubins are compiled"
+            return f"{spec.shape[0]} outputs are not a multiple of 16, as cubins need them"
         return why
 
     def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def no_triton() -> str | None:
 
 
 def tile(m: int, n: int) -> tuple[int, int, int]:
-    """Return tokens, features and columns of a program; small products get narrow ones, to have enough programs.
+    """Return tokens, features and columns of a program; small products get small ones, so that there are enough.
 
     Example:
         >>> tile(1, 768), tile(300, 4096)
@@ -42,14 +42,14 @@ def tile(m: int, n: int) -> tuple[int, int, int]:
 def launch(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, n: int, m: int, wrap: Callable[[Any], Any]
 ) -> Tensor:
-    """Multiply x (..., K) by a packed weight and add a bias on the kernel; ``wrap`` makes it visible to Inductor."""
+    """Multiply x (..., K) by a packed weight and add a bias with the kernel; ``wrap`` makes it visible to Inductor."""
     from mpcompile.kernels.nm_linear.gpu.expand_kernel import expand
 
     k, out = x.shape[-1], values.shape[0]
     if values.shape != (out, k // m * n) or words.shape != (out, word_count(k, m)) or k % m:
         found = f"values {tuple(values.shape)}, words {tuple(words.shape)}"
         raise InputError(
-            f"packed weights don't fit {k} inputs {n}:{m}", expected="what nm_format.pack makes", found=found
+            f"packed weights do not fit {k} inputs {n}:{m}", expected="tensors from nm_format.pack", found=found
         )
     y = x.new_empty((*x.shape[:-1], out))
     rows = x.reshape(-1, k)

@@ -1,7 +1,7 @@
 """Products with any N:M pattern on a GPU: values and bit masks (nm_format) are unpacked in registers, then multiplied.
 
-The rank of a kept column in its group is the number of mask bits below it, and gives the place of its value. Weights
-are read packed. That saves memory, and also time if weights dominate the traffic (few tokens). The arithmetic is that
+The rank of a kept column in its group is the number of mask bits below it, which locates its value. Weights are read
+packed. That saves memory, and also time if weights dominate the traffic (few tokens). The arithmetic is that
 of the dense product.
 """
 
@@ -42,7 +42,7 @@ def expand(
         bit, place = (k % SPAN)[None, :], (k % MG)[None, :]
         kept_here = ((word >> bit) & 1) != 0
         rank = _ones((word >> (bit - place)) & ((1 << place) - 1))
-        source = (k // MG)[None, :] * NV + tl.minimum(rank, NV - 1)  # words that keep more stay inside the row
+        source = (k // MG)[None, :] * NV + tl.minimum(rank, NV - 1)  # words with more bits set stay inside the row
         v = tl.load(V + n.to(tl.int64)[:, None] * kept + source, mask=kept_here & inside, other=0.0)
         acc = tl.dot(x, tl.trans(v), acc, input_precision="ieee")
     if B is not None:

@@ -41,7 +41,7 @@ def missing(index: int | None, layout: int = MMA_SP) -> str | None:
     if arch is None:
         return f"{name}: sparse tensor cores begin with 8.0"
     if layout == WGMMA_SP and arch != 90:
-        return f"{name}: wgmma is of 9.0"
+        return f"{name}: wgmma needs 9.0"
     cubins = gpu_cubin.given()
     if cubins is None or not from_cubins():
         return old_triton()
@@ -52,7 +52,7 @@ def missing(index: int | None, layout: int = MMA_SP) -> str | None:
 
 
 def from_cubins() -> bool:
-    """Return True if the kernels come from cubins: these are given, and the installed Triton cannot compile them."""
+    """Return True if the kernels come from cubins: a folder is set, and the installed Triton cannot compile them."""
     return old_triton() is not None and gpu_cubin.given() is not None
 
 
@@ -107,13 +107,14 @@ def check(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> N
         )
     if not sparse24.fits(values.numel(), index.numel(), shape) or index.dtype is not torch.uint8:
         found = f"{values.numel()} values, {index.numel()} index bytes"
-        raise InputError(f"packed weights don't fit a weight {shape}", expected="what sparse24.pack makes", found=found)
+        title = f"packed weights do not fit a weight {shape}"
+        raise InputError(title, expected="tensors from sparse24.pack", found=found)
     if shape[1] % 16:
-        raise InputError("inputs don't divide by 16", expected="rows of whole 32-byte pieces", found=shape[1])
+        raise InputError("a 2:4 product cannot read this input", expected="a multiple of 16 features", found=shape[1])
     rows = x.numel() // max(1, shape[1])
     if rows >= _LIMIT or max(shape) >= _LIMIT:
         raise InputError(
-            "a product too large", expected=f"fewer than {_LIMIT} rows", found=rows, hint="split the batch"
+            "the product is too large", expected=f"fewer than {_LIMIT} rows", found=rows, hint="split the batch"
         )
     if sparse24.debugging():
         sparse24.check(values, index)
@@ -121,7 +122,7 @@ def check(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> N
 
 def _fits_tile(tile: Tile, rows: int) -> None:
     if rows % tile.n:
-        raise InputError("a tile reaches beyond the packed weight", expected=f"rows in {tile.n}s", found=rows)
+        raise InputError("a tile reaches beyond the packed weight", expected=f"a multiple of {tile.n} rows", found=rows)
 
 
 def launch(
@@ -136,12 +137,12 @@ def launch(
     activation: str,
     tile: Tile,
 ) -> None:
-    """Compute y = activation(x W' + bias) * scale + residual; all tensors are on the GPU, as the kernels read them.
+    """Compute y = activation(x W' + bias) * scale + residual; tensors are on the GPU, in the form that kernels read.
 
     Args:
         x: (M, K), from :func:`aligned`.
         y: (M, N), contiguous.
-        residual: like y.
+        residual: (M, N), like y.
         bias, scale: (N,).
     """
     (m, k), n = x.shape, y.shape[1]
@@ -150,7 +151,7 @@ def launch(
     grid = (-(-n // tile.n) * -(-m // tile.m),)
     if grid[0] > _TALL_GRID:
         raise InputError(
-            "a product too large", expected=f"at most {_TALL_GRID} tiles", found=grid[0], hint="split the batch"
+            "the product is too large", expected=f"at most {_TALL_GRID} tiles", found=grid[0], hint="split the batch"
         )
     words, res_stride = index.view(torch.int32), 0 if residual is None else residual.stride(0)
     options = {"num_warps": tile.warps, "enable_fp_fusion": True}
@@ -271,7 +272,7 @@ def convolution(
     if m == 0 or min(height, width) < 1:
         return y.permute(0, 3, 1, 2)
     if x.shape[2] * x.shape[3] >= _LIMIT // max(1, channels):
-        raise InputError("an image too large", expected=f"fewer than {_LIMIT} elements each", found=tuple(x.shape))
+        raise InputError("an image is too large", expected=f"fewer than {_LIMIT} elements each", found=tuple(x.shape))
     if residual is not None:
         residual = residual.to(y.dtype).permute(0, 2, 3, 1).expand(y.shape).contiguous()
     pixels = pixels if pixels.data_ptr() % 16 == 0 else pixels.clone()
@@ -321,7 +322,7 @@ def _late(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(*args: Any) -> Tensor:
         *others, activation = args
-        if not activation.startswith(packed.BEHIND):
+        if not activation.startswith(packed.AFTER_RESIDUAL):
             return kernel(*args)
         return packed.finish(kernel(*others, "none"), None, activation)
 

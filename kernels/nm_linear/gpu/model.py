@@ -1,8 +1,8 @@
 """A latency model of products on a GPU, from the bytes they move and the clocks of their instructions.
 
 Nothing here is measured. The model picks the tile of a product; ``bench/gpu/kernel_matrix.py --roofline`` prints its
-figures beside the bound of the dense product. Peak rates of chips are from NVIDIA's data sheets. Shared memory moves
-128 bytes per clock and multiprocessor.
+predictions beside the bound of the dense product. Peak rates of chips are from NVIDIA's data sheets. Shared memory
+moves 128 bytes per clock and multiprocessor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Chip:
 
     Attributes:
         macs: dense multiply-accumulates (fp16 with fp32 sums) per clock and multiprocessor.
-        mma_macs: the same for ``mma.sync``, which on some chips is slower than the chip's own instruction.
+        mma_macs: the same for ``mma.sync``, which on some chips is slower than the instruction made for the chip.
         ghz: boost clock.
         gbs: memory bandwidth, GB/s.
         l2_rate: bytes per clock and multiprocessor from the second-level cache.
@@ -65,7 +65,7 @@ def chip_for(arch: int, processors: int | None = None) -> Chip:
 
 
 def step_clocks(tile: Tile, chip: Chip) -> tuple[float, float, float]:
-    """Return the clocks of one step of one program in products, shared memory and second-level cache.
+    """Return the clocks that one step of a program spends on products, shared memory and second-level cache.
 
     Example:
         >>> from mpcompile.kernels.nm_linear.gpu.tiles import TILES

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of the work of one program.
+    """The part of a product that one program computes, and how.
 
     Attributes:
         n, m, k: output features, tokens, and columns per step.

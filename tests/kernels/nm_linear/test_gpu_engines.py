@@ -1,4 +1,4 @@
-"""The GPU engines where there is no GPU: what they refuse and why, which tile they take, what reaches a launch."""
+"""The GPU engines without a GPU: refusals and their reasons, the choice of tiles, and the arguments of launches."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ WGMMA, MMA, CUSPARSELT, EXPAND = GPU_ENGINES
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function that makes believe in a GPU of a compute capability."""
+    """A function that simulates the presence of a GPU of a compute capability."""
 
     def make(capability, triton=None, library=True):
         for cached in (gpu_launch.missing, cusparselt.missing):
@@ -46,10 +46,10 @@ def gpu(monkeypatch):
     ("capability", "wgmma", "mma"),
     [
         ((7, 5), "begin with 8.0", "begin with 8.0"),
-        ((8, 0), "wgmma is of 9.0", None),
-        ((8, 9), "wgmma is of 9.0", None),
+        ((8, 0), "wgmma needs 9.0", None),
+        ((8, 9), "wgmma needs 9.0", None),
         ((9, 0), None, None),
-        ((10, 0), "wgmma is of 9.0", None),
+        ((10, 0), "wgmma needs 9.0", None),
     ],
 )
 def test_a_gpu_that_cannot(gpu, capability, wgmma, mma):
@@ -66,7 +66,7 @@ def test_reasons_are_named(gpu):
     for change, reason in (
         ({"dtype": torch.float32}, "dtype float32 (fp16 and bf16 have kernels)"),
         ({"pattern": Pattern(8, 16)}, "pattern 8:16 (sparse tensor cores run 2:4)"),
-        ({"shape": (768, 3080)}, "3080 inputs don't divide by 16"),
+        ({"shape": (768, 3080)}, "3080 inputs are not a multiple of 16"),
         ({"shape": (10, 3072)}, "fewer than 16 outputs"),
         ({"device": torch.device("cpu")}, "device cpu"),
     ):
@@ -82,8 +82,8 @@ def test_reasons_are_named(gpu):
     assert MMA.supports(wide) is None
     assert WGMMA.supports(wide) == CUSPARSELT.supports(wide) == "convolution other than 1x1"
     narrow = dataclasses.replace(wide, shape=(64, 96, 3, 3))
-    assert MMA.supports(narrow) == "96 input channels of a convolution don't divide by 64"
-    assert CUSPARSELT.supports(dataclasses.replace(SPEC, shape=(770, 3072))) == "770 outputs don't divide by 16"
+    assert MMA.supports(narrow) == "96 input channels of a convolution are not a multiple of 64"
+    assert CUSPARSELT.supports(dataclasses.replace(SPEC, shape=(770, 3072))) == "770 outputs are not a multiple of 16"
 
 
 def test_old_triton_and_absent_libraries_are_named(gpu):
@@ -164,11 +164,11 @@ def test_no_tokens_launch_nothing():
     [
         (PROBLEM.x.bfloat16(), {}, "mixes dtypes"),
         (PROBLEM.x.float(), {"values": torch.zeros(8192)}, "mixes dtypes"),
-        (PROBLEM.x[:, :112], {"out": 64, "values": torch.zeros(64, dtype=torch.float16)}, "don't fit a weight"),
-        (PROBLEM.x, {"out": 200}, "don't fit a weight"),
-        (PROBLEM.x[:, :120], {}, "don't divide by 16"),
-        (PROBLEM.x[:1].expand(2**31, 128), {}, "a product too large"),
-        (PROBLEM.x, {"bias": torch.zeros(63, dtype=torch.float16), "tile": TILES[0]}, "the bias doesn't fit"),
+        (PROBLEM.x[:, :112], {"out": 64, "values": torch.zeros(64, dtype=torch.float16)}, "do not fit a weight"),
+        (PROBLEM.x, {"out": 200}, "do not fit a weight"),
+        (PROBLEM.x[:, :120], {}, "expected a multiple of 16 features, found 120"),
+        (PROBLEM.x[:1].expand(2**31, 128), {}, "the product is too large"),
+        (PROBLEM.x, {"bias": torch.zeros(63, dtype=torch.float16), "tile": TILES[0]}, "the bias does not fit"),
         (PROBLEM.x.to("meta"), {}, "packed weights are on another device"),
     ],
 )
@@ -177,14 +177,14 @@ def test_bad_input_is_refused_before_the_launch(x, how, message):
         product(x, PROBLEM, **how)
 
 
-def test_metadata_of_another_weight_are_noticed_in_debug_mode(monkeypatch):
+def test_metadata_of_another_weight_are_detected_in_debug_mode(monkeypatch):
     other = sparse24.pack(*(Problem.make(8, 64, 128, "fp16", seed=1).__dict__[k] for k in ("weight", "mask")), 16)
     launched = []
     monkeypatch.setattr(gpu_launch, "launch", lambda *args: launched.append(args))
     product(PROBLEM.x, PROBLEM, index=other[1], tile=TILES[0])
     assert len(launched) == 1
     monkeypatch.setenv("MPCOMPILE_DEBUG", "1")
-    with pytest.raises(InputError, match="doesn't belong to these values"):
+    with pytest.raises(InputError, match="does not belong to these values"):
         product(PROBLEM.x, PROBLEM, index=other[1], tile=TILES[0])
 
 
@@ -202,11 +202,11 @@ def test_activations_that_the_kernels_cannot_read_are_copied(case):
     assert (found is x) == (case == "fine")
 
 
-# --- The way from an operator to the launch ---
+# --- From an operator to the launch ---
 
 
 class Recorder(EmulatedKernel):
-    """Keeps what would be launched, and computes nothing."""
+    """Records launches and computes nothing."""
 
     def __init__(self):
         self.gemm, self.calls = self, []
@@ -217,7 +217,7 @@ class Recorder(EmulatedKernel):
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (64, 128, 1, 1)])
-def test_operators_launch_what_they_were_told(shape, monkeypatch):
+def test_operators_launch_with_their_arguments(shape, monkeypatch):
     monkeypatch.setattr(gpu_launch, "_device", lambda index: (80, 108))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(gpu_launch, "missing", lambda index, layout=16: None)
@@ -257,7 +257,7 @@ def test_operators_hold_under_opcheck():
 
 
 def test_a_lowered_model_is_fused_saved_and_run(monkeypatch, tmp_path):
-    """The passes, on a CPU, as if the GPU engine took the layers; the operators fall back to plain torch here."""
+    """The passes run on a CPU as if the GPU engine took the layers; the operators fall back to plain torch there."""
     monkeypatch.setattr(
         type(MMA), "supports", lambda self, spec: None if self is MMA and spec.geometry is None else "not this one"
     )
@@ -278,11 +278,11 @@ def test_a_lowered_model_is_fused_saved_and_run(monkeypatch, tmp_path):
 def test_expansion_refuses_what_does_not_fit():
     values, words = torch.zeros(8, 16), torch.zeros(8, 4, dtype=torch.uint8)
     for x, held, bits in ((torch.zeros(2, 36), values, words), (torch.zeros(2, 32), values[:, :8], words)):
-        with pytest.raises(InputError, match="packed weights don't fit"):
+        with pytest.raises(InputError, match="packed weights do not fit"):
             expand.launch(x, held, bits, None, 2, 4, lambda kernel: kernel)
 
 
-def test_a_build_is_named_by_what_it_is():
+def test_a_build_is_named_after_its_parameters():
     build = Build("gluon_mma_sp", "64x16x128s5", "fp16", "gelu", 80)
     assert build.name == "gluon_mma_sp-64x16x128s5-fp16-gelu-sm80" and build.cut.m == 16
     assert expand.tile(1, 768)[0] == 16
