@@ -283,7 +283,7 @@ def test_bad_options(options, says):
 
 def test_an_infeasible_target_reports_the_reachable_range():
     with pytest.raises(
-        NotEligibleError, match=r"MACs can't be reduced by 90.00%; expected 0.00% to \d+\.\d+%, with dense"
+        NotEligibleError, match=r"MACs cannot be reduced by 90.00%; expected 0.00% to \d+\.\d+%, with dense"
     ):
         transform(tiny_vit(), images(), Config(mac_reduction=0.9))
     with pytest.raises(NotEligibleError, match=r"expected \d\d\.\d+% to \d\d\.\d+%, with 8:16 on 8 layers"):
