@@ -262,13 +262,13 @@ def test_graphs_of_one_model_share_one_allocation():
     plans = [g.plan for g in backend.compiled_graphs() if g.plan.config.get("mac_reduction") == 0.3]
     assert len(plans) == 2
     assert len({tuple((n, p.layers[n].pattern) for n in sorted(p.layers)) for p in plans}) == 1
-    assert any("as in another graph" in r.summary for p in plans for r in p.passes)
+    assert any("patterns of another graph" in r.summary for p in plans for r in p.passes)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mac_reduction": 1.5}, "no share"),
+        ({"mac_reduction": 1.5}, "not a share"),
         ({"mac_reduction": 0.5, "pattern": "dense"}, "masks nothing"),
         ({"patterns": ("2:4",)}, "is only for mac_reduction"),
         ({"mac_reduction": 0.5, "patterns": ("dense",)}, "only dense layers"),
@@ -295,7 +295,7 @@ def test_an_infeasible_target_reports_the_reachable_range():
 def test_refusals_of_the_pass():
     with pytest.raises(ConfigError, match="no such damage"):
         Allocate("guess")
-    with pytest.raises(ConfigError, match="no share"):
+    with pytest.raises(ConfigError, match="not a share"):
         Allocate(bytes_reduction=2.0)
     with pytest.raises(MPCompileError, match="needs calibration data"):
         transform(
