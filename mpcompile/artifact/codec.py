@@ -37,7 +37,7 @@ from mpcompile.artifact.opset import (
 )
 from mpcompile.ir.nodes import dynamo_name
 
-_MAX_DEPTH = 32  # of nested values; the Python parser has a limit, too
+_MAX_DEPTH = 32  # levels of nested values; the Python parser has a limit, too
 _KINDS: dict[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
 _CONSTANTS = {tag: {k: v for k, v in vars(torch).items() if isinstance(v, kind)} for tag, kind in _KINDS.items()}
 _DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")

@@ -84,7 +84,7 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
         raise
     except Exception as error:  # any error that malformed tables cause in constructors and in fx
         raise Refusal(
-            f"its parts do not make a module ({summary(error)})", expected="what mpcompile.save writes"
+            f"its parts do not make a module ({summary(error)})", expected="a file that mpcompile.save wrote"
         ) from error
     return gm
 

@@ -1,6 +1,6 @@
 """Packed weights in a saved graph: the numbers and contents that kernels rely on, and the nodes that may read them.
 
-A kernel trusts the numbers of its node and the index beside its values. Both come from the file, so both are checked
+A kernel trusts the numbers of its node and the index of its values. Both come from the file, so both are checked
 when it is loaded. No other node may read a packed tensor, because it could write to it before the kernel reads it.
 """
 

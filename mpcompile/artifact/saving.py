@@ -33,7 +33,7 @@ from mpcompile.ir.module import IRModule
 def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
     """Write the IR to a safetensors file, or to a folder with that file and a readable plan.json.
 
-    The file is written beside ``path`` under another name, flushed to disk, and renamed: if anything fails, an older
+    The file is written next to ``path`` under another name, flushed to disk, and renamed: if anything fails, an older
     file is untouched. Its permissions are those of a new file.
 
     Args:

@@ -146,7 +146,7 @@ def verify(source: Mapping[str, Tensor] | nn.Module, pattern: Pattern | str | No
 
     Raises:
         ConfigError: ``pattern`` is not a pattern.
-        ArtifactError: there is no weight to check.
+        ArtifactError: the source has no weight to check.
 
     Example:
         >>> verify({"fc.weight": torch.tensor([[1.0, 0.0, 2.0, 0.0]])}, "2:4").ok

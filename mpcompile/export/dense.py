@@ -20,7 +20,7 @@ def dense_state(gm: IRModule) -> dict[str, Tensor]:
     """Return the state dict of the model that ``gm`` was made from, with zeros where masks remove weights.
 
     It has exactly that model's names, including parts that the graph does not use; masks are left out. Tensors are
-    contiguous copies on the CPU. Permuted channels stay permuted, which does not change what the model computes. A
+    contiguous copies on the CPU. Permuted channels stay permuted, which does not change the model's outputs. A
     state dict cannot express token merging.
 
     Raises:

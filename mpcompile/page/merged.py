@@ -65,7 +65,7 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
     Args:
         model: a vision transformer, or the result of :func:`mpcompile.transform` with ``tome_r``.
         image: (3, H, W) or (1, 3, H, W), as the model takes it.
-        config: how to merge, for a model that doesn't merge yet; by default, eight tokens per block.
+        config: how to merge, for a model that does not merge yet; by default, eight tokens per block.
 
     Returns:
         One integer array (rows, columns) per merge: patches with the same number are one token.
@@ -164,7 +164,7 @@ def visualize_merging(
         model: a vision transformer, or the result of :func:`mpcompile.transform` with ``tome_r``.
         image: (3, H, W) or (1, 3, H, W), as the model takes it (normalised).
         path: the PNG to write.
-        config: how to merge, for a model that doesn't merge yet; by default, eight tokens per block.
+        config: how to merge, for a model that does not merge yet; by default, eight tokens per block.
         display: the picture to draw on, (H, W, 3) uint8; by default, ``image`` with its values stretched to 0-255.
         columns: pictures per row.
 

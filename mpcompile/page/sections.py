@@ -84,7 +84,7 @@ def _pair(value: Any, form: Callable[[float], str]) -> str:
     return f" [{form(value[0])}, {form(value[1])}]"
 
 
-# --- What was gained ---
+# --- Gains ---
 
 
 def headline(sources: Sources) -> str | None:
@@ -367,7 +367,7 @@ def _missing(command: str) -> str:
 
 
 SECTIONS = (
-    Section("headline", "What was gained", _missing("mpcompile audit MODEL --json audit.json"), headline),
+    Section("headline", "Gains", _missing("mpcompile audit MODEL --json audit.json"), headline),
     Section("dense", "Against dense", _missing("mpcompile audit MODEL --json audit.json"), against_dense),
     Section("spectra", "Spectra", _missing("mpcompile analyze MODEL --json analyze.json"), spectrum),
     Section("masks", "Masks", _missing("mpcompile report ARTIFACT"), density),

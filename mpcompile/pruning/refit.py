@@ -39,7 +39,7 @@ def least_squares(
         kept: (R, K), the mask.
         steps: maximum number of conjugate-gradient steps, each one product (R, K) x (K, K). The error falls in every
             step.
-        tol: stop when a step lowers the total error of all rows by no more than this share of what is left of it.
+        tol: stop when a step lowers the total error of all rows by no more than this share of the rest.
 
     Returns:
         (R, K), zero outside the mask; the error of no row is larger than that of ``values``.

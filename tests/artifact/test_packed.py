@@ -51,7 +51,7 @@ def module_of(layer):
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_every_pattern_comes_back_bit_for_bit(data):
+def test_every_pattern_round_trips_bit_for_bit(data):
     m = data.draw(st.integers(1, 32))
     pattern = Pattern(data.draw(st.integers(1, m)), m)
     shape = (data.draw(st.integers(1, 5)), m * data.draw(st.integers(1, 5)))
@@ -67,7 +67,7 @@ def test_every_pattern_comes_back_bit_for_bit(data):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (2, 4), (3, 8), (5, 5), (8, 11)])
 def test_the_masks_of_a_group_are_numbered_from_0(n, m):
-    """The code of one group is its rank: masks take every number below C(M, N) once, and no other."""
+    """The code of one group is its rank: the masks have the numbers from 0 to C(M, N) - 1, each once."""
     numbers = set()
     for places in itertools.combinations(range(m), n):
         kept = np.isin(np.arange(m), places)[None]
@@ -97,7 +97,7 @@ def test_removed_weights_that_are_not_zero_are_stored_with_a_warning(tmp_path, c
     assert torch.equal(loaded.weight, layer.weight) and torch.equal(loaded.mask, layer.mask)
 
 
-def test_a_mask_that_keeps_fewer_is_stored_whole(tmp_path):
+def test_a_mask_that_keeps_fewer_is_stored_in_full(tmp_path):
     layer = layer_of((8, 16), Pattern(2, 4))
     layer.mask[0] = False
     with torch.no_grad():
@@ -189,7 +189,7 @@ def saved(tmp_path) -> tuple[Path, torch.nn.Module]:
     return tmp_path / "pruned", gm
 
 
-def test_a_folder_holds_weights_and_a_plan_to_read(saved):
+def test_a_folder_holds_weights_and_a_readable_plan(saved):
     folder, gm = saved
     assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "plan.json"]
     plan = json.loads((folder / "plan.json").read_text())

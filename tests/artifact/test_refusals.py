@@ -105,7 +105,7 @@ def test_refused_to_save(build, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refused_a_plan_that_is_not_json_and_dynamo_graphs(tmp_path):
+def test_a_plan_that_is_not_json_and_dynamo_graphs_are_refused(tmp_path):
     gm = transform(mlp(), torch.ones(1, 32))
     gm.plan.notes.append(object())
     with pytest.raises(ArtifactError, match="plan holds something"):

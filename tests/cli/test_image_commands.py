@@ -1,4 +1,4 @@
-"""Commands on folders that aren't tidy: labels by name or none, and what was left out is said under the result."""
+"""Commands on untidy folders: labels by name or none, and a note on skipped files below the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = [f"class{number}" for number in range(10)]
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """What commands create by name is two blocks deep, and compiling it is left out."""
+    """Models that commands create by name are two blocks deep and are not compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", tiny_created)
         patch.setattr(torch, "compile", lambda model, **_: model)

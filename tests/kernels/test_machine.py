@@ -1,4 +1,4 @@
-"""What is read from /proc/cpuinfo, on x86, on Arm, and where there is no such file."""
+"""Reading /proc/cpuinfo on x86, on Arm, and without such a file."""
 
 from pathlib import Path
 

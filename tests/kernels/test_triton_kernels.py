@@ -26,7 +26,7 @@ def interpreted():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_any_pattern_is_spread_out(interpreted):
+def test_any_pattern_is_expanded(interpreted):
     found = interpreted["expanded"]
     assert len(found) >= 20
     assert {name: error for name, error in found.items() if not error < TOLERANCE[name.split()[1]]} == {}

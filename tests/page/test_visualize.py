@@ -43,7 +43,7 @@ def test_merged_tokens_are_filled_and_outlined():
     assert len({tuple(pixel) for pixel in drawn[:, 24]} | {tuple(pixel) for pixel in drawn[0, 24:]}) == 1
 
 
-def test_writes_a_png_with_one_picture_a_block(tmp_path):
+def test_writes_a_png_with_one_picture_per_block(tmp_path):
     path = tmp_path / "merged.png"
     mpcompile.visualize_merging(tiny_vit(), images(1)[0], path, CONFIG, columns=2)
     sheet = Image.open(path)

@@ -14,7 +14,7 @@ from mpcompile import rmt
 
 
 def wishart(N: int, M: int, rng: np.random.Generator) -> np.ndarray:
-    """Falling eigenvalues of WᵀW/N for a Gaussian (N, M) W, exactly, by its bidiagonal form (math-ph/0206043)."""
+    """Eigenvalues of WᵀW/N, descending, for a Gaussian (N, M) W, drawn by its bidiagonal form (math-ph/0206043)."""
     a = np.sqrt(rng.chisquare(N - np.arange(M)))
     b = np.sqrt(rng.chisquare(np.arange(M - 1, 0, -1)))
     diagonal = a**2
@@ -29,7 +29,7 @@ def planted(randn: Callable[..., Tensor], N: int, M: int, values: Tensor) -> Ten
 
 
 def fit_error(lam: np.ndarray, N: int) -> float:
-    """``Fit.fit_error`` of falling eigenvalues without spikes, from its definition."""
+    """``Fit.fit_error`` of descending eigenvalues without spikes, from its definition."""
     M = lam.size
     k = np.arange(math.ceil(0.2 * M), math.floor(0.8 * M) + 1)
     F = rmt.mp_cdf(lam[k - 1], M / N, rmt.bema(lam, M / N, N)[0])

@@ -1,4 +1,4 @@
-"""Building the CPU kernels: no compiler, broken files, folders that can't be written, processes that start together."""
+"""Building the CPU kernels: no compiler, broken files, unwritable folders, processes that start at once."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ print(json.dumps({
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """As a process that has not built anything, with an empty cache and the instruction set that builds fastest."""
+    """A process that has built nothing, with an empty cache and the instruction set that builds fastest."""
     monkeypatch.setenv("MPCOMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MPCOMPILE_CPU_ISA", "portable")
     for name in ("CXX", "MPCOMPILE_SANITIZE"):
@@ -91,7 +91,7 @@ def works():
 
 
 def place():
-    """Where the library of this process belongs, from a build that is not carried out."""
+    """The path of this process's library, without building it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_find", lambda name, folders: folders[0] / name)
         return build.build("portable")
@@ -124,7 +124,7 @@ def finish(process):
         ("MPCOMPILE_CPU_ISA", "sse9", "MPCOMPILE_CPU_ISA=sse9: this processor runs"),
     ],
 )
-def test_without_a_library_plain_torch_runs_and_the_reason_is_said_once(monkeypatch, caplog, name, value, reason):
+def test_without_a_library_plain_torch_runs_and_the_reason_is_logged_once(monkeypatch, caplog, name, value, reason):
     monkeypatch.setenv(name, value)
     for _ in range(2):
         assert reason in CpuEngine().supports(SPEC)
@@ -148,7 +148,7 @@ def test_a_compiler_that_is_too_old_for_the_processor_builds_a_narrower_library(
     assert "unknown option" in said
 
 
-def test_a_compiler_that_answers_no_question_is_no_obstacle(monkeypatch):
+def test_a_compiler_that_does_not_report_its_version_is_used(monkeypatch):
     def refuse(*args, **kwargs):
         raise subprocess.TimeoutExpired("g++", 30)
 
@@ -175,7 +175,7 @@ def test_a_damaged_library_is_built_again(caplog, built, damage):
     assert warnings(caplog) == [f"mpcompile: {path} is damaged and is built again"]
 
 
-def test_a_library_that_cant_be_loaded_is_built_again(caplog):
+def test_a_library_that_cannot_be_loaded_is_built_again(caplog):
     path = place()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"another system's" + build.hashlib.sha256(b"another system's").digest())
@@ -238,7 +238,7 @@ def test_a_good_library_is_kept(caplog, built, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_cache_that_cant_be_written_is_replaced_by_temporary_files(monkeypatch, caplog, tmp_path):
+def test_an_unwritable_cache_is_replaced_by_temporary_files(monkeypatch, caplog, tmp_path):
     file = tmp_path / "file"
     file.write_text("no folder")
     monkeypatch.setenv("MPCOMPILE_CACHE", str(file / "below"))
@@ -286,7 +286,7 @@ def test_threads_and_openmp(built):
     assert (one["new"], two["new"]) == (0, 1)
 
 
-# --- Whose library it is ---
+# --- The owner of a library ---
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def mine(built):
 
 
 def spoil(path, what, tmp_path):
-    """Make somebody else able to have written the library, or its folder, or a folder above."""
+    """Change permissions or owners so that another user could have written the library, its folder or one above."""
     folder = path.parent
     if what == "file":
         path.chmod(0o777)
@@ -324,7 +324,7 @@ SPOILT = ["file", "group", "folder", "above", "link", "linked folder", "owner", 
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_library_that_others_can_have_written_is_not_loaded(what, mine, tmp_path):
+def test_a_library_that_others_could_have_written_is_not_loaded(what, mine, tmp_path):
     if os.getuid() and ("owner" in what or what == "group"):
         pytest.skip("only root gives files away")
     assert build._find(mine.name, build._folders()) == mine
@@ -339,7 +339,7 @@ def test_a_library_that_others_can_have_written_is_not_loaded(what, mine, tmp_pa
         assert made.parent == store.temporary_folder()
 
 
-def test_a_cache_folder_of_others_is_said_once(mine, caplog, tmp_path):
+def test_a_cache_folder_of_others_is_logged_once(mine, caplog, tmp_path):
     spoil(mine, "folder", tmp_path)
     for _ in range(2):
         build.load.cache_clear()
@@ -349,7 +349,7 @@ def test_a_cache_folder_of_others_is_said_once(mine, caplog, tmp_path):
 
 
 @pytest.mark.parametrize("home", [None, "", "~", "relative"])
-def test_without_a_home_caches_lie_among_temporary_files(home, monkeypatch, tmp_path):
+def test_without_a_home_caches_are_among_temporary_files(home, monkeypatch, tmp_path):
     for name in ("MPCOMPILE_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     if home is not None:

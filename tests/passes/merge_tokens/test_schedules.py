@@ -1,4 +1,4 @@
-"""How many tokens merge: schedules, budgets, counts and published figures."""
+"""The number of tokens that merge: schedules, budgets, counts and published figures."""
 
 import pytest
 import timm

@@ -31,7 +31,7 @@ class Block(Arithmetic, Movement, TensorCores):
         warps: int | None = None,
         reverse: bool = False,
     ) -> None:
-        """``values``: of each parameter, a number or a :class:`TensorMap`."""
+        """``values``: for each parameter, a number or a :class:`TensorMap`."""
         self.program, self.values, self.memory, self.block = program, values, memory, block
         self.shared, self.lazy, self.reverse = Shared(shared_bytes), lazy, reverse
         size = 32 * warps if warps else program.threads
@@ -43,7 +43,7 @@ class Block(Arithmetic, Movement, TensorCores):
         self.steps = 0
 
     def run(self) -> int:
-        """Run to the end; returns the number of instructions that were executed."""
+        """Run to the end; return the number of instructions executed."""
         live = list(self.strands)
         while live:
             ready = [s for s in live if s.waits is None or s.waits()]
@@ -58,7 +58,7 @@ class Block(Arithmetic, Movement, TensorCores):
         return self.steps
 
     def _advance(self, strand: Strand) -> None:
-        """Until the strand waits, ends or is split."""
+        """Run a strand until it waits, ends or is split."""
         self.s, self.threads, self.R = strand, len(strand.tid), strand.registers
         while strand.waits is None and strand.pc < len(self.program.code):
             instruction = self.program.code[strand.pc]
@@ -85,7 +85,7 @@ class Block(Arithmetic, Movement, TensorCores):
     def _part(self, strand: Strand, mask: np.ndarray, target: int) -> None:
         warps = mask.reshape(-1, 32)
         if (warps.any(1) != warps.all(1)).any():
-            raise NotImplementedError("a branch parts the threads of a warp")
+            raise NotImplementedError("a branch splits the threads of a warp")
         takes = warps.all(1)
         edges = [0, *(np.nonzero(np.diff(takes))[0] + 1), len(takes)]
         pieces = []

@@ -22,7 +22,7 @@ class Instruction:
 
 
 def _split(text: str) -> list[str]:
-    """Operands, commas inside brackets left alone."""
+    """Split operands at commas, except those inside brackets."""
     found, depth, start = [], 0, 0
     for place, char in enumerate(text + ","):
         depth += (char in "{[") - (char in "}]")
@@ -37,7 +37,7 @@ class Program:
 
     Attributes:
         parameters: their names, in order.
-        threads: of a block.
+        threads: threads per block.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -82,7 +82,7 @@ class Program:
 
     @staticmethod
     def _statements(body: str) -> list[str]:
-        """Braces of blocks, labels with their colon, and what ends in a semicolon or (directives) in a line."""
+        """Braces of blocks, labels with their colon, statements up to a semicolon, directives up to a line's end."""
         found: list[str] = []
         body = re.sub(r"^\s*\.(loc|file|pragma|section)[^\n]*$", "", body, flags=re.M)
         place = 0
