@@ -1,4 +1,4 @@
-"""What is read from /proc/cpuinfo, on x86, on Arm, and where there is no such file."""
+"""The fields read from /proc/cpuinfo on x86 and on Arm, and the defaults where there is no such file."""
 
 from pathlib import Path
 

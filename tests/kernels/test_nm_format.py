@@ -1,4 +1,4 @@
-"""The packed format: exact round trips for any N:M, and a legality check that isn't fooled."""
+"""The packed format: exact round trips for any N:M, and a legality check that is not fooled."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_check_counts_the_groups_that_break_the_pattern():
     weight[0, :3] = 1
     assert check_nm(weight, 2, 4) == 1
     assert check_nm(weight, 3, 4) == 0
-    assert check_nm(torch.ones(2, 6), 2, 4) == 2  # 6 columns can't be grouped by 4
+    assert check_nm(torch.ones(2, 6), 2, 4) == 2  # 6 columns cannot be grouped by 4
 
 
 def test_zero_among_the_kept_is_legal():

@@ -62,7 +62,7 @@ def test_ties_go_to_the_lower_index(dtype):
 @pytest.mark.parametrize(("tokens", "heads", "depth"), [(17, 3, 20), (50, 12, 64), (66, 1, 5), (40, 2, 256)])
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 def test_rounding_does_not_break_ties(tokens, heads, depth, kinds):
-    """Equal keys merge by index alone, also if they are an ulp apart or their products are added in another order."""
+    """Equal keys merge by index alone, even if they are an ulp apart or their products are added in another order."""
     torch.manual_seed(tokens + kinds)
     x, size = torch.randn(2, tokens, 6), torch.ones(2, tokens, 1)
     keys = tied_keys(2, heads, tokens, depth, kinds)
@@ -97,7 +97,7 @@ def test_rounded_scores_keep_the_order_of_indices():
 
 
 def test_similarities_within_the_tolerance_go_by_index():
-    """The first within the tolerance of the highest is chosen, however many smaller steps lead there."""
+    """The first within the tolerance of the highest is chosen, even if a chain of smaller differences leads further."""
     step = 0.75 * reference.TIE
     cosines = torch.tensor([1 - 4 * step, 1 - 3 * step, 1 - 2 * step, 1 - step, 1.0])
     b = torch.stack([cosines, (1 - cosines**2).sqrt()], -1)
@@ -120,7 +120,7 @@ def test_autocast_does_not_reach_the_matching():
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_a_key_that_is_not_a_number_resembles_nothing():
+def test_a_nan_key_has_similarity_zero():
     x, keys, size = torch.randn(1, 8, 3), torch.zeros(1, 2, 8, 2), torch.ones(1, 8, 1)
     keys[..., 0] = 1.0
     for broken in (torch.nan, torch.inf, -torch.inf):
@@ -145,7 +145,7 @@ def test_nan_stays_where_it_is():
     assert torch.equal(token_merge(x, keys, torch.ones(2, 9, 1), 3, 1)[0][0], whole[0])
 
 
-def test_merged_count_is_clamped_to_half_of_what_may_merge():
+def test_merged_count_is_clamped_to_half_of_the_mergeable_tokens():
     cases = [(17, 0, 1, 17), (17, 8, 1, 9), (17, 9, 1, 9), (2, 4, 1, 2), (5, 3, 5, 5)]
     assert [merged_count(tokens, r, prefix) for tokens, r, prefix, _ in cases] == [left for *_, left in cases]
 
@@ -178,7 +178,7 @@ def test_operators_pass_opcheck():
     ("dim", "shape"), [(-2, (9, 5)), (-2, (3, 9, 5)), (-2, (2, 3, 9, 5)), (-1, (4, 9)), (1, (2, 9, 3, 5))]
 )
 def test_tables_follow_as_means(dim, shape):
-    """Brought to merged tokens, a table holds the mean of the rows of all that they stand for."""
+    """For a merged token, the table holds the mean of the rows of the tokens that it represents."""
     place = torch.tensor([[0, 1, 2, 0, 2, 3, 4, 2, 1], [4, 3, 2, 1, 0, 0, 1, 2, 3]])
     before = torch.ones(2, 9, 1)
     size = torch.zeros(2, 5, 1).scatter_add(1, place.unsqueeze(-1), before)
@@ -219,7 +219,7 @@ def test_proportional_attention(dtype, start):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_flash_attention_stays_eligible(dtype):
-    """The bias must not take flash attention out of the choice."""
+    """The bias must not rule out flash attention."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     query, key, value = (torch.randn(2, 3, 189, 64, device="cuda", dtype=dtype) for _ in range(3))

@@ -56,7 +56,7 @@ def header():
 def changed(change):
     """abi.Linear with a mistake in its fields."""
     fields = dict(abi.Linear._fields_)
-    if change == "swapped":  # of the same type, so that sizes do not tell
+    if change == "swapped":  # swaps two fields of the same type, which sizes do not show
         fields = {"residual": ctypes.c_void_p, "x": ctypes.c_void_p} | fields
     elif change == "missing":  # at the end
         del fields["threads"]
@@ -67,7 +67,7 @@ def changed(change):
     return type("Changed", (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-REASONS = {  # in the words of g++ and clang++
+REASONS = {  # as g++ and clang++ word it
     "swapped": "static.assertion failed",
     "missing": "only 9 names provided|decomposes into 10 elements, but only 9",
     "more": "no member named .*extra|has no member .*extra",
@@ -81,7 +81,7 @@ def test_a_struct_that_differs_is_noticed(tmp_path, change):
     assert status != 0 and re.search(REASONS[change], said)
 
 
-def test_a_field_in_what_is_padding_is_noticed(tmp_path):
+def test_a_field_in_padding_is_noticed(tmp_path):
     assert ctypes.sizeof(abi.Weight) > sum(ctypes.sizeof(kind) for _, kind in abi.Weight._fields_)
     padded = type("Padded", (ctypes.Structure,), {"_fields_": [*abi.Weight._fields_, ("extra", ctypes.c_int32)]})
     assert ctypes.sizeof(padded) == ctypes.sizeof(abi.Weight)

@@ -1,4 +1,4 @@
-"""Building the CPU kernels: no compiler, broken files, folders that can't be written, processes that start together."""
+"""Building the CPU kernels: no compiler, broken files, read-only folders, processes that start together."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
 from tests.support.helpers import relative
 
 SPEC = LayerSpec((8, 16), torch.float32, torch.device("cpu"), Pattern(2, 4))
-FLAGS = build.FLAGS.replace("-O3", "-O0")  # to build fast
+FLAGS = build.FLAGS.replace("-O3", "-O0")  # builds fastest
 CACHES = (build.load, build.unavailable, build._version, native.kernels)
 SCRIPT = """
 import json, os, pathlib, re, sys, torch
@@ -54,7 +54,7 @@ print(json.dumps({
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """As a process that has not built anything, with an empty cache and the instruction set that builds fastest."""
+    """Simulate a new process: an empty cache, nothing built, and the instruction set that builds fastest."""
     monkeypatch.setenv("MPCOMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MPCOMPILE_CPU_ISA", "portable")
     for name in ("CXX", "MPCOMPILE_SANITIZE"):
@@ -91,7 +91,7 @@ def works():
 
 
 def place():
-    """Where the library of this process belongs, from a build that is not carried out."""
+    """Path of this process's library, from a build that is not carried out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_find", lambda name, folders: folders[0] / name)
         return build.build("portable")
@@ -124,7 +124,7 @@ def finish(process):
         ("MPCOMPILE_CPU_ISA", "sse9", "MPCOMPILE_CPU_ISA=sse9: this processor runs"),
     ],
 )
-def test_without_a_library_plain_torch_runs_and_the_reason_is_said_once(monkeypatch, caplog, name, value, reason):
+def test_without_a_library_plain_torch_runs_and_the_reason_is_reported_once(monkeypatch, caplog, name, value, reason):
     monkeypatch.setenv(name, value)
     for _ in range(2):
         assert reason in CpuEngine().supports(SPEC)
@@ -148,7 +148,7 @@ def test_a_compiler_that_is_too_old_for_the_processor_builds_a_narrower_library(
     assert "unknown option" in said
 
 
-def test_a_compiler_that_answers_no_question_is_no_obstacle(monkeypatch):
+def test_a_compiler_that_does_not_answer_is_reported(monkeypatch):
     def refuse(*args, **kwargs):
         raise subprocess.TimeoutExpired("g++", 30)
 
@@ -175,7 +175,7 @@ def test_a_damaged_library_is_built_again(caplog, built, damage):
     assert warnings(caplog) == [f"mpcompile: {path} is damaged and is built again"]
 
 
-def test_a_library_that_cant_be_loaded_is_built_again(caplog):
+def test_a_library_that_cannot_be_loaded_is_built_again(caplog):
     path = place()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"another system's" + build.hashlib.sha256(b"another system's").digest())
@@ -208,7 +208,7 @@ def test_a_library_without_the_functions_is_built_again(caplog, tmp_path):
     ],
 )
 def test_a_librarys_name_depends_on_every_file_it_is_compiled_from(sources, flags):
-    """A header missing from the list could change without a new build."""
+    """If a header were missing from the list, its changes would cause no new build."""
     here = Path(build.__file__).parent
     command = [*build.compiler(), *shlex.split(flags), "-MM", str(here / sources[0])]
     rule = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -238,7 +238,7 @@ def test_a_good_library_is_kept(caplog, built, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_cache_that_cant_be_written_is_replaced_by_temporary_files(monkeypatch, caplog, tmp_path):
+def test_a_cache_that_cannot_be_written_is_replaced_by_temporary_files(monkeypatch, caplog, tmp_path):
     file = tmp_path / "file"
     file.write_text("no folder")
     monkeypatch.setenv("MPCOMPILE_CACHE", str(file / "below"))
@@ -286,12 +286,12 @@ def test_threads_and_openmp(built):
     assert (one["new"], two["new"]) == (0, 1)
 
 
-# --- Whose library it is ---
+# --- Who can have written a library ---
 
 
 @pytest.fixture
 def mine(built):
-    """A good library where this process looks for it."""
+    """A good library in the place where this process looks for it."""
     path = place()
     path.parent.mkdir(parents=True, mode=0o700)
     path.write_bytes(built)
@@ -300,7 +300,7 @@ def mine(built):
 
 
 def spoil(path, what, tmp_path):
-    """Make somebody else able to have written the library, or its folder, or a folder above."""
+    """Let another user be able to write the library, its folder or a folder above."""
     folder = path.parent
     if what == "file":
         path.chmod(0o777)
@@ -334,12 +334,12 @@ def test_a_library_that_others_can_have_written_is_not_loaded(what, mine, tmp_pa
     assert made.stat().st_mode & 0o077 == 0 and not made.is_symlink()
     assert build._find(made.name, build._folders()) == made
     if what in ("file", "group", "link", "owner"):
-        assert made == mine  # a good folder keeps the new one
+        assert made == mine  # in a safe folder, a new library replaces it
     else:
         assert made.parent == store.temporary_folder()
 
 
-def test_a_cache_folder_of_others_is_said_once(mine, caplog, tmp_path):
+def test_a_cache_folder_that_others_can_write_is_reported_once(mine, caplog, tmp_path):
     spoil(mine, "folder", tmp_path)
     for _ in range(2):
         build.load.cache_clear()
@@ -349,11 +349,12 @@ def test_a_cache_folder_of_others_is_said_once(mine, caplog, tmp_path):
 
 
 @pytest.mark.parametrize("home", [None, "", "~", "relative"])
-def test_without_a_home_caches_lie_among_temporary_files(home, monkeypatch, tmp_path):
+def test_without_a_home_caches_are_in_the_temporary_folder(home, monkeypatch, tmp_path):
     for name in ("MPCOMPILE_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     if home is not None:
         monkeypatch.setenv("HOME", home)
-    monkeypatch.setattr(store.os.path, "expanduser", lambda path: home or path)  # a user without an entry has none
+    # Without an entry in the user database, expanduser returns the path as it is.
+    monkeypatch.setattr(store.os.path, "expanduser", lambda path: home or path)
     assert store.cache_folder() == tmp_path / f"mpcompile-{os.getuid()}"
     assert build.unavailable() is None and works()

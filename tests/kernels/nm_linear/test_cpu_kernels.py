@@ -28,7 +28,7 @@ MANY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[Hea
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    """Each instruction set in turn, as if it were the widest."""
+    """Each instruction set in turn, as if the processor had no wider one."""
     loaded = build.load(request.param, os.environ.get("MPCOMPILE_SANITIZE") == "1")
     monkeypatch.setattr(native, "kernels", lambda: loaded)
     native.use(loaded)
@@ -75,7 +75,7 @@ def restore_threads():
 
 
 def size(x, weight, *others):
-    """The size that a product of x and weight has when nothing cancels: what rounding errors are relative to."""
+    """RMS of a product of x and weight if nothing cancels, to which rounding errors are relative."""
     parts = [x.double().square() @ weight.double().square().T, *(o.double().square() for o in others if o is not None)]
     return sum(part.mean() for part in parts) ** 0.5
 
@@ -85,16 +85,16 @@ def rms(error):
 
 
 def luck(terms, outputs):
-    """Four standard deviations of the error of a sum in single precision, shrinking as more outputs are averaged.
+    """Four standard deviations of the error of fp32 sums of ``terms`` terms, averaged over ``outputs`` outputs.
 
-    A sum of one output can be right to the last bit in one order of addition and not in another: the errors of two
-    products compare only over many outputs.
+    A single sum can be right to the last bit in one order of addition and not in another: the errors of two products
+    can only be compared over many outputs.
     """
     return 4 * 2**-24 * (1 + terms / 6) ** 0.5 / outputs**0.5
 
 
 def drift(x, weight):
-    """What :func:`luck` expects, from the sums themselves: one that happens to run high is rounded more coarsely."""
+    """The same as :func:`luck`, from the partial sums themselves: large ones are rounded more coarsely."""
     weight = weight.double()
     sums = (x.double()[:, None] * weight).cumsum(-1)
     errors = (sums.square() * (weight != 0)).sum(-1) / 3
@@ -201,7 +201,7 @@ def test_no_tokens(isa):
     assert ops.nm_conv(torch.empty(0, 16, 4, 4), values, index, None, None, *args).shape == (0, 8, 4, 4)
 
 
-def test_values_that_are_not_finite_come_through(isa):
+def test_nan_and_infinity_propagate(isa):
     weight, mask = layer((16, 16), 8, 16, torch.float32)
     values, index = layouts.pack(weight, mask, 8, 16, ROWS)
     x = torch.ones(3, 16)
@@ -221,7 +221,7 @@ def test_large_arguments_of_activations(isa):
 
 
 def test_a_wrong_index_is_noticed():
-    """The comparison above is able to fail."""
+    """The comparison in test_gemm can fail."""
     weight, mask = layer((32, 64), 2, 4, torch.float32)
     values, index = layouts.pack(weight, mask, 2, 4, ROWS)
     x = torch.randn(20, 64)
@@ -328,7 +328,7 @@ def test_check_finds_an_index_outside_the_tile(layout):
             layouts.check(values, damaged, m, layout)
 
 
-def test_a_residual_is_spread_over_the_batch(isa):
+def test_a_residual_is_broadcast_over_the_batch(isa):
     weight, mask = layer((16, 32), 2, 4, torch.float32)
     x, residual = torch.randn(4, 3, 32), torch.randn(1, 3, 16)
     y = ops.nm_gemm(x, *layouts.pack(weight, mask, 2, 4, ROWS), None, residual, 16, 2, 4, ROWS, "none")

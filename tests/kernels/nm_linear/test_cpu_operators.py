@@ -1,4 +1,4 @@
-"""The operators in C++ (ops.cpp): they do what those in Python do, without Python."""
+"""The operators in C++ (ops.cpp) give the results of those in Python, without running Python."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pack(shape, dtype, layout, seed=0):
 
 @pytest.fixture
 def no_python(monkeypatch):
-    """The operators in Python fail."""
+    """Make the operators in Python fail if they are called."""
 
     def refuse(*args):
         raise AssertionError("an operator in Python was called")
@@ -44,7 +44,7 @@ def no_python(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_plain_calls_see_no_python(no_python, dtype, mode):
+def test_plain_calls_run_no_python(no_python, dtype, mode):
     bias, residual = torch.randn(48).to(dtype), torch.randn(2, 5, 48).to(dtype)
     with mode():
         for layout in layouts_here(dtype):
@@ -62,7 +62,7 @@ def test_plain_calls_see_no_python(no_python, dtype, mode):
                 assert ops.nm_conv(image, *two, bias, None, *plain).is_contiguous(memory_format=order)
 
 
-def test_what_is_out_of_the_ordinary_goes_the_general_way(no_python):
+def test_unusual_calls_take_the_general_operator(no_python):
     values, index = pack((48, 32), torch.float32, ROWS)
     with pytest.raises(AssertionError, match="in Python was called"):
         ops.nm_gemm(torch.randn(32, 5).T, values, index, None, None, 48, 8, 16, ROWS, "none")
@@ -125,7 +125,7 @@ def test_convolutions_are_those_of_python(stride, padding, order):
         held = pack((24, 32, 1, 1), torch.float32, layout)
         geometry = ([stride] * 2, [padding] * 2, [1, 1], n, m, [24, 32, 1, 1], layout)
         y = GENERAL.nm_conv_general(x, *held, torch.randn(24), None, *geometry, "none")
-        residual = torch.randn_like(y)  # in the same order
+        residual = torch.randn_like(y)  # in the same memory order
         for added in (None, residual, residual.contiguous(), residual[:1].expand(y.shape)):
             args = (x, *held, None, added, *geometry, "add_relu")
             found, expected = ops.nm_conv(*args), GENERAL.nm_conv_general(*args)
@@ -141,7 +141,7 @@ def test_tensors_that_do_not_fit_are_refused_and_not_read(dtype, inputs):
         values, index = pack((20, inputs), dtype, layout)
         good = (None, None, 20, n, m, layout, "none")
         assert ops.nm_gemm(x, values, index, *good).shape == (3, 20)
-        cut = 4 if layout == RING else 1  # which holds two values an index byte, and some of both to spare
+        cut = 4 if layout == RING else 1  # RING, which has two values per index byte and spare room for both
         for bad in ((values[:-cut], index), (values, index[:-cut]), (values, index.to(torch.int8))):
             with pytest.raises(InputError, match="packed weights do not fit"):
                 ops.nm_gemm(x, *bad, *good)
@@ -179,7 +179,7 @@ def test_graphs_hold_the_operator_that_was_called(no_python):
 
     traced = make_fx(call, tracing_mode="fake")(x, values, index, bias)
     assert ops.nm_gemm in {node.target for node in traced.graph.nodes}
-    # A gradient is asked for, and yet the product is not Python's.
+    # A gradient is needed, and yet the product is not computed by Python.
     assert call(x, values, index, bias).grad_fn is not None
 
 
@@ -197,4 +197,4 @@ def test_without_kernels_plain_torch_runs(monkeypatch):
         monkeypatch.undo()
         native.use(native.kernels())
     torch.testing.assert_close(fast, slow)
-    assert answers == [False]  # by the operator in Python, which didn't find the kernel
+    assert answers == [False]  # from the operator in Python, which did not find the kernel

@@ -1,4 +1,4 @@
-"""The CPU kernels' own tests under AddressSanitizer and UndefinedBehaviorSanitizer, and proof that those look."""
+"""The CPU kernels' own tests under AddressSanitizer and UndefinedBehaviorSanitizer, and proof that these report."""
 
 import functools
 import itertools
@@ -67,13 +67,13 @@ print(json.dumps(found))
 
 @functools.cache
 def environment():
-    """Variables for a process that can load a library with sanitizers, or why there are none."""
+    """Environment variables for a process that loads a library with sanitizers, or the reason why there are none."""
     try:
         command = build.compiler()
     except build.Unavailable as error:
         return str(error)
     files = []
-    for name in ("libasan.so", "libstdc++.so"):  # the second, since ASan has to find what throws exceptions
+    for name in ("libasan.so", "libstdc++.so"):  # libstdc++ too: ASan has to find the functions that throw exceptions
         asked = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
         files.append(asked.stdout.strip())
     if not all(os.path.isabs(file) and Path(file).is_file() for file in files):
@@ -102,7 +102,7 @@ def run(*args):
 
 @functools.cache
 def calls():
-    """Exit status and output of one call with every fault, in processes of their own."""
+    """Exit status and output of one call per fault, each in its own process."""
     faults = ("none", "slices", "odd", "x", "values", "index", "y")
     cases = list(itertools.product(ISAS, ("fp32", "bf16"), faults))
     done = run("-c", CALL, json.dumps(cases))
@@ -110,8 +110,8 @@ def calls():
     return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-def test_the_kernels_own_tests_find_nothing():
-    chosen = "test_gemm or test_mlp or test_no_tokens or test_values or test_large or (test_convolution and 2-4)"
+def test_the_kernels_own_tests_report_nothing():
+    chosen = "test_gemm or test_mlp or test_no_tokens or test_nan or test_large or (test_convolution and 2-4)"
     done = run(
         "-m", "pytest", "-qsx", "-p", "no:cacheprovider", "tests/kernels/nm_linear/test_cpu_kernels.py", "-k", chosen
     )
@@ -124,7 +124,7 @@ def test_the_kernels_own_tests_find_nothing():
 @pytest.mark.parametrize("fault", ["none", "slices"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_any_alignment_that_slices_have_will_do(isa, dtype, fault):
+def test_slices_of_any_alignment_work(isa, dtype, fault):
     status, said = calls()[isa, dtype, fault]
     assert (status, said) == (0, "called\nreturned\n")
 
@@ -145,7 +145,7 @@ def test_undefined_behaviour_is_noticed():
 
 
 SWEEP = Path(__file__).parents[2] / "support/kernel_sweep.cpp"
-EVERY = int(os.environ.get("MPCOMPILE_TEST_SWEEP", "61"))  # 1: the whole product of cases
+EVERY = int(os.environ.get("MPCOMPILE_TEST_SWEEP", "61"))  # 1: every case
 
 
 @pytest.fixture(scope="module")

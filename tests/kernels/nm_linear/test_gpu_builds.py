@@ -1,4 +1,4 @@
-"""Every tile of the sparse tensor-core kernels, compiled for every architecture it is for, without a GPU."""
+"""Every tile of the sparse tensor-core kernels, compiled without a GPU for each of its architectures."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from mpcompile.kernels.nm_linear.gpu.build import EPILOGUES
 from mpcompile.kernels.nm_linear.gpu.tiles import SHARED_BYTES, TILES
 from tests.support.gpu_builds import BUILDS, compiled, covering
 
-SPILL = 16  # bytes a thread
+SPILL = 16  # bytes per thread
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the sparse tensor-core kernels compute, by the PTX that was compiled, against float64."""
+"""The results of the sparse tensor-core kernels, from their compiled PTX in the emulator, against float64."""
 
 import re
 
@@ -19,7 +19,7 @@ from tests.support.ptx.sparse_gemm import HALF, LAYOUTS, TOLERANCE, EmulatedKern
 
 ROUGH, WIDE_MMA, WIDE_WGMMA = EXTRA
 ON = {"gluon_mma_sp": 80, "gluon_wgmma_sp": 90}
-# One build of each tile; those for 8.6 alone are emulated as they are.
+# One build of each tile. Tiles that only 8.6 and 8.9 use are emulated from their build for 8.6.
 PRODUCTS = [b for b in BUILDS if b.kernel in ON and b.aligned and b.arch in (ON[b.kernel], 86)]
 EACH = list({(b.kernel, b.tile): b for b in reversed(PRODUCTS)}.values())
 WAYS = {"eager": {}, "lazy": {"lazy": True}}
@@ -31,7 +31,7 @@ def records(gpu_folder):
 
 
 def odd(build: Build, aligned: bool = True) -> tuple[int, int, int]:
-    """Tokens, features and inputs that no tile divides: two rows of tiles where those are small."""
+    """Numbers of tokens, features and inputs that no tile divides; two rows of tiles if these are small."""
     tile = build.cut
     return tile.m + 5 if tile.m <= 64 else tile.m - 3, tile.n - (16 if aligned else 27), 3 * tile.k + 16
 
@@ -47,7 +47,7 @@ def test_odd_shapes(build, way, records):
 @pytest.mark.parametrize("way", [{"reverse": True}, {"lazy": True}, {"lazy": True, "reverse": True}], ids=str)
 @pytest.mark.parametrize("build", [ROUGH, WIDE_WGMMA], ids=lambda build: build.kernel)
 def test_warps_in_another_order(build, way, records):
-    """Strands as small as the instructions allow: a barrier that is missing shows."""
+    """With strands as small as the instructions allow, a missing barrier shows."""
     problem = Problem.make(*odd(build, False), build.dtype)
     found = run(build, records[build], problem, warps=1 if build is ROUGH else 4, **way)
     assert relative(found, problem.expected(build.epilogue)) < TOLERANCE[build.dtype]
@@ -62,14 +62,14 @@ def test_few_tokens_and_one_step(build, m, records):
 
 
 def test_addresses_beyond_2_to_the_31_elements(records):
-    rows = 2**23  # before those that are computed
+    rows = 2**23  # before the rows that are computed
     problem = Problem.make(20, 48, 272, ROUGH.dtype)
     found = run(ROUGH, records[ROUGH], problem, first=rows // ROUGH.cut.m)
     assert rows * 272 > 2**31
     assert relative(found, problem.expected(ROUGH.epilogue)) < TOLERANCE[ROUGH.dtype]
 
 
-def test_rows_that_lie_apart(records):
+def test_rows_with_gaps(records):
     problem = Problem.make(40, 48, 128, ROUGH.dtype)
     wide = torch.zeros(40, 160, dtype=torch.float16)
     wide[:, 16:144] = problem.x
@@ -85,7 +85,7 @@ def test_rows_that_lie_apart(records):
     [((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1)), ((2, 3), (1, 2), (0, 2), (2, 1))],
 )
 def test_convolutions_gather_their_pixels(build, kernel, stride, padding, dilation, records):
-    """Edges, strides and dilations, two images; the packed weight's columns end within a step of padding (9 x 64)."""
+    """Edges, strides and dilations, two images; the packed columns (9 x 64) are padded to a multiple of 128."""
     dtype, (act, bias, _, res) = HALF[build.dtype], parts_of(build.epilogue)
     generator = torch.Generator().manual_seed(0)
 
@@ -107,7 +107,7 @@ def test_convolutions_gather_their_pixels(build, kernel, stride, padding, dilati
     assert found.shape == exact.shape and relative(found, exact) < TOLERANCE[build.dtype]
 
 
-# --- Controls: what is wrong has to be noticed ---
+# --- Controls: errors have to be noticed ---
 
 
 def corrupted(index: torch.Tensor, how: str, other: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ SPOILED = {
         "cp.async.wait_group 9",
         {"lazy": True},
     ),
-    "no barrier behind cp.async": (ROUGH, r"bar\.sync\s+0;", "", {"warps": 1, "lazy": True}),
+    "no barrier after cp.async": (ROUGH, r"bar\.sync\s+0;", "", {"warps": 1, "lazy": True}),
     "a fragment from elsewhere": (ROUGH, r"(ldmatrix\S+\s+\{[^}]*\}, \[%r\d+)\]", r"\g<1>+16]", {}),
     "wgmma waits for less": (
         WIDE_WGMMA,
@@ -176,7 +176,7 @@ SPOILED = {
 def test_spoiled_kernels_fail(what, records):
     build, pattern, replacement, way = SPOILED[what]
     ptx = records[build]["ptx"]
-    if replacement is None:  # the last wait in the file is the fetching warp's: it goes on at once
+    if replacement is None:  # the last wait in the file is the fetching warp's: it continues at once
         place = list(re.finditer(pattern, ptx))[-1]
         ptx = ptx[: place.start()] + "setp.eq.b32 complete, 0, 0" + ptx[place.end() :]
     spoiled = {**records[build], "ptx": ptx if replacement is None else re.sub(pattern, replacement, ptx)}

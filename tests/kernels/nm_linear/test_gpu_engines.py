@@ -1,4 +1,4 @@
-"""The GPU engines where there is no GPU: what they refuse and why, which tile they take, what reaches a launch."""
+"""The GPU engines without a GPU: which layers they refuse and why, the tile they choose, the arguments of a launch."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ WGMMA, MMA, CUSPARSELT, EXPAND = GPU_ENGINES
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function that makes believe in a GPU of a compute capability."""
+    """A function that simulates a GPU of a compute capability."""
 
     def make(capability, triton=None, library=True):
         for cached in (gpu_launch.missing, cusparselt.missing):
@@ -202,11 +202,11 @@ def test_activations_that_the_kernels_cannot_read_are_copied(case):
     assert (found is x) == (case == "fine")
 
 
-# --- The way from an operator to the launch ---
+# --- From an operator to the launch ---
 
 
 class Recorder(EmulatedKernel):
-    """Keeps what would be launched, and computes nothing."""
+    """Records the launches, and computes nothing."""
 
     def __init__(self):
         self.gemm, self.calls = self, []
@@ -217,7 +217,7 @@ class Recorder(EmulatedKernel):
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (64, 128, 1, 1)])
-def test_operators_launch_what_they_were_told(shape, monkeypatch):
+def test_operators_pass_their_arguments_to_the_launch(shape, monkeypatch):
     monkeypatch.setattr(gpu_launch, "_device", lambda index: (80, 108))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(gpu_launch, "missing", lambda index, layout=16: None)
@@ -244,7 +244,7 @@ def test_operators_launch_what_they_were_told(shape, monkeypatch):
     assert (args[5] is None) == (len(shape) == 2)
 
 
-def test_operators_hold_under_opcheck():
+def test_launching_operators_pass_opcheck():
     values, index = sparse24.pack(PROBLEM.weight, PROBLEM.mask, sparse24.MMA_SP)
     args = (PROBLEM.x, values, index, PROBLEM.bias, None, 64, 2, 4, sparse24.MMA_SP, "none")
     torch.library.opcheck(ops.nm_gemm, args)
@@ -257,7 +257,7 @@ def test_operators_hold_under_opcheck():
 
 
 def test_a_lowered_model_is_fused_saved_and_run(monkeypatch, tmp_path):
-    """The passes, on a CPU, as if the GPU engine took the layers; the operators fall back to plain torch here."""
+    """Passes run on a CPU as if the GPU engine supported the layers; the operators fall back to plain torch."""
     monkeypatch.setattr(
         type(MMA), "supports", lambda self, spec: None if self is MMA and spec.geometry is None else "not this one"
     )
