@@ -17,17 +17,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def covering() -> list[Build]:
-    """Every tile on each of its architectures, cycling through dtypes and epilogues; tiles of wgmma.sp three times."""
+    """Return each tile per architecture, cycling through dtypes and epilogues; wgmma.sp tiles three times."""
     pairs = [(tile, arch) for tile in TILES for arch in tile.arch for _ in range(1 if len(tile.arch) > 1 else 3)]
     combinations = [(dtype, epilogue) for epilogue in EPILOGUES for dtype in ("fp16", "bf16")]
     builds = []
     for number, (tile, arch) in enumerate(pairs):
-        dtype, epilogue = combinations[number * 7 % len(combinations)]  # 7 and 16 share no factor: all come up
+        dtype, epilogue = combinations[number * 7 % len(combinations)]  # 7 and 16 are coprime: all occur
         builds.append(Build(tile.kernel, tile.name, dtype, epilogue, arch))
     return builds
 
 
-EXTRA = [  # for the emulator: features that aren't a multiple of 16, and everything an epilogue has at once
+EXTRA = [  # for the emulator: features not a multiple of 16, and all parts of an epilogue at once
     Build("gluon_mma_sp", "64x32x128s4", "fp16", "scale_res", 80, aligned=False),
     Build("gluon_mma_sp", "128x64x64s4", "bf16", "gelu", 80),
     Build("gluon_wgmma_sp", "128x64x128s5", "fp16", "scale_res", 90, aligned=False),
@@ -43,10 +43,10 @@ BUILDS = [*covering(), *EXTRA, *CONVOLUTIONS]
 
 @functools.cache
 def compiled(folder: Path) -> dict[Build, dict[str, Any]]:
-    """Every build of :data:`BUILDS` with its record (build.record_of), with the PTX itself in place of its path."""
+    """Compile :data:`BUILDS`; return their records (build.record_of), with the PTX itself in place of its path."""
     triton = None if os.environ.get("MPCOMPILE_TRITON") else ROOT / ".triton"
     try:
         found = dict(compile_all(BUILDS, folder, triton))
-    except InputError as error:  # no skip: without a compiler nothing here is tested
+    except InputError as error:  # not a skip, which would hide that nothing is tested without a compiler
         pytest.fail(f"{error}; `make test` installs it", pytrace=False)
     return {b: r | ({"ptx": Path(r["ptx"]).read_text()} if "ptx" in r else {}) for b, r in found.items()}

@@ -1,7 +1,7 @@
 """Plain Triton kernels in Triton's interpreter: prints their errors against the reference, as JSON.
 
-A process of its own, started with TRITON_INTERPRET=1 by test_triton_kernels.py. In ``tl.dot`` the interpreter
-multiplies the bit patterns of bf16, so that fp32 and fp16 are checked here; bf16 is compiled.
+test_triton_kernels.py runs it in a separate process with TRITON_INTERPRET=1. In ``tl.dot`` the interpreter multiplies
+the bit patterns of bf16 numbers; so only fp32 and fp16 are checked here, and bf16 is only compiled.
 """
 
 import json
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def plain(kernel: Any) -> Any:
-    """Return the kernel itself: no compiler has to see it."""
+    """Return the kernel itself, in place of wrap_triton: no compiler has to see it."""
     return kernel
 
 
@@ -37,7 +37,7 @@ def expanded() -> dict[str, float]:
             values, words = pack(weight, mask, n, m)
             bias = torch.randn(out).to(dtype) if number % 2 else None
             if number % 3 == 0:
-                x = torch.cat([x, x], 1)[:, :k]  # rows that lie apart
+                x = torch.cat([x, x], 1)[:, :k]  # rows with gaps between them
             y = expand.launch(x, values, words, bias, n, m, plain)
             exact = nm_linear(x.double(), values.double(), words, None if bias is None else bias.double(), n, m, k)
             found[f"{n}:{m} {name}"] = relative(y, exact)

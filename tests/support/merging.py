@@ -1,4 +1,4 @@
-"""Merge tokens in a model, and read what was decided."""
+"""Merge tokens in a model, and read the recorded decision."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Token merging in eager mode, written from the conventions alone and sharing no code with the product.
 
-The model runs unchanged under a function mode that knows which input tokens every token stands for. The mode merges
+The model runs unchanged under a function mode that knows which input tokens every token represents. The mode merges
 tokens where a block adds its attention to its input, one token at a time in Python, and weighs attention, mean pooling
 and tables of one value per input token accordingly. Slow and plain.
 
 Similarities that differ by at most ``EQUAL`` count as equal, and the lower index wins. If a difference is so close to
-that bound that rounding decides, the right answer is unknown, and ``Undecided`` asks for other inputs.
+that bound that rounding decides, the right answer is unknown, and ``Undecided`` is raised: choose other inputs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Members = list[list[int]]  # for every token of one sample, the input tokens that it stands for
+Members = list[list[int]]  # for every token of one sample, the input tokens that it represents
 ADD = ("add", "add_", "__add__", "__radd__", "__iadd__")
 MUL = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
 EQUAL = 1 / 4096
-ROUNDING = 2e-6  # more than the fp32 rounding of a few blocks' keys changes a similarity
+ROUNDING = 2e-6  # larger than the effect on a similarity of rounding a few blocks' keys in fp32
 
 
 class Undecided(Exception):
@@ -39,9 +39,9 @@ def _decided(differences: Iterable[float]) -> None:
 def merge_one(
     x: Tensor, members: Members, weights: Sequence[float], metric: Tensor, r: int, prefix: int
 ) -> tuple[Tensor, Members]:
-    """Merge x (N, C) of one sample by its metric (N, D); return it and what its tokens stand for.
+    """Merge x (N, C) of one sample by its metric (N, D); return it and the input tokens that its tokens represent.
 
-    ``weights`` are those of the input tokens.
+    ``weights`` has one weight per input token.
     """
     count = len(x)
     r = min(r, (count - prefix) // 2)
@@ -79,7 +79,7 @@ class Merging(TorchFunctionMode):
         super().__init__()
         self.r, self.prefix, self.proportional = list(r), prefix, proportional
         self.members: list[Members] | None = None
-        self.weights: list[list[float]] = []  # of the input tokens: 0 for those that a mask hides, else 1
+        self.weights: list[list[float]] = []  # per sample, one per input token: 0 if a mask hides it, else 1
         self.inputs = 0
         self.block, self.entered = -1, None
         self.keys: list[Tensor] = []

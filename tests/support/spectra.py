@@ -14,7 +14,7 @@ from mpcompile import rmt
 
 
 def wishart(N: int, M: int, rng: np.random.Generator) -> np.ndarray:
-    """Falling eigenvalues of WᵀW/N for a Gaussian (N, M) W, exactly, by its bidiagonal form (math-ph/0206043)."""
+    """Descending eigenvalues of WᵀW/N for a Gaussian (N, M) W, exactly, by its bidiagonal form (math-ph/0206043)."""
     a = np.sqrt(rng.chisquare(N - np.arange(M)))
     b = np.sqrt(rng.chisquare(np.arange(M - 1, 0, -1)))
     diagonal = a**2
@@ -23,13 +23,13 @@ def wishart(N: int, M: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def planted(randn: Callable[..., Tensor], N: int, M: int, values: Tensor) -> Tensor:
-    """A matrix (N, M) with these singular values and random singular vectors."""
+    """Return a matrix (N, M) with these singular values and random singular vectors."""
     u, v = torch.linalg.qr(randn(N, len(values)))[0], torch.linalg.qr(randn(M, len(values)))[0]
     return (u * values) @ v.T
 
 
 def fit_error(lam: np.ndarray, N: int) -> float:
-    """``Fit.fit_error`` of falling eigenvalues without spikes, from its definition."""
+    """``Fit.fit_error`` of descending eigenvalues without spikes, from its definition."""
     M = lam.size
     k = np.arange(math.ceil(0.2 * M), math.floor(0.8 * M) + 1)
     F = rmt.mp_cdf(lam[k - 1], M / N, rmt.bema(lam, M / N, N)[0])

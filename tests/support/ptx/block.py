@@ -31,19 +31,19 @@ class Block(Arithmetic, Movement, TensorCores):
         warps: int | None = None,
         reverse: bool = False,
     ) -> None:
-        """``values``: of each parameter, a number or a :class:`TensorMap`."""
+        """``values``: for each parameter, a number or a :class:`TensorMap`."""
         self.program, self.values, self.memory, self.block = program, values, memory, block
         self.shared, self.lazy, self.reverse = Shared(shared_bytes), lazy, reverse
         size = 32 * warps if warps else program.threads
         tid = np.arange(program.threads, dtype=U64)
         self.strands = [Strand(tid[i : i + size], {}, 0) for i in range(0, len(tid), size)]
         self.barriers: dict[int, Barrier] = {}
-        self.arrived: dict[int, list[Strand]] = {}  # at bar.sync
-        self.transfers: dict[int, list[Callable[[], None]]] = {}  # TMA not landed yet, by mbarrier
+        self.arrived: dict[int, list[Strand]] = {}  # strands that wait, by bar.sync barrier
+        self.transfers: dict[int, list[Callable[[], None]]] = {}  # TMA copies in flight, by mbarrier
         self.steps = 0
 
     def run(self) -> int:
-        """Run to the end; returns the number of instructions that were executed."""
+        """Run to the end; return the number of instructions executed."""
         live = list(self.strands)
         while live:
             ready = [s for s in live if s.waits is None or s.waits()]
@@ -58,7 +58,7 @@ class Block(Arithmetic, Movement, TensorCores):
         return self.steps
 
     def _advance(self, strand: Strand) -> None:
-        """Until the strand waits, ends or is split."""
+        """Run a strand until it waits, ends or is split."""
         self.s, self.threads, self.R = strand, len(strand.tid), strand.registers
         while strand.waits is None and strand.pc < len(self.program.code):
             instruction = self.program.code[strand.pc]

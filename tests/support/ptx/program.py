@@ -22,7 +22,7 @@ class Instruction:
 
 
 def _split(text: str) -> list[str]:
-    """Operands, commas inside brackets left alone."""
+    """Split operands at commas outside brackets."""
     found, depth, start = [], 0, 0
     for place, char in enumerate(text + ","):
         depth += (char in "{[") - (char in "}]")
@@ -36,8 +36,8 @@ class Program:
     """The first entry function of a PTX module.
 
     Attributes:
-        parameters: their names, in order.
-        threads: of a block.
+        parameters: names of the parameters, in order.
+        threads: number of threads in a block.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -82,7 +82,7 @@ class Program:
 
     @staticmethod
     def _statements(body: str) -> list[str]:
-        """Braces of blocks, labels with their colon, and what ends in a semicolon or (directives) in a line."""
+        """Split into braces, labels with their colon, and statements, which end at a semicolon or (directives) a line."""
         found: list[str] = []
         body = re.sub(r"^\s*\.(loc|file|pragma|section)[^\n]*$", "", body, flags=re.M)
         place = 0
