@@ -1,10 +1,10 @@
 """FoldNorm: fold a BatchNorm that follows a masked convolution into the convolution's weight and bias.
 
 In inference a BatchNorm multiplies each channel by a factor and adds a shift. Inductor's freezing folds both into dense
-convolutions, but can't see into a packed weight, so they are folded here, before the weight is packed. Scaling the rows
-of a weight leaves its zeros where they are: the mask stays valid.
+convolutions, but cannot see into a packed weight, so they are folded here, before the weight is packed. Scaling the
+rows of a weight leaves its zeros where they are: the mask stays valid.
 
-The folded tensors are copies with today's values. The pass is for graphs whose weights are final.
+The folded tensors are copies of the current values. The pass is for graphs whose weights are final.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mpcompile.passes.rewriting import Folded, folded_call, parameter, supersede
 _MODULES = frozenset({"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"})
 _TORCH_ORDER = frozenset({torch.batch_norm, torch.ops.aten.batch_norm.default})
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
-_POSITIONS, _TORCH_POSITIONS = (1, 2, 3, 4), (3, 4, 1, 2)  # of these tensors, in F.batch_norm and in torch.batch_norm
+_POSITIONS, _TORCH_POSITIONS = (1, 2, 3, 4), (3, 4, 1, 2)  # in F.batch_norm and torch.batch_norm
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A BatchNorm node: its tensors (None for those it lacks), and why it can't be folded, or None."""
+    """A BatchNorm node: its tensors (None for those it lacks), and why it cannot be folded, or None."""
 
     mean: Tensor | None
     variance: Tensor | None
@@ -106,7 +106,7 @@ class FoldNorm(Pass):
                 continue
             why = self._obstacle(gm, layer, norm, names.count(layer.name), ctx)
             if why is None and changing.intersection(map(storage, (layer.weight.tensor, *norm.tensors))):
-                why = "the graph itself writes into what would be folded"
+                why = "the graph itself writes into a tensor that would be folded"
             if why is None:
                 folded.append(layer.name)
             else:
@@ -115,7 +115,7 @@ class FoldNorm(Pass):
 
     @staticmethod
     def _obstacle(gm: IRModule, layer: LayerOp, norm: Norm, uses: int, ctx: Context) -> str | None:
-        """Return why a norm can't be folded into a layer, or None."""
+        """Return why a norm cannot be folded into a layer, or None."""
         if layer.pattern is None or layer.mask is None:
             return "not masked: Inductor folds it"
         if len(layer.node.users) > 1:

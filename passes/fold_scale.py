@@ -1,10 +1,11 @@
 """FoldScale: fold a factor per output channel after a masked layer (LayerScale) into its weight and bias.
 
 ``gamma * (W x + b)`` equals ``(gamma W) x + gamma b``. Folded, the multiplication costs nothing, and the operation
-after it, most often a residual addition, directly follows the product, where Fuse can take it in. Scaling the rows of a
+after it, most often a residual addition, directly follows the product, where Fuse can absorb it. Scaling the rows of a
 weight leaves its zeros where they are: the mask stays valid.
 
-As in :mod:`mpcompile.passes.fold_norm`, the folded tensors are copies with today's values: for frozen graphs.
+As in :mod:`mpcompile.passes.fold_norm`, the folded tensors are copies of the current values: the pass is for
+graphs whose weights are final.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def _multiplier(product: fx.Node, carrier: fx.Node) -> Any:
 
 
 def _obstacle(layer: LayerOp, factor: Tensor) -> str | None:
-    """Return why a factor can't be folded into a layer, or None."""
+    """Return why a factor cannot be folded into a layer, or None."""
     weight = layer.weight.tensor
-    axis = 1 if layer.kind == "linear" else 3  # of the channels, counted from the last
+    axis = 1 if layer.kind == "linear" else 3  # the axis of channels, counted from the end
     sizes = tuple(factor.shape)[::-1]
     if any(size != 1 for place, size in enumerate(sizes, 1) if place != axis):
         return f"its factor of shape {tuple(factor.shape)} is not one per channel"
@@ -55,7 +56,7 @@ def _obstacle(layer: LayerOp, factor: Tensor) -> str | None:
 
 
 def _promotion(layer: LayerOp, product: fx.Node) -> str | None:
-    """Return why a layer's dtype can't be the product's, or None: under autocast, its output times fp32 is fp32."""
+    """Return why a layer's dtype cannot be the product's, or None: under autocast, its output times fp32 is fp32."""
     before, after = fake_value(layer.node), fake_value(product)
     if isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype != after.dtype:
         return f"its output is {before.dtype}, and {after.dtype} once multiplied"
@@ -99,7 +100,7 @@ class FoldScale(Pass):
             chain, factor = scaled
             why = _obstacle(layer, factor) or _promotion(layer, chain[-1])
             if changing.intersection(storage(t) for t in (factor, layer.weight.tensor)):
-                why = "the graph itself writes into it"
+                why = "the graph itself writes into its weight or its factor"
             elif names.count(layer.name) > 1:
                 why = f"its weight is used {names.count(layer.name)} times"
             elif layer.bias is not None and parameter(gm, layer.bias, ctx.lifted) is None:

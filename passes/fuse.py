@@ -1,10 +1,10 @@
 """Fuse: make activations, residual additions and whole MLPs part of the native operators.
 
-A native operator has a tile of its output in cache when the tile is complete: bias, activation and residual cost
-nothing there. As nodes of their own, each costs a pass over memory. ``nm_mlp`` never writes its hidden layer to memory.
-The pass walks from each ``nm_gemm`` and ``nm_conv`` along single users, past nodes that do nothing in inference, to the
-activation, then to the addition (or, as in a ResNet, to the addition and then the activation), then to the next
-``nm_gemm``.
+A native operator still has a tile of its output in cache when the tile is complete: bias, activation and residual
+cost nothing there. As nodes of their own, each costs a pass over memory. ``nm_mlp`` never writes its hidden layer to
+memory. The pass walks from each ``nm_gemm`` and ``nm_conv`` along single users, past nodes that do nothing in
+inference, to the activation, then to the addition (or, as in a ResNet, to the addition and then the activation), then
+to the next ``nm_gemm``.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def _operands(add: fx.Node) -> tuple[Any, Any]:
 
 
 def _other_operand(add: fx.Node, node: fx.Node) -> Any:
-    """Return what an addition adds to ``node``, one of its operands."""
+    """Return the operand that an addition adds to ``node``, its other operand."""
     first, second = _operands(add)
     return second if first is node else first
 
 
 def _data_dependent(gm: fx.GraphModule, lifted: Lifted) -> set[fx.Node]:
-    """Return the nodes that depend on an input that is no parameter."""
+    """Return the nodes that depend on an input that is not a parameter."""
     dependent = set(real_inputs(gm, lifted))
     for node in gm.graph.nodes:
         if not dependent.isdisjoint(node.all_input_nodes):
@@ -85,15 +85,15 @@ def _data_dependent(gm: fx.GraphModule, lifted: Lifted) -> set[fx.Node]:
 
 
 class _Search:
-    """One walk over a graph, which finds what each native operator can take in.
+    """One walk over a graph, which finds the nodes that each native operator can absorb.
 
     Attributes:
         paths: operator -> the nodes whose work it takes over, from itself to the one whose value it will yield.
         activations: operator -> the activation of its product.
-        residuals: operator -> the addition that it takes in.
+        residuals: operator -> the addition that it absorbs.
         late: operator -> the activation of that sum.
         mlps: operator -> the second operator of its MLP.
-        left: operator -> why it takes in nothing, or not all that it might.
+        left: operator -> why it absorbs nothing, or not everything that it could.
     """
 
     def __init__(self, gm: IRModule, lifted: Lifted) -> None:
@@ -111,7 +111,7 @@ class _Search:
     def walk(self) -> None:
         for op in self.natives:
             self._activation(op)
-        for op in reversed(self.natives):  # of two operators that are added up, the later one doesn't have to move
+        for op in reversed(self.natives):  # if two are added up, the later one need not move
             self._residual(op)
         for op in self.residuals:
             self._activation(op)
@@ -148,7 +148,7 @@ class _Search:
             self.left[op] = why
 
     def _obstacle(self, path: list[fx.Node], add: fx.Node) -> str | None:
-        """Return why an addition can't be part of the operator at the head of ``path``, or None."""
+        """Return why an addition cannot be part of the operator at the head of ``path``, or None."""
         last = path[-1]
         other = _other_operand(add, last)
         if not isinstance(other, fx.Node):
@@ -166,7 +166,7 @@ class _Search:
             both = [f"{tuple(shape_of(n) or ())} {t.dtype}" for n, t in ((last, mine), (other, its))]
             return f"adds unlike tensors: {both[0]} and {both[1]}"
         if other not in self.data:
-            return "adds what doesn't depend on the input: it broadcasts at another batch size"
+            return "adds a tensor that does not depend on the input: it broadcasts at another batch size"
         return self._written(path[0], add, path)
 
     def _mlp(self, op: fx.Node) -> None:
@@ -186,7 +186,7 @@ class _Search:
             self.left.setdefault(op, why)
 
     def _written(self, op: fx.Node, place: fx.Node, own: Iterable[fx.Node]) -> str | None:
-        """Return why an operator can't read its input as late as ``place``, or None."""
+        """Return why an operator cannot read its input as late as ``place``, or None."""
         between = self.nodes[self.order[op] + 1 : self.order[place]]
         writers = [n.name for n in between if n not in own and writes(self.gm, n)]
         return f"{writers[0]} writes in place before {place.name}" if writers else None
@@ -194,14 +194,14 @@ class _Search:
 
 @dataclass(frozen=True, eq=False)
 class Fusion(Decision):
-    """What native operators take in, as pairs of node names, the operator first.
+    """The nodes that native operators absorb, as pairs of node names, the operator first.
 
     Attributes:
         activations: activations of the product.
         residuals: additions.
         behind: activations of the sum.
         mlps: second operators of an MLP.
-        left: operator -> why it takes in nothing, or not all that it might.
+        left: operator -> why it absorbs nothing, or not everything that it could.
     """
 
     activations: list[tuple[str, str]]
@@ -212,9 +212,9 @@ class Fusion(Decision):
 
 
 class Fuse(Pass):
-    """Native operators take in the activation, the residual addition and the second linear layer that follow them.
+    """Native operators absorb the activation, the residual addition and the second linear layer that follow them.
 
-    Runs after Lower. Dropout and everything else that depends on the mode counts as the modules' flags say.
+    Runs after Lower. For dropout and everything else that depends on the mode, the modules' flags decide.
 
     Example:
         >>> from mpcompile import Pipeline
@@ -273,7 +273,7 @@ def _names(table: Mapping[fx.Node, fx.Node]) -> list[tuple[str, str]]:
 
 
 def _activate(gm: IRModule, op: fx.Node, end: fx.Node, prefix: str) -> str | None:
-    """Make an activation the epilogue of an operator; return its name."""
+    """Make an activation the epilogue of an operator, and return the activation's name."""
     activation = activation_of(gm, end)
     _update(op, activation=f"{prefix}{activation}")
     _absorb(gm, op, end)

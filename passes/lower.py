@@ -34,7 +34,7 @@ class Slot:
 
     Attributes:
         name: the layer.
-        weight, mask: the nodes that brought in the packed weight and its mask; None inside a module.
+        weight, mask: the nodes that held the dense weight and its mask; None inside a module.
         chosen: the mask.
         buffers: the packed tensors, by their names in the engine.
     """
@@ -58,7 +58,7 @@ class Slot:
             buffer = self.buffers[key]
             if value.numel() > buffer.numel():
                 raise GraphError(
-                    "its new mask doesn't fit into the packed weight's buffers",
+                    "its new mask does not fit into the packed weight's buffers",
                     layer=self.name,
                     expected=f"at most {buffer.numel()} elements",
                     found=value.numel(),
@@ -89,15 +89,15 @@ class Slots:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The engine of one layer, and what it was chosen from.
+    """The engine of one layer, and the candidates that it was chosen from.
 
     Attributes:
         engine: name of the engine.
-        why: why this one.
-        us, dense_us: microseconds of the chosen engine, and of the time that a sparse engine must beat; None where
-            nothing was timed.
+        why: the reason for the choice.
+        us, dense_us: microseconds of the chosen engine, and those that a sparse engine must beat; None where nothing
+            was timed.
         tokens: rows of the layer's input that the timings hold for.
-        candidates: engine -> its microseconds, or why it can't run the layer, or None where it was not timed.
+        candidates: engine -> its microseconds, or why it cannot run the layer, or None where it was not timed.
     """
 
     engine: str
@@ -132,7 +132,7 @@ def describe(spec: LayerSpec, choice: Choice) -> EngineChoice:
 
 
 class Lower(Pass):
-    """Masked layers -> packed layers. Afterwards the graph is for inference.
+    """Masked layers -> packed layers. Afterwards the graph is for inference only.
 
     Args:
         measured: time every engine even if the config names one.
@@ -214,7 +214,7 @@ def _pack(gm: IRModule, layer: LayerOp, engine: Engine) -> Slot:
             raise
         size = element_count(spec.shape) * spec.dtype.itemsize / 2**20
         raise GraphError(
-            "there is no memory to pack its weight in",
+            "there is not enough memory to pack its weight",
             layer=layer.name,
             expected=f"a few times {size:,.0f} MiB",
             found=first_line(error),
@@ -256,7 +256,7 @@ def _fold_reads(gm: IRModule, slots: Mapping[str, Slot]) -> None:
 
 
 def _fold_read(read: fx.Node, constant: Any) -> None:
-    """Give the users of a node a constant in its place."""
+    """Replace a node by a constant in the arguments of its users."""
 
     def fold(node: fx.Node) -> Any:
         return constant if node is read else node

@@ -1,4 +1,4 @@
-"""Rewriting: what several passes need to find calls in a graph and to replace them."""
+"""Rewriting: helpers of several passes that find calls in a graph and replace them."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def parameter(gm: fx.GraphModule, value: Any, lifted: Lifted) -> Tensor | None:
 
 
 def exact_class(module: nn.Module) -> str | None:
-    """Return the qualified name of a module's class, or None if the module has hooks, which may do something else."""
+    """Return the qualified name of a module's class, or None if it has hooks, which may change its result."""
     if module._forward_hooks or module._forward_pre_hooks:
         return None
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _number(gm: fx.GraphModule, value: Any) -> Any:
-    """Return a literal, or what a :class:`ByMode` yields in the graph's present mode; None if unknown."""
+    """Return a literal, or the value that a :class:`ByMode` yields in the graph's current mode; None if unknown."""
     if not isinstance(value, fx.Node):
         return value
     module = gm.get_submodule(str(value.target)) if value.op == "call_module" else None
@@ -66,7 +66,7 @@ def follow(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.Node | 
     """Walk from a node along single users past those that do nothing.
 
     Returns:
-        The users that do nothing, and the first one that does something; None for that where several users branch off.
+        The users that do nothing, and the first one that does something, or None if several users branch off before.
     """
     idle: list[fx.Node] = []
     while len(node.users) == 1:
@@ -93,7 +93,7 @@ def supersede(graph: fx.Graph, chain: Sequence[fx.Node], new: fx.Node) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Folded(Decision):
-    """Names of the masked layers that something is folded into; and layers that are left -> why."""
+    """Names of the masked layers that another call is folded into; and layers left as they are -> why."""
 
     folded: list[str]
     left: Mapping[str, str]
@@ -114,14 +114,14 @@ def masked_call(graph: fx.Graph, layer: LayerOp, weight: Any, mask: Any, bias: A
 
 
 def folded_call(gm: IRModule, layer: LayerOp, weight: Tensor, bias: Tensor | None) -> fx.Node:
-    """Put a call of a masked layer on new tensors, which the graph then owns, before the layer's own call.
+    """Insert a call of a masked layer on new tensors, which the graph then owns, before the layer's own call.
 
     The mask, the input and the layer's name stay. The caller replaces the layer's own call.
     """
     assert layer.pattern is not None  # only masked layers are folded into
     with gm.graph.inserting_before(layer.node):
         new_weight = _owned(gm, f"{FOLDED}.{layer.name}", "weight", weight)
-        # Apart from the weight, so that Lower can drop the weight alone.
+        # Stored apart from the weight, so that Lower can drop the weight alone.
         new_bias = None if bias is None else _owned(gm, f"{FOLDED}_bias.{layer.name}", "bias", bias)
         module = layer.node.op == "call_module"
         mask = gm.graph.get_attr(f"{layer.name}.mask") if module else schema.bind(layer.node).mask

@@ -1,11 +1,11 @@
-"""No test depends on how fast the machine is: engines are timed only where a test asks for it."""
+"""Fixtures of all tests. No test depends on the machine's speed: engines are timed only if a test asks for it."""
 
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-# Files of tests whose outcome could rest on the instruction set of torch, oneDNN or our kernels: `make test-isa`.
+# Test files whose outcome could depend on the instruction set of torch, oneDNN or our kernels: `make test-isa`.
 ISA = (
     "artifact/test_packed.py",
     "export/test_lowered.py",
@@ -29,7 +29,7 @@ ISA = (
 def pytest_configure():
     missing = [name for name in ISA if not (HERE / name).is_file()]
     if missing:
-        raise pytest.UsageError(f"tests/conftest.py names files that are not there: {', '.join(sorted(missing))}")
+        raise pytest.UsageError(f"tests/conftest.py names files that do not exist: {', '.join(sorted(missing))}")
 
 
 def pytest_collection_modifyitems(items):
@@ -45,5 +45,5 @@ def no_timing(monkeypatch):
 
 @pytest.fixture(scope="session")
 def gpu_folder(tmp_path_factory):
-    """Where kernels are compiled, once for all tests."""
+    """The folder in which kernels are compiled, once for all tests."""
     return tmp_path_factory.mktemp("gpu")

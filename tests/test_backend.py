@@ -26,12 +26,12 @@ def fresh_dynamo():
 
 @pytest.fixture
 def no_inductor(monkeypatch):
-    """Run lowered graphs as they are: for what doesn't concern code generation."""
+    """Run lowered graphs without code generation, for tests that are not about it."""
     monkeypatch.setattr(module, "_inductor", lambda gm, *_: gm)
 
 
 def graphs():
-    """The graphs that are alive: one test's, since dynamo is reset between tests."""
+    """The live graphs; only those of one test, because dynamo is reset between tests."""
     gc.collect()
     return compiled_graphs()
 
@@ -166,7 +166,7 @@ def test_a_transformed_module_is_not_transformed_again():
     assert [schema.TokenMergeArgs.bind(n).r for n in merges] == [2, 2]
 
 
-def test_nothing_eligible_is_inductor_and_said_once(caplog):
+def test_nothing_eligible_is_inductor_and_logged_once(caplog):
     model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 6)
     messages._WARNED.clear()
     with caplog.at_level(logging.WARNING, "mpcompile"), torch.no_grad():
@@ -204,4 +204,4 @@ def test_recompiles_are_counted_by_dynamo_not_by_us():
     compiled = torch.compile(gm, backend=counter)
     with torch.no_grad():
         compiled(torch.randn(4, 32)), compiled(torch.randn(4, 32))
-    assert counter.frame_count == 1  # no guard of ours fails from call to call
+    assert counter.frame_count == 1  # none of our guards fails from call to call

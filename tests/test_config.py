@@ -73,7 +73,7 @@ def test_options_must_be_a_mapping():
         Config.from_options(["pattern"])
 
 
-def test_errors_say_where_what_and_what_next():
+def test_errors_name_the_place_the_values_and_the_next_step():
     error = MPCompileError("broken", layer="fc", expected="a", found="b", hint="try c")
     assert str(error) == "fc: broken; expected a, found b. Try c"
     assert (error.layer, error.expected, error.found, error.hint) == ("fc", "a", "b", "try c")

@@ -1,4 +1,4 @@
-"""Documentation that runs: examples in docstrings, code on pages, and a reference that leaves no public name out."""
+"""Documentation that runs: examples in docstrings, code on pages, and a reference with every public name."""
 
 import doctest
 import importlib
@@ -55,7 +55,7 @@ def blocks(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_on_pages_runs(path, tmp_path, monkeypatch):
-    """In order, in one namespace, which has a model and images as the text takes them for given."""
+    """Blocks run in order, in one namespace that has the model and the images that the text assumes."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     images = torch.randn(16, 3, 224, 224)

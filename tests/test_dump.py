@@ -68,7 +68,7 @@ def test_the_environment_asks_for_dumps_in_transform_and_in_the_backend(tmp_path
     assert len(names(tmp_path)) == 8
 
 
-def test_names_of_passes_are_no_paths(tmp_path):
+def test_names_of_passes_are_not_paths(tmp_path):
     class Odd(Pass):
         name = "../odd"
 

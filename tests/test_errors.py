@@ -1,4 +1,4 @@
-"""Messages: one printable line of limited length, whatever they quote."""
+"""Error messages: one printable line of limited length, whatever they quote."""
 
 import pytest
 import torch

@@ -42,7 +42,7 @@ def test_old_paths_do_not_lead_into_each_other():
     assert not {path for paths in MOVED.values() for path in paths.split()} & MOVED.keys()
 
 
-def test_what_was_never_there_is_not():
+def test_names_that_never_existed_do_not_resolve():
     assert not hasattr(mpcompile, "no_such_module")
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("mpcompile.no_such_module")

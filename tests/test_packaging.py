@@ -1,4 +1,4 @@
-"""What an installation holds, in every way of installing: offline, with builds done in a copy of the tree."""
+"""The contents of an installation, for every way to install: offline, built from a copy of the tree."""
 
 import ast
 import os
@@ -19,7 +19,7 @@ NOT_PACKAGED = {".pyc", ".md", ".so", ".o"}  # all other files in the rooms are 
 
 
 def package_files() -> dict[str, Path]:
-    """Every file of the package: its name in a wheel -> where it lies in the tree."""
+    """Every file of the package: its name in a wheel -> its path in the tree."""
     found = {}
     for folder, package in ROOMS.items():
         for path in sorted((ROOT / folder).rglob("*")):  # rglob enters no links
@@ -51,7 +51,7 @@ def run_python(code: str, cwd: Path, **env: str) -> str:
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """Calls setuptools as pip does, minus the isolation. Importing torch fails, as it does where pip builds."""
+    """Call setuptools as pip does, without isolation. Importing torch fails, as it does when pip builds."""
     out.mkdir(parents=True, exist_ok=True)
     hide_torch = "import sys; sys.modules['torch'] = None; "
     call = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(out)!r}))"
@@ -84,7 +84,7 @@ def test_links_lead_to_the_rooms():
         if IS_SDIST:
             assert not link.exists()
         else:
-            # where a file system has no links, git writes the target into a plain file
+            # on a file system without links, git writes the target into a plain file
             assert (os.readlink(link) if link.is_symlink() else link.read_text()) == f"../{name}"
 
 
@@ -165,7 +165,7 @@ def test_rooms_import_without_links_and_uninstalled(in_place_of_links: str, tmp_
 
 
 def test_imports_are_declared(configured: Distribution):
-    """What the package imports is a dependency; what only an extra brings is imported inside a function."""
+    """Imports of the package are declared dependencies; those of an extra are imported inside functions."""
     names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
     required = {requirement.split(">=")[0].strip() for requirement in configured.install_requires}
     extras = {line.split(">=")[0] for lines in configured.extras_require.values() for line in lines}

@@ -1,4 +1,4 @@
-"""The house stays readable: short files, small rooms, arrows one way, and no module behind a public function."""
+"""The structure of the tree: short files, small folders, one-way imports, no module hidden by a public function."""
 
 import ast
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_rooms_are_small():
     assert {room: sorted(names) for room, names in files.items() if len(names) > FILES} == {}
 
 
-def test_the_front_door_holds_what_a_user_meets_first():
+def test_the_top_folder_holds_only_what_users_meet_first():
     loose = {path.name for path in (ROOT / "mpcompile").glob("*.py")}
     assert {"__init__.py", "config.py", "errors.py", "plan.py", "pipeline.py", "backend.py"} <= loose
     assert len(loose) <= FILES

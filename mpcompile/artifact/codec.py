@@ -1,4 +1,4 @@
-"""A graph as JSON, and back.
+"""Conversion of a graph to JSON and back.
 
 fx turns node names, targets and arguments into Python source and executes it. Everything that reaches that source is
 checked here: names are plain identifiers, paths lead to layers and tensors of the tree, operators and methods are
@@ -37,7 +37,7 @@ from mpcompile.artifact.opset import (
 )
 from mpcompile.ir.nodes import dynamo_name
 
-_MAX_DEPTH = 32  # of nested values; the Python parser has a limit, too
+_MAX_DEPTH = 32  # levels of nested values; the Python parser has a limit, too
 _KINDS: dict[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
 _CONSTANTS = {tag: {k: v for k, v in vars(torch).items() if isinstance(v, kind)} for tag, kind in _KINDS.items()}
 _DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
@@ -90,7 +90,7 @@ def encode(value: Any, depth: int = 0) -> Any:
 
 
 def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
-    """Return the value that :func:`encode` wrote; ``nodes`` are the ones it may refer to, by name.
+    """Return the value that :func:`encode` wrote; ``nodes`` holds the nodes that it may refer to, by name.
 
     Raises:
         Refusal: an unknown tag or malformed content, a node that does not exist, or more than 32 levels of nesting.
@@ -122,7 +122,7 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
         return torch.device(content)
     if tag in _CONSTANTS and isinstance(content, str) and content in _CONSTANTS[tag]:
         return _CONSTANTS[tag][content]
-    raise Refusal("a value is malformed", expected="a known tag, and nodes that come before", found=shown(value))
+    raise Refusal("a value is malformed", expected="a known tag, and nodes defined earlier", found=shown(value))
 
 
 # --- Nodes ---
@@ -144,7 +144,7 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
             raise Refusal(f"it calls {node._pretty_print_target(node.target)}", expected=LISTED)
     if node.op == "placeholder" and dynamo_name(node):
         raise Refusal(
-            "it stands for a weight that the graph takes as an input (it comes from dynamo): a file would not hold it",
+            "it is a weight that the graph takes as an input, as dynamo captures it: a file would not contain it",
             hint="call mpcompile.transform on the module itself, and save that",
         )
     args, kwargs = [encode(a) for a in node.args], {k: encode(v) for k, v in node.kwargs.items()}
@@ -167,7 +167,7 @@ def encode_nodes(nodes: Sequence[fx.Node]) -> list[dict[str, Any]]:
 
 
 def _lookup(root: nn.Module, path: str) -> Any:
-    """The layer or tensor at a path, looked up only in the tables of the tree; None if there is none."""
+    """Return the layer or tensor at a path, looked up only in the tables of the tree; None if there is none."""
     *owners, leaf = path.split(".")
     module: nn.Module | None = root
     for atom in owners:
@@ -177,7 +177,7 @@ def _lookup(root: nn.Module, path: str) -> Any:
 
 
 def _target(root: nn.Module, op: object, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The target with which a node is created.
+    """Return the target with which a node is created.
 
     Raises:
         Refusal: the operator, method, attribute or path is not allowed.
@@ -236,7 +236,7 @@ def decode_nodes(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
         nodes[name] = node
     inputs = [n.target for n in nodes.values() if n.op == "placeholder"]
     if not entries or len(set(inputs)) != len(inputs):
-        raise Refusal("the graph has no output, or two inputs of one name")
+        raise Refusal("the graph has no output, or two inputs of the same name")
     return graph
 
 
@@ -247,7 +247,7 @@ def encode_signature(graph: fx.Graph) -> Any:
     """Return None for a plain signature; for that of an exported program, names and trees of inputs and outputs.
 
     Raises:
-        Refusal: a signature of another kind, or inputs that are not tuples, lists and dicts.
+        Refusal: a signature of another kind, or inputs or outputs that are not nested tuples, lists and dicts.
     """
     codegen = graph._codegen
     if type(codegen) is _PyTreeCodeGen and codegen._body_transformer is None:
@@ -259,7 +259,7 @@ def encode_signature(graph: fx.Graph) -> Any:
             trees.append(tree)
         return {"names": list(codegen.pytree_info.orig_args), "in": trees[0], "out": trees[1]}
     if type(codegen) is not CodeGen or codegen._body_transformer is not None:
-        raise Refusal("the graph generates its code in its own way", found=type(codegen).__name__)
+        raise Refusal("the graph has its own code generator", found=type(codegen).__name__)
     return None
 
 
@@ -267,7 +267,7 @@ def decode_signature(graph: fx.Graph, value: Any) -> None:
     """Give ``graph`` the signature that :func:`encode_signature` described.
 
     Raises:
-        Refusal: names that cannot be arguments, or another number of inputs than the graph has.
+        Refusal: names that cannot be arguments, or a number of inputs other than the graph's.
     """
     if value is None:
         return
@@ -280,7 +280,7 @@ def decode_signature(graph: fx.Graph, value: Any) -> None:
 
 
 def _decode_spec(value: Any) -> pytree.TreeSpec:
-    """The structure of nested tuples, lists and dicts. The keys of dicts end up in generated source."""
+    """Return the structure of nested tuples, lists and dicts. The keys of dicts end up in generated source."""
     tree = decode(value, {})
     stack = [tree]
     while stack:

@@ -2,8 +2,8 @@
 
 Ranks follow the combinatorial number system: a mask that keeps the places p_1 < ... < p_N has the rank
 C(p_1, 1) + ... + C(p_N, N). C(M, N) is not a power of two, so several groups share one number of at most 63 bits (17
-groups of 2:4 take 44 bits, 3 of 8:16 take 41). The numbers are concatenated bit by bit, lowest bit first. A mask takes
-0.65 bits per weight at 2:4 and 0.85 bits at 8:16. Every code that decodes is legal N:M.
+groups of 2:4 take 44 bits, 3 of 8:16 take 41). The numbers are concatenated without padding, lowest bit first. A mask
+takes 0.65 bits per weight at 2:4 and 0.85 bits at 8:16. Every code that decodes is legal N:M.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def decode(code: Bytes, groups: int, n: int, m: int) -> Masks:
     """Return the masks (groups, m) that :func:`encode` wrote.
 
     Raises:
-        Refusal: bytes that encode no masks.
+        Refusal: the bytes do not encode such masks.
     """
     together, bits = _numbers(n, m)
     count = -(-groups // together)
@@ -62,7 +62,7 @@ def decode(code: Bytes, groups: int, n: int, m: int) -> Masks:
     masks = math.comb(m, n)
     ranks = numbers[:, None] // _powers(n, m) % masks
     if (numbers >= masks**together).any() or ranks.ravel()[groups:].any():
-        raise Refusal(f"its mask is none of the {masks} that a group can have", expected=f"{n} of {m}")
+        raise Refusal(f"its mask is not one of the {masks} that a group can have", expected=f"{n} of {m}")
     rank, left = ranks.ravel()[:groups], np.full(groups, n, np.int64)
     kept = np.empty((groups, m), np.bool_)
     for place in reversed(range(m)):
@@ -74,14 +74,14 @@ def decode(code: Bytes, groups: int, n: int, m: int) -> Masks:
 
 
 def length(groups: int, n: int, m: int) -> int:
-    """Return the bytes that the code of ``groups`` masks takes."""
+    """Return the length of the code of ``groups`` masks, in bytes."""
     together, bits = _numbers(n, m)
     return -(-(-(-groups // together) * bits) // 8)
 
 
 @functools.cache
 def _numbers(n: int, m: int) -> tuple[int, int]:
-    """The groups that share a number, and the bits of that number, for the fewest bits per group."""
+    """Return how many groups share a number, and how many bits it has, for the fewest bits per group."""
     masks = math.comb(m, n)
     sizes = [(together, (masks**together - 1).bit_length()) for together in range(1, 64)]
     return min((size for size in sizes if size[1] <= 63), key=lambda size: size[1] / size[0])
@@ -89,7 +89,7 @@ def _numbers(n: int, m: int) -> tuple[int, int]:
 
 @functools.cache
 def _powers(n: int, m: int) -> npt.NDArray[np.int64]:
-    """The weight of a rank, by its place in a number: powers of C(m, n)."""
+    """Return the factor of each rank in a number: powers of C(m, n)."""
     return np.array([math.comb(m, n) ** place for place in range(_numbers(n, m)[0])], np.int64)
 
 

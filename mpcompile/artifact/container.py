@@ -1,7 +1,7 @@
 """The container: a safetensors file with a checksum over every byte, or a folder with that file and its plan.json.
 
 The header's string metadata holds the texts that describe the model (``graph``, ``modules``, ``tensors``, ``plan``),
-versions, and ``sha256``: the checksum of the header, with that field set to zeros, and of all data behind it. Any
+versions, and ``sha256``: the checksum of the header, with that field set to zeros, and of all data after it. Any
 safetensors reader opens the file. It is framed here, not by the library, so that files are reproducible, the checksum
 covers every byte, and the bytes that are checked are the bytes that are used (the file is read once).
 """
@@ -28,10 +28,10 @@ from mpcompile.io.reading import open_regular
 from mpcompile.io.writing import replacing
 
 KIND, VERSION = "mpcompile", 3
-WEIGHTS, PLAN = "model.safetensors", "plan.json"  # of an artifact that is a folder
+WEIGHTS, PLAN = "model.safetensors", "plan.json"  # names in the folder form of an artifact
 TEXTS = ("graph", "modules", "tensors", "plan")
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
-_ZEROS = "0" * 64  # in the place of the checksum, while it is computed
+_ZEROS = "0" * 64  # placeholder for the checksum while it is computed
 _CHUNK = 1 << 22  # bytes read, written and hashed at a time
 _DTYPES = {
     "F64": torch.float64,
@@ -99,7 +99,7 @@ def parse(text: str | bytes, what: str = "header") -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        Refusal: it is not JSON; ``what`` names it.
+        Refusal: the text is not JSON; the message calls it ``what``.
     """
     try:
         return json.loads(text)
@@ -120,13 +120,13 @@ def readable(metadata: Mapping[str, str]) -> dict[str, Any]:
 def write(
     path: str, texts: Mapping[str, str], tensors: Mapping[str, Tensor], stale: str | None = None
 ) -> dict[str, str]:
-    """Write a file in the place of ``path``, as a whole or not at all.
+    """Write a file to ``path``, as a whole or not at all.
 
     Args:
-        path: nothing, or a regular file.
-        texts: by name, each of :data:`TEXTS`.
-        tensors: on any device.
-        stale: a file about the old content of ``path``, removed just before that is replaced.
+        path: a path at which there is nothing or a regular file.
+        texts: every text of :data:`TEXTS`, by name.
+        tensors: the tensors by name, on any device.
+        stale: a file that describes the old content of ``path``, removed just before ``path`` is replaced.
 
     Returns:
         The metadata of the file.
@@ -139,7 +139,11 @@ def write(
     metadata |= {"torch": torch.__version__, **texts}
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Refusal("something else is there", expected="a regular file, or nothing", hint="choose another path")
+            raise Refusal(
+                "something other than a file is at this path",
+                expected="a regular file, or nothing",
+                hint="choose another path",
+            )
     with replacing(path) as file:
         _fill(file, metadata, tensors)
         if stale is not None:
@@ -174,14 +178,14 @@ def _fill(file: BinaryIO, metadata: dict[str, str], tensors: Mapping[str, Tensor
 
 
 def _frame(header: Mapping[str, Any]) -> bytes:
-    """A header as a safetensors file begins with it: its length, JSON, and spaces up to a multiple of 8 bytes."""
+    """Return the start of a safetensors file with this header: length, JSON, and spaces up to a multiple of 8 bytes."""
     text = dump(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, shared."""
+    """Return the memory of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -193,7 +197,7 @@ def read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 
     Raises:
         Refusal: the file is of another kind or version, truncated or damaged.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise Refusal("it is not a file", expected="a file that mpcompile.save wrote", hint="check the path")
@@ -219,7 +223,7 @@ def read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
         metadata["sha256"] = claimed
         if end != available or digest.hexdigest() != claimed or _frame(header)[8:] != raw:
             raise Refusal(
-                "its content is not what was written",
+                "its content differs from what was written",
                 expected=f"{8 + len(raw) + end} bytes with sha256 {shown(claimed)}",
                 found=f"{size} bytes with {digest.hexdigest()}",
                 hint="the file is damaged: copy it again, or save the module again",
@@ -228,20 +232,20 @@ def read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _read_header(file: BinaryIO, size: int) -> bytes:
-    """The JSON text at the start of a file of ``size`` bytes."""
+    """Return the JSON text at the start of a file of ``size`` bytes."""
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= MAX_HEADER or length > size - 8:
         raise Refusal(
             "it is not a safetensors file, or only the beginning of one",
             expected="a file that mpcompile.save wrote",
             found=f"{size} bytes",
-            hint="copy it again; what torch.save wrote is loaded with torch.load",
+            hint="copy it again; a file from torch.save is loaded with torch.load",
         )
     return file.read(length)
 
 
 def _metadata(header: Any) -> dict[str, str]:
-    """The string metadata of a header, if they are of our kind and version."""
+    """Return the string metadata of a header, if it is of our kind and version."""
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != KIND:
         raise Refusal(
@@ -251,7 +255,7 @@ def _metadata(header: Any) -> dict[str, str]:
         )
     if metadata.get("format_version") != str(VERSION):
         raise Refusal(
-            "its format is not known here",
+            "its format is not known to this version",
             expected=f"format version {VERSION} (this is mpcompile {__version__})",
             found=f"{shown(metadata.get('format_version'))}, of mpcompile {shown(metadata.get('mpcompile'))}",
             hint="load it with the version of mpcompile that wrote it, or a newer one",
@@ -263,7 +267,7 @@ def _metadata(header: Any) -> dict[str, str]:
 
 
 def _allocate(name: str, entry: Any, begin: int, available: int) -> Tensor:
-    """An empty tensor for an entry of the header, whose data must begin at byte ``begin`` of ``available`` ones."""
+    """Return an empty tensor for a header entry. Its data must begin at byte ``begin`` of the ``available`` bytes."""
     module_path(name)
     try:
         dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
@@ -281,7 +285,7 @@ def _allocate(name: str, entry: Any, begin: int, available: int) -> Tensor:
 
 
 def _read_tensor(file: BinaryIO, digest: Any, name: str, tensor: Tensor) -> None:
-    """Read a tensor's data into it, and hash them."""
+    """Fill a tensor with its data from the file, and hash the data."""
     data = _bytes(tensor)
     for start in range(0, len(data), _CHUNK):
         part = data[start : start + _CHUNK]

@@ -1,4 +1,4 @@
-"""Checks in front of operators that torch runs without validating all of their sizes or numbers.
+"""Checks before operators that torch runs without validating all of their sizes or numbers.
 
 A loaded graph calls a function of this module in place of such an operator; a file holds the operator's own name. The
 checks are plain Python on sizes, so a tracer sees only the operator.
@@ -20,29 +20,29 @@ _A: Any = torch.ops.aten
 _Check = Callable[[dict[str, Any]], "str | None"]
 
 
-# --- Checks. Each takes an operator's arguments by name, and returns what it expects if they do not fit ---
+# --- Checks. Each takes an operator's arguments by name, and returns None, or what the operator expects instead ---
 
 
-def _batch_norm(given: dict[str, Any]) -> str | None:
-    x = given["input"]
+def _batch_norm(arguments: dict[str, Any]) -> str | None:
+    x = arguments["input"]
     if x.dim() < 2:
         return "an input with channels"
     for name in ("weight", "bias", "running_mean", "running_var"):
-        tensor = given.get(name)
+        tensor = arguments.get(name)
         if tensor is not None and tuple(tensor.shape) != (x.shape[1],):
             return f"{name} of {x.shape[1]} values, one per channel"
-    statistics = given.get("running_mean") is None or given.get("running_var") is None
-    return "running statistics" if statistics and not given.get("training", False) else None
+    statistics = arguments.get("running_mean") is None or arguments.get("running_var") is None
+    return "running statistics" if statistics and not arguments.get("training", False) else None
 
 
-def _attention(given: dict[str, Any]) -> str | None:
-    query, key, value = given["query"], given["key"], given["value"]
-    mask = given.get("attn_mask", given.get("attn_bias"))
+def _attention(arguments: dict[str, Any]) -> str | None:
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    mask = arguments.get("attn_mask", arguments.get("attn_bias"))
     if not query.dim() == key.dim() == value.dim() == 4:
         return "queries, keys and values of 4 axes"
     same = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
     if not same or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        return "keys and values of the queries' batch and heads"
+        return "keys and values that match the queries in batch size, heads (or a divisor of them) and head size"
     whole = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if mask is not None:
         pairs = list(zip(reversed(mask.shape), reversed(whole), strict=False))
@@ -51,10 +51,10 @@ def _attention(given: dict[str, Any]) -> str | None:
     return None
 
 
-def _smooth_resize(given: dict[str, Any]) -> str | None:
-    sizes = given.get("output_size")
-    scales = given.get("scale_factors") or [given.get("scales_h"), given.get("scales_w")]
-    spatial = given["input"].shape[2:]
+def _smooth_resize(arguments: dict[str, Any]) -> str | None:
+    sizes = arguments.get("output_size")
+    scales = arguments.get("scale_factors") or [arguments.get("scales_h"), arguments.get("scales_w")]
+    spatial = arguments["input"].shape[2:]
     if len(spatial) != 2 or (sizes is not None and len(sizes) != 2) or len(scales) != 2:
         return "an image batch of 4 axes, and two sizes"
     for size, before, scale in zip(sizes or [None, None], spatial, scales, strict=True):
@@ -67,21 +67,21 @@ def _smooth_resize(given: dict[str, Any]) -> str | None:
     return None
 
 
-def _resize(given: dict[str, Any]) -> str | None:
-    scales = [given.get(name) for name in ("scales", "scales_d", "scales_h", "scales_w")]
-    for scale in (*scales, *(given.get("scale_factors") or ())):
+def _resize(arguments: dict[str, Any]) -> str | None:
+    scales = [arguments.get(name) for name in ("scales", "scales_d", "scales_h", "scales_w")]
+    for scale in (*scales, *(arguments.get("scale_factors") or ())):
         # A pixel's position, divided by the scale, becomes a 64-bit integer before it is clamped to the image.
         if scale is not None and not 2**-30 <= scale <= 2**30:
             return "scales from 2**-30 to 2**30"
     return None
 
 
-def _folding(given: dict[str, Any]) -> str | None:
+def _folding(arguments: dict[str, Any]) -> str | None:
     for name in ("output_size", "kernel_size", "dilation", "padding", "stride"):
-        value = given.get(name, 0)
+        value = arguments.get(name, 0)
         for number in value if isinstance(value, (list, tuple)) else (value,):
             if not 0 <= number < 2**31:
-                return f"{name} from 0 to 2**31"
+                return f"{name} from 0 to 2**31 - 1"
     return None
 
 
@@ -122,18 +122,18 @@ _CHECKS: tuple[tuple[Any, Any, _Check], ...] = (  # the function in a graph, the
 
 
 def _checked(function: Callable[..., Any], overload: Any, check: _Check) -> Callable[..., Any]:
-    """The function behind a check of its arguments."""
+    """Return the function with a check of its arguments before it."""
     names = [argument.name.replace("self", "input") for argument in overload._schema.arguments]
     title = str(overload)
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if "self" in given:
-            given["input"] = given.pop("self")
-        expected = check(given)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        if "self" in arguments:
+            arguments["input"] = arguments.pop("self")
+        expected = check(arguments)
         if expected is not None:
-            shapes = [tuple(value.shape) for value in given.values() if isinstance(value, Tensor)]
+            shapes = [tuple(value.shape) for value in arguments.values() if isinstance(value, Tensor)]
             raise InputError(f"{title} cannot take these tensors", expected=expected, found=str(shapes)[:200])
         return function(*args, **kwargs)
 
@@ -145,7 +145,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The division, rounded towards zero, without overflow of integers."""
+    """Return a division whose rounding towards zero does not overflow for integers."""
 
     @functools.wraps(function, updated=())
     def call(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
@@ -162,7 +162,7 @@ def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dense(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Call the function on a contiguous copy: it reads past the end of a tensor that expand() made."""
+    """Return a function that is called on contiguous input: on the result of expand() it reads past the end."""
 
     @functools.wraps(function, updated=())
     def call(input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +192,7 @@ _ORIGINALS = {call: function for table in (GUARDED, TRUNCATING) for function, ca
 
 
 def original(target: Any) -> Any:
-    """Return the operator that a function of this module stands for; anything else is returned as it is."""
+    """Return the operator that a function of this module replaces; anything else is returned unchanged."""
     try:
         return _ORIGINALS.get(target, target)
     except TypeError:  # not hashable

@@ -1,7 +1,8 @@
 """The layers that a file may hold, by class, and how each is rebuilt.
 
-A layer is rebuilt on the meta device by calling the constructor of a listed class with arguments that are attributes of
-the same names. Its tensors are put in afterwards and must be those that the constructor made room for (tree.py).
+A layer is rebuilt on the meta device by calling the constructor of a listed class; each argument is stored from the
+attribute of the same name. Its tensors are set afterwards, and must have the names and shapes of those that the
+constructor made (tree.py).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _each(classes: str, arguments: str) -> dict[str, str]:
     return dict.fromkeys(classes.split(), arguments)
 
 
-# Class -> the constructor arguments that are stored. Each is an attribute of the same name.
+# Class -> the constructor arguments that are stored. Each is also an attribute of that name.
 _TORCH_NN = {
     "Linear": "in_features out_features bias",
     **{f"Conv{d}": _CONV for d in _AXES},
@@ -104,7 +105,7 @@ LAYERS: dict[str, dict[str, str]] = {  # by the module in which a class is looke
 
 
 def layer_name(module: nn.Module) -> str | None:
-    """Return the name of a layer's class in a file, or None if the class is not listed. Subclasses are not.
+    """Return the name of a layer's class in a file, or None if it is not listed. Subclasses of a listed class are not.
 
     Example:
         >>> layer_name(nn.ReLU())
@@ -132,11 +133,11 @@ def layer_arguments(module: nn.Module, name: str) -> dict[str, Any]:
 
 
 def build_layer(name: object, arguments: Mapping[str, Any], tensors: Mapping[str, Any]) -> nn.Module:
-    """Build a layer of a listed class without memory for its tensors; the caller puts them in.
+    """Build a layer of a listed class without memory for its tensors; the caller sets them.
 
     Args:
-        name: of :func:`layer_name`, as a file gives it.
-        arguments: of :func:`layer_arguments`, as a file gives them.
+        name: a name from :func:`layer_name`, as read from a file.
+        arguments: arguments from :func:`layer_arguments`, as read from a file.
         tensors: the layer's parameters and buffers by attribute; None for an absent one.
 
     Raises:
@@ -147,7 +148,7 @@ def build_layer(name: object, arguments: Mapping[str, Any], tensors: Mapping[str
         raise Refusal(f"class {shown(name)} is not allowed", expected=LISTED)
     unknown = set(arguments) - {*LAYERS[home][cls].split()}
     if unknown:
-        raise Refusal(f"a {cls} is given {shown(sorted(unknown))}", expected=LAYERS[home][cls])
+        raise Refusal(f"a {cls} does not take {shown(sorted(unknown))}", expected=LAYERS[home][cls])
     if any(isinstance(number, int) and abs(number) >= 2**31 for number in _scalars(list(arguments.values()))):
         raise Refusal(f"a {cls} has a number that no layer has", expected="less than 2**31", found=shown(arguments))
     if arguments.get("num_layers", 0) > len(tensors):  # the constructor would loop that many times
@@ -159,7 +160,7 @@ def build_layer(name: object, arguments: Mapping[str, Any], tensors: Mapping[str
 
 
 def _scalars(value: Any) -> Iterator[Any]:
-    """The leaves of nested lists and tuples."""
+    """Yield the leaves of nested lists and tuples."""
     for part in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(part, (list, tuple)):
             yield from _scalars(part)
@@ -184,14 +185,14 @@ def _masked_conv2d(arguments: Mapping[str, Any], tensors: Mapping[str, Any]) -> 
 
 
 def _masked_parts(cls: str, rank: int, arguments: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Weight, bias, mask and pattern of a masked layer whose weight has ``rank`` axes, if they fit together."""
+    """Return weight, bias, mask and pattern of a masked layer whose weight has ``rank`` axes, if they fit together."""
     weight, bias, mask = tensors["weight"], tensors["bias"], tensors["mask"]
     pattern = Pattern.parse(f"{arguments['n']}:{arguments['m']}")
     fits = weight.dim() == rank and weight.shape[1] % pattern.m == 0
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
     if not fits or mask.shape != weight.shape or mask.dtype != torch.bool:
         shapes = [None if t is None else tuple(t.shape) for t in (weight, bias, mask)]
-        raise Refusal(f"weight, bias and mask make no {pattern} {cls}", found=shapes)
+        raise Refusal(f"weight, bias and mask do not make a {pattern} {cls}", found=shapes)
     return weight, bias, mask, pattern
 
 

@@ -25,7 +25,7 @@ from mpcompile.plan import Plan
 def load(path: str | os.PathLike[str]) -> IRModule:
     """Load a file or folder of :func:`mpcompile.save`: the same graph, weights, plan and training flags, on the CPU.
 
-    Checksum, format version and structure are checked before anything is returned. Files from strangers are safe to
+    Checksum, format version and structure are checked before anything is returned. Untrusted files are safe to
     load: a graph can call only the operators listed in opset.py and the layers listed in leaves.py. The checksum
     detects damage, not forgery: it says nothing about who made the file.
 
@@ -49,7 +49,9 @@ def load(path: str | os.PathLike[str]) -> IRModule:
             return assemble(*read(target))
         if not os.path.exists(os.path.join(target, WEIGHTS)):
             raise Refusal(
-                f"it is a folder without {WEIGHTS}", expected="what mpcompile.save wrote", hint="check the path"
+                f"it is a folder without {WEIGHTS}",
+                expected="a folder that mpcompile.save wrote",
+                hint="check the path",
             )
         metadata, tensors = read(os.path.join(target, WEIGHTS))
         _compare_plan(os.path.join(target, PLAN), metadata)
@@ -71,7 +73,7 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
         gm.graph = nodes  # generates and compiles the source
         gm.graph.lint()
         if type(graph["locked"]) not in (bool, type(None)):
-            raise Refusal("the mode that the graph stands for is malformed", found=shown(graph["locked"]))
+            raise Refusal("the mode in which the graph was captured is malformed", found=shown(graph["locked"]))
         gm.locked_mode = graph["locked"]
         check_packed(gm)
         plan = None if texts["plan"] == "null" else Plan.from_json(texts["plan"])
@@ -80,8 +82,10 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
         _check_stage(gm, plan)
     except Refusal:
         raise
-    except Exception as error:  # whatever malformed tables make constructors and fx raise
-        raise Refusal(f"its parts make no module ({summary(error)})", expected="what mpcompile.save writes") from error
+    except Exception as error:  # any error that malformed tables cause in constructors and in fx
+        raise Refusal(
+            f"its parts do not make a module ({summary(error)})", expected="a file that mpcompile.save wrote"
+        ) from error
     return gm
 
 
@@ -95,7 +99,7 @@ def _check_stage(gm: IRModule, plan: Plan | None) -> None:
 
 
 def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
-    """Check that the plan.json of a folder, if it exists, is that of its weights."""
+    """Check that the plan.json of a folder, if it exists, belongs to its weights."""
     if not os.path.exists(path):
         return
     try:
@@ -105,7 +109,7 @@ def _compare_plan(path: str, metadata: Mapping[str, str]) -> None:
         raise Refusal(f"its {PLAN} cannot be read", found=error.strerror or str(error), hint=hint) from error
     if parse(text, PLAN) != readable(metadata):
         raise Refusal(
-            f"{PLAN} is not that of {WEIGHTS}",
+            f"{PLAN} does not belong to {WEIGHTS}",
             expected=f"the plan of the file with sha256 {metadata['sha256']}",
             hint=f"remove {PLAN}: {WEIGHTS} holds the plan, too; or copy both again",
         )

@@ -1,6 +1,6 @@
-"""Packed weights in a saved graph: the numbers and contents that kernels rely on, and who may read them.
+"""Packed weights in a saved graph: the numbers and contents that kernels rely on, and the nodes that may read them.
 
-A kernel trusts the numbers of its node and the index beside its values. Both come from the file, so both are checked
+A kernel trusts the numbers of its node and the index of its values. Both come from the file, so both are checked
 when it is loaded. No other node may read a packed tensor, because it could write to it before the kernel reads it.
 """
 
@@ -34,7 +34,7 @@ def check_packed(gm: IRModule) -> None:
                     raise Refusal(f"node {node.name} computes its packed weights", expected="tensors of the file")
                 tensors.append(attribute(gm, str(source.target)))
                 packed[_memory(tensors[-1])] = str(source.target)
-            if any(tensor.is_meta for tensor in tensors):  # saving tries its texts on the structure alone
+            if any(tensor.is_meta for tensor in tensors):  # saving tests its texts without tensor contents
                 continue
             try:
                 checks.contents(weight, *tensors)
@@ -51,7 +51,7 @@ def _weights(node: fx.Node) -> list[checks.PackedWeight]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """The identity of a tensor's memory, which all names and views of it share."""
+    """Return the identity of a tensor's memory, which all its names and views share."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -63,7 +63,7 @@ def _check_readers(gm: IRModule, packed: dict[int, str]) -> None:
                 if sum(source is node for source in slots) != _uses(node, user):
                     raise Refusal(
                         f"node {user.name} reads {node.target}, a packed weight",
-                        expected="mpcompile's own operators alone to read it, as values or index",
+                        expected="only mpcompile's own operators to read it, as values or index",
                         hint=_HINT,
                     )
     for path, module in gm.named_modules():

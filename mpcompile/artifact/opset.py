@@ -27,14 +27,15 @@ LISTED = "something on the lists in mpcompile/artifact/"
 
 
 class Refusal(Exception):
-    """Something that a file cannot hold or may not contain; the caller names the file and raises an ArtifactError."""
+    """Raised for anything that a file cannot or may not contain; the caller turns it into an ArtifactError that names
+    the file."""
 
     def __init__(self, message: str, *, expected: object = None, found: object = None, hint: str | None = None) -> None:
         self.message, self.expected, self.found, self.hint = message, expected, found, hint
         super().__init__(message)
 
     def at(self, place: str) -> Refusal:
-        """Return the same refusal with the place in front of its message."""
+        """Return the same refusal with the place before its message."""
         return Refusal(f"{place}: {self.message}", expected=self.expected, found=self.found, hint=self.hint)
 
 
@@ -55,13 +56,13 @@ def keyword_name(text: object) -> str:
     """Return ``text`` if it can name an argument in generated source, else raise Refusal."""
     if isinstance(text, str) and _IDENTIFIER.fullmatch(text) and not keyword.iskeyword(text):
         return text
-    raise Refusal("a name cannot stand in Python source", expected="a plain identifier", found=shown(text))
+    raise Refusal("a name cannot be used in Python source", expected="a plain identifier", found=shown(text))
 
 
 def identifier(text: object) -> str:
     """Return ``text`` if it can name a value in generated source, else raise Refusal.
 
-    ``self``, and the names that fx imports there, are taken.
+    ``self``, and the names that fx imports there, are reserved.
     """
     if keyword_name(text) not in _TAKEN:
         return str(text)
@@ -182,7 +183,7 @@ _HOMES: tuple[tuple[str, Any, frozenset[str]], ...] = (
 )
 _OWN = frozenset(row.name for row in spec.OPERATORS.values())
 _PACKETS = {"aten": ATEN, "mpcompile": _OWN}
-_SCRIPT = words("size sym_size sym_stride")  # their overload without an axis is TorchScript's
+_SCRIPT = words("size sym_size sym_stride")  # their overloads without an axis are TorchScript's
 _OVERLOAD = re.compile(r"(aten|mpcompile)\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 
 
@@ -220,7 +221,7 @@ def function_name(target: Any) -> str | None:
 
 
 def function_of(name: object) -> Callable[..., Any] | None:
-    """Return the operator of a name, or None if it is not listed; with its guard, if it has one (guards.py)."""
+    """Return the operator with a name, or the guard that replaces it (guards.py); None if it is not listed."""
     if not isinstance(name, str):
         return None
     match = _OVERLOAD.fullmatch(name)
@@ -240,7 +241,7 @@ def _overload(space: str, packet: str, overload: str) -> Callable[..., Any] | No
 
 
 def _is_dispatched(overload: torch._ops.OpOverload) -> bool:
-    """Return True if the dispatcher knows an overload. Others are TorchScript's: on plain numbers, or unchecked."""
+    """Return True if the dispatcher knows an overload. The others are TorchScript's, for plain numbers or unchecked."""
     try:
         torch._C._dispatch_find_schema_or_throw(overload._schema.name, overload._schema.overload_name)
     except RuntimeError:
@@ -249,7 +250,7 @@ def _is_dispatched(overload: torch._ops.OpOverload) -> bool:
 
 
 def call_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the function that a graph calls for a listed function with these arguments, which may be a guard.
+    """Return the function that a graph calls for a listed function with these arguments; it may be a guard.
 
     Raises:
         Refusal: an argument that torch accepts unchecked, with undefined results.
@@ -271,11 +272,11 @@ def _check_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, An
     if not isinstance(function, torch._ops.OpOverload):
         return
     arguments = function._schema.arguments
-    given = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+    values = {**dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
     for argument in arguments:
         # The dispatcher accepts a number for an enumerator, even if no enumerator has that number.
         kind = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
-        value = given.get(argument.name)
+        value = values.get(argument.name)
         if value is not None and kind in _ENUMERATORS and not isinstance(value, _ENUMERATORS[kind]):
             attribute = isinstance(value, fx.Node) and value.target is getattr and value.args[1] == argument.name
             if not attribute:

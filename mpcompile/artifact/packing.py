@@ -1,7 +1,7 @@
 """Masked weights as a file holds them: the kept values, and the masks of all groups as one code.
 
 Unpacked, a masked weight and its mask take 150 % of the dense fp16 weight; packed, 54.0 % at 2:4 and 55.3 % at 8:16.
-Removed values have to be zero for that; they come back as +0.0. Layout of values: :mod:`mpcompile.kernels.nm_format`;
+Removed values must be zero for that; they are restored as +0.0. Layout of values: :mod:`mpcompile.kernels.nm_format`;
 of masks: :mod:`mpcompile.artifact.combinations`.
 """
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def pack_tensors(gm: IRModule, kinds: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a file, with masked weights and their masks replaced by packed ones.
 
-    A weight whose removed values are not zero, or whose mask is not N:M, is left as it is, with a warning.
+    A weight whose removed values are not zero, or whose mask is not N:M, is left unpacked, with a warning.
 
     Args:
         gm: the IR.
@@ -61,8 +61,8 @@ def pack_tensors(gm: IRModule, kinds: dict[str, Any], tensors: Mapping[str, Tens
         kinds[name]["packed"] = {"n": pattern.n, "m": pattern.m, "shape": list(weight.shape), "mask": place}
     if whole:
         log.warning(
-            "%d masked weights are stored whole, because values that their masks remove are not zero or the masks are "
-            "not N:M (%s); layer.apply_mask() sets them to zero",
+            "%d masked weights are stored in full, because values that their masks remove are not zero or the masks "
+            "are not N:M (%s); layer.apply_mask() sets these values to zero",
             len(whole),
             ", ".join(whole[:3]),
         )
@@ -81,7 +81,7 @@ def unpack_tensors(kinds: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
             continue
         spec, values, bits = kind["packed"], whole.pop(f"{name}.values"), whole.pop(f"{name}.mask")
         if spec["mask"] in whole or name in whole:
-            raise Refusal(f"tensor {name} or its mask is there twice")
+            raise Refusal(f"tensor {name} or its mask is in the file twice")
         try:
             whole[name], whole[spec["mask"]] = _unpack(values, bits, spec["n"], spec["m"], spec["shape"])
         except Refusal as error:
@@ -90,7 +90,7 @@ def unpack_tensors(kinds: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
 
 
 def _unpack(values: Tensor, bits: Tensor, n: Any, m: Any, shape: Any) -> tuple[Tensor, Tensor]:
-    """Weight and mask, both contiguous."""
+    """Return weight and mask, both contiguous."""
     plain = all(type(i) is int and i > 0 for i in (n, m, *shape))
     if not plain or not n <= m <= MAX_M or len(shape) not in (2, 4) or group_axis(tuple(shape)) % m:
         raise Refusal("its pattern and shape are malformed", found=shown((n, m, shape)))
@@ -98,19 +98,19 @@ def _unpack(values: Tensor, bits: Tensor, n: Any, m: Any, shape: Any) -> tuple[T
     fits = tuple(values.shape) == (out, k // m * n) and values.is_floating_point()
     if not fits or bits.dim() != 1 or bits.dtype != torch.uint8:
         expected = f"values {(out, k // m * n)} and bytes"
-        raise Refusal(f"its parts make no {n}:{m} weight", expected=expected, found=f"{tuple(values.shape)}")
-    if values.is_meta:  # saving checks the structure alone
+        raise Refusal(f"its parts do not make a {n}:{m} weight", expected=expected, found=f"{tuple(values.shape)}")
+    if values.is_meta:  # saving checks shapes and dtypes alone
         weight = values.new_empty(shape)
         return weight, torch.empty(shape, dtype=torch.bool, device="meta")
     kept = torch.from_numpy(combinations.decode(bits.numpy(), out * k // m, n, m)).view(out, k)
     rows = values.new_zeros((out, k))
     rows[kept] = values.reshape(-1)
-    # not .contiguous(), which keeps any stride of an axis of size 1
+    # not .contiguous(), which keeps any stride of an axis whose size is 1
     mask = torch.empty(shape, dtype=torch.bool).copy_(from_rows(kept, shape))
     return values.new_empty(shape).copy_(from_rows(rows, shape)), mask
 
 
 def _code(mask: Tensor, pattern: Pattern) -> Tensor:
-    """The code of a legal mask, in the order of the execution layout, as bytes."""
+    """Return the code of a legal mask, in the order of the execution layout, as bytes."""
     groups = to_rows(mask).reshape(-1, pattern.m).cpu().numpy()
     return torch.from_numpy(combinations.encode(groups, pattern.n))

@@ -1,7 +1,7 @@
 """Saving: the IR as texts and tensors, for a container. No pickle, and nothing that is executed or imported by name.
 
 The texts are ``graph`` (the nodes), ``modules`` (the tree of layers: class, constructor arguments, training flags, and
-the names of the tensors), ``tensors`` (which are parameters, unusual memory orders, and what is packed) and ``plan``
+the names of the tensors), ``tensors`` (which are parameters, which are packed, and unusual memory orders) and ``plan``
 (with config, provenance and measured figures). Masked weights are stored as their kept values and a code of their masks
 (packing.py), all other tensors as they are, tied ones once.
 
@@ -33,11 +33,11 @@ from mpcompile.ir.module import IRModule
 def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
     """Write the IR to a safetensors file, or to a folder with that file and a readable plan.json.
 
-    The file is written beside ``path`` under another name, flushed to disk, and renamed: if anything fails, an older
+    The file is written next to ``path`` under another name, flushed to disk, and renamed: if anything fails, an older
     file is untouched. Its permissions are those of a new file.
 
     Args:
-        gm: what :func:`mpcompile.transform` returned. Tensors may be on any device. Weights that masks remove are not
+        gm: the IR from :func:`mpcompile.transform`. Tensors may be on any device. Weights that masks remove are not
             stored: they come back as zero. (A weight with nonzero values under its mask is stored in full.)
         path: the file; conventionally ``*.mpc`` or ``*.safetensors``. Its folder must exist. A path that ends in a
             slash, or an existing folder, selects the folder form; the folder is created if it is missing. Files in it
@@ -68,7 +68,7 @@ def save(gm: IRModule, path: str | os.PathLike[str]) -> None:
 
 
 def check_folder(folder: str) -> None:
-    """Check that the files which an artifact would replace in ``folder`` are ours.
+    """Check that mpcompile wrote the files that an artifact would replace in ``folder``.
 
     Raises:
         Refusal: another program wrote one of them.
@@ -89,7 +89,7 @@ def describe(gm: IRModule) -> tuple[dict[str, str], dict[str, Tensor]]:
         Refusal: part of it cannot be stored; the node, layer or tensor is named.
     """
     if not isinstance(gm, IRModule):
-        raise Refusal("it is not the IR", expected="what mpcompile.transform returned", found=type(gm).__name__)
+        raise Refusal("it is not the IR", expected="the result of mpcompile.transform", found=type(gm).__name__)
     guards = {str(node.target) for node in gm.graph.nodes if is_guard(gm, node)}
     nodes = [node for node in gm.graph.nodes if not (node.op == "call_module" and node.target in guards)]
     graph = {
@@ -108,5 +108,5 @@ def describe(gm: IRModule) -> tuple[dict[str, str], dict[str, Tensor]]:
     tensors = pack_tensors(gm, tree.kinds, tree.tensors)
     texts = {"graph": dump(graph), "modules": dump(tree.modules), "tensors": dump(tree.kinds), "plan": plan}
     hollow = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    compare(gm, assemble(texts, hollow), guards)  # refuse now what could not be loaded
+    compare(gm, assemble(texts, hollow), guards)  # refuse here anything that could not be loaded
     return texts, tensors

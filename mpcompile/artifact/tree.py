@@ -1,4 +1,4 @@
-"""The tree of layers as tables, and back: class, arguments, training flag, and which tensor goes where."""
+"""Conversion of the tree of layers to tables and back: class, arguments, training flag and tensors of each layer."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Tree:
                 self._visit(child, _join(path, key), gm)
 
     def _add(self, path: str, key: str, tensor: Tensor | None) -> str | None:
-        """Enter a tensor, unless a layer that shares it already did; return its name."""
+        """Record a tensor, unless it is recorded for another layer that shares it; return its name."""
         if tensor is None:
             return None
         if id(tensor) in self._names:
@@ -98,14 +98,14 @@ class Tree:
 
 
 def _checked_name(module: nn.Module, path: str) -> str:
-    """The name of a layer's class, if it is listed."""
+    """Return the name of a layer's class, if it is listed."""
     name = layer_name(module)
     if name is None:
         cls = f"{type(module).__module__}.{type(module).__qualname__}"
         raise Refusal(
             f"layer {path} is a {cls}, which a file cannot hold",
             expected=LISTED,
-            hint="build it of torch.nn layers, or save gm.state_dict() and transform again",
+            hint="build it from torch.nn layers, or save gm.state_dict() and transform again",
         )
     return name
 
@@ -128,19 +128,19 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def restore_tensors(kinds: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make parameters and buffers out of plain contiguous tensors.
+    """Make parameters and buffers from plain contiguous tensors.
 
     Raises:
         Refusal: a tensor without a kind, an unknown kind, or strides that the tensor cannot have.
     """
     if kinds.keys() != tensors.keys():
-        raise Refusal("the tensors are not those of the tree", found=shown(sorted(kinds.keys() ^ tensors.keys())))
+        raise Refusal("the tensors do not match the tree", found=shown(sorted(kinds.keys() ^ tensors.keys())))
     restored = {}
     for name, kind in kinds.items():
         tensor = tensors[name]
         if "strides" in kind:
             if not _is_dense(tensor.shape, kind["strides"]):
-                raise Refusal(f"tensor {name} has no such strides", found=shown(kind["strides"]))
+                raise Refusal(f"tensor {name} cannot have such strides", found=shown(kind["strides"]))
             arranged = torch.empty_strided(tensor.shape, kind["strides"], dtype=tensor.dtype, device=tensor.device)
             tensor = arranged.copy_(tensor)
         if kind["kind"] in ("parameter", "frozen"):
@@ -156,10 +156,10 @@ def restore_modules(gm: IRModule, modules: dict[str, Any], tensors: Mapping[str,
 
     Raises:
         Refusal: a class, argument or tensor that is not allowed or does not fit.
-        KeyError: a name that is an attribute of nn.Module or IRModule already; other errors on malformed tables.
+        KeyError: a name that is already an attribute of nn.Module or IRModule. Malformed tables raise other errors.
     """
     built: dict[str, nn.Module | None] = {}
-    missing: set[str] = set()  # parts that constructors have made and that the table has not given yet
+    missing: set[str] = set()  # children made by constructors that the table has not listed so far
     used: set[str] = set()
     for path, entry in modules.items():
         module = gm if path == "" else _restore(path, entry, built, tensors)
@@ -176,12 +176,12 @@ def restore_modules(gm: IRModule, modules: dict[str, Any], tensors: Mapping[str,
 
 
 def _restore(path: str, entry: Any, built: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module | None:
-    """The module of one table entry."""
+    """Return the module of one table entry."""
     if entry is None:
         return None
     if "same" in entry:
         if f"{path}.".startswith(f"{entry['same']}.") or entry["same"] == "":
-            raise Refusal(f"layer {path} holds itself")
+            raise Refusal(f"layer {path} contains itself")
         return built[entry["same"]]
     if entry["class"] == "":
         return nn.Module()
@@ -193,7 +193,7 @@ def _restore(path: str, entry: Any, built: Mapping[str, Any], tensors: Mapping[s
 
 
 def _attach(module: nn.Module | None, path: str, built: Mapping[str, nn.Module | None], missing: set[str]) -> None:
-    """Put a module at its path. A layer takes only the parts that its constructor has made."""
+    """Put a module at its path. A layer accepts only the children that its constructor made."""
     owner, _, key = module_path(path).rpartition(".")
     parent = built.get(owner)
     if path in missing and parent is not None:
@@ -206,7 +206,7 @@ def _attach(module: nn.Module | None, path: str, built: Mapping[str, nn.Module |
 
 
 def _fill(module: nn.Module, path: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> set[str]:
-    """Put its tensors and training flag into a module, and return the names of the tensors."""
+    """Set the tensors and the training flag of a module, and return the names of the tensors."""
     parameters = {k: None if n is None else tensors[n] for k, n in entry["parameters"].items()}
     buffers = {k: None if n is None else tensors[n] for k, n in entry["buffers"].items()}
     if path == "" or entry["class"] == "":
@@ -226,7 +226,7 @@ def _fill(module: nn.Module, path: str, entry: dict[str, Any], tensors: Mapping[
 def _fill_layer(
     layer: nn.Module, path: str, parameters: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor | None]
 ) -> None:
-    """Put tensors into a layer. They must be those for which its constructor made room."""
+    """Set the tensors of a layer. They must have the names and shapes of those that its constructor made."""
     expected, found = (
         {k: None if t is None else tuple(t.shape) for k, t in {**p, **b}.items()}
         for p, b in ((layer._parameters, layer._buffers), (parameters, buffers))
@@ -234,11 +234,11 @@ def _fill_layer(
     if expected != found or layer._buffers.keys() != buffers.keys():
         raise Refusal(f"layer {path}: the tensors do not fit its class", expected=expected, found=found)
     dtypes = {t.dtype for t in parameters.values() if t is not None}
-    if len(dtypes) > 1:  # some layers check only that of the first
+    if len(dtypes) > 1:  # some layers check only the dtype of the first
         raise Refusal(f"layer {path} has parameters of several dtypes", found=", ".join(sorted(map(str, dtypes))))
     layer._buffers.update(buffers)
     for key, parameter in parameters.items():
-        setattr(layer, key, parameter)  # recurrent layers keep a list of their own
+        setattr(layer, key, parameter)  # not _parameters: recurrent layers also keep a list of weights
 
 
 # --- What would be lost ---
@@ -258,10 +258,10 @@ def compare(gm: IRModule, twin: IRModule, left_out: set[str]) -> None:
         for key, value in vars(twin.get_submodule(path)).items():
             if key.startswith("_") or not isinstance(value, _SETTINGS):
                 continue
-            found = getattr(module, key, None)
-            if type(found) is not type(value) or found != value:
+            setting = getattr(module, key, None)
+            if type(setting) is not type(value) or setting != value:
                 raise Refusal(
-                    f"layer {path} ({type(module).__name__}) has {key} = {shown(found)}, which would be lost",
+                    f"layer {path} ({type(module).__name__}) has {key} = {shown(setting)}, which would be lost",
                     expected=f"{shown(value)}, as its constructor sets it",
                     hint="construct the layer with that setting",
                 )

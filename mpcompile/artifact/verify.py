@@ -1,4 +1,4 @@
-"""Verify: which weights are legal N:M, and where the others violate it. Judged by values, not by metadata."""
+"""Verification: which weights are legal N:M, and where the others violate it, judged by values, not by metadata."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Verdict:
     Attributes:
         shape: (out, in) or (out, in / groups, kh, kw).
         zeros: share of exact zeros.
-        legal: the patterns that it meets, sparsest first: for every M of 4, 8, 12, 16 and 32 that divides its inputs,
-            the smallest N, if that is below M.
-        pattern: its required pattern: the one asked for, or that of its own mask; None without either.
+        legal: the patterns that the weight meets, sparsest first: for every M of 4, 8, 12, 16 and 32 that divides its
+            inputs, the smallest N, if that is below M.
+        pattern: the required pattern: the one asked for, else that of the layer's mask; None without either.
         groups: number of groups of that pattern in the weight; 0 if M does not divide the inputs.
         bad: groups with more than N nonzeros.
         first: where the first bad group starts: output row, input channel, and kernel tap of a convolution.
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """True if it meets its required pattern."""
+        """True if the weight meets its required pattern, or has none."""
         return self.pattern is None or (self.groups > 0 and self.bad == 0)
 
 
@@ -60,7 +60,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True if every weight meets its required pattern."""
+        """True if every weight with a required pattern meets it."""
         return all(v.ok for v in self.verdicts.values())
 
     def to_json(self, indent: int | None = None) -> str:
@@ -82,12 +82,12 @@ class Verification:
         text = f"{len(self.verdicts)} weights, {sparse} legal under some N:M"
         if required:
             text += f"; {good} of {len(required)} meet their required pattern"
-        text += f"; TensorRT takes {sum(v.tensorrt for v in self.verdicts.values())} for 2:4"
+        text += f"; TensorRT accepts {sum(v.tensorrt for v in self.verdicts.values())} as 2:4"
         return f"{tabulate(rows, headers=head, disable_numparse=True)}\n\n{text}"
 
 
 def _first_bad(weight: Tensor, pattern: Pattern) -> dict[str, Any]:
-    """Where the first group with too many nonzeros starts."""
+    """Return where the first group with too many nonzeros starts."""
     counts = (to_rows(weight) != 0).unflatten(-1, (-1, pattern.m)).sum(-1)
     row, group = (int(i) for i in (counts > pattern.n).nonzero()[0])
     column = group * pattern.m
@@ -103,7 +103,7 @@ def inspect(weight: Tensor, pattern: Pattern | None = None) -> Verdict:
 
     Args:
         weight: (out, in) or (out, in / groups, kh, kw).
-        pattern: the required pattern; None for none.
+        pattern: the required pattern, if any.
 
     Example:
         >>> inspect(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), Pattern(2, 4)).ok
@@ -141,12 +141,12 @@ def verify(source: Mapping[str, Tensor] | nn.Module, pattern: Pattern | str | No
     """Check every linear and convolution weight of a state dict or a model.
 
     Args:
-        source: a state dict, or a module; masked layers of a transformed module have to meet their own pattern.
-        pattern: the pattern that all weights have to meet instead; None for none beyond the masked layers' own.
+        source: a state dict, or a module; masked layers of a transformed module must meet their own pattern.
+        pattern: the pattern that all weights must meet instead; None requires only the masked layers' own.
 
     Raises:
         ConfigError: ``pattern`` is not a pattern.
-        ArtifactError: there is no weight to check.
+        ArtifactError: the source has no weight to check.
 
     Example:
         >>> verify({"fc.weight": torch.tensor([[1.0, 0.0, 2.0, 0.0]])}, "2:4").ok

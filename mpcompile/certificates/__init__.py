@@ -1,1 +1,1 @@
-"""Certificates: proofs, sample by sample, of what replacing dense weights by sparse ones cannot have changed."""
+"""Certificates: proofs, sample by sample, of the properties that survive replacing dense weights by sparse ones."""

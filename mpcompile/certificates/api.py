@@ -1,6 +1,6 @@
-"""Certify: prove, sample by sample, what replacing dense weights by sparse ones cannot have changed.
+"""Certify: prove, sample by sample, which properties survive replacing dense weights by sparse ones.
 
-- ``orders.py`` gives the dense model the sparse model's order of channels; ``pair.py`` puts both on one graph.
+- ``orders.py`` puts the dense model's channels in the sparse model's order; ``pair.py`` puts both on one graph.
 - ``work.py`` runs them on the samples. ``steps.py`` replaces one layer after another and bounds the effect on the
   logits, by means of enclosures (``enclosures/``).
 - ``bounds.py`` translates a change of logits into labels, cross-entropy and the training objective.
@@ -50,8 +50,8 @@ def certify(
 
     For every sample, each tier gives a bound eta on the change of any logit, and a verdict: the label is proven to stay
     if z_p - z_j falls by less than the dense model's margin for every class j. If channels were reordered
-    (``permute``), the dense model's are reordered first. Everything runs on the CPU in float64 copies; the models are
-    not changed. Samples are read once, one batch at a time.
+    (``permute``), those of the dense model are reordered first. Everything runs on the CPU in float64 copies; the
+    models are not changed. Samples are read once, one batch at a time.
 
     Args:
         dense: the model that ``sparse`` was made from.
@@ -60,7 +60,7 @@ def certify(
             provide labels.
         labels: true classes of all samples, of any integer type, in one piece or in parts; None takes the labels in
             the batches.
-        tiers: which of 0, 1 and 2; None takes all that are defined. Tier 0 is always included.
+        tiers: which of 0, 1 and 2; None computes all that are defined. Tier 0 is always included.
         l1: lambda_1 of the training objective CE + l2 \\|W\\|_F^2 + l1 \\|W\\|_1 over the replaced weights. It is a
             property of a training run, not of a model; with 0 for both lambdas no decrease is certified.
         l2: lambda_2 of that objective.
@@ -69,9 +69,9 @@ def certify(
         progress: show a progress bar (on a terminal).
 
     Raises:
-        InputError: there is no batch, inputs or labels don't fit, or the outputs are not logits (batch, classes).
+        InputError: there is no batch, inputs or labels do not fit, or the outputs are not logits (batch, classes).
         GraphError: tiers 1 or 2 were requested by number and the models differ in more than weights; ``sparse`` is
-            lowered; the plan's permutation doesn't fit ``dense``.
+            lowered; the plan's permutation does not fit ``dense``.
         ConfigError: an argument is out of range.
 
     Source: arXiv 2606.02608, section on certificates; docs/certificates.md has every formula.
@@ -84,12 +84,12 @@ def certify(
         True
     """
     _check_arguments(dense, sparse, tiers, splits, confidence, l1, l2)
-    given = read(dense, batches, labels)
-    first = next(given)
+    stream = read(dense, batches, labels)
+    first = next(stream)
     work = Work(dense, sparse, tiers, splits)
     with torch.no_grad():
         size = chunk_size(work.modules[0], [value[:1] for value in first[0]])
-        chunks = cut(itertools.chain([first], given), size)
+        chunks = cut(itertools.chain([first], stream), size)
         for inputs, known in tqdm(chunks, desc="certify", unit="chunk", disable=None if progress else True):
             work.add(inputs, known)
     return summarise(work, l1, l2, confidence)

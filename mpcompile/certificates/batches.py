@@ -22,12 +22,12 @@ Chunk = tuple[list[Tensor], Tensor | None]
 
 
 def _inputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The positional inputs in a batch."""
+    """Return the positional inputs in a batch."""
     if isinstance(batch, Mapping):
         try:
             bound = inspect.signature(getattr(model, "_orig_mod", model).forward).bind(**batch)
         except TypeError as error:
-            raise InputError(f"a batch doesn't fit forward: {error}") from error
+            raise InputError(f"a batch does not fit forward: {error}") from error
         values = list(bound.arguments.values())
     elif isinstance(batch, (tuple, list)):
         values = [batch[0]] if batch else []
@@ -48,10 +48,10 @@ def read(model: nn.Module, batches: Any, labels: Any) -> Iterator[Chunk]:
     """Read batches with their labels, one at a time; empty batches are skipped.
 
     Raises:
-        InputError: there is no batch, a batch has the wrong type, or labels don't fit.
+        InputError: there is no batch, a batch has the wrong type, or labels do not fit.
     """
     known = Labels(labels)
-    for batch in read_loader(as_batches(batches, "what is to be certified"), "the samples"):
+    for batch in read_loader(as_batches(batches, "the data to certify"), "the samples"):
         values = _inputs(model, batch)
         if len(values[0]):
             yield [v.detach().cpu() for v in values], known.of(batch, len(values[0]))
@@ -69,7 +69,7 @@ def cut(batches: Iterable[Chunk], size: int) -> Iterator[Chunk]:
 
 
 def chunk_size(module: nn.Module, one: list[Tensor]) -> int:
-    """How many samples' activations fit into memory, estimated from a float64 module's graph for one sample."""
+    """Return how many samples' activations fit into memory, estimated from the float64 graph for one sample."""
     try:
         graph = trace(module, [v.double() if v.is_floating_point() else v for v in one]).graph
     except MPCompileError:

@@ -1,4 +1,4 @@
-"""Channel orders: repeat on the dense model the reordering of channels by which the sparse model was made.
+"""Channel orders: repeat on the dense model the channel reordering with which the sparse model was made.
 
 The sparse model's weights are those of the dense model with channels reordered (the ``permute`` pass); the two graphs
 match only once the dense model has the same order.
@@ -25,7 +25,7 @@ def replay_orders(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Tensor])
     """The dense model with its channels in the sparse model's order, and the number of channel classes reordered.
 
     Raises:
-        GraphError: the plan doesn't hold the orders, or they don't fit this model.
+        GraphError: the plan does not hold the orders, or they do not fit this model.
     """
     plan = sparse.meta.get("mpcompile.plan") if isinstance(sparse, IRModule) else None
     records = [r.decision.get("classes", []) for r in plan.passes if r.name == "permute"] if plan is not None else []
@@ -67,7 +67,7 @@ def _orders(entries: Sequence[Mapping[str, Any]], analysis: ChannelAnalysis, use
         owners = 0 if channels is None else 1 if channels.owner is None else analysis.atoms.size[channels.owner]
         if channels is None or order.shape != (owners, analysis.atoms.size[channels.atom]):
             raise GraphError(
-                "the plan's order of channels doesn't fit the dense model",
+                "the plan's order of channels does not fit the dense model",
                 layer=entry["layers"][0],
                 expected="the model that the sparse one was made from",
             )

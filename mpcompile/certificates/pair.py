@@ -71,7 +71,7 @@ class NetworkPair:
     """Two networks on one graph.
 
     Attributes:
-        graph: the dense model's.
+        graph: the graph of the dense model.
         inputs, names: see :class:`Network`.
         dense, sparse: the tensors of the parameter placeholders of ``graph``.
         steps: the layers whose tensors differ, in the graph's order.
@@ -104,12 +104,12 @@ def double(module: nn.Module) -> nn.Module:
     """Copy a module to the CPU in float64, in eval mode.
 
     Raises:
-        InputError: the module can't be copied.
+        InputError: the module cannot be copied.
     """
     try:
         copied = copy.deepcopy(module)
     except Exception as error:
-        raise InputError(f"{type(module).__name__} can't be copied: {error}") from error
+        raise InputError(f"{type(module).__name__} cannot be copied: {error}") from error
     copied = copied.cpu().double()
     for part in copied.modules():
         part.training = False
@@ -120,7 +120,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
     """Trace a float64 module into an aten graph, for inputs of these shapes.
 
     Raises:
-        GraphError: the module can't be traced, or is lowered.
+        GraphError: the module cannot be traced, or is lowered.
     """
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
@@ -133,7 +133,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
             graph = tracing(state, *inputs).graph
     except Exception as error:
         raise GraphError(
-            f"{type(module).__name__} can't be traced in float64: {first_line(error)}",
+            f"{type(module).__name__} cannot be traced in float64: {first_line(error)}",
             expected="a module without data-dependent control flow that runs in float64",
         ) from error
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -147,9 +147,9 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
 
 
 def _functionalise(graph: fx.Graph) -> None:
-    """Replace operators that write into their argument by those that don't; later readers get the result.
+    """Replace operators that write into their argument by those that do not; later readers get the result.
 
-    This is wrong where another node reads the same memory through a view; :func:`check_values` finds that out.
+    This is wrong where another node reads the same memory through a view; :func:`check_values` detects that.
     """
     for node in list(graph.nodes):
         name = getattr(node.target, "_opname", "")
@@ -173,7 +173,7 @@ def _multiply_masks(network: Network) -> None:
         if family in ("packed", "native"):
             raise GraphError(
                 "the module is lowered: its weights are packed for kernels",
-                expected="what mpcompile.transform returned",
+                expected="the module that mpcompile.transform returned",
                 found=operator_name(node.target),
                 hint="certify the module before mpcompile.lower",
             )
@@ -287,7 +287,7 @@ def _layer(name: str) -> str:
 
 
 def run(pair: NetworkPair, tensors: dict[fx.Node, Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """Logits of one of the two networks, in float64."""
+    """Return the logits of one of the two networks, in float64."""
     env: dict[fx.Node, Any] = dict(zip(pair.inputs, inputs, strict=True)) | tensors
     for node in _calls(pair.graph):
         env[node] = evaluate(node, env)
@@ -317,7 +317,7 @@ def check_values(
     difference = float((logits - expected).abs().max()) / scale if logits.shape == expected.shape else float("inf")
     if not difference <= SAME:
         raise GraphError(
-            f"the traced graph doesn't compute what the {which} model does",
+            f"the traced graph does not compute the outputs of the {which} model",
             expected=f"a relative difference of at most {SAME:.0e}",
             found=f"{difference:.1e}",
             hint="the model may write into memory that it reads elsewhere",

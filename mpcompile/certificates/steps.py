@@ -28,7 +28,7 @@ MEASURED, ENCLOSED, JACOBIAN, PAPER = "0 measured", "1 enclosure", "2 Jacobian",
 
 @dataclass
 class Change:
-    """What one tier proves about a batch.
+    """The bounds and verdicts that one tier proves for a batch.
 
     Attributes:
         eta: bound on the largest change of a logit, (batch,); infinite where there is none.
@@ -43,7 +43,7 @@ class Change:
 
 @dataclass
 class StepResult:
-    """One step on one batch: the tiers that are defined, and why others are not."""
+    """One step on one batch: the tiers that are defined, and the reason why others are not."""
 
     step: Step
     tiers: dict[str, Change] = field(default_factory=dict)
@@ -70,8 +70,8 @@ def run_steps(
         allowance: rounding allowance of each logit, (batch,).
         before: logits of the dense model, (batch, classes).
         tiers: which of 1 and 2 to compute; tier 0 is always measured.
-        splits: into how many parts a segment is cut, each enclosed separately, where that may prove more.
-        skip: number of a step that is not to be enclosed -> why.
+        splits: number of parts that a segment is cut into, each enclosed separately, where that may prove more.
+        skip: number of a step that is not enclosed -> why.
     """
     env: Env = dict(zip(pair.inputs, inputs, strict=True)) | pair.sparse
     order = [n for n in pair.graph.nodes if n.op not in ("placeholder", "output")]
@@ -142,7 +142,7 @@ class _Rest:
         self.sizes: dict[fx.Node, Tensor] = {}
 
     def measured(self) -> Tensor:
-        """The logits once this step is made."""
+        """The logits after this step."""
         env = self.env | self.pair.dense
         for node in self.after:
             env[node] = evaluate(node, env)
@@ -214,7 +214,7 @@ class _Rest:
         return sums.result(allowance, jacobian)
 
     def _untouched(self, labels: Tensor, jacobian: bool) -> dict[str, Change]:
-        """The result if the logits don't depend on what this step changes."""
+        """The result if the logits do not depend on the value that this step changes."""
         zero = torch.zeros(len(labels), dtype=torch.float64)
         tiers = (ENCLOSED, JACOBIAN, PAPER) if jacobian else (ENCLOSED,)
         return {tier: Change(zero, zero[:, None], torch.ones_like(zero, dtype=torch.bool)) for tier in tiers}
@@ -295,7 +295,7 @@ class _Sums:
 
 
 def _bound(value: Tensor) -> Tensor:
-    """NaN means no bound: infinity."""
+    """Replace NaN, which means that there is no bound, by infinity."""
     return torch.where(torch.isnan(value), torch.inf, value)
 
 
@@ -309,7 +309,7 @@ class _Pairs:
         start: bounds at the beginning of the segment, (lower, upper).
         lowest: lower bound on the whole segment.
         decrease: upper bound on how much the difference falls.
-        jacobian: the same by tier 2.
+        jacobian: the same bound from tier 2.
         itself: True where j = p.
     """
 

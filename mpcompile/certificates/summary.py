@@ -101,8 +101,8 @@ def _statements(report: Certificates, work: Work, confidence: float) -> Iterator
     yield Statement(
         DETERMINISTIC,
         f"rounding: the logits of the two models as they ran differ from float64 by at most {report.allowance:.1e} in "
-        "all; every margin leaves twice that. Tiers 1 and 2 round outward from the replaced layer on; what the layer "
-        "reads is taken as computed",
+        "all; every margin allows for twice that. Tiers 1 and 2 round outward from the replaced layer on; the input of "
+        "that layer is taken as computed",
     )
     if work.moved:
         text = f"{work.moved} orders of channels were replayed on the dense model, which leaves its function unchanged"
@@ -119,7 +119,7 @@ def _statements(report: Certificates, work: Work, confidence: float) -> Iterator
 
 
 def _about_tier(tier: Tier, report: Certificates) -> Iterator[Statement]:
-    """What a tier proves about labels, accuracy and the training objective on these samples."""
+    """State the facts that a tier proves about labels, accuracy and the training objective on these samples."""
     text = f"tier {tier.name}: the label of {tier.certified} of {tier.samples} samples is the dense model's"
     text += ", on all of each segment too" if tier.name != MEASURED else ""
     text += f"; at most {tier.label_changes:.2%} of these labels change"
@@ -138,7 +138,7 @@ def _about_tier(tier: Tier, report: Certificates) -> Iterator[Statement]:
 
 
 def _about_unseen(report: Certificates, confidence: float) -> Iterator[Statement]:
-    """What the samples say about others from the same population."""
+    """State the conclusions from the samples about others from the same population."""
     n = report.samples
     rate = bounds.upper_rate(report.disagreements, n, confidence)
     drawn = "if these samples are drawn at random from the population and were not used to make the sparse model"

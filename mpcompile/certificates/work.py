@@ -43,7 +43,7 @@ class TierResults:
         self.kept.append(change.kept)
 
     def add_labels(self, change: Change, before: Tensor, allowance: Tensor, labels: Tensor) -> None:
-        """Add what the true labels of the same chunk say; ``before`` are the dense model's logits."""
+        """Add the results for the true labels of the same chunk; ``before`` are the dense model's logits."""
         own = before.argmax(1)
         decrease = change.decrease.expand(-1, before.shape[1])
         lead = bounds.margins(before, own) - decrease - 2 * allowance[:, None]
@@ -56,16 +56,16 @@ class Work:
     """Both models, and the results on the chunks so far.
 
     Attributes:
-        given: the models as they were given.
+        given: the models as the caller passed them.
         modules: float64 copies, the dense one with its channels in the sparse model's order.
         pairs: shapes of the inputs -> the two models on one graph.
         structure: how the models differ in more than weights, or None.
         moved: number of channel classes that were reordered in the dense model.
-        chunks, samples, classes: how many there were.
+        chunks, samples, classes: their numbers so far.
         disagreements, allowance, violations: see :class:`mpcompile.certificates.report.Certificates`.
         whole: tier -> results of all steps together.
         steps: for each step, tier -> results of that step alone.
-        skip: number of a step -> why it can't be enclosed; such steps are not tried again in later chunks.
+        skip: number of a step -> why it cannot be enclosed; such steps are not tried again in later chunks.
         loss: sum over the samples of the change of cross-entropy; None without labels.
     """
 

@@ -50,7 +50,7 @@ COMMANDS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong call in one printable line, whatever was typed."""
+    """Reports invalid arguments in one printable line, whatever was typed."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message, LONGEST - len(self.prog)))
@@ -77,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, as the console script does.
 
     Args:
-        argv: arguments; None takes those of the process.
+        argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status. 0: done; 1: the command found something wrong (``verify``: a violation); 2: the user can fix
-        the error; 130: interrupted.
+        The exit status. 0: done; 1: the check that the command makes has failed (``verify``: a violation); 2: an error
+        that the user can fix; 130: interrupted.
 
     Example:
         >>> main(["verify", "no-such-file.mpc", "--quiet"])
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up_terminal() -> None:
-    """Show log records as single lines, and escape characters that the terminal can't encode."""
+    """Show log records as single lines, and escape characters that the terminal cannot encode."""
     root = logging.getLogger()
     if not root.handlers:
         handler = logging.StreamHandler()

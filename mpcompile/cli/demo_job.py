@@ -1,4 +1,4 @@
-"""The main job on real data: a small vision transformer for handwritten digits, from training to a compiled build.
+"""The demo, on real data: a small vision transformer for handwritten digits, from training to a compiled build.
 
 Data: scikit-learn's ``load_digits``, 1,797 scans of 8x8 pixels, upsampled to 32x32.
 """
@@ -35,7 +35,7 @@ from mpcompile.plan import Plan
 from mpcompile.rmt.analysis import analyze
 from mpcompile.training.distill import distill, parameter_groups
 
-HELD_OUT, FOLDS = 450, 4  # of 1,797 scans: the last part has 447
+HELD_OUT, FOLDS = 450, 4  # scans per fold, number of folds; of the 1,797 scans, the last fold has 447
 SHIFT = 2  # pixels of random shift in training
 PICTURES = 2  # held-out scans on the page
 TITLE = "A vision transformer that reads handwritten digits"
@@ -47,11 +47,11 @@ class Demo:
 
     Attributes:
         quick: two blocks and 12 epochs instead of four and 20.
-        seed: of the split, the weights and the batches.
+        seed: seed of the split, the weights and the batches.
         out: folder for the results.
-        threads: CPU threads of PyTorch; None: PyTorch's choice.
+        threads: number of PyTorch's CPU threads; None leaves the choice to PyTorch.
         progress: print the steps of the job to stderr, with progress bars on a terminal.
-        verbose: return the tables of audit, plan and analysis, too.
+        verbose: also return the tables of audit, plan and analysis.
     """
 
     quick: bool = False
@@ -73,7 +73,7 @@ class Demo:
         return 12 if self.quick else 20
 
     def step(self, text: str) -> None:
-        """Print what the job does next."""
+        """Print the step that the job is starting."""
         if self.progress:
             print(f"demo: {text}", file=sys.stderr, flush=True)
 
@@ -115,7 +115,7 @@ def load_data(seed: int, fold: int = 0) -> Digits:
 
 
 class Batches:
-    """Shuffled, randomly shifted training batches: a new order on every iteration, reproducible by the seed."""
+    """Shuffled, randomly shifted training batches: a new order on every iteration, determined by the seed."""
 
     def __init__(self, data: tuple[Tensor, Tensor], seed: int, size: int = 32) -> None:
         self.images, self.labels = data
@@ -136,7 +136,7 @@ class Batches:
 
 
 def train_dense(demo: Demo, data: Digits, fold: int = 0) -> nn.Module:
-    """Return the dense model: trained, or from the cache of an earlier run with the same settings."""
+    """Train the dense model, or read it from the cache if an earlier run with the same settings trained it."""
     from safetensors.torch import load_file, save_file
     from timm.models.vision_transformer import VisionTransformer
 
@@ -192,7 +192,7 @@ def run(demo: Demo) -> str:
     distill(student, dense, Batches(data.train, demo.seed + 1), lr=1e-3, progress=demo.progress)
     path = demo.out / "digits.mpc"
     mpcompile.save(student, path)
-    student = mpcompile.load(path)  # the audit is of the saved artifact
+    student = mpcompile.load(path)  # the audit measures the saved artifact
     demo.step("compiling, and measuring every build")
     batches = list(zip(images.split(64), labels.split(64), strict=True))
     others = {"transformed 2:4": narrow, "transformed": before, "... distilled": student}
@@ -253,7 +253,7 @@ def summary(out: Path, dense: nn.Module, report: Report, plan: Plan) -> str:
         out: folder of the page and the artifact.
         dense: the dense model.
         report: audit with labels and latencies.
-        plan: of the artifact.
+        plan: plan of the artifact.
     """
     was: Any = report[DENSE_EAGER]
     now: Any = report[COMPILED]
@@ -274,7 +274,7 @@ def summary(out: Path, dense: nn.Module, report: Report, plan: Plan) -> str:
         f"{report.environment['batch']} scans, {best.name} {best.latency_ms:.2f} ms, all {dtype}",
         "report": f"{out / 'report.html'} (open it in a browser)",
         "artifact": f"{out / 'digits.mpc'} ({(out / 'digits.mpc').stat().st_size / 2**20:.2f} MiB)",
-        "tables": "report.json, plan.json and analysis.json beside it; --verbose prints them",
+        "tables": "report.json, plan.json and analysis.json in the same folder; --verbose prints them",
     }
     head = f"{TITLE}, {weights / 1e6:.2f} million weights: trained, pruned, merged, distilled, compiled"
     return "\n".join([head, "", *(f"  {name:8}  {text}" for name, text in lines.items())])

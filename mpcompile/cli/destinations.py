@@ -1,7 +1,7 @@
-"""Where a command writes: checked once, before the work, for every command and every option that names a file.
+"""Destinations of a command's output. One check, before the work, covers every option that names an output.
 
-The checks refuse to replace a file that another program wrote, or an input of the command, and find missing or
-read-only folders.
+It refuses to replace an input of the command or a file that another program wrote, and reports missing or read-only
+folders.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _TEXTS = ("target", "recipe", "data")  # options that may name an input although
 def declare(job: argparse.ArgumentParser, **kinds: Kind | Callable[[argparse.Namespace], Kind]) -> None:
     """Declare the options of a command that name its outputs.
 
-    Their values are strings, since a Path loses its trailing slash; :func:`check_destinations` turns that of a file
-    into a Path.
+    Their values are strings, since a Path loses its trailing slash; :func:`check_destinations` turns the value of an
+    option of kind :data:`FILE` into a Path.
 
     Args:
         job: the command.
@@ -44,7 +44,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def check_destinations(args: argparse.Namespace) -> None:
-    """Check that a command can write all of its outputs, and that they replace only files of mpcompile.
+    """Check that a command can write all of its outputs, and that they replace only files that mpcompile wrote.
 
     Raises:
         ArtifactError: a folder is missing or not writable, or the path is taken by something else.
@@ -78,15 +78,15 @@ def check_ending(path: str | os.PathLike[str], *endings: str) -> None:
 
     Args:
         path: the output.
-        endings: those allowed, such as ``".png"``.
+        endings: the allowed suffixes, such as ``".png"``.
 
     Raises:
-        ArtifactError: it has another ending, or none.
+        ArtifactError: the name has another suffix, or none.
     """
     ending = Path(path).suffix
     if ending.lower() not in endings:
-        expected, found = f"a name that ends in {' or '.join(endings)}", ending or "a name without an ending"
-        raise ArtifactError(f"can't write {path}", expected=expected, found=found)
+        expected, found = f"a name that ends in {' or '.join(endings)}", ending or "a name without a suffix"
+        raise ArtifactError(f"cannot write {path}", expected=expected, found=found)
 
 
 def _files(value: str | os.PathLike[str], kind: Any, flag: str) -> list[Path]:
@@ -113,8 +113,8 @@ def _check(path: Path, flag: str, inputs: dict[Any, Path]) -> None:
         raise ConfigError(f"{flag} would replace {path}, which this command reads", hint="choose another path")
     if not is_ours(path):
         raise ArtifactError(
-            f"{flag} would replace {path}, which mpcompile didn't write",
-            expected="a new file, or one of mpcompile's own",
+            f"{flag} would replace {path}, which mpcompile did not write",
+            expected="a new file, or one that mpcompile wrote",
             hint="choose another path, or remove that file",
         )
 
@@ -131,7 +131,7 @@ def _inputs(args: argparse.Namespace, outputs: Iterable[str]) -> Iterator[Path]:
 
 
 def _keys(path: Path) -> list[Any]:
-    """Return what identifies a file: device and inode, which hard links share, and its real path."""
+    """Return the keys that identify a file: device and inode, which hard links share, and its real path."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):

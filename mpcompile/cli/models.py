@@ -1,4 +1,4 @@
-"""Models from the options of a command: timm's models, checkpoints, image sizes, and where an artifact comes from."""
+"""Models from the options of a command: timm models, checkpoints, image sizes, and the provenance of an artifact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpcompile.errors import ArtifactError, ConfigError, InputError, first_line
 from mpcompile.io.checkpoints import load_checkpoint
 from mpcompile.io.reading import sha256
 
-_SUFFIXES = (".mpc", ".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin")  # of files of weights
+_SUFFIXES = (".mpc", ".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin")  # suffixes of files of weights
 
 
 def names_file(target: str) -> bool:
@@ -31,16 +31,16 @@ def names_file(target: str) -> bool:
 
 
 def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
-    """Make a timm model.
+    """Create a timm model.
 
     Args:
-        name: as in ``timm.list_models()``.
-        pretrained: load timm's weights, which timm downloads.
-        options: of ``timm.create_model``.
+        name: a name from ``timm.list_models()``.
+        pretrained: load timm's pretrained weights, which timm downloads.
+        options: options of ``timm.create_model``.
 
     Raises:
         ConfigError: timm has no such model.
-        InputError: timm can't make it.
+        InputError: timm cannot create it.
     """
     import timm
 
@@ -49,24 +49,24 @@ def create(name: str, pretrained: bool, **options: Any) -> nn.Module:
         raise ConfigError(f"timm has no model {name!r}", expected=", ".join(near) or "a name from timm.list_models()")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
-        if getattr(model, "dynamic_img_size", False):  # commands have images of one size, whose graph can be traced
+        if getattr(model, "dynamic_img_size", False):  # a fixed size, which commands use, can be traced
             model = timm.create_model(name, pretrained=pretrained, **options, dynamic_img_size=False)
         return model
     except Exception as error:
         raise InputError(
-            f"timm can't make {name!r}: {first_line(error)}",
+            f"timm cannot create {name!r}: {first_line(error)}",
             hint="check the connection, or give --checkpoint FILE" if pretrained else None,
         ) from error
 
 
 def create_sized(name: str, pretrained: bool, size: Sequence[int] | None, classes: int | None) -> nn.Module:
-    """Make a timm model for a given image size and number of classes.
+    """Create a timm model for a given image size and number of classes.
 
     Args:
         name: as for :func:`create`.
         pretrained: as for :func:`create`.
-        size: (channels, height, width) of its images, which its data configuration reports, too; None: timm's.
-        classes: of its outputs; None: timm's.
+        size: (channels, height, width) of its images, which its data configuration then reports; None: timm's default.
+        classes: number of classes; None: timm's default.
     """
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if size is None or tuple(size) == _usual_size(name):
@@ -76,7 +76,7 @@ def create_sized(name: str, pretrained: bool, size: Sequence[int] | None, classe
     except InputError as error:
         if not isinstance(error.__cause__, TypeError):
             raise
-        model = create(name, pretrained, **options)  # takes images of any size
+        model = create(name, pretrained, **options)  # without img_size: such a model takes images of any size
     _record_size(model, size)
     return model
 
@@ -98,13 +98,13 @@ def _record_size(model: nn.Module, size: Sequence[int]) -> None:
 def create_with(
     name: str, pretrained: bool, checkpoint: Path | None, size: Sequence[int] | None, classes: int | None
 ) -> nn.Module:
-    """Make a timm model as :func:`create_sized` does, in eval mode, with the weights of a checkpoint if one is given.
+    """Create a timm model as :func:`create_sized` does, in eval mode, with the weights of a checkpoint if one is given.
 
-    Position embeddings for the model's usual size are resampled, if timm can do that.
+    If the checkpoint is for the model's default image size, position embeddings are resampled, where timm can do so.
 
     Raises:
         ConfigError: timm has no such model.
-        ArtifactError: the checkpoint can't be read or doesn't fit.
+        ArtifactError: the checkpoint cannot be read or does not fit.
     """
     model = create_sized(name, pretrained, size, classes).eval()
     if checkpoint is None:
@@ -127,11 +127,11 @@ def load_model(args: argparse.Namespace, like: Mapping[str, Any] | None = None) 
 
     Args:
         args: the parsed arguments.
-        like: provenance of an artifact, whose image size and number of classes are the defaults.
+        like: the provenance of an artifact, whose image size and number of classes are the defaults.
 
     Raises:
         ConfigError: timm has no such model.
-        ArtifactError: the checkpoint can't be read or doesn't fit.
+        ArtifactError: the checkpoint cannot be read or does not fit.
     """
     data = (like or {}).get("data")
     size, classes = data.get("input_size") if isinstance(data, Mapping) else None, (like or {}).get("num_classes")
@@ -152,7 +152,7 @@ def class_names(provenance: Mapping[str, Any]) -> list[str]:
 def provenance(
     args: argparse.Namespace, name: str, model: nn.Module, calibration_images: int, seed: int
 ) -> dict[str, Any]:
-    """Return where an artifact comes from: model, weights, classes, data configuration, calibration, versions."""
+    """Return the provenance of an artifact: model, weights, classes, data configuration, calibration, versions."""
     import timm
 
     weights: Any = "timm's pretrained" if args.pretrained else f"random, seed {seed}"
@@ -182,8 +182,8 @@ def prepare(args: argparse.Namespace, like: Mapping[str, Any] | None = None) -> 
         like: as for :func:`load_model`.
 
     Raises:
-        ConfigError: an option is invalid, timm has no such model, or the device can't be used.
-        ArtifactError: the checkpoint can't be read or doesn't fit.
+        ConfigError: an option is invalid, timm has no such model, or the device cannot be used.
+        ArtifactError: the checkpoint cannot be read or does not fit.
     """
     config = config_of(args)
     if args.threads:
@@ -196,5 +196,5 @@ def prepare(args: argparse.Namespace, like: Mapping[str, Any] | None = None) -> 
         images = torch.randn(args.batch, *size, dtype=DTYPES[args.dtype], device=device)
         model = model.to(device, DTYPES[args.dtype])
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {args.device!r} can't be used: {first_line(error)}") from error
+        raise ConfigError(f"device {args.device!r} cannot be used: {first_line(error)}") from error
     return model, images, config

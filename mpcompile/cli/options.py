@@ -22,7 +22,7 @@ from mpcompile.io.yaml_options import LARGEST, parse
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # the argument of add(commands)
 
-EXITS = "0 done, 1 the command found something wrong, 2 something to mend in the call, 130 interrupted"
+EXITS = "0 done, 1 a check made by the command failed, 2 an error that you can fix, 130 interrupted"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,10 +34,10 @@ def command(commands: Commands, name: str, *, help: str, description: str, examp
 
     Args:
         commands: the argument of ``add``.
-        name: as typed.
+        name: the command's name, as typed.
         help: its line in ``mpcompile --help``: lower case, no full stop.
-        description: the head of its own help: sentences.
-        example: one or more command lines, shown at the end of its help.
+        description: the head of its own help, in full sentences.
+        example: one or more command lines, shown at the end of its own help.
     """
     lines = "".join(f"\n  {line}" for line in example.splitlines())
     job = commands.add_parser(
@@ -65,11 +65,11 @@ def show(args: argparse.Namespace, text: object, data: str) -> None:
 
     Args:
         args: the parsed arguments.
-        text: the result to read.
+        text: the result for people to read.
         data: the same result as JSON.
 
     Raises:
-        ArtifactError: the file can't be written.
+        ArtifactError: the file cannot be written.
     """
     if args.json is not None and str(args.json) == "-":
         print(data)
@@ -136,7 +136,7 @@ def source_options(job: argparse.ArgumentParser) -> None:
 
 def classes_option(job: argparse.ArgumentParser) -> None:
     """Declare ``--num-classes``."""
-    text = "classes of the model (default: those of timm's model, or of the artifact)"
+    text = "number of classes of the model (default: that of the timm model, or of the artifact)"
     job.add_argument("--num-classes", type=at_least(1), metavar="N", help=text)
 
 
@@ -159,7 +159,7 @@ def model_options(job: argparse.ArgumentParser, **defaults: Any) -> None:
     """
     weights_options(job)
     job.add_argument("--batch", type=at_least(1), default=8, help="images per batch (default 8)")
-    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
+    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of weights and images (default fp32)")
     threads_option(job)
     job.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     seed_option(job)
@@ -173,12 +173,12 @@ def model_options(job: argparse.ArgumentParser, **defaults: Any) -> None:
 def config_options(job: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
     """Declare ``--config FILE`` and one option per field of the Config.
 
-    :func:`config_of` makes a Config of them. An option on the command line wins over the file, the file over
-    ``defaults``, and ``defaults`` over those of the Config.
+    :func:`config_of` makes a Config of them. An option on the command line takes precedence over the file, the file
+    over ``defaults``, and ``defaults`` over the Config's own.
 
     Args:
         job: the command.
-        names: fields that get an option; without any, all of them.
+        names: the fields that get an option; all fields if none is named.
         defaults: values by field that replace the Config's own defaults.
     """
     options = job.add_argument_group("options of the transformation", "fields of mpcompile.Config, as in --config")
@@ -198,7 +198,10 @@ def config_options(job: argparse.ArgumentParser, *names: str, **defaults: Any) -
 
 
 _FIELDS: dict[str, dict[str, Any]] = {
-    "pattern": {"metavar": "N:M", "help": "keep N of every M inputs; auto: what the device runs well; dense: no masks"},
+    "pattern": {
+        "metavar": "N:M",
+        "help": "keep N of every M inputs; auto: a pattern that the device runs well; dense: no masks",
+    },
     "mac_reduction": {
         "type": float,
         "metavar": "SHARE",
@@ -207,14 +210,17 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "patterns": {
         "nargs": "+",
         "metavar": "N:M",
-        "help": "with --mac-reduction: patterns to choose from, dense included (default: what the device runs well)",
+        "help": "with --mac-reduction: allowed patterns, such as 2:4 dense (default: dense, and those that run well)",
     },
     "tome_r": {
         "type": tome_r,
         "metavar": "R",
-        "help": "tokens merged per block: 8; 16,12,8 (one number per block); or auto",
+        "help": "tokens merged per block: one number, such as 8; one per block, such as 16,12,8; or auto",
     },
-    "tome_schedule": {"choices": SCHEDULES, "help": "the same number in every block, or falling linearly to 0"},
+    "tome_schedule": {
+        "choices": SCHEDULES,
+        "help": "merge the same number in every block, or a number that falls linearly to 0",
+    },
     "tome_reduction": {
         "type": float,
         "metavar": "SHARE",
@@ -228,8 +234,12 @@ _FIELDS: dict[str, dict[str, Any]] = {
     },
     "restore": {"action": "store_false", "help": "do not refit the kept weights"},
     "engine": {"choices": ENGINES, "help": "kernels that run masked layers"},
-    "exclude": {"nargs": "*", "metavar": "NAME", "help": "roles, names or globs of layers that stay dense"},
-    "include": {"nargs": "*", "metavar": "NAME", "help": "names or globs of layers to mask although excluded"},
+    "exclude": {"nargs": "*", "metavar": "NAME", "help": "roles, names or glob patterns of layers that stay dense"},
+    "include": {
+        "nargs": "*",
+        "metavar": "NAME",
+        "help": "names or glob patterns of excluded layers to mask nevertheless",
+    },
     "prefix_tokens": {"type": at_least(0), "metavar": "N", "help": "leading tokens that never merge"},
     "frozen": {
         "action": "store_true",
@@ -261,10 +271,10 @@ def read_config(path: Path | None) -> dict[str, Any]:
         options = parse(read_text(path, LARGEST), f"the config {path}")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"can't read the config {path}", expected="a YAML file", found=reason) from error
+        raise ConfigError(f"cannot read the config {path}", expected="a YAML file", found=reason) from error
     if options is None:
         return {}
     if not isinstance(options, dict):
-        what = f"a {type(options).__name__}"
-        raise ConfigError(f"{path} is no config", expected="lines such as 'pattern: \"2:4\"'", found=what)
+        kind = f"a {type(options).__name__}"
+        raise ConfigError(f"{path} is not a config", expected="lines such as 'pattern: \"2:4\"'", found=kind)
     return options

@@ -1,4 +1,4 @@
-"""Batches of images on their way from files to a model."""
+"""Batches of images for a model, and digests of the image files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class DeviceBatches:
     """Batches on the device and in the dtype of a model, one at a time; the files are read on every iteration.
 
     Args:
-        images: from :func:`mpcompile.data.images.images_at`.
+        images: the images, from :func:`mpcompile.data.images.images_at`.
         like: a tensor with the device and the dtype of the model.
-        most: number of images to stop after, rounded up to whole batches; None: all.
+        most: number of images to stop after, rounded up to whole batches; None uses all.
     """
 
     def __init__(self, images: Images, like: Tensor, most: int | None = None) -> None:
@@ -44,7 +44,7 @@ def digests(images: Images) -> list[str]:
     """Return a short digest per file: enough to find images that two sets share without keeping either set."""
     short = []
     for path in images.paths:
-        with contextlib.suppress(OSError):  # deleted since it was read: no reason to lose the computed result
+        with contextlib.suppress(OSError):  # deleted since it was read: not worth losing the computed result
             short.append(sha256(path)[:16])
     return short
 

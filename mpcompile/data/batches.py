@@ -52,7 +52,7 @@ def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state
     Args:
         train: the loader.
         seed, epoch, rank: seed the generators.
-        skip: batches to leave out: those that the interrupted run has seen.
+        skip: number of batches to leave out, those that the interrupted run has seen.
         state: generators' state when the run was interrupted, restored after skipping; or None.
         where: a hint for errors.
 
@@ -84,11 +84,11 @@ def epoch_batches(train: Any, seed: int, epoch: int, rank: int, skip: int, state
 
 
 def read(source: Iterable[Any], what: str, where: str | None = None) -> Iterator[Any]:
-    """Yield the batches of a loader; any error in it becomes one of a single line.
+    """Yield the batches of a loader; any error in it is raised as a one-line error.
 
     Args:
         source: the loader.
-        what: name of what is read, for the error.
+        what: name of the data, for the error.
         where: a hint for the error.
 
     Raises:
@@ -138,7 +138,7 @@ def forward(module: Any, images: Tensor, who: str) -> Any:
 
     Args:
         module: the model.
-        images: of the batch.
+        images: images of the batch.
         who: name of the model, for errors.
 
     Raises:

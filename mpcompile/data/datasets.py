@@ -71,7 +71,7 @@ class Readable(ImageDataset):
     Items are (image, label, index).
 
     Attributes:
-        notes: a line about what was not read; empty if everything was.
+        notes: a line about files that were not read; empty if all were.
     """
 
     notes: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class Readable(ImageDataset):
             source, label, *_ = self.reader[index]
             with source:
                 image = decode(source)
-        except Exception as error:  # also of timm's readers: damaged files and caches make them raise anything
+        except Exception as error:  # includes timm's readers: on damaged files and caches they raise anything
             found = error.found if isinstance(error, InputError) else error if isinstance(error, Unreadable) else None
             found = found or first_line(error)
             raise InputError(
@@ -112,12 +112,12 @@ def dataset(
     """Return a dataset of labelled images.
 
     Args:
-        root: image folder or its parent (see :func:`split_folder`), folder of shards, or a cache.
+        root: image folder or its parent (see :func:`split_folder`), folder of shards, or Hugging Face cache.
         split: name of the split; ``"NAME|COUNT"`` gives the number of images in a streamed Hugging Face split.
         training: shuffle a streamed dataset.
         reader: ``""`` for folders, ``"hfds/NAME"`` (Hugging Face datasets), ``"hfids/NAME"`` (streamed), ``"wds/NAME"``
             (WebDataset), in timm's spelling.
-        seed: of a streamed dataset's shuffling.
+        seed: seed of a streamed dataset's shuffling.
         classes: label of every class, by name, for data that names its classes; None numbers them in the order of
             their names.
         class_map: the file with these names, for errors.
@@ -156,10 +156,10 @@ def dataset(
 
 
 def _check_regular(root: str, names: Iterable[str]) -> None:
-    """Check files of a folder of shards that timm opens: it would wait for a FIFO.
+    """Check files in a folder of shards before timm opens them: it would wait for a FIFO.
 
     Raises:
-        InputError: one exists, but is no regular file.
+        InputError: one exists, but is not a regular file.
     """
     for name in names:
         path = os.path.join(root, name)
@@ -168,10 +168,10 @@ def _check_regular(root: str, names: Iterable[str]) -> None:
 
 
 def _streamed(source: Any, root: str, training: bool, seed: int) -> Streamed:
-    """Return a stream whose description, its length and its shards, makes sense.
+    """Return a stream, after a check of its description: its length and its shards.
 
     Raises:
-        InputError: it does not.
+        InputError: the description is unusable.
     """
     count, info = source.reader.num_samples, getattr(source.reader, "split_info", None)
     shards = getattr(info, "filenames", ("",))
@@ -210,7 +210,7 @@ def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None, class
 
 
 def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputError:
-    """Return the error for data that timm's reader fails on."""
+    """Return the error for data that timm's reader cannot read."""
     reason = first_line(error)
     reason = f"no {reason} in its description" if isinstance(error, KeyError) else reason
     if isinstance(error, ImportError) or "install webdataset" in reason:
@@ -253,7 +253,7 @@ def check_classes(source: Any, classes: int, class_map: str = "") -> None:
     """Check that a dataset has as many classes as the model, if it or the file ``class_map`` names them.
 
     Raises:
-        InputError: it has not.
+        InputError: it has another number.
     """
     count = len(class_names(source))
     if count and count != classes:

@@ -26,7 +26,7 @@ def whole_numbers(labels: Any) -> Tensor:
         labels: a tensor, a NumPy array, a number, or a sequence of any of these.
 
     Raises:
-        InputError: they are floats, text, or something that holds no numbers.
+        InputError: they are floats, text, or anything else that is not whole numbers.
 
     Example:
         >>> whole_numbers(torch.tensor([255, 0], dtype=torch.uint8))
@@ -89,10 +89,10 @@ def class_numbers(labels: Any, count: int, classes: int | None = None) -> Tensor
     Args:
         labels: anything that :func:`whole_numbers` accepts; (count, 1) is read as (count,).
         count: number of samples.
-        classes: of the model; None checks no range.
+        classes: number of the model's classes; None checks no range.
 
     Raises:
-        InputError: labels of another type or number, or one outside 0 to classes - 1.
+        InputError: labels have the wrong type or number, or one is outside 0 to classes - 1.
 
     Example:
         >>> class_numbers(np.array([[3], [0]], dtype=np.int16), 2, classes=4)
@@ -117,11 +117,11 @@ def check_range(labels: Tensor, classes: int | None, what: str = "a label") -> N
 
     Args:
         labels: of any shape.
-        classes: of the model; None sets no upper bound.
-        what: how the error names a label.
+        classes: number of the model's classes; None sets no upper bound.
+        what: name of a label in the error.
 
     Raises:
-        InputError: one is not.
+        InputError: a label is not.
     """
     if labels.numel():
         low, high = int(labels.min()), int(labels.max())
@@ -134,12 +134,12 @@ def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
     """Draw a class-balanced, shuffled sample of a labelled dataset, and return its indices.
 
     Args:
-        labels: of every item, in the dataset's order.
+        labels: label of every item, in the dataset's order.
         count: size of the sample; class counts differ by at most one, as long as classes have enough items.
         seed: the same seed draws the same sample.
 
     Raises:
-        InputError: there are fewer items than ``count``, or labels are no integers.
+        InputError: there are fewer items than ``count``, or labels are not integers.
 
     Example:
         >>> sorted(draw([0, 0, 0, 0, 1, 1], 4))[-2:]
@@ -186,7 +186,7 @@ class Labels:
             count: its number of samples.
 
         Raises:
-            InputError: they are no class numbers, too few, or missing in some batches.
+            InputError: they are not class numbers, too few, or missing in some batches.
         """
         own = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         given = self.whole is not None or self.parts is not None
@@ -226,7 +226,7 @@ class Labels:
         """Check that no labels are left after the last batch.
 
         Raises:
-            InputError: some are.
+            InputError: there are labels left.
         """
         left = len(self.held)
         if self.whole is not None and self.whole.ndim:

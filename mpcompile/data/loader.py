@@ -103,12 +103,12 @@ class ImageOptions:
 class Order(Sampler[int]):
     """A new order every epoch, cut into batches that the ranks take in turn.
 
-    A step then has the same images on one process as on several.
+    A step thus has the same images for any number of processes.
 
     Args:
         count: number of items.
         batch: items per batch of one rank.
-        seed: of the order.
+        seed: seed of the order.
         dealt: batches per step, over all ranks; an epoch is a whole number of steps.
     """
 
@@ -136,14 +136,14 @@ def loader(
 
     Args:
         source: from :func:`mpcompile.data.datasets.dataset`.
-        model: its data configuration (size, mean, interpolation; see timm) applies.
+        model: the model, whose data configuration (size, mean, interpolation; see timm) applies.
         images: how images are read and augmented.
         training: shuffled, augmented batches of equal size; otherwise all images once, in order.
         accumulate: batches per optimiser step.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
-        ConfigError: the batch is no multiple of ranks times accumulated batches.
+        ConfigError: the batch is not a multiple of ranks times accumulated batches.
         InputError: there are fewer images than make a batch.
     """
     parts = ranks.world() * accumulate
@@ -179,7 +179,7 @@ def loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         drop_last=training,
-    )  # no persistent workers: their random numbers would depend on the epochs before
+    )  # no persistent workers: their random numbers would depend on earlier epochs
 
 
 def data_config_of(model: nn.Module, images: ImageOptions) -> dict[str, Any]:
@@ -197,11 +197,11 @@ def calibration(
 
     Args:
         source: from :func:`mpcompile.data.datasets.dataset`.
-        model: its data configuration applies.
-        images: options; the size counts.
+        model: the model, whose data configuration applies.
+        images: options, of which only the size is used.
         count: number of images.
         batch: images per batch.
-        seed: of the sample.
+        seed: seed of the sample.
 
     Raises:
         InputError: the dataset has fewer images.

@@ -117,7 +117,7 @@ def average(tensor: torch.Tensor) -> None:
 
 
 def lost(error: BaseException) -> bool:
-    """Return True if an error means that another process is gone, rather than a fault of this one."""
+    """Return True if an error means that another process is gone, and not a fault of this one."""
     return isinstance(error, RuntimeError) and active() and _LOST.search(str(error)) is not None
 
 
@@ -153,15 +153,15 @@ def code() -> dict[str, str]:
 
 
 def differing(values: list[Any]) -> str:
-    """Return the values of all ranks that differ from the first rank's, and that one, for an error."""
+    """Return the first rank's value and those of the ranks that differ from it, as text for an error."""
     return "; ".join(f"rank {i}: {value}" for i, value in enumerate(values) if value != values[0] or i == 0)
 
 
 def check_code() -> None:
-    """Raise on every rank if any of them runs other code.
+    """Check that all ranks run the same code.
 
     Raises:
-        InputError: names what differs, and the ranks.
+        InputError: they do not. Every rank raises; the message names the differences and the ranks.
     """
     versions = gather(code())
     keys = [key for key in versions[0] if len({other[key] for other in versions}) > 1]
@@ -176,10 +176,10 @@ def check_code() -> None:
 
 
 def check_equal(name: str, value: Any) -> None:
-    """Raise on every rank if a value is not the same everywhere.
+    """Check that a value is the same on all ranks.
 
     Raises:
-        InputError: it differs; the message starts with ``name``.
+        InputError: it differs. Every rank raises; the message starts with ``name``.
     """
     values = gather(value)
     if any(other != values[0] for other in values):

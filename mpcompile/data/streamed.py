@@ -38,9 +38,9 @@ class Streamed(IterableDataset):
     every rank decodes all images and takes its share, so that each image counts once whatever the shards' sizes.
 
     Args:
-        reader: one of timm's streaming readers, not used before.
+        reader: one of timm's streaming readers, unused so far.
         training: shuffle, and divide the shards among ranks and workers.
-        seed: of the order.
+        seed: seed of the order.
         transform: applied to every image, or None.
     """
 
@@ -64,7 +64,7 @@ class Streamed(IterableDataset):
 
         Args:
             batch: images per batch of this process.
-            workers: requested number.
+            workers: requested number of workers.
 
         Returns:
             The number of workers for which there are shards.

@@ -1,4 +1,4 @@
-"""Export: a model of mpcompile in the forms that other programs run. One file per format."""
+"""Export: models in the formats that other programs run. One file per format."""
 
 from mpcompile.export.aoti import save_aoti
 from mpcompile.export.dense import dense_state, save_dense

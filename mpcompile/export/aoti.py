@@ -1,4 +1,4 @@
-"""AOTInductor packages: native code for machines of the present kind, which checks its inputs."""
+"""AOTInductor packages: native code for machines like this one, which checks its inputs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from mpcompile.io.ownership import write_signed
 
 
 def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **options: Any) -> None:
-    """Compile :func:`mpcompile.export.program` with AOTInductor into a package; ``options`` are the program's.
+    """Compile :func:`mpcompile.export.program` with AOTInductor into a package; ``options`` go to that function.
 
     Python loads the package with ``torch._inductor.aoti_load_package``, C++ with ``AOTIModelPackageLoader``. In both,
-    it refuses inputs of another size, dtype or device than those it was compiled for, and copies inputs of other
-    strides.
+    it refuses inputs whose size, dtype or device it was not compiled for, and copies inputs of other strides.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -42,6 +41,6 @@ def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **op
 
 
 def run(path: Path, example: Tensor) -> Tensor:
-    """Return the outputs of a package, or the first of several."""
+    """Return the output of a package, or the first of several."""
     result = torch._inductor.aoti_load_package(str(path))(example)
     return result[0] if isinstance(result, (tuple, list)) else result

@@ -1,4 +1,4 @@
-"""Dense weights with zeros: a state dict that timm, or any reader of weights, loads."""
+"""Dense weights with zeros: a state dict that timm, or any other program that reads weights, can load."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 def dense_state(gm: IRModule) -> dict[str, Tensor]:
     """Return the state dict of the model that ``gm`` was made from, with zeros where masks remove weights.
 
-    It has exactly the names of that model, also of parts that the graph does not use; masks are left out. Tensors are
-    contiguous copies on the CPU. Permuted channels stay permuted, which does not change what the model computes. A
+    It has exactly that model's names, including parts that the graph does not use; masks are left out. Tensors are
+    contiguous copies on the CPU. Permuted channels stay permuted, which does not change the model's outputs. A
     state dict cannot express token merging.
 
     Raises:
@@ -33,7 +33,7 @@ def dense_state(gm: IRModule) -> dict[str, Tensor]:
         <All keys matched successfully>
     """
     if any(family_of(node) in ("packed", "native") for node in gm.graph.nodes):
-        raise GraphError("a lowered module has no dense weights", hint="take what mpcompile.transform returned")
+        raise GraphError("a lowered module has no dense weights", hint="use the result of mpcompile.transform")
     removing: dict[int, Tensor] = {}
     masks: set[int] = set()
     for weight, mask, _ in masked(gm):
@@ -58,6 +58,6 @@ def save_dense(gm: IRModule, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     if any(family_of(node) == "merging" for node in gm.graph.nodes):
-        log.warning("a state dict holds no token merging: %s computes with all tokens", path)
+        log.warning("a state dict cannot express token merging: %s computes with all tokens", path)
     metadata = {"format": "pt", "mpcompile": __version__}
     write_signed(path, lambda temporary: save_file(dense_state(gm), temporary, metadata=metadata))

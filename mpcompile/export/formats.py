@@ -1,4 +1,4 @@
-"""The formats by name, and how a file of each is run. A new format is a file of its own and an entry here."""
+"""The formats by name, and a function that runs a file of each. A new format is a file of its own and an entry here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from mpcompile.errors import GraphError, first_line
 from mpcompile.export import aoti, onnx, pt2
 
-FORMATS = ("mpc", "dense-masked")  # of `mpcompile compile`
-EXPORTS = ("pt2", "aoti", "onnx", "dense-masked")  # of `mpcompile export`
+FORMATS = ("mpc", "dense-masked")  # formats of `mpcompile compile`
+EXPORTS = ("pt2", "aoti", "onnx", "dense-masked")  # formats of `mpcompile export`
 _RUN: dict[str, Callable[[Path, Tensor], Tensor | None]] = {"pt2": pt2.run, "aoti": aoti.run, "onnx": onnx.run}
 
 
 def run_exported(path: Path, kind: str, example: Tensor) -> Tensor | None:
-    """Return the outputs of an exported file, for a check; None if what runs it (onnxruntime) is not installed.
+    """Return the output of an exported file, for a check; None for ONNX if onnxruntime is not installed.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""ONNX files with dense weights and zeros, whose 2:4 weights TensorRT detects by itself."""
+"""ONNX files of dense weights with zeros, in which TensorRT detects 2:4 weights by itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpcompile.io.ownership import write_signed
 
 
 def save_onnx(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], *, dynamic_batch: bool = False) -> None:
-    """Write an ONNX file with dense weights; input ``x``, output ``logits``.
+    """Write an ONNX file of dense weights with zeros; the input is ``x``, the output ``logits``.
 
     Args:
         gm: from :func:`mpcompile.transform` or :func:`mpcompile.load`.
@@ -37,13 +37,15 @@ def save_onnx(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], *, d
             exported, (), dynamo=True, verbose=False, input_names=["x"], output_names=["logits"]
         )
     except Exception as error:
-        raise GraphError(f"ONNX cannot hold the graph: {first_line(error):.200}", hint="export pt2 or aoti") from error
+        raise GraphError(
+            f"the graph cannot be converted to ONNX: {first_line(error):.200}", hint="export pt2 or aoti"
+        ) from error
     assert converted is not None  # with dynamo=True
     write_signed(path, lambda temporary: converted.save(temporary, include_initializers=True), suffix=".onnx")
 
 
 def run(path: Path, example: Tensor) -> Tensor | None:
-    """Return the outputs of an ONNX file; None if onnxruntime is not installed."""
+    """Return the first output of an ONNX file; None if onnxruntime is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     import onnxruntime

@@ -1,4 +1,4 @@
-"""Guards of an AOTInductor package: each call checks its inputs against what the code was compiled for.
+"""Guards of an AOTInductor package: each call checks that its inputs are those that the code was compiled for.
 
 Inductor compiles sizes, strides and dtypes into native code that trusts its caller: it reads a smaller batch out of
 bounds, a larger one only in part, and the bits of another dtype as if they were of the expected one. A package may be
@@ -17,12 +17,12 @@ from typing import Any
 
 from mpcompile.errors import GraphError
 
-_HOOK = "generate_input_output_runtime_checks"  # of Inductor: writes what run_impl calls before it reads inputs
+_HOOK = "generate_input_output_runtime_checks"  # Inductor's method that writes the checks that run_impl calls first
 _CALLED = "#define __check_inputs_outputs(inputs, outputs) mpcompile_guard(inputs, outputs, this->device_idx_)"
 _CALL = "__check_inputs_outputs(input_handles"
 _ALIGNMENT = 16  # bytes that Triton kernels assume; CPU code assumes none
 
-# Inserted inside a namespace of the generated source: it cannot include anything, and needs nothing undeclared there.
+# Inserted inside a namespace of the generated source: it cannot include headers, and uses only names declared there.
 _HELPERS = """
 // A refused call still owns its inputs: run_impl has not taken them yet. Delete them and leave nulls, as run_impl does.
 [[noreturn]] static void mpcompile_refuse(AtenTensorHandle* handles, int64_t count, const std::string& why) {
@@ -119,10 +119,10 @@ def guarded(package: Path, low: int, high: int) -> Iterator[None]:
     Args:
         package: the file that the block writes.
         low: the smallest size of an axis that was left free.
-        high: the largest.
+        high: the largest size of such an axis.
 
     Raises:
-        GraphError: AOTInductor of this version of torch offers no place for checks.
+        GraphError: this version of torch has no hook in AOTInductor for checks.
     """
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
@@ -149,14 +149,14 @@ def guarded(package: Path, low: int, high: int) -> Iterator[None]:
 
 def _unguarded() -> GraphError:
     return GraphError(
-        "a package of this version of torch cannot check its inputs",
-        expected="a version in which AOTInductor writes checks of inputs",
+        "packages of this version of torch cannot check their inputs",
+        expected="a version in which AOTInductor writes input checks",
         hint="export pt2 or onnx instead",
     )
 
 
 def _checks(low: int, high: int) -> str:
-    """C++ that checks the inputs of the graph being compiled, under the name that run_impl calls."""
+    """Return C++ code that checks the inputs of the graph being compiled, under the name that run_impl calls."""
     from torch._inductor.virtualized import V
 
     inputs = list(V.graph.graph_inputs.values())
@@ -171,7 +171,7 @@ def _checks(low: int, high: int) -> str:
 
 
 def _check_of(number: int, count: int, value: Any, low: int, high: int, known: set[str]) -> list[str]:
-    """Statements that check one input; ``known`` holds the free sizes that earlier inputs have defined."""
+    """Return statements that check one input; ``known`` holds the free sizes that earlier inputs have defined."""
     from torch._inductor.codegen.cpp_utils import cexpr
 
     sizes, strides, device = list(value.get_size()), list(value.get_stride()), value.get_device()

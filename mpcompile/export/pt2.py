@@ -15,19 +15,20 @@ from mpcompile.io.ownership import write_signed
 from mpcompile.kernels import ops
 from mpcompile.pipeline import lower
 
-MAX_BATCH = 4096  # of a program whose batch size is left free
+MAX_BATCH = 4096  # largest batch of a program whose batch size is left free
 
 
 def program(
     gm: nn.Module, example: Tensor, *, engine: str = "auto", dynamic_batch: bool = False
 ) -> torch.export.ExportedProgram:
-    """Lower and export: packed weights on the engines that are fastest here, BatchNorm folded.
+    """Lower and export a model: packed weights for the engines that are fastest here, BatchNorm folded.
 
     Args:
         gm: from :func:`mpcompile.transform` or :func:`mpcompile.load`.
-        example: a batch (batch, channels, height, width); engines are timed for its size.
-        engine: see :class:`mpcompile.Config`. ``"dense"`` keeps dense weights with zeros and only operators of torch,
-            so that the program runs without mpcompile; all others need ``import mpcompile`` before they are loaded.
+        example: a batch (batch, channels, height, width); engines are timed at its size.
+        engine: see :class:`mpcompile.Config`. ``"dense"`` keeps dense weights with zeros and uses only torch's
+            operators, so that the program runs without mpcompile; programs of all other engines need
+            ``import mpcompile`` before they are loaded.
         dynamic_batch: leave the batch size free (1 to 4096).
 
     Raises:
@@ -56,13 +57,13 @@ def program(
 
 
 def _own_decompositions() -> dict[Any, Any]:
-    """Decompositions of our composite operators into torch's; torch's own operators are not decomposed."""
+    """Return decompositions of our composite operators into torch's; torch's own operators are not decomposed."""
     table = torch.export.default_decompositions().items()
     return {target: rule for target, rule in table if target.namespace == ops.NAMESPACE}
 
 
 def save_pt2(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **options: Any) -> None:
-    """Write :func:`program` for ``torch.export.load``; ``options`` are its options.
+    """Write the result of :func:`program` for ``torch.export.load``; ``options`` go to that function.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -73,5 +74,5 @@ def save_pt2(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **opt
 
 
 def run(path: Path, example: Tensor) -> Tensor:
-    """Return the outputs of a program file."""
+    """Return the output of a program file."""
     return torch.export.load(path).module()(example)

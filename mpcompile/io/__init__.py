@@ -1,1 +1,1 @@
-"""Files of a user: only regular ones are read, each is written as a whole or not at all, and content is validated."""
+"""User files: only regular files are read, each file is written whole or not at all, and content is validated."""

@@ -13,15 +13,15 @@ from mpcompile.errors import ArtifactError, first_line
 from mpcompile.io.reading import open_regular
 from mpcompile.io.state_dicts import StateDict, explain_misfit, find_state, match_names, replacements, strip_wrappers
 
-WEIGHTS = "model.safetensors"  # the file read where a folder is given
+WEIGHTS = "model.safetensors"  # the file that is read if the path is a folder
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Return the state dict in a safetensors file, or in a torch file of tensors (``weights_only``).
 
-    Prefixes of wrappers in front of all names (``module.``, ``_orig_mod.``) are removed, and the state dict is found
-    where training scripts put it; each such step is logged. A folder stands for the ``model.safetensors`` in it, and a
-    file of :func:`mpcompile.save` for its dense weights, with zeros where masks remove.
+    Wrapper prefixes that all names share (``module.``, ``_orig_mod.``) are removed, and the state dict is found in the
+    entries where training scripts put it; each such step is logged. If the path is a folder, its ``model.safetensors``
+    is read. A file that :func:`mpcompile.save` wrote yields its dense weights, with zeros where masks remove weights.
 
     Raises:
         ArtifactError: the file is missing, truncated or not a checkpoint.
@@ -32,10 +32,10 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load a checkpoint file into a model. Prefixes of wrappers that only the file's names have are removed.
+    """Load a checkpoint file into a model. Wrapper prefixes that only the file's names have are removed.
 
     Raises:
-        ArtifactError: as :func:`read_checkpoint`, or the tensors are not the model's.
+        ArtifactError: as :func:`read_checkpoint`, or the tensors do not fit the model.
     """
     source = match_names(_read_state(path), model)
     misfit = explain_misfit(source.state, model)
@@ -44,7 +44,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             model.load_state_dict(source.state)
         except (RuntimeError, TypeError, AttributeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            misfit = "its own tensors", " ".join(lines[1:3]) or str(error)
+            misfit = "the model's own tensors", " ".join(lines[1:3]) or str(error)
         else:
             source.log_steps(path)
             return
@@ -52,7 +52,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 
 
 def is_artifact(path: Path) -> bool:
-    """Return True if a file says that :func:`mpcompile.save` wrote it, or if a folder holds such a file."""
+    """Return True if a file's metadata says that :func:`mpcompile.save` wrote it, or if a folder holds such a file."""
     from safetensors import safe_open
 
     path = path / WEIGHTS if path.is_dir() else path
@@ -86,7 +86,7 @@ def _read_state(path: Path) -> StateDict:
 
 
 def _read(path: Path) -> Any:
-    """Whatever the file holds, by its format."""
+    """Return the content of a file, read according to its format."""
     with open_regular(path) as file:
         head = file.read(9)
         if head[8:9] != b"{" and path.suffix != ".safetensors":
@@ -102,9 +102,9 @@ def _read(path: Path) -> Any:
 
 
 def _unpickle(file: BinaryIO, path: Path) -> Any:
-    """The content of a torch file. Objects other than tensors are ignored; nothing that the file names is imported."""
+    """Return the content of a torch file, ignoring objects other than tensors; nothing that it names is imported."""
     problem: pickle.UnpicklingError | None = None
-    # Objects of a class of dicts have to be filled like dicts. Such a class is recognised by its name, or else by the
+    # Objects of dict subclasses have to be filled like dicts. Such a class is recognised by its name, or else by the
     # failure of the first attempt.
     for as_dicts in (False, True):
         file.seek(0)

@@ -8,11 +8,11 @@ from typing import Any
 
 from mpcompile.errors import ConfigError
 
-_LARGEST = 1 << 63  # above every integer that an option can be
+_LARGEST = 1 << 63  # every integer option is below this
 
 
 def check_fields(options: Any, *ranges: tuple[str, float, float]) -> None:
-    """Check the types of all fields of a dataclass, and some ranges.
+    """Check the types of all fields of a dataclass, and the ranges of some.
 
     Args:
         options: the instance; its annotations are like ``"int"``, ``"float | None"`` or ``"tuple[float, float]"``.
@@ -25,8 +25,8 @@ def check_fields(options: Any, *ranges: tuple[str, float, float]) -> None:
         check_type(field.name, str(field.type), getattr(options, field.name))
     for name, low, high in ranges:
         value = getattr(options, name)
-        beyond = _LARGEST if isinstance(value, int) else math.inf
-        if value is not None and not (low <= value <= high and value < beyond):
+        limit = _LARGEST if isinstance(value, int) else math.inf
+        if value is not None and not (low <= value <= high and value < limit):
             raise ConfigError(f"option {name!r} is out of range", expected=f"{low:g} to {high:g}", found=value)
 
 
@@ -34,7 +34,7 @@ def check_type(name: str, wanted: str, value: Any) -> None:
     """Check that a value is of a type written like ``"int"``, ``"float | None"`` or ``"tuple[float, float]"``.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value is of another type.
     """
     if wanted.startswith("tuple["):
         parts = wanted.removeprefix("tuple[").removesuffix("]").split(", ")

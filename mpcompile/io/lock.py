@@ -1,4 +1,4 @@
-"""Locks: one run at a time in a folder. The system frees a lock when its process ends, however it ends."""
+"""Locks that allow one run at a time in a folder. The system frees a lock when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 
 def _release_in_child() -> None:
-    """Close inherited locks: a forked child, such as a loader's worker, would hold its parent's beyond its death."""
+    """Close inherited lock files: otherwise a forked child, such as a loader's worker, could hold its parent's lock
+    after the parent's death."""
     for file in list(_FILES):
         file.close()
 
@@ -36,12 +37,12 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes, and other threads of this one, from running in ``folder``. Nested calls pass.
+    """Keep other processes, and other threads of this one, from running in ``folder``. A nested call has no effect.
 
     On a file system without locks, a warning is logged and the run continues.
 
     Raises:
-        ArtifactError: another process runs there (it is named), or the folder cannot be written.
+        ArtifactError: another run holds the lock (the message names its process), or the folder cannot be written.
     """
     place = os.path.realpath(folder)
     if place in _HELD.get():
@@ -55,17 +56,17 @@ def locked(folder: Path) -> Iterator[None]:
         _HELD.reset(token)
         if file is not None and not file.closed:
             with contextlib.suppress(OSError):
-                os.unlink(folder / NAME)  # while locked: a process that opened it meanwhile finds the name gone
+                os.unlink(folder / NAME)  # still locked: a process that has opened the file will find its name gone
             _FILES.discard(file)
             file.close()
 
 
 def _acquire(folder: Path) -> io.FileIO | None:
-    """Create and lock the lock file; None where there are no locks."""
+    """Create and lock the lock file; return None where locks are not supported."""
     try:
         import fcntl
-    except ImportError:  # not on this system
-        log.warning("this system has no file locks: let no other run write into the folder of this one")
+    except ImportError:  # not available on this system
+        log.warning("this system has no file locks: make sure that no other run writes into the same folder")
         return None
     path = folder / NAME
     while True:
@@ -81,7 +82,9 @@ def _acquire(folder: Path) -> io.FileIO | None:
             owner = _owner(file)
             file.close()
             if error.errno in _NO_LOCKS:
-                log.warning("the file system of the run's folder has no locks: let no other run write into it")
+                log.warning(
+                    "the file system of the run's folder has no locks: make sure that no other run writes into it"
+                )
                 return None
             raise ArtifactError(
                 f"another run is writing into {folder}",
@@ -94,7 +97,7 @@ def _acquire(folder: Path) -> io.FileIO | None:
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
             _FILES.add(file)
             return file
-        file.close()  # its previous owner has just removed it
+        file.close()  # its previous owner has just removed it: try again
 
 
 def _is(file: io.FileIO, path: Path) -> bool:
@@ -111,4 +114,4 @@ def _owner(file: io.FileIO) -> str:
         owner = parse_json(os.pread(file.fileno(), 4096, 0))
         return f"process {int(owner['pid'])} on {owner['host']!s:.100}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a process that has not written its name yet"
+        return "a process that has not recorded its id yet"

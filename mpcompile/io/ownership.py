@@ -1,4 +1,4 @@
-"""Ownership: which files mpcompile wrote, and so may replace. Told by content, never by name."""
+"""Ownership: files that mpcompile wrote, and so may replace, are recognised by their content, never by their name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from mpcompile.io.reading import LARGEST_TEXT, open_regular, parse_json
 from mpcompile.io.writing import write_atomically
 
-MARK = b"mpcompile"  # in the archives that we write
+MARK = b"mpcompile"  # the mark in archives and ONNX files that we write
 _ZIP = b"PK\x03\x04"
-_ONNX_PRODUCER = b"\x12" + bytes([len(MARK)]) + MARK  # ModelProto.producer_name; of several, the last counts
+_ONNX_PRODUCER = b"\x12" + bytes([len(MARK)]) + MARK  # ModelProto.producer_name; if repeated, the last one counts
 _HTML = b'<meta name="generator" content="mpcompile'
 _PICTURES = {b"\x89PNG": b"Software\0mpcompile", b"%PDF": b"/Creator (mpcompile)", b"<?xm": b"<dc:title>mpcompile</"}
-_JSON: tuple[frozenset[str], ...] = (  # keys of what a command writes with --json
+_JSON: tuple[frozenset[str], ...] = (  # top-level keys of the JSON that commands write with --json
     frozenset({"rows", "environment", "fell_back"}),
     frozenset({"layers", "passes", "macs"}),
     frozenset({"format", "mpcompile", "plan"}),
@@ -26,13 +26,13 @@ _JSON: tuple[frozenset[str], ...] = (  # keys of what a command writes with --js
     frozenset({"recipe", "result", "macs"}),
     frozenset({"processor", "isa", "kernel_libraries"}),
 )
-_JSON_ENTRIES: tuple[frozenset[str], ...] = (  # keys of every entry of a list or mapping
+_JSON_ENTRIES: tuple[frozenset[str], ...] = (  # keys of every entry of a top-level list or mapping
     frozenset({"shape", "fits"}),
     frozenset({"shape", "zeros", "legal"}),
     frozenset({"model", "compile", "train"}),
 )
 _EVENT = frozenset({"event", "time"})  # a line in the log of a run
-_EDGE = 1 << 16  # bytes looked at from the start and from the end of a file
+_EDGE = 1 << 16  # bytes examined at each end of a file
 _DIGEST = 64  # bytes of student.stamp, a checksum in hexadecimal
 
 
@@ -41,7 +41,7 @@ def sign(path: Path) -> None:
     with open(path, "r+b") as file:
         if file.read(4) == _ZIP:
             file.seek(-2, os.SEEK_END)
-            if file.read(2) == b"\0\0":  # the length of the archive's comment, with which the file ends
+            if file.read(2) == b"\0\0":  # an archive without a comment ends with the comment's length, 0
                 file.seek(-2, os.SEEK_END)
                 file.write(struct.pack("<H", len(MARK)) + MARK)
         elif path.suffix == ".onnx":
@@ -50,7 +50,7 @@ def sign(path: Path) -> None:
 
 
 def write_signed(path: str | os.PathLike[str], write: Callable[[Path], object], *, suffix: str = "") -> None:
-    """Replace a file by what ``write`` writes at the temporary path it is given, signed by :func:`sign`.
+    """Replace a file by one that ``write`` creates at the temporary path it is given, then signed by :func:`sign`.
 
     Raises:
         ArtifactError: as :func:`mpcompile.io.writing.write_atomically`.
@@ -64,7 +64,7 @@ def write_signed(path: str | os.PathLike[str], write: Callable[[Path], object], 
 
 
 def is_ours(path: Path) -> bool:
-    """Return True if mpcompile wrote a file, judged by its content. An empty file counts: nothing is lost with it."""
+    """Return True if mpcompile wrote a file, judged by content, or if the file is empty: replacing it loses nothing."""
     try:
         with open_regular(path) as file:
             head = file.read(_EDGE)
@@ -93,7 +93,7 @@ def is_ours(path: Path) -> bool:
 
 
 def _is_our_header(header: bytes) -> bool:
-    """Return True for the header of a safetensors file of ours."""
+    """Return True for the header of a safetensors file that mpcompile wrote."""
     try:
         metadata = json.loads(header)["__metadata__"]
         return metadata.get("format") == "mpcompile" or "mpcompile" in metadata
@@ -102,7 +102,7 @@ def _is_our_header(header: bytes) -> bool:
 
 
 def _is_our_json(text: bytes) -> bool:
-    """Return True for what commands write with ``--json``, and for the log of a run."""
+    """Return True for the JSON that commands write with ``--json``, and for the log of a run."""
     try:
         value = parse_json(text)
     except ValueError:

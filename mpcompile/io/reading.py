@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 from mpcompile.errors import ArtifactError
 
-LARGEST_TEXT = 1 << 28  # bytes of a JSON file
-_MAX_NESTING = 64  # of JSON
-_MAX_DIGITS = 20  # of an integer in JSON
+LARGEST_TEXT = 1 << 28  # bytes of the largest text or JSON file that is read
+_MAX_NESTING = 64  # levels of nesting in JSON
+_MAX_DIGITS = 20  # characters of an integer in JSON
 _CHUNK = 1 << 20  # bytes hashed at a time
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -37,7 +37,7 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
     """Open a regular file for reading. Never waits for, or opens, a FIFO, socket, device or folder.
 
     Args:
-        path: links are followed.
+        path: the file; links are followed.
         most: the largest size to accept, in bytes.
 
     Raises:
@@ -51,7 +51,7 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
         raise OSError(errno.EINVAL, str(error), str(path)) from error
     try:
         status = os.fstat(descriptor)
-        _check_regular(status, path)  # the file may have been exchanged since
+        _check_regular(status, path)  # the file may have been replaced since
         if most is not None and status.st_size > most:
             raise OSError(errno.EFBIG, f"{status.st_size} bytes, more than {most}", str(path))
         return os.fdopen(descriptor, "rb")

@@ -1,6 +1,6 @@
 """Schemas: check that plain values, such as those of a JSON file, have the types that hints declare.
 
-One checker serves every file that is read. What a file must contain is written as dataclasses and ``TypedDict``s.
+One checker serves every file that is read. Dataclasses and ``TypedDict``s declare what a file must contain.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Mismatch(ValueError):
 
     Attributes:
         where: the field, such as ``"layers.fc.macs_dense"``.
-        expected: what was expected there, in words.
-        found: what was found instead, in words.
+        expected: description of the expected value.
+        found: description of the value found instead.
     """
 
     def __init__(self, where: str, expected: str, found: str) -> None:
@@ -142,13 +142,13 @@ def _check_union(value: Any, hints: tuple[Any, ...], where: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _fields(hint: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
-    """Hints by name, the required names, and True if other names are allowed."""
+    """Return the hints by name, the required names, and True if other names are allowed."""
     hints = typing.get_type_hints(hint, include_extras=True)
     if typing.is_typeddict(hint):
         return hints, frozenset(hint.__required_keys__), True
     fields = [field for field in dataclasses.fields(hint) if field.init]
-    given = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    return {f.name: hints[f.name] for f in fields}, frozenset(f.name for f in given), False
+    required = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    return {f.name: hints[f.name] for f in fields}, frozenset(f.name for f in required), False
 
 
 def _check_record(value: Any, hint: Any, where: str) -> None:
@@ -182,5 +182,5 @@ def _at(where: str, name: object) -> str:
 
 
 def _mismatch(value: Any, expected: str, where: str) -> Mismatch:
-    shown = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
-    return Mismatch(where, expected, printable(shown, 60))
+    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
+    return Mismatch(where, expected, printable(text, 60))

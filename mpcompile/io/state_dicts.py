@@ -1,4 +1,4 @@
-"""State dicts as training scripts leave them: nested, with prefixes of wrappers, beside other pickled objects.
+"""State dicts as training scripts leave them: nested, with wrapper prefixes, next to other pickled objects.
 
 Nothing here loads a file, and nothing imports what a file names: other classes in it become :class:`Ignored`.
 """
@@ -26,7 +26,7 @@ KEYS = (
 )
 WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _INNER = WRAPPERS[1:]  # removed anywhere in a name, since no layer has such a name
-# Names of the model inside the module of a training script.
+# Names under which a training script's module holds the model.
 _PREFIXES = (
     *("ema_model.", "model_ema.", "ema.", "averaged_model."),
     *("model.", "net.", "network.", "backbone.", "encoder.", "student."),
@@ -45,7 +45,7 @@ class StateDict:
 
     Attributes:
         state: tensors by name.
-        steps: such as ``"prefix 'module.' taken off"``.
+        steps: the steps in order, such as ``"prefix 'module.' removed"``.
     """
 
     state: dict[str, Tensor]
@@ -76,14 +76,14 @@ class Ignored:
 
 
 class _Dict:
-    """Replaces a class of dicts, which the unpickler fills item by item."""
+    """Replaces a dict subclass, which the unpickler fills item by item."""
 
     def __new__(cls, *_args: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
         return OrderedDict()
 
 
 class _List(list[Any]):
-    """Replaces a class of lists."""
+    """Replaces a list subclass."""
 
     def __new__(cls, *_args: Any) -> _List:
         return super().__new__(cls)
@@ -101,13 +101,14 @@ _BUILTINS |= {"set", "slice", "str", "tuple"}
 def replacements(file: BinaryIO, as_dicts: bool = False) -> list[Any]:
     """Return replacements for the classes in a torch file, so that ``weights_only`` ignores their objects.
 
-    They are what ``torch.serialization.safe_globals`` takes. Functions of the standard library that do more than hold
-    values get no replacement, so that the file is refused.
+    The result is an argument for ``torch.serialization.safe_globals``. Functions and classes of the standard library
+    that do more than hold values get no replacement, so that a file that names one is refused.
 
     Args:
         file: the torch file.
-        as_dicts: replace every class by a dict. Objects of a class of dicts are filled item by item, which
-            ``weights_only`` allows only for real dicts. By default only classes with "dict" in their name get one.
+        as_dicts: replace every class by a dict. Objects of dict subclasses are filled item by item, which
+            ``weights_only`` allows only for real dicts. By default, only a class with "dict" in its name is replaced by
+            a dict.
     """
     names = sorted(_globals(file))
     pairs: list[Any] = []
@@ -131,7 +132,7 @@ def replacements(file: BinaryIO, as_dicts: bool = False) -> list[Any]:
 
 
 def _globals(file: BinaryIO) -> set[str]:
-    """The classes and functions that a torch file names, without those that torch allows by itself."""
+    """Return the classes and functions that a torch file names, without those that torch allows by default."""
     start = file.tell()
     try:
         if file.read(2) == b"PK":
@@ -146,7 +147,7 @@ def _globals(file: BinaryIO) -> set[str]:
         return set()
 
 
-# --- Where the state dict is ---
+# --- Finding the state dict ---
 
 
 def find_state(raw: Any, path: Path) -> StateDict:
@@ -185,14 +186,14 @@ def find_state(raw: Any, path: Path) -> StateDict:
 
 
 def _only_one(raw: Mapping[Any, Any]) -> Any:
-    """The only entry whose tensors have names of layers, whatever its own name; None if there are none or several."""
+    """Return the key of the only entry whose tensors are named like layers; None if there are none or several."""
     held = [key for key, value in raw.items() if isinstance(value, Mapping) and _holds_tensors(value)]
     named = [key for key in held if isinstance(key, str) and _holds_weights(raw[key])]
     return named[0] if len(named) == 1 else None
 
 
 def _holds_weights(value: Mapping[Any, Any], depth: int = 0) -> bool:
-    """Return True for weights; False for an optimiser's state, whose tensors are numbered or beside step counts."""
+    """Return True for weights, False for an optimiser's state, whose tensors are numbered or next to step counts."""
     tensors = [key for key, entry in value.items() if isinstance(entry, Tensor)]
     if any(isinstance(key, str) and "." in key for key in tensors):
         return True
@@ -209,7 +210,10 @@ def _holds_tensors(value: Mapping[Any, Any], depth: int = 0) -> bool:
 
 
 def _plain(value: object) -> bool:
-    """Return True for a dense tensor whose values are all in the file: others can claim any size."""
+    """Return True for a dense CPU tensor of at most 1 GiB, or a larger one that is stored in full.
+
+    A view of few stored values could claim any size.
+    """
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized or value.is_nested:
         return False
     if value.device.type != "cpu":
@@ -229,11 +233,11 @@ def strip_wrappers(source: StateDict) -> StateDict:
         if prefix is None:
             break
         state = _under(state, prefix)
-        steps.append(f"prefix {prefix!r} taken off")
+        steps.append(f"prefix {prefix!r} removed")
     for inner in _INNER:
         if any(f".{inner}" in name for name in state):
             state = {name.replace(f".{inner}", "."): value for name, value in state.items()}
-            steps.append(f"{inner!r} taken out of names")
+            steps.append(f"{inner!r} removed from names")
     return StateDict(state, tuple(steps))
 
 
@@ -247,7 +251,10 @@ def _weights(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def match_names(source: StateDict, model: nn.Module) -> StateDict:
-    """Return the state dict with the names of a model, if it has them behind the prefix of a wrapper or a script."""
+    """Return the state dict under a model's names, if removing prefixes of wrappers and scripts yields these names.
+
+    Otherwise only wrapper prefixes are removed.
+    """
     expected = set(model.state_dict())
     if expected <= source.state.keys():
         return source
@@ -259,20 +266,23 @@ def match_names(source: StateDict, model: nn.Module) -> StateDict:
 
 
 def _candidates(source: StateDict, depth: int) -> Iterator[StateDict]:
-    """The state dict, and what is left of it without each prefix, recursively."""
+    """Yield the state dict, then for each prefix the entries that have it, with the prefix removed, recursively."""
     yield source
     for prefix in (*WRAPPERS, *_PREFIXES) if depth < _MAX_NESTING else ():
         state = _under(source.state, prefix)
         if state:
-            steps = [*source.steps, f"prefix {prefix!r} taken off"]
+            steps = [*source.steps, f"prefix {prefix!r} removed"]
             rest = len(source.state) - len(state)
             if rest:
-                steps.append(f"{rest} tensors beside it left out")
+                steps.append(f"{rest} tensors without it left out")
             yield from _candidates(StateDict(state, tuple(steps)), depth + 1)
 
 
 def explain_misfit(state: Mapping[str, Tensor], model: nn.Module) -> tuple[str, str] | None:
-    """Return what a model expects and what is found instead; None if names, shapes and kinds of numbers match."""
+    """Describe what a model expects and what a state dict holds instead.
+
+    Returns None if names, shapes and kinds of numbers match.
+    """
     own = model.state_dict()
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
     if missing or unknown:
@@ -290,5 +300,5 @@ def explain_misfit(state: Mapping[str, Tensor], model: nn.Module) -> tuple[str, 
 def _named(before: str, names: list[str]) -> str:
     if not names:
         return ""
-    shown = ", ".join(printable(name, 60) for name in names[:_NAMED])
-    return f"{before}{shown}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    listed = ", ".join(printable(name, 60) for name in names[:_NAMED])
+    return f"{before}{listed}" + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

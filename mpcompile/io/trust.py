@@ -10,12 +10,13 @@ from pathlib import Path
 
 
 def others_can_write(path: Path, kind: Callable[[int], bool]) -> str | None:
-    """Return who else could have put a file or folder where it is, or None if only this user and root could.
+    """Return how others could have placed or changed a file or folder, or None if only this user and root could.
 
     The file or folder itself, every folder above it, and the targets of links among these folders are checked.
 
     Args:
-        kind: test of the mode that the path must pass, such as ``stat.S_ISREG``. A link is neither file nor folder.
+        path: the file or folder.
+        kind: a test that the path's mode must pass, such as ``stat.S_ISREG``. A link is neither file nor folder.
 
     Raises:
         OSError: the path does not exist.
@@ -38,14 +39,14 @@ def others_can_write(path: Path, kind: Callable[[int], bool]) -> str | None:
 
 
 def _other_owner(path: Path, status: os.stat_result, last: bool) -> str | None:
-    # In a container, folders that belong to users outside it all show the overflow user.
+    # In a container, all folders of users from outside appear to belong to the overflow user.
     unknown = () if last else (_overflow_user(),)
     return None if status.st_uid in (os.getuid(), 0, *unknown) else f"{path} belongs to user {status.st_uid}"
 
 
 def _other_writer(path: Path, status: os.stat_result, last: bool) -> str | None:
     shared = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _private_group(status.st_gid))
-    if not shared or (not last and status.st_mode & stat.S_ISVTX):  # sticky, as /tmp: only owners rename their files
+    if not shared or (not last and status.st_mode & stat.S_ISVTX):  # sticky, like /tmp: only owners can rename files
         return None
     return f"others can write to {path} (mode {stat.S_IMODE(status.st_mode):o})"
 

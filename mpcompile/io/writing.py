@@ -41,7 +41,7 @@ def write_atomically(
     Args:
         path: a link is followed: the file that it leads to is replaced.
         content: text (written as UTF-8), bytes, or a function that writes the file at the temporary path it is given.
-        suffix: of that temporary path, for a writer that looks at it; by default that of ``path``.
+        suffix: suffix of that temporary path, for a writer that depends on it; by default that of ``path``.
 
     Raises:
         ArtifactError: the folder is missing or not writable, or the disk is full; an older file is untouched.
@@ -78,7 +78,7 @@ def replacing(
     Args:
         path: the file to replace.
         mode: exact permissions of the new file; None: those that the umask leaves of 0o666.
-        durable: flush file and folder to the disk. A cache does without.
+        durable: flush file and folder to the disk, which caches do not need.
         follow: replace the file that a link at ``path`` leads to; False replaces the link itself. Caches that may be
             in a folder of other users do not follow links, which could lead to any file of this user.
 
@@ -95,7 +95,7 @@ def replacing(
             named.enter_context(_discarded(temporary))
         with os.fdopen(descriptor, "w+b") as file:
             if mode is not None and hasattr(os, "fchmod"):
-                os.fchmod(file.fileno(), mode)  # whatever the umask removed
+                os.fchmod(file.fileno(), mode)  # regardless of the umask
             yield file
             file.flush()
             if durable:
@@ -118,10 +118,10 @@ def temporary_path(path: str | os.PathLike[str], suffix: str = "") -> Iterator[P
 
     Args:
         path: the file to replace.
-        suffix: how the temporary name ends, for writers that look at it; by default as ``path`` does.
+        suffix: suffix of the temporary name, for writers that depend on it; by default that of ``path``.
 
     Raises:
-        OSError: as :func:`replacing`; also in place of the errors by which safetensors and torch report a full disk.
+        OSError: as :func:`replacing`; errors by which safetensors and torch report a full disk are converted to it.
     """
     target = _target(path)
     temporary = _temporary_name(target, suffix or target.suffix)
@@ -142,7 +142,10 @@ def temporary_path(path: str | os.PathLike[str], suffix: str = "") -> Iterator[P
 
 
 def _target(path: str | os.PathLike[str], follow: bool = True) -> Path:
-    """The file to replace: ``path``, or what it leads to. It is a regular file or absent; a link if not followed."""
+    """Return the file to replace: ``path``, or, if links are followed, the target of a link there.
+
+    It is absent or a regular file, or a link that is not followed.
+    """
     target = Path(os.path.realpath(path) if follow else os.path.abspath(path))
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(target).st_mode
@@ -162,7 +165,7 @@ def _created(path: Path, mode: int | None = None) -> int:
 
 
 def _unnamed(folder: Path, mode: int | None = None) -> int | None:
-    """Create a file without a name, which vanishes with the process; None where the system cannot."""
+    """Create a file without a name, which vanishes with the process; return None where the system cannot."""
     if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
         return None
     try:
@@ -201,7 +204,7 @@ def _discarded(temporary: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminating_cleanly() -> Iterator[None]:
-    """Where the program leaves SIGTERM to the system, remove temporary files before it ends the process.
+    """If the program has no handler for SIGTERM, remove temporary files before the signal ends the process.
 
     A program that handles the signal itself (as the command line does, by unwinding) keeps its handler, and only the
     main thread may set one.
@@ -249,7 +252,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, as far as they are missing.
+    """Create a folder, and its parents, if they are missing.
 
     Raises:
         ArtifactError: the folder cannot be created.
@@ -284,7 +287,7 @@ def check_folder_writable(path: Path) -> None:
     """Check that files can be written in the folder ``path``, which exists or can be created.
 
     Raises:
-        ArtifactError: they cannot.
+        ArtifactError: files cannot be written there.
     """
     try:
         existing = Path(os.path.realpath(path))
@@ -300,7 +303,7 @@ def check_folder_writable(path: Path) -> None:
 
 
 def _try_folder(folder: Path) -> None:
-    """Create and remove a file."""
+    """Create and remove a file; raises OSError if that is impossible."""
     temporary = _temporary_name(folder / "check")
     os.close(_created(temporary))
     os.unlink(temporary)

@@ -1,4 +1,4 @@
-"""Options in YAML, read the way people mean them: plain values of limited size, 2:4 as text, 1e-5 as a number."""
+"""Options in YAML, read as people mean them: plain values of limited size, 2:4 as text, 1e-5 as a number."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import yaml
 
 from mpcompile.errors import ConfigError
 
-LARGEST = 1 << 20  # bytes of a file of options
-_MAX_VALUES, _MAX_NESTING = 10_000, 20  # of a document, with aliases expanded
+LARGEST = 1 << 20  # bytes of the largest options file that is read
+_MAX_VALUES, _MAX_NESTING = 10_000, 20  # limits of a document, with aliases expanded
 _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 2:4 is text, not minutes and seconds (124), 1e-5 is a number, and nothing constructs an object.
 
-    It has lists, mappings, texts, finite numbers, truth values and null, nothing else. A date is a text.
+    It has lists, mappings, strings, finite numbers, booleans and null, and nothing else. A date is a string.
     """
 
     _level = 0
@@ -48,7 +48,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _measure(node: Any, known: dict[int, int]) -> int:
-    """The number of values in a node, with every alias expanded; ``known`` nodes are counted once."""
+    """Return the number of values in a node, with every alias expanded.
+
+    ``known`` holds the sizes of nodes by identity; 0 marks one that is being counted.
+    """
     size = known.get(id(node))
     if size == 0:
         raise yaml.YAMLError("an alias is inside the value that it refers to")
@@ -94,10 +97,10 @@ def parse(text: str, where: object) -> Any:
 
     Args:
         text: the document, or a single value such as ``"[2:4, 8:16]"``.
-        where: what the text is, for the error.
+        where: a name for the text, for the error.
 
     Raises:
-        ConfigError: the text is not YAML, or is more than plain values of a reasonable size.
+        ConfigError: the text is not YAML, holds anything other than plain values, or is too large.
 
     Example:
         >>> parse("{pattern: 8:16, lr: 1e-4}", "a recipe")

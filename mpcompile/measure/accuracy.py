@@ -1,4 +1,4 @@
-"""Top-1 accuracy: hits of one model, and of one build beside the dense model."""
+"""Top-1 accuracy: hits of one model, and a comparison of one build with the dense model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Comparison:
     """Sums over all samples of how one build compares with the dense model; no sample is kept.
 
     Args:
-        row: of the build; :meth:`add` and :meth:`finish` fill it in.
+        row: row of the build; :meth:`add` and :meth:`finish` fill it in.
     """
 
     def __init__(self, row: Row) -> None:
@@ -41,7 +41,7 @@ class Comparison:
         row = self.row
         if outputs.shape != reference.shape:
             raise InputError(
-                f"{row.name} returns another shape than the model",
+                f"{row.name} returns a different shape from the model",
                 expected=tuple(reference.shape),
                 found=tuple(outputs.shape),
             )

@@ -1,8 +1,8 @@
-"""Audit: what a compiled model really does, beside the dense model it came from.
+"""Audit: measure a compiled model against the dense model it came from.
 
-Accuracy with an interval and paired with the dense model, MACs counted from tensors, bytes of the weights as stored,
-and latency against the best dense build of the same dtype, with all builds interleaved in one run. On a CPU with bf16
-dot products, an fp32 audit also shows the dense model in bf16, which is easily the fastest of all.
+The report has accuracy with an interval and paired with the dense model, MACs counted from tensors, bytes of the
+weights as stored, and latency against the best dense build of the same dtype, with all builds interleaved in one run.
+On a CPU with bf16 dot products, an fp32 audit also shows the dense model in bf16, which may well be the fastest.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def audit(
             measured, once more with freezing.
         dense_bf16: show the dense model in bf16: True compiles it with ``torch.compile``, a callable is used as it is
             (called with the unchanged inputs), False shows no such row. None shows it when latency is measured, inputs
-            are fp32 and the CPU has native bf16. It is not part of the bar that ``speedup`` is measured against.
+            are fp32 and the CPU has native bf16. ``speedup`` is not measured against it.
         rounds: timings of each build; 0 measures no latency.
         progress: show progress bars (on a terminal).
 
@@ -128,7 +128,7 @@ def _sample_count(batch: Any) -> int:
 
 def _non_empty(inputs: Any) -> Iterator[Any]:
     """Yield the batches that hold samples, read one at a time."""
-    batches = read(as_batches(inputs, "what is to be audited"), "the inputs")
+    batches = read(as_batches(inputs, "the data to audit"), "the inputs")
     return (batch for batch in batches if _sample_count(batch))
 
 

@@ -69,7 +69,7 @@ def logits(build: Callable[..., Any], batch: Any) -> Tensor:
     """Run a build on one batch and return its first output.
 
     Raises:
-        InputError: the output is no tensor.
+        InputError: the output is not a tensor.
     """
     if isinstance(batch, Mapping):
         result = build(**batch)

@@ -1,4 +1,4 @@
-"""The environment of a run: versions, processor, compiler, caches, and what a figure was measured on."""
+"""The environment of a run: versions, processor, compiler, caches, and the conditions of a measurement."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LIBRARIES = (".so", ".dll", ".dylib")
 
 
 def environment() -> dict[str, Any]:
-    """Return what a bug report needs to know about this machine, as plain JSON values.
+    """Return the details of this machine that a bug report needs, as plain JSON values.
 
-    Nothing is compiled, timed or written. Unknown and missing things are None.
+    Nothing is compiled, timed or written. Values that are unknown or do not exist are None.
 
     Returns:
         ``mpcompile``, ``python`` and the packages ``torch``, ``timm``, ``triton``, ``numpy``, ``onnxruntime`` and
@@ -57,7 +57,7 @@ def environment() -> dict[str, Any]:
 
 
 def conditions(batch: Any) -> dict[str, Any]:
-    """Return what a latency of ``batch`` depends on: ``device``, ``threads``, ``torch``, ``dtype`` and ``batch`` size.
+    """Return the conditions of a latency: ``device``, ``threads``, ``torch``, ``dtype`` and size of the ``batch``.
 
     Raises:
         InputError: the batch holds no tensor.
@@ -138,7 +138,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """Version of NVIDIA's kernel module on Linux."""
+    """Return the version of NVIDIA's kernel module on Linux."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:

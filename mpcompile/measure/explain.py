@@ -31,7 +31,7 @@ class LayerChoice:
         candidates: by engine, microseconds per call, or the reason why it cannot run the layer, or None if not timed.
         engine, why: the choice, and its reason.
         us: microseconds per call of the chosen engine.
-        dense_us: microseconds per call of the dense build to beat: a prepacked one counts if the config says
+        dense_us: microseconds per call of the dense build to beat, which may be a prepacked one if the config sets
             ``frozen``.
     """
 

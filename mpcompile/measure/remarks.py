@@ -1,4 +1,4 @@
-"""Notes of an audit: which code ran, and what to make of its figures."""
+"""Notes of an audit: which code ran, and how to read the figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_remarks(report: Report, compiled: Any, graphs: Sequence[CompiledGraph], 
         report: rows are complete; the last one is the audited build.
         compiled: the audited build.
         graphs: compiled graphs that ran in it.
-        labelled: labels came with the inputs.
+        labelled: True if the inputs had labels.
     """
     report.plan = _plan(compiled, graphs)
     _remark_on_graphs(report, graphs)
@@ -90,7 +90,7 @@ def _compare_prediction(report: Report, graphs: Sequence[CompiledGraph]) -> None
 
 
 def _compare_bf16(report: Report) -> None:
-    """Point out a faster bf16 build: another dtype is not part of the bar, but a user after speed should know."""
+    """Point out a faster bf16 build: another dtype is not part of the bar, but a user who wants speed should know."""
     row = report.rows[-1]
     other = next((r for r in report.rows if r.name == DENSE_BF16), None)
     if other is None or other.latency_ms is None or row.latency_ms is None or other.latency_ms >= row.latency_ms:

@@ -15,7 +15,7 @@ from mpcompile.plan import Plan
 DENSE_EAGER, DENSE_COMPILED, COMPILED = "dense eager", "dense compiled", "compiled sparse"
 DENSE_FROZEN = "dense frozen"  # compiled, with constants folded and weights prepacked
 BARS = (DENSE_EAGER, DENSE_COMPILED, DENSE_FROZEN)  # speed-ups are measured against the fastest of them
-DENSE_BF16 = "dense bf16"  # another dtype than the rest: shown beside the bar, never part of it
+DENSE_BF16 = "dense bf16"  # another dtype than the rest: shown in the table, but never one of the BARS
 
 
 def finite(value: Any) -> Any:
@@ -37,8 +37,8 @@ class Row:
         agree: share of samples whose top-1 class is that of the dense model.
         lost, won: samples that only the dense model, or only this build, classifies correctly.
         difference: relative RMS difference of the outputs from those of the dense model.
-        macs, paper_macs: per sample, executed and by the paper's convention.
-        weight_bytes: of the parameters as this build stores them.
+        macs, paper_macs: MACs per sample, executed and by the paper's convention.
+        weight_bytes: bytes of the parameters as this build stores them.
         latency_ms, quartiles_ms: median and quartiles of the time of one batch.
         speedup: median latency of the best dense build over that of this one.
     """
@@ -71,7 +71,7 @@ class Report:
     Attributes:
         rows: one per build: the dense ones, others, and the audited build last.
         environment: see :func:`mpcompile.measure.environment.conditions`.
-        plan: of the audited build, or None.
+        plan: plan of the audited build, or None.
         notes: remarks on the figures.
         fell_back: dynamo runs the model's own eager code instead of the compiled graph.
         predicted_saving_ms: time that the lowered layers save over the best dense layers, each timed alone; None if

@@ -1,4 +1,4 @@
-"""One HTML page about a compiled model. Self-contained: no script, nothing fetched, light and dark."""
+"""One HTML page about a compiled model. Self-contained: no script, nothing fetched, light and dark colours."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def render(sources: Sources, title: str = "") -> str:
         content = section.render(sources)
         content = f'<p class="none">{section.missing}</p>' if content is None else content
         body += f'<section id="{section.anchor}"><h2>{escape(section.title)}</h2>{content}</section>'
-    # Without this policy, text from a JSON file that escaped escaping could still fetch something.
+    # Text from a JSON file is escaped; should any markup get through nevertheless, this policy keeps it from fetching.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -75,7 +75,7 @@ def write(path: Path, sources: Sources, title: str = "") -> None:
     """Write the page of :func:`render` to a file, atomically.
 
     Raises:
-        ArtifactError: the file can't be written.
+        ArtifactError: the file cannot be written.
     """
     write_atomically(path, render(sources, title))
 
@@ -89,7 +89,7 @@ def add_artifact(sources: Sources, path: Path, images: Sequence[Path] = ()) -> N
         images: image files in which the merged tokens are drawn.
 
     Raises:
-        ArtifactError: the artifact can't be loaded.
+        ArtifactError: the artifact cannot be loaded.
         InputError: as :func:`pictures`.
     """
     gm = load(path).eval()
@@ -122,8 +122,8 @@ def pictures(gm: IRModule, path: Path) -> list[tuple[str, np.ndarray]]:
         image = preprocess(data)(open_image(path))
     except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise InputError(
-            "this artifact doesn't record how its images are preprocessed",
-            expected="a data configuration of timm in its plan's provenance",
+            "this artifact does not record how its images are preprocessed",
+            expected="a timm data configuration in its plan's provenance",
             found=f"{type(error).__name__}: {first_line(error):.100}",
         ) from error
     return merging_steps(gm, image, shown(image, data))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mpcompile.errors import printable
 
-ROW, GAP, LABEL, PLOT = 20, 6, 170, 330  # pixels: height of a bar, gap between bars, width of the names and of the bars
+ROW, GAP, LABEL, PLOT = 20, 6, 170, 330  # pixels: height of a bar, gap between bars, width of the names, of the bars
 
 
 def escape(value: object) -> str:
@@ -47,12 +47,12 @@ class Bar:
     """A bar of a chart.
 
     Attributes:
-        name: text on its left.
+        name: the text on the left of the bar.
         value: its length.
-        shown: text on its right.
-        kind: ``"dense"``, ``"sparse"`` or ``"other"``: its colour.
-        low, high: ends of a whisker, or None.
-        start: its left end; other than 0 only in waterfalls.
+        shown: the text on its right.
+        kind: ``"dense"``, ``"sparse"`` or ``"other"``; selects its colour.
+        low, high: the ends of its whisker, or None.
+        start: its left end; nonzero only in waterfalls.
     """
 
     name: str
@@ -65,10 +65,13 @@ class Bar:
 
 
 def bars(chart: Sequence[Bar], title: str, mark: float | None = None, longest: float = 0.0) -> str:
-    """Return a chart of horizontal bars, scaled so that ``longest`` or the longest bar fills it; a line at ``mark``."""
+    """Return a chart of horizontal bars, with a line at ``mark``.
+
+    The chart is scaled so that the longest of the bars, their whiskers, ``mark`` and ``longest`` fills its width.
+    """
     longest = max([longest, *(max(bar.start + bar.value, bar.high or 0, mark or 0) for bar in chart)]) or 1.0
     scale, body = PLOT / longest, ""
-    values = ""  # above the mark, which would strike them through
+    values = ""  # drawn over the mark, which would strike them through
     for number, bar in enumerate(chart):
         y = number * (ROW + GAP)
         end = LABEL + (bar.start + bar.value) * scale
@@ -98,7 +101,7 @@ def histogram(
     width: float = 260,
     height: float = 110,
 ) -> str:
-    """Return a density as columns, with a law as a line over it and single values as ticks on the axis."""
+    """Return a histogram of a density, with a law as a curve over it and single values as ticks on the axis."""
     right = max([edges[-1], *spikes, *(x for x, _ in curve)]) or 1.0
     top = max([*heights, *(y for _, y in curve)]) or 1.0
     across, up = width / right, (height - 30) / top

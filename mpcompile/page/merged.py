@@ -1,4 +1,4 @@
-"""Pictures of token merging: the patches of an image that each token stands for, block by block."""
+"""Pictures of token merging: the patches of an image that each token represents, block by block."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MARGIN = 20  # height of the text above a picture, in pixels
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and records where each merge puts every token."""
+    """Runs a graph and records the position to which each merge moves every token."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -46,13 +46,13 @@ def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
     """Return the rows and columns of square patches that tile an image.
 
     Raises:
-        InputError: the image doesn't divide into that number of square patches.
+        InputError: the image does not divide into that number of square patches.
     """
     for rows in range(1, patches + 1):
         if patches % rows == 0 and rows * width == patches // rows * height and height % rows == 0:
             return rows, patches // rows
     raise InputError(
-        "the tokens are no grid of square patches",
+        "the tokens are not a grid of square patches",
         expected=f"an image of {height}x{width} cut into squares",
         found=f"{patches} tokens besides prefix tokens",
     )
@@ -60,19 +60,19 @@ def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None) -> list[np.ndarray]:
-    """Return the token that each patch of an image is part of after every merge.
+    """Return the token that each patch of an image belongs to after every merge.
 
     Args:
         model: a vision transformer, or the result of :func:`mpcompile.transform` with ``tome_r``.
         image: (3, H, W) or (1, 3, H, W), as the model takes it.
-        config: how to merge, for a model that doesn't merge yet; by default, eight tokens per block.
+        config: how to merge, for a model that does not merge yet; by default, eight tokens per block.
 
     Returns:
         One integer array (rows, columns) per merge: patches with the same number are one token.
 
     Raises:
         InputError: there is not exactly one image, or the tokens are not a grid of patches.
-        MPCompileError: tokens can't merge in this model.
+        MPCompileError: tokens cannot merge in this model.
     """
     image = image[None] if image.dim() == 3 else image
     if image.dim() != 4 or image.shape[0] != 1:
@@ -85,7 +85,7 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
         recorder.run(image)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
-            "the model doesn't take this image",
+            "the model does not take this image",
             expected="an image of the size that it was traced for",
             found=f"{tuple(image.shape)}: {first_line(error)}",
         ) from error
@@ -101,7 +101,7 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
 
 
 def draw_tokens(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Fill each merged token of an (H, W, 3) image with its mean colour, and outline it in a colour of its own."""
+    """Fill each merged token of an (H, W, 3) image with its mean colour, and outline it in its own hue."""
     cell = image.shape[0] // tokens.shape[0]
     label = np.kron(tokens, np.ones((cell, cell), dtype=tokens.dtype))
     count = np.bincount(label.ravel())
@@ -114,7 +114,9 @@ def draw_tokens(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         padded = np.pad(label, step, constant_values=-1)
         for dy, dx in ((0, step), (2 * step, step), (step, 0), (step, 2 * step)):
             edge |= padded[dy : dy + label.shape[0], dx : dx + label.shape[1]] != label
-    first = {int(t): i for i, t in reversed(list(enumerate(tokens.ravel())))}  # the same hue from block to block
+    first = {
+        int(t): i for i, t in reversed(list(enumerate(tokens.ravel())))
+    }  # its first patch gives a token the same hue in every block
     hues = np.zeros((len(count), 3))
     for token, patch in first.items():
         hues[token] = colorsys.hsv_to_rgb(patch * 0.618034 % 1, 0.9, 1.0)
@@ -123,8 +125,8 @@ def draw_tokens(image: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return result.astype(np.uint8)
 
 
-def _shown(image: Tensor) -> np.ndarray:
-    """Return a normalised (3, H, W) image as (H, W, 3) uint8, its values spread over the whole range."""
+def _stretched(image: Tensor) -> np.ndarray:
+    """Return a normalised (3, H, W) image as (H, W, 3) uint8, with its values stretched to the whole range."""
     pixels = image.detach().float().cpu().numpy().transpose(1, 2, 0)
     low, high = pixels.min(), pixels.max()
     return (255 * (pixels - low) / max(float(high - low), 1e-12)).astype(np.uint8)
@@ -155,15 +157,15 @@ def visualize_merging(
 ) -> list[np.ndarray]:
     """Draw an image with its merged tokens outlined, once per block, and write it as a PNG.
 
-    Patches that form one token are filled with their mean colour and share an outline; other patches stay as they
-    are. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 5.2.
+    Patches that form one token are filled with their mean colour and share an outline; other patches are
+    unchanged. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 5.2.
 
     Args:
         model: a vision transformer, or the result of :func:`mpcompile.transform` with ``tome_r``.
         image: (3, H, W) or (1, 3, H, W), as the model takes it (normalised).
         path: the PNG to write.
-        config: how to merge, for a model that doesn't merge yet; by default, eight tokens per block.
-        display: the picture to draw on, (H, W, 3) uint8; by default, ``image`` with its values spread over the range.
+        config: how to merge, for a model that does not merge yet; by default, eight tokens per block.
+        display: the picture to draw on, (H, W, 3) uint8; by default, ``image`` with its values stretched to 0-255.
         columns: pictures per row.
 
     Returns:
@@ -172,8 +174,8 @@ def visualize_merging(
     Raises:
         InputError: there is not exactly one image, the tokens are not a grid of patches, or the display has another
             size.
-        ArtifactError: the file can't be written.
-        MPCompileError: tokens can't merge in this model.
+        ArtifactError: the file cannot be written.
+        MPCompileError: tokens cannot merge in this model.
 
     Example:
         >>> import tempfile, timm
@@ -185,11 +187,11 @@ def visualize_merging(
     """
     tokens = merged_patches(model, image, config)
     height, width = image.shape[-2:]
-    base = _shown(image.reshape(-1, height, width)) if display is None else np.asarray(display)
+    base = _stretched(image.reshape(-1, height, width)) if display is None else np.asarray(display)
     if base.shape != (height, width, 3) or base.dtype != np.uint8:
         found = f"{base.dtype} of shape {base.shape}"
         raise InputError(
-            "the display doesn't fit the image", expected=f"uint8 of shape {(height, width, 3)}", found=found
+            "the display does not fit the image", expected=f"uint8 of shape {(height, width, 3)}", found=found
         )
     scale = -(-CELL * tokens[0].shape[0] // height)
     base = base.repeat(scale, 0).repeat(scale, 1)

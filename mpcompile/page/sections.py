@@ -17,9 +17,9 @@ from mpcompile.page import spectra
 from mpcompile.page.charts import Bar, bars, data_uri, escape, heat
 from mpcompile.page.sources import Sources, number, records
 
-SHOWN = 12  # figures shown at once; the others are folded
+SHOWN = 12  # figures shown unfolded; the others are folded
 LISTED = 20  # entries of a list shown in a table
-MAP_ROWS, MAP_COLUMNS = 24, 384  # most rows and columns of a density map
+MAP_ROWS, MAP_COLUMNS = 24, 384  # maximum rows and columns of a density map
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Section:
     """A part of the page.
 
     Attributes:
-        anchor: its name in links.
+        anchor: the name of the section in links.
         title: its heading.
-        missing: HTML shown without data: the command that produces it.
-        render: sources -> HTML, or None without data.
+        missing: HTML shown if there is no data; it names the command that produces the data.
+        render: sources -> HTML, or None if there is no data.
     """
 
     anchor: str
@@ -84,7 +84,7 @@ def _pair(value: Any, form: Callable[[float], str]) -> str:
     return f" [{form(value[0])}, {form(value[1])}]"
 
 
-# --- What was gained ---
+# --- Gains ---
 
 
 def headline(sources: Sources) -> str | None:
@@ -164,7 +164,9 @@ def _size_card(sources: Sources) -> str | None:
     if macs.dense:
         done = f"multiply-accumulates: {_millions(macs.executed / 1e6)} of {_millions(macs.dense / 1e6)} M, by the plan"
         cards = _card(f"−{macs.reduction:.1%}", done) + cards
-    note = "Accuracy and latency aren't measured: <code>mpcompile audit MODEL --artifact FILE --record</code> does."
+    note = (
+        "Accuracy and latency: not measured. <code>mpcompile audit MODEL --artifact FILE --record</code> measures them."
+    )
     return f'<div class="cards">{cards}</div><p>{note}</p>'
 
 
@@ -201,7 +203,7 @@ def against_dense(sources: Sources) -> str | None:
 
 
 def spectrum(sources: Sources) -> str | None:
-    """Return the singular values of every layer, with the Marchenko-Pastur law over them."""
+    """Return histograms of the singular values of every layer, with the Marchenko-Pastur law over them."""
     weights, where = spectra.spectra(sources)
     if not weights:
         return None
@@ -218,7 +220,7 @@ def spectrum(sources: Sources) -> str | None:
 
 
 def density(sources: Sources) -> str | None:
-    """Return density maps: where the masks keep weights."""
+    """Return density maps, which show where the masks keep weights."""
     if sources.artifact is None:
         return None
     figures: dict[str, str] = {}
@@ -237,8 +239,8 @@ def density(sources: Sources) -> str | None:
         )
     if not figures:
         return None
-    key = '<p>Share of kept weights: 0 <span class="ramp"></span> 1. A column is one input channel (in wide layers, '
-    key += "every n-th whole group), a row one 24th of the output channels.</p>"
+    key = '<p>Share of kept weights: 0 <span class="ramp"></span> 1. A column is one input channel (wide layers '
+    key += f"show every n-th group only), a row up to 1/{MAP_ROWS} of the output channels.</p>"
     return key + folded(list(figures.values()), "maps")
 
 
@@ -250,7 +252,7 @@ def _energy_kept(sources: Sources, name: str) -> str:
 
 
 def _tiles(kept: torch.Tensor, m: int) -> np.ndarray:
-    """Return the shares (rows, columns) that mask rows (out, K) keep, per band of outputs and input.
+    """Return the share of weights that a mask (out, K) keeps, for each band of outputs and each input: (bands, inputs).
 
     Inputs are taken in whole groups of ``m``; at most :data:`MAP_ROWS` bands, at most :data:`MAP_COLUMNS` inputs.
     """
@@ -270,7 +272,7 @@ def merged(sources: Sources) -> str | None:
             for caption, pixels in steps
         )
         text += f'<h3>{escape(name)}</h3><div class="strip">{figures}</div>'
-    key = "<p>Patches of one token are filled with their mean colour and outlined in the same colour.</p>"
+    key = "<p>The patches of a merged token are filled with their mean colour and share an outline.</p>"
     return key + text if text else None
 
 
@@ -301,7 +303,7 @@ def certificates(sources: Sources) -> str | None:
 
 
 def waterfall(sources: Sources) -> str | None:
-    """Return the latency of masked layers as a waterfall, from dense layers to the picked engines, by kind of layer."""
+    """Return the latency of masked layers as a waterfall by kind of layer, from dense layers to the chosen engines."""
     timed: list[tuple[str, float, float, str]] = []
     for name, entry in records((sources.explain or {}).get("layers")):
         us, dense = number(entry.get("us")), number(entry.get("dense_us"))
@@ -330,7 +332,7 @@ def waterfall(sources: Sources) -> str | None:
 
 
 def _kind(name: str) -> str:
-    """Return the part of a name that layers of one kind share: ``mlp.fc1`` of ``blocks.3.mlp.fc1``."""
+    """Return the part of a name that layers of one kind share: ``mlp.fc1`` for ``blocks.3.mlp.fc1``."""
     words = [word for word in name.split(".") if not word.isdigit()]
     return ".".join(words[-2:]) or name
 
@@ -365,7 +367,7 @@ def _missing(command: str) -> str:
 
 
 SECTIONS = (
-    Section("headline", "What was gained", _missing("mpcompile audit MODEL --json audit.json"), headline),
+    Section("headline", "Gains", _missing("mpcompile audit MODEL --json audit.json"), headline),
     Section("dense", "Against dense", _missing("mpcompile audit MODEL --json audit.json"), against_dense),
     Section("spectra", "Spectra", _missing("mpcompile analyze MODEL --json analyze.json"), spectrum),
     Section("masks", "Masks", _missing("mpcompile report ARTIFACT"), density),

@@ -31,8 +31,8 @@ class Sources:
             ``median``; ``statements`` with ``kind`` and ``text``.
         artifact: the loaded model.
         name: file name of the artifact, or "".
-        size: of the artifact on disk, in bytes.
-        dense_size: of its weights stored densely, in bytes.
+        size: size of the artifact on disk, in bytes.
+        dense_size: size of its weights stored densely, in bytes.
         pictures: image name -> (caption, (H, W, 3) uint8 pixels) pairs, with merged tokens outlined.
     """
 
@@ -95,7 +95,7 @@ class _Certified(TypedDict, total=False):
     violations: float | None
 
 
-# The fields that are read of each command's JSON, and their types; further fields are ignored.
+# The fields that are read from each command's JSON, and their types; further fields are ignored.
 _SCHEMAS: dict[str, Any] = {
     "audit": Figures,
     "explain": _Explained,
@@ -121,15 +121,15 @@ def read_json(path: Path | None, command: str) -> dict[str, Any] | None:
     if not right:
         keys = f"keys {', '.join(list(value)[:5])}" if isinstance(value, dict) else type(value).__name__
         raise ArtifactError(
-            f"{path} is not what mpcompile {command} wrote",
-            expected=f"what mpcompile {command} MODEL --json {path.name} writes",
+            f"{path} is not the JSON of mpcompile {command}",
+            expected=f"the output of mpcompile {command} MODEL --json {path.name}",
             found=keys,
         )
     try:
         check(value, _SCHEMAS[command])
     except Mismatch as error:
         raise ArtifactError(
-            f"{path} is not what mpcompile {command} wrote: its field {error.where} has another type",
+            f"{path} is not the JSON of mpcompile {command}: its field {error.where} has the wrong type",
             expected=error.expected,
             found=error.found,
         ) from error
@@ -142,7 +142,7 @@ def number(value: Any) -> float | None:
         return None
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer larger than any float
         return None
 
 
@@ -152,7 +152,7 @@ def numbers(value: Any) -> list[float]:
 
 
 def records(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (name, entry) of a mapping of entries, or of a list of entries with names; others are skipped."""
+    """Yield (name, entry) pairs of a mapping of entries, or of a list of named entries; other values are skipped."""
     if isinstance(value, Mapping):
         value = [{"name": key, **entry} for key, entry in value.items() if isinstance(entry, Mapping)]
     for entry in value if isinstance(value, list) else ():

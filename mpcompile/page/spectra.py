@@ -17,7 +17,7 @@ from mpcompile.page.charts import escape, histogram
 from mpcompile.page.sources import Sources, number, numbers, records
 
 BINS, CURVE = 40, 60  # columns of a histogram, points of the curve of the law
-SMALLEST = 2  # singular values of a matrix that is drawn
+SMALLEST = 2  # fewest singular values for which a matrix is drawn
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Spectrum:
     """The spectrum of one weight.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         values: singular values, in any order; empty if only the fit is known.
         n, m: longer and shorter side of the matrix; 0 if unknown.
-        sigma, edge: of the fitted noise, or None.
+        sigma, edge: parameters of the fitted noise; None if unknown.
         spikes, verdict, error: see :class:`mpcompile.rmt.Fit`; None if unknown.
     """
 
@@ -46,18 +46,18 @@ class Spectrum:
 def spectra(sources: Sources) -> tuple[list[Spectrum], str]:
     """Return the known spectra and a sentence on their source."""
     analyzed = sources.analyze or {}
-    given = [_given(name, entry) for name, entry in records(analyzed.get("layers", analyzed))]
-    given = [s for s in given if len(s.values) or s.edge is not None]
-    if any(len(s.values) for s in given):
-        return given, "Singular values of the dense weights."
+    read = [_from_json(name, entry) for name, entry in records(analyzed.get("layers", analyzed))]
+    read = [s for s in read if len(s.values) or s.edge is not None]
+    if any(len(s.values) for s in read):
+        return read, "Singular values of the dense weights."
     if sources.artifact is not None:
         computed = _computed(sources.artifact)
-        if given:
-            fits = {s.name: s for s in given}
-            text = "Fits are those of the dense weights; the columns show the stored weights, after masking."
+        if read:
+            fits = {s.name: s for s in read}
+            text = "The fits are those of the dense weights; the columns show the stored weights, after masking."
             return [_joined(s, fits[s.name]) if s.name in fits else s for s in computed], text
-        return computed, "Singular values of the stored weights: after masking and refitting."
-    return given, "Fits to the dense weights."
+        return computed, "Singular values of the stored weights, after masking and refitting."
+    return read, "Fits to the dense weights."
 
 
 def _joined(drawn: Spectrum, fit: Spectrum) -> Spectrum:
@@ -65,7 +65,7 @@ def _joined(drawn: Spectrum, fit: Spectrum) -> Spectrum:
     return replace(drawn, edge=fit.edge, spikes=fit.spikes, verdict=fit.verdict, error=fit.error)
 
 
-def _given(name: str, entry: Mapping[str, Any]) -> Spectrum:
+def _from_json(name: str, entry: Mapping[str, Any]) -> Spectrum:
     shape = [int(x) for x in numbers(entry.get("shape"))]
     sides = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
     values = np.array(numbers(entry.get("singular_values")))

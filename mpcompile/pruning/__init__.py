@@ -1,1 +1,1 @@
-"""Pruning: scores, reconstruction, and the budget of each layer. Functions of tensors; no pass."""
+"""Pruning: scores, reconstruction, and layer budgets. Functions of tensors; this package contains no passes."""

@@ -1,9 +1,10 @@
 """Column order: arrange columns into groups such that N:M masks keep more. Pure functions of score matrices.
 
 The search exchanges columns between groups by simulated annealing. In every step the groups are paired at random. For
-each pair the exact gains of all M x M exchanges are computed at once, over all rows, from the N-th and (N+1)-th largest
-score of every row and group; one exchange per pair is drawn by its gain and the temperature. These are the moves of
-stripe-group optimisation (Pool and Yu 2021), one pair at a time, with annealing in place of their bounded regressions.
+each pair, the exact gains of all M x M exchanges are computed at once over all rows, from the N-th and (N+1)-th largest
+score of every row and group; then at most one exchange is drawn, by its gain and the temperature. These are the moves
+of stripe-group optimisation (Pool and Yu 2021), restricted to pairs of groups, with annealing in place of their bounded
+regressions.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ _CHUNK = 1 << 22  # elements of the largest temporary
 
 
 def retained(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The sum of the N largest of every M consecutive scores: (..., R, K) -> (...), float64."""
+    """Return the sum of the N largest of every M consecutive scores: (..., R, K) -> (...), float64."""
     groups = scores.unflatten(-1, (-1, pattern.m))
     return groups.topk(pattern.n, dim=-1).values.sum(-1).double().sum((-2, -1))
 
 
 def efficacy(before: float, after: float, scores: Tensor, pattern: Pattern) -> float:
-    """How far an order closes the gap between the given order and masks without groups, in percent.
+    """Return how far a new order closes the gap between the original order and masks without groups, in percent.
 
-    Masks without groups keep the N / M largest scores of every row. Source: Pool and Yu 2021, apex permutation tests.
+    Masks without groups keep the largest scores of every row, a share of N / M. Source: Pool and Yu 2021, apex
+    permutation tests.
 
     Args:
-        before, after: what the given and the new order retain, as from :func:`retained`.
+        before, after: the sum of scores retained under the original and the new order, from :func:`retained`.
         scores: (R, K).
     """
     count = scores.shape[-1] * pattern.n // pattern.m
@@ -37,12 +39,13 @@ def efficacy(before: float, after: float, scores: Tensor, pattern: Pattern) -> f
 
 
 class _State:
-    """Columns of P independent problems in G groups of M, and the two values per column that gains are computed from.
+    """Columns of P independent problems in G groups of M, and two values per column and row, which determine the gains.
 
     Attributes:
         groups: (P, G, M), column numbers.
-        limit: (P, K, R), what a replacement of the column must exceed to be kept.
-        worth: (P, K, R), what the group loses with the column.
+        limit: (P, K, R), the score that a column in its place must exceed to be kept; the group retains at least this.
+        worth: (P, K, R), what the group loses with the column: its score if it is kept, else the N-th largest of the
+            group, which ``limit`` then restores.
     """
 
     def __init__(self, scores: Tensor, pattern: Pattern) -> None:
@@ -69,7 +72,7 @@ class _State:
             self.worth[where] = torch.where(inside, s, last)
 
     def gains(self, problem: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The gain of exchanging each column of group a with each of group b: (X, M) each -> (X, M, M)."""
+        """Return the gain of exchanging each column of group a with each of group b: (X, M) each -> (X, M, M)."""
         parts = []
         step = max(1, _CHUNK // (self.m * self.m * self.scores.shape[-1]))
         for p, i, j in zip(problem.split(step), a.split(step), b.split(step), strict=True):
@@ -82,15 +85,22 @@ class _State:
 
 
 def _summed(x: Tensor) -> Tensor:
-    """Sums over rows, made contiguous: one thread computes each sum, so that results don't depend on their number."""
+    """Return sums over rows, from contiguous memory: each sum is computed by one thread, so that results do not depend
+    on the number of threads."""
     return x.contiguous().sum(-1).double()
 
 
 def _drawn(gain: Tensor, temperature: float, least: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw an exchange, or none, for each pair of groups: gain (X, M M) -> the pairs that exchange, what each would.
+    """Draw an exchange, or none, for each pair of groups.
 
-    Gumbel noise on all gains, and on 0 for none, draws in proportion to exp(gain / temperature). At temperature 0 the
-    best exchange is taken if it gains more than ``least``.
+    Gumbel noise on all gains, and on 0 for no exchange, draws in proportion to exp(gain / temperature). At temperature
+    0 the best exchange is taken if it gains more than ``least``.
+
+    Args:
+        gain: (X, M M), the gain of every exchange in each pair.
+
+    Returns:
+        The indices of the pairs that exchange, and, for each of the X pairs, its best exchange.
     """
     if temperature > 0:
         noise = torch.rand(len(gain), gain.shape[1] + 1, generator=generator).to(gain).clamp_(1e-12, 1 - 1e-7)
@@ -104,17 +114,17 @@ def _drawn(gain: Tensor, temperature: float, least: float, generator: torch.Gene
 
 
 def search(scores: Tensor, pattern: Pattern, steps: int = 400, seed: int = 0, start: float = 0.25) -> Tensor:
-    """Orders of columns that raise the sum of the N largest scores of every M neighbours.
+    """Return orders of columns that raise the sum of the N largest scores of every M neighbours.
 
     Args:
-        scores: (P, R, K), not negative: P independent problems, each over all its rows.
+        scores: (P, R, K), not negative: P independent problems; each finds one order for all its rows.
         pattern: N:M; K must be a multiple of M.
-        steps: number of annealing steps; in each, every group meets one other. Time is proportional to it.
+        steps: number of annealing steps; each pairs every group with another. The time is proportional to it.
         seed: the result depends on the scores, the steps, the start and this seed only.
         start: the first temperature, as a share of the standard deviation of the gains.
 
     Returns:
-        (P, K), the column that comes to each place. No order is worse than the given one.
+        (P, K), the column for each place. No order is worse than the original one.
 
     Example:
         >>> search(torch.tensor([[[9.0, 8.0, 7.0, 6.0, 0.0, 0.0, 0.0, 0.0]]]), Pattern(2, 4)).view(2, 4).lt(4).sum(1)
@@ -150,7 +160,7 @@ def search(scores: Tensor, pattern: Pattern, steps: int = 400, seed: int = 0, st
         b[row, j] = left
         state.groups[p, pa[moved]], state.groups[p, pb[moved]] = a, b
         state.refresh(torch.cat([p, p]), torch.cat([a, b]))
-    order = state.groups.sort(-1).values.flatten(1)  # the order within a group is free: stay close to the given one
+    order = state.groups.sort(-1).values.flatten(1)  # the order within a group is free: stay close to the original
     arranged = scores.gather(2, order[:, None].expand_as(scores))
     better = retained(arranged, pattern) > retained(scores, pattern)
     return torch.where(better[:, None], order, identity)

@@ -1,7 +1,7 @@
-"""Damage: what a pattern does to a layer, in units that are comparable across layers.
+"""Damage: the harm that a pattern does to a layer, in units that are comparable across layers.
 
-With calibration data, the loss of the model's output to second order; without, the share of the weights' energy that
-is removed. Pure functions of tensors.
+With calibration data, damage is the loss at the model's output, to second order; without, it is the share of the
+weights' energy that is removed, measured or as random matrix theory predicts it. Pure functions of tensors.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.pruning import refit, scores
 from mpcompile.pruning.scores import DAMPING
 
-_STEPS = 8  # of least squares
+_STEPS = 8  # conjugate-gradient steps of least squares
 MARGIN = 0.1  # δ: how far a finite random matrix may exceed its edge
-SPIKE_SHARE = 3.0  # the most that is admissible, in multiples of a random matrix's share
+SPIKE_SHARE = 3.0  # largest admissible share, in multiples of a random matrix's share
 
 
 @lru_cache
 def lost_energy(pattern: Pattern) -> float:
-    """rho(N:M), the share of the energy of Gaussian weights that a magnitude mask removes.
+    """Return rho(N:M), the share of the energy of Gaussian weights that a magnitude mask removes.
 
     A value |z| = x is among the M - N smallest of its group with the probability that at most M - N - 1 of the others
     are smaller: rho = ∫ x² f(x) P[Bin(M - 1, F(x)) <= M - N - 1] dx, f and F the density and distribution of |z|.
@@ -45,7 +45,7 @@ def lost_energy(pattern: Pattern) -> float:
 
 
 def removed_energy(weight: Tensor, patterns: Sequence[Pattern]) -> list[float]:
-    """‖R‖_F², where R is what a magnitude mask removes from the weight, for each pattern.
+    """Return ‖R‖_F² for each pattern, where R are the values that a magnitude mask removes from the weight.
 
     >>> removed_energy(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), [Pattern(2, 4), Pattern(1, 4)])
     [5.0, 14.0]
@@ -56,7 +56,7 @@ def removed_energy(weight: Tensor, patterns: Sequence[Pattern]) -> list[float]:
 
 
 def gaussian(weight: Tensor, noise: float, patterns: Sequence[Pattern]) -> list[float]:
-    """Relative error of the layer's outputs in the Marchenko-Pastur model: rho(N:M) σ̂² N tr C / E‖y‖², per pattern.
+    """Relative error of a layer's outputs in the Marchenko-Pastur model: rho(N:M) σ̂² N tr C / E‖y‖², per pattern.
 
     Without data, inputs are assumed isotropic (C a multiple of the identity). Then E‖y‖² = ‖W‖_F² tr C / M, and the
     error is rho(N:M) times the weight's noise share.
@@ -73,15 +73,16 @@ def gaussian(weight: Tensor, noise: float, patterns: Sequence[Pattern]) -> list[
 def calibrated(
     weight: Tensor, moments: Moments, patterns: Sequence[Pattern], output_energy: Tensor, refitted: bool = True
 ) -> list[float]:
-    """½ Σ_i G_i d_i' C d_i for each pattern: the loss of the model's output if only this layer is pruned to it.
+    """½ Σ_i G_i d_i' C d_i for each pattern: the loss at the model's output if only this layer is pruned to it.
 
     d_i is the change of row i of the weight by :func:`projections`, C = E[x x'] of the layer's inputs, and G comes from
     :func:`mpcompile.calibration.sensitivity.output_energy`.
 
     Args:
         weight: (out, in) or (out, in / groups, kh, kw).
+        moments: second moments of the layer's inputs.
         output_energy: G, (out,).
-        refitted: the kept values are refitted by least squares, where the moments are full.
+        refitted: refit the kept values by least squares, if the moments are full.
     """
     total = dict.fromkeys(patterns, 0.0)
     rows = to_rows(weight.detach()).float()
@@ -95,7 +96,7 @@ def calibrated(
 
 @exact()
 def projected(weight: Tensor, moments: Moments, pattern: Pattern, refitted: bool = True) -> Tensor:
-    """The weight under one pattern, as :func:`calibrated` assumes it."""
+    """Return the weight under one pattern, as :func:`calibrated` assumes it."""
     parts = to_rows(weight.detach()).float().chunk(len(moments.x))
     new = [next(projections(part, moments, i, [pattern], refitted))[1] for i, part in enumerate(parts)]
     return from_rows(torch.cat(new), weight.shape).to(weight.dtype)
@@ -104,11 +105,10 @@ def projected(weight: Tensor, moments: Moments, pattern: Pattern, refitted: bool
 def projections(
     rows: Tensor, moments: Moments, index: int, patterns: Sequence[Pattern], refitted: bool
 ) -> Iterator[tuple[Pattern, Tensor]]:
-    """Rows (R, K) of one of a layer's groups under each pattern: a cheap approximation of the masks that are chosen
-    later.
+    """Yield the rows (R, K) of group ``index`` of a layer under each pattern, cheaply approximating the final masks.
 
-    Optimal brain surgeon within every M columns: one pass that removes values one by one serves all N of the same M.
-    Then, with full moments and if ``refitted``, a few steps of least squares on the whole row.
+    Optimal brain surgeon runs within every M columns: one pass that removes values one by one serves all N of the same
+    M. With full moments, and if ``refitted``, a few steps of least squares on whole rows follow.
     """
     for m in dict.fromkeys(p.m for p in patterns):
         densest_first = sorted((p for p in patterns if p.m == m), key=lambda p: -p.n)
@@ -128,7 +128,7 @@ def projections(
 
 
 def _error(d: Tensor, moments: Moments, index: int) -> Tensor:
-    """d C d' of each row (R, K), float64, with the part of C that the moments hold (full, blocks, or diagonal)."""
+    """Return d C d' of each row (R, K), float64, with the part of C that the moments hold (full, blocks, diagonal)."""
     c, d = moments.xx[index].to(d.device), d.double()
     if moments.kind == FULL:
         return ((d @ c) * d).sum(-1)
@@ -140,12 +140,12 @@ def _error(d: Tensor, moments: Moments, index: int) -> Tensor:
 
 @exact()
 def inadmissible(weight: Tensor, fit: Mapping[str, Any], patterns: Sequence[Pattern]) -> dict[Pattern, str]:
-    """Patterns whose magnitude mask removes more than noise, each with the reason.
+    """Return the patterns whose magnitude mask removes more than noise, each with the reason.
 
-    If the weight is noise, what is removed, R, is noise of variance rho(N:M) σ̂². So ‖R‖₂ must stay below
-    (1 + δ) √rho σ₊, δ = 0.1, and the share of R in the subspace of the k spikes, ‖U_k' R V_k‖_F / ‖R‖_F, within 3 times
-    the k / √(NM) of a random matrix. Weights that follow the law only with their scales taken out, or not at all, are
-    not judged.
+    If the weight is noise, the removed values R are noise of variance rho(N:M) σ̂². So ‖R‖₂ must stay below
+    (1 + δ) √rho σ₊, δ = 0.1, and the share of R in the subspace of the k spikes, ‖U_k' R V_k‖_F / ‖R‖_F, must be at
+    most 3 times the k / √(NM) of a random matrix. Weights that follow the law only once row and column scales are
+    divided out, or not at all, are not judged.
 
     Args:
         weight: (out, in) or (out, in, kh, kw).
@@ -167,22 +167,22 @@ def inadmissible(weight: Tensor, fit: Mapping[str, Any], patterns: Sequence[Patt
 
 
 def _structure(w: Tensor, removed: Tensor, fit: Mapping[str, Any], pattern: Pattern) -> str | None:
-    """Why ``removed``, taken from ``w``, is more than noise; None if it is not."""
+    """Return why ``removed``, the part of ``w`` that is removed, is more than noise; None if it is not."""
     limit = (1 + MARGIN) * math.sqrt(lost_energy(pattern)) * fit["edge"]
     largest = float(_top(removed, 1)[1][0])
     if largest > limit:
-        return f"what it removes has a singular value of {largest:.3g}, noise at most {limit:.3g}"
+        return f"the removed values have a singular value of {largest:.3g}, noise at most {limit:.3g}"
     k = int(fit["spikes"])
     if k:
         u, _, v = _top(w, k)
         share = float((u.T @ removed @ v).norm() / removed.norm().clamp(min=1e-30))
         if share > SPIKE_SHARE * k / math.sqrt(w.numel()):
-            return f"what it removes has {share:.2g} of its norm in the subspace of {k} spikes"
+            return f"the removed values have {share:.2g} of their norm in the subspace of {k} spikes"
     return None
 
 
 def _top(matrix: Tensor, k: int, steps: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest singular triplets of (R, C), by subspace iteration: u (R, k), s (k,), v (C, k)."""
+    """Return the k largest singular triplets of (R, C), by subspace iteration: u (R, k), s (k,), v (C, k)."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(matrix.shape[1], min(k + 8, *matrix.shape), generator=generator).to(matrix)
     for _ in range(steps):

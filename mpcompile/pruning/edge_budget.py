@@ -59,7 +59,7 @@ def seb_weights(edges: ArrayLike, sparsity: float, beta: ArrayLike, s_d: float) 
 
     Args:
         edges: σ₊ of each layer, (layers,), in any unit.
-        sparsity: s, the share of the weights that is removed.
+        sparsity: s, the share of weights removed.
         beta: how strongly w depends on z, one number or (layers,).
         s_d: sparsity at and above which all w are 1.
 
@@ -77,7 +77,7 @@ def layer_weights(edges: Mapping[str, float], sparsity: float) -> dict[str, floa
 
     Args:
         edges: name of the layer (or of its weight) -> σ₊.
-        sparsity: the share of all these weights that is removed.
+        sparsity: the share removed of all these weights.
 
     >>> layer_weights({"a": 1.0, "b": 3.0}, 0.3)
     {'a': 0.6, 'b': 1.4}

@@ -1,8 +1,7 @@
 """Layer budgets: one option per layer, so that enough is saved at the least total cost. Pure functions of numbers.
 
-Every layer has options (dense, 12:16, 8:16, ...), each with a cost (its predicted damage) and with what it saves. To
-choose one option per layer, with savings of at least the target and the least total cost, is a multiple-choice
-knapsack.
+Every layer has options (dense, 12:16, 8:16, ...), each with a cost (its predicted damage) and a saving. Choosing one
+option per layer such that the savings reach a target at the least total cost is a multiple-choice knapsack problem.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ __all__ = ["even_mix", "reachable", "solve"]
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
-SLACK = 1e-9  # share of all savings that rounding may cost
-TIME_LIMIT = 0.8  # s for the proof of optimality: similar layers leave many choices of the same cost
+SLACK = 1e-9  # share of the savings that rounding may lose
+TIME_LIMIT = 0.8  # s for the proof of optimality: similar layers allow many choices of nearly the same cost
 
 __getattr__ = renamed(
     __name__,
@@ -37,21 +36,22 @@ __getattr__ = renamed(
 
 
 def reachable(saved: Sequence[ArrayLike]) -> tuple[float, float]:
-    """The least and the most that the options of all layers can save together."""
+    """Return the least and the most that the options of all layers can save together."""
     values = [np.asarray(s, dtype=float) for s in saved]
     return float(sum(v.min() for v in values)), float(sum(v.max() for v in values))
 
 
 def solve(costs: Sequence[ArrayLike], saved: Sequence[ArrayLike], target: float) -> tuple[list[int], float]:
-    """One option per layer: the least total cost among the choices that save ``target`` or more together.
+    """Choose one option per layer, such that they save ``target`` or more together at the least total cost.
 
-    An integer program, solved by HiGHS (scipy) on the options that Lagrangian bounds leave. The result is optimal; if
-    many layers are so similar that the proof would take longer than 0.8 s, it is the best choice found by then.
+    The integer program is solved by HiGHS (scipy), on the options that Lagrangian bounds do not rule out. The result is
+    optimal; if many layers are so similar that the proof would take longer than 0.8 s, it is the best choice found by
+    then.
 
     Args:
         costs: for every layer, the cost of each of its options; finite.
-        saved: for every layer, what each of its options saves, in any unit.
-        target: what to save in all, in the same unit.
+        saved: for every layer, the saving of each of its options, in any unit.
+        target: the total saving required, in the same unit.
 
     Returns:
         The index of every layer's option, and the shadow price: the cost of one more unit saved (the dual of the linear
@@ -82,7 +82,7 @@ def solve(costs: Sequence[ArrayLike], saved: Sequence[ArrayLike], target: float)
 
 
 def _checked(costs: Sequence[ArrayLike], saved: Sequence[ArrayLike], target: float) -> tuple[list[Array], list[Array]]:
-    """Costs and savings as arrays; errors as in :func:`solve`."""
+    """Return costs and savings as arrays, after the checks of :func:`solve`."""
     cost, save = [np.asarray(c, dtype=float) for c in costs], [np.asarray(s, dtype=float) for s in saved]
     if len(cost) != len(save) or any(
         c.shape != s.shape or c.ndim != 1 or not c.size for c, s in zip(cost, save, strict=True)
@@ -92,18 +92,19 @@ def _checked(costs: Sequence[ArrayLike], saved: Sequence[ArrayLike], target: flo
         raise InputError("the damage of an option is not finite", expected="finite costs and savings")
     least, most = reachable(save) if save else (0.0, 0.0)
     if target > most * (1 + SLACK):
-        raise NotEligibleError("the target can't be reached", expected=f"{least:g} to {most:g}", found=f"{target:g}")
+        raise NotEligibleError("the target cannot be reached", expected=f"{least:g} to {most:g}", found=f"{target:g}")
     return cost, save
 
 
 def _integer_program(
     cost: Sequence[Array], save: Sequence[Array], candidates: Sequence[Indices], wanted: float
 ) -> list[int] | None:
-    """The best choice among the candidates that HiGHS finds within the time limit, or None."""
+    """Return the best choice among the candidates that HiGHS finds within the time limit, or None."""
     c = np.concatenate([c[k] for c, k in zip(cost, candidates, strict=True)])
     s = np.concatenate([s[k] for s, k in zip(save, candidates, strict=True)])
     one_each, starts = _one_each(candidates)
-    # The solver's tolerances are absolute: costs are in units of what separates options, savings of the largest.
+    # The solver's tolerances are absolute: costs are scaled by the largest difference within a layer, savings by the
+    # largest saving.
     base = float(sum(cost[i][k].min() for i, k in enumerate(candidates)))
     offset = np.concatenate([np.full(len(k), cost[i][k].min()) for i, k in enumerate(candidates)])
     c_unit, s_unit = float((c - offset).max()) or abs(base) or 1.0, float(np.abs(s).max()) or 1.0
@@ -121,7 +122,7 @@ def _integer_program(
 
 
 def _one_each(candidates: Sequence[Indices]) -> tuple[Array, Indices]:
-    """The matrix that sums the options of each layer, and where each layer's options start."""
+    """Return the matrix that sums the options of each layer, and where each layer's options start."""
     starts = np.cumsum([0, *(len(k) for k in candidates)])
     matrix = np.zeros((len(candidates), starts[-1]))
     for row, (a, b) in enumerate(pairwise(starts)):
@@ -130,7 +131,10 @@ def _one_each(candidates: Sequence[Indices]) -> tuple[Array, Indices]:
 
 
 def _shadow_price(cost: Sequence[Array], save: Sequence[Array], candidates: Sequence[Indices], wanted: float) -> float:
-    """Cost of one more unit saved if options may be mixed: the slopes of the layers' convex hulls, in rising order."""
+    """Return the cost of one more unit saved if options could be mixed.
+
+    The slopes of the layers' convex hulls are taken in rising order until the target is met; the last one is the price.
+    """
     steps = []
     for c, s, k in zip(cost, save, candidates, strict=True):
         hull = [k[0]]
@@ -153,10 +157,10 @@ def _shadow_price(cost: Sequence[Array], save: Sequence[Array], candidates: Sequ
 def _competitive(
     cost: Sequence[Array], save: Sequence[Array], candidates: Sequence[Indices], wanted: float, price: float
 ) -> tuple[list[Indices], list[int]]:
-    """The options that an optimum may contain, and the incumbent.
+    """Return the options that an optimum may contain, and the incumbent.
 
-    The incumbent is a feasible choice found greedily. An option goes if its Lagrangian bound exceeds the incumbent's
-    cost.
+    The incumbent is a feasible choice, found greedily. An option is ruled out if its Lagrangian bound exceeds the
+    incumbent's cost.
     """
     reduced = [c[k] - price * s[k] for c, s, k in zip(cost, save, candidates, strict=True)]
     chosen = [int(r.argmin()) for r in reduced]
@@ -181,7 +185,7 @@ def _competitive(
 def _exchanged(
     cost: Sequence[Array], save: Sequence[Array], candidates: Sequence[Indices], chosen: list[int], spare: float
 ) -> list[int]:
-    """Change two layers at a time, each time the cheapest pair that keeps ``spare`` savings at 0 or more."""
+    """Change two layers at a time, as long as that lowers the cost: the best pair that keeps ``spare`` at 0 or more."""
     chosen = list(chosen)
     layer = np.concatenate([np.full(len(k), i) for i, k in enumerate(candidates)])
     option = np.concatenate([np.arange(len(k)) for k in candidates])
@@ -201,7 +205,7 @@ def _exchanged(
 
 
 def _undominated(cost: Array, saved: Array) -> Indices:
-    """The options that no other option dominates, by rising cost and savings."""
+    """Return the options that no other option dominates, by rising cost and savings."""
     order = np.lexsort((cost, -saved))
     best, undominated = math.inf, []
     for index in order:
@@ -212,12 +216,12 @@ def _undominated(cost: Array, saved: Array) -> Indices:
 
 
 def even_mix(densities: Sequence[ArrayLike], saved: Sequence[ArrayLike], target: float) -> list[int]:
-    """One density for all layers; where none meets the target, the two around it, spread evenly over the depth.
+    """Give all layers the same density, or mix the two densities around the target, spread evenly over the depth.
 
     Args:
         densities: for every layer, the density of each of its options (1 is dense).
-        saved: for every layer, what each of its options saves, in any unit.
-        target: what to save in all, in the same unit.
+        saved: for every layer, the saving of each of its options, in any unit.
+        target: the total saving required, in the same unit.
 
     Returns:
         The index of every layer's option. The savings meet the target, or exceed it by as little as whole layers allow.
@@ -243,7 +247,7 @@ def even_mix(densities: Sequence[ArrayLike], saved: Sequence[ArrayLike], target:
 
 
 def _settled(chosen: list[int], below: list[int], above: list[int], save: Sequence[Array], target: float) -> list[int]:
-    """Move single layers between two levels until the target is met and no layer could go back."""
+    """Move single layers between two levels until the target is met and no layer can move back."""
     gains = [s[a] - s[b] for s, a, b in zip(save, above, below, strict=True)]
     total = sum(s[i] for s, i in zip(save, chosen, strict=True))
     while total < target * (1 - SLACK):

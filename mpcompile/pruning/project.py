@@ -38,7 +38,7 @@ Statistics = dict[str, tuple[Tensor, Tensor]]  # BatchNorm module -> mean and va
 
 @dataclass(frozen=True)
 class Projection:
-    """What a layer becomes.
+    """The result of projecting a layer.
 
     Attributes:
         mask: boolean, of the weight's shape.
@@ -55,10 +55,10 @@ class Projection:
 
 
 def problems(weight: Tensor, moments: Moments) -> list[tuple[Tensor, Tensor]]:
-    """For each of a convolution's groups (one for a linear layer): target rows (R, K), and damped moments (K, K).
+    """Return target rows (R, K) and damped moments (K, K) for each of a convolution's groups (one for a linear layer).
 
-    The target rows are the layer's own. If the moments hold wanted outputs, they are the unmasked rows that come
-    closest to these, drawn towards the layer's own by the damping.
+    The target rows are the layer's own. If the moments hold target outputs, they are the unmasked rows that come
+    closest to these, regularised towards the layer's own by the damping.
     """
     parts = to_rows(weight.detach()).float().chunk(len(moments.xx))
     wanted = [None] * len(parts) if moments.yx is None else moments.yx.chunk(len(parts))
@@ -76,12 +76,12 @@ def problems(weight: Tensor, moments: Moments) -> list[tuple[Tensor, Tensor]]:
 def choose(
     weight: Tensor, moments: Moments | None, pattern: Pattern, score: str, prior: tuple[Tensor, float] | None = None
 ) -> tuple[Tensor, Tensor | None, str]:
-    """Mask of a weight, the values that the score adjusts it to (None: its own), and the score that was used.
+    """Return the mask of a weight, the values that the score adjusts it to (None: its own), and the score used.
 
     Args:
         weight: (out, in) or (out, in / groups, kh, kw).
-        moments: of its inputs; without them the score is magnitude. ``obs`` needs full moments, ``covariance`` at
-            least blocks; otherwise the next cheaper score is used.
+        moments: moments of its inputs; without them the score is magnitude. ``obs`` needs full moments, ``covariance``
+            at least blocks; otherwise the next cheaper score is used.
         prior: a source mask of the weight's shape and the weight alpha of the Hamming prior, for ``covariance``.
     """
     if moments is None or score == "magnitude":
@@ -162,11 +162,11 @@ class Records:
     """Moments of layers in a folder, one safetensors file each, from which an interrupted run resumes.
 
     Args:
-        folder: made if missing; None keeps nothing.
+        folder: the folder, created if missing; None keeps nothing.
         stamp: digest of everything that the moments depend on; files with another stamp are ignored and replaced.
 
     Raises:
-        ArtifactError: the folder can't be made or written to.
+        ArtifactError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path | None, stamp: str) -> None:
@@ -178,7 +178,7 @@ class Records:
         return None if self.folder is None else self.folder / f"{name}.safetensors"
 
     def get(self, name: str) -> Moments | None:
-        """The moments of a layer, or None if there are none, or if they are not of this run."""
+        """Return the moments of a layer, or None if there are none, or if they are not of this run."""
         path = self._path(name)
         if path is None or not path.is_file():
             return None
@@ -194,7 +194,7 @@ class Records:
         """Write the moments of a layer, through a temporary file.
 
         Raises:
-            ArtifactError: the folder isn't writable, or the disk is full.
+            ArtifactError: the folder is not writable, or the disk is full.
         """
         path = self._path(name)
         if path is None:
@@ -204,7 +204,7 @@ class Records:
 
 
 def stamp(model: Imported, values: Sequence[Sequence[Any]], config: Mapping[str, Any]) -> str:
-    """A digest of the weights, the calibration data and the options: everything that moments depend on."""
+    """Return a digest of the weights, the calibration data and the options: everything that moments depend on."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     tensors = [*model.gm.state_dict().values(), *model.lifted.tensors.values()]
     for tensor in [*tensors, *(v for batch in values for v in batch if isinstance(v, Tensor))]:
@@ -226,19 +226,19 @@ def in_sequence(
     statistics: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Projection], Statistics]:
-    """Project layer after layer along the graph, each on the inputs that the pruned layers before it leave.
+    """Project one layer after another along the graph, each from the outputs of the pruned layers before it.
 
     Args:
-        model: not changed.
-        uses: the nodes of each layer to project. One with several nodes is decided at the first, from dense inputs.
-        decide: name and moments -> what the layer becomes.
+        model: the model; not changed.
+        uses: the nodes of each layer to project. A layer with several nodes is decided at the first, from dense inputs.
+        decide: name and moments -> projection of the layer.
         calibration: batches; read once.
-        memory: bytes that moments may take, and again the activations held between layers.
+        memory: bytes that moments may take, and as many again for the activations held between layers.
         towards_dense: fit layers towards the outputs of the dense model: all the way in models with BatchNorms that are
             re-estimated, :data:`TOWARDS_DENSE` of the way in others.
-        renorm: re-estimate the statistics of BatchNorms behind projected layers.
+        renorm: re-estimate the statistics of BatchNorms after projected layers.
         statistics: a folder that keeps the moments of layers, so that an interrupted run resumes.
-        options: whatever else the moments depend on; moments of other options are gathered again.
+        options: everything else that the moments depend on; moments of other options are gathered again.
 
     Returns:
         The projections by layer name, and the mean and variance of each re-estimated BatchNorm by module name.
@@ -270,7 +270,7 @@ def in_sequence(
             moments = stream.moments(layer, patterns[name].m, memory)
             records.put(name, moments)
         if len(uses[name]) == 1 and len(norm_at.intersection(node.users)) == len(node.users) == 1:
-            moments = moments.centred()  # a BatchNorm alone reads the outputs, and takes their means off
+            moments = moments.centred()  # only a BatchNorm reads the outputs, and it subtracts their means
         projections[name] = projection = decide(name, moments)
         weight = layer.weight.tensor.detach()
         new = weight * projection.mask if projection.weight is None else projection.weight.to(weight.dtype)
@@ -280,10 +280,10 @@ def in_sequence(
 
 
 def reestimate(model: Imported, calibration: Iterable[Any], memory: int) -> Statistics:
-    """Mean and variance of every BatchNorm of the graph as it is, each behind the re-estimated ones before it.
+    """Re-estimate mean and variance of every BatchNorm of a graph, each after the re-estimated ones before it.
 
     Args:
-        model: not changed.
+        model: the model; not changed.
         calibration: batches; read once.
         memory: bytes of activations to hold.
 
@@ -305,7 +305,7 @@ def _renorm(stream: Stream, node: fx.Node, norms: Statistics, changed_only: bool
 
 
 def write_norms(gm: nn.Module, norms: Statistics) -> None:
-    """Put means and variances into the BatchNorm modules that they belong to, in place."""
+    """Write means and variances into the BatchNorm modules that they belong to, in place."""
     for name, (mean, variance) in norms.items():
         module: Any = gm.get_submodule(name)
         module.running_mean.copy_(mean)

@@ -1,4 +1,4 @@
-"""Refit: adjust the kept values of a masked weight, and exchange kept for removed values, to approach target outputs.
+"""Refitting: adjust the kept values of a masked weight, and exchange kept for removed values, to match target outputs.
 
 Pure functions of rows (R, K) and of the second moments A (K, K) of the inputs. Everything minimises, for each row,
 (v - t) A (v - t)' over the values v that the mask allows: the mean squared error of the layer's output against that of
@@ -21,7 +21,7 @@ _ROUGH = 0.04  # tolerance of least squares before a sweep: a closer fit would a
 
 
 def error(values: Tensor, target: Tensor, a: Tensor) -> Tensor:
-    """(v - t) A (v - t)' of each row, float64: values and target (R, K), a (K, K) -> (R,)."""
+    """Return (v - t) A (v - t)' of each row, float64: values and target (R, K), a (K, K) -> (R,)."""
     difference = values - target
     return ((difference @ a).double() * difference.double()).sum(-1)
 
@@ -30,7 +30,7 @@ def error(values: Tensor, target: Tensor, a: Tensor) -> Tensor:
 def least_squares(
     values: Tensor, target: Tensor, a: Tensor, kept: Tensor, steps: int = 30, tol: float = 1e-3
 ) -> Tensor:
-    """Kept values that minimise the error, by conjugate gradients on all rows at once.
+    """Return the kept values that minimise the error, by conjugate gradients on all rows at once.
 
     Args:
         values: (R, K), the start; zero outside the mask.
@@ -39,7 +39,7 @@ def least_squares(
         kept: (R, K), the mask.
         steps: maximum number of conjugate-gradient steps, each one product (R, K) x (K, K). The error falls in every
             step.
-        tol: stop when a step lowers the total error of all rows by no more than this share of what is left of it.
+        tol: stop when a step lowers the total error of all rows by no more than this share of the rest.
 
     Returns:
         (R, K), zero outside the mask; the error of no row is larger than that of ``values``.
@@ -69,7 +69,7 @@ def least_squares(
 
 
 def _inside(a: Tensor, kept: Tensor) -> Tensor:
-    """The inverse of A restricted to each row's kept values, zero elsewhere: a (M, M), kept (R, M) -> (R, M, M)."""
+    """Return the inverse of A (M, M) restricted to each row's kept values (R, M), zero elsewhere: (R, M, M)."""
     both = kept[:, :, None] & kept[:, None, :]
     eye = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
     return torch.linalg.inv(torch.where(both, a, eye)) * both

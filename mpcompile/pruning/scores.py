@@ -4,12 +4,12 @@ From cheap to expensive:
 
 - magnitude keeps the largest |w|;
 - Wanda keeps the largest |w| times the RMS of its input (Sun et al. 2023);
-- covariance minimises r' C r over the removed values r, C the second moments of the group's inputs
+- covariance minimises r' C r over the removed values r, where C are the second moments of the group's inputs
   (arXiv 2606.02608, Online Resource 2, "Stage 1: per-row 2:4 search with free restoration");
-- optimal brain surgeon (OBS) removes one value at a time, and each time moves the row's remaining values to where they
+- optimal brain surgeon (OBS) removes one value at a time, and each time adjusts the row's remaining values so that they
   compensate best (Hassibi and Stork 1993; Frantar and Alistarh 2023).
 
-All of them take rows (R, K), group M consecutive columns, and process all rows and groups at once.
+All of them take rows (R, K), group M consecutive columns, and process many rows at once.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from torch import Tensor
 from mpcompile.ir.numerics import exact
 from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 
-DAMPING = 0.01  # share of the mean of the diagonal of the second moments that is added to it
+DAMPING = 0.01  # added to the diagonal of the second moments, as a share of its mean
 _FEW_MASKS = 8  # up to this many masks per group (2:4 has 6) are enumerated
 _CHUNK = 1 << 22  # values per chunk of the vectorised searches: 16 MiB per temporary
-_BLOCK = 128  # columns whose effect on later columns is accumulated before it is applied to them
+_BLOCK = 128  # columns whose effect on later columns is accumulated before it is applied
 
 
 def top_n(score: Tensor, n: int) -> Tensor:
-    """Boolean mask of the ``n`` largest values along the last axis; ties go to the lower index."""
+    """Return a boolean mask of the ``n`` largest values along the last axis; ties go to the lower index."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :n], True)
 
 
 def top_rows(score: Tensor, pattern: Pattern) -> Tensor:
-    """Boolean mask (R, K) of the ``pattern.n`` largest values of each group of a score (R, K)."""
+    """Return a boolean mask (R, K) of the ``pattern.n`` largest values of each group of a score (R, K)."""
     groups = score.unflatten(-1, (-1, pattern.m)).reshape(-1, pattern.m)
     mask = torch.cat([top_n(part, pattern.n) for part in groups.split(max(1, _CHUNK // pattern.m))])
     return mask.reshape(score.shape)
 
 
 def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Boolean mask, of the weight's shape, that keeps the largest |w| of every group.
+    """Return a boolean mask, of the weight's shape, that keeps the largest |w| of every group.
 
     Args:
         weight: (out, in) or (out, in / groups, kh, kw).
@@ -57,18 +57,18 @@ def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def wanda_rows(rows: Tensor, power: Tensor, pattern: Pattern) -> Tensor:
-    """Mask (R, K) that keeps the largest w_j^2 E[x_j^2] of every group; ``power`` is E[x_j^2], (K,)."""
+    """Return a mask (R, K) that keeps the largest w_j^2 E[x_j^2] of every group; ``power`` is E[x_j^2], (K,)."""
     return top_rows(rows.square() * power, pattern)
 
 
 def exchange(u: Tensor, c: Tensor, kept: Tensor, price: Tensor | None = None) -> Tensor:
-    """Exchange a kept for a removed value, the best exchange first, until none lowers r' C r + p' (removed).
+    """Exchange kept for removed values, the best exchange first, until none lowers r' C r + p' (removed).
 
     Args:
-        u: (G, M), values of the groups; r are the removed ones.
+        u: (G, M), values of the groups; r are those that the mask removes, zero elsewhere.
         c: (G, M, M), or one (M, M) for all groups.
-        kept: (G, M), the mask to start from, N values of each group set.
-        price: p, (G, M), an additional cost of removing each value; None is zero.
+        kept: (G, M), the initial mask, with N values of each group set.
+        price: p, (G, M), an additional cost of removing each value; None means zero.
 
     Returns:
         The mask (G, M).
@@ -76,7 +76,7 @@ def exchange(u: Tensor, c: Tensor, kept: Tensor, price: Tensor | None = None) ->
     kept = kept.clone()
     c = c.expand(len(u), -1, -1)
     active = torch.arange(len(u), device=u.device)
-    floor = 1e-7 * (u.square() * c.diagonal(dim1=-2, dim2=-1)).sum(-1)  # below this, an exchange is rounding
+    floor = 1e-7 * (u.square() * c.diagonal(dim1=-2, dim2=-1)).sum(-1)  # a smaller gain is rounding error
     for _ in range(u.shape[1]):
         v, k, ca = u[active], kept[active], c[active]
         g = torch.einsum("gij,gj->gi", ca, v * ~k)  # C r
@@ -96,7 +96,7 @@ def exchange(u: Tensor, c: Tensor, kept: Tensor, price: Tensor | None = None) ->
 
 
 def all_masks(pattern: Pattern, device: torch.device) -> Tensor:
-    """All masks of one group, (C(M, N), M)."""
+    """Return all masks of one group, (C(M, N), M)."""
     kept = torch.zeros(math.comb(pattern.m, pattern.n), pattern.m, dtype=torch.bool, device=device)
     for row, places in zip(kept, itertools.combinations(range(pattern.m), pattern.n), strict=True):
         row[list(places)] = True
@@ -104,10 +104,10 @@ def all_masks(pattern: Pattern, device: torch.device) -> Tensor:
 
 
 def _best(u: Tensor, c: Tensor, pattern: Pattern, kept: Tensor | None = None, price: Tensor | None = None) -> Tensor:
-    """The mask of each group that minimises r' C r + p' (removed): by enumeration if there are few masks, else by
-    :func:`exchange`.
+    """Return a mask of each group with a low r' C r + p' (removed): the best of all if there are few masks, otherwise
+    the result of :func:`exchange`.
 
-    u (G, M), c (G, M, M) or (M, M), kept (G, M) where the search starts, price p (G, M) -> (G, M).
+    u (G, M), c (G, M, M) or (M, M), initial mask kept (G, M), price p (G, M) -> (G, M).
     """
     if math.comb(pattern.m, pattern.n) > _FEW_MASKS:
         if kept is None:
@@ -123,7 +123,7 @@ def _best(u: Tensor, c: Tensor, pattern: Pattern, kept: Tensor | None = None, pr
 
 
 def prior_price(rows: Tensor, blocks: Tensor, source: Tensor, alpha: float, m: int) -> Tensor:
-    """What removing each value costs by the Hamming prior towards a source mask, up to a constant per group.
+    """Return the cost of removing each value under the Hamming prior towards a source mask, up to a constant per group.
 
     The prior adds, for every place in which the mask differs from the source, alpha times the mean of w_j^2 C_jj over
     all rows and the group. rows and source (R, K), blocks (K / m, m, m) -> (R, K).
@@ -137,7 +137,7 @@ def prior_price(rows: Tensor, blocks: Tensor, source: Tensor, alpha: float, m: i
 
 @exact()
 def covariance_rows(rows: Tensor, blocks: Tensor, pattern: Pattern, price: Tensor | None = None) -> Tensor:
-    """Mask (R, K) of the rows that minimises r' C r in every group.
+    """Return a mask (R, K) of the rows that minimises r' C r in every group, as :func:`covariance_mask`.
 
     Args:
         rows: (R, K).
@@ -156,10 +156,10 @@ def covariance_rows(rows: Tensor, blocks: Tensor, pattern: Pattern, price: Tenso
 
 @exact()
 def covariance_mask(weight: Tensor, moments: Tensor, pattern: Pattern) -> Tensor:
-    """Boolean mask, of the weight's shape, that keeps ``pattern.n`` of every group such that r' C r is least.
+    """Return a boolean mask, of the weight's shape, that keeps ``pattern.n`` of every group such that r' C r is least.
 
-    Up to 8 masks per group are enumerated; beyond that no single exchange of a kept for a removed value improves the
-    result.
+    If a group has at most 8 masks, all are tried; otherwise the result is a local minimum, which no single exchange of
+    a kept for a removed value improves.
 
     Args:
         weight: (out, in) or (out, in / groups, kh, kw).
@@ -177,7 +177,7 @@ def covariance_mask(weight: Tensor, moments: Tensor, pattern: Pattern) -> Tensor
 
 @exact()
 def sweep_rows(rows: Tensor, a: Tensor, kept: Tensor, pattern: Pattern) -> Tensor:
-    """One Gauss-Seidel sweep: each group's mask is chosen again, by the full second moments, all others fixed.
+    """One Gauss-Seidel sweep: choose each group's mask again, from the full second moments, with all others fixed.
 
     Args:
         rows: (R, K).
@@ -212,7 +212,7 @@ def sweep_rows(rows: Tensor, a: Tensor, kept: Tensor, pattern: Pattern) -> Tenso
 
 
 def damped(a: Tensor, damping: float) -> Tensor:
-    """``a`` (K, K) with ``damping`` times the mean of its diagonal added to the diagonal.
+    """Return ``a`` (K, K) with ``damping`` times the mean of its diagonal added to the diagonal.
 
     A singular matrix becomes positive definite, and an all-zero matrix the identity.
     """
@@ -224,13 +224,13 @@ def damped(a: Tensor, damping: float) -> Tensor:
 
 
 def peel(w: Tensor, inverse: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Optimal brain surgeon within one group: remove values one at a time, each time the one whose removal costs least
-    once the remaining values have moved to compensate.
+    """Optimal brain surgeon within one group: remove values one at a time, always the one whose removal costs least
+    once the remaining values have been adjusted to compensate.
 
     Args:
         w: (R, M), the group's values in every row.
         inverse: (M, M), the inverse of the damped second moments of the group's inputs, of w's dtype.
-        counts: after how many removals to yield, rising.
+        counts: numbers of removals after which to yield, in ascending order.
 
     Yields:
         The values and the mask of those kept, (R, M) each, after each count; removed values are zero.
@@ -254,15 +254,15 @@ def peel(w: Tensor, inverse: Tensor, counts: Sequence[int]) -> Iterator[tuple[Te
 
 @exact()
 def obs_rows(rows: Tensor, a: Tensor, pattern: Pattern, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-    """Optimal brain surgeon, group by group from left to right: masks, and values that compensate for what is removed.
+    """Optimal brain surgeon, group by group from left to right: masks, and values that compensate for those removed.
 
     Within a group, values are removed one at a time at the exact cost w_j^2 / P_jj, where P is the inverse of the
-    moments restricted to the columns that may still move. Columns to the left are final.
+    moments restricted to the columns that can still change. Columns to the left are final.
 
     Args:
         rows: (R, K).
         a: (K, K), second moments of the inputs.
-        damping: share of the mean of the diagonal that is added to it.
+        damping: see :func:`damped`.
 
     Returns:
         Values (R, K), zero where removed, and the mask (R, K).

@@ -1,14 +1,15 @@
-"""Spectral Edge Reallocation (SER): sparsify, estimate, restore. An unstructured source mask for N:M masks.
+"""Spectral Edge Reallocation (SER): sparsify, estimate, restore. The result is an unstructured source mask, towards
+which N:M masks are drawn.
 
-Weights are first removed by magnitude alone. Then, in a few cycles, more weights are removed than wanted, from layers
-with a high noise edge more than from others; the removed weights are trained for a short while, with all others
-frozen, and those that move furthest are restored.
+Weights are first removed by magnitude alone. Then, in each of a few cycles, more weights are removed than wanted, more
+of them from layers with a high noise edge; the removed weights are trained for a short while, with all others frozen,
+and those that move furthest are restored.
 
-Source: arXiv 2606.02608, Online Resource 2, "Spectral Edge Reallocation" and "Hybrid Magnitude--SER". Where the paper
-leaves a choice:
+Source: arXiv 2606.02608, Online Resource 2, "Spectral Edge Reallocation" and "Hybrid Magnitude--SER". Choices that the
+paper leaves open:
 
-- Removed weights are trained from zero, towards the logits of the dense model. Started from their values, the network
-  would be the dense model, whose distance to itself has no gradient.
+- Removed weights are trained from zero, towards the logits of the dense model. If they started from their own values,
+  the network would be the dense model, whose distance to itself has no gradient.
 - Movement is divided by the layer's weight w, not multiplied: a layer that gives up more gets less back.
 """
 
@@ -29,16 +30,16 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import exact, training_flags
 from mpcompile.pruning.edge_budget import layer_weights
 
-SPARSITY = 0.35  # of the source mask in the paper's main result, ViT-B/16 2:4 + ToMe
+SPARSITY = 0.35  # sparsity of the source mask in the paper's main result, ViT-B/16 2:4 + ToMe
 _MAGNITUDE = 0.20  # up to this sparsity, weights are removed by magnitude alone
 _CYCLE = 0.05  # sparsity that a cycle adds
 _RESTORED = 0.03  # share of all weights that a cycle removes beyond its goal, and restores
 _LR = 4e-4
-_MOST_STEPS = 128  # of training per cycle; one pass over the calibration data if that is shorter
+_MOST_STEPS = 128  # training steps per cycle; one pass over the calibration data, but at least 4, if that is shorter
 
 
 def _smallest(scores: Mapping[str, Tensor], among: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Boolean masks of the ``count`` smallest scores of all layers together, chosen where ``among`` is true."""
+    """Return boolean masks of the ``count`` smallest scores of all layers together, chosen where ``among`` is True."""
     flat = torch.cat([score[among[name]].flatten() for name, score in scores.items()])
     chosen = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     chosen[flat.argsort(stable=True)[:count]] = True
@@ -58,7 +59,7 @@ def _movement(
     targets: Sequence[Tensor],
     steps: int,
 ) -> dict[str, Tensor]:
-    """|change| of every weight where it is removed, after training the removed weights alone, from zero."""
+    """Return how far every removed weight moves, |change|, when the removed weights alone are trained from zero."""
     reservoir = {name: torch.zeros_like(w).requires_grad_() for name, w in weights.items()}
     optimizer = torch.optim.AdamW(reservoir.values(), lr=_LR, weight_decay=0.0)
     for inputs, target in itertools.islice(itertools.cycle(zip(batches, targets, strict=True)), steps):
@@ -81,13 +82,13 @@ def source_masks(
     sparsity: float = SPARSITY,
     progress: bool | None = None,
 ) -> dict[str, Tensor]:
-    """Masks of the weights that the source keeps.
+    """Return the source masks, True for the weights that they keep.
 
     Args:
         gm: the dense graph (tokens may be merged); not changed. It returns logits (batch, classes).
-        weights: full name of each weight to mask, in the graph -> the weight.
+        weights: full name in the graph -> weight, for each weight to mask.
         edges: noise edge σ₊ of each weight, by the same names.
-        batches: graph inputs of each batch of calibration data; unlabelled.
+        batches: the graph inputs of each batch of calibration data, unlabelled.
         sparsity: share of all these weights that the source removes; above 0 and below 0.97.
         progress: show a progress bar; None shows one on a terminal.
 
@@ -128,7 +129,7 @@ def source_masks(
 
 
 def _goals(sparsity: float) -> list[float]:
-    """The sparsity after each cycle; the first is reached by magnitude alone."""
+    """Return the sparsity after each cycle; the first is reached by magnitude alone."""
     if sparsity <= _MAGNITUDE:
         return [sparsity]
     stages = [_MAGNITUDE + _CYCLE * i for i in range(1, 100) if _MAGNITUDE + _CYCLE * i < sparsity - 1e-9]
@@ -137,7 +138,7 @@ def _goals(sparsity: float) -> list[float]:
 
 @torch.no_grad()
 def _dense_logits(gm: IRModule, data: Sequence[Sequence[Any]]) -> list[Tensor]:
-    """The graph's logits on every batch, float32."""
+    """Return the graph's logits on every batch, float32."""
     logits = [gm(*own_copies(gm, batch)) for batch in data]
     if not all(isinstance(t, Tensor) and t.dim() == 2 for t in logits):
         raise InputError("score='ser' needs a model that returns logits", expected="a tensor (batch, classes)")

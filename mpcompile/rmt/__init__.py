@@ -2,7 +2,8 @@
 
 Let W (N, M), N >= M, have iid entries of mean 0 and variance σ²; X = WᵀW/N; c = M/N in (0, 1]. As N grows, the
 eigenvalues of X fill [λ₋, λ₊] = σ²(1 ∓ √c)², and the singular values of W end at σ₊ = √(N λ₊) = σ(√N + √M). Singular
-values above this edge ("spikes") are structure. Eigenvalues are in units of weight², σ and edges in units of weight.
+values above this edge ("spikes") are structure. Eigenvalues are in the units of squared weights, σ and
+edges in those of the weights.
 """
 
 from mpcompile.rmt.edges import bema, gavish_donoho, median_sigma, shuffle_edge

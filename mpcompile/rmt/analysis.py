@@ -196,7 +196,7 @@ class Analysis:
         separable = sum(f.separable for f in fits)
         text = f"{len(fits)} matrices: {count['mp']} follow the law"
         text += f" ({separable} once row and column scales are divided out)" if separable else ""
-        text += f", {count['not_mp']} don't, {count['low_confidence']} are too small or too narrow to judge"
+        text += f", {count['not_mp']} do not, {count['low_confidence']} are too small or too narrow to judge"
         left = sum(layer.reason is not None for layer in self.layers.values())
         return f"{self.table()}\n\n{text}" + (f"; {left} not fitted" if left else "")
 
@@ -205,7 +205,7 @@ class Analysis:
 
         Raises:
             MPCompileError: matplotlib is not installed.
-            ArtifactError: the file can't be written, or matplotlib doesn't support its format.
+            ArtifactError: the file cannot be written, or matplotlib does not support its format.
         """
         draw(self, Path(path))
 
@@ -272,7 +272,7 @@ def check_plot(path: Path) -> None:
 
     Raises:
         MPCompileError: matplotlib is not installed.
-        ArtifactError: matplotlib doesn't support the format.
+        ArtifactError: matplotlib does not support the format.
     """
     try:
         import matplotlib.figure  # noqa: F401

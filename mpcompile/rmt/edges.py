@@ -16,7 +16,7 @@ from torch import Tensor
 from mpcompile.errors import InputError
 from mpcompile.rmt.law import Array, mp_quantile, numbers, positive, tracy_widom_quantile
 
-ALPHA, BETA = 0.2, 0.1  # share of the eigenvalues excluded from a fit at each end; rate of false spikes
+ALPHA, BETA = 0.2, 0.1  # share of the eigenvalues excluded from a fit at each end; probability of false spikes
 
 
 def bema(
@@ -24,12 +24,12 @@ def bema(
 ) -> tuple[float, float]:
     """BEMA (arXiv 2006.00436): σ̂² from the middle of a spectrum, and T₊, which pure noise exceeds with probability β.
 
-    Over αM <= k <= (1 − α)M, with λ_k falling and q_k the (k − ½)/M upper quantile of MP(c, 1),
+    Over αM <= k <= (1 − α)M, with λ_k in descending order and q_k the (k − ½)/M upper quantile of MP(c, 1),
     σ̂² = Σ q_k λ_k / Σ q_k². Then T₊ = σ̂² [(1 + √c)² + t_{1−β} N^(−2/3) c^(−1/6) (1 + √c)^(4/3)], t the quantile of the
     Tracy-Widom law.
 
     Args:
-        eigenvalues: all M of WᵀW/N, in any order; both results are in their unit.
+        eigenvalues: all M eigenvalues of WᵀW/N, in any order; both results are in their units.
         c: M/N.
         n_rows: N.
         alpha: share of the eigenvalues excluded at each end.
@@ -56,13 +56,16 @@ def bema(
 
 
 def threshold(sigma2: float, c: float, N: int, beta: float = BETA) -> float:
-    """T₊ of :func:`bema`. Its width (Johnstone) contains (1 + √c)^(4/3), which ``(1 + √c)**4 / 3`` is not."""
+    """Return T₊ of :func:`bema`. Its width (Johnstone) contains (1 + √c)^(4/3), unlike ``(1 + √c)**4 / 3``."""
     width = N ** (-2 / 3) * c ** (-1 / 6) * (1 + math.sqrt(c)) ** (4 / 3)
     return sigma2 * ((1 + math.sqrt(c)) ** 2 + tracy_widom_quantile(1 - beta) * width)
 
 
 def window(M: int, alpha: float) -> tuple[NDArray[np.bool_], Array]:
-    """Of M falling eigenvalues: which are central, αM <= k <= (1 − α)M (all if none is), and 1 − (k − ½)/M of each."""
+    """Return, for the k-th largest of M eigenvalues, whether it is central, αM <= k <= (1 − α)M, and 1 − (k − ½)/M.
+
+    If none is central, all count as central.
+    """
     k = np.arange(1, M + 1)
     central = (k >= alpha * M) & (k <= (1 - alpha) * M)
     return central | ~central.any(), 1 - (k - 0.5) / M
@@ -88,7 +91,7 @@ def median_sigma(eigenvalues: ArrayLike, c: float) -> float:
 def gavish_donoho(c: float, sigma: float | None = None, n_rows: int | None = None) -> float:
     """Optimal hard threshold: singular values below it increase the error of a low-rank reconstruction.
 
-    With ``sigma`` and ``n_rows`` = N, τ = λ*(c) √N σ in the unit of singular values, where
+    With ``sigma`` and ``n_rows`` = N, τ = λ*(c) √N σ in the units of singular values, where
     λ*(c) = √(2(c + 1) + 8c / (c + 1 + √(c² + 14c + 1))). Without them, ω(c) = λ*(c)/√μ_c, to be multiplied by the
     median singular value. τ is above the edge.
 
@@ -108,15 +111,15 @@ def gavish_donoho(c: float, sigma: float | None = None, n_rows: int | None = Non
 
 
 def shuffle_edge(W: Tensor, shuffles: int = 4, seed: int = 0) -> float:
-    """An edge that assumes no law: the largest singular value of W with its entries permuted at random, in float64.
+    """Return an edge that assumes no law: the largest singular value of W after a random permutation of its entries.
 
     It reflects the distribution of the entries, long tails included, and nothing else: differences of variance between
-    rows or columns are lost.
+    rows or columns are lost. Computed in float64.
 
     Args:
         W: (rows, columns), or a convolution, which is unfolded.
         shuffles: number of permutations, over which the mean is taken.
-        seed: of the permutations.
+        seed: seed of the permutations.
 
     Raises:
         InputError: the weight is empty or not finite, or ``shuffles`` is below 1.

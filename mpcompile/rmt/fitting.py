@@ -18,10 +18,10 @@ from mpcompile.rmt.spikes import bbp_inverse
 Verdict = Literal["mp", "not_mp", "low_confidence"]
 
 MIN_M, MIN_C, MIN_RANK = 64, 0.03, 0.98  # below the first two, too noisy to judge; rank / M below the third, not MP
-_SWEEPS = 6  # of the row x column model
-_ROUNDS = 3  # of removing spikes from it
+_SWEEPS = 6  # iterations that estimate the row x column scales
+_ROUNDS = 3  # estimates of these scales; spikes are removed before each but the first
 _MOST_SPIKES = 0.25  # share of the singular values; with more spikes there is no bulk to fit
-_CAP = 9.0  # squared entries are capped at three standard deviations: spikes and outliers don't determine a scale
+_CAP = 9.0  # squared entries are capped at three standard deviations: spikes and outliers do not determine a scale
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Fit:
         shape: (rows, columns) of the fitted matrix, before any transposition.
         separable: True if variances differ by row and column. All figures are then those of D_r^(−1/2) W D_c^(−1/2),
             D_r and D_c of mean 1, which follows the law; ``plain`` is the fit of W.
-        spikes: singular values above ``edge_tw``, falling.
-        signal: the singular values of the signal that explains these, by the inverse BBP map.
+        spikes: singular values above ``edge_tw``, in descending order.
+        signal: the singular values of the signal that explains the spikes, by the inverse BBP map.
         plain: the rejected fit of W itself, if ``separable``.
     """
 
@@ -60,16 +60,16 @@ class Fit:
 
 
 def fit(W: Tensor, separable: bool = True) -> Fit:
-    """Fit the MP law to a weight: σ̂ and T₊ by BEMA, and σ̂ again on the bulk if there are spikes.
+    """Fit the MP law to a weight: σ̂ and T₊ by BEMA; if there are spikes, σ̂ is estimated again on the bulk.
 
     Spikes shift the ranks of the bulk (40 of 768: σ̂ + 3.5 %). Without its k spikes, the bulk is that of an
-    (N − k, M − k) matrix, and a second BEMA fits it as such. A third would go on removing values from a spectrum that
-    isn't MP. If W is too small to judge (low_confidence) or rank-deficient, σ̂² = ‖bulk‖_F² / ((N − k)(M − k)). All
+    (N − k, M − k) matrix, and a second BEMA fits it as such. A third would keep removing values from a spectrum that
+    is not MP. If W is too small to judge (low_confidence) or rank-deficient, σ̂² = ‖bulk‖_F² / ((N − k)(M − k)). All
     computations are in float64.
 
     Args:
         W: (rows, columns), or a convolution (C_out, C_in, kh, kw), which is unfolded to (C_out, C_in kh kw).
-        separable: if the law is rejected, try it on W with the scales of rows and columns taken out.
+        separable: if the law is rejected, try it on W with its row and column scales divided out.
 
     Raises:
         InputError: W is not a real 2-D or 4-D tensor that holds data, is empty, or is not finite.
@@ -97,9 +97,9 @@ def fit_batch(W: Tensor, separable: bool = True) -> tuple[Fit, ...]:
 
 
 def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]]:
-    """:func:`fit_batch`, each fit with the falling singular values (M,) that it describes.
+    """Return each fit of :func:`fit_batch` with the singular values (M,) that it describes, in descending order.
 
-    For a separable fit these are the singular values of the matrix with the scales of its rows and columns taken out.
+    For a separable fit these are the singular values of the matrix with its row and column scales divided out.
     """
     if not isinstance(W, Tensor) or W.ndim != 3 or W.is_complex() or W.is_meta or W.numel() == 0:
         given = f"{W.dtype} of shape {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
@@ -112,7 +112,8 @@ def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]
     scale = A.abs().amax((1, 2), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
     A = A / scale  # so that no square overflows or underflows
-    # Eigenvalues count as zero up to the rounding of the entries, of variance <= (eps w)²/12 (8 bits are too coarse).
+    # Eigenvalues within the rounding error of the entries, of variance <= (eps w)²/12, count as zero (not for 8 bits:
+    # too coarse).
     eps = torch.finfo(W.dtype).eps if W.is_floating_point() and W.itemsize > 1 else 0.0
     fits: list[tuple[Fit, Array]] = []
     for a, lam, s in zip(A, _spectra(A), scale.flatten().tolist(), strict=True):
@@ -129,10 +130,10 @@ def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]
 
 
 def fit_qkv(W: Tensor, parts: int = 3) -> tuple[Fit, ...]:
-    """Fit ``parts`` equal blocks of rows separately: queries, keys and values differ in scale, and a mixture isn't MP.
+    """Fit ``parts`` equal blocks of rows separately: queries, keys and values differ in scale, and a mixture is not MP.
 
     Raises:
-        InputError: the rows don't divide into ``parts`` blocks; otherwise as :func:`fit`.
+        InputError: the rows do not divide into ``parts`` blocks; otherwise as :func:`fit`.
 
     >>> {f.shape for f in fit_qkv(torch.randn(576, 192))}
     {(192, 192)}
@@ -147,7 +148,7 @@ def fit_qkv(W: Tensor, parts: int = 3) -> tuple[Fit, ...]:
 def fit_taps(W: Tensor) -> tuple[Fit, ...]:
     """Fit a convolution (C_out, C_in, kh, kw) tap by tap, each (C_out, C_in), in the order of ``W.flatten(2)``.
 
-    Neighbouring taps are correlated, which the fit of the unfolded matrix doesn't model.
+    Neighbouring taps are correlated, which the fit of the unfolded matrix does not model.
 
     Raises:
         InputError: W is not 4-D; otherwise as :func:`fit`.
@@ -164,7 +165,7 @@ def row_column_scales(A: Tensor) -> tuple[Tensor, Tensor]:
     """Relative variances r_i c_j of the entries of A (N, M), float64: r (N,) and c (M,), both of mean 1.
 
     r and c are alternately set to equalise the mean squares of rows and of columns. Entries are capped at three
-    standard deviations, so that single entries don't determine a scale. A row or column of zeros gets 0.
+    standard deviations, so that single entries do not determine a scale. A row or column of zeros gets 0.
     """
     squares = A.square()
     r, c = squares.mean(1), squares.mean(0)
@@ -186,10 +187,10 @@ def _capped(squares: Tensor, r: Tensor, c: Tensor, level: Tensor, axis: int) -> 
 
 
 def _separable(A: Tensor, scale: float, eps: float, shape: tuple[int, int]) -> tuple[Fit, Array] | None:
-    """The fit of A (N, M) with the scales of its rows and columns taken out, and its eigenvalues; None if that doesn't
-    follow the law either.
+    """Return the fit of A (N, M) with its row and column scales divided out, and the eigenvalues of that matrix.
 
-    Spikes distort the scales: those found are removed from the matrix that the scales are estimated from.
+    None if it does not follow the law either. Spikes distort the scales, so the spikes of one estimate are removed
+    from the matrix that the next one is based on.
     """
     rest = A
     for _ in range(_ROUNDS):
@@ -208,13 +209,13 @@ def _separable(A: Tensor, scale: float, eps: float, shape: tuple[int, int]) -> t
 
 
 def _spectra(A: Tensor) -> Array:
-    """Eigenvalues of AᵀA/N, falling: A (B, N, M), N >= M -> (B, M)."""
+    """Eigenvalues of AᵀA/N, in descending order: A (B, N, M), N >= M -> (B, M)."""
     lam = torch.linalg.eigvalsh(A.transpose(1, 2) @ A).flip(1).clamp_min(0) / A.shape[1]
     return lam.cpu().numpy()
 
 
 def _judge(lam: Array, N: int, scale: float, eps: float, shape: tuple[int, int]) -> tuple[Fit, bool]:
-    """The fit of a matrix whose eigenvalues are ``lam`` times ``scale``², and True if it is rank-deficient."""
+    """Return the fit of a matrix whose eigenvalues are ``lam`` times ``scale``², and True if it is rank-deficient."""
     lam, M = lam.copy(), lam.size
     c, total = M / N, float(lam.sum())  # ‖A‖_F² / N
     lam[lam < max(N * np.finfo(np.float64).eps * lam[0], eps**2 / 12 * total / M * (1 + math.sqrt(c)) ** 2)] = 0.0
@@ -240,7 +241,10 @@ def _judge(lam: Array, N: int, scale: float, eps: float, shape: tuple[int, int])
 
 
 def gamma(M: int) -> float:
-    """The largest ``fit_error`` of noise: O(log M / M), since σ̂ is fitted and eigenvalues are rigid; no KS bound."""
+    """Return the largest ``fit_error`` to expect of noise.
+
+    It is O(log M / M), not a Kolmogorov-Smirnov bound: σ̂ is fitted, and eigenvalues are rigid.
+    """
     # The 0.999 quantile of M fit_error for iid Gaussian W, simulated from the bidiagonal model of a Wishart matrix:
     # M = 64: 2.67, 96: 2.86, 128: 2.95, 192: 3.18, 384: 3.50, 768: 3.66 (mean over c = 1, 0.9, 0.5, 0.25, 0.03, which
     # hardly matter; 6000 to 250 draws each). Uniform, sign and 2:4-masked entries: the same; Laplace: up to 10 % more.

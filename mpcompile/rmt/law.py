@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 def mp_density(x: ArrayLike, c: float, sigma2: float = 1.0) -> Array:
     """Density of the MP law, f(x) = √((λ₊ − x)(x − λ₋)) / (2π c σ² x) on [λ₋, λ₊], 0 outside; shaped like ``x``.
 
-    For c > 1 it integrates to 1/c: it doesn't contain the atom 1 − 1/c at 0. At c = 1 it diverges at x = 0 (inf).
+    For c > 1 it integrates to 1/c: it does not contain the atom 1 − 1/c at 0. At c = 1 it diverges at x = 0 (inf).
 
     Raises:
         InputError: ``x`` contains NaN; ``c`` or ``sigma2`` is not positive and finite.

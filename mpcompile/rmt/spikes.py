@@ -17,7 +17,7 @@ from mpcompile.rmt.law import Array, numbers, positive
 
 
 def bbp(strength: ArrayLike, sigma: float, shape: tuple[int, int]) -> Array:
-    """Where a signal's singular values are observed in noise; those hidden by the noise, at the edge σ(√N + √M).
+    """Return the singular values observed for a signal in noise: σ(√N + √M), the edge, for those hidden by the noise.
 
     Args:
         strength: singular values of the signal, >= 0.
@@ -33,13 +33,13 @@ def bbp(strength: ArrayLike, sigma: float, shape: tuple[int, int]) -> Array:
     unit, c = _unit(sigma, shape)
     theta = numbers(strength, "strength") / unit
     if theta.size and theta.min() < 0:
-        raise InputError("singular values can't be negative", expected=">= 0", found=float(theta.min() * unit))
+        raise InputError("singular values cannot be negative", expected=">= 0", found=float(theta.min() * unit))
     safe = np.maximum(theta, c**0.25)  # at c^(1/4) the map gives the edge
     return unit * np.sqrt((1 + safe**2) * (c + safe**2)) / safe
 
 
 def bbp_inverse(observed: ArrayLike, sigma: float, shape: tuple[int, int]) -> Array:
-    """The strength of the signal that explains observed singular values; 0 for those at or below the edge.
+    """Return the strengths of the signal that explain observed singular values; 0 for those at or below the edge.
 
     θ² = ½ (y² − 1 − c + √((y² − 1 − c)² − 4c)). Arguments and errors as in :func:`bbp`.
 
@@ -49,7 +49,7 @@ def bbp_inverse(observed: ArrayLike, sigma: float, shape: tuple[int, int]) -> Ar
     unit, c = _unit(sigma, shape)
     y = numbers(observed, "observed") / unit
     if y.size and y.min() < 0:
-        raise InputError("singular values can't be negative", expected=">= 0", found=float(y.min() * unit))
+        raise InputError("singular values cannot be negative", expected=">= 0", found=float(y.min() * unit))
     b = y**2 - 1 - c
     theta2 = (b + np.sqrt(np.maximum(b * b - 4 * c, 0.0))) / 2
     return np.where(y > (1 + math.sqrt(c)) * (1 + 1e-12), unit * np.sqrt(np.maximum(theta2, 0.0)), 0.0)

@@ -88,7 +88,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def last_good(folder: Path | None) -> str:
-    """Return a hint for errors: where the last checkpoint of a run is."""
+    """Return a hint for error messages that says where the last checkpoint of a run is."""
     path = None if folder is None else folder / NAME
     return f"The last good checkpoint is {path}" if path is not None and path.exists() else "No checkpoint yet"
 
@@ -104,12 +104,12 @@ def earlier_run(path: Path) -> ArtifactError:
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint to a temporary file, which replaces the last one once it is on the disk.
+    """Write a checkpoint to a temporary file, which replaces the previous checkpoint once it is on disk.
 
     The format is that of ``torch.save``, a ZIP archive, with a checksum of all its bytes in the archive's comment.
 
     Raises:
-        ArtifactError: the folder cannot be written or the disk is full; the last checkpoint is untouched.
+        ArtifactError: the folder cannot be written or the disk is full; the previous checkpoint is untouched.
     """
     recorder = None
     try:
@@ -121,7 +121,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
         cause = recorder.error if recorder is not None and recorder.error is not None else error
         if not isinstance(cause, OSError):
             raise
-        previous = f"the last checkpoint, {path}, is whole" if path.exists() else "there was none before"
+        previous = f"the last checkpoint, {path}, is intact" if path.exists() else "there was none before"
         raise ArtifactError(
             f"cannot write the checkpoint {path}",
             expected="a writable folder with room",
@@ -131,8 +131,8 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _sign(file: BinaryIO) -> None:
-    """Append the digest of an archive to it, as its comment."""
-    file.seek(-2, os.SEEK_END)  # the length of the comment, which ends an archive without one
+    """Append an archive's digest to the archive, as its comment."""
+    file.seek(-2, os.SEEK_END)  # an archive without a comment ends with the length of the comment
     file.write(struct.pack("<H", _COMMENT))
     end = file.tell()
     checksum = _checksum(file, end)
@@ -154,7 +154,7 @@ def _checksum(file: BinaryIO, end: int) -> str:
 
 
 class _ErrorRecorder:
-    """A file that records the error of a failed write: torch's writer hides it behind one of its own."""
+    """A file that records the error of a failed write, which torch's writer replaces with one of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -172,10 +172,10 @@ class _ErrorRecorder:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint: its checksum is verified first, then tensors and plain values are unpickled, nothing else.
+    """Read a checkpoint. Its checksum is verified first; only tensors and plain values are unpickled.
 
     Raises:
-        ArtifactError: the file is damaged, is no checkpoint, or has another format.
+        ArtifactError: the file is damaged, is not a checkpoint, or has another format.
     """
     try:
         with open_regular(path) as file:
@@ -187,7 +187,7 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:
         found = getattr(error, "strerror", None)
         if found is None:
-            found = "something else in it" if zipfile.is_zipfile(path) else "a damaged file"
+            found = "an archive of something else" if zipfile.is_zipfile(path) else "a damaged file"
         raise _unreadable(path, found) from error
     if problem is not None:
         raise _unreadable(path, problem)
@@ -201,29 +201,29 @@ def read(path: Path) -> dict[str, Any]:
 def _unreadable(path: Path, found: str) -> ArtifactError:
     return ArtifactError(
         f"{path} cannot be read as a checkpoint",
-        expected="a whole file that mpcompile.distill wrote",
+        expected="a complete file that mpcompile.distill wrote",
         found=found,
         hint="remove it to start again",
     )
 
 
 def _damage(file: BinaryIO) -> str | None:
-    """Return what is wrong with the bytes of a checkpoint, or None."""
+    """Return a description of the damage to a checkpoint's bytes, or None if they are intact."""
     end = file.seek(0, os.SEEK_END) - _COMMENT
     file.seek(max(0, end))
     comment = file.read()
     if end < 0 or not comment.startswith(_MARK):
-        return "a damaged file, or one of an older version: it ends without a checksum"
+        return "a damaged file, or one from an older version: it ends without a checksum"
     if comment[len(_MARK) :] != _checksum(file, end).encode():
         return "a damaged file: its content has changed since it was written"
     return None
 
 
 def check_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Check that a checkpoint holds every field that a run needs to resume, with its type.
+    """Check that a checkpoint holds every field that a run needs to resume, each of the right type.
 
     Raises:
-        ArtifactError: it does not; names the field.
+        ArtifactError: a field is missing or has the wrong type; the message names it.
     """
     try:
         check(state, State)
@@ -238,7 +238,7 @@ def check_state(path: Path, state: Mapping[str, Any]) -> None:
 def malformed(path: Path, where: str, expected: object, found: object) -> ArtifactError:
     """Return the error for a field of a checkpoint that a run cannot resume from."""
     return ArtifactError(
-        f"{path} cannot be resumed from: its field {where} is not what mpcompile.distill writes",
+        f"{path} cannot be resumed from: its field {where} is not in the form that mpcompile.distill writes",
         expected=expected,
         found=found,
         hint="remove it to start again",
@@ -246,15 +246,16 @@ def malformed(path: Path, where: str, expected: object, found: object) -> Artifa
 
 
 def check_structure(saved: Any, own: Any, where: str = "") -> None:
-    """Check that a plain value has the structure of another: the same names, lengths and types, numbers for numbers.
+    """Check that a plain value has the structure of another: the same names, lengths and types (any
+    number matches any other).
 
     Args:
-        saved: from a checkpoint.
-        own: of this run.
+        saved: the value from a checkpoint.
+        own: the value of this run.
         where: path of the value, for errors.
 
     Raises:
-        Mismatch: it has not.
+        Mismatch: the structures differ.
     """
     if isinstance(own, Mapping):
         check(saved, dict[str, Any], where)
@@ -275,12 +276,12 @@ def check_structure(saved: Any, own: Any, where: str = "") -> None:
 
 
 def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any], vary: str, where: str = "") -> None:
-    """Check that settings from the start of a run, such as those of its learning rate schedule, are this run's.
+    """Check that settings fixed at the start of a run, such as its learning rate schedule's, are those of this run.
 
     Args:
-        saved: from a checkpoint.
-        own: of this run.
-        vary: the field that changes in the course of a run.
+        saved: the settings from a checkpoint.
+        own: the settings of this run.
+        vary: the field that changes during a run.
         where: path of the settings, for errors.
 
     Raises:
@@ -293,15 +294,15 @@ def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any], vary: str, 
 
 
 def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Check that a saved optimiser state fits: the same parameter groups, tensors of the parameters' shapes.
+    """Check that a saved optimiser state fits: the same parameter groups, and tensors of the parameters' shapes.
 
     Args:
-        saved: from a checkpoint.
-        optimizer: of this run.
-        steps: that the run had done; after the first one a state cannot be empty.
+        saved: the state from a checkpoint.
+        optimizer: the optimiser of this run.
+        steps: number of steps that the run had done; after the first one, a state cannot be empty.
 
     Raises:
-        Mismatch: it does not.
+        Mismatch: it does not fit.
     """
     check(saved, _Optimizer)
     own = optimizer.state_dict()["param_groups"]
@@ -335,19 +336,19 @@ def loading(path: Path, where: str) -> Iterator[None]:
         raise
     except Exception as error:
         lines = " ".join(str(error).split())[:160] or type(error).__name__
-        raise malformed(path, where, "what this run would write there", lines) from error
+        raise malformed(path, where, "the content that this run would write", lines) from error
 
 
 def check_same_run(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Check that a checkpoint belongs to the run that resumes from it.
 
     Args:
-        path: of the checkpoint.
-        saved: what the run was started with, as the checkpoint records it.
-        current: what this run is started with.
+        path: path of the checkpoint.
+        saved: identity of the run that wrote the checkpoint.
+        current: identity of this run.
 
     Raises:
-        ArtifactError: they differ; names the differences.
+        ArtifactError: they differ; the message names the differences.
     """
     differing = {key: (value, current.get(key)) for key, value in saved.items() if value != current.get(key)}
     if differing:
@@ -360,7 +361,7 @@ def check_same_run(path: Path, saved: Mapping[str, Any], current: Mapping[str, A
 
 
 def _described(differing: dict[str, tuple[Any, Any]], side: int) -> str:
-    """Return the differing values of one side, options one by one."""
+    """Return the differing values of one side as text, with options listed one by one."""
     parts = []
     for key, values in differing.items():
         if key == "options":
@@ -372,7 +373,7 @@ def _described(differing: dict[str, tuple[Any, Any]], side: int) -> str:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files that a killed run left in its folder, of checkpoints and anything else it writes."""
+    """Remove the temporary files that a killed run left in its folder, those of checkpoints and all others."""
     for path in folder.glob(f"{TEMPORARY}*.tmp*"):
         if path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A run and its folder: saving its state, and resuming from it."""
+"""Saving the state of a run in its folder, and resuming from it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mpcompile.training.setup import Setup
 
 
 def identity(student: nn.Module, teacher: nn.Module, training: Training, images: str, batches: int) -> dict[str, Any]:
-    """Return what has to be the same when a run is resumed.
+    """Return the options and checksums that must be the same when a run is resumed.
 
     Args:
         student, teacher, training: as :func:`mpcompile.distill` takes them.
-        images: its ``fingerprint``.
-        batches: per epoch.
+        images: the ``fingerprint`` that was passed to it.
+        batches: number of batches per epoch.
     """
     trained = {k: v for k, v in training.to_dict().items() if k != "checkpoint_steps"}
     return {
@@ -41,11 +41,11 @@ class Checkpointer:
     """Saves a run in its folder and resumes it from there. Without a folder, it does neither.
 
     Args:
-        folder: of the run, or None.
+        folder: folder of the run, or None.
         setup: the parts whose state is saved.
         identity: see :func:`identity`.
         updates: optimiser steps per epoch.
-        steps: of the whole run.
+        steps: optimiser steps of the whole run.
     """
 
     def __init__(self, folder: Path | None, setup: Setup, identity: dict[str, Any], updates: int, steps: int) -> None:
@@ -53,12 +53,12 @@ class Checkpointer:
         self.updates, self.steps = updates, steps
 
     def save(self, step: int, result: Distilled, loss_sum: float, evaluated: bool = True) -> None:
-        """Write the state after ``step``; all ranks take part, the first one writes.
+        """Write the state after ``step``. All ranks take part; the first one writes.
 
         Args:
             step: optimiser steps done.
             result: figures so far.
-            loss_sum: of the current epoch.
+            loss_sum: sum of the step losses of the current epoch.
             evaluated: False after the last step of an epoch whose evaluation is still to come.
 
         Raises:
@@ -88,14 +88,14 @@ class Checkpointer:
         ranks.barrier()
 
     def resume(self, allowed: bool) -> tuple[dict[str, Any], Distilled] | None:
-        """Load the state of an earlier run into the parts.
+        """Load the state of an earlier run into the parts of this one.
 
         Returns:
             The checkpoint and the figures so far, or None if there is no checkpoint.
 
         Raises:
-            ArtifactError: there is one, but resuming is not ``allowed``, some rank does not see it, it is damaged, or
-                it belongs to another run.
+            ArtifactError: there is a checkpoint, but resuming is not ``allowed``, some rank does not see it, it is
+                damaged, or it belongs to another run.
         """
         if self.folder is None:
             return None
@@ -123,10 +123,10 @@ class Checkpointer:
         return state, Distilled(**{**known, "resumed": state["step"]})
 
     def _check_progress(self, path: Path, state: dict[str, Any]) -> None:
-        """Check that the position that a checkpoint records exists in this run.
+        """Check that the steps and epochs that a checkpoint records are possible in this run.
 
         Raises:
-            ArtifactError: it does not; names the field.
+            ArtifactError: they are not; the message names the field.
         """
         step, result = state["step"], state["result"]
         if step > self.steps:
@@ -145,7 +145,7 @@ class Checkpointer:
 
     def _load(self, path: Path, state: dict[str, Any]) -> None:
         setup, optimizer = self.setup, state["optimizer"]
-        with checkpoint.loading(path, "random"):  # restored when the epoch's batches have been skipped; here, tried
+        with checkpoint.loading(path, "random"):  # a trial: it is restored once the epoch's batches have been skipped
             before = random_state()
             try:
                 set_random_state(state["random"][ranks.rank()])

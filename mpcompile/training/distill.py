@@ -50,9 +50,10 @@ def distill(
         student: from :func:`mpcompile.transform`; keeps its train or eval mode.
         teacher: the dense model; runs in eval mode and is not changed.
         train: batches (images, labels) or (images, labels, index), read once per epoch: a DataLoader, a list, or
-            anything with a length. ``set_epoch(epoch)`` is called if the loader, its sampler or its dataset has it.
+            anything with a length. ``set_epoch(epoch)`` is called on the loader, its samplers and its dataset
+            if they have it.
         val: labelled batches for the accuracy after each epoch; no decision depends on it.
-        training: how to train; ``options`` are its fields and override it.
+        training: training options; keyword ``options`` override its fields.
         out: folder for ``checkpoint.pt`` and ``log.jsonl``, visible to every rank; None writes nothing.
         resume: ``"auto"`` resumes from the checkpoint in ``out`` if it exists. The run then ends with exactly the
             weights of an uninterrupted one, provided that the batches of an epoch depend only on Python's, NumPy's

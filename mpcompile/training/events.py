@@ -53,15 +53,15 @@ class EventLog:
     """The log of a run in a JSON-lines file.
 
     Args:
-        path: the file, created with its folder if absent and appended to otherwise; None writes no file (for all
-            ranks but the first).
+        path: the file, created with its folder if absent and appended to otherwise; None writes no file (as on
+            all ranks but the first).
         resume_at: the first step of a resumed run: lines of this step and later ones are removed, so that the log
             reads like that of an uninterrupted run. None keeps all lines.
-        again: events of the previous step that will be written again: their lines are removed, too.
+        again: kinds of event of the previous step that will be written again: their lines are removed, too.
         sinks: see :func:`tensorboard` and :func:`wandb`.
 
     Raises:
-        ArtifactError: the file cannot be written, when it is opened or, on a full disk, later.
+        ArtifactError: the file cannot be opened, or a later write fails, as on a full disk.
 
     Example:
         >>> import tempfile
@@ -94,8 +94,8 @@ class EventLog:
 
         Args:
             event: kind of the line.
-            step: of the optimiser, for lines that belong to one.
-            values: JSON values and tensors. JSON has no numbers that are not finite: they are written as the text
+            step: optimiser step, for lines that belong to one.
+            values: JSON values and tensors. JSON has neither NaN nor infinity: they are written as the text
                 ``"nan"``, ``"inf"`` or ``"-inf"``.
         """
         line = {"event": event, "time": round(time.time(), 3)}
@@ -142,7 +142,7 @@ def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Yield the lines of a log, oldest first, without an incomplete last line.
 
     Raises:
-        ArtifactError: the file does not exist, or a complete line is no JSON object.
+        ArtifactError: the file does not exist, or a complete line is not a JSON object.
     """
     try:
         with open_regular(path) as file:
@@ -212,7 +212,7 @@ def _number(value: Any) -> TypeGuard[float]:
 
 
 def tensorboard(folder: str | os.PathLike[str], resume_at: int | None = None) -> Sink:
-    """Return a sink that writes TensorBoard event files into ``folder``; ``resume_at`` purges later steps there.
+    """Return a sink that writes TensorBoard event files into ``folder``; steps from ``resume_at`` on are purged there.
 
     Raises:
         ConfigError: the package ``tensorboard`` is not installed.
@@ -238,8 +238,8 @@ def wandb(project: str, *, config: Mapping[str, Any] | None = None, **options: A
     """Return a sink that sends numbers to Weights & Biases.
 
     Args:
-        project: of the run.
-        config: of the run.
+        project: name of the project.
+        config: configuration of the run.
         options: passed to ``wandb.init`` (``name``, ``mode``, ``id``, ...).
 
     Raises:
@@ -276,9 +276,9 @@ def trackers(names: Sequence[str], folder: Path | None, resume_at: int | None = 
     """Return sinks by name.
 
     Args:
-        names: of :data:`TRACKERS`.
-        folder: for their files (None: the working folder). Its file ``wandb.id`` names the Weights & Biases run that a
-            resumed run continues.
+        names: some of :data:`TRACKERS`.
+        folder: folder for their files (None: the working folder). Its file ``wandb.id`` names the Weights & Biases run
+            that a resumed run continues.
         resume_at: the first step of a resumed run.
 
     Raises:
@@ -307,7 +307,8 @@ def _run_name(mark: Path) -> str:
     except OSError as error:
         raise ArtifactError(f"cannot read {mark}", found=error.strerror or str(error)) from error
     if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", text):
-        raise ArtifactError(f"{mark} names no run", expected="letters and digits", found=printable(repr(text), 60))
+        found = printable(repr(text), 60)
+        raise ArtifactError(f"{mark} does not name a run", expected="letters and digits", found=found)
     return text
 
 

@@ -31,8 +31,8 @@ def distillation_loss(
         student, teacher: logits (batch, classes).
         labels: (batch,) of any integer type; None leaves out the first term.
         alpha: a, 0 to 1.
-        temperature: T, of both softmaxes in the second term.
-        smoothing: of the labels, below 1.
+        temperature: T, applied to both softmaxes in the second term.
+        smoothing: label smoothing, below 1.
 
     Example:
         >>> import torch

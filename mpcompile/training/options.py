@@ -28,14 +28,15 @@ class Training:
         epochs: passes over the training data.
         optimizer: ``"adamw"`` or ``"sgd"`` (with Nesterov ``momentum``).
         lr: peak learning rate, reached after the warm-up and followed by a cosine to zero.
-        weight_decay: of matrices and kernels; biases, norms, position embeddings and class tokens do not decay.
-        momentum: of SGD.
-        warmup: below 1 a share of all steps, otherwise a number of steps; the learning rate rises linearly.
-        alpha: weight of the teacher's logits against the labels, 0 to 1; 1 ignores the labels.
-        temperature: of both softmaxes in the teacher's term of the loss.
-        smoothing: of the labels, below 1.
+        weight_decay: decay of matrices and kernels; biases, norms, position embeddings and class tokens do not decay.
+        momentum: momentum of SGD.
+        warmup: steps during which the learning rate rises linearly: below 1 a share of all steps, otherwise a number.
+        alpha: weight of the teacher's term in the loss, 0 to 1; that of the labels is 1 - alpha; with 1, labels are
+            ignored.
+        temperature: temperature of both softmaxes in the teacher's term of the loss.
+        smoothing: label smoothing, below 1.
         features: weight of the relative squared error of block outputs, 0 for none.
-        feature_epochs: number of first epochs with that term; None for all.
+        feature_epochs: number of epochs, from the first, with that term; None for all.
         accumulate: batches per optimiser step, whose gradients are accumulated.
         clip: maximum norm of the gradient, or None.
         ema: decay of an exponential moving average of the weights, which becomes the result; None for none.
@@ -49,7 +50,8 @@ class Training:
             (images, labels, index).
         sharding: with several processes, ``"ddp"`` or ``"fsdp"`` (weights, gradients and optimiser state are sharded).
         checkpoint_steps: optimiser steps between checkpoints, in addition to one after each epoch; 0 for none.
-        seed: of order, augmentation and dropout, applied again in every epoch so that an interrupted run can resume.
+        seed: seed of shuffling, augmentation and dropout; generators are seeded in every epoch so that an interrupted
+            run can resume.
 
     Raises:
         ConfigError: an unknown option or an invalid value.
@@ -94,14 +96,14 @@ class Training:
                 )
         if self.sharding == "fsdp" and (self.method != "frozen" or self.features or self.ema is not None):
             raise ConfigError(
-                "sharding='fsdp' has no feature matching, moving average or moving masks",
+                "sharding='fsdp' does not support feature matching, a moving average or moving masks",
                 expected="method='frozen', features=0 and ema=None",
                 found=f"method={self.method!r}, features={self.features:g}, ema={self.ema}",
             )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, base: Training | None = None) -> Training:
-        """Return the options in a mapping, such as a recipe's ``train``, over those of ``base`` or the defaults.
+        """Return the options in a mapping, such as a recipe's ``train``; the rest come from ``base`` or the defaults.
 
         Raises:
             ConfigError: an unknown option (the message lists the valid ones), or an invalid value.
@@ -114,9 +116,9 @@ class Training:
         return dataclasses.asdict(self)
 
     def warmup_steps(self, steps: int) -> int:
-        """Return the warm-up steps of a run of ``steps``; at least one step is left after them."""
-        wanted = self.warmup * steps if self.warmup < 1 else self.warmup
-        return max(0, min(round(wanted), steps - 1))
+        """Return the number of warm-up steps in a run of ``steps`` steps, at most ``steps - 1``."""
+        requested = self.warmup * steps if self.warmup < 1 else self.warmup
+        return max(0, min(round(requested), steps - 1))
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (

@@ -45,7 +45,7 @@ def apply_masks(student: nn.Module) -> int:
 
 
 def _distributed_like(mask: Tensor, weight: Tensor) -> Tensor:
-    """Return the mask, distributed over devices as its weight is."""
+    """Return the mask, distributed over devices like its weight."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(weight, DTensor) and not isinstance(mask, DTensor):
@@ -63,10 +63,10 @@ def masks_digest(student: nn.Module) -> str:
 
 
 def check_masks(student: nn.Module) -> None:
-    """Raise on every rank if the masks are not identical everywhere.
+    """Check that the masks are identical on all ranks.
 
     Raises:
-        InputError: names the ranks.
+        InputError: they are not. Every rank raises; the message names the ranks that differ.
     """
     digests = [value[:12] for value in ranks.gather(masks_digest(student))]
     if len(set(digests)) > 1:
@@ -96,7 +96,7 @@ class Frozen:
         apply_masks(model)
 
     def leave(self) -> None:
-        """Remove the policy from the student when the run is over, however it ended."""
+        """Remove the policy from the student when the run has ended or failed."""
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The result of a run: its figures, and what the weights become after the last step."""
+"""The result of a run: its figures, and the final weights."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def preview(setup: Setup, training: Training) -> nn.Module:
 
 
 def accuracy(model: nn.Module, val: Iterable[Any], hint: str) -> float:
-    """Return the top-1 accuracy on ``val``, with the first rank's buffers on all ranks.
+    """Return the top-1 accuracy on ``val``, after copying the first rank's buffers to all ranks.
 
     Raises:
         InputError: evaluation failed; the message ends with ``hint``.
@@ -71,7 +71,7 @@ def accuracy(model: nn.Module, val: Iterable[Any], hint: str) -> float:
 
 
 def finish(setup: Setup, training: Training, train: Any, device: torch.device, hint: str) -> None:
-    """Turn the student into the result: averaged weights if asked for, masks applied, BatchNorm re-estimated."""
+    """Turn the student into the result: averaged weights if there are any, masks applied, BatchNorm re-estimated."""
     if setup.ema is not None:
         setup.student.load_state_dict(setup.ema.module.state_dict())
     setup.policy.finish(setup.student)
@@ -85,7 +85,7 @@ def finish(setup: Setup, training: Training, train: Any, device: torch.device, h
 
 
 def reestimate(model: nn.Module, stream: Iterator[Any], device: torch.device) -> None:
-    """Replace BatchNorm statistics by plain averages over a few batches and all ranks; the rest is in eval mode."""
+    """Replace BatchNorm statistics by plain averages over a few batches and all ranks, in eval mode otherwise."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     momenta = [norm.momentum for norm in norms]

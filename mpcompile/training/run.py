@@ -34,17 +34,17 @@ class Stepper:
     """Optimiser steps: forward and backward over a group of batches, clipping, update, masks.
 
     Args:
-        setup: what is trained.
-        training: options.
-        steps: of the whole run.
-        device: of the student.
-        folder: of the run, for hints in errors.
+        setup: the parts of the run.
+        training: training options.
+        steps: optimiser steps of the whole run.
+        device: device of the student.
+        folder: folder of the run, for hints in errors.
     """
 
     def __init__(self, setup: Setup, training: Training, steps: int, device: torch.device, folder: Path | None) -> None:
         self.setup, self.training, self.steps, self.device, self.folder = setup, training, steps, device, folder
         self.classes = 0  # unknown until the first batch
-        self.images = torch.empty(0)  # of the last batch
+        self.images = torch.empty(0)  # those of the last batch
 
     def step(self, group: Sequence[Any], step: int, epoch: int, progress: Distilled) -> dict[str, float]:
         """Do one optimiser step.
@@ -86,7 +86,7 @@ class Stepper:
         return {"loss": loss_sum, "lr": setup.optimizer.param_groups[0]["lr"], "gradient": norm}
 
     def _loss(self, item: Any, epoch: int, progress: Distilled) -> Tensor:
-        """Return the loss of one batch as the loader yields it."""
+        """Return the loss of one batch, in the form that the loader yields."""
         training, setup = self.training, self.setup
         batch = data.unpack(item, need_labels=training.alpha < 1)
         progress.images += len(batch.images) * ranks.world()
@@ -111,7 +111,7 @@ class Stepper:
         )
 
     def _clipped_norm(self) -> float:
-        """Clip the gradient if an option says so, and return its norm before that, over all ranks' parts."""
+        """Clip the gradient if requested, and return its norm before clipping, over the parts of all ranks."""
         parameters = [p for p in self.setup.student.parameters() if p.grad is not None]
         if self.training.clip is None:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -121,7 +121,7 @@ class Stepper:
 
     @torch.no_grad()
     def check_finite(self, step: int) -> None:
-        """Check the student before it is saved: its weights, and its logits on the last batch, are finite.
+        """Check, before the student is saved, that its weights and its logits on the last batch are finite.
 
         Raises:
             InputError: they are not, on some rank.
@@ -142,7 +142,7 @@ class Stepper:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16")
 
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Exchange gradients between ranks only with the last batch of a group."""
+        """Exchange gradients between ranks only in the last batch of a group."""
         if self.setup.sharded:
             self.setup.module.set_requires_gradient_sync(last)
         elif ranks.active() and not last:
@@ -277,7 +277,7 @@ class Run:
         self.checkpointer.save(step, self.result, self.loss_sum)
 
     def _finish(self) -> None:
-        """Turn the student into the result, evaluate it if that changed it, and close the log."""
+        """Turn the student into the result, evaluate it if that changed it, and log the end of the run."""
         setup = self.setup
         result.finish(setup, self.training, self.train, self.device, self._hint())
         if self.val is not None and (setup.sharded or self.training.bn_batches):

@@ -1,4 +1,4 @@
-"""What a run trains, and with what: the modules, the optimiser, the schedule, and the checks before the first step."""
+"""The parts of a run: modules, optimiser and schedule, built and checked before the first step."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class Setup:
     """The parts of a run.
 
     Attributes:
-        original: the student as the caller holds it.
-        student: the module whose weights are trained: ``original``, or a copy of it spread over the ranks.
-        module: what runs forward and backward: the student, with block outputs and wrapped for several ranks.
+        original: the caller's student.
+        student: the module whose weights are trained: ``original``, or a copy of it sharded over the ranks.
+        module: the module that is run: the student, with block outputs if they are compared, and wrapped if there are
+            several ranks.
         teacher: the dense model, with block outputs if the student has them.
-        pair: how block outputs are compared, or None.
+        pair: the matched blocks whose outputs are compared, or None.
         ema: the moving average of the weights, or None.
-        optimizer, scheduler: of the student.
-        policy: what happens to the masks.
-        sharded: weights, gradients and optimiser state are spread over the ranks.
+        optimizer, scheduler: optimiser and learning rate schedule of the student.
+        policy: the mask policy.
+        sharded: True if weights, gradients and optimiser state are sharded over the ranks.
     """
 
     original: nn.Module
@@ -58,8 +59,8 @@ def set_up(
     Args:
         student, teacher, train, training: as :func:`mpcompile.distill` takes them.
         steps: optimiser steps of the whole run.
-        device: of the student.
-        hint: for errors in the training data.
+        device: device of the student.
+        hint: hint for errors in the training data.
 
     Raises:
         ConfigError: options that exclude each other.
@@ -146,7 +147,7 @@ def check_trainable(student: nn.Module) -> None:
                 layer=name,
                 expected="float32",
                 found=parameter.dtype,
-                hint="student.float(); precision='bf16' computes in bf16 all the same",
+                hint="student.float(); precision='bf16' still computes in bf16",
             )
 
 
@@ -160,7 +161,7 @@ def check_readable(val: Iterable[Any] | None) -> None:
         count = None if val is None else len(val)  # type: ignore[arg-type]
     except TypeError:  # a stream
         count = None
-    counts = ranks.gather(count)  # a small set leaves some ranks without any
+    counts = ranks.gather(count)  # a small set leaves some ranks without batches
     once = isinstance(val, Iterator)
     if once or (None not in counts and not sum(counts)):
         raise InputError(

@@ -1,1 +1,1 @@
-"""Channels: which axes of which weights are the same channels, and so may be reordered together."""
+"""Channels: which axes of which weights hold the same channels, and so may be reordered together."""

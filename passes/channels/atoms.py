@@ -1,4 +1,4 @@
-"""Atoms: the pieces of tensor axes, and which of them are the same channels.
+"""Atoms: the pieces of tensor axes, and which of them hold the same channels.
 
 An axis of a tensor is a list of atoms, outermost first: the axis of length 192 that an attention layer writes is
 (3 parts, 3 heads, 64 places) once later reshapes have split it. Two atoms that hold the same channels in the same order
@@ -77,7 +77,7 @@ class Atoms:
         return self.expand(self.slices[a][1]) if a in self.slices else []
 
     def _descendants(self, a: int) -> set[int]:
-        """All atoms that are slices of an atom, at any depth."""
+        """Return all atoms that are slices of an atom, at any depth."""
         stack, seen = [a], set()
         while stack:
             for child in self._children(stack.pop()):
@@ -88,7 +88,7 @@ class Atoms:
 
     def _merge(self, a: int, b: int) -> None:
         for whole, part in ((a, b), (b, a)):
-            if part in self._descendants(whole):  # a slice can't be the whole: neither may be reordered
+            if part in self._descendants(whole):  # a slice cannot be the whole: neither may be reordered
                 _, children = self.slices.pop(whole)
                 self.freeze([whole, *children])
                 for child in children:
@@ -111,7 +111,7 @@ class Atoms:
             self.freeze([b])
 
     def unify(self, left: Axis, right: Axis) -> None:
-        """Make two axes of the same length the same channels in the same order; freeze what doesn't tile."""
+        """Unify two axes of the same length; freeze those of their atoms whose sizes do not tile each other."""
         a, b = self.expand(left), self.expand(right)
         while a and b:
             x, y = a[0], b[0]

@@ -1,4 +1,4 @@
-"""Axes: which axes of which weights are the same channels, for any graph that make_fx can trace.
+"""Axes: which axes of which weights hold the same channels, for any graph that make_fx can trace.
 
 One walk over the traced graph gives the axes of every tensor as atoms (atoms.py). Operators unify atoms (the channels
 that a layer writes are those that the next one reads), split them (a reshape to heads), or freeze them (a slice picks
@@ -34,7 +34,7 @@ class ChannelAnalysis:
     """The axes of a graph's tensors.
 
     Attributes:
-        atoms: what the axes consist of.
+        atoms: the atoms that the axes consist of.
         dims: parameter or buffer name -> its axes.
         tensors: the axes of every tensor, activations included.
         unknown: operators without a rule.
@@ -63,7 +63,7 @@ class ChannelAnalysis:
 
 
 def _operator(target: Any) -> str:
-    """Return the name of an aten operator without overload and trailing underscore; of any other, its whole name."""
+    """Return the name of an aten operator without overload and trailing underscore; for any other, its full name."""
     name = getattr(target, "__name__", str(target)).split(".")[0]
     if hasattr(target, "overloadpacket"):
         aten = str(target).startswith("aten.")

@@ -1,7 +1,7 @@
 """Rules: what each aten operator does to the axes of its operands, as a table by operator name.
 
 A rule takes the walk's :class:`Axes`, a node and fresh axes of the node's result. It unifies what the operator ties
-together, and returns the axes of the result (a list of them where it yields several tensors), or None where it can't
+together, and returns the axes of the result (a list of them where it yields several tensors), or None where it cannot
 follow this call, whose operands are then frozen. To teach the analysis another operator, write such a function under
 ``@rule("name")``.
 """
@@ -17,7 +17,7 @@ from mpcompile.passes.channels.atoms import Atoms, Dims
 
 Result = Dims | list[Dims]
 
-_MOST_SLICES = 8  # parts that a tensor may be taken apart into with an order of its own for each
+_MOST_SLICES = 8  # maximum number of parts of a tensor that may each have a channel order of their own
 
 
 class Axes:
@@ -53,7 +53,7 @@ class Axes:
             self.atoms.unify(a, b)
 
     def broadcast(self, operands: Iterable[Any], out: Dims) -> None:
-        """Unify the axes of operands with those of the result, aligned at the last; axes of length 1 broadcast."""
+        """Unify the axes of operands and result, aligned at the last axis; axes of length 1 broadcast."""
         for node in operands:
             if not isinstance(node, fx.Node) or not self.shape(node):
                 continue
@@ -98,7 +98,7 @@ _UNARY = frozenset(
 def find_rule(name: str, node: fx.Node) -> Rule | None:
     """Return the rule for a call of operator ``name``, or None where there is none.
 
-    Elementwise operators of one tensor have none when they are given a second one (``clamp`` to a tensor of limits).
+    Elementwise operators of one tensor have none if the call has a second tensor (``clamp`` to a tensor of limits).
     """
     if name in _UNARY and any(isinstance(a, fx.Node) for a in node.args[1:]):
         return None

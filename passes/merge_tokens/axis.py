@@ -1,4 +1,4 @@
-"""Follow the token axis after a merge: rewrite what held for unmerged tokens, refuse what can't be followed."""
+"""Follow the token axis after a merge: rewrite sizes and tables of unmerged tokens, refuse ops it cannot follow."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TokenAxis(AttentionWeights):
         levels: node of merged tokens -> their level.
         size: node of the sizes of the input tokens.
         count: number of input tokens.
-        prefix: tokens in front that never merge.
-        mask: the attention mask, which the sizes contain already, or None.
+        prefix: number of tokens in front that never merge.
+        mask: the attention mask, which the sizes already contain, or None.
         proportional: True if log(size) is added to attention logits.
 
     Attributes:
@@ -73,7 +73,7 @@ class TokenAxis(AttentionWeights):
         """Walk the nodes that were in the graph before any merge, and rewrite the graph in place.
 
         Raises:
-            GraphError: an op on merged tokens can't be followed; the message names it.
+            GraphError: an op on merged tokens cannot be followed; the message names it.
         """
         for tokens, level in self.levels.items():
             self.states[tokens] = State(level, {1: 0})
@@ -105,7 +105,7 @@ class TokenAxis(AttentionWeights):
         if self._is_pointwise(node, name):
             return self._pointwise(node, carriers)
         if isinstance(fake_value(node), (torch.Tensor, tuple, list)):
-            raise self._refusal(node, "an op that it doesn't know")
+            raise self._refusal(node, "an unknown op")
         return None
 
     def _is_number(self, node: fx.Node) -> bool:
@@ -186,7 +186,7 @@ class TokenAxis(AttentionWeights):
         return State(level, axes)
 
     def _pointwise(self, node: fx.Node, carriers: list[fx.Node]) -> State:
-        """Elementwise, or along the last axis: the token axis stays where it is, counted from the last."""
+        """Follow an op that is elementwise or runs along the last axis: counted from the end, the token axis stays."""
         rank = len(self._shape(node))
         along = node.op == "call_module" or target_name(self.gm, node) in _ALONG_LAST
         tensors = carriers[:1] if along else [n for n in node.all_input_nodes if self._shape(n)]
@@ -215,7 +215,7 @@ class TokenAxis(AttentionWeights):
         return replace(state, axes={a + (a >= axis): start for a, start in state.axes.items()})
 
     def _reduce(self, node: fx.Node, state: State) -> State | None:
-        """A mean over tokens is weighed by their sizes, a maximum or minimum stays, anything else is refused."""
+        """Weight a mean over tokens by their sizes, leave a maximum or minimum as it is, and refuse anything else."""
         name, rank = target_name(self.gm, node), len(self._shape(node.args[0]))
         place = 2 if name == "norm" else 1
         dim, keep = argument(node, place, "dim"), bool(argument(node, place + 1, "keepdim", False))
@@ -232,7 +232,7 @@ class TokenAxis(AttentionWeights):
         return replace(state, axes=left, many=many) if left else None
 
     def _weigh(self, node: fx.Node, state: State, axis: int, keep: bool) -> None:
-        """Make a mean over tokens one over the input tokens that they stand for."""
+        """Turn a mean over tokens into a mean over the input tokens that they stand for."""
         self._check_batch(node, self._shape(node.args[0]), state.level)
         with self.gm.graph.inserting_before(node):
             size, start = state.level.size, state.axes[axis]
@@ -277,7 +277,7 @@ class TokenAxis(AttentionWeights):
         inner = (ours.pop(rank - 1, None), theirs.pop(rank - 2, None))
         weighs = self.weights.get(left) == ranks[0] - 1 or self.weights.get(right) == ranks[1] - 2
         if inner != (None, None) and (inner[0] != inner[1] or not weighs):
-            raise self._refusal(node, "it sums over tokens, without weights of attention")
+            raise self._refusal(node, "it sums over tokens, without attention weights")
         if any(theirs.get(axis, start) != start for axis, start in ours.items()):
             raise self._refusal(node, "its operands hold different tokens")
         axes = {**ours, **theirs}
@@ -285,7 +285,7 @@ class TokenAxis(AttentionWeights):
         return State(level, axes) if axes else None
 
     def _attention(self, node: fx.Node) -> State | None:
-        """Proportional attention: log(size) is added to the logits of merged keys."""
+        """Make attention proportional: log(size) is added to the logits of merged keys."""
         query, key, value = (argument(node, i, k) for i, k in enumerate(("query", "key", "value")))
         keys, values, state = self.states.get(key), self.states.get(value), self.states.get(query)
         if keys is None and values is None and argument(node, 3, "attn_mask") is None:
@@ -293,7 +293,7 @@ class TokenAxis(AttentionWeights):
         if keys is None or values is None or keys.level is not values.level or keys.axes != values.axes:
             raise self._refusal(node, "its keys and values hold different tokens")
         if set(keys.axes) != {2} or len(self._shape(key)) != 4:
-            raise self._refusal(node, "its keys don't have shape (batch, heads, tokens, channels)")
+            raise self._refusal(node, "its keys do not have shape (batch, heads, tokens, channels)")
         mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
         if causal is not False:
             raise self._refusal(node, "it is causal, and merging moves tokens")

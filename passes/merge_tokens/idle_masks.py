@@ -1,4 +1,4 @@
-"""Idle masks: attention masks that hide nothing, being constant and all true, or all zero and added to logits.
+"""Idle masks: attention masks that hide nothing, constants that are all true, or all zero and added to logits.
 
 Exported models build attention masks from ones, arange and full although every token may see every other. Such a mask
 has no effect, and without it tokens can merge. Only masks that depend neither on data nor on parameters count: a
@@ -20,7 +20,7 @@ from mpcompile.ir.nodes import ATTENTION, argument, fake_value, hint, shape_of, 
 from mpcompile.ir.parts import attribute
 from mpcompile.passes.merge_tokens.sites import find_attentions, is_matmul
 
-_LARGEST = 1 << 26  # elements of a constant that is evaluated
+_LARGEST = 1 << 26  # maximum number of elements of a constant that is evaluated
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "empty")
 _FILLED = {"ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0}
 _MISSING = object()
@@ -34,7 +34,7 @@ class _Constants:
         self.known: dict[fx.Node, Any] = {}
 
     def value(self, node: Any) -> Any:
-        """Return what a node yields, or ``_MISSING`` if that depends on data or parameters, or is unknown."""
+        """Return the value of a node, or ``_MISSING`` if it depends on data or parameters, or is unknown."""
         if not isinstance(node, fx.Node):
             return node
         if node not in self.known:
@@ -88,7 +88,7 @@ class _Constants:
             return _MISSING
 
     def fixed(self, node: fx.Node) -> Tensor | None:
-        """Return the tensor that a node always yields, or None; no statement may write into what it comes from."""
+        """Return the tensor that a node always yields, or None; None too if a node writes into one of its sources."""
         value = self.value(node)
         if not isinstance(value, Tensor):
             return None
@@ -111,15 +111,15 @@ class _Constants:
         return value
 
 
-def _is_all(value: Tensor | None, what: bool) -> bool:
-    """Return True if a mask is the same everywhere: true, or zero."""
+def _is_all(value: Tensor | None, true: bool) -> bool:
+    """Return True if a mask is true everywhere or, unless ``true``, zero everywhere."""
     if value is None:
         return False
-    return bool(value.all()) if what else not bool(value.any())
+    return bool(value.all()) if true else not bool(value.any())
 
 
 def hides_nothing(constants: _Constants, mask: Any) -> bool:
-    """Return True if attention's mask (boolean, or added to its logits) lets every token see every other."""
+    """Return True if an attention mask (boolean, or added to the logits) lets every token see every other."""
     value = constants.fixed(mask) if isinstance(mask, fx.Node) else None
     return value is not None and _is_all(value, value.dtype is torch.bool)
 
@@ -145,7 +145,7 @@ def _idle_step(constants: _Constants, node: fx.Node) -> fx.Node | None:
 
 
 def idle_masks(gm: IRModule, lifted: Lifted) -> Mapping[fx.Node, fx.Node | None]:
-    """Return attentions with an idle mask (-> None), and idle steps on written-out logits (-> the logits)."""
+    """Return fused attention with an idle mask -> None, and idle masking of written-out logits -> these logits."""
     constants, idle = _Constants(gm, lifted), dict[fx.Node, fx.Node | None]()
     for attention in find_attentions(gm):
         if attention.anchor.target in ATTENTION:

@@ -1,10 +1,10 @@
-"""Merge tokens: insert ToMe after the attention residual of every block (method: section 8).
+"""Merge tokens: insert ToMe after the attention residual of every block (Bolya et al., arXiv 2210.09461).
 
 Sites are anchored on attention, fused or written out. From there the graph leads to the attention residual, the first
 addition whose other operand is an ancestor of the query. The merge follows it, and ``log(size)`` is added to the logits
 of every later attention. After the first merge the token axis is followed by dataflow, never by its length: token
 counts in reshapes are rewritten, values per token (position embeddings, rotary tables) are averaged over the tokens
-that merged, and an op that can't be followed is refused by name.
+that merged, and an op that cannot be followed is refused by name.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def insert_merges(
     Args:
         sites: the blocks.
         r: tokens to merge, one number per block.
-        prefix: tokens in front that never merge.
+        prefix: number of tokens in front that never merge.
         numbers: tokens before the first block and after each one; a block that merges nothing is skipped.
         proportional: True to add log(size) to attention logits.
 
     Raises:
-        GraphError: an op after a merge can't be followed.
+        GraphError: an op after a merge cannot be followed.
     """
     graph = gm.graph
     original = list(graph.nodes)
@@ -94,7 +94,7 @@ def insert_merges(
 
 
 def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
-    """Return a copy of a graph to try something on, with the same tensors, and the copy of each node."""
+    """Return a copy of a graph for trial edits, which shares its tensors, and a map from each node to its copy."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -136,7 +136,7 @@ def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callab
 
 
 def unmerged(plan: Plan) -> list[str]:
-    """Return why nothing merged although merging was asked for; empty if something merged, or nothing was asked."""
+    """Return the reasons why nothing merged although merging was requested; empty if tokens merged or it was not."""
     last = [record.decision for record in plan.passes if record.name == MergeTokens.name][-1:]
     return [decision["reason"] for decision in last if decision.get("reason")]
 
@@ -147,12 +147,12 @@ class Merges(Decision):
 
     Attributes:
         r: tokens to merge, one number per site; empty if nothing merges.
-        prefix: tokens in front that never merge.
+        prefix: number of tokens in front that never merge.
         sites: names of the attentions of the blocks.
         tokens: tokens before the first block and after each one.
         already: True if the graph merges tokens already.
-        reason: why nothing merges although that was asked for.
-        idle: masking step without effect -> the logits that replace it, or attention whose mask goes -> None.
+        reason: why nothing merges although merging was requested.
+        idle: masking step without effect -> the logits that replace it; attention whose mask is removed -> None.
     """
 
     r: list[int] = field(default_factory=list)
@@ -186,7 +186,7 @@ class MergeTokens(Pass):
             return
         why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
         raise GraphError(
-            f"this module can't merge tokens as asked: {why}",
+            f"this module cannot merge tokens as requested: {why}",
             expected="tome_r=0, which leaves the module's merges as they are",
             found=f"tome_r={ctx.config.tome_r!r}" + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
             hint="transform the model that it was made from, with this tome_r",

@@ -21,14 +21,14 @@ _SPLITS = ("unbind", "chunk", "split", "split_with_sizes", "tensor_split")
 
 @dataclass(eq=False)
 class Level:
-    """The tokens after one merge or more.
+    """The tokens after one or more merges.
 
     Attributes:
         tokens: node of the merged tokens (B, N, C).
         size: node of their sizes (B, N, 1).
-        step: node of the places that the tokens before this merge have after it.
+        step: node that holds, for every token before this merge, its place after it.
         count: N.
-        before: the level that was merged, None at the first merge.
+        before: the level whose tokens were merged; None for the first merge.
     """
 
     tokens: fx.Node
@@ -39,7 +39,7 @@ class Level:
     _places: fx.Node | None = field(default=None, repr=False)
 
     def places(self) -> fx.Node:
-        """Return the node of the place of every input token; it is put into the graph at the first call."""
+        """Return the node that holds the place of every input token; the first call adds it to the graph."""
         if self._places is None:
             self._places = self.step
             if self.before is not None:
@@ -51,7 +51,7 @@ class Level:
 
 @dataclass(frozen=True)
 class State:
-    """Where a node carries tokens.
+    """The axes on which a node carries tokens.
 
     Attributes:
         level: which tokens.
@@ -72,7 +72,7 @@ class AxisMoves:
     tokens that may move. It rewrites sizes that held for unmerged tokens.
 
     Args:
-        prefix: tokens in front that never merge.
+        prefix: number of tokens in front that never merge.
 
     Attributes:
         moves: name of an op -> its rule.
@@ -97,7 +97,7 @@ class AxisMoves:
     def _refusal(self, node: fx.Node, why: str) -> GraphError:
         name = target_name(self.gm, node)
         return GraphError(
-            f"token merging can't follow the tokens through {name!r}: {why}",
+            f"token merging cannot follow the tokens through {name!r}: {why}",
             layer=str(node.target) if node.op == "call_module" else node.name,
             expected="tokens on an axis of their own from block to block",
             found=f"{name} on {self._shape(node.all_input_nodes[0])}",
@@ -109,7 +109,7 @@ class AxisMoves:
         return (shape_of(node.meta.get("mpcompile.original", node)) if isinstance(node, fx.Node) else None) or ()
 
     def _places(self, node: fx.Node, state: State) -> dict[int, int]:
-        """Return the token axes of a reshape's input, each with its axis in the output."""
+        """Return the token axes of a reshape's input -> their axes in the output."""
         before, after = self._shape(node.args[0]), self._shape(node)
         places = {}
         for axis in state.axes:
@@ -150,7 +150,7 @@ class AxisMoves:
         return result
 
     def _exchange(self, node: fx.Node, sizes: list[Any], place: int) -> None:
-        """Write -1 for the tokens instead of for another axis, whose fixed length takes the place of its own -1."""
+        """Move the -1 of a reshape from another axis to the token axis; the other axis gets its fixed length."""
         other = sizes.index(-1)
         length = fake_value(node).shape[other]
         if not isinstance(length, int):
@@ -182,7 +182,7 @@ class AxisMoves:
             return replace(state, many=False)
         index = index if isinstance(index, tuple) else (index,)
         if any(isinstance(entry, (fx.Node, list, torch.Tensor)) for entry in index):
-            raise self._refusal(node, "it picks tokens by an index that is computed")
+            raise self._refusal(node, "it picks tokens by a computed index")
         if Ellipsis in index:
             gap = len(self._shape(source)) - (len(index) - 1 - index.count(None))
             place = index.index(Ellipsis)
@@ -199,9 +199,9 @@ class AxisMoves:
         return replace(state, axes=axes) if axes else None
 
     def _cut(self, node: fx.Node, first: int, index: Any) -> int | None:
-        """Index a token axis whose first token is number ``first``; return the number of the first one left.
+        """Index a token axis whose first token is number ``first``; return the number of the first token left.
 
-        None if only prefix tokens are left, whose number is fixed.
+        None if only prefix tokens are left, whose numbers are fixed.
         """
         if index == slice(None):
             return first
@@ -213,7 +213,7 @@ class AxisMoves:
                 return first + start
             if isinstance(stop, int) and isinstance(start, int) and 0 <= start <= stop <= self.prefix - first:
                 return None
-        raise self._refusal(node, "it picks tokens by their place, and merging moves them")
+        raise self._refusal(node, "it picks tokens by position, and merging moves them")
 
     def _index_axis(self, node: fx.Node, state: State, dim: int, index: Any, gone: bool) -> State | None:
         """Index one axis, which is ``gone`` afterwards if ``index`` is a number."""

@@ -13,7 +13,7 @@ from mpcompile.kernels.token_merge.reference import merged_count
 
 
 def spread(total: int, blocks: int, schedule: str) -> list[int]:
-    """Distribute ``total`` merges over ``blocks``: evenly, or falling linearly to 0 in the last.
+    """Distribute ``total`` merges over ``blocks``: evenly, or decreasing linearly to 0 in the last one.
 
     Example:
         >>> spread(16, 4, "constant"), spread(16, 4, "linear")
@@ -58,7 +58,7 @@ def solve(
     low, high = 0, tokens * blocks * (2 if schedule == "linear" else 1)
     if saved(high) < reduction:
         raise ConfigError(
-            f"merging tokens can't save {reduction:.1%} of the multiply-accumulates of this model",
+            f"merging tokens cannot save {reduction:.1%} of the multiply-accumulates of this model",
             expected=f"tome_reduction of at most {math.floor(saved(high) * 1000) / 1000}",
             found=reduction,
         )
@@ -69,7 +69,7 @@ def solve(
 
 
 def merges(config: Config, blocks: int) -> list[int] | None:
-    """Return the number of tokens to merge in each block as the config lists them; None for ``tome_r="auto"``.
+    """Return the number of tokens to merge in each block, from the config; None for ``tome_r="auto"``.
 
     Raises:
         ConfigError: the list has another length than the model has blocks.

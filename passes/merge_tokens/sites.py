@@ -127,20 +127,21 @@ def find_attentions(gm: fx.GraphModule) -> list[Attention]:
 
 
 def opaque_attentions(gm: fx.GraphModule) -> dict[str, str]:
-    """Return the modules of torch.nn that hide an attention from symbolic tracing, each with what it is."""
+    """Return the modules of torch.nn that hide an attention from symbolic tracing, each with a description."""
     opaque = {}
     for node in gm.graph.nodes:
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if module is not None and any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
             kind = type(module).__name__
-            opaque[str(node.target)] = f"nn.{kind}, whose attention can't be seen: write it with F.linear and SDPA"
+            why = "whose attention is hidden from tracing: write it with F.linear and SDPA"
+            opaque[str(node.target)] = f"nn.{kind}, {why}"
     return opaque
 
 
 def _residual(attention: Attention) -> fx.Node | None:
     """Return the addition that brings an attention's result back into the stream that its query came from.
 
-    If further branches that don't depend on the sum are added to it directly (blocks whose attention and MLP run in
+    If further branches that do not depend on the sum are added to it directly (blocks whose attention and MLP run in
     parallel), return the last of these additions.
     """
     upstream = ancestors(attention.query)
@@ -165,7 +166,7 @@ def _residual(attention: Attention) -> fx.Node | None:
 
 
 def _adds_branch(node: fx.Node, total: fx.Node) -> bool:
-    """Return True if a node adds a branch that doesn't depend on ``total`` to it, as its only reader."""
+    """Return True if a node is the only reader of ``total`` and adds a branch to it that does not depend on it."""
     return (
         is_add(node)
         and total in node.all_input_nodes
@@ -192,7 +193,7 @@ def _obstacle(attention: Attention, residual: fx.Node | None) -> str | None:
 
 
 def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
-    """Return the self-attention blocks on a (B, N, C) stream in graph order, and why other attentions can't merge.
+    """Return the self-attention blocks on a (B, N, C) stream in graph order, and why other attentions cannot merge.
 
     Raises:
         GraphError: the blocks that can merge work on more than one token axis.
@@ -248,9 +249,9 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
     if len(masks) > 1 or len(shape) != 4 or shape[1:] != (1, 1, tokens):
         plain = len(shape) >= 2 and shape[-2:] == (tokens, tokens)
         raise GraphError(
-            "a relative position bias or a mask for every query can't follow merged tokens"
+            "a relative position bias or a mask for every query cannot follow merged tokens"
             if plain
-            else "its attention mask can't follow merged tokens",
+            else "its attention mask cannot follow merged tokens",
             layer=attention.anchor.name,
             expected=f"no mask, or one over keys, (batch, 1, 1, {tokens}), the same in every block",
             found=f"{mask.name} of shape {shape}" + (", not in every block" if len(masks) > 1 and not plain else ""),
@@ -265,7 +266,7 @@ def _from_data(node: fx.Node, lifted: Lifted) -> bool:
     while stack:
         current = stack.pop()
         if current.op == "placeholder" and current.name not in lifted.tensors:
-            if shape_of(current):  # a symbolic size is no data
+            if shape_of(current):  # a symbolic size is not data
                 return True
         elif current not in seen and not asks_shape(current):
             seen.add(current)

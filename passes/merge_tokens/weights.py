@@ -1,7 +1,7 @@
-"""Weights of attention, from the softmax to the product with the values.
+"""Attention weights, from the softmax to the product with the values.
 
 A merged key has the weight of all the tokens that it stands for. That holds as long as the ops on the weights are
-linear in them; any other is refused.
+linear in them; other ops are refused.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _SUMS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_"))
 
 
 class AttentionWeights(AxisMoves):
-    """Follows the axis of keys in weights of attention.
+    """Follows the axis of keys in attention weights.
 
     Args:
-        mask: the attention mask, which the sizes of the tokens contain already, or None.
+        mask: the attention mask, which the sizes of the tokens already contain, or None.
         proportional: True if log(size) is added to attention logits.
 
     Attributes:
         states: node -> the tokens that it carries.
-        weights: node that holds weights of attention -> the axis along which they sum up over keys.
+        weights: node that holds attention weights -> its axis of keys.
     """
 
     def __init__(self, gm: IRModule, prefix: int, mask: fx.Node | None, proportional: bool) -> None:
@@ -43,12 +43,12 @@ class AttentionWeights(AxisMoves):
         self.weights: dict[fx.Node, int] = {}
 
     def _keys_axis(self, node: fx.Node, carriers: list[fx.Node]) -> int | None:
-        """Return the axis of keys in the result of an op on weights of attention.
+        """Return the axis of keys in the result of an op on attention weights.
 
         None if the op has no such weights among its inputs, or sums over the keys.
 
         Raises:
-            GraphError: the op isn't linear in the weights.
+            GraphError: the op is not linear in the weights.
         """
         held = [n for n in carriers if n in self.weights]
         if not held or not self.proportional or is_matmul(node) or node.op == "output":
@@ -57,7 +57,7 @@ class AttentionWeights(AxisMoves):
         keys, state = self.weights[source], self.states[source]
         if name in self.moves:
             return self._moved(node, name, State(state.level, {keys: state.axes[keys]}, state.many))
-        back = len(self._shape(source)) - keys  # of the keys, counted from the end
+        back = len(self._shape(source)) - keys  # the axis of keys, counted from the end
         place = len(self._shape(node)) - back
         first = node.args[0] if node.args else None
         others = [n for n in node.all_input_nodes if n is not source]
@@ -73,11 +73,11 @@ class AttentionWeights(AxisMoves):
             return place
         if name in ("mean", "sum"):
             return self._reduced(node, keys)
-        why = "it isn't linear in the weights of attention, where a merged key has the weight of all it stands for"
+        why = "it is not linear in the attention weights, where a merged key has the weight of all tokens it stands for"
         raise self._refusal(node, why)
 
     def _has_keys_at(self, node: Any, back: int) -> bool:
-        """Return True if an operand is weights of attention whose keys are on the axis ``back`` from the end."""
+        """Return True if an operand holds attention weights whose axis of keys is ``back`` from the end."""
         return isinstance(node, fx.Node) and len(self._shape(node)) - self.weights.get(node, -1) == back
 
     def _is_linear(self, node: fx.Node, name: str) -> bool:
@@ -86,7 +86,7 @@ class AttentionWeights(AxisMoves):
         return name in ("linear", "masked_linear")
 
     def _count_bias(self, node: fx.Node, state: State, keys: int) -> None:
-        """Count the bias of a layer on weights of attention (mixed heads) once per token that a key stands for."""
+        """Count the bias of a layer on attention weights (mixed heads) once per token that a key stands for."""
         graph, bias = self.gm.graph, None
         if node.op == "call_function":
             masked = node.target is ops.masked_linear
@@ -112,14 +112,14 @@ class AttentionWeights(AxisMoves):
         self.states[total], self.weights[total] = state, keys
 
     def _moved(self, node: fx.Node, name: str, state: State) -> int | None:
-        """Return where an op that moves axes puts the only axis of ``state``, without rewriting the op."""
+        """Return the axis to which an op moves the only axis of ``state``, without rewriting the op."""
         if name in SIZED or name in REGROUPS:
             return next(iter(self._places(node, state).values()))
         moved = self.moves[name](node, state)
         return next(iter(moved.axes)) if moved is not None and moved.axes else None
 
     def _reduced(self, node: fx.Node, keys: int) -> int | None:
-        """Return where a reduction over other axes leaves the axis of keys; None if it runs over the keys."""
+        """Return the axis of keys after a reduction over other axes; None if it runs over the keys."""
         rank, dim = len(self._shape(node.args[0])), argument(node, 1, "dim")
         gone = {d % rank for d in (range(rank) if dim is None else (dim,) if isinstance(dim, int) else dim)}
         if keys in gone:

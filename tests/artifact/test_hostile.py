@@ -49,7 +49,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_forger_forges_well(small, tmp_path):
+def test_the_forger_reproduces_an_unchanged_file(small, tmp_path):
     header, data = parts(small)
     assert forge(tmp_path / "file", header, data).read_bytes() == small.read_bytes()
 
@@ -87,8 +87,8 @@ def test_newer_format(small, tmp_path):
         load(forge(tmp_path / "file", header, data))
 
 
-def test_every_flipped_byte_and_every_truncation_is_noticed(small, tmp_path):
-    """Each byte of the frame and every 7th of the rest; lengths at the boundaries and every 97th."""
+def test_every_flipped_byte_and_every_truncation_is_detected(small, tmp_path):
+    """Flipped: each byte of the frame, every 7th of the rest. Truncations: lengths at the boundaries and every 97th."""
     raw = small.read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
     path = tmp_path / "file"

@@ -1,4 +1,4 @@
-"""Every operator that a saved graph may call, with tensors of wrong sizes and numbers of any size: no process crashes.
+"""Every operator that a saved graph may call, with wrongly sized tensors and any numbers: no process crashes.
 
 Each operator runs in a child process. Its inputs are between two protected pages, so that reading or writing one
 element beyond a tensor raises a signal.
@@ -31,7 +31,7 @@ from mpcompile.plan import Plan
 
 ATEN = torch.ops.aten
 DRAWS = int(os.environ.get("MPCOMPILE_TEST_DRAWS", "12"))  # calls of each operator
-SECONDS, MEMORY = 60, 1 << 30  # of a batch, beyond what the process has
+SECONDS, MEMORY = 60, 1 << 30  # of a batch; the memory is on top of what the process uses
 PAGE = mmap.PAGESIZE
 SHAPES = (
     (),
@@ -146,7 +146,7 @@ def overloads():
 
 
 def died(run, seconds=SECONDS):
-    """Run in a child; return the signal that ended it, or None, and its last message. Running out of time is fine."""
+    """Run in a child; return the signal that ended it, or None, and its last message. A timeout is not a failure."""
     with tempfile.TemporaryFile() as file:
         child = os.fork()
         if child == 0:
@@ -257,7 +257,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_torch_does_not_check_is_refused(name):
+def test_arguments_that_torch_does_not_check_are_refused(name):
     function, make = WRONG[name]
     with pytest.raises(InputError, match="cannot take these tensors"):
         guards.GUARDED[function](*make())
@@ -274,7 +274,7 @@ def graph(build, **buffers):
     return gm
 
 
-def test_a_guarded_operator_comes_back_as_itself(tmp_path):
+def test_a_guarded_operator_round_trips(tmp_path):
     tail = (False, 0.1, 1e-5)
     norm = ATEN._native_batch_norm_legit_no_training.default
 
@@ -337,14 +337,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_calls_that_no_file_may_hold(name, tmp_path):
+def test_calls_that_no_file_may_contain(name, tmp_path):
     function, args, kwargs = REFUSED[name]
     with pytest.raises(ArtifactError, match="cannot be saved"):
         save(graph(lambda g, x: g.call_function(function, args(x), kwargs(x))), tmp_path / "file")
 
 
 @pytest.mark.parametrize("method", ["div", "div_", "divide"])
-def test_methods_round_down_alone(method, tmp_path):
+def test_methods_only_round_down(method, tmp_path):
     def build(mode):
         return graph(lambda g, x: g.call_method(method, (x, 2), {"rounding_mode": mode}))
 

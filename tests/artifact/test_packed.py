@@ -51,7 +51,7 @@ def module_of(layer):
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_every_pattern_comes_back_bit_for_bit(data):
+def test_every_pattern_round_trips_bit_for_bit(data):
     m = data.draw(st.integers(1, 32))
     pattern = Pattern(data.draw(st.integers(1, m)), m)
     shape = (data.draw(st.integers(1, 5)), m * data.draw(st.integers(1, 5)))
@@ -67,7 +67,7 @@ def test_every_pattern_comes_back_bit_for_bit(data):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (2, 4), (3, 8), (5, 5), (8, 11)])
 def test_the_masks_of_a_group_are_numbered_from_0(n, m):
-    """The code of one group is its rank: masks take every number below C(M, N) once, and no other."""
+    """The code of one group is its rank: the masks have the numbers from 0 to C(M, N) - 1, each once."""
     numbers = set()
     for places in itertools.combinations(range(m), n):
         kept = np.isin(np.arange(m), places)[None]
@@ -92,12 +92,12 @@ def test_removed_weights_that_are_not_zero_are_stored_with_a_warning(tmp_path, c
         layer.weight[~layer.mask] = 1.0
     with caplog.at_level(logging.WARNING, logger="mpcompile"):
         save(module_of(layer), tmp_path / "file")
-    assert "1 masked weights are stored whole" in caplog.text and "layer.weight" in caplog.text
+    assert "1 masked weights are stored in full" in caplog.text and "layer.weight" in caplog.text
     loaded = load(tmp_path / "file").layer
     assert torch.equal(loaded.weight, layer.weight) and torch.equal(loaded.mask, layer.mask)
 
 
-def test_a_mask_that_keeps_fewer_is_stored_whole(tmp_path):
+def test_a_mask_that_keeps_fewer_is_stored_in_full(tmp_path):
     layer = layer_of((8, 16), Pattern(2, 4))
     layer.mask[0] = False
     with torch.no_grad():
@@ -144,18 +144,18 @@ FORGED = [
     ({"m": 3}, {}, "malformed"),
     ({"shape": [4, 16, 1]}, {}, "malformed"),
     ({"shape": [4, -16]}, {}, "malformed"),
-    ({"shape": [10**9, 16]}, {}, "make no 2:4 weight"),
-    ({"shape": [16, 4]}, {}, "make no 2:4 weight"),
-    ({"n": 1}, {}, "make no 1:4 weight"),
+    ({"shape": [10**9, 16]}, {}, "do not make a 2:4 weight"),
+    ({"shape": [16, 4]}, {}, "do not make a 2:4 weight"),
+    ({"n": 1}, {}, "do not make a 1:4 weight"),
     ({}, {"mask": code()}, "another length"),
     ({}, {"mask": code(*[1] * 5)}, "another length"),
     ({}, {"mask": code(*[1] * 7)}, "another length"),
-    ({}, {"mask": code(*[1] * 6).view(1, 6)}, "make no 2:4 weight"),
-    ({}, {"mask": torch.ones(6)}, "make no 2:4 weight"),
-    ({}, {"mask": code(*[255] * 5, 15)}, "none of the 6"),  # above 6 ** 17
-    ({}, {"mask": code(*[0] * 5, 4)}, "none of the 6"),  # a 17th group, of 16
+    ({}, {"mask": code(*[1] * 6).view(1, 6)}, "do not make a 2:4 weight"),
+    ({}, {"mask": torch.ones(6)}, "do not make a 2:4 weight"),
+    ({}, {"mask": code(*[255] * 5, 15)}, "not one of the 6"),  # above 6 ** 17
+    ({}, {"mask": code(*[0] * 5, 4)}, "not one of the 6"),  # a 17th group, of 16
     ({}, {"mask": code(*[0] * 5, 16)}, "beyond its last group"),  # bit 44 of 44
-    ({}, {"values": torch.ones(4, 8, dtype=torch.int32)}, "make no 2:4 weight"),
+    ({}, {"values": torch.ones(4, 8, dtype=torch.int32)}, "do not make a 2:4 weight"),
 ]
 
 
@@ -189,7 +189,7 @@ def saved(tmp_path) -> tuple[Path, torch.nn.Module]:
     return tmp_path / "pruned", gm
 
 
-def test_a_folder_holds_weights_and_a_plan_to_read(saved):
+def test_a_folder_holds_weights_and_a_readable_plan(saved):
     folder, gm = saved
     assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "plan.json"]
     plan = json.loads((folder / "plan.json").read_text())
@@ -210,7 +210,7 @@ def test_a_plan_of_another_save_is_refused(saved):
     gm.plan.note("later")
     save(gm, folder)
     (folder / "plan.json").write_text(before)
-    with pytest.raises(ArtifactError, match=r"plan\.json is not that of model\.safetensors"):
+    with pytest.raises(ArtifactError, match=r"plan\.json does not belong to model\.safetensors"):
         load(folder)
     (folder / "plan.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"its plan\.json is not JSON"):

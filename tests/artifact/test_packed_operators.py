@@ -1,4 +1,4 @@
-"""Files that hold packed weights: numbers, indices and readers that would lead a kernel out of bounds are refused."""
+"""Files that hold packed weights: numbers, indices and operators that would lead a kernel out of bounds are refused."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_numbers_in_a_file(changes, tmp_path):
         save(network(lambda g, x: product(g, x, **changes), **held()), tmp_path / "file")
 
 
-def test_an_index_that_packing_cant_have_made(tmp_path):
-    """It would read places of a tile that no block fills, or columns of another cut."""
+def test_an_index_that_packing_cannot_have_made(tmp_path):
+    """It would read positions of a tile that no block fills, or columns of another partition."""
     v, i = matrix(16, 480, 16, 32)
     changed = {"n": 10, "m": 20}  # as many entries, in blocks of 80 columns
     with pytest.raises(ArtifactError, match="packed weights"):
@@ -71,7 +71,7 @@ def test_an_index_that_packing_cant_have_made(tmp_path):
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (1, 3), (2, 4), (5, 9), (31, 32), (32, 32)])
-def test_an_index_of_unknown_columns_is_known_again(n, m):
+def test_an_index_is_checked_with_or_without_its_number_of_columns(n, m):
     for groups in (1, 2, 3, 5, 48, 97):
         for out in (1, 5):
             _, index = matrix(out, m * groups, n, m)
@@ -101,7 +101,7 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", ["i", "v", "twin"])
-def test_nobody_else_reads_a_packed_weight(reader, name, tmp_path):
+def test_no_other_operator_reads_a_packed_weight(reader, name, tmp_path):
     def build(graph, x):
         READERS[reader](graph, x, graph.get_attr(name))
         return product(graph, x)
@@ -111,7 +111,7 @@ def test_nobody_else_reads_a_packed_weight(reader, name, tmp_path):
         save(network(build, **tensors, twin=tensors["i"]), tmp_path / "file")
 
 
-def test_a_packed_weight_is_no_output_no_bias_and_no_layers(tmp_path):
+def test_a_packed_weight_is_not_an_output_a_bias_or_a_layers_parameter(tmp_path):
     def output(graph, x):
         return (product(graph, x), graph.get_attr("i"))
 
@@ -132,7 +132,7 @@ def test_a_packed_weight_is_no_output_no_bias_and_no_layers(tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "n", "m"), [((3, 3), 10, 20), ((5, 5), 15, 30), ((3, 3), 9, 21), ((7, 7), 15, 31), ((3, 3), 2, 4)]
 )
-def test_convolutions_come_back_from_a_file(kernel, n, m, tmp_path):
+def test_convolutions_round_trip_through_a_file(kernel, n, m, tmp_path):
     shape = [6, m, *kernel]
     v, i = layouts.pack(*layer(shape, n, m, torch.float32), n, m, ROWS)
     rest = ([1, 1], [1, 1], [1, 1], n, m, shape, ROWS, "none")

@@ -1,4 +1,4 @@
-"""Artifacts: everything that the IR holds comes back, bit for bit, also in another process; or the refusal says why."""
+"""Artifacts: everything in the IR comes back bit for bit, even in another process, or a refusal gives the reason."""
 
 import copy
 import importlib
@@ -204,7 +204,7 @@ def test_the_one_mode_of_a_graph_is_kept(mode, tmp_path):
 
 
 def test_ties_orders_and_dtypes(tmp_path):
-    """Tied tensors and layers stay tied and are stored once; memory orders, dtypes, shapes and buffers survive."""
+    """Tied tensors and layers stay tied and are stored once; strides, dtypes, shapes and buffers are preserved."""
     a, b, c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
     b.weight = a.weight
     group = nn.Module()
@@ -220,7 +220,7 @@ def test_ties_orders_and_dtypes(tmp_path):
     x = graph.call_module("b", (graph.call_module("a", (graph.placeholder("x"),)),))
     graph.output(graph.call_module("same", (x,)))
     gm = hand_made({"a": a, "b": b, "c": c, "same": a, "group": group}, graph)
-    for name, module in {"c": c, "group": group, "same": a}.items():  # fx keeps what the graph uses
+    for name, module in {"c": c, "group": group, "same": a}.items():  # fx keeps the modules that the graph uses
         gm._modules[name] = module
     save(gm, tmp_path / "file")
     loaded = load(tmp_path / "file")
@@ -251,7 +251,7 @@ POSITIONAL = (  # required constructor arguments; the first pattern that matches
     ("Pixel|Channel|Reflection|Replication|Zero|Circular", (2,)),
     ("", ()),
 )
-CASES = {  # settings other than the defaults, which the stored arguments have to carry
+CASES = {  # settings other than the defaults, so that the stored arguments have to contain them
     "torch.nn.Linear": [{"bias": False}],
     "torch.nn.Conv2d": [{"bias": False, "padding": "same", "padding_mode": "reflect", "dilation": 2, "groups": 2}],
     "torch.nn.BatchNorm2d": [{"affine": False}, {"track_running_stats": False}, {"momentum": None, "eps": 1e-3}],
@@ -265,7 +265,7 @@ CASES = {  # settings other than the defaults, which the stored arguments have t
 
 
 def constructed() -> dict[str, nn.Module]:
-    """Every layer class that a file may hold, some in several forms."""
+    """Every layer class that a file may contain, some in several forms."""
     found = {}
     for home in ("torch.nn", "timm.layers", "timm.layers.activations_me", "torchvision.ops"):
         module = importlib.import_module(home)

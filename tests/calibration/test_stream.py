@@ -15,7 +15,7 @@ from tests.support.helpers import images, relative, tiny_vit
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_large_second_moments_are_those_of_all_columns(groups):
-    """They are made in blocks of columns, of which some are mirrored."""
+    """They are computed in blocks of columns, some of which are mirrored."""
     layer = layers(fx.symbolic_trace(nn.Sequential(nn.Conv2d(650 * groups, 2 * groups, (1, 2), groups=groups))))[0]
     x = torch.randn(3, 650 * groups, 2, 3)
     accumulator = Accumulator(layer, 2, "full")
@@ -41,7 +41,7 @@ def test_centred_moments_are_those_of_centred_inputs(kind):
 
 
 def test_the_dense_side_merges_what_the_pruned_side_merges(monkeypatch):
-    """Or there would be no outputs to fit to. Alone, the dense model pairs other tokens."""
+    """Otherwise there would be no outputs to fit to: by itself, the dense model pairs other tokens."""
     x = images(4)
     imported = import_model(transform(tiny_vit(), x, Config("dense", tome_r=3)), [x])
     first = next(layer for layer in layers(imported.gm) if layer.name == "blocks.0.attn.qkv")

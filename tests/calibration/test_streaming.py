@@ -1,4 +1,4 @@
-"""What measures a model holds one batch of images at a time, however many there are and wherever they come from."""
+"""Measurements hold one batch of images at a time, however many images there are and wherever they come from."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ CLASSES = 500
 
 
 class Tracked:
-    """Batches made while they are read: how many were alive at most, and bytes of all tensors at those of ``weigh``."""
+    """Batches made while they are read: the most alive at once, and bytes of all tensors at batches in ``weigh``."""
 
     def __init__(self, inner, weigh=()):
         self.inner, self.weigh, self.alive, self.bytes = inner, weigh, 0, []
@@ -70,7 +70,7 @@ def test_one_batch_is_held_at_a_time(measure, pair):
     batches = Tracked(made(), weigh=(2, BATCHES - 1))
     found, samples = measure(*pair, iter(batches))  # read once: a generator
     assert samples == 8 * BATCHES
-    assert batches.alive <= 3  # the first one, which latency is measured on, the last one, and the next
+    assert batches.alive <= 3  # the first one, on which latency is measured, the last one, and the next
     a_batch_of_logits = 8 * CLASSES * 4
     assert batches.bytes[1] - batches.bytes[0] < a_batch_of_logits
     assert measure(*pair, list(made()))[0] == found
@@ -92,19 +92,19 @@ def test_batches_of_any_size_count_their_samples_once(pair):
 
 
 @pytest.mark.parametrize("inputs", [[], iter([]), torch.zeros(0, 16), [torch.zeros(0, 16)], torch.tensor(3.0)])
-def test_nothing_to_measure_is_said(inputs, pair):
+def test_nothing_to_measure_is_reported(inputs, pair):
     with pytest.raises(InputError, match=r"no inputs|no axis"):
         audit(*pair, inputs, rounds=0, dense_compiled=pair[0], progress=False)
 
 
-def test_what_is_no_stream_is_named(pair):
-    with pytest.raises(InputError, match=r"what is to be audited has the wrong type.*found int"):
+def test_objects_that_are_not_streams_are_named(pair):
+    with pytest.raises(InputError, match=r"the data to audit has the wrong type.*found int"):
         audit(*pair, 5, rounds=0, dense_compiled=pair[0], progress=False)
-    with pytest.raises(InputError, match=r"what is to be certified has the wrong type.*found int"):
+    with pytest.raises(InputError, match=r"the data to certify has the wrong type.*found int"):
         certify(*pair, 5, progress=False)
 
 
-def test_a_loader_that_fails_is_said_in_one_line(pair):
+def test_a_failing_loader_is_reported_in_one_line(pair):
     def broken():
         yield from list(made())[:2]
         raise OSError("disk\ngone")
@@ -114,7 +114,7 @@ def test_a_loader_that_fails_is_said_in_one_line(pair):
             measure(*pair, broken())
 
 
-def test_outputs_that_are_not_finite_are_told_and_stay_json(pair):
+def test_outputs_that_are_not_finite_are_reported_as_valid_json(pair):
     dense, _ = pair
     broken = nn.Sequential(dense, nn.Threshold(0.0, float("nan"))).eval()
     report = audit(dense, broken, torch.randn(4, 16), rounds=0, dense_compiled=dense, progress=False)
@@ -173,7 +173,7 @@ def test_commands_hold_one_batch_at_a_time(folder):
     assert json.loads((folder / "out.json").read_text())["samples"] == BATCHES
 
 
-def test_images_that_an_artifact_was_calibrated_on_are_told(folder, capsys):
+def test_images_that_an_artifact_was_calibrated_on_are_reported(folder, capsys):
     folder, _ = folder
     out, made = f"{folder}/out.json", f"{folder}/new.mpc"
     run(folder, "compile", "--samples", "5", "--calibrate", "dense", "--out", made)

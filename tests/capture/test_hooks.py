@@ -140,13 +140,13 @@ AROUND = [
 
 
 @pytest.mark.parametrize("change", AROUND, ids=lambda change: change.__name__)
-def test_what_stands_around_forward_is_computed(net, change):
+def test_hooks_and_replaced_forwards_are_computed(net, change):
     change(net)
     with torch.no_grad():
         gm = transform(net, X, DENSE)
         assert relative(gm(X), net(X)) < 1e-6
         expected = net(X)
-        for parameter in net.parameters():  # nothing of the graph hangs on the original
+        for parameter in net.parameters():  # the graph does not depend on the original
             parameter.zero_()
         assert relative(gm(X), expected) < 1e-6
 
@@ -165,7 +165,7 @@ def test_the_same_when_masked_and_lowered(net, change):
 def test_a_forward_replaced_in_the_class_of_torch(net, monkeypatch):
     plain = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: plain(self, x) + 1)
-    assert relative(transform(net, X, HALF)(X), net(X)) < 10  # entered, so that the 1 is seen
+    assert relative(transform(net, X, HALF)(X), net(X)) < 10  # entered, so that the graph contains the 1
     assert relative(transform(net, X, DENSE)(X), net(X)) < 1e-6
 
 
@@ -174,7 +174,7 @@ class Called(Net):
         return super().__call__(x + 1).relu()
 
 
-def test_a_call_of_its_own():
+def test_a_class_with_its_own_call():
     net = Called().eval()
     with torch.no_grad():
         assert relative(transform(net, X, DENSE)(X), net(X)) < 1e-6
@@ -190,7 +190,7 @@ class Recorder:
         RECORDED.append(out)
 
 
-def test_hooks_that_record_are_not_run_on_stand_ins(net):
+def test_recording_hooks_do_not_run_on_placeholders(net):
     seen, order = {}, []
     net.body.register_forward_hook(lambda module, args, out: seen.__setitem__("body", out))
     net.body.register_forward_hook(lambda module, args, out: order.append(out.mean()))
@@ -215,7 +215,7 @@ def test_hooks_that_record_are_not_run_on_stand_ins(net):
     assert not any(node.op == "call_method" and node.target == "mean" for node in gm.graph.nodes)
 
 
-def test_hooks_of_layers_may_hold_what_they_have_seen(net):
+def test_hooks_of_layers_may_store_tensors(net):
     class Keeper:
         def __call__(self, module, args, out):
             self.seen = out.detach()

@@ -1,4 +1,4 @@
-"""Models in wrappers, other forms of a model, inputs by name: served, or refused with the cure."""
+"""Models in wrappers, other forms of a model, inputs by name: supported, or refused with a remedy."""
 
 import functools
 import warnings
@@ -87,7 +87,7 @@ def test_averaged_models_are_served():
 
 
 class Compiled(nn.Module):
-    """Parts of a model under torch.compile, in ways that leave the module itself in sight."""
+    """Parts of a model under torch.compile, in ways that keep the module itself reachable."""
 
     def __init__(self, how):
         super().__init__()
@@ -103,7 +103,7 @@ class Compiled(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["in place", "forward", "function"])
-def test_compiled_parts_are_traced_as_they_are_written(how):
+def test_compiled_parts_are_traced_as_written(how):
     model = Compiled(how).eval()
     gm = transform(model, X, HALF)
     assert gm.plan.masked == ["body.0", "body.2", "body.4"]
@@ -183,7 +183,7 @@ def test_a_forward_that_takes_a_pair_is_calibrated():
         (BATCH["image"], "has a different structure"),
     ],
 )
-def test_batches_that_are_not_like_the_example(batch, message):
+def test_batches_unlike_the_example_are_refused(batch, message):
     with pytest.raises(InputError, match=message):
         transform(ByName().eval(), (BATCH,), HALF, calibration=[(batch,)])
 

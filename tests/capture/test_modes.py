@@ -1,4 +1,4 @@
-"""A captured graph stands for the mode that it was captured in, and refuses the other."""
+"""A captured graph computes the mode in which it was captured, and refuses the other."""
 
 import copy
 import pickle
@@ -52,7 +52,7 @@ class Attending(Net):
 
 
 class Depth(Net):
-    """Stochastic depth: nothing of it is left in eval mode."""
+    """Stochastic depth, which leaves no trace in eval mode."""
 
     def act(self, h):
         return h * torch.bernoulli(torch.full_like(h[:, :1], 0.5)) if self.training else h
@@ -118,7 +118,7 @@ def test_symbolic_graphs_whose_layers_follow():
     assert not torch.equal(gm.train()(X), gm(X)) and torch.equal(gm.eval()(X), gm(X))
 
 
-def test_a_frozen_norm_does_not_make_a_training_graph_one_of_eval():
+def test_a_frozen_norm_does_not_turn_a_training_graph_into_an_eval_graph():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()

@@ -39,7 +39,7 @@ def test_no_certificate_is_contradicted(kind):
 
 
 def test_the_check_catches_an_unsound_rule():
-    """ReLU enclosed by its chord alone: the same check on the same networks must find it."""
+    """With ReLU enclosed only by its chord, the same check on the same networks must find contradictions."""
     with mock.patch.object(bench, "PATTERNS", ("2:4",)), mock.patch.object(bench, "ACTIVATIONS", (nn.ReLU,)):
         sound = bench.Counts()
         for _, _, dense, sparse, x, thetas in bench.cases(0, "mlp", 24):
@@ -79,7 +79,7 @@ def test_plan_without_orders_or_of_another_model_is_refused():
     gm = transform(model, x[:2], Config(pattern="12:16", permute=True), [samples(model, 64, 2)])
     entry = next(r for r in gm.plan.passes if r.name == "permute").decision["classes"][0]
     other = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
-    with pytest.raises(errors.GraphError, match="order of channels doesn't fit"):
+    with pytest.raises(errors.GraphError, match="order of channels does not fit"):
         certify(other, gm, x, progress=False)
     del entry["order"]
     with pytest.raises(errors.GraphError, match=r"reordered, but not how.*transform of this version"):
@@ -184,7 +184,7 @@ def test_report_is_json_and_text():
     assert tier.ce_sharp <= tier.ce_mean and report.ce_change <= tier.ce_sharp
 
 
-def test_the_sharp_bound_holds_is_attained_and_is_below_the_papers():
+def test_the_sharp_bound_holds_is_attained_and_is_below_that_of_the_paper():
     torch.manual_seed(0)
     logits, labels = torch.randn(200, 7).double() * 3, torch.randint(0, 7, (200,))
     eta = torch.rand(200).double() * 2

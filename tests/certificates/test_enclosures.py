@@ -1,4 +1,4 @@
-"""Rules of enclosures: every value that the network can compute on a segment is inside."""
+"""Rules of enclosures: they contain every value that the network can compute on a segment."""
 
 import operator
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def segment(shape, seed, slope=0.3, radius=0.05, shift=0.0):
-    """An enclosure whose tangents are its own reach: no member is further than one tangent from the center."""
+    """An enclosure whose tangents equal its extent: no member is further than one tangent from the center."""
     generator = torch.Generator().manual_seed(seed)
     center = torch.randn(shape, generator=generator, dtype=torch.float64) + shift
     direction = slope * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -38,7 +38,7 @@ def members(x, seed, count=16):
 
 
 def inside(y, e, value, slack=1e-12):
-    """Check that a value is within the radius at its e: the slope must be right, too."""
+    """Check that a value is within the radius at its e, so that the slope must be right, too."""
     slope = 0 if y.slope is None else y.slope
     assert bool(((value - y.center - slope * e).abs() <= y.spread + slack).all())
 
@@ -126,7 +126,7 @@ def test_slopes_and_curvatures_are_upper_bounds(function):
 
 
 def test_rounding_of_a_long_sum_is_covered():
-    """Float64 against exact rational sums: the radius must contain the error that cancellation leaves."""
+    """Float64 against exact rational sums: the radius must contain the error that is left after cancellation."""
     from fractions import Fraction
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Where commands write: checked before the work, for every command and every option that names a file."""
+"""Destinations: checked before any work, for every command and every option that names a file."""
 
 import json
 import os
@@ -18,7 +18,7 @@ MODEL = "test_resnet"
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
-    """A folder of things that a command can read."""
+    """A folder with every kind of file that a command can read."""
     folder = tmp_path_factory.mktemp("read")
     save(transform(mlp(), torch.randn(2, 32), Config(pattern="2:4")).eval(), folder / "a.mpc")
     save_file(timm.create_model(MODEL).state_dict(), folder / "model.safetensors")
@@ -26,12 +26,12 @@ def pruned(tmp_path_factory):
 
 
 class Worked(Exception):
-    """The work began."""
+    """Raised when the work begins."""
 
 
 @pytest.fixture
 def idle(monkeypatch):
-    """No command does its work."""
+    """Stop every command where its work begins."""
     parse = cli._Parser.parse_args
 
     def run(args):
@@ -64,7 +64,7 @@ COMMANDS = {
 
 
 def test_every_option_that_names_a_file_is_declared():
-    """A new option of a type that can be written to is either in this list or known to be an input."""
+    """A new option whose type can be written to has to be in this list or be a known input."""
     inputs = {"artifact", "checkpoint", "config", "images", "image", "audit", "explain", "analyze", "certify"}
     inputs |= {"class_map", "recipe", "data", "target"}
     named = set()
@@ -113,7 +113,7 @@ PATHS = [
 
 @pytest.mark.parametrize("call", PATHS, ids=" ".join)
 def test_an_empty_path_is_not_the_current_folder(call, tmp_path, monkeypatch, capsys):
-    """Inputs and outputs alike: ``Path("")`` is ``.``, which nobody typed."""
+    """For inputs and outputs: ``Path("")`` is ``.``, which nobody typed."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         cli.main([*call, ""])
@@ -124,12 +124,12 @@ def test_an_empty_path_is_not_the_current_folder(call, tmp_path, monkeypatch, ca
     ("command", "expected"),
     [
         ("visualize {model} --image a.png --out v.xyz", "ends in .png, found .xyz"),
-        ("visualize {model} --image a.png --out v", "ends in .png, found a name without an ending"),
+        ("visualize {model} --image a.png --out v", "ends in .png, found a name without a suffix"),
         ("report a.mpc --out page.pdf", "ends in .html or .htm, found .pdf"),
         ("analyze a.mpc --plot a.xyz", ".pdf"),
     ],
 )
-def test_a_name_has_the_ending_of_its_format(command, expected, pruned, tmp_path, monkeypatch, capsys):
+def test_a_name_has_the_suffix_of_its_format(command, expected, pruned, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(pruned)
     before = sorted(pruned.iterdir())
     assert cli.main(command.format(model=MODEL).split()) == 2
@@ -157,7 +157,7 @@ def test_a_name_has_the_ending_of_its_format(command, expected, pruned, tmp_path
     ],
 )
 def test_an_input_is_never_replaced(command, pruned, tmp_path, monkeypatch, capsys):
-    """Although mpcompile wrote all of these."""
+    """Inputs are kept although mpcompile wrote all of these."""
     monkeypatch.chdir(tmp_path)
     gm = load(pruned / "a.mpc")
     for name in ("a.mpc", "a/"):
@@ -181,11 +181,11 @@ def test_folders_of_a_run_and_of_the_demo(tmp_path, capsys):
         assert cli.main([*command, "--out", f"{tmp_path}/file/run"]) == 2
     (tmp_path / "distilled.mpc").write_text("mine")
     assert cli.main(["distill", "r.yaml", "--data", "images", "--out", str(tmp_path)]) == 2
-    assert "didn't write" in capsys.readouterr().err
+    assert "did not write" in capsys.readouterr().err
 
 
 def test_the_weights_that_were_read_stay(pruned, tmp_path, capsys):
-    """Hugging Face's name for them is that of an artifact in a folder."""
+    """Hugging Face gives them the name of an artifact in a folder."""
     dense = tmp_path / "model.safetensors"
     dense.write_bytes((pruned / "model.safetensors").read_bytes())
     before = load_file(dense)

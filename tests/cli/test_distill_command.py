@@ -1,4 +1,4 @@
-"""The command that makes a student by a recipe and distils it."""
+"""The command that makes a student from a recipe and distils it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A small one, as YAML."""
+    """A small recipe, as YAML."""
     path = tmp_path / "small.yaml"
     path.write_text(
         "model: test_resnet\n"
@@ -111,7 +111,7 @@ def test_a_corrupt_evaluation_image_costs_no_epoch(command, folder, tmp_path, ca
     said = capsys.readouterr().err
     assert f"evaluation failed: image {image} cannot be read" in said and f"checkpoint is {out}/checkpoint.pt" in said
     image.write_bytes(whole)
-    moved = tmp_path / "moved"  # where the images lie doesn't matter
+    moved = tmp_path / "moved"  # the location of the images does not matter
     data.rename(moved)
     command[command.index(str(data))] = str(moved)
     assert main([*command, "--out", str(out), "--resume", "auto", "--json", "-"]) == 0
@@ -146,7 +146,7 @@ def test_files_of_another_run_are_left_alone(command, folder, tmp_path, capsys):
         (["--out", "run", "--device", "foo"], "device 'foo' cannot be used"),
         (["--out", "run", "--val-split", "test"], "no images of split 'test'"),
         (["--out", "run", "--num-classes", "5"], "different classes"),
-        (["--out", "run", "--set", "model=test_resnet.foo"], "timm can't make 'test_resnet.foo'"),
+        (["--out", "run", "--set", "model=test_resnet.foo"], "timm cannot create 'test_resnet.foo'"),
         (["--out", "run", "--class-map", "none.txt"], "cannot read the class map none.txt"),
         (["--out", "run", "--set", "data.batch=64"], "fewer training images than make a batch; expected at least 64"),
     ],
@@ -158,7 +158,7 @@ def test_invalid_calls(arguments, match, command, recipe, tmp_path, monkeypatch,
 
 
 def test_the_artifact_knows_its_size_and_classes(folder, tmp_path, monkeypatch, capsys):
-    """What was distilled at a size of one's own is audited, drawn and exported at that size."""
+    """A model distilled at a custom image size is audited, drawn and exported at that size."""
     made = models.create
     monkeypatch.setattr(models, "create", lambda *names, **options: made(*names, depth=2, **options))
     out, recipe, weights = tmp_path / "run", tmp_path / "small.yaml", tmp_path / "dense.safetensors"
@@ -204,7 +204,7 @@ def test_the_artifact_knows_its_size_and_classes(folder, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_two_processes_do_what_one_does(broken, folder, tmp_path, capfd):
-    """The command under torchrun: the same batches of a step, so the same losses; an error of one rank in one line."""
+    """Under torchrun, a step has the same batches and so the same losses; an error of one rank is one line."""
     data, recipe = tmp_path / "data", tmp_path / "small.yaml"
     shutil.copytree(folder, data)
     recipe.write_text(

@@ -1,4 +1,4 @@
-"""``mpcompile env``: everything a bug report needs, nothing private, whatever is missing."""
+"""``mpcompile env``: all that a bug report needs and nothing private, even if parts are missing."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def test_no_private_folder_is_named(inside, tmp_path, monkeypatch, capsys):
 
 
 def test_missing_parts_are_named(tmp_path):
-    """Without timm, a compiler and a cache, in a process of its own: nothing else may import timm, either."""
+    """Without timm, a compiler and a cache, in a separate process, since nothing else may import timm, either."""
     code = (
         "import importlib.metadata as m, sys\n"
         "sys.modules['timm'] = None\n"

@@ -1,4 +1,4 @@
-"""Commands on folders that aren't tidy: labels by name or none, and what was left out is said under the result."""
+"""Commands on untidy folders: labels by name or none, and a note on skipped files below the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = [f"class{number}" for number in range(10)]
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """What commands create by name is two blocks deep, and compiling it is left out."""
+    """Models that commands create by name are two blocks deep and are not compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", tiny_created)
         patch.setattr(torch, "compile", lambda model, **_: model)
@@ -66,7 +66,7 @@ def test_the_result_names_unread_files(command, made, tmp_path, capsys):
     assert cli.main(call) == 0
     said = capsys.readouterr().out
     assert f"note: not read in {images}: 1 dangling link (gone)" in said
-    assert ("no labels: the model has no classes that are called toad" in said) == (command != "compile")
+    assert ("no labels: the model has no classes called toad" in said) == (command != "compile")
     if command == "audit":
         assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["correct"] is None
 

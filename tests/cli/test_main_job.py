@@ -38,7 +38,7 @@ def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys)
     class Enough(Exception):
         pass
 
-    def audit(*args, **options):  # compiles what the first run has measured
+    def audit(*args, **options):  # compiles the builds that the first run has measured
         raise Enough
 
     monkeypatch.setattr(demo_module, "audit", audit)
@@ -48,7 +48,7 @@ def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys)
     assert first.plan.masked
     for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
-    found = {name: (correct, macs) for name, correct, macs in rows if name != "dense bf16"}  # where there is any
+    found = {name: (correct, macs) for name, correct, macs in rows if name != "dense bf16"}  # if there is any
     assert list(found) == [
         "dense eager",
         "dense compiled",
@@ -75,7 +75,7 @@ def test_demo_runs_and_its_second_run_is_the_same(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.usefixtures("no_inductor")
-def test_audit_writes_json_and_says_that_random_weights_mean_nothing(tmp_path, capsys):
+def test_audit_writes_json_and_notes_that_random_weights_mean_nothing(tmp_path, capsys):
     out = tmp_path / "audit.json"
     arguments = ["audit", "resnet10t", "--batch", "2", "--rounds", "2", "--quiet", "--json", str(out)]
     assert cli.main(arguments) == 0
@@ -87,12 +87,12 @@ def test_audit_writes_json_and_says_that_random_weights_mean_nothing(tmp_path, c
 
 
 @pytest.mark.parametrize(("speedup", "word"), [(1.25, "faster"), (0.8, "slower")])
-def test_the_summary_of_the_demo_says_slower_where_it_is(speedup, word, tmp_path):
+def test_the_summary_of_the_demo_reports_slower_builds(speedup, word, tmp_path):
     best = Row("dense frozen", latency_ms=8.0)
     rows = [
         Row("dense eager", correct=396, samples=400, macs=8_000_000, latency_ms=10.0),
         best,
-        Row("dense bf16", latency_ms=1.0),  # another dtype is no bar
+        Row("dense bf16", latency_ms=1.0),  # another dtype is not a baseline
         Row("compiled sparse", correct=394, samples=400, lost=5, won=3, macs=3_000_000, latency_ms=8.0 / speedup,
             speedup=speedup),
     ]  # fmt: skip
@@ -132,7 +132,7 @@ def checkpoint(path, keys):
         (["resnet10t", "--checkpoint", "other.safetensors"], "does not fit the model"),
         (["no_such_model"], "timm has no model 'no_such_model'"),
         (["resnet10t", "--tome-r", "8"], "no attention block"),
-        (["resnet10t", "--device", "cuda:9"], "can't be used"),
+        (["resnet10t", "--device", "cuda:9"], "cannot be used"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, message, tmp_path, monkeypatch, capsys):

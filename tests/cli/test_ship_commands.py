@@ -28,7 +28,7 @@ MODEL = "tiny"  # not timm's: see small_model()
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """What commands create by name is two blocks deep."""
+    """Models that commands create by name are two blocks deep."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", tiny_created)
         yield
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pruned(folder):
-    """What `compile` makes of them."""
+    """The artifact that `compile` makes from them."""
     arguments = ["compile", MODEL, "--checkpoint", str(folder / "dense.safetensors"), "--quiet"]
     arguments += ["--images", str(folder / "images"), "--config", str(folder / "config.yaml")]
     arguments += ["--json", str(folder / "plan.json"), "--out", str(folder / "pruned.mpc")]
@@ -56,7 +56,7 @@ def pruned(folder):
     return folder / "pruned.mpc"
 
 
-def test_compile_saves_what_it_says(folder, pruned):
+def test_compile_saves_the_model_that_it_reports(folder, pruned):
     gm = mpcompile.load(pruned)
     assert gm.plan.to_dict() == json.loads((folder / "plan.json").read_text())
     assert gm.plan.config["pattern"] == "4:8" and gm.plan.config["tome_r"] == 3 and len(gm.plan.masked) == 8
@@ -142,7 +142,7 @@ def test_an_export_that_fails_leaves_the_old_file(pruned, tmp_path, monkeypatch,
     out = tmp_path / "m.pt2"
     with out.open("wb") as file:
         np.savez(file, old=1)
-    sign(out)  # as an earlier export is
+    sign(out)  # like an earlier export
     old = out.read_bytes()
 
     def full(program, path):
@@ -217,10 +217,10 @@ def test_every_field_has_an_option():
         ("patern: 2:4", "did you mean 'pattern'"),
         ("pattern: 5:4", "cannot be met"),
         ("tome_r: x", "has no such value"),
-        ("- 1", "is no config.*found a list"),
+        ("- 1", "is not a config.*found a list"),
         ("a: [", "config .*c.yaml is not YAML.*line 1"),
         ("\x00", "is not YAML"),
-        (None, "can't read the config.*No such file"),
+        (None, "cannot read the config.*No such file"),
     ],
 )
 def test_bad_configs_are_explained(text, message, tmp_path):

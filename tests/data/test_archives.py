@@ -72,19 +72,19 @@ def test_a_sample_equals_the_array(labels, pixels, tmp_path):
         (packed(head((6, 8, 8, 3)) + bytes(6 * 192 + 1)), "is damaged"),
         (packed(head((1 << 40, 8, 8, 3))), "is damaged"),
         (packed(head((1 << 30, 1 << 30, 1 << 30, 3))), "is damaged"),
-        (packed(head((6, -8, -8, 3)) + bytes(6 * 192)), "holds other images"),
-        (packed(head((0, 8, 8, 3))), "holds other images"),
-        (packed(head((6, 8, 0, 3))), "holds other images"),
-        (packed(head((6, 8, 8, 3), "|O") + bytes(1200)), "holds other images"),
-        (packed(head((6, 8, 8, 3), "<f4") + bytes(4 * 6 * 192)), "holds other images"),
+        (packed(head((6, -8, -8, 3)) + bytes(6 * 192)), "holds images of another form"),
+        (packed(head((0, 8, 8, 3))), "holds images of another form"),
+        (packed(head((6, 8, 0, 3))), "holds images of another form"),
+        (packed(head((6, 8, 8, 3), "|O") + bytes(1200)), "holds images of another form"),
+        (packed(head((6, 8, 8, 3), "<f4") + bytes(4 * 6 * 192)), "holds images of another form"),
         (packed(b"\x93NUMPY\x09\x00" + bytes(99)), "cannot read"),
         (packed(b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16), "cannot read"),
         (packed(STORED, "pictures.npy"), "no 'images' in it, but pictures.npy"),
-        (npz(images=PIXELS, labels=np.arange(5)), "holds other labels"),
-        (npz(images=PIXELS, labels=np.arange(6.0)), "holds other labels"),
+        (npz(images=PIXELS, labels=np.arange(5)), "holds labels of another form"),
+        (npz(images=PIXELS, labels=np.arange(6.0)), "holds labels of another form"),
         (npz(images=PIXELS, labels=np.arange(6) - 1), "a label in .* is out of range; expected 0 to 5.*found -1"),
         (npz(images=PIXELS, labels=np.arange(1, 7)), "found 6"),
-        (npz(images=PIXELS, labels=np.array(["a"] * 6, object)), "holds other labels"),
+        (npz(images=PIXELS, labels=np.array(["a"] * 6, object)), "holds labels of another form"),
     ],
 )
 def test_damaged_and_hostile_archives_are_refused(content, message, tmp_path):
@@ -98,7 +98,7 @@ def test_damaged_and_hostile_archives_are_refused(content, message, tmp_path):
 def test_images_beyond_pillows_limit_are_refused(tmp_path, monkeypatch):
     (tmp_path / "a.npz").write_bytes(WHOLE)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)
-    with pytest.raises(InputError, match=r"a\.npz holds too large images; expected 62 pixels, found 8 x 8"):
+    with pytest.raises(InputError, match=r"a\.npz holds images that are too large; expected 62 pixels, found 8 x 8"):
         images.read_images(tmp_path / "a.npz", DATA, samples=2)
 
 

@@ -43,7 +43,7 @@ def test_names_are_read_in_every_encoding(encoding, end, tmp_path):
 def test_ambiguous_class_maps_are_refused(content, message, tmp_path):
     path = tmp_path / "map.txt"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"map\.txt is no class map.*found .*{message}") as caught:
+    with pytest.raises(InputError, match=rf"map\.txt is not a class map.*found .*{message}") as caught:
         datasets.read_class_map(path)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 

@@ -1,4 +1,4 @@
-"""Folders: which files are read, the names of classes, and which sub-folders are splits."""
+"""Folders: the files that are read, the names of classes, and sub-folders that are splits."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def read(root, names=NAMES, count=3):
         (lambda d: os.mkfifo(d / "ant" / "z.png"), "1 FIFO, socket or device (ant/z.png)"),
     ],
 )
-def test_known_names_decide_labels_and_a_note_lists_what_is_left_out(change, message, tmp_path):
+def test_known_names_decide_labels_and_a_note_lists_skipped_folders(change, message, tmp_path):
     change(classes(tmp_path))
-    for names in (NAMES, ()):  # where they aren't known, three folders of images are the three classes
+    for names in (NAMES, ()):  # if names are not known, three folders of images are the three classes
         found, how = read(tmp_path, names)
         assert found == [("ant", 0)] * 2 + [("bee", 1)] * 2 + [("cat", 2)] * 2
         (note,) = how.notes
@@ -109,7 +109,7 @@ def test_training_reads_what_every_command_reads(tmp_path):
     assert all(word in source.notes[0] for word in ("stray.png", ".cache", "aaa"))
 
 
-def test_folders_behind_links_are_read(tmp_path):
+def test_linked_folders_are_read(tmp_path):
     plain, root = classes(tmp_path / "plain"), tmp_path / "linked"
     root.mkdir()
     (root / "ant").symlink_to(plain / "ant")
@@ -150,8 +150,8 @@ def test_links_do_not_count_an_image_twice(links, message, tmp_path):
     assert len(source) == 16 and message in source.notes[0]
 
 
-def test_a_class_behind_a_link_keeps_its_images(tmp_path):
-    """Even if another class links to the folder and comes first."""
+def test_a_linked_class_keeps_its_images(tmp_path):
+    """A class keeps its images even if another class links to its folder and comes first."""
     root, store = tmp_path / "set", classes(tmp_path / "store", ["zebra"])
     write(root, "ant/0.png")
     (root / "ant" / "zoo").symlink_to(store / "zebra")

@@ -58,7 +58,7 @@ def test_labels_are_numbered_as_in_training(tmp_path):
 def test_images_are_read_while_they_are_iterated(tmp_path):
     paths = [write(tmp_path / f"{number}.png") for number in range(5)]
     found = images.folder(tmp_path, DATA, batch=2)
-    paths[4].write_bytes(b"no image")  # the last batch's, which isn't read yet
+    paths[4].write_bytes(b"no image")  # in the last batch, which is not read yet
     iterator = iter(found)
     assert len(found) == 3 and found.count == 5
     assert [len(next(iterator)) for _ in range(2)] == [2, 2]
@@ -109,7 +109,7 @@ def test_all_at_once_from_folders_and_archives(tmp_path):
     assert x.shape == (2, 3, 32, 32) and len(set(labels.tolist())) == 2
     np.savez(file, images=np.zeros((5, 4, 4), np.float32))
     for path, message in (
-        (file, "holds other images"),
+        (file, "holds images of another form"),
         (tmp_path / "none.npz", "cannot read"),
         (tmp_path / "x", "no images in"),
     ):

@@ -126,7 +126,7 @@ def test_labels_of_a_model_without_logits_are_mentioned():
     assert any("accuracy was not measured: the model returns no logits" in note for note in report.notes)
 
 
-def test_parts_of_labels_need_not_be_the_batches():
+def test_labels_need_not_be_split_like_the_batches():
     labels = Labels(part for part in (torch.tensor([3]), [1, 2], np.array([[5], [4]], np.uint8), 7))
     assert labels.of(None, 2).tolist() == [3, 1] and labels.of(None, 4).tolist() == [2, 5, 4, 7]
     labels.end()

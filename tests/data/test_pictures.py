@@ -14,7 +14,7 @@ from mpcompile.data import datasets, images
 from mpcompile.data.sources import pictures
 from mpcompile.errors import InputError
 
-GREY = np.arange(0, 256, dtype=np.float64).reshape(16, 16)  # what every form of it has to come back as
+GREY = np.arange(0, 256, dtype=np.float64).reshape(16, 16)  # every form of it has to be read as this
 
 
 def stored(picture, form, **options):

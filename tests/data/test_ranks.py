@@ -1,11 +1,11 @@
-"""The checksum by which ranks, and a resumed run, compare their code covers every source file."""
+"""The checksum with which ranks, and a resumed run, compare their code covers every source file."""
 
 import mpcompile
 from mpcompile.data import ranks
 
 
 def test_the_sources_of_all_folders_count(tmp_path, monkeypatch):
-    """Also those behind links: ``passes`` and ``kernels`` are links in a checkout."""
+    """Links are followed, too: ``passes`` and ``kernels`` are links in a checkout."""
     found = ranks.source_files()
     folders = {name.rpartition("/")[0] for name in found}
     assert {"", "passes", "kernels", "kernels/nm_linear/cpu", "kernels/token_merge", "training", "cli"} <= folders

@@ -46,7 +46,7 @@ def test_lower_masks_a_dense_model():
 
 
 def test_bytes_with_the_source_deleted():
-    """At 50 % in fp32, a model of almost only masked layers takes at most 66 % of its dense bytes."""
+    """At 50 % in fp32, a model with few other layers than masked ones takes at most 66 % of its dense bytes."""
     model = tiny_vit(embed_dim=256, num_heads=4)
     dense = sum(p.nbytes for p in model.parameters())
     gm = transform(model, images(2), Config("auto", score="magnitude"))
@@ -76,7 +76,7 @@ def test_a_file_cannot_make_a_kernel_read_out_of_bounds(tmp_path):
 
 
 def test_a_file_cannot_call_the_inner_operators():
-    """Their arguments are not checked: only those of the public operators are."""
+    """The arguments of inner operators are not checked; only those of the public operators are."""
     for name in ("nm_gemm", "nm_mlp", "nm_conv"):
         assert opset.function_of(f"mpcompile.{name}.default") is getattr(ops, name)
         assert opset.function_of(f"mpcompile.{name}{GENERAL}.default") is None

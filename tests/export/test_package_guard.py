@@ -96,6 +96,6 @@ def test_without_a_place_for_checks_no_package_is_written(tmp_path, monkeypatch)
     gm = transform(net(), torch.randn(2, 3, 8, 8), Config(pattern="2:4"))
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, package_path: None)
     monkeypatch.delattr(CppWrapperCpu, package_guard._HOOK)
-    with pytest.raises(GraphError, match="cannot check its inputs"):
+    with pytest.raises(GraphError, match="cannot check their inputs"):
         export.save_aoti(gm, torch.randn(2, 3, 8, 8), tmp_path / "p.pt2", engine="dense")
     assert not list(tmp_path.iterdir())

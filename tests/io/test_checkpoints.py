@@ -1,4 +1,4 @@
-"""Checkpoints as training scripts leave them load; nothing in a file is run, and a misfit is one line."""
+"""Checkpoints load as training scripts write them; nothing in a file is run, and a mismatch is reported in one line."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ class Metric:
 
 
 def layouts(state):
-    """Files of common training scripts: what is in them, and a word that the log has to contain."""
+    """Files of common training scripts: their contents, and a word that the log has to contain."""
     under = {f"module.{k}": v for k, v in state.items()}
     compiled = {f"_orig_mod.{k}": v for k, v in state.items()}
     both = {f"module._orig_mod.{k}": v for k, v in state.items()}
@@ -147,14 +147,14 @@ def pickled(value, folder):
         lambda s: {**s, "0.weight": s["0.weight"] > 0},
     ],
 )
-def test_what_does_not_fit_is_one_line(change, tmp_path):
+def test_a_mismatch_is_reported_in_one_line(change, tmp_path):
     torch.save(change(mlp().state_dict()), tmp_path / "other.pth")
     with pytest.raises(ArtifactError, match=r"other\.pth does not fit the model; expected .*found ") as caught:
         load_checkpoint(mlp(), tmp_path / "other.pth")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 590
 
 
-def test_odd_tensors_are_passed_over(tmp_path, caplog):
+def test_odd_tensors_are_skipped(tmp_path, caplog):
     value = {
         ("a", 1): torch.ones(2, 4),
         3: torch.ones(2, 4),

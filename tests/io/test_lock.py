@@ -14,7 +14,7 @@ from mpcompile.io.lock import NAME, locked
 
 
 def test_one_run_in_a_folder(tmp_path):
-    """Also within one process, unless it is the same run; the kernel frees the lock of a killed one."""
+    """This holds within one process, too, unless it is the same run; the kernel frees the lock of a killed process."""
     with locked(tmp_path), locked(tmp_path):
         failed = []
 

@@ -23,7 +23,7 @@ def pruned():
     return transform(mlp(), torch.randn(2, 32), Config(pattern="2:4")).eval()
 
 
-def test_what_mpcompile_wrote_is_known_again(pruned, tmp_path):
+def test_files_that_mpcompile_wrote_are_recognised(pruned, tmp_path):
     save(pruned, tmp_path / "a.mpc")
     save(pruned, f"{tmp_path}/f/")
     save_dense(pruned, tmp_path / "dense.safetensors")

@@ -25,7 +25,7 @@ def pruned():
 
 
 def odd_places(folder):
-    """Things that can stand where a file is expected, and that reading may wait for."""
+    """Objects that may be in the place of a file, and whose reading may block."""
     os.mkfifo(folder / "fifo")
     (folder / "link").symlink_to(folder / "fifo")
     (folder / "folder").mkdir()
@@ -50,7 +50,7 @@ def test_nothing_but_a_regular_file_is_read(reader, tmp_path):
     try:
         for place in odd_places(tmp_path):
             if place.name == "none" and reader is resumed:
-                continue  # a log is made
+                continue  # a new log is created
             with pytest.raises(MPCompileError) as caught:
                 reader(place)
             assert re.search(f"{place.name}|fifo", str(caught.value)) and str(caught.value).isprintable()
@@ -64,7 +64,7 @@ def test_a_recipe_and_the_plan_of_a_folder_are_regular_files(pruned, tmp_path):
         Recipe.load(tmp_path / "r.yaml")
     save(pruned, f"{tmp_path}/a/")
     (tmp_path / "a/plan.json").unlink()
-    assert load(tmp_path / "a").plan == pruned.plan  # it is there for people
+    assert load(tmp_path / "a").plan == pruned.plan  # it is only for people
     os.mkfifo(tmp_path / "a/plan.json")
     with pytest.raises(ArtifactError, match=r"plan\.json cannot be read"):
         load(tmp_path / "a")

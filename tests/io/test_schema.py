@@ -140,7 +140,7 @@ RESULTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about implausible figures
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about implausible figures
 @pytest.mark.parametrize("command", RESULTS)
 def test_every_field_of_a_result_can_be_of_another_type(command, tmp_path):
     whole, path, refused = RESULTS[command], tmp_path / "r.json", 0

@@ -1,4 +1,4 @@
-"""Files are replaced as a whole or not at all; nothing is left behind, and no planted link is followed."""
+"""Files are replaced as a whole or not at all; no temporary file remains, and no planted link is followed."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from mpcompile.io.writing import TEMPORARY, replacing, temporary_path, write_ato
 
 
 def named(monkeypatch):
-    """As on a file system that has no files without names."""
+    """Simulate a file system that does not support files without names."""
     monkeypatch.setattr(writing, "_unnamed", lambda folder, mode: None)
 
 
@@ -58,7 +58,7 @@ def test_temporary_files_follow_no_planted_link(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError), replacing(tmp_path / "page.html"):
         pass
     assert len(names) == 3 and victim.read_text() == "precious" and not (tmp_path / "page.html").exists()
-    assert (tmp_path / f"{TEMPORARY}guessed.tmp").is_symlink()  # only what was created is removed
+    assert (tmp_path / f"{TEMPORARY}guessed.tmp").is_symlink()  # only files that were created are removed
 
 
 @pytest.mark.parametrize("unnamed", [True, False])
@@ -97,8 +97,8 @@ def test_a_link_that_is_not_followed_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_what_has_to_outlive_a_power_failure_is_flushed(durable, tmp_path, monkeypatch):
-    """The file before it gets its name, the folder after."""
+def test_files_that_have_to_survive_a_power_failure_are_flushed(durable, tmp_path, monkeypatch):
+    """The file is flushed before it gets its name, the folder afterwards."""
     calls = []
     flush, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("flush") or flush(file))
@@ -124,7 +124,7 @@ ENDS = [*((writer, signal.SIGTERM) for writer in WRITERS), ("stream", signal.SIG
 
 @pytest.mark.parametrize(("writer", "number"), ENDS)
 def test_an_ended_process_leaves_the_old_file_and_no_other(writer, number, tmp_path):
-    """After SIGKILL nothing can be removed: only the stream, whose file has no name yet, leaves nothing."""
+    """After SIGKILL nothing can be removed; only a stream, whose file has no name yet, leaves nothing."""
     code = "import os, sys; from mpcompile.io import writing\npath = sys.argv[1]\n"
     code += f"def end(): os.kill(os.getpid(), {int(number)}); print('alive')\n{WRITERS[writer]}"
     (tmp_path / "a").write_text("old")
@@ -159,7 +159,7 @@ FULL = [
 
 @pytest.mark.parametrize("content", FULL)
 @pytest.mark.parametrize("old", [True, False])
-def test_a_full_disk_is_one_line_whoever_reports_it(content, old, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_whatever_raises_it(content, old, tmp_path):
     if old:
         (tmp_path / "a").write_text("old")
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -39,7 +39,7 @@ def test_yaml_is_plain_values_of_a_reasonable_size(name, tmp_path):
         Recipe.load(tmp_path / "r.yaml")
 
 
-def test_yaml_that_people_write():
+def test_yaml_as_people_write_it():
     text = "base: &b {lr: 1e-4, seed: 010}\nuse: {<<: *b, lr: 0.5}\nday: 2024-01-01\npattern: 2:4\nnone: ~\nok: yes\n"
     assert parse(text, "x") == {
         "base": {"lr": 1e-4, "seed": 10},
@@ -55,7 +55,7 @@ NO_RECIPES = [b"\xff\xfe", b"- a\n- b", b"5", b"a" * 2_000_000, b"model: [1]", b
 
 
 @pytest.mark.parametrize("value", NO_RECIPES)
-def test_files_that_are_no_recipe_are_refused(value, tmp_path):
+def test_files_that_are_not_recipes_are_refused(value, tmp_path):
     (tmp_path / "r.yaml").write_bytes(value)
     with pytest.raises(ConfigError):
         Recipe.load(tmp_path / "r.yaml")

@@ -1,4 +1,4 @@
-"""In-place statements, weights that are read elsewhere, weights that the graph writes: nothing of it gets lost."""
+"""In-place statements, weights that are read elsewhere, weights that the graph writes: none of them gets lost."""
 
 import pytest
 import torch

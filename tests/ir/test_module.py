@@ -1,4 +1,4 @@
-"""What transform returns is a module like any other: state dicts, copies, pickle, averages, names of its parts."""
+"""The result of transform is an ordinary module: state dicts, copies, pickle, averages, names of its parts."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ def swin():
 
 
 class Shared(nn.Module):
-    """One layer and one block under two names, a head that forward doesn't use, buffers of both kinds."""
+    """One layer and one block under two names, a head that forward does not use, buffers of both kinds."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Shared(nn.Module):
 
 
 class Functional(nn.Module):
-    """Weights used by functions, tied, beside a buffer that is called like ours."""
+    """Weights used by functions, tied, beside a buffer with the name of one of ours."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ def test_state_dicts_have_the_names_of_the_model(make, x, tmp_path):
     assert gm.state_dict().keys() >= model.state_dict().keys()
     assert {k for k, _ in gm.named_parameters()} == {k for k, _ in model.named_parameters()}
     others = [copy.deepcopy(gm), copy.copy(gm)]
-    if make is not Parametrized:  # which torch doesn't pickle
+    if make is not Parametrized:  # torch does not pickle it
         others.append(pickle.loads(pickle.dumps(gm)))
     for other in others:
         assert other.state_dict().keys() == gm.state_dict().keys()
@@ -127,7 +127,7 @@ def test_shared_layers_are_one_layer():
 
 
 def whole(twin, gm, x):
-    """Whether a copy is what the module is."""
+    """True if a copy equals the module."""
     assert isinstance(twin, type(gm).__mro__[1]) and type(twin).__name__ == type(gm).__name__
     assert twin.plan == gm.plan and twin.locked_mode == gm.locked_mode and twin.training == gm.training
     assert [m.training for m in twin.modules()] == [m.training for m in gm.modules()]

@@ -1,4 +1,4 @@
-"""What may stand in a graph after each stage: real graphs pass, and every rule refuses its violation."""
+"""The contents of a graph that are legal after each stage: real graphs pass, and every rule refuses its violation."""
 
 import copy
 
@@ -28,7 +28,7 @@ MODELS = {
 }
 
 
-# --- What transform, lower, export, dynamo and the loader make is legal ---
+# --- Graphs from transform, lower, export, dynamo and the loader are legal ---
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -115,7 +115,7 @@ def gemm(**changes):
     return graph_of(ops.nm_gemm, *(GEMM | changes).values())
 
 
-def test_native_operators_stand_after_lower():
+def test_native_operators_are_legal_after_lower():
     gm = gemm()
     assert spec.stage_of(gm) is Stage.LOWERED
     spec.check(gm, Stage.LOWERED)
@@ -124,7 +124,7 @@ def test_native_operators_stand_after_lower():
 
 
 @pytest.mark.parametrize("change", [{"residual": "x"}, {"activation": "relu"}])
-def test_epilogues_stand_after_fuse(change):
+def test_epilogues_are_legal_after_fuse(change):
     gm = gemm(**change)
     assert spec.stage_of(gm) is Stage.FUSED
     spec.check(gm, Stage.FUSED)
@@ -132,7 +132,7 @@ def test_epilogues_stand_after_fuse(change):
         spec.check(gm, Stage.LOWERED)
 
 
-def test_mlps_stand_after_fuse():
+def test_mlps_are_legal_after_fuse():
     args = ("x", "values", "index", None, "values", "index", None, None, 4, 4, 2, 4, 2, 4, 0, 0, "gelu")
     gm = graph_of(ops.nm_mlp, *args)
     spec.check(gm, Stage.FUSED)
@@ -244,7 +244,7 @@ def test_structure():
 
 
 class Insert(Pass):
-    """Puts a native operator into a graph that is not lowered."""
+    """A pass that puts a native operator into a graph that is not lowered."""
 
     name = "insert"
 

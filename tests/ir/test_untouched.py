@@ -1,4 +1,4 @@
-"""What transform leaves in a user's model and process: nothing; and what it makes there can be trained."""
+"""Transform leaves no trace in a user's model and process, and its result can be trained."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ TOTAL = 0
 
 
 class Stateful(nn.Module):
-    """Keeps something of what it sees, in every way there is; a leaf of the graph if it asks for the mode."""
+    """Stores parts of its inputs in every possible way; a leaf of the graph if it reads the mode."""
 
     table = None
     shared = []  # noqa: RUF012  of the class, as users have it
@@ -60,7 +60,7 @@ KINDS = ["attribute", "list", "dict", "class", "global"]
 
 @pytest.mark.parametrize("cls", [Stateful, Leaf])
 @pytest.mark.parametrize("keep", KINDS)
-def test_nothing_of_a_trace_stays(cls, keep):
+def test_tracing_leaves_nothing_behind(cls, keep):
     part = cls(keep)
     model = nn.Sequential(nn.Linear(32, 64), part, nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     gm = transform(model, X, HALF)
@@ -97,7 +97,7 @@ def test_generators_modes_and_statistics_stay():
 
 
 class Counting(nn.Module):
-    """Writes into a buffer in every call."""
+    """Writes to a buffer in every call."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def test_random_numbers_are_not_frozen_into_the_graph():
 
 
 class Skipping(nn.Module):
-    """A branch on a random number, in training alone."""
+    """A branch on a random number, only in training."""
 
     def __init__(self):
         super().__init__()
@@ -187,7 +187,7 @@ def test_made_without_gradients_and_trained_outside():
     assert all(p.grad is not None for p in gm.parameters())
 
 
-def test_untouched_puts_back_what_is_reachable():
+def test_untouched_restores_everything_reachable():
     total, seen, deep = 0, {"a": 1}, [[1], {2}]
 
     def write():
@@ -246,7 +246,7 @@ def test_errors_of_the_model_itself(error, late):
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
-def test_errors_of_a_leaf_are_met_by_shape_propagation(error):
+def test_errors_of_a_leaf_are_raised_by_shape_propagation(error):
     model = nn.Sequential(nn.Linear(32, 32), Inner(error), nn.Linear(32, 8)).eval()
     with pytest.raises(MPCompileError) as raised:
         transform(model, X, HALF)

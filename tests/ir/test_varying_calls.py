@@ -106,7 +106,7 @@ def test_checkpointing_hides_no_layer(reentrant):
     assert float((model.a.weight.grad == 0).float().mean()) >= 0.5
 
 
-def test_regions_are_seen_and_branches_are_told():
+def test_regions_are_traced_and_branches_are_reported():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -124,7 +124,7 @@ def test_regions_are_seen_and_branches_are_told():
     assert gm.plan.layers["b"].reason == "inside cond, which holds a graph of its own"
 
 
-def test_a_mask_of_infinities_is_no_broken_weight():
+def test_a_mask_of_infinities_is_not_a_broken_weight():
     model = layered()
     model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
     mpcompile.transform(model, torch.randn(4, 32), Config(pattern="2:4"))

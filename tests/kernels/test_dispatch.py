@@ -1,4 +1,4 @@
-"""The choice of an engine: the fastest as timed, by more than the noise; cached where the cache can be written."""
+"""The choice of an engine: the fastest as timed, by more than the noise; cached, or harmless if that fails."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def clean(monkeypatch, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Timing is on and reads its results from a table; every call is appended to the list."""
+    """Turn timing on, with times from a table; the list records the calls."""
     calls = []
 
     def measure(spec, engines, threads):
@@ -67,7 +67,7 @@ def model(**us):
         ({"fake": 9.71, "dense": 10}, "dense"),
         ({"fake": 9, "dense": 10, "dense_prepacked": 9.2}, "dense"),
         ({"fake": 8.9, "dense": 10, "dense_prepacked": 9.2}, "fake"),
-        ({"fake": 9, "dense": 10, "reference": 8}, "fake"),  # where there are kernels, the reference is not timed
+        ({"fake": 9, "dense": 10, "reference": 8}, "fake"),  # if there are kernels, the reference is not a candidate
     ],
 )
 def test_a_sparse_engine_has_to_beat_the_best_dense_build(us, picked):
@@ -136,7 +136,7 @@ def test_an_engine_that_the_cache_lacks_is_timed_with_the_others(clock, monkeypa
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff\xfe", '{"KEY": {"fake": -1, "reference": 1, "dense": "x"}}'])
-def test_a_damaged_cache_is_reported_once_and_replaced(clock, content, caplog):
+def test_a_damaged_cache_is_logged_once_and_replaced(clock, content, caplog):
     path = timing.cache_file()
     path.parent.mkdir(parents=True)
     key = timing.entry_key(LINEAR, torch.get_num_threads())
@@ -149,7 +149,7 @@ def test_a_damaged_cache_is_reported_once_and_replaced(clock, content, caplog):
     assert json.loads(path.read_text())[key]["fake"] == 5.0
 
 
-def test_a_folder_that_cannot_be_written_is_reported_once(clock, monkeypatch, caplog):
+def test_an_unwritable_folder_is_logged_once(clock, monkeypatch, caplog):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -237,7 +237,7 @@ def test_a_timing_of_a_wrong_type_is_ignored(entry):
     assert timing._valid({"dense": 2, "cpu": 1.5}) == {"dense": 2.0, "cpu": 1.5}
 
 
-def test_a_foreign_cache_file_is_ignored(tmp_path):
+def test_a_cache_that_is_not_our_file_is_ignored(tmp_path):
     path = tmp_path / "timings.json"
     for text in ("[" * 100_000, '{"a": ' * 100_000, "[1]", "{", "\xff\xfe", "9" * 5000):
         path.write_text(text, encoding="latin-1")
@@ -254,7 +254,7 @@ def test_a_foreign_cache_file_is_ignored(tmp_path):
 
 
 def test_timings_depend_on_every_source_of_the_kernels(tmp_path, monkeypatch):
-    """Sources in subfolders count too: a change there leads to other timings."""
+    """Sources in subfolders count, too: a change there invalidates the timings."""
     here = Path(timing.__file__).parent
     found = timing.sources(here / "nm_linear")
     kinds = (".py", ".cpp", ".h")

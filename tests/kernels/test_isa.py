@@ -1,4 +1,4 @@
-"""Instruction sets set in the environment, as by `make test-isa`, take effect and have their own timings."""
+"""Instruction sets set in the environment: `make test-isa` restricts all it should, and timings are kept apart."""
 
 import os
 import platform
@@ -9,10 +9,10 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from mpcompile.kernels import timing
 from mpcompile.kernels.nm_linear import operators as native
 
-HELD = {"avx2": ("AVX2", 256), "portable": ("DEFAULT", 0)}  # torch's name, and bits of Inductor's vectors
+HELD = {"avx2": ("AVX2", 256), "portable": ("DEFAULT", 0)}  # torch's name for it, and the bits of Inductor's vectors
 
 
-def test_the_environment_sets_the_instruction_set():
+def test_the_environment_restricts_every_library():
     held = os.environ.get("MPCOMPILE_CPU_ISA")
     kernels = native.kernels()
     assert held is None or kernels is None or kernels.isa == held

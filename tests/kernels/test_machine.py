@@ -1,4 +1,4 @@
-"""The fields read from /proc/cpuinfo on x86 and on Arm, and the defaults where there is no such file."""
+"""Reading /proc/cpuinfo on x86, on Arm, and without such a file."""
 
 from pathlib import Path
 

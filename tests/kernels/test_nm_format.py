@@ -1,4 +1,4 @@
-"""The packed format: exact round trips for any N:M, and a legality check that is not fooled."""
+"""The packed format: exact round trips for any N:M, and a legality check that cannot be fooled."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_linear_round_trip_is_exact(nm, rows, groups, dtype, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(patterns, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
-def test_conv_round_trip_groups_lie_along_input_channels(nm, out, groups, kernel, seed):
+def test_conv_round_trip_groups_are_along_input_channels(nm, out, groups, kernel, seed):
     n, m = nm
     shape = (out, groups * m, kernel, kernel)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

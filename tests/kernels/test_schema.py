@@ -1,4 +1,4 @@
-"""One schema per operator, which torch's registry, the C++ kernels and the Python kernels agree with."""
+"""One schema for each operator: torch's registration, the C++ kernels and the Python kernels agree with it."""
 
 import inspect
 import re
@@ -83,7 +83,7 @@ def test_cpp_names_its_parameters_as_the_schema_does(args: type[schema.Args]) ->
 
 @pytest.mark.parametrize("args", NATIVE, ids=lambda args: args.operator)
 def test_compiled_cpp_has_the_types_of_the_schema(args: type[schema.Args]) -> None:
-    """Compares the types that torch derives from the compiled functions, not their text."""
+    """The types are those that torch derives from the compiled functions, not from their text."""
     assert operators.kernels() is not None
     assert build.operators() is not None
     dump = torch._C._dispatch_dump(f"mpcompile::{args.operator}")

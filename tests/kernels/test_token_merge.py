@@ -62,7 +62,7 @@ def test_ties_go_to_the_lower_index(dtype):
 @pytest.mark.parametrize(("tokens", "heads", "depth"), [(17, 3, 20), (50, 12, 64), (66, 1, 5), (40, 2, 256)])
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 def test_rounding_does_not_break_ties(tokens, heads, depth, kinds):
-    """Equal keys merge by index alone, even if they are an ulp apart or their products are added in another order."""
+    """Equal keys merge by index, even if they are an ulp apart or their products are added in another order."""
     torch.manual_seed(tokens + kinds)
     x, size = torch.randn(2, tokens, 6), torch.ones(2, tokens, 1)
     keys = tied_keys(2, heads, tokens, depth, kinds)
@@ -97,7 +97,7 @@ def test_rounded_scores_keep_the_order_of_indices():
 
 
 def test_similarities_within_the_tolerance_go_by_index():
-    """The first within the tolerance of the highest is chosen, even if a chain of smaller differences leads further."""
+    """The first within the tolerance of the highest is chosen, even if smaller steps lead from one to the other."""
     step = 0.75 * reference.TIE
     cosines = torch.tensor([1 - 4 * step, 1 - 3 * step, 1 - 2 * step, 1 - step, 1.0])
     b = torch.stack([cosines, (1 - cosines**2).sqrt()], -1)
@@ -124,7 +124,7 @@ def test_a_nan_key_has_similarity_zero():
     x, keys, size = torch.randn(1, 8, 3), torch.zeros(1, 2, 8, 2), torch.ones(1, 8, 1)
     keys[..., 0] = 1.0
     for broken in (torch.nan, torch.inf, -torch.inf):
-        keys[0, 0, 2, 0], keys[0, 1, 1, 1] = broken, broken  # of A and of B
+        keys[0, 0, 2, 0], keys[0, 1, 1, 1] = broken, broken  # one key of A and one of B
         place = token_merge(x, keys, size, 3, 0)[2]
         # 0, 4 and 6 match 3, the first of B that is as good as any; 2 stays
         assert place.tolist() == [[2, 1, 0, 2, 2, 3, 2, 4]]
@@ -178,7 +178,7 @@ def test_operators_pass_opcheck():
     ("dim", "shape"), [(-2, (9, 5)), (-2, (3, 9, 5)), (-2, (2, 3, 9, 5)), (-1, (4, 9)), (1, (2, 9, 3, 5))]
 )
 def test_tables_follow_as_means(dim, shape):
-    """For a merged token, the table holds the mean of the rows of the tokens that it represents."""
+    """For a merged token, a table holds the mean of the rows of all tokens that it represents."""
     place = torch.tensor([[0, 1, 2, 0, 2, 3, 4, 2, 1], [4, 3, 2, 1, 0, 0, 1, 2, 3]])
     before = torch.ones(2, 9, 1)
     size = torch.zeros(2, 5, 1).scatter_add(1, place.unsqueeze(-1), before)

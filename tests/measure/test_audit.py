@@ -70,7 +70,7 @@ def test_a_frozen_dense_build_is_part_of_the_bar(monkeypatch):
     ]
 
 
-def test_dense_bf16_is_a_row_but_no_bar(monkeypatch):
+def test_dense_bf16_is_a_row_but_not_the_baseline(monkeypatch):
     model = mlp()
     fake_times(monkeypatch, dense_eager=4.0, dense_compiled=2.0, dense_bf16=0.5, compiled_sparse=1.0)
     report = audit(model, model, torch.randn(2, 32), dense_compiled=model, dense_bf16=lambda x: model(x) * 1.25)

@@ -1,4 +1,4 @@
-"""The environment of a run: what a bug report needs, and what a latency depends on."""
+"""The environment of a run: facts that a bug report needs, and conditions that affect latency."""
 
 import json
 

@@ -53,7 +53,7 @@ def test_explains_a_transformed_module_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())
 
 
-def test_without_timing_it_says_so(monkeypatch):
+def test_without_timing_there_is_a_note(monkeypatch):
     monkeypatch.setattr(dispatch, "ENGINES", (Reference(), Dense()))
     found = mpcompile.explain(mlp(), torch.randn(2, 32))
     assert found.speedup is None

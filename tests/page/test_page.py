@@ -1,4 +1,4 @@
-"""The HTML page: every section with data and without, hostile texts, and a look at it in a real browser."""
+"""The HTML page: every section with and without data, hostile texts, and a screenshot in a real browser."""
 
 import json
 import os
@@ -53,7 +53,7 @@ CERTIFY = {
 
 
 class Reader(HTMLParser):
-    """Collects what a browser would load or run, and whether tags close."""
+    """Collects everything that a browser would load or run, and checks that tags close."""
 
     def __init__(self, text):
         super().__init__()
@@ -92,7 +92,7 @@ def artifact():
 
 @pytest.fixture(scope="module")
 def whole(artifact, tmp_path_factory):
-    """A page with everything on it."""
+    """A page with every section."""
     path = tmp_path_factory.mktemp("images") / "cat <1>.png"
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -120,7 +120,7 @@ def test_it_fetches_and_runs_nothing(whole):
     assert "default-src 'none'" in whole and "url(" not in whole and "@import" not in whole
 
 
-def test_without_data_every_section_says_what_gives_it():
+def test_without_data_every_section_names_the_command_that_provides_it():
     text = page.render(Sources())
     assert text.count('class="none"') == len(SECTIONS)
     for command in ("audit", "analyze", "report", "certify", "explain"):
@@ -128,7 +128,7 @@ def test_without_data_every_section_says_what_gives_it():
 
 
 @pytest.mark.parametrize("junk", [{}, {"rows": 3}, {"rows": [1, None]}, {"layers": [[]], "tiers": "x"}, {"rows": {}}])
-def test_json_of_another_shape_counts_as_none(junk):
+def test_json_of_another_shape_counts_as_missing(junk):
     assert page.render(Sources(junk, junk, junk, junk)).count('class="none"') >= len(SECTIONS) - 1
 
 
@@ -153,7 +153,7 @@ def test_texts_cannot_break_out(artifact):
     assert "script" not in reader.tags and all(value.startswith(("#", "data:image/")) for value in reader.loads)
 
 
-def test_the_law_lies_over_the_noise():
+def test_the_law_is_drawn_over_the_noise():
     (spectrum,), where = spectra(Sources(analyze=analyze()))
     assert spectrum.spikes == 1 and "dense" in where
     picture = draw(spectrum)
@@ -196,7 +196,7 @@ def test_figures_saved_in_an_artifact_are_shown(artifact):
         assert "1.60x" in page.render(Sources(artifact=artifact))
     finally:
         artifact.plan.figures = {}
-    assert "aren't measured" in page.render(Sources(artifact=artifact))
+    assert "not measured" in page.render(Sources(artifact=artifact))
 
 
 def test_lenient_readers():
@@ -228,9 +228,9 @@ def test_command(artifact, tmp_path, capsys):
         (["--image", "cat.jpg", "--audit", "good.json"], "--image needs an artifact"),
         (["--audit", "none.json"], "cannot read none.json"),
         (["--audit", "bad.json"], "bad.json is not JSON"),
-        (["--audit", "list.json"], "list.json is not what mpcompile audit wrote"),
-        (["--explain", "good.json"], "good.json is not what mpcompile explain wrote"),
-        (["--analyze", "good.json"], "good.json is not what mpcompile analyze wrote"),
+        (["--audit", "list.json"], "list.json is not the JSON of mpcompile audit"),
+        (["--explain", "good.json"], "good.json is not the JSON of mpcompile explain"),
+        (["--analyze", "good.json"], "good.json is not the JSON of mpcompile analyze"),
         (["none.mpc"], "cannot be loaded"),
     ],
 )

@@ -43,7 +43,7 @@ def test_merged_tokens_are_filled_and_outlined():
     assert len({tuple(pixel) for pixel in drawn[:, 24]} | {tuple(pixel) for pixel in drawn[0, 24:]}) == 1
 
 
-def test_writes_a_png_with_one_picture_a_block(tmp_path):
+def test_writes_a_png_with_one_picture_per_block(tmp_path):
     path = tmp_path / "merged.png"
     mpcompile.visualize_merging(tiny_vit(), images(1)[0], path, CONFIG, columns=2)
     sheet = Image.open(path)
@@ -58,9 +58,9 @@ def test_refusals(tmp_path):
         merged_patches(model, x, CONFIG)
     with pytest.raises(NotEligibleError, match="no tokens merge here"):
         merged_patches(model, x[0], Config(pattern="dense"))
-    with pytest.raises(InputError, match="no grid of square patches"):
+    with pytest.raises(InputError, match="not a grid of square patches"):
         merged_patches(model, x[0], Config(pattern="dense", tome_r=3, prefix_tokens=2))
-    with pytest.raises(InputError, match="display doesn't fit"):
+    with pytest.raises(InputError, match="display does not fit"):
         visualize_merging(model, x[0], tmp_path / "a.png", CONFIG, display=np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ArtifactError, match="cannot write"):
         visualize_merging(model, x[0], tmp_path / "missing" / "a.png", CONFIG)

@@ -51,7 +51,7 @@ def test_tensors_of_a_decision_survive_json_bit_for_bit(dtype):
 
 
 @pytest.mark.parametrize("data", [{"x": 1}, {"parts": 3}, {"parts": {"a": {"weight": {"tensor": "float32"}}}}])
-def test_what_is_no_decision_is_refused(data):
+def test_objects_that_are_not_decisions_are_refused(data):
     with pytest.raises(MPCompileError, match="not the JSON of a Everything"):
         Everything.from_json(data)
 

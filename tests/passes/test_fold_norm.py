@@ -59,7 +59,7 @@ def brought(gm, x, bring):
 
 
 def fold(imported):
-    """Run the pass; return what it decided, and the context."""
+    """Run the pass; return its decision and the context."""
     ctx, step = Context(Config(engine="reference"), imported.inputs, imported.lifted), FoldNorm()
     propagate(imported.gm, imported.inputs)
     before = imported.gm.code
@@ -152,7 +152,7 @@ def test_half_precision_is_folded_in_double():
 
 
 class Functional(nn.Module):
-    """A convolution, a BatchNorm, and what a test does with them."""
+    """A convolution, a BatchNorm, and a forward pass that the test supplies."""
 
     def __init__(self, after):
         super().__init__()
@@ -216,7 +216,7 @@ def test_a_norm_without_statistics_is_left(bring):
     imported = brought(masked(shake(net(track_running_stats=False))), X, bring)
     decision, _ = fold(imported)
     assert decision["folded"] == [] and set(decision["left"]) == {"0", "3"}
-    # functionally, using the batch's statistics is what training means
+    # for the function, training means using the batch's statistics
     word = "no running statistics" if bring == "symbolic" else "training mode"
     assert all(word in why for why in decision["left"].values())
 

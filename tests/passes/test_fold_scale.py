@@ -74,7 +74,7 @@ def test_half_precision(dtype):
 
 
 class Scaled(nn.Module):
-    """A layer, a factor, and what a test does with them."""
+    """A layer, a factor, and a forward pass that the test supplies."""
 
     def __init__(self, layer, factor, body):
         super().__init__()

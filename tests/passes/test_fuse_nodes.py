@@ -27,7 +27,7 @@ def masked_linear(inputs, outputs):
 
 
 class Net(nn.Module):
-    """Two masked layers, and what a test does with them."""
+    """Two masked layers, and a forward pass that the test supplies."""
 
     def __init__(self, body, **modules):
         super().__init__()
@@ -93,7 +93,7 @@ def test_activation_modules(module, activation):
 
 
 def empty(**modules):
-    """Return a graph that yields its input, with modules that it doesn't call yet, and that input."""
+    """Return a graph that yields its input, with modules that it does not call yet, and that input."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(x)

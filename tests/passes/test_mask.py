@@ -130,7 +130,7 @@ def test_convnext_keeps_depthwise_and_stem_dense():
     assert isinstance(gm.get_submodule("stages.1.downsample.1"), MaskedConv2d)
 
 
-def test_no_data_falls_back_and_says_so():
+def test_no_data_falls_back_with_a_note():
     gm = transform(mlp(), torch.randn(2, 32))
     assert any("fell back to magnitude" in note for note in gm.plan.notes)
     assert {layer.notes["mask"]["score"] for layer in gm.plan.layers.values() if layer.pattern != "dense"} == {

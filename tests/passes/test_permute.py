@@ -69,17 +69,17 @@ def test_shuffled_channels_leave_the_network_as_it_was(family):
     assert difference <= 1e-5
 
 
-def test_groups_of_a_vit():
+def test_channel_groups_of_a_vit():
     gm = import_model(tiny_vit(), images()).gm.eval()
     found = classes(analysis := analyse(gm, [images()]), {u.name: u for u in layers(gm)})
     sizes = {tuple(sorted(c.readers)): (analysis.atoms.size[c.atom], c.owner is not None) for c in found}
     assert sizes[("blocks.0.mlp.fc2",)] == (128, False)
-    assert sizes[("blocks.1.attn.proj",)] == (16, True)  # an order of its own for each of two heads
+    assert sizes[("blocks.1.attn.proj",)] == (16, True)  # a separate order for each of two heads
     stream = next(names for names in sizes if "head" in names)
     assert sizes[stream] == (32, False) and "blocks.1.attn.qkv" in stream and "blocks.0.mlp.fc1" in stream
 
 
-def test_grouped_convolution_has_an_order_a_group():
+def test_grouped_convolution_has_an_order_per_group():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 24, 3, groups=2), nn.ReLU(), nn.Conv2d(24, 4, 1))
     difference, found, _ = shuffled(net.eval(), images(2, 8))

@@ -1,4 +1,4 @@
-"""Scores, refits and the streamed calibration: optimality, guards, determinism, and what is refused."""
+"""Scores, refits and the streamed calibration: optimality, guards, determinism, and refusals."""
 
 import itertools
 from dataclasses import replace
@@ -178,7 +178,7 @@ def test_prior_draws_the_mask_to_its_source():
 @pytest.mark.parametrize("kind", ["name", "shape"])
 def test_a_prior_that_does_not_fit(kind):
     prior = {"nowhere": torch.ones(2, 2).bool()} if kind == "name" else {"0": torch.ones(2, 2).bool()}
-    with pytest.raises(InputError, match=r"nowhere|doesn't fit"):
+    with pytest.raises(InputError, match=r"nowhere|does not fit"):
         transform(mlp(), torch.randn(2, 32), prior=prior)
 
 
@@ -227,7 +227,7 @@ def test_vit_with_merging_is_calibrated_on_the_merged_graph():
 
 @pytest.mark.parametrize("calibrate", ["pruned", "dense"])
 @pytest.mark.parametrize("options", [{}, {"restore": False}, {"restore": False, "score": "magnitude"}], ids=str)
-def test_batch_norms_are_estimated_anew(calibrate, options):
+def test_batch_norms_are_re_estimated(calibrate, options):
     torch.manual_seed(0)
     blocks = [
         (nn.Conv2d(c, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16, momentum=1.0), nn.ReLU()) for c in (3, 16, 16)
@@ -248,11 +248,11 @@ def test_batch_norms_are_estimated_anew(calibrate, options):
     assert relative(gm.get_submodule("7").running_var, model[7].running_var) > 1e-2
     assert "BatchNorms re-estimated" in next(r for r in gm.plan.passes if r.name == "restore").summary
     alone = transform(model, x[:2], config, [x], pipeline=Pipeline([Mask()])).get_submodule("7")
-    assert torch.equal(alone.running_var, model[7].running_var)  # nobody asked for others
+    assert torch.equal(alone.running_var, model[7].running_var)  # nothing requested other statistics
 
 
 def test_a_constant_before_batch_norm_costs_nothing():
-    """A channel that is always the same is removed first, however large it is, where a BatchNorm follows."""
+    """Before a BatchNorm, a constant channel is removed first, however large it is."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)).eval()
     x = torch.randn(64, 4, 4, 4)

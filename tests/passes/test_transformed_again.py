@@ -1,4 +1,4 @@
-"""Transforming a module again: its plan shows what was done, and later plans keep describing its weights."""
+"""Transforming a module again: its plan records the first transform, and later plans still describe its weights."""
 
 import copy
 

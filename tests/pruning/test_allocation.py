@@ -1,4 +1,4 @@
-"""Layer budgets: the knapsack against enumeration, damages against what they stand for, and the pass on real graphs."""
+"""Layer budgets: the knapsack against enumeration, damages against the losses they predict, the pass on real graphs."""
 
 import doctest
 import itertools
@@ -103,7 +103,7 @@ def test_lost_energy_is_what_magnitude_masks_of_gaussian_weights_lose(n, m, rho)
 
 
 def test_the_energy_of_outputs_is_the_fisher_information():
-    """Of a linear softmax model the Fisher information is E[diag(p) - p p'] in closed form."""
+    """The Fisher information of a linear softmax model is E[diag(p) - p p'] in closed form."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(12, 5)), torch.randn(6000, 12)
     imported = import_model(model, x[:8])
@@ -131,7 +131,7 @@ def test_calibrated_damage_is_the_loss_that_it_predicts():
     assert sensitivity.divergence(imported.gm, imported.gm, [[x]]) == 0
 
 
-def test_structure_is_not_given_away_as_noise():
+def test_structure_is_not_removed_as_noise():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(256, 256, generator=generator)
     fit = {"verdict": "mp", "edge": 32.0, "spikes": 0}
@@ -173,7 +173,7 @@ def test_without_data_every_damage_meets_the_target_exactly_where_it_can(kind):
     assert Plan.from_json(gm.plan.to_json()) == gm.plan
 
 
-def test_with_data_it_is_compared_on_samples_it_has_not_seen():
+def test_with_data_choices_are_compared_on_held_out_samples():
     gm = transform(tiny_vit(), images(), Config(mac_reduction=0.3, permute=False), data())
     record = next(r for r in gm.plan.passes if r.name == "allocate")
     held_out = record.decision["held_out"]
@@ -187,7 +187,7 @@ def test_with_data_it_is_compared_on_samples_it_has_not_seen():
 
 
 def test_a_worse_allocation_is_dropped_for_the_uniform_pattern(monkeypatch):
-    losses = iter([3.0, 2.0, 1.0])  # of the two allocations, and of uniform
+    losses = iter([3.0, 2.0, 1.0])  # losses of the two allocations, and of uniform
     monkeypatch.setattr(decide, "held_out_loss", lambda *_: next(losses))
     gm = transform(tiny_vit(), images(), Config(mac_reduction=0.3, permute=False, restore=False), data(2))
     record = next(r for r in gm.plan.passes if r.name == "allocate")
@@ -270,7 +270,7 @@ def test_graphs_of_one_model_share_one_allocation():
     [
         ({"mac_reduction": 1.5}, "no share"),
         ({"mac_reduction": 0.5, "pattern": "dense"}, "masks nothing"),
-        ({"patterns": ("2:4",)}, "goes with mac_reduction"),
+        ({"patterns": ("2:4",)}, "is only for mac_reduction"),
         ({"mac_reduction": 0.5, "patterns": ("dense",)}, "only dense layers"),
         ({"mac_reduction": 0.5, "patterns": ("5:4",)}, "1 <= N <= M"),
         ({"mac_reduction": 1}, "wrong type"),
@@ -281,7 +281,7 @@ def test_bad_options(options, says):
         Config.from_options(options)
 
 
-def test_an_infeasible_target_says_what_is_reachable():
+def test_an_infeasible_target_reports_the_reachable_range():
     with pytest.raises(
         NotEligibleError, match=r"MACs can't be reduced by 90.00%; expected 0.00% to \d+\.\d+%, with dense"
     ):

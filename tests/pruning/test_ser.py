@@ -1,4 +1,4 @@
-"""The source mask of score="ser": how many weights it removes, which it restores, and its effect on the masks."""
+"""The source mask of score="ser": the number of weights removed, the weights restored, and its effect on masks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_exactly_the_wanted_share_of_weights_is_removed(sparsity):
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.2])
 def test_up_to_a_fifth_weights_are_removed_by_magnitude_alone(sparsity):
-    """Edges have no say there, even if they differ: the hybrid of the paper starts with exact magnitude pruning."""
+    """Edges have no effect there, even if they differ: the paper's hybrid starts with exact magnitude pruning."""
     model, x = mlp(), torch.randn(32, 32)
     kept = sources(model, x, sparsity)
     magnitudes = {name: p.detach().abs() for name, p in model.named_parameters() if name in kept}

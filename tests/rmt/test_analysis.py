@@ -82,7 +82,7 @@ def test_a_state_dict_is_accepted():
     assert found.layers["qkv"].fits == analyze(model, progress=False).layers["qkv"].fits
     assert (
         found.layers["depthwise"].reason and "table" in found.layers
-    )  # a state dict doesn't distinguish an embedding from a layer
+    )  # a state dict does not distinguish an embedding from a layer
 
 
 def test_plots_are_written_atomically(found, tmp_path):

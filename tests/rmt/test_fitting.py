@@ -25,7 +25,7 @@ def keep_2_of_4(W: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("M", "draws", "mean"), [(64, 1500, 1.42), (192, 600, 1.84), (768, 60, 2.38)])
 @pytest.mark.parametrize("ratio", [1, 4])
 def test_gamma_is_the_far_quantile_of_noise(M, draws, mean, ratio):
-    """Derive the bound again: M fit_error has sd 0.34 and its 0.999 quantile near mean + 4 sd, for any M and c."""
+    """Derive the bound again: for any M and c, M fit_error has sd 0.34 and its 0.999 quantile near mean + 4 sd."""
     rng = np.random.default_rng([M, ratio])
     errors = M * np.array([fit_error(wishart(ratio * M, M, rng), ratio * M) for _ in range(draws)])
     assert errors.mean() == pytest.approx(mean, abs=4 * 0.34 / math.sqrt(draws) + 0.02)
@@ -93,7 +93,9 @@ def test_rejects_rank_deficiency(randn, dtype):
     s[240:] = 0  # rank 240: only the tail that no quantile window sees
     f = rmt.fit(((u[:, :256] * s) @ v).to(dtype))
     assert f.verdict == "not_mp" and f.fit_error < gamma(256)
-    assert rmt.fit(randn(512, 512).to(dtype)).verdict == "mp"  # the smallest eigenvalues of a square matrix aren't zero
+    assert (
+        rmt.fit(randn(512, 512).to(dtype)).verdict == "mp"
+    )  # the smallest eigenvalues of a square matrix are not zero
 
 
 def test_eight_bits_are_not_rank_deficient(randn):
@@ -125,7 +127,7 @@ def test_queries_keys_and_values_are_fitted_separately(randn):
     assert rmt.fit_qkv(W, parts=1) == (rmt.fit(W),)
 
 
-def test_scales_of_rows_and_columns_are_taken_out(randn):
+def test_scales_of_rows_and_columns_are_divided_out(randn):
     r, c = torch.exp(0.5 * randn(256, 1)), torch.exp(0.4 * randn(1, 192))
     W = randn(256, 192) * (r * c).sqrt()
     f = rmt.fit(W)

@@ -66,7 +66,7 @@ def test_tracy_widom():
     for p, value in {0.5: -1.2685, 0.9: 0.4531, 0.95: 0.9794, 0.99: 2.0135}.items():
         assert rmt.tracy_widom_quantile(p) == pytest.approx(value, abs=6e-5)
     assert rmt.tracy_widom_quantile(0.999) == pytest.approx(3.247, abs=6e-4)
-    for p, value in {0.9: 0.4501, 0.95: 0.9793, 0.99: 2.0234, 0.999: 3.272}.items():  # of the law itself
+    for p, value in {0.9: 0.4501, 0.95: 0.9793, 0.99: 2.0234, 0.999: 3.272}.items():  # quantiles of the law itself
         assert rmt.tracy_widom_quantile(p) == pytest.approx(value, abs=0.03)
 
 

@@ -22,12 +22,14 @@ def covering() -> list[Build]:
     combinations = [(dtype, epilogue) for epilogue in EPILOGUES for dtype in ("fp16", "bf16")]
     builds = []
     for number, (tile, arch) in enumerate(pairs):
-        dtype, epilogue = combinations[number * 7 % len(combinations)]  # 7 and 16 are coprime: all occur
+        dtype, epilogue = combinations[
+            number * 7 % len(combinations)
+        ]  # 7 and 16 are coprime, so all combinations occur
         builds.append(Build(tile.kernel, tile.name, dtype, epilogue, arch))
     return builds
 
 
-EXTRA = [  # for the emulator: features not a multiple of 16, and all parts of an epilogue at once
+EXTRA = [  # for the emulator: features that are not a multiple of 16, and all parts of an epilogue at once
     Build("gluon_mma_sp", "64x32x128s4", "fp16", "scale_res", 80, aligned=False),
     Build("gluon_mma_sp", "128x64x64s4", "bf16", "gelu", 80),
     Build("gluon_wgmma_sp", "128x64x128s5", "fp16", "scale_res", 90, aligned=False),
@@ -47,6 +49,6 @@ def compiled(folder: Path) -> dict[Build, dict[str, Any]]:
     triton = None if os.environ.get("MPCOMPILE_TRITON") else ROOT / ".triton"
     try:
         found = dict(compile_all(BUILDS, folder, triton))
-    except InputError as error:  # not a skip, which would hide that nothing is tested without a compiler
+    except InputError as error:  # not a skip: without a compiler, nothing here would be tested
         pytest.fail(f"{error}; `make test` installs it", pytrace=False)
     return {b: r | ({"ptx": Path(r["ptx"]).read_text()} if "ptx" in r else {}) for b, r in found.items()}

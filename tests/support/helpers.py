@@ -85,7 +85,7 @@ def images(batch: int = 3, size: int = 32, seed: int = 1) -> Tensor:
 
 
 def labelled_images(root: Path) -> Path:
-    """Two splits of three classes of small images, which a network can tell apart."""
+    """Two splits of three classes of small images that a network can distinguish."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("validation", 3)):
         for number, name in enumerate(("ant", "bee", "cat")):

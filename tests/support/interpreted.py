@@ -1,7 +1,7 @@
 """Plain Triton kernels in Triton's interpreter: prints their errors against the reference, as JSON.
 
-test_triton_kernels.py runs it in a separate process with TRITON_INTERPRET=1. In ``tl.dot`` the interpreter multiplies
-the bit patterns of bf16 numbers; so only fp32 and fp16 are checked here, and bf16 is only compiled.
+Run in a separate process, started with TRITON_INTERPRET=1 by test_triton_kernels.py. In ``tl.dot`` the interpreter
+multiplies the bit patterns of bf16, so that fp32 and fp16 are checked here; bf16 is compiled.
 """
 
 import json

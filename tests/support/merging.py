@@ -1,4 +1,4 @@
-"""Merge tokens in a model, and read the recorded decision."""
+"""Merge tokens in a model, and read the decision."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Token merging in eager mode, written from the conventions alone and sharing no code with the product.
+"""Token merging in eager mode, written only from the conventions and sharing no code with the product.
 
-The model runs unchanged under a function mode that knows which input tokens every token represents. The mode merges
+The model runs unchanged under a function mode that tracks the input tokens that every token represents. The mode merges
 tokens where a block adds its attention to its input, one token at a time in Python, and weighs attention, mean pooling
 and tables of one value per input token accordingly. Slow and plain.
 
@@ -23,7 +23,7 @@ Members = list[list[int]]  # for every token of one sample, the input tokens tha
 ADD = ("add", "add_", "__add__", "__radd__", "__iadd__")
 MUL = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
 EQUAL = 1 / 4096
-ROUNDING = 2e-6  # larger than the effect on a similarity of rounding a few blocks' keys in fp32
+ROUNDING = 2e-6  # larger than the change of a similarity by fp32 rounding of the keys of a few blocks
 
 
 class Undecided(Exception):
@@ -39,9 +39,9 @@ def _decided(differences: Iterable[float]) -> None:
 def merge_one(
     x: Tensor, members: Members, weights: Sequence[float], metric: Tensor, r: int, prefix: int
 ) -> tuple[Tensor, Members]:
-    """Merge x (N, C) of one sample by its metric (N, D); return it and the input tokens that its tokens represent.
+    """Merge x (N, C) of one sample by its metric (N, D); return it and the input tokens that each token represents.
 
-    ``weights`` has one weight per input token.
+    ``weights``: weights of the input tokens.
     """
     count = len(x)
     r = min(r, (count - prefix) // 2)
@@ -79,7 +79,7 @@ class Merging(TorchFunctionMode):
         super().__init__()
         self.r, self.prefix, self.proportional = list(r), prefix, proportional
         self.members: list[Members] | None = None
-        self.weights: list[list[float]] = []  # per sample, one per input token: 0 if a mask hides it, else 1
+        self.weights: list[list[float]] = []  # per input token: 0 if a mask hides it, else 1
         self.inputs = 0
         self.block, self.entered = -1, None
         self.keys: list[Tensor] = []
@@ -94,7 +94,7 @@ class Merging(TorchFunctionMode):
         super().__exit__(*args)
 
     def sizes(self, count: int) -> Tensor | None:
-        """Sizes of the last ``count`` tokens as (B, count), ones for tokens in front; None before the first merge."""
+        """Sizes of the last ``count`` tokens as (B, count), 1 for prefix tokens; None before the first merge."""
         if self.members is None:
             return None
         rows = [

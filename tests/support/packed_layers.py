@@ -11,7 +11,7 @@ from mpcompile.pruning.scores import top_n
 
 
 def usable(dtype, n, m):
-    """Layouts that the kernels of this processor read for a pattern."""
+    """Layouts of a pattern that the kernels of this processor can read."""
     usable_layouts = [ROWS]
     if dtype is torch.bfloat16 and native.kernels().nm_pairs():
         usable_layouts.append(RING)

@@ -14,7 +14,7 @@ from mpcompile import rmt
 
 
 def wishart(N: int, M: int, rng: np.random.Generator) -> np.ndarray:
-    """Descending eigenvalues of WᵀW/N for a Gaussian (N, M) W, exactly, by its bidiagonal form (math-ph/0206043)."""
+    """Eigenvalues of WᵀW/N, descending, for a Gaussian (N, M) W, drawn by its bidiagonal form (math-ph/0206043)."""
     a = np.sqrt(rng.chisquare(N - np.arange(M)))
     b = np.sqrt(rng.chisquare(np.arange(M - 1, 0, -1)))
     diagonal = a**2

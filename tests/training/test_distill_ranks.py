@@ -86,7 +86,7 @@ def worker(rank: int, folder: str) -> None:
             refused[name] = str(error)
         ranks.__version__ = version
     (out / f"{rank}.json").write_text(json.dumps([found, refused]))
-    dist.barrier()  # neither leaves while the other still talks to it
+    dist.barrier()  # no rank exits while the other still communicates with it
     dist.destroy_process_group()
 
 

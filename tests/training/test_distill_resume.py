@@ -1,4 +1,4 @@
-"""Distillation that is interrupted: what a checkpoint restores, and which ones are refused."""
+"""Interrupted distillation: the state that a checkpoint restores, and checkpoints that are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_evaluation_that_fails_costs_no_epoch(tmp_path):
     logs = [events.read(tmp_path / name / "log.jsonl") for name in ("whole", "run")]
     told = [[(e["event"], e["step"]) for e in log if e["event"] != "resume"] for log in logs]
     assert told[0] == told[1]
-    again = student(model)  # of a finished run
+    again = student(model)  # resumes a finished run
     distill(again, model, loader(), val, out=tmp_path / "run", resume="auto", **options)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines].count("end") == 1 and same(again, whole)
@@ -77,7 +77,7 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(checkpoint, "write", limited)
-    refused(ArtifactError, "room, found File too large.*is whole", model=model, out=tmp_path)
+    refused(ArtifactError, "room, found File too large.*is intact", model=model, out=tmp_path)
     monkeypatch.undo()
     assert checkpoint.read(tmp_path / checkpoint.NAME)["step"] == 6
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []

@@ -49,7 +49,7 @@ def test_resuming_drops_lines_of_repeated_steps_and_half_a_line(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.jsonl"]
 
 
-def test_appending_keeps_what_was_there(tmp_path):
+def test_appending_keeps_earlier_lines(tmp_path):
     path = tmp_path / "run.jsonl"
     for _ in range(2):
         with EventLog(path) as log:

@@ -96,7 +96,7 @@ def test_wrong_recipes_are_refused(changes, match):
         Recipe.load("resnet50_2of4", changes)
 
 
-def test_other_files_are_no_recipe(tmp_path):
+def test_other_files_are_not_recipes(tmp_path):
     with pytest.raises(ConfigError, match=r"no recipe.*vit_base_2of4_tome8"):
         Recipe.load("vit_huge")
     path = tmp_path / "a.yaml"
@@ -137,7 +137,7 @@ def test_splits_are_recognised_by_name(folder, tmp_path):
         datasets.dataset(str(folder), "test", False)
     with pytest.raises(InputError, match=r"split 'validation'.*no splits.*--val-split none"):
         datasets.dataset(str(folder / "train"), "validation", False)
-    named = tmp_path / "named"  # a class that is called like a split
+    named = tmp_path / "named"  # a class with the name of a split
     shutil.copytree(folder / "train", named)
     (named / "ant").rename(named / "train")
     assert set(datasets.class_names(datasets.dataset(str(named), "train", True))) == {"bee", "cat", "train"}
@@ -182,7 +182,7 @@ def test_a_class_map_numbers_the_classes(folder, tmp_path):
 
 
 def test_a_step_has_the_same_images_on_one_process_and_on_many(monkeypatch):
-    """The number of processes and of batches per step makes no difference."""
+    """The numbers of processes and of batches per step make no difference."""
 
     def steps(world: int, accumulate: int, epoch: int = 0) -> list[list[int]]:
         parts, found = world * accumulate, []

@@ -1,4 +1,4 @@
-"""Rooms of training, data and measurement: which may import which, and names that have changed."""
+"""Packages of training, data and measurement: allowed imports between them, and names that have changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(mpcompile.__file__).parent
 
 
 def imported(room: str) -> set[str]:
-    """The rooms that a room imports, at any place in its files."""
+    """The packages that a package imports, anywhere in its files."""
     rooms: set[str] = set()
     for path in (ROOT / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

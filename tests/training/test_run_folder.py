@@ -48,7 +48,7 @@ def run(folder, stop=None, **options):
 
 @pytest.fixture(scope="module")
 def broken_off(tmp_path_factory):
-    """The state after step 4 of 6."""
+    """The state of a run interrupted after step 4 of 6."""
     folder = tmp_path_factory.mktemp("run")
     run(folder, stop=4)
     return checkpoint.read(folder / checkpoint.NAME)

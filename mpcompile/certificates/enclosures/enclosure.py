@@ -2,7 +2,7 @@
 
 A value is represented as ``center + slope * e + d`` with one ``e`` in [-1, 1] for the whole segment and an independent
 ``d`` in [-radius, radius] for every element. Movement along the segment is in ``slope``, whose signs are preserved by
-linear layers; what nonlinear functions and rounding lose goes into ``radius``. Without slopes this is plain interval
+linear layers; the losses of nonlinear functions and rounding go into ``radius``. Without slopes this is plain interval
 arithmetic; the slope makes it a zonotope with one generator.
 
 All arithmetic is float64. Every rule adds the error of its own floating-point operations to the radius: a sum of n

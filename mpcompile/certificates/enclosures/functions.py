@@ -301,7 +301,8 @@ def softmax(x: Enclosure, axis: int) -> Enclosure:
     The expansion around the center keeps the slope where that is tighter.
     """
     size = x.center.shape[axis]
-    rounding = (size + _ULPS + 800) * EPS  # a difference of logits beyond 750 underflows; exp has its error up to there
+    # 800: the rounding error of a difference of logits becomes a relative error of its exp; beyond 750 exp underflows.
+    rounding = (size + _ULPS + 800) * EPS
     p = x.center.softmax(axis)
     if x.exact:
         return Enclosure(p, None, widened(2 * rounding * p, p))
@@ -351,7 +352,7 @@ def mean_over(x: Enclosure, axes: list[int], keepdim: bool, average: bool = True
 
 
 def max_pooled(x: Enclosure, pool: Map) -> Enclosure:
-    """Maximum over windows: between those of the lower and of the upper bounds."""
+    """Maximum over windows: between the maxima of the lower and of the upper bounds."""
     if x.exact:
         return Enclosure(pool(x.center))
     low, high = x.bounds

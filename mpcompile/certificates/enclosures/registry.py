@@ -29,7 +29,7 @@ WHY = {  # operator -> why it has no rule
 
 
 def operator_name(target: Any) -> str:
-    """The name of a rule: ``"linear"`` for ``aten.linear.default``, ``"mpcompile.token_merge"`` for our operators."""
+    """Return the name of an operator's rule: ``"linear"`` for ``aten.linear.default``, ``"mpcompile.token_merge"``."""
     packet = getattr(target, "overloadpacket", None)
     if packet is None:
         return str(getattr(target, "__name__", target))
@@ -48,10 +48,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def enclose(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The enclosure of a node's value; arguments are enclosures where the node takes tensors.
+    """Return the enclosure of a node's value; arguments are enclosures where the node takes tensors.
 
     Raises:
-        NoRule: the operator can't be enclosed, or not with these arguments.
+        NoRule: the operator cannot be enclosed, or not with these arguments.
         Unbounded: the operator has a rule, but its value is not bounded on these enclosures.
     """
     name = operator_name(node.target)

@@ -228,7 +228,7 @@ def _pow(x: Any, exponent: Any) -> Enclosure:
 
 
 def over_axes(x: Enclosure, dim: Any) -> list[int]:
-    """The axes that a reduction's ``dim`` means: all of them for None or an empty list."""
+    """Return the axes that a reduction's ``dim`` stands for: all of them for None or an empty list."""
     if dim is None or dim == []:
         return list(range(x.center.dim()))
     return [dim] if isinstance(dim, int) else list(dim)

@@ -46,7 +46,7 @@ def _hardswish(x: Enclosure) -> Enclosure:
 
 @rule("leaky_relu")
 def _leaky(x: Enclosure, slope: float = 0.01) -> Enclosure:
-    refuse("a leaky ReLU that is no contraction", not 0 <= slope <= 1)
+    refuse("a leaky ReLU that is not a contraction", not 0 <= slope <= 1)
     return fn.leaky(x, slope)
 
 

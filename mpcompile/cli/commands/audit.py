@@ -20,7 +20,7 @@ from mpcompile.errors import ConfigError
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.report import Report
 
-CALIBRATED = 256  # images at most for the calibration of a new transform, as in `compile`
+CALIBRATED = 256  # maximum number of images that calibrate a new transform, as in `compile`
 
 
 def add(commands: Commands) -> None:
@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
     if args.record and args.artifact is None:
         raise ConfigError("--record needs --artifact", hint="the figures are stored in that artifact")
     saved = None if args.artifact is None else mpcompile.load(args.artifact)
-    made = {} if saved is None else saved.plan.provenance
-    model, images, config = prepare(args, made)
+    origin = {} if saved is None else saved.plan.provenance
+    model, images, config = prepare(args, origin)
     files = None
     if args.images is not None:
         classes = getattr(model, "num_classes", 0)
         drawn = {"samples": args.samples, "batch": args.batch, "seed": args.seed}
-        files = images_at(args.images, data_config(model), classes=classes, names=class_names(made), **drawn)
+        files = images_at(args.images, data_config(model), classes=classes, names=class_names(origin), **drawn)
     calibration = None
     if saved is not None:
         gm = saved.to(images.device, images.dtype).eval()
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
     batches: Any = images if files is None else DeviceBatches(files, images)
     report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
     if files is not None:
-        report.notes += filter(None, (*files.notes, seen_before(files, made)))
+        report.notes += filter(None, (*files.notes, seen_before(files, origin)))
     if isinstance(calibration, DeviceBatches):
         report.notes.append(
-            f"calibrated on {calibration.count} of the audited images, which flatters accuracy: for a reliable figure, "
+            f"calibrated on {calibration.count} of the audited images, which flatters accuracy; for a reliable figure, "
             "compile on other images and audit that --artifact"
         )
     _remark(report, random=not args.pretrained and args.checkpoint is None, noise=files is None)
@@ -91,14 +91,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibration(config: Config, files: Images | None, noise: torch.Tensor) -> Any:
-    """Return the calibration data of a new transform: audited images, else noise; None if its score needs no data."""
+    """Return the calibration data of a new transform: audited images, or noise without them; None if it needs none."""
     if not config.needs_data:
         return None
     return [noise] if files is None else DeviceBatches(files, noise, CALIBRATED)
 
 
 def _remark(report: Report, random: bool, noise: bool) -> None:
-    """Add a note on what the figures are worth, and drop accuracy where weights are random."""
+    """Add a note on the figures that mean nothing, and drop accuracy if the weights are random."""
     if random or noise:
         source = "random weights: accuracy and agreement mean nothing" if random else "images are random noise"
         report.notes.insert(0, f"{source}; speed, MACs and bytes do not depend on it")

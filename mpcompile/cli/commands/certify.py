@@ -61,12 +61,16 @@ def add(commands: Commands) -> None:
         metavar="T",
         help="tiers of proof: 0 measured, 1 enclosure, 2 Jacobian (default all)",
     )
-    job.add_argument("--l1", type=float, default=0.0, help="lambda_1 of the training objective (default 0)")
-    job.add_argument("--l2", type=float, default=0.0, help="lambda_2, the factor of |W|_F^2 (default 0)")
     job.add_argument(
-        "--splits", type=at_least(1), default=4, help="pieces per segment: more give tighter bounds (default 4)"
+        "--l1", type=float, default=0.0, help="lambda_1, the factor of |W|_1 in the training objective (default 0)"
     )
-    job.add_argument("--confidence", type=float, default=0.95, help="of statements about unseen images (default 0.95)")
+    job.add_argument("--l2", type=float, default=0.0, help="lambda_2, the factor of |W|_F^2 there (default 0)")
+    job.add_argument(
+        "--splits", type=at_least(1), default=4, help="pieces per segment; more pieces give tighter bounds (default 4)"
+    )
+    job.add_argument(
+        "--confidence", type=float, default=0.95, help="confidence of statements about unseen images (default 0.95)"
+    )
     threads_option(job)
     job.add_argument("--seed", type=at_least(0), default=0, help="seed of the drawn images (default 0)")
     json_option(job)
@@ -92,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
     if args.checkpoint is None and not args.pretrained:
         raise InputError("the dense weights are missing", expected="--checkpoint FILE or --pretrained", found="neither")
     sparse = _pruned(args.artifact, args.model, args.num_classes)
-    made = sparse.plan.provenance if isinstance(sparse, IRModule) else {}
-    dense = load_model(args, made)
+    origin = sparse.plan.provenance if isinstance(sparse, IRModule) else {}
+    dense = load_model(args, origin)
     classes = getattr(dense, "num_classes", 0)
-    how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": class_names(made), "seed": args.seed}
+    how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": class_names(origin), "seed": args.seed}
     images = images_at(args.images, data_config(dense), **how)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
     report = mpcompile.certify(dense, sparse, images, progress=not args.quiet, **options)
-    notes = "".join(f"\nnote: {note}" for note in filter(None, (*images.notes, seen_before(images, made))))
+    notes = "".join(f"\nnote: {note}" for note in filter(None, (*images.notes, seen_before(images, origin))))
     show(args, f"{args.model}, {images.count} images of {args.images}\n\n{report}{notes}", report.to_json(indent=1))
     return 0

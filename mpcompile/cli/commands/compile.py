@@ -37,8 +37,8 @@ def add(commands: Commands) -> None:
         commands,
         "compile",
         help="mask the weights of a timm model, merge its tokens, and save the artifact",
-        description="Mask the weights of a timm model and merge its tokens, on a few hundred unlabelled images, and "
-        "save the result with its plan. It can be trained further (mpcompile distill), measured, exported and served.",
+        description="Mask the weights of a timm model, calibrated on a few hundred unlabelled images, merge its "
+        "tokens, and save the result with its plan. It can then be distilled, measured, exported and served.",
         example="mpcompile compile vit_small_patch16_224 --pretrained --images train --pattern 8:16 --out pruned.mpc\n"
         "mpcompile compile resnet50 --checkpoint r50.safetensors --config recipe.yaml --images train --out r50/",
     )
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         model.to(args.device)
         example = torch.randn(2, *data["input_size"], device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {args.device!r} can't be used: {first_line(error)}") from error
+        raise ConfigError(f"device {args.device!r} cannot be used: {first_line(error)}") from error
     calibration: Images | None = None
     if args.images is not None:
         calibration = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)

@@ -45,27 +45,36 @@ def add(commands: Commands) -> None:
         commands,
         "distill",
         help="mask, merge and distil a timm model, as a recipe describes",
-        description="Make a student from a timm model by a recipe (of the paper, or a YAML file) and distil the dense "
-        "model into it. Under torchrun the same command runs on many GPUs. The --out folder receives the student, "
-        "checkpoints, a log and the result, distilled.mpc.",
+        description="Prune a timm model as a recipe says (a recipe of the paper, or a YAML file) and distil the dense "
+        "model into the pruned one. Under torchrun, the same command runs on many GPUs. The --out folder receives the "
+        "student, checkpoints, a log and the result, distilled.mpc.",
         example="mpcompile distill vit_base_2of4_tome8 --data imagenet --out run --pretrained --resume auto\n"
         "torchrun --nproc-per-node 8 -m mpcompile distill resnet50_8of16 --data imagenet --out run --device cuda\n"
         "mpcompile distill mine.yaml --data photos --out run --set train.lr=3e-4 --set data.batch=16",
     )
     job.add_argument("recipe", type=as_path_text, nargs="?", help="name of a recipe (--list shows them) or a YAML file")
     job.add_argument("--list", action="store_true", help="list the built-in recipes")
-    text = "images: a folder per split, with a sub-folder per class"
+    text = "images: one folder per split, with one subfolder per class"
     job.add_argument("--data", type=as_path_text, metavar="FOLDER", help=text)
     job.add_argument(
-        "--reader", default="", metavar="NAME", help="hfds/NAME, hfids/NAME or wds/NAME instead of a folder"
+        "--reader", default="", metavar="NAME", help="read hfds/NAME, hfids/NAME or wds/NAME instead of a folder"
     )
-    job.add_argument("--train-split", default="train", metavar="SPLIT", help="(default train)")
+    job.add_argument("--train-split", default="train", metavar="SPLIT", help="split to train on (default train)")
     job.add_argument(
-        "--val-split", default="validation", metavar="SPLIT", help="none: no evaluation (default validation)"
+        "--val-split",
+        default="validation",
+        metavar="SPLIT",
+        help="split to evaluate on; none: no evaluation (default validation)",
     )
     job.add_argument("--out", type=as_path, metavar="FOLDER", help="folder for all files of the run")
     declare(job, out=("student.mpc", "log.jsonl", "result.json", "distilled.mpc"))
-    job.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: train.lr=3e-4")
+    job.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the recipe, such as train.lr=3e-4",
+    )
     job.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: resume an interrupted run")
     source_options(job)
     classes_option(job)
@@ -91,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in ("recipe", "data", "out") if not getattr(args, name)]
     if missing:
         named = ["RECIPE" if name == "recipe" else f"--{name}" for name in missing]
-        raise ConfigError("something is missing", expected="RECIPE --data FOLDER --out FOLDER", found=f"no {named}")
+        raise ConfigError("arguments are missing", expected="RECIPE --data FOLDER --out FOLDER", found=f"no {named}")
     recipe = Recipe.load(args.recipe, args.set)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -102,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         if not ranks.lost(error):
             raise
         raise InputError(
-            "another process ended, so this one can't continue", hint="its message gives the reason"
+            "another process ended, so this one cannot continue", hint="its message gives the reason"
         ) from error
     finally:
         ranks.stop()
@@ -120,7 +129,7 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
 
 
 def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
-    """Run, while no other process writes into the folder."""
+    """Distil, while no other process writes into the folder."""
     from mpcompile.data import datasets, ranks
     from mpcompile.data import loader as images
     from mpcompile.training import checkpoint
@@ -139,18 +148,18 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
             "--class-map needs data that names its classes", expected="a folder or hfds/NAME", found=args.reader
         )
     datasets.check_classes(train, count, named_by)
-    held = None
+    held_out = None
     if args.val_split != "none":
         names = datasets.class_names(train)
-        held = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names, named_by)
-    # Both are made before the student, which takes minutes: errors in them show at once.
-    notes = [note for source in (train, held) for note in getattr(source, "notes", ())]
+        held_out = datasets.dataset(args.data, args.val_split, False, args.reader, seed, names, named_by)
+    # The loaders are made before the student, which takes minutes, so that errors in them show at once.
+    notes = [note for source in (train, held_out) for note in getattr(source, "notes", ())]
     for note in notes if ranks.rank() == 0 else ():
         log.warning("note: %s", note)
     batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate, seed)
-    val = None if held is None else images.loader(held, teacher, recipe.data, training=False)
-    holds = datasets.fingerprint(train)
-    student = _student(args, recipe, teacher, train, holds).to(device)
+    val = None if held_out is None else images.loader(held_out, teacher, recipe.data, training=False)
+    data_digest = datasets.fingerprint(train)
+    student = _student(args, recipe, teacher, train, data_digest).to(device)
     result = mpcompile.distill(
         student,
         teacher,
@@ -159,7 +168,7 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
         recipe.train,
         out=args.out,
         resume=args.resume,
-        fingerprint=_fingerprint(args, recipe, teacher, holds),
+        fingerprint=_fingerprint(args, recipe, teacher, data_digest),
         trackers=args.tracker,
         progress=not args.quiet,
     )
@@ -181,15 +190,15 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
     return 0
 
 
-def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str) -> Any:
-    """Return the student. The first rank makes it, or reads that of an earlier run, and sends it to the others."""
+def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, data_digest: str) -> Any:
+    """Return the student. The first rank makes it, or reads it from an earlier run, and sends it to the others."""
     from mpcompile.data import ranks
 
     path = args.out / "student.mpc"
     failed: Exception | None = None
     if ranks.rank() == 0:
         try:
-            _make_student(args, recipe, teacher, train, holds, path)
+            _make_student(args, recipe, teacher, train, data_digest, path)
         except Exception as error:  # the other ranks are waiting
             failed = error
     problem = ranks.broadcast(None if failed is None else str(failed))
@@ -207,9 +216,9 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
 
 
 def _make_student(
-    args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, holds: str, path: Path
+    args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, data_digest: str, path: Path
 ) -> None:
-    """Write the student of this recipe to ``path``, with a stamp beside it, unless an earlier run left the same one.
+    """Write the student of this recipe to ``path``, and a stamp next to it, unless an earlier run left the same one.
 
     Raises:
         ArtifactError: the folder holds a run of another student.
@@ -219,20 +228,20 @@ def _make_student(
     from mpcompile.training import checkpoint
 
     make_folder(args.out)
-    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, holds)
+    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, data_digest)
     checkpoint.remove_temporary_files(args.out)
     if args.resume == "auto" and path.exists():
         if os.path.lexists(mark) and _read_stamp(mark) == stamp:
-            mpcompile.load(path)  # whole, or it raises
+            mpcompile.load(path)  # raises if the file is damaged
             return
         if (args.out / checkpoint.NAME).exists():
             raise ArtifactError(
                 f"{args.out} holds a run of another student",
                 expected="the same recipe, dense weights and training images",
-                found="others",
+                found="different ones",
                 hint="resume that run with its own options, or choose a new folder",
             )
-    mark.unlink(missing_ok=True)  # if killed from here on, no stamp vouches for a different student
+    mark.unlink(missing_ok=True)  # so that after a kill, no stamp vouches for another student
     calibration, seed = recipe.calibration, recipe.train.seed
     drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch, seed)
     student = recipe.student(teacher, [part.to(device_of(teacher)) for part in drawn])
@@ -261,25 +270,25 @@ def _read_stamp(mark: Path) -> str:
     else:
         if re.fullmatch("[0-9a-f]{64}", stamp):
             return stamp
-    hint = f"remove it, and {mark.with_suffix('.mpc').name} with it, to make the student again"
-    raise ArtifactError(f"{mark} is damaged", expected="a SHA-256 digest", found=problem or "another text", hint=hint)
+    hint = f"remove it and {mark.with_suffix('.mpc').name} to make the student again"
+    raise ArtifactError(f"{mark} is damaged", expected="a SHA-256 digest", found=problem or "other text", hint=hint)
 
 
-def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
+def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_digest: str) -> str:
     """Return a digest of everything that the student depends on."""
     from mpcompile.training import checkpoint
 
     parts = ("model", "compile", "calibration", "prior_weight")
     made = {key: value for key, value in recipe.to_dict().items() if key in parts}
     text = json.dumps([made, recipe.data.size, recipe.train.seed, args.reader, args.train_split], sort_keys=True)
-    return hashlib.sha256(f"{text} {holds} {checkpoint.weights_digest(teacher)}".encode()).hexdigest()
+    return hashlib.sha256(f"{text} {data_digest} {checkpoint.weights_digest(teacher)}".encode()).hexdigest()
 
 
-def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, holds: str) -> str:
-    """Return a digest of all that the training batches depend on: not their folder, nor the number of workers."""
+def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_digest: str) -> str:
+    """Return a digest of everything that the training batches depend on, without their folder or number of workers."""
     from mpcompile.data import loader as images
 
     how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}
     read = [images.data_config_of(teacher, recipe.data), args.reader, args.train_split]
     text = json.dumps([how, read], sort_keys=True)
-    return hashlib.sha256(f"{text} {holds}".encode()).hexdigest()
+    return hashlib.sha256(f"{text} {data_digest}".encode()).hexdigest()

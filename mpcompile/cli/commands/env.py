@@ -20,9 +20,9 @@ def add(commands: Commands) -> None:
         commands,
         "env",
         help="print versions, processor, compilers and caches, for a bug report",
-        description="Print what a bug report needs to know about this machine: versions, processor, instruction set, "
-        "compilers, GPUs and caches. Nothing is compiled, timed or written. Home is shown as ~, and no other folder "
-        "than the cache is named.",
+        description="Print the details of this machine that a bug report needs: versions, processor, instruction set, "
+        "compilers, GPUs and caches. Nothing is compiled, timed or written. No folder is named except the cache, and "
+        "the home folder is shown as ~.",
         example="mpcompile env\nmpcompile env --json env.json",
     )
     json_option(job)
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def without_private_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """Return an environment that names no folder but the cache, in which the home folder is ``~``.
+    """Return an environment that names no folder except the cache, in whose path the home folder is ``~``.
 
-    The compiler is reduced to the names of its programs (``/opt/secret/bin/g++ -I/...`` becomes ``g++``), the file of
-    timings to its name.
+    The compiler command is reduced to the names of its programs (``/opt/secret/bin/g++ -I/...`` becomes ``g++``), the
+    path of the timings file to its name.
     """
     home = os.path.expanduser("~")
     cache = values["cache"]

@@ -14,8 +14,8 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "explain",
-        help="time every engine on every masked layer of a timm model, and show which one is picked",
-        description="Transform a timm model, time every engine on its masked layers, and show which one is picked.",
+        help="time every engine on every masked layer of a timm model, and show which one is chosen",
+        description="Transform a timm model, time every engine on its masked layers, and show which one each gets.",
         example="mpcompile explain vit_small_patch16_224 --pattern auto --tome-r 8 --batch 8 --dtype bf16",
     )
     model_options(job)
@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Return 0 once the layers are timed, whatever is picked."""
+    """Return 0 once the layers are timed, whichever engines are chosen."""
     model, images, config = prepare(args)
     explanation = mpcompile.explain(model, images, config, progress=False if args.quiet else None)
     head = f"{args.model}, {args.dtype}, batch {args.batch}, tome_r = {config.tome_r}"

@@ -26,7 +26,11 @@ from mpcompile.config import ENGINES
 from mpcompile.errors import ConfigError
 from mpcompile.ir.module import IRModule
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of outputs, relative RMS
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 5e-2,
+}  # largest relative RMS difference of the outputs
 
 
 def add(commands: Commands) -> None:
@@ -41,21 +45,21 @@ def add(commands: Commands) -> None:
         example="mpcompile export pruned.mpc --format aoti --batch 8 --out pruned.pt2\n"
         "mpcompile export pruned.mpc --format onnx --dynamic-batch --out pruned.onnx",
     )
-    job.add_argument("artifact", type=as_path, help="file or folder of mpcompile compile or mpcompile.save")
+    job.add_argument("artifact", type=as_path, help="file or folder from mpcompile compile or mpcompile.save")
     job.add_argument("--format", choices=exporting.EXPORTS, required=True, help="described above")
     job.add_argument("--out", type=as_path_text, required=True, metavar="FILE", help="file to write")
     declare(job, out=FILE)
     job.add_argument("--batch", type=at_least(1), default=1, help="images per batch (default 1)")
-    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="of weights and images (default fp32)")
-    job.add_argument("--dynamic-batch", action="store_true", help="accept any batch size")
+    job.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of weights and images (default fp32)")
+    job.add_argument("--dynamic-batch", action="store_true", help="accept any batch size up to 4096")
     job.add_argument(
         "--input-size",
         type=at_least(1),
         nargs=3,
         metavar=("C", "H", "W"),
-        help="of one image (default: that of the artifact)",
+        help="size of one image (default: that in the artifact)",
     )
-    engine = "pt2, aoti: kernels that run masked layers; dense loads without mpcompile (default auto)"
+    engine = "for pt2 and aoti: kernels that run masked layers; dense loads without mpcompile (default auto)"
     job.add_argument("--engine", choices=ENGINES, default="auto", help=engine)
     threads_option(job)
     json_option(job)
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if "difference" in result:
         difference = result["difference"]
         text += (
-            ", not run: onnxruntime isn't installed"
+            ", not run: onnxruntime is not installed"
             if difference is None
             else f", differs by {difference:.1e} (relative)"
         )
@@ -90,7 +94,7 @@ def _exported(gm: IRModule, args: argparse.Namespace) -> dict[str, Any]:
     size = args.input_size or gm.plan.provenance.get("data", {}).get("input_size")
     if size is None:
         raise ConfigError(
-            f"{args.artifact} doesn't record the size of its inputs", hint="give --input-size, such as 3 224 224"
+            f"{args.artifact} does not record the size of its inputs", hint="give --input-size, such as 3 224 224"
         )
     dtype = DTYPES[args.dtype]
     gm.to(dtype)

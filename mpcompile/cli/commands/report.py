@@ -17,13 +17,13 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "report",
-        help="make one self-contained HTML page of an artifact and the results of other commands",
+        help="make one self-contained HTML page from an artifact and the results of other commands",
         description="Make one HTML page: gains, comparison with dense, spectra, masks, merged tokens, certificates, "
         "time per layer, environment. It fetches nothing. A section without data names the command that produces it.",
         example="mpcompile report pruned.mpc --audit audit.json --explain explain.json --image cat.jpg "
         "--out report.html",
     )
-    text = "file or folder of mpcompile compile or mpcompile.save"
+    text = "file or folder from mpcompile compile or mpcompile.save"
     job.add_argument("artifact", type=as_path, nargs="?", help=text)
     for name in READ:
         job.add_argument(f"--{name}", type=as_path, metavar="FILE", help=f"output of mpcompile {name} --json FILE")

@@ -1,4 +1,4 @@
-"""``mpcompile verify``: check which weights of a file or a timm model are legally N:M."""
+"""``mpcompile verify``: check which weights of a file or a timm model are legal N:M."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "verify",
-        help="check which weights of a file or a timm model are legally N:M",
-        description="Check the weights of a file or a timm model: which are legally N:M, where others break it.",
+        help="check which weights of a file or a timm model are legal N:M",
+        description="Check which weights of a file or a timm model are legal N:M, and show where the others break it.",
         example="mpcompile verify pruned.mpc\nmpcompile verify checkpoint.safetensors --pattern 2:4",
     )
     text = "path of an artifact or checkpoint (a file or a folder), or name of a timm model"
     job.add_argument("target", type=as_path_text, help=text)
     job.add_argument("--pattern", help="N:M to check all weights against (default: masked layers against their own)")
     job.add_argument(
-        "--only", nargs="*", default=["*"], metavar="GLOB", help="names of the weights to check (default all)"
+        "--only", nargs="*", default=["*"], metavar="GLOB", help="check only weights whose name matches (default all)"
     )
     job.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (timm downloads them)")
     json_option(job)

@@ -17,7 +17,7 @@ from mpcompile.errors import InputError, first_line
 
 EXPECTED = "an .npz file with uint8 'images' (N, H, W, 3) and, optionally, 'labels' (N)"
 _PART = 1 << 20  # bytes skipped at a time
-_WHOLE = 1 << 30  # most bytes of an array in Fortran order, which is read as a whole
+_WHOLE = 1 << 30  # maximum bytes of an array in Fortran order, which is read as a whole
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Archive:
 
     Attributes:
         path: the file.
-        shape: of its images, (N, H, W, 3).
+        shape: shape of its images, (N, H, W, 3).
         labels: class numbers (N,), or None.
-        fortran: the array is in Fortran order, so that its images are not contiguous.
+        fortran: True if the array is in Fortran order, so that its images are not contiguous.
     """
 
     path: Path
@@ -61,10 +61,10 @@ class Archive:
                         position = number + 1
                     _skip(entry, (count - position) * size)
                     if entry.read(1):  # reading past the end makes zipfile compare the checksum
-                        raise ValueError("more values than its header says")
+                        raise ValueError("more values than its header declares")
             except InputError:
                 raise
-            except Exception as error:  # damaged files make zipfile and numpy raise anything
+            except Exception as error:  # on damaged files zipfile and numpy raise anything
                 raise _damaged(self.path, error) from error
 
 
@@ -72,7 +72,7 @@ def open_archive(path: Path) -> Archive:
     """Open an .npz file of images.
 
     Raises:
-        InputError: it is missing, is no regular file, is damaged, or holds other arrays.
+        InputError: it is missing, is not a regular file, is damaged, or holds other arrays.
     """
     with open_regular(path, EXPECTED) as file:
         try:
@@ -90,7 +90,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Archive:
         shape, fortran, dtype, offset = _header(entry)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         found = printable(f"{dtype} {shape}")
-        raise InputError(f"{printable(path)} holds other images", expected=EXPECTED, found=found)
+        raise InputError(f"{printable(path)} holds images of another form", expected=EXPECTED, found=found)
     if fortran and math.prod(shape) > _WHOLE:
         raise InputError(f"{printable(path)} is too large in Fortran order", expected="an array in C order")
     if images.file_size != offset + math.prod(shape):
@@ -98,8 +98,8 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Archive:
         raise InputError(f"{printable(path)} is damaged", expected=f"{math.prod(shape)} bytes", found=printable(found))
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and shape[1] * shape[2] > 2 * most:  # Pillow's own limit for files
-        found = f"{shape[1]} x {shape[2]}"
-        raise InputError(f"{printable(path)} holds too large images", expected=f"{2 * most} pixels", found=found)
+        found, expected = f"{shape[1]} x {shape[2]}", f"{2 * most} pixels"
+        raise InputError(f"{printable(path)} holds images that are too large", expected=expected, found=found)
     labels = None
     if any(name in archive.namelist() for name in ("labels.npy", "labels")):
         with archive.open(_entry(archive, "labels")) as entry:
@@ -111,10 +111,10 @@ def _labels(path: Path, entry: IO[bytes], count: int) -> np.ndarray:
     shape, _, dtype, _ = _header(entry)
     if shape != (count,) or not np.issubdtype(dtype, np.integer):
         found = printable(f"{dtype} {shape} for {count} images")
-        raise InputError(f"{printable(path)} holds other labels", expected=EXPECTED, found=found)
+        raise InputError(f"{printable(path)} holds labels of another form", expected=EXPECTED, found=found)
     labels = np.frombuffer(_exactly(entry, count * dtype.itemsize), dtype)
     if entry.read(1):
-        raise ValueError("more labels than its header says")
+        raise ValueError("more labels than its header declares")
     return labels
 
 
@@ -139,7 +139,7 @@ def _header(entry: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int
 def _exactly(entry: IO[bytes], size: int) -> bytes:
     content = entry.read(size)
     if len(content) != size:
-        raise ValueError("fewer values than its header says")
+        raise ValueError("fewer values than its header declares")
     return content
 
 

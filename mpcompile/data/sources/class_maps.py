@@ -56,7 +56,7 @@ def read_class_map(path: Path) -> dict[str, int]:
 def _decoded(path: Path, content: bytes) -> str:
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in content:
-        raise _refused(path, "zero bytes: UTF-16 without a byte order mark, or no text; save it as UTF-8")
+        raise _refused(path, "zero bytes: UTF-16 without a byte order mark, or not text; save it as UTF-8")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -66,4 +66,5 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _refused(path: Path, found: str) -> InputError:
-    return InputError(f"{printable(path)} is no class map", expected="every class once, one name per line", found=found)
+    expected = "every class once, one name per line"
+    return InputError(f"{printable(path)} is not a class map", expected=expected, found=found)

@@ -48,7 +48,7 @@ def hidden(name: str) -> bool:
 
 
 def subfolders(place: Path, classes: Collection[str] = ()) -> list[str]:
-    """Return the sorted names of the folders in a folder, and of links to folders; none if ``place`` is no folder.
+    """Return the sorted names of the folders in a folder, and of links to folders; none if ``place`` is not a folder.
 
     Hidden folders are left out, unless they are in ``classes``.
     """
@@ -70,7 +70,7 @@ class Listing:
         classes: sub-folders of ``root`` with images at any depth, 2 before 10.
         empty: sub-folders of ``root`` without images.
         folders: all folders with images at any depth, as paths relative to ``root``.
-        skipped: what was not read: paths relative to ``root``, by kind.
+        skipped: kind -> entries that were not read, as paths relative to ``root``.
     """
 
     root: Path
@@ -108,7 +108,7 @@ class Listing:
             )
 
     def note(self, *more: str) -> str | None:
-        """Return one line about what was not read, with ``more`` at its end, or None if everything was."""
+        """Return one line about entries that were not read, with ``more`` at its end, or None without any."""
         parts = [_described(kind, names) for kind, names in sorted(self.skipped.items())]
         if self.empty:
             parts.append(_counted(self.empty, "folder without images", "folders without images"))
@@ -197,7 +197,7 @@ class _Walk:
         return below
 
     def record(self, entry: os.DirEntry[str]) -> None:
-        """Record an entry that is no folder: as an image, or as skipped."""
+        """Record an entry that is not a folder: as an image, or as skipped."""
         if entry.is_symlink() and not os.path.exists(entry.path):
             self.skip(DANGLING, entry.path)
         elif not entry.is_file():

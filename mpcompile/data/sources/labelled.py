@@ -15,7 +15,7 @@ def read_folder(root: Path, names: Collection[str] = ()) -> Listing:
 
     Args:
         root: the folder.
-        names: of the classes, if known: such a folder is neither hidden nor a split, whatever its name.
+        names: names of the classes, if known: a folder with such a name is neither hidden nor a split.
 
     Raises:
         InputError: the folder does not exist, cannot be read, or holds several splits.
@@ -32,7 +32,7 @@ def labelled_files(listing: Listing, labels: Mapping[str, int]) -> list[tuple[Pa
 
 
 def note_of(listing: Listing, labelled: bool) -> str | None:
-    """Return one line about what was left out, or None. With labels, that includes images outside class folders."""
+    """Return one line about skipped files, or None. With labels, it includes images outside class folders."""
     return listing.note(*([listing.outside_classes()] if labelled and listing.without_class() else []))
 
 
@@ -40,10 +40,10 @@ def class_labels(listing: Listing, classes: int, names: Sequence[str]) -> tuple[
     """Return the label of each class folder, or None and the reason if there is one to report.
 
     Args:
-        listing: of the folder.
-        classes: of the model.
-        names: of the classes in the model's order, if known. Without names, and with as many folders as classes, the
-            order of the folders gives the labels: 2 before 10, as timm's readers count.
+        listing: listing of the folder.
+        classes: number of the model's classes.
+        names: names of the classes in the model's order, if known. Without names, and with as many folders as classes,
+            the order of the folders gives the labels: 2 before 10, as timm's readers count.
     """
     if not listing.classes:
         return None, None
@@ -60,5 +60,5 @@ def class_labels(listing: Listing, classes: int, names: Sequence[str]) -> tuple[
     if unknown:
         missing = [name for name in names if name not in labels]
         absent = f", and no folder is called {listed(missing)}" if missing else ""
-        return None, f"no labels: the model has no classes that are called {listed(unknown)}{absent}"
+        return None, f"no labels: the model has no classes called {listed(unknown)}{absent}"
     return {name: label for name, label in labels.items() if label is not None}, None

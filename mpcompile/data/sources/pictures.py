@@ -54,19 +54,19 @@ SUFFIXES = frozenset(suffix for suffixes in _known().values() for suffix in suff
 _MAX_SAMPLE, _BITS, _PHOTOMETRIC = 281, 258, 262  # TIFF tags
 _WHITE = 65535
 _DOUBTFUL = 1 << 14  # 16-bit images below it may just as well have only the bits that their values need
-_ROUNDING = 1e-4  # by which resampling may leave the range of floats
+_ROUNDING = 1e-4  # margin by which resampling may exceed the range of floats
 EXPECTED = "an image file"
 
 
 class Unreadable(Exception):
-    """Pixels cannot be read, with the reason; callers that know the file's name add it."""
+    """Pixels cannot be read; the message is the reason, to which callers add the name of the file."""
 
 
 def open_image(path: Path | str) -> Image.Image:
     """Read a file as a PIL image in RGB.
 
     Raises:
-        InputError: the file is missing, is no regular file, is no image, is damaged, or has an unknown range.
+        InputError: the file is missing, is not a regular file or an image, is damaged, or has an unknown range.
     """
     with open_regular(path, EXPECTED) as file:
         try:
@@ -79,7 +79,7 @@ def decode(file: BinaryIO) -> Image.Image:
     """Decode an open file to a PIL image in RGB.
 
     Raises:
-        Unreadable: it is no image of a known format, is damaged, exceeds Pillow's size limit, or has an unknown range.
+        Unreadable: it has no known image format, is damaged, exceeds Pillow's size limit, or has an unknown range.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -93,7 +93,7 @@ def decode(file: BinaryIO) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB; see the head of this module.
+    """Convert an image of any mode to RGB; see the docstring of this module.
 
     Raises:
         Unreadable: values are outside their range, or the range is unknown.

@@ -26,7 +26,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def open_regular(path: Path | str, expected: str, what: str = "") -> BinaryIO:
-    """As :func:`mpcompile.io.reading.open_regular`, for what a user gave as input.
+    """Open a file that a user passed as input; see :func:`mpcompile.io.reading.open_regular`.
 
     Args:
         path: the file, or a link to it.

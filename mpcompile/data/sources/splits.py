@@ -29,7 +29,7 @@ _WORDS = {word: kind for kind, words in _PLAIN.items() for word in words} | {
     "holdout": TEST,
     "heldout": TEST,
 }
-_SHORT = {"tr": TRAIN, "va": VALIDATION, "vl": VALIDATION, "te": TEST, "ts": TEST}  # splits only if all names are such
+_SHORT = {"tr": TRAIN, "va": VALIDATION, "vl": VALIDATION, "te": TEST, "ts": TEST}  # only if all siblings are such
 _FILLERS = {"seg", "set", "data", "dataset", "split", "images", "image", "imgs", "img", "pictures", "pics", "photos"}
 _FILLERS |= {"folder", "dir", "files", "samples", "raw", "full", "the", "my", "new", "small", "part"}
 
@@ -47,7 +47,7 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
     """Return the splits among the names of sibling folders, and the kind of each.
 
     ``Training``, ``seg_train`` and ``train2017`` are splits in any company, ``flowers_train`` is one beside
-    ``flowers_test``; ``train_station`` is none. ``tr`` is one if its only siblings are ``te`` or ``va``.
+    ``flowers_test``; ``train_station`` is not. ``tr`` is one if its only siblings are ``te`` or ``va``.
     """
     parsed = {name: _parse(name) for name in names}
     short = {name: _SHORT[name.lower()] for name in parsed if name.lower() in _SHORT}
@@ -74,8 +74,8 @@ def check_is_one(listing: Listing, known: Collection[str] = ()) -> None:
     """Check that a folder is one set of images: nowhere below it are training images beside held-out ones.
 
     Args:
-        listing: of the folder.
-        known: names of classes: folders with such a name are no splits.
+        listing: listing of the folder.
+        known: names of classes: folders with such a name are not splits.
 
     Raises:
         InputError: it holds several splits.
@@ -105,7 +105,7 @@ def split_folder(root: str | Path, split: str, training: bool) -> Path:
     Args:
         root: the folder that contains the splits.
         split: name of the split.
-        training: the split is for training, so that a folder without splits may be it.
+        training: True if the split is for training; a folder without splits may then be it.
 
     Raises:
         InputError: the split does not exist, several folders may be it, or it has no sub-folders.

@@ -63,12 +63,12 @@ class Recipe:
     """The steps from a dense model to a distilled one.
 
     Attributes:
-        name: of the recipe.
-        model: timm's name, with the tag of its weights.
+        name: name of the recipe.
+        model: timm's name of the model, with the tag of its weights.
         compile: options of :func:`mpcompile.transform`.
         train: options of :func:`mpcompile.distill`.
         data: how images are read and augmented.
-        calibration: of masks and channel orders.
+        calibration: calibration of masks and channel orders.
         prior_weight: weight of the source mask with ``score="ser"``.
         macs: expected multiply-accumulates: ``dense`` in G, ``executed`` and ``paper`` as percent saved.
         source: where the recipe comes from, and which choice was made where sources disagree.
@@ -168,7 +168,7 @@ class Recipe:
         )
 
     def student(self, teacher: nn.Module, calibration: Iterable[Tensor]) -> IRModule:
-        """Return the untrained student: the teacher, masked and with merged tokens as the recipe says.
+        """Return the student before training: the teacher, masked and with merged tokens as the recipe says.
 
         Args:
             teacher: the dense model.

@@ -62,8 +62,8 @@ def test_no_warnings(unit, tmp_path):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_warning_would_be_noticed(unit, tmp_path):
-    """Warnings of parser and optimizer appear, even though vec.h silences the optimizer's inside <immintrin.h>."""
+def test_a_warning_is_detected(unit, tmp_path):
+    """Warnings of the parser and of the optimizer, even though vec.h silences the optimizer inside <immintrin.h>."""
     source, flags = UNITS[unit]
     skip_unless_it_builds(flags, tmp_path)
     included = '#include "vec.h"\n' if source.name == "cpu.cpp" else ""

@@ -56,7 +56,7 @@ def header():
 def changed(change):
     """abi.Linear with a mistake in its fields."""
     fields = dict(abi.Linear._fields_)
-    if change == "swapped":  # swaps two fields of the same type, which sizes do not show
+    if change == "swapped":  # fields of the same type, so that sizes do not give it away
         fields = {"residual": ctypes.c_void_p, "x": ctypes.c_void_p} | fields
     elif change == "missing":  # at the end
         del fields["threads"]
@@ -76,12 +76,12 @@ REASONS = {  # as g++ and clang++ word it
 
 
 @pytest.mark.parametrize("change", REASONS)
-def test_a_struct_that_differs_is_noticed(tmp_path, change):
+def test_a_struct_that_differs_is_detected(tmp_path, change):
     status, said = compiled(tmp_path, {"NmLinear": changed(change)})
     assert status != 0 and re.search(REASONS[change], said)
 
 
-def test_a_field_in_padding_is_noticed(tmp_path):
+def test_a_field_in_place_of_padding_is_detected(tmp_path):
     assert ctypes.sizeof(abi.Weight) > sum(ctypes.sizeof(kind) for _, kind in abi.Weight._fields_)
     padded = type("Padded", (ctypes.Structure,), {"_fields_": [*abi.Weight._fields_, ("extra", ctypes.c_int32)]})
     assert ctypes.sizeof(padded) == ctypes.sizeof(abi.Weight)

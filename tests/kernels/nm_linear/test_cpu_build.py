@@ -1,4 +1,4 @@
-"""Building the CPU kernels: no compiler, broken files, read-only folders, processes that start together."""
+"""Building the CPU kernels: no compiler, broken files, unwritable folders, processes that start at once."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ print(json.dumps({
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """Simulate a new process: an empty cache, nothing built, and the instruction set that builds fastest."""
+    """A process that has built nothing, with an empty cache and the instruction set that builds fastest."""
     monkeypatch.setenv("MPCOMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MPCOMPILE_CPU_ISA", "portable")
     for name in ("CXX", "MPCOMPILE_SANITIZE"):
@@ -91,7 +91,7 @@ def works():
 
 
 def place():
-    """Path of this process's library, from a build that is not carried out."""
+    """The path of this process's library, without building it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_find", lambda name, folders: folders[0] / name)
         return build.build("portable")
@@ -124,7 +124,7 @@ def finish(process):
         ("MPCOMPILE_CPU_ISA", "sse9", "MPCOMPILE_CPU_ISA=sse9: this processor runs"),
     ],
 )
-def test_without_a_library_plain_torch_runs_and_the_reason_is_reported_once(monkeypatch, caplog, name, value, reason):
+def test_without_a_library_plain_torch_runs_and_the_reason_is_logged_once(monkeypatch, caplog, name, value, reason):
     monkeypatch.setenv(name, value)
     for _ in range(2):
         assert reason in CpuEngine().supports(SPEC)
@@ -148,7 +148,7 @@ def test_a_compiler_that_is_too_old_for_the_processor_builds_a_narrower_library(
     assert "unknown option" in said
 
 
-def test_a_compiler_that_does_not_answer_is_reported(monkeypatch):
+def test_a_compiler_that_does_not_report_its_version_is_used(monkeypatch):
     def refuse(*args, **kwargs):
         raise subprocess.TimeoutExpired("g++", 30)
 
@@ -238,7 +238,7 @@ def test_a_good_library_is_kept(caplog, built, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_cache_that_cannot_be_written_is_replaced_by_temporary_files(monkeypatch, caplog, tmp_path):
+def test_an_unwritable_cache_is_replaced_by_temporary_files(monkeypatch, caplog, tmp_path):
     file = tmp_path / "file"
     file.write_text("no folder")
     monkeypatch.setenv("MPCOMPILE_CACHE", str(file / "below"))
@@ -286,7 +286,7 @@ def test_threads_and_openmp(built):
     assert (one["new"], two["new"]) == (0, 1)
 
 
-# --- Who can have written a library ---
+# --- The owner of a library ---
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def mine(built):
 
 
 def spoil(path, what, tmp_path):
-    """Let another user be able to write the library, its folder or a folder above."""
+    """Change permissions or owners so that another user could have written the library, its folder or one above."""
     folder = path.parent
     if what == "file":
         path.chmod(0o777)
@@ -324,7 +324,7 @@ SPOILT = ["file", "group", "folder", "above", "link", "linked folder", "owner", 
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_library_that_others_can_have_written_is_not_loaded(what, mine, tmp_path):
+def test_a_library_that_others_could_have_written_is_not_loaded(what, mine, tmp_path):
     if os.getuid() and ("owner" in what or what == "group"):
         pytest.skip("only root gives files away")
     assert build._find(mine.name, build._folders()) == mine
@@ -339,7 +339,7 @@ def test_a_library_that_others_can_have_written_is_not_loaded(what, mine, tmp_pa
         assert made.parent == store.temporary_folder()
 
 
-def test_a_cache_folder_that_others_can_write_is_reported_once(mine, caplog, tmp_path):
+def test_a_cache_folder_of_others_is_logged_once(mine, caplog, tmp_path):
     spoil(mine, "folder", tmp_path)
     for _ in range(2):
         build.load.cache_clear()
@@ -349,7 +349,7 @@ def test_a_cache_folder_that_others_can_write_is_reported_once(mine, caplog, tmp
 
 
 @pytest.mark.parametrize("home", [None, "", "~", "relative"])
-def test_without_a_home_caches_are_in_the_temporary_folder(home, monkeypatch, tmp_path):
+def test_without_a_home_caches_are_among_temporary_files(home, monkeypatch, tmp_path):
     for name in ("MPCOMPILE_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     if home is not None:

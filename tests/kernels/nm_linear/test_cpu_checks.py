@@ -92,11 +92,11 @@ def test_numbers_of_a_convolution(name, wrong, axis, kernel):
         or (name == "stride" and wrong == 2**31 - 1)
         or (name == "dilation" and kernel == (1, 1))
     ):
-        return  # these are valid
+        return  # these may be zero
     image = layouts.pack(*layer((8, 8, *kernel), 2, 4, torch.float32), 2, 4, ROWS)
     numbers = list(CONV[name])
     numbers[axis] = wrong
-    for images in (1, 0)[: 1 if wrong == 2**31 - 1 else 2]:  # a batch without images takes no memory, padded or not
+    for images in (1, 0)[: 1 if wrong == 2**31 - 1 else 2]:  # an empty batch needs no memory, padded or not
         x = torch.randn(images, 8, 8, 8)
         both("nm_conv", x, *image, None, None, *(CONV | {"shape": [8, 8, *kernel], name: numbers}).values())
 
@@ -177,7 +177,7 @@ PATTERNS = [(n, m) for m in range(1, MAX_M + 1) for n in range(1, m + 1)]
 
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 3), (5, 5), (7, 7), (1, 7), (11, 11)])
 def test_one_description_of_sizes_and_bounds(kernel):
-    """Packing, the operators' checks and the loader of files agree on sizes, for every N:M."""
+    """Sizes from packing are those that the operators' check expects and a file may hold, for every N:M."""
     for n, m in PATTERNS:
         shape = (2, m * (1 + m % 3), *kernel)
         cut = layouts.Cut.of(shape, ROWS, m)
@@ -233,7 +233,7 @@ def test_an_index_that_is_overwritten_stays_inside(layout):
             if not trial
             else torch.randint(0, 256, index.shape, dtype=torch.uint8, generator=generator)
         )
-        if layout == ROWS:  # the place that shows the number of features
+        if layout == ROWS:  # the byte that gives the number of features
             wild[-1] = index[-1]
         if layout == RING and trial % 2:  # with a valid end of the table
             end = layouts.table_bytes((48, 192), m)
@@ -300,8 +300,8 @@ def test_the_reference_engine_checks_its_numbers():
         ops.nm_conv2d(x, values, words, None, [1, 1], [0, 0], [1, 1], 1, 2, 4, [8, 16, 2**20, 2**20])
 
 
-def test_checks_of_a_weights_numbers_are_cached():
-    """The numbers of a weight are checked once, then cached."""
+def test_checks_run_once_where_cpp_cannot_be_built():
+    """The numbers of a weight are checked only once."""
     checks._can_be.cache_clear()
     values, index = matrix()
     for _ in range(3):

@@ -75,7 +75,7 @@ def restore_threads():
 
 
 def size(x, weight, *others):
-    """RMS of a product of x and weight if nothing cancels, to which rounding errors are relative."""
+    """RMS of x times weight if nothing cancelled; rounding errors are relative to it."""
     parts = [x.double().square() @ weight.double().square().T, *(o.double().square() for o in others if o is not None)]
     return sum(part.mean() for part in parts) ** 0.5
 
@@ -87,14 +87,14 @@ def rms(error):
 def luck(terms, outputs):
     """Four standard deviations of the error of fp32 sums of ``terms`` terms, averaged over ``outputs`` outputs.
 
-    A single sum can be right to the last bit in one order of addition and not in another: the errors of two products
-    can only be compared over many outputs.
+    A single sum can be exact to the last bit in one order of addition and not in another: the errors of two
+    products compare only over many outputs.
     """
     return 4 * 2**-24 * (1 + terms / 6) ** 0.5 / outputs**0.5
 
 
 def drift(x, weight):
-    """The same as :func:`luck`, from the partial sums themselves: large ones are rounded more coarsely."""
+    """Like :func:`luck`, but from the partial sums themselves: large ones are rounded more coarsely."""
     weight = weight.double()
     sums = (x.double()[:, None] * weight).cumsum(-1)
     errors = (sums.square() * (weight != 0)).sum(-1) / 3
@@ -201,7 +201,7 @@ def test_no_tokens(isa):
     assert ops.nm_conv(torch.empty(0, 16, 4, 4), values, index, None, None, *args).shape == (0, 8, 4, 4)
 
 
-def test_nan_and_infinity_propagate(isa):
+def test_values_that_are_not_finite_are_propagated(isa):
     weight, mask = layer((16, 16), 8, 16, torch.float32)
     values, index = layouts.pack(weight, mask, 8, 16, ROWS)
     x = torch.ones(3, 16)
@@ -220,8 +220,8 @@ def test_large_arguments_of_activations(isa):
         torch.testing.assert_close(y, packed.activate(x, activation), rtol=1e-5, atol=1e-6)
 
 
-def test_a_wrong_index_is_noticed():
-    """The comparison in test_gemm can fail."""
+def test_a_wrong_index_is_detected():
+    """The comparison above can fail."""
     weight, mask = layer((32, 64), 2, 4, torch.float32)
     values, index = layouts.pack(weight, mask, 2, 4, ROWS)
     x = torch.randn(20, 64)

@@ -1,4 +1,4 @@
-"""The operators in C++ (ops.cpp) give the results of those in Python, without running Python."""
+"""The operators in C++ (ops.cpp) compute the same as those in Python, without Python."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pack(shape, dtype, layout, seed=0):
 
 @pytest.fixture
 def no_python(monkeypatch):
-    """Make the operators in Python fail if they are called."""
+    """Make the operators in Python fail."""
 
     def refuse(*args):
         raise AssertionError("an operator in Python was called")
@@ -62,7 +62,7 @@ def test_plain_calls_run_no_python(no_python, dtype, mode):
                 assert ops.nm_conv(image, *two, bias, None, *plain).is_contiguous(memory_format=order)
 
 
-def test_unusual_calls_take_the_general_operator(no_python):
+def test_unusual_calls_use_the_general_operators(no_python):
     values, index = pack((48, 32), torch.float32, ROWS)
     with pytest.raises(AssertionError, match="in Python was called"):
         ops.nm_gemm(torch.randn(32, 5).T, values, index, None, None, 48, 8, 16, ROWS, "none")
@@ -134,14 +134,14 @@ def test_convolutions_are_those_of_python(stride, padding, order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs", [16, 96, 208])
-def test_tensors_that_do_not_fit_are_refused_and_not_read(dtype, inputs):
+def test_tensors_of_wrong_sizes_are_refused_and_not_read(dtype, inputs):
     x = torch.randn(3, inputs).to(dtype)
     for layout in layouts_here(dtype):
         n, m = PATTERNS[layout]
         values, index = pack((20, inputs), dtype, layout)
         good = (None, None, 20, n, m, layout, "none")
         assert ops.nm_gemm(x, values, index, *good).shape == (3, 20)
-        cut = 4 if layout == RING else 1  # RING, which has two values per index byte and spare room for both
+        cut = 4 if layout == RING else 1  # RING has two values per index byte, and spare entries of both
         for bad in ((values[:-cut], index), (values, index[:-cut]), (values, index.to(torch.int8))):
             with pytest.raises(InputError, match="packed weights do not fit"):
                 ops.nm_gemm(x, *bad, *good)
@@ -179,7 +179,7 @@ def test_graphs_hold_the_operator_that_was_called(no_python):
 
     traced = make_fx(call, tracing_mode="fake")(x, values, index, bias)
     assert ops.nm_gemm in {node.target for node in traced.graph.nodes}
-    # A gradient is needed, and yet the product is not computed by Python.
+    # A gradient is requested, but the product is still not Python's.
     assert call(x, values, index, bias).grad_fn is not None
 
 
@@ -197,4 +197,4 @@ def test_without_kernels_plain_torch_runs(monkeypatch):
         monkeypatch.undo()
         native.use(native.kernels())
     torch.testing.assert_close(fast, slow)
-    assert answers == [False]  # from the operator in Python, which did not find the kernel
+    assert answers == [False]  # by the operator in Python, which did not find the kernel

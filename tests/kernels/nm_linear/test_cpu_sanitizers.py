@@ -1,4 +1,4 @@
-"""The CPU kernels' own tests under AddressSanitizer and UndefinedBehaviorSanitizer, and proof that these report."""
+"""The CPU kernels' own tests under AddressSanitizer and UndefinedBehaviorSanitizer, and proof that these work."""
 
 import functools
 import itertools
@@ -67,13 +67,16 @@ print(json.dumps(found))
 
 @functools.cache
 def environment():
-    """Environment variables for a process that loads a library with sanitizers, or the reason why there are none."""
+    """Variables for a process that can load a library with sanitizers, or the reason why there are none."""
     try:
         command = build.compiler()
     except build.Unavailable as error:
         return str(error)
     files = []
-    for name in ("libasan.so", "libstdc++.so"):  # libstdc++ too: ASan has to find the functions that throw exceptions
+    for name in (
+        "libasan.so",
+        "libstdc++.so",
+    ):  # the second library, since ASan has to find the function that throws exceptions
         asked = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
         files.append(asked.stdout.strip())
     if not all(os.path.isabs(file) and Path(file).is_file() for file in files):
@@ -102,7 +105,7 @@ def run(*args):
 
 @functools.cache
 def calls():
-    """Exit status and output of one call per fault, each in its own process."""
+    """Exit status and output of one call with each fault, in separate processes."""
     faults = ("none", "slices", "odd", "x", "values", "index", "y")
     cases = list(itertools.product(ISAS, ("fp32", "bf16"), faults))
     done = run("-c", CALL, json.dumps(cases))
@@ -124,7 +127,7 @@ def test_the_kernels_own_tests_report_nothing():
 @pytest.mark.parametrize("fault", ["none", "slices"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_slices_of_any_alignment_work(isa, dtype, fault):
+def test_any_alignment_of_slices_is_accepted(isa, dtype, fault):
     status, said = calls()[isa, dtype, fault]
     assert (status, said) == (0, "called\nreturned\n")
 
@@ -132,13 +135,13 @@ def test_slices_of_any_alignment_work(isa, dtype, fault):
 @pytest.mark.parametrize("fault", ["x", "values", "index", "y"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_memory_that_is_too_small_is_noticed(isa, dtype, fault):
+def test_memory_that_is_too_small_is_detected(isa, dtype, fault):
     status, said = calls()[isa, dtype, fault]
     assert status != 0 and "called" in said and "returned" not in said
     assert "ERROR: AddressSanitizer" in said
 
 
-def test_undefined_behaviour_is_noticed():
+def test_undefined_behaviour_is_detected():
     status, said = calls()["portable", "fp32", "odd"]
     assert status != 0 and "called" in said and "returned" not in said
     assert "runtime error" in said and "misaligned" in said

@@ -1,4 +1,4 @@
-"""Every tile of the sparse tensor-core kernels, compiled without a GPU for each of its architectures."""
+"""Every tile of the sparse tensor-core kernels, compiled for each of its architectures, without a GPU."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Compiled kernels launched through the CUDA driver: the emulator runs what the driver receives."""
+"""Compiled kernels launched through the CUDA driver, which is replaced by the emulator; results are checked."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ from tests.support.ptx import Block, Memory, Program, TensorMap
 from tests.support.ptx.sparse_gemm import LAYOUTS, TOLERANCE, Problem, bits
 
 ROUGH, _, WIDE_WGMMA = EXTRA
-ROOM = 1 << 21  # bytes per tensor, including the gap after it
+ROOM = 1 << 21  # bytes of each tensor, with the gap after it
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def records(gpu_folder):
 
 
 class Emulating:
-    """Replaces the CUDA driver; it knows the tensors of a launch only by their addresses."""
+    """A fake CUDA driver: it knows the tensors of a launch only by their addresses."""
 
     def __init__(self, tensors, ptx):
         self.tensors, self.ptx, self.boxes, self.launches = tensors, ptx, [], []
@@ -64,7 +64,7 @@ class Emulating:
 
 
 def placed(tensors):
-    """Copy tensors to memory with gaps, in ascending order; None stays None."""
+    """Copies with gaps between them, in ascending order of address; None stays None."""
     arena = torch.zeros((len(tensors) + 1) * ROOM, dtype=torch.uint8)
     start = -arena.data_ptr() % ROOM
     found = []
@@ -112,7 +112,7 @@ def test_products(build, records, gpu_folder, monkeypatch):
 
 
 def test_convolutions(records, gpu_folder, monkeypatch):
-    """``convolution`` allocates its own result: here ``new_empty`` returns a tensor that the driver knows."""
+    """``convolution`` allocates its own result, so the driver has to work from the addresses that it is given."""
     build = CONVOLUTIONS[2]
     assert parts_of(build.epilogue) == ("none", False, False, False)
     x, shape = torch.randn(1, 64, 5, 6).to(torch.float16), (48, 64, 3, 3)
@@ -146,12 +146,12 @@ def test_epilogues():
     assert epilogue_of("relu", True, False, True) is epilogue_of("none", True, True, False) is None
 
 
-def test_a_combination_that_is_not_compiled_runs_as_a_separate_pass():
+def test_a_combination_that_is_not_compiled_is_a_pass_after_the_product():
     y, scale, residual = torch.randn(3, 4), torch.randn(4), torch.randn(3, 4)
     assert torch.equal(gpu_cubin._finish(y, "relu", scale, residual), y.relu() * scale + residual)
 
 
-def test_missing_cubins_are_named(records, gpu_folder, monkeypatch):
+def test_missing_parts_are_reported(records, gpu_folder, monkeypatch):
     with without_triton(monkeypatch, gpu_folder, 80, None) as cubins:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
         gpu_launch.missing.cache_clear()
@@ -166,7 +166,7 @@ def test_missing_cubins_are_named(records, gpu_folder, monkeypatch):
     gpu_launch.missing.cache_clear()
 
 
-def test_refuses_folders_that_hold_no_kernels_or_old_ones(records, gpu_folder, tmp_path):
+def test_folders_without_kernels_or_with_old_ones_are_refused(records, gpu_folder, tmp_path):
     with pytest.raises(InputError, match="no compiled kernels"):
         Cubins.of(tmp_path)
     first = sorted(gpu_folder.rglob("records.json"))[0]

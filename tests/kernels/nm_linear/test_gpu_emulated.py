@@ -1,4 +1,4 @@
-"""The results of the sparse tensor-core kernels, from their compiled PTX in the emulator, against float64."""
+"""Results of the sparse tensor-core kernels, from executing their compiled PTX, against float64."""
 
 import re
 
@@ -19,7 +19,7 @@ from tests.support.ptx.sparse_gemm import HALF, LAYOUTS, TOLERANCE, EmulatedKern
 
 ROUGH, WIDE_MMA, WIDE_WGMMA = EXTRA
 ON = {"gluon_mma_sp": 80, "gluon_wgmma_sp": 90}
-# One build of each tile. Tiles that only 8.6 and 8.9 use are emulated from their build for 8.6.
+# One build of each tile; tiles that exist only for 8.6 are emulated from that build.
 PRODUCTS = [b for b in BUILDS if b.kernel in ON and b.aligned and b.arch in (ON[b.kernel], 86)]
 EACH = list({(b.kernel, b.tile): b for b in reversed(PRODUCTS)}.values())
 WAYS = {"eager": {}, "lazy": {"lazy": True}}
@@ -31,7 +31,7 @@ def records(gpu_folder):
 
 
 def odd(build: Build, aligned: bool = True) -> tuple[int, int, int]:
-    """Numbers of tokens, features and inputs that no tile divides; two rows of tiles if these are small."""
+    """Tokens, features and inputs that no tile divides: two rows of tiles if tiles are small."""
     tile = build.cut
     return tile.m + 5 if tile.m <= 64 else tile.m - 3, tile.n - (16 if aligned else 27), 3 * tile.k + 16
 
@@ -47,7 +47,7 @@ def test_odd_shapes(build, way, records):
 @pytest.mark.parametrize("way", [{"reverse": True}, {"lazy": True}, {"lazy": True, "reverse": True}], ids=str)
 @pytest.mark.parametrize("build", [ROUGH, WIDE_WGMMA], ids=lambda build: build.kernel)
 def test_warps_in_another_order(build, way, records):
-    """With strands as small as the instructions allow, a missing barrier shows."""
+    """Strands as small as the instructions allow, so that a missing barrier shows."""
     problem = Problem.make(*odd(build, False), build.dtype)
     found = run(build, records[build], problem, warps=1 if build is ROUGH else 4, **way)
     assert relative(found, problem.expected(build.epilogue)) < TOLERANCE[build.dtype]
@@ -69,7 +69,7 @@ def test_addresses_beyond_2_to_the_31_elements(records):
     assert relative(found, problem.expected(ROUGH.epilogue)) < TOLERANCE[ROUGH.dtype]
 
 
-def test_rows_with_gaps(records):
+def test_rows_with_gaps_between_them(records):
     problem = Problem.make(40, 48, 128, ROUGH.dtype)
     wide = torch.zeros(40, 160, dtype=torch.float16)
     wide[:, 16:144] = problem.x
@@ -173,10 +173,10 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_spoiled_kernels_fail(what, records):
+def test_broken_kernels_fail(what, records):
     build, pattern, replacement, way = SPOILED[what]
     ptx = records[build]["ptx"]
-    if replacement is None:  # the last wait in the file is the fetching warp's: it continues at once
+    if replacement is None:  # the last wait in the file is the fetching warp's, which then continues at once
         place = list(re.finditer(pattern, ptx))[-1]
         ptx = ptx[: place.start()] + "setp.eq.b32 complete, 0, 0" + ptx[place.end() :]
     spoiled = {**records[build], "ptx": ptx if replacement is None else re.sub(pattern, replacement, ptx)}

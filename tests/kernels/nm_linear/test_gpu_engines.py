@@ -1,4 +1,4 @@
-"""The GPU engines without a GPU: which layers they refuse and why, the tile they choose, the arguments of a launch."""
+"""The GPU engines without a GPU: refusals and their reasons, the choice of tiles, and the arguments of launches."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ WGMMA, MMA, CUSPARSELT, EXPAND = GPU_ENGINES
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function that simulates a GPU of a compute capability."""
+    """A function that simulates the presence of a GPU of a compute capability."""
 
     def make(capability, triton=None, library=True):
         for cached in (gpu_launch.missing, cusparselt.missing):
@@ -177,7 +177,7 @@ def test_bad_input_is_refused_before_the_launch(x, how, message):
         product(x, PROBLEM, **how)
 
 
-def test_metadata_of_another_weight_are_noticed_in_debug_mode(monkeypatch):
+def test_metadata_of_another_weight_are_detected_in_debug_mode(monkeypatch):
     other = sparse24.pack(*(Problem.make(8, 64, 128, "fp16", seed=1).__dict__[k] for k in ("weight", "mask")), 16)
     launched = []
     monkeypatch.setattr(gpu_launch, "launch", lambda *args: launched.append(args))
@@ -206,7 +206,7 @@ def test_activations_that_the_kernels_cannot_read_are_copied(case):
 
 
 class Recorder(EmulatedKernel):
-    """Records the launches, and computes nothing."""
+    """Records launches and computes nothing."""
 
     def __init__(self):
         self.gemm, self.calls = self, []
@@ -217,7 +217,7 @@ class Recorder(EmulatedKernel):
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (64, 128, 1, 1)])
-def test_operators_pass_their_arguments_to_the_launch(shape, monkeypatch):
+def test_operators_launch_with_their_arguments(shape, monkeypatch):
     monkeypatch.setattr(gpu_launch, "_device", lambda index: (80, 108))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(gpu_launch, "missing", lambda index, layout=16: None)
@@ -257,7 +257,7 @@ def test_launching_operators_pass_opcheck():
 
 
 def test_a_lowered_model_is_fused_saved_and_run(monkeypatch, tmp_path):
-    """Passes run on a CPU as if the GPU engine supported the layers; the operators fall back to plain torch."""
+    """The passes run on a CPU as if the GPU engine took the layers; the operators fall back to plain torch there."""
     monkeypatch.setattr(
         type(MMA), "supports", lambda self, spec: None if self is MMA and spec.geometry is None else "not this one"
     )
@@ -282,7 +282,7 @@ def test_expansion_refuses_what_does_not_fit():
             expand.launch(x, held, bits, None, 2, 4, lambda kernel: kernel)
 
 
-def test_a_build_is_named_by_what_it_is():
+def test_a_build_is_named_after_its_parameters():
     build = Build("gluon_mma_sp", "64x16x128s5", "fp16", "gelu", 80)
     assert build.name == "gluon_mma_sp-64x16x128s5-fp16-gelu-sm80" and build.cut.m == 16
     assert expand.tile(1, 768)[0] == 16

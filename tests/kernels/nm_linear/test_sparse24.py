@@ -1,4 +1,4 @@
-"""2:4 weights packed for sparse tensor cores: exact round trips, and refusal of invalid ones."""
+"""2:4 weights packed for sparse tensor cores: exact round trips, and refusals."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def test_round_trips_are_exact(out, groups, taps, dtype, layout, seed):
 
 
 @pytest.mark.parametrize("layout", BOTH)
-def test_metadata_words_are_where_the_instructions_read_them(layout):
-    """Compare word by word with the rows and columns that the PTX ISA gives for a lane or thread."""
+def test_metadata_are_where_the_instructions_read_them(layout):
+    """Checked word by word, from the rows and columns that the PTX ISA gives for a lane or thread."""
     weight, mask = weight_and_mask((128, 256))
     _, index = sparse24.pack(weight, mask, layout)
     words = index[:-8].view(torch.int32)
@@ -62,7 +62,7 @@ def test_metadata_words_are_where_the_instructions_read_them(layout):
 
 
 @pytest.mark.parametrize("layout", BOTH)
-def test_values_with_foreign_metadata_are_noticed(layout):
+def test_parts_of_different_weights_are_detected(layout):
     weight, mask = weight_and_mask((64, 128))
     values, index = sparse24.pack(weight, mask, layout)
     other_values, other_index = sparse24.pack(*weight_and_mask((64, 128), seed=1), layout)
@@ -91,8 +91,8 @@ def test_masks_that_are_not_2_to_4_are_refused():
 
 @pytest.mark.parametrize("layout", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_operators_run_on_a_cpu_too(layout, dtype):
-    """A model lowered for a GPU runs, slowly, without one, even if the CPU kernels support the dtype."""
+def test_operators_accept_them_on_a_cpu(layout, dtype):
+    """A module lowered for a GPU runs slowly without one, even if the CPU kernels support the dtype."""
     weight, mask = weight_and_mask((48, 64), dtype)
     values, index = sparse24.pack(weight, mask, layout)
     x, bias = torch.randn(3, 5, 64).to(dtype), torch.randn(48).to(dtype)

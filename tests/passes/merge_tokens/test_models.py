@@ -146,7 +146,9 @@ def test_gradients_equal_the_reference(name):
         if parameter.grad is not None:
             assert bool(torch.isfinite(ours[path].grad).all())
             error = float((ours[path].grad - parameter.grad).norm())
-            assert error < 1e-4 * max(float(parameter.grad.norm()), 1.0), path  # a bias of keys: rounding alone
+            assert error < 1e-4 * max(float(parameter.grad.norm()), 1.0), (
+                path
+            )  # a bias of keys has only rounding errors for a gradient
 
 
 @pytest.mark.parametrize("r", [0, [0, 0]])

@@ -1,4 +1,4 @@
-"""How many tokens merge: schedules, budgets, counts and published figures."""
+"""The number of tokens that merge: schedules, budgets, counts and published figures."""
 
 import pytest
 import timm
@@ -67,7 +67,7 @@ def test_auto_merges_the_fewest_tokens_that_meet_the_reduction(name, schedule, r
 
 
 def test_auto_reports_the_largest_reduction():
-    with pytest.raises(ConfigError, match=r"can't save 90.0%.*tome_reduction of at most 0\.\d+"):
+    with pytest.raises(ConfigError, match=r"cannot save 90.0%.*tome_reduction of at most 0\.\d+"):
         merged(tiny_vit(), images(), "auto", tome_reduction=0.9)
 
 

@@ -85,7 +85,7 @@ class Block(Arithmetic, Movement, TensorCores):
     def _part(self, strand: Strand, mask: np.ndarray, target: int) -> None:
         warps = mask.reshape(-1, 32)
         if (warps.any(1) != warps.all(1)).any():
-            raise NotImplementedError("a branch parts the threads of a warp")
+            raise NotImplementedError("a branch splits the threads of a warp")
         takes = warps.all(1)
         edges = [0, *(np.nonzero(np.diff(takes))[0] + 1), len(takes)]
         pieces = []

@@ -22,7 +22,7 @@ class Instruction:
 
 
 def _split(text: str) -> list[str]:
-    """Split operands at commas outside brackets."""
+    """Split operands at commas, except those inside brackets."""
     found, depth, start = [], 0, 0
     for place, char in enumerate(text + ","):
         depth += (char in "{[") - (char in "}]")
@@ -36,8 +36,8 @@ class Program:
     """The first entry function of a PTX module.
 
     Attributes:
-        parameters: names of the parameters, in order.
-        threads: number of threads in a block.
+        parameters: their names, in order.
+        threads: threads per block.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -82,7 +82,7 @@ class Program:
 
     @staticmethod
     def _statements(body: str) -> list[str]:
-        """Split into braces, labels with their colon, and statements, which end at a semicolon or (directives) a line."""
+        """Braces of blocks, labels with their colon, statements up to a semicolon, directives up to a line's end."""
         found: list[str] = []
         body = re.sub(r"^\s*\.(loc|file|pragma|section)[^\n]*$", "", body, flags=re.M)
         place = 0

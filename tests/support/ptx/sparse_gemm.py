@@ -67,7 +67,7 @@ def bits(tensor: Tensor) -> np.ndarray:
 class EmulatedKernel:
     """A fake kernel module: ``gemm[grid](...)`` runs its PTX on the tensors' own memory.
 
-    ``first``: number of tiles of tokens that are assumed to precede the tensors' first row; these are not run.
+    ``first``: number of tiles of tokens that are assumed before the tensors' first row, and are not run.
     """
 
     def __init__(self, build: Build, record: dict[str, Any], first: int = 0, **how: Any) -> None:

@@ -42,13 +42,13 @@ class Strand:
 
     def part(self, which: np.ndarray, pc: int) -> Strand:
         if self.products or self.open_products or any(self.copies) or self.open_copies:
-            raise NotImplementedError("warps part while copies or products are in flight")
+            raise NotImplementedError("warps diverge while copies or products are in flight")
         registers = {name: value[which] for name, value in self.registers.items()}
         return Strand(self.tid[which], registers, pc)
 
 
 class Operands:
-    """The state of one thread block, and the running strand's operands: raw bits, one uint64 per thread."""
+    """The state of one thread block, and operands of the running strand: raw bits, one uint64 per thread."""
 
     program: Program
     values: dict[str, Any]
@@ -127,5 +127,5 @@ class Operands:
     def one(self, value: np.ndarray) -> int:
         """Return a value that is the same in all threads."""
         if (value != value[0]).any():
-            raise Fault("threads disagree about an operand that has to be uniform")
+            raise Fault("threads differ in an operand that has to be uniform")
         return int(value[0])
