@@ -22,9 +22,7 @@ def covering() -> list[Build]:
     combinations = [(dtype, epilogue) for epilogue in EPILOGUES for dtype in ("fp16", "bf16")]
     builds = []
     for number, (tile, arch) in enumerate(pairs):
-        dtype, epilogue = combinations[
-            number * 7 % len(combinations)
-        ]  # 7 and 16 are coprime, so all combinations occur
+        dtype, epilogue = combinations[number * 7 % len(combinations)]  # 7 and 16 are coprime: all occur
         builds.append(Build(tile.kernel, tile.name, dtype, epilogue, arch))
     return builds
 

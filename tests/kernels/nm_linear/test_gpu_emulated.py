@@ -19,7 +19,7 @@ from tests.support.ptx.sparse_gemm import HALF, LAYOUTS, TOLERANCE, EmulatedKern
 
 ROUGH, WIDE_MMA, WIDE_WGMMA = EXTRA
 ON = {"gluon_mma_sp": 80, "gluon_wgmma_sp": 90}
-# One build of each tile; tiles that exist only for 8.6 are emulated from that build.
+# One build of each tile. Tiles that only 8.6 and 8.9 use are emulated from their build for 8.6.
 PRODUCTS = [b for b in BUILDS if b.kernel in ON and b.aligned and b.arch in (ON[b.kernel], 86)]
 EACH = list({(b.kernel, b.tile): b for b in reversed(PRODUCTS)}.values())
 WAYS = {"eager": {}, "lazy": {"lazy": True}}

@@ -25,7 +25,7 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 class Memory:
-    """Global memory: allocations with nothing between them; touching unallocated memory is a :class:`Fault`."""
+    """Global memory: allocations with gaps between them; an access outside an allocation is a :class:`Fault`."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
@@ -48,7 +48,7 @@ class Memory:
         return self.parts[self.starts.index(address)]
 
     def _places(self, address: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each allocation: its bytes, the threads that touch it, and their offsets."""
+        """For each allocation that is accessed: its bytes, a mask of the threads that access it, and their offsets."""
         if (address % size).any():
             raise Fault(f"an access of {size} bytes that is not aligned")
         owner = np.searchsorted(np.array(self.starts), address, side="right") - 1

@@ -72,9 +72,8 @@ class TensorCores(Operands):
             if self.threads % 128 or not self.bits(i.args[5]).all() or i.args[6:] != ["1", "1", "0", "0"]:
                 raise NotImplementedError(str(i))
 
-            def land() -> (
-                None
-            ):  # descriptors are read at issue; registers, including metadata, stay in use until the wait
+            # Descriptors are read at issue; registers, including metadata, stay in use until the wait.
+            def land() -> None:
                 assert self.s is strand
                 self._multiply(i, left, right)
 
