@@ -1,4 +1,4 @@
-"""Where merged tokens are while a graph is walked, and the rules of ops that only move axes."""
+"""The token axes of each node during a walk over a graph, and the rules of ops that only move axes."""
 
 from __future__ import annotations
 
