@@ -48,7 +48,7 @@ class Norm:
 
 
 def norm_of(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> Norm | None:
-    """Return a node as a BatchNorm over the channels of images, or None if it is anything else."""
+    """Return the BatchNorm over the channels of images that a node computes, or None if it computes anything else."""
     if node.op == "call_module":
         module: Any = gm.get_submodule(str(node.target))
         if f"{type(module).__module__}.{type(module).__qualname__}" not in _MODULES:

@@ -27,7 +27,7 @@ PACKED = "packed"
 
 @dataclass
 class Slot:
-    """One lowered weight: where it comes from, and the buffers that hold its packed form.
+    """One lowered weight: its origin, and the buffers that hold its packed form.
 
     :meth:`fill` packs another weight of the same shape into the same buffers, so that compiled code that holds them
     sees it.

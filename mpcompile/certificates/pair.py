@@ -34,7 +34,7 @@ class Network:
     """A traced module.
 
     Attributes:
-        graph: its aten graph.
+        graph: aten graph of the module.
         tensors: the tensor of each placeholder of a parameter or buffer.
         names: the dotted name of each of these.
         inputs: the placeholders of the model's inputs, in order.

@@ -182,7 +182,7 @@ class Labels:
         """Return the labels of the next batch, int64 on the CPU and without a range check, or None without labels.
 
         Args:
-            batch: as the stream yields it.
+            batch: the batch, in the form that the stream yields.
             count: number of samples in it.
 
         Raises:

@@ -137,7 +137,7 @@ def loader(
     Args:
         source: from :func:`mpcompile.data.datasets.dataset`.
         model: the model, whose data configuration (size, mean, interpolation; see timm) applies.
-        images: how images are read and augmented.
+        images: options for reading and augmenting images.
         training: shuffled, augmented batches of equal size; otherwise all images once, in order.
         accumulate: batches per optimiser step.
         seed: seed of the order.

@@ -46,7 +46,7 @@ class Sink(Protocol):
         """Receive numbers by name, ``event/key``."""
 
     def close(self) -> None:
-        """Flush what is still buffered."""
+        """Flush the buffered numbers."""
 
 
 class EventLog:

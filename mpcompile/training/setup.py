@@ -57,7 +57,7 @@ def set_up(
     """Build the parts of a run.
 
     Args:
-        student, teacher, train, training: as :func:`mpcompile.distill` takes them.
+        student, teacher, train, training: arguments of :func:`mpcompile.distill`.
         steps: optimiser steps of the whole run.
         device: device of the student.
         hint: hint for errors in the training data.

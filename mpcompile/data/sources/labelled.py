@@ -1,4 +1,4 @@
-"""Labelled images of a folder: the listing, the label of each class folder, and what to report about both."""
+"""Labelled images of a folder: the listing, the label of each class folder, and notes on both."""
 
 from __future__ import annotations
 

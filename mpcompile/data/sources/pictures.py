@@ -144,7 +144,7 @@ def _white(image: Image.Image, tags: Any, stored: Any) -> tuple[float, bool]:
     """Return the value of white, and True if the file declares it or the type implies it.
 
     Raises:
-        Unreadable: it is unknown.
+        Unreadable: the value is unknown.
     """
     if image.mode == "F":
         return 1.0, True
