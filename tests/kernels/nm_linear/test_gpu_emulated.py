@@ -153,7 +153,7 @@ SPOILED = {
         "cp.async.wait_group 9",
         {"lazy": True},
     ),
-    "no barrier behind cp.async": (ROUGH, r"bar\.sync\s+0;", "", {"warps": 1, "lazy": True}),
+    "no barrier after cp.async": (ROUGH, r"bar\.sync\s+0;", "", {"warps": 1, "lazy": True}),
     "a fragment from elsewhere": (ROUGH, r"(ldmatrix\S+\s+\{[^}]*\}, \[%r\d+)\]", r"\g<1>+16]", {}),
     "wgmma waits for less": (
         WIDE_WGMMA,
