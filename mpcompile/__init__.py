@@ -4,7 +4,7 @@ from pathlib import Path as _Path
 
 _root = _Path(__file__).resolve().parent.parent
 if not (_Path(__file__).parent / "passes").is_dir() and (_root / "pyproject.toml").exists():
-    # A checkout without symbolic links (some archives and file systems drop them): passes/ and kernels/ are beside it.
+    # A checkout without symbolic links (some archives and file systems drop them) has passes/ and kernels/ in its root.
     __path__.append(str(_root))
 
 from mpcompile import _moved

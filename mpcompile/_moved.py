@@ -117,14 +117,14 @@ MOVED = {
 
 
 class _Moved(ModuleType):
-    """An old path in ``sys.modules``: every attribute is looked up in the modules at the new ones."""
+    """An old path in ``sys.modules``: every attribute is looked up in the modules at the new paths."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.__path__ = []  # old paths below this one are importable, too
 
     @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what is patched is what the new module holds
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # so that patches reach the new module
         targets = self._targets()
         if len(targets) == 1:
             return targets[0].__dict__
@@ -135,7 +135,7 @@ class _Moved(ModuleType):
         return [importlib.import_module(f"{package}.{new}") for new in MOVED[old].split()]
 
     def _holder(self, name: str) -> ModuleType:
-        """The target that defines the attribute, else one that has it, else the first."""
+        """Return the target that defines the attribute, else one that has it, else the first."""
         targets = self._targets()
         holders = [target for target in targets if hasattr(target, name)] or targets[:1]
         owners = [t for t in holders if getattr(getattr(t, name, None), "__module__", None) == t.__name__]
@@ -174,7 +174,7 @@ def install(package: str) -> None:
 
 
 def attribute(name: str) -> ModuleType:
-    """``mpcompile.NAME`` for a module that has moved: the package's ``__getattr__``."""
+    """Return ``mpcompile.NAME`` for a module that has moved; this is the package's ``__getattr__``."""
     if name in MOVED:
         return sys.modules[f"mpcompile.{name}"]
     raise AttributeError(f"module 'mpcompile' has no attribute {name!r}")
@@ -184,8 +184,8 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """Return the ``__getattr__`` of a module whose public names changed: old ones still work, with a warning.
 
     Args:
-        module: its ``__name__``.
-        names: old name -> where it is, as a path below ``mpcompile``: ``"data.loader.ImageOptions"``.
+        module: the ``__name__`` of the module.
+        names: old name -> new path of the object, below ``mpcompile``: ``"data.loader.ImageOptions"``.
     """
 
     def attribute(name: str) -> Any:

@@ -3,9 +3,10 @@
 Registered through the ``torch_dynamo_backends`` entry point, so the name works without an import.
 
 Inference (no gradient can be requested): masked weights become packed tensors that the compiled graph owns. Dynamo
-does not recompile when a user changes weights, so every call compares a stamp of each weight, and packs it again into
-the same buffers if the stamp differs. Training: the graph keeps the masked dense weight, whose masked gradients are
-zero. Dynamo compiles one model many times (batch sizes, grad modes); all graphs share one mask per weight.
+does not recompile when a user changes weights, so every call compares a stamp of each weight, and packs the weight
+again into the same buffers if its stamp differs. Training: the graph keeps the masked dense weight, whose masked
+gradients are zero. Dynamo compiles one model many times (batch sizes, grad modes); these graphs share one mask per
+weight.
 """
 
 from __future__ import annotations
@@ -57,11 +58,10 @@ class _State:
 
     def __init__(self) -> None:
         self.masks: Any = WeakTensorKeyDictionary()  # the user's weight -> {pattern: mask}
-        self.allocated: Any = (
-            WeakTensorKeyDictionary()
-        )  # the user's weight -> {options: its pattern, or None for dense}
+        # The user's weight -> {options: its pattern, or None for dense}.
+        self.allocated: Any = WeakTensorKeyDictionary()
         self.graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
-        self.generation = 0  # optimizer steps and refreshes so far: fused optimizers bump no version counter
+        self.generation = 0  # number of optimizer steps and refreshes: fused optimizers bump no version counter
         self.hook: Any = None
 
     def watch_optimizers(self) -> None:
@@ -76,7 +76,7 @@ _STATE = _State()
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:
-    """Return a value that changes with in-place writes and new storage of the tensor, but not with ``.data`` writes."""
+    """Return a value that changes if a tensor is written in place or gets new storage, but not on ``.data`` writes."""
     return (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
 
 
@@ -101,8 +101,8 @@ class CompiledGraph:
         for slot in slots:
             if slot.weight is None or slot.weight.op != "placeholder":
                 continue  # the graph owns this weight: nothing else can change it
-            given = slot.mask is not None and slot.mask.op == "placeholder"
-            place = order.index(slot.mask.name) if given and slot.mask is not None else None
+            is_input = slot.mask is not None and slot.mask.op == "placeholder"
+            place = order.index(slot.mask.name) if is_input and slot.mask is not None else None
             self.places.append((slot, order.index(slot.weight.name), place))
             self.stamps.append(self._stamp_of(imported.lifted.tensors[slot.weight.name], slot.chosen))
         self.generation = _STATE.generation
@@ -119,7 +119,7 @@ class CompiledGraph:
         return self.run(*args)
 
     def _check(self, args: Sequence[Any]) -> None:
-        """Pack every weight again that differs from the packed one."""
+        """Pack again every weight that has changed since it was packed."""
         everything = self.generation != _STATE.generation
         self.generation = _STATE.generation
         for index, (slot, place, mask_place) in enumerate(self.places):
@@ -134,7 +134,7 @@ class CompiledGraph:
                     self._keep_mask(weight, mask, slot)
 
     def _keep_mask(self, weight: Tensor, mask: Tensor, slot: Slot) -> None:
-        """Keep the mask of a weight that was replaced, for this graph and for graphs compiled later."""
+        """Record the mask for a weight that replaces another, for this graph and for graphs compiled later."""
         _STATE.masks.setdefault(weight, {})[slot.spec.pattern] = mask
         values = weight.detach().square()
         if float((values * mask).sum()) < 0.9 * float((values * magnitude_mask(weight, slot.spec.pattern)).sum()):
@@ -153,8 +153,8 @@ def refresh(*, remask: bool = False) -> None:
     load_state_dict, new Parameters and optimizer steps are detected.
 
     Args:
-        remask: choose the masks again too, by magnitude, for models that were masked by the backend itself. (The
-            masks of a transformed module are its own buffers.)
+        remask: also choose the masks again, by magnitude, in models that were masked by the backend itself. (The
+            masks of a transformed module are its own buffers, and do not change.)
 
     Example:
         >>> refresh()
@@ -194,7 +194,7 @@ def _budget(config: Config) -> tuple[Any, ...]:
 
 
 def _known_patterns(gm: fx.GraphModule, lifted: Lifted, config: Config) -> dict[str, Pattern | None]:
-    """Return the patterns that an earlier graph of the same weights was allocated, whatever its batch size."""
+    """Return the patterns allocated for an earlier graph with the same weights, regardless of its batch size."""
     known: dict[str, Pattern | None] = {}
     for layer in layers(gm, lifted):
         choices = _STATE.allocated.get(layer.weight.tensor, {})
@@ -204,7 +204,7 @@ def _known_patterns(gm: fx.GraphModule, lifted: Lifted, config: Config) -> dict[
 
 
 def _transform(imported: Imported, config: Config) -> Plan:
-    """Mask and merge a graph that came in dense; a transformed one is left as it is."""
+    """Mask and merge a dense graph; leave a transformed one as it is."""
     gm = imported.gm
     if transformed(imported) or owned_by_transformed(imported.lifted.tensors.values()):
         return run_pipeline(imported, config, Pipeline([]), owned=False).plan
@@ -232,14 +232,14 @@ def _transform(imported: Imported, config: Config) -> Plan:
         patterns = ", ".join(sorted({plan.layers[name].pattern for name in plan.masked}))
         warn_once(
             log,
-            f"mpsparse: masked {len(plan.masked)} layers {patterns} by magnitude, with no data: expect to lose "
-            "accuracy until it is trained (mpcompile.transform with calibration data keeps more)",
+            f"mpsparse: masked {len(plan.masked)} layers {patterns} by magnitude, without data: expect a loss of "
+            "accuracy until the model is trained (mpcompile.transform with calibration data loses less)",
         )
     return plan
 
 
 def _own(gm: IRModule, lifted: Lifted) -> None:
-    """Turn parameters that are graph inputs into constants of the graph: Inductor folds and prepacks only constants."""
+    """Turn parameters that are graph inputs into the graph's constants: Inductor folds and prepacks only constants."""
     for node in [n for n in gm.graph.nodes if n.op == "placeholder" and n.name in lifted.tensors and n.users]:
         path = f"{OWNED}.{node.name}"
         keep(gm, OWNED, {node.name: lifted.tensors[node.name].detach()})
@@ -253,7 +253,7 @@ def _own(gm: IRModule, lifted: Lifted) -> None:
 def _inductor(
     gm: IRModule, inputs: Sequence[Any], mode: str | None, frozen: Lifted | None = None
 ) -> Callable[..., Any]:
-    """Compile a graph with Inductor; lifted parameters passed as ``frozen`` become constants of it."""
+    """Compile a graph with Inductor; lifted parameters passed as ``frozen`` become its constants."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -271,7 +271,7 @@ def _inductor(
 
 @functools.cache
 def _cache_tag() -> str:
-    """Return a key that changes with our operators: code that torch caches on disk contains them as they were."""
+    """Return a key that changes with our operators: torch caches code on disk with the operators built into it."""
     folder = Path(ops.__file__).parent
     key = hashlib.sha256(__version__.encode())
     for path in sorted(folder.rglob("*.py")):
@@ -289,9 +289,9 @@ def mpsparse(
 ) -> Callable[..., Any]:
     """Backend of ``torch.compile(model, backend="mpsparse")``.
 
-    A module from :func:`mpcompile.transform` is lowered as it is. Any other module is first masked by magnitude and
-    merged, as ``options`` (the fields of :class:`mpcompile.Config`) say. A graph without eligible layers goes to
-    Inductor unchanged, with one warning.
+    A module from :func:`mpcompile.transform` is lowered as it is. Any other module is first masked by magnitude, and
+    its tokens are merged, as ``options`` (the fields of :class:`mpcompile.Config`) specify. A graph without eligible
+    layers goes to Inductor unchanged, with one warning.
 
     Raises:
         MPCompileError: an unknown option, weights that are not finite, or a graph that a pass refuses. Dynamo raises

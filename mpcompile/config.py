@@ -47,7 +47,7 @@ def only_fields(cls: type, options: Mapping[str, Any], complaint: str) -> None:
     """Check that every option is a field of a dataclass.
 
     Raises:
-        ConfigError: one isn't. The message has ``complaint``, the option, the fields, and the nearest one.
+        ConfigError: one is not. The message consists of ``complaint``, the option, the valid names and the closest one.
     """
     valid = [f.name for f in dataclasses.fields(cls)]
     for key in options:
@@ -69,9 +69,9 @@ class Config:
             and ``"auto"`` keeps half, in the widest groups that the device's engines run at full speed and that divide
             the layer's inputs (on CPUs 8:16, 4:8 or 2:4).
         mac_reduction: the share of the model's multiply-accumulates to save by masks, between 0 and 1. If given, each
-            layer gets its own pattern from ``patterns``, and ``pattern`` is ignored. Merging saves on top of that.
+            layer gets its own pattern from ``patterns``, and ``pattern`` is ignored. Merging tokens saves more on top.
         patterns: with ``mac_reduction``, the patterns that a layer may get: ``"N:M"`` and ``"dense"``. Empty: those
-            that the device's engines run well (on CPUs 12:16 to 4:16, in narrower groups where 16 doesn't divide the
+            that the device's engines run well (on CPUs 12:16 to 4:16, in narrower groups where 16 does not divide the
             layer's inputs; on CUDA 2:4), or dense.
         tome_r: number of tokens merged per attention block (ToMe); 0 merges none. A list gives one number per block.
             ``"auto"`` finds the numbers that save ``tome_reduction``.
@@ -81,13 +81,13 @@ class Config:
         tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,
             some models (those pretrained as masked autoencoders) keep more accuracy if this is off.
         score: which values a group keeps: ``"magnitude"`` the largest; ``"wanda"`` the largest products of value and
-            input norm; ``"covariance"`` the set whose complement costs the output least; ``"obs"`` (optimal brain
-            surgeon) likewise, with the remaining values of the row adjusted to compensate; ``"ser"`` as
-            ``"covariance"``, drawn towards a source mask: it prunes, trains the removed values for a short while, and
-            restores those that moved furthest. All but the first need calibration data; without any, they fall back
-            to magnitude, with a note in the Plan.
-        permute: reorder channels so that the masks keep more energy, folded into the weights; None does so if there is
-            calibration data.
+            input norm; ``"covariance"`` the set whose complement can be removed with the smallest error of the output;
+            ``"obs"`` (optimal brain surgeon) likewise, with the remaining values of the row adjusted to compensate;
+            ``"ser"`` like ``"covariance"``, but drawn towards a source mask, for which it prunes, trains the removed
+            values for a short while, and restores those that moved furthest. All but the first need calibration data;
+            without any, they fall back to magnitude, with a note in the Plan.
+        permute: reorder channels, by reordering the weights, so that the masks keep more energy; None does so only if
+            there is calibration data.
         restore: with calibration data, refit kept values by least squares, and swap kept for removed ones where that
             lowers the error. (BatchNorm statistics are re-estimated in any case.)
         engine: the engine of masked layers: ``"cpu"`` (native kernels on packed weights); on CUDA
@@ -96,16 +96,16 @@ class Config:
             torch), ``"dense"`` (masked weight, dense GEMM), ``"auto"`` (the fastest, as timed on this machine).
         exclude: layers that stay dense: the roles ``"stem"`` (the convolution that reads the image), ``"head"`` (the
             last layer before the output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. A
-            value replaces the default.
-        include: layer names or globs that are masked although ``exclude`` names them. A name (no wildcard) that can't
-            be masked is an error.
+            value given here replaces the default.
+        include: layer names or globs that are masked although ``exclude`` names them. A layer named here without a
+            wildcard that cannot be masked is an error.
         prefix_tokens: number of class, distillation and register tokens at the front of the sequence, which never
             merge; None finds it in the graph.
-        frozen: promise that weights don't change after compilation: BatchNorm is folded into convolutions, Inductor
+        frozen: promise that weights do not change after compilation: BatchNorm is folded into convolutions, Inductor
             folds constants and prepacks dense weights, and no call checks for changed weights.
 
     Raises:
-        ConfigError: an unknown option, or a value that an option doesn't take.
+        ConfigError: an unknown option, or a value that an option does not accept.
 
     Example:
         >>> Config(pattern="8:16", tome_r=8).pattern
@@ -160,7 +160,7 @@ class Config:
     def _check_allocation(self) -> None:
         share = self.mac_reduction
         if share is not None and not 0 < share < 1:
-            raise ConfigError("option 'mac_reduction' is no share", expected="a number between 0 and 1", found=share)
+            raise ConfigError("option 'mac_reduction' is not a share", expected="a number between 0 and 1", found=share)
         if share is not None and self.pattern == "dense":
             raise ConfigError(
                 "pattern='dense' masks nothing, so it saves no MACs",
@@ -169,7 +169,7 @@ class Config:
             )
         if self.patterns and share is None:
             raise ConfigError(
-                "option 'patterns' goes with mac_reduction",
+                "option 'patterns' is only for mac_reduction",
                 expected="mac_reduction, a share between 0 and 1",
                 found="None",
                 hint="for one pattern everywhere, give pattern='N:M'",
@@ -191,7 +191,7 @@ class Config:
             raise ConfigError("option 'tome_r' is negative", expected="0 or more", found=r)
         if (r == "auto") != (reduction is not None) or (reduction is not None and not 0 < reduction < 1):
             raise ConfigError(
-                "option 'tome_reduction' goes with tome_r='auto'",
+                "options tome_r='auto' and 'tome_reduction' go together",
                 expected="a share between 0 and 1 with tome_r='auto', and None otherwise",
                 found=f"{reduction} with tome_r={r!r}",
                 hint="Config(tome_r='auto', tome_reduction=0.25) saves a quarter of the multiply-accumulates",
@@ -207,7 +207,7 @@ class Config:
         return self.score not in _WITHOUT_DATA
 
     def choices(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:
-        """The patterns that a layer may get on ``device`` in ``dtype``, preferred ones first; none for ``"dense"``."""
+        """Return the patterns that a layer may get on ``device`` in ``dtype``, best first; none for ``"dense"``."""
         if self.mac_reduction is not None:
             named = tuple(Pattern.parse(text) for text in self.patterns if text != "dense")
             return named or auto_menu(device, dtype)
@@ -216,9 +216,10 @@ class Config:
         return auto_pattern(device, dtype) if self.pattern == "auto" else (Pattern.parse(self.pattern),)
 
     def menu(self, weight: Tensor) -> tuple[Pattern, ...]:
-        """With ``mac_reduction``, the patterns that a weight (out, in, ...) may get, densest first.
+        """Return the patterns that a weight (out, in, ...) may get with ``mac_reduction``, densest first.
 
-        From the device's default menu, only the patterns with the widest groups that divide the weight's inputs.
+        Of the device's default menu, these are only the patterns with the widest groups that divide the weight's
+        inputs.
         """
         k = group_axis(weight.shape)
         fits = [p for p in dict.fromkeys(self.choices(weight.device, weight.dtype)) if k % p.m == 0]
@@ -228,13 +229,13 @@ class Config:
         return tuple(sorted(fits, key=lambda p: (-p.density, -p.m)))
 
     def pattern_for(self, weight: Tensor) -> Pattern | None:
-        """The pattern of a weight (out, in, ...), or None if no group divides its inputs."""
+        """Return the pattern of a weight (out, in, ...), or None if no group divides its inputs."""
         k = group_axis(weight.shape)
         return next((p for p in self.choices(weight.device, weight.dtype) if k % p.m == 0), None)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
-        """A Config from a mapping such as ``torch.compile``'s ``options``.
+        """Build a Config from a mapping such as ``torch.compile``'s ``options``.
 
         Raises:
             ConfigError: an unknown key; the message lists the valid ones.
@@ -246,5 +247,5 @@ class Config:
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values; :meth:`from_options` takes them back."""
+        """Return the fields as plain JSON values; :meth:`from_options` accepts them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

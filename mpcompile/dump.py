@@ -28,7 +28,7 @@ _NUMBERED = re.compile(r"^(\d+)-")
 
 
 def readable(gm: IRModule) -> str:
-    """The code of a graph as Python, with dtype and shape of every value as a comment.
+    """Return the code of a graph as Python, with the dtype and shape of every value in a comment.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ def readable(gm: IRModule) -> str:
 
 
 def _described(node: fx.Node) -> str | None:
-    """Dtype and shape of what a node yields, or None where they aren't known."""
+    """Return dtype and shape of a node's value, or None if they are not known."""
     return _describe(fake_value(node))
 
 
@@ -63,17 +63,17 @@ def _describe(value: Any) -> str | None:
 
 
 class Dump:
-    """Writes a folder for every pass it is called after: ``NN-name``, with the files of :data:`FILES`.
+    """Writes a folder ``NN-name`` after every pass, with the files of :data:`FILES`.
 
     ``before.py`` and ``after.py`` are the graph as Python, ``change.diff`` is their unified diff, and ``decision.json``
-    is what the Plan records of the decision, without tensors. Numbers continue behind those already in the folder, so
-    nothing that exists is replaced.
+    holds what the Plan records of the decision, without tensors. Numbering continues after the folders already there,
+    so nothing is overwritten.
 
     Args:
-        folder: made if missing.
+        folder: created if missing.
 
     Raises:
-        ArtifactError: the folder can't be made, or written into.
+        ArtifactError: the folder cannot be created, or cannot be written into.
 
     Example:
         >>> Pipeline(after_each=Dump("graphs"))
@@ -95,7 +95,7 @@ class Dump:
             write_atomically(folder / name, text)
 
     def _fresh(self, name: str) -> Path:
-        """A new folder for a pass, numbered one higher than any in the folder; other processes may write there too."""
+        """Create a folder for a pass, numbered after all that exist; other processes may write there, too."""
         safe = re.sub(r"[^\w.-]", "_", name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,10 +116,10 @@ class Dump:
 
 
 def observers(folder: str | os.PathLike[str] | None = None) -> list[Observer]:
-    """A :class:`Dump` for ``folder``, and one for the folder that the environment variable ``MPCOMPILE_DUMP`` names.
+    """Return a :class:`Dump` for ``folder``, and one for the folder in the environment variable ``MPCOMPILE_DUMP``.
 
     Raises:
-        ArtifactError: one of them can't be written into.
+        ArtifactError: one of the folders cannot be written into.
     """
     folders = [folder, os.environ.get(VARIABLE)]
     return [Dump(path) for path in dict.fromkeys(os.fspath(f) for f in folders if f)]

@@ -1,4 +1,4 @@
-"""The errors that users meet. Each names the place, what was expected, what was found, and the next step."""
+"""The errors that users see. Each names the place, what was expected, what was found, and the next step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = [
     "printable_lines",
 ]
 
-LONGEST = 580  # characters of a message; below 600 with the name of the program in front
+LONGEST = 580  # characters of a message: fewer than 600 with the program's name in front
 _SHORTEST = 60  # no part of a message is cut below this length
 
 
 def printable(value: object, longest: int | None = None) -> str:
-    """A value as one line that is safe to print: control characters, line ends and bidirectional marks are escaped.
+    """Return a value as one line that is safe to print, with control characters, line ends and bidi marks escaped.
 
     Args:
         value: anything; names and messages may come from an untrusted file.
-        longest: most characters to keep; the middle of a longer text is left out.
+        longest: maximum number of characters; a longer text is cut in the middle.
 
     Example:
         >>> print(printable("a\\x1b[31m\\nb"))
@@ -40,7 +40,7 @@ def printable(value: object, longest: int | None = None) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """Like :func:`printable`, but keep line ends: for tables of several lines."""
+    """Return the text as :func:`printable` does, but keep its line ends: for tables of several lines."""
     return "\n".join(map(printable, str(text).split("\n")))
 
 
@@ -50,7 +50,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def _fitted(parts: list[str], separators: int) -> list[str]:
-    """The parts of a message, the longest ones cut until the message is short enough."""
+    """Return the parts of a message, with the longest ones cut until the message is short enough."""
     while (excess := sum(map(len, parts)) + separators - LONGEST) > 0:
         place = max(range(len(parts)), key=lambda i: len(parts[i]))
         if len(parts[place]) <= _SHORTEST:
@@ -93,33 +93,33 @@ class MPCompileError(Exception):
             parts.append((", found " if expected is not None else "; found ", found, ""))
         if hint:
             parts.append((". ", hint[0].upper() + hint[1:], ""))
-        around = sum(len(before) + len(behind) for before, _, behind in parts)
+        around = sum(len(before) + len(after) for before, _, after in parts)
         texts = _fitted([printable(text) for _, text, _ in parts], around)
         super().__init__("".join(b + text + a for (b, _, a), text in zip(parts, texts, strict=True)))
 
 
 class ConfigError(MPCompileError):
-    """An unknown option, or a value that an option doesn't take."""
+    """An unknown option, or a value that an option does not accept."""
 
 
 class InputError(MPCompileError):
-    """Wrong data: example inputs or calibration batches that don't fit, weights that are not finite."""
+    """Wrong data: example inputs or calibration batches that do not fit, weights that are not finite."""
 
 
 class TraceError(MPCompileError):
-    """The module can't be traced into the IR."""
+    """The module cannot be traced into the IR."""
 
 
 class GraphError(MPCompileError):
-    """A pass can't carry out the options on this graph, or left the graph inconsistent."""
+    """A pass cannot carry out the options on this graph, or has left it inconsistent."""
 
 
 class NotEligibleError(MPCompileError):
-    """No layer can be masked, or one that the user named can't be."""
+    """No layer can be masked, or a layer that the user named cannot be."""
 
 
 class ArtifactError(MPCompileError):
-    """A file that can't be read, written, or trusted."""
+    """A file that cannot be read, written, or trusted."""
 
 
 def first_line(error: BaseException) -> str:
@@ -134,7 +134,7 @@ def first_line(error: BaseException) -> str:
 
 
 def summary(error: BaseException, most: int = 200) -> str:
-    """What an error of somebody else's says, in one printable line: its class, and its first line if it has one.
+    """Return the class of an error from other code, and the first line of its message if any, as one printable line.
 
     Example:
         >>> summary(ValueError("no such size\\nmore"))

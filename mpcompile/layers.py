@@ -16,7 +16,7 @@ class _Masked(nn.Module):
     """A weight, its N:M mask (a buffer, so that it is part of the state dict), and the pattern.
 
     Every forward pass computes ``weight * mask``: gradients of masked weights are exactly zero, and a state dict of
-    the dense model loads without unmasking anything (without a ``mask`` in it, the present one stays).
+    the dense model loads without unmasking anything: if it holds no ``mask``, the layer keeps its own.
     """
 
     weight: Tensor
@@ -92,7 +92,7 @@ class MaskedConv2d(_Masked):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, mask: Tensor, pattern: Pattern) -> MaskedConv2d:
-        """``conv`` must pad with zeros by numbers, not by name."""
+        """Return the masked form of a convolution whose padding is zeros and given as numbers, not by name."""
         stride, padding, dilation = (list(map(int, axes)) for axes in (conv.stride, conv.padding, conv.dilation))
         layer = cls(conv.weight, conv.bias, mask, pattern, stride, padding, dilation, conv.groups)
         return layer.train(conv.training)
@@ -109,7 +109,7 @@ class MaskedConv2d(_Masked):
 class ByMode(nn.Module):
     """A number that depends on the training flag, such as the ``dropout_p`` of fused attention.
 
-    Traces are taken in both modes; where they differ in a constant, a node calling this module takes its place.
+    A model is traced in both modes; where the traces differ in a constant, a call of this module replaces it.
     """
 
     def __init__(self, training: float, evaluation: float) -> None:

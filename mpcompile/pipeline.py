@@ -52,8 +52,8 @@ class Pipeline:
 
     Args:
         passes: instances of :class:`mpcompile.passes.base.Pass`.
-        after_each: called after every pass with the pass, the code of the graph before it as text, the graph as it is
-            then, and the decision. :class:`mpcompile.dump.Dump` is one that writes files.
+        after_each: called after every pass with the pass, the code of the graph before it (text), the graph after it,
+            and the decision. For example, a :class:`mpcompile.dump.Dump` writes these to files.
 
     Example:
         >>> [p.name for p in Pipeline()]
@@ -84,7 +84,7 @@ class Pipeline:
         """Run every pass on the imported graph, and check its shapes after every change.
 
         Raises:
-            MPCompileError: a pass refuses the graph, or leaves it with shapes that don't fit.
+            MPCompileError: a pass refuses the graph, or leaves it with shapes that do not fit together.
         """
         gm = model.gm
         output = _shapes(propagate(gm, ctx.inputs))
@@ -105,7 +105,7 @@ class Pipeline:
 
 
 class _Check:
-    """Refuses a changed graph that doesn't fit together, or whose output has other shapes than before."""
+    """Refuses a changed graph if it is inconsistent, or if the shapes of its output have changed."""
 
     def __init__(self, gm: IRModule, ctx: Context, output: Any) -> None:
         self.ctx, self.output, self.stage = ctx, output, spec.stage_of(gm)
@@ -125,7 +125,7 @@ class _Check:
 
 
 def _shapes(value: Any) -> Any:
-    """Shapes of everything that a graph returns."""
+    """Return the shapes of everything that a graph returns."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape)
     if isinstance(value, (tuple, list)):
@@ -151,7 +151,7 @@ def transform(
     seed: int = 0,
     dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
-    """Analyse, mask and merge: a model -> a trainable fx.GraphModule whose weights keep their names.
+    """Analyse and mask a model and merge its tokens: return a trainable fx.GraphModule whose weights keep their names.
 
     The model itself is not changed. The result follows ``train()`` and ``eval()``. It can be trained (gradients of
     masked weights are zero), deep-copied, saved with :func:`mpcompile.save`, and lowered with
@@ -168,21 +168,21 @@ def transform(
         pipeline: passes to run instead of the default ones.
         statistics: a folder for the moments of every layer, from which an interrupted run on the same weights, data
             and options resumes.
-        memory: bytes that calibration statistics may take, and again the activations held between layers. Beyond that,
-            statistics are kept as diagonal blocks, and activations are written to a temporary folder.
+        memory: maximum bytes of calibration statistics, and also of the activations held between layers. Beyond that,
+            statistics are reduced to diagonal blocks, or to the diagonal, and activations go to a temporary folder.
         prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn.
-        prior_weight: alpha of that Hamming prior.
-        calibrate: ``"pruned_to_dense"`` takes the statistics of a layer behind the pruned layers before it, and fits it
-            towards the outputs of the dense model: all the way in models with BatchNorm, whose statistics are then
-            re-estimated, else a quarter of the way; ``"pruned"`` fits each layer to the outputs of its own weights on
-            pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which is faster and less
-            accurate.
+        prior_weight: the weight alpha of that Hamming prior.
+        calibrate: ``"pruned_to_dense"`` takes each layer's statistics from the outputs of the pruned layers before it,
+            and fits the layer towards the outputs of the dense model: all the way in models with BatchNorm, whose
+            statistics are then re-estimated, else a quarter of the way; ``"pruned"`` fits each layer to the outputs of
+            its own weights on pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which
+            is faster and less accurate.
         seed: seeds every random choice.
         dump: a folder for the graph before and after every pass, as readable Python with a diff; see
-            :class:`mpcompile.dump.Dump`. ``MPCOMPILE_DUMP=FOLDER`` asks for it without a change of code.
+            :class:`mpcompile.dump.Dump`. Setting the environment variable ``MPCOMPILE_DUMP`` to a folder does the same.
 
     Raises:
-        MPCompileError: the model can't be traced, an option is wrong, no layer is eligible, or the data doesn't fit.
+        MPCompileError: the model cannot be traced, an option is wrong, no layer is eligible, or the data does not fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
@@ -261,7 +261,7 @@ def lower(
 
 
 def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
-    """The plan that a graph carries, or None if it was never transformed."""
+    """Return the plan that a graph carries, or None if it was never transformed."""
     try:
         return gm.plan if isinstance(gm, IRModule) else None
     except GraphError:
@@ -269,7 +269,7 @@ def plan_of(gm: torch.fx.GraphModule) -> Plan | None:
 
 
 def transformed(imported: Imported) -> bool:
-    """True if a graph comes from :func:`transform`: it has a plan, or (a captured graph has none) our operators."""
+    """Return True if :func:`transform` made a graph: it has a plan or, as captured graphs have none, our operators."""
     return (
         plan_of(imported.gm) is not None
         or any(spec.operator_of(node) for node in imported.gm.graph.nodes)
@@ -289,7 +289,7 @@ def complete(
 
 
 def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
-    """The plan of a run: that of earlier runs, the masks that the graph already has, and the options of this run."""
+    """Return the plan that a run starts with: that of earlier runs, the graph's masks, and the options of this run."""
     before = plan_of(imported.gm)
     plan = Plan() if before is None else copy.deepcopy(before)
     options, old = config.to_dict(), plan.config
@@ -302,7 +302,7 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
         kept += [key for key in old if not key.startswith(("tome_", "prefix_", "engine", "frozen"))]
     plan.config = {**options, **{key: old[key] for key in kept}}
     plan.notes = list(dict.fromkeys([*plan.notes, *imported.notes]))
-    plan.figures = {}  # they were measured on the module before this run
+    plan.figures = {}  # the old ones were measured on the module before this run
     for layer in layers(imported.gm, imported.lifted):
         if layer.pattern is not None:
             fresh = LayerPlan(layer.kind, tuple(layer.weight.tensor.shape))
@@ -385,16 +385,16 @@ def _check_needs(pipeline: Pipeline, config: Config) -> None:
 
 
 def _checked(prior: Mapping[str, torch.Tensor], model: Imported) -> Mapping[str, torch.Tensor]:
-    """Source masks, each checked against the weight that it is for.
+    """Return the source masks after checking each against its weight.
 
     Raises:
-        InputError: an unknown layer, or a mask of another shape or type.
+        InputError: an unknown layer, or a mask of the wrong shape or type.
     """
     shapes = {layer.name: layer.weight.tensor.shape for layer in layers(model.gm, model.lifted)}
     for name, mask in prior.items():
         if name not in shapes:
-            raise InputError("prior names a layer that isn't in the graph", layer=name, expected=", ".join(shapes))
+            raise InputError("prior names a layer that is not in the graph", layer=name, expected=", ".join(shapes))
         if mask.shape != shapes[name] or mask.dtype != torch.bool:
             found, expected = f"{tuple(mask.shape)}, {mask.dtype}", f"{tuple(shapes[name])}, torch.bool"
-            raise InputError("a source mask doesn't fit", layer=name, expected=expected, found=found)
+            raise InputError("a source mask does not fit", layer=name, expected=expected, found=found)
     return prior

@@ -1,4 +1,4 @@
-"""Plan: what every pass decided, layer by layer, as data, as JSON, and as a readable table."""
+"""Plan: the decisions of every pass, layer by layer, as data, as JSON, and as a readable table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpcompile.io.reading import parse_json
 from mpcompile.io.schema import Between, Length, Natural, check
 from mpcompile.kernels import ops
 
-_CELL, _LINE = 200, 560  # most characters printed of a name or reason, and of a remark
+_CELL, _LINE = 200, 560  # maximum characters that are printed of a name or reason, and of a remark
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Macs:
     """Multiply-accumulates per sample (convolution, linear and attention products; nothing elementwise).
 
     Attributes:
-        dense: of the model before any pass.
-        executed: of the graph as it runs. A masked layer counts as n/m only if its stored weight is legal N:M.
-        paper: as ``executed``, but everything between a token merge and the next residual addition is charged at the
+        dense: MACs of the model before any pass.
+        executed: MACs of the graph as it runs. A masked layer counts as n/m only if its stored weight is legal N:M.
+        paper: like ``executed``, but everything between a token merge and the next residual addition is charged at the
             token count before the merge (the convention of arXiv 2606.02608).
-        matching: for finding which tokens to merge and averaging them; included in neither of the two above.
+        matching: MACs for choosing the tokens to merge and averaging them; not included in the other three.
     """
 
     dense: int
@@ -49,13 +49,13 @@ class Macs:
 
 @dataclass
 class LayerPlan:
-    """One weight.
+    """The decisions about one weight.
 
     Attributes:
         kind: ``"linear"``, ``"conv2d"`` or ``"other"``.
-        shape: of the weight.
+        shape: shape of the weight.
         pattern: ``"N:M"``, or ``"dense"``.
-        reason: why it stays dense, or None.
+        reason: why the weight stays dense, or None.
         density: share of the values that the mask keeps.
         macs_dense, macs_executed: multiply-accumulates per sample, before and after.
         notes: pass name -> what that pass did to the layer.
@@ -72,12 +72,12 @@ class LayerPlan:
 
 
 def is_lowered(gm: fx.GraphModule, plan: Plan) -> bool:
-    """True if the masked layers of a graph are packed, or run dense without a mask."""
+    """Return True if a graph was lowered: its masked layers are packed, or run dense without a mask."""
     return any(record.name == "lower" for record in plan.passes) or any(n.target in ops.PACKED for n in gm.graph.nodes)
 
 
 def _why(layer: LayerPlan) -> str:
-    """Why a layer is dense, or the score that chose its mask; and why it was allocated its pattern."""
+    """Return why a layer is dense, or the score that chose its mask; and why it was allocated its pattern."""
     first = layer.reason or layer.notes.get("mask", {}).get("score", "")
     budget = layer.notes.get("allocate", {}).get("why")
     return f"{first}: {budget}" if budget else first
@@ -92,7 +92,7 @@ class PassRecord:
     summary: str
 
 
-# The types that a plan's JSON must have where readers of a plan rely on them. It may hold more.
+# Types of the fields of a plan's JSON that readers of a plan rely on. It may hold other fields.
 
 
 class _Analyzed(TypedDict, total=False):
@@ -165,7 +165,7 @@ class _Macs:
 
 
 class Data(TypedDict, total=False):
-    """How images are prepared for a model, as :func:`mpcompile.data.images.data_config` gives it."""
+    """How images are prepared for a model, as returned by :func:`mpcompile.data.images.data_config`."""
 
     input_size: Annotated[list[Annotated[int, Between(1, 1 << 14)]], Length(3)]
     interpolation: str
@@ -199,7 +199,7 @@ class _Row(TypedDict, total=False):
 
 
 class Figures(TypedDict, total=False):
-    """The measurements of an audit that are read again."""
+    """The measurements of an audit that other code reads back from a plan."""
 
     rows: list[_Row]
     environment: dict[str, Any]
@@ -231,13 +231,13 @@ def _check_config(config: dict[str, Any]) -> None:
 
 @dataclass
 class Plan:
-    """What was decided for a model.
+    """The decisions for a model.
 
     Attributes:
-        config: as :meth:`mpcompile.Config.to_dict` gives it.
-        layers: by name, in the graph's order.
+        config: the options, as returned by :meth:`mpcompile.Config.to_dict`.
+        layers: the entry of every layer by name, in graph order.
         passes: the passes that ran, in order.
-        macs: of the whole model.
+        macs: MACs of the whole model.
         notes: remarks about the whole model.
         tokens: number of tokens before the first merge and after each.
         provenance: where model and data came from (JSON values), as a command such as ``mpcompile compile`` enters it.
@@ -261,7 +261,7 @@ class Plan:
 
     @property
     def masked(self) -> list[str]:
-        """Names of the layers that carry a mask."""
+        """Names of the layers that have a mask."""
         return [name for name, layer in self.layers.items() if layer.pattern != "dense"]
 
     def note(self, text: str) -> None:
@@ -270,19 +270,19 @@ class Plan:
             self.notes.append(text)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the plan as plain JSON values."""
         return json.loads(self.to_json())
 
     def to_json(self, indent: int | None = None) -> str:
-        """The whole plan as JSON."""
+        """Return the whole plan as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Inverse of :meth:`to_json`.
+        """Read a plan from the JSON text of :meth:`to_json`.
 
         Raises:
-            InputError: not the JSON of a plan.
+            InputError: the text is not the JSON of a plan.
         """
         try:
             data = parse_json(text)
@@ -295,7 +295,7 @@ class Plan:
             raise InputError("this is not the JSON of a plan", found=str(error)) from error
 
     def table(self) -> str:
-        """One row per layer."""
+        """Return a table with one row per layer."""
         rows = []
         for name, layer in self.layers.items():
             mp = layer.notes.get("analyze", {})

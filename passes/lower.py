@@ -35,7 +35,7 @@ class Slot:
     Attributes:
         name: the layer.
         weight, mask: the nodes that held the dense weight and its mask; None inside a module.
-        chosen: the mask.
+        chosen: the mask that the weight is packed under.
         buffers: the packed tensors, by their names in the engine.
     """
 

@@ -28,7 +28,7 @@ __getattr__ = renamed(__name__, {"Images": "data.loader.ImageOptions"})
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How images are read and augmented; the ``data`` of a recipe.
+    """Options for reading and augmenting images; the ``data`` part of a recipe.
 
     Attributes:
         batch: images per optimiser step, over all ranks.

@@ -1,9 +1,9 @@
 """Rules: what each aten operator does to the axes of its operands, as a table by operator name.
 
-A rule takes the walk's :class:`Axes`, a node and fresh axes of the node's result. It unifies what the operator ties
-together, and returns the axes of the result (a list of them where it yields several tensors), or None where it cannot
-follow this call, whose operands are then frozen. To teach the analysis another operator, write such a function under
-``@rule("name")``.
+A rule takes the walk's :class:`Axes`, a node and fresh axes of the node's result. It unifies the axes that the operator
+ties together, and returns the axes of the result (a list of them where it yields several tensors), or None where it
+cannot follow this call, whose operands are then frozen. To teach the analysis another operator, write such a function
+under ``@rule("name")``.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def unmerged(plan: Plan) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Merges(Decision):
-    """Where tokens merge, and how many.
+    """The blocks in which tokens merge, and how many merge there.
 
     Attributes:
         r: tokens to merge, one number per site; empty if nothing merges.

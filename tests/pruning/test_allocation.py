@@ -270,7 +270,7 @@ def test_graphs_of_one_model_share_one_allocation():
     [
         ({"mac_reduction": 1.5}, "no share"),
         ({"mac_reduction": 0.5, "pattern": "dense"}, "masks nothing"),
-        ({"patterns": ("2:4",)}, "goes with mac_reduction"),
+        ({"patterns": ("2:4",)}, "is only for mac_reduction"),
         ({"mac_reduction": 0.5, "patterns": ("dense",)}, "only dense layers"),
         ({"mac_reduction": 0.5, "patterns": ("5:4",)}, "1 <= N <= M"),
         ({"mac_reduction": 1}, "wrong type"),

@@ -17,7 +17,7 @@ KERNELS = [*shlex.split(build.FLAGS), "-I", str(HERE)]
 
 
 def units():
-    """Name of each translation unit -> its source file and compiler flags."""
+    """Map the name of each translation unit to its source file and compiler flags."""
     found = {f"cpu.cpp {isa}": (HERE / "cpu.cpp", [*KERNELS, *shlex.split(flags)]) for isa, flags in build.ISAS.items()}
     for lanes in (4, 8, 16):
         flags = ["-std=c++17", "-O1", "-fopenmp", "-Wno-psabi", f"-DMPCOMPILE_LANES={lanes}", "-I", str(HERE)]
@@ -31,7 +31,7 @@ UNITS = units()
 
 
 def compiled(source, flags, folder):
-    """Exit status and messages. Flags keep their optimization level: some warnings come from the optimizer."""
+    """Return exit status and messages. Flags keep their optimization level: some warnings come from the optimizer."""
     command = [*build.compiler(), *(flag for flag in flags if flag != "-shared"), *STRICT, "-c", str(source)]
     done = subprocess.run(
         [*command, "-o", str(folder / "unit.o")], capture_output=True, text=True, timeout=300, check=False
@@ -40,7 +40,7 @@ def compiled(source, flags, folder):
 
 
 def skip_unless_it_builds(flags, folder):
-    """A compiler for another processor does not know these instruction sets."""
+    """Skip a test if the compiler, as one for another processor, does not know these instruction sets."""
     empty = folder / "empty.cpp"
     empty.write_text("int main() { return 0; }\n")
     status, output = compiled(empty, flags, folder)

@@ -67,7 +67,7 @@ def changed(change):
     return type("Changed", (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-REASONS = {  # in the words of g++ and clang++
+REASONS = {  # as g++ and clang++ word it
     "swapped": "static.assertion failed",
     "missing": "only 9 names provided|decomposes into 10 elements, but only 9",
     "more": "no member named .*extra|has no member .*extra",

@@ -22,7 +22,7 @@ from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
 from tests.support.helpers import relative
 
 SPEC = LayerSpec((8, 16), torch.float32, torch.device("cpu"), Pattern(2, 4))
-FLAGS = build.FLAGS.replace("-O3", "-O0")  # to build fast
+FLAGS = build.FLAGS.replace("-O3", "-O0")  # builds fastest
 CACHES = (build.load, build.unavailable, build._version, native.kernels)
 SCRIPT = """
 import json, os, pathlib, re, sys, torch
@@ -208,7 +208,7 @@ def test_a_library_without_the_functions_is_built_again(caplog, tmp_path):
     ],
 )
 def test_a_librarys_name_depends_on_every_file_it_is_compiled_from(sources, flags):
-    """A header missing from the list could change without a new build."""
+    """If a header were missing from the list, its changes would cause no new build."""
     here = Path(build.__file__).parent
     command = [*build.compiler(), *shlex.split(flags), "-MM", str(here / sources[0])]
     rule = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -291,7 +291,7 @@ def test_threads_and_openmp(built):
 
 @pytest.fixture
 def mine(built):
-    """A good library where this process looks for it."""
+    """A good library in the place where this process looks for it."""
     path = place()
     path.parent.mkdir(parents=True, mode=0o700)
     path.write_bytes(built)
@@ -334,7 +334,7 @@ def test_a_library_that_others_could_have_written_is_not_loaded(what, mine, tmp_
     assert made.stat().st_mode & 0o077 == 0 and not made.is_symlink()
     assert build._find(made.name, build._folders()) == made
     if what in ("file", "group", "link", "owner"):
-        assert made == mine  # a good folder keeps the new one
+        assert made == mine  # in a safe folder, a new library replaces it
     else:
         assert made.parent == store.temporary_folder()
 
@@ -354,6 +354,7 @@ def test_without_a_home_caches_are_among_temporary_files(home, monkeypatch, tmp_
         monkeypatch.delenv(name, raising=False)
     if home is not None:
         monkeypatch.setenv("HOME", home)
-    monkeypatch.setattr(store.os.path, "expanduser", lambda path: home or path)  # a user without an entry has none
+    # Without an entry in the user database, expanduser returns the path as it is.
+    monkeypatch.setattr(store.os.path, "expanduser", lambda path: home or path)
     assert store.cache_folder() == tmp_path / f"mpcompile-{os.getuid()}"
     assert build.unavailable() is None and works()

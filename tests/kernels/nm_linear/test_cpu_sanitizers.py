@@ -76,7 +76,7 @@ def environment():
     for name in (
         "libasan.so",
         "libstdc++.so",
-    ):  # the second library, since ASan has to find the function that throws exceptions
+    ):  # the second, since ASan has to find the function that throws exceptions
         asked = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
         files.append(asked.stdout.strip())
     if not all(os.path.isabs(file) and Path(file).is_file() for file in files):
@@ -113,7 +113,7 @@ def calls():
     return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-def test_the_kernels_own_tests_find_nothing():
+def test_the_kernels_own_tests_report_nothing():
     chosen = "test_gemm or test_mlp or test_no_tokens or test_values or test_large or (test_convolution and 2-4)"
     done = run(
         "-m", "pytest", "-qsx", "-p", "no:cacheprovider", "tests/kernels/nm_linear/test_cpu_kernels.py", "-k", chosen
@@ -148,7 +148,7 @@ def test_undefined_behaviour_is_detected():
 
 
 SWEEP = Path(__file__).parents[2] / "support/kernel_sweep.cpp"
-EVERY = int(os.environ.get("MPCOMPILE_TEST_SWEEP", "61"))  # 1: the whole product of cases
+EVERY = int(os.environ.get("MPCOMPILE_TEST_SWEEP", "61"))  # 1: every case
 
 
 @pytest.fixture(scope="module")
