@@ -35,7 +35,7 @@ def replay_orders(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Tensor])
     if any("order" not in entry for entry in entries):
         raise GraphError(
             "the plan says that channels were reordered, but not how",
-            hint="make the sparse model again with mpcompile.transform of this version",
+            hint="make the sparse model again with this version's mpcompile.transform",
         )
     gm = import_model(dense, tuple(inputs)).gm
     analysis = analyse(gm, list(inputs))

@@ -121,7 +121,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
         cause = recorder.error if recorder is not None and recorder.error is not None else error
         if not isinstance(cause, OSError):
             raise
-        previous = f"the last checkpoint, {path}, is intact" if path.exists() else "there was none before"
+        previous = f"the last checkpoint, {path}, is intact" if path.exists() else "there is no earlier one"
         raise ArtifactError(
             f"cannot write the checkpoint {path}",
             expected="a writable folder with room",

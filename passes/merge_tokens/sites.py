@@ -278,7 +278,7 @@ def count_prefix(site: Site, lifted: Lifted) -> int:
     """Count the tokens in front that come from parameters, at the concatenations upstream of the first block.
 
     Raises:
-        GraphError: such tokens follow others.
+        GraphError: such tokens come after others.
     """
     prefix = 0
     for node in ancestors(site.residual):
@@ -291,7 +291,7 @@ def count_prefix(site: Site, lifted: Lifted) -> int:
             continue
         if not all(data[data.index(True) :]):
             raise GraphError(
-                "tokens that come from parameters follow the image's",
+                "tokens from parameters come after those of the image",
                 layer=node.name,
                 expected="class, distillation and register tokens in front",
                 found=f"{data.count(False)} of {len(data)} parts, not all of them in front",
