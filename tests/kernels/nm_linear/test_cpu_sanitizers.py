@@ -73,10 +73,7 @@ def environment():
     except build.Unavailable as error:
         return str(error)
     files = []
-    for name in (
-        "libasan.so",
-        "libstdc++.so",
-    ):  # the second, since ASan has to find the function that throws exceptions
+    for name in ("libasan.so", "libstdc++.so"):  # the second too: ASan has to find the function that throws exceptions
         asked = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
         files.append(asked.stdout.strip())
     if not all(os.path.isabs(file) and Path(file).is_file() for file in files):
