@@ -43,9 +43,9 @@ def skip_unless_it_builds(flags, folder):
     """Skip a test if the compiler, as one for another processor, does not know these instruction sets."""
     empty = folder / "empty.cpp"
     empty.write_text("int main() { return 0; }\n")
-    status, said = compiled(empty, flags, folder)
+    status, output = compiled(empty, flags, folder)
     if status:
-        pytest.skip(f"the compiler rejects the flags: {said.strip()[-200:]}")
+        pytest.skip(f"the compiler rejects the flags: {output.strip()[-200:]}")
 
 
 def test_every_source_is_compiled():
@@ -69,8 +69,8 @@ def test_a_warning_is_detected(unit, tmp_path):
     included = '#include "vec.h"\n' if source.name == "cpu.cpp" else ""
     bad = tmp_path / "bad.cpp"
     bad.write_text(included + "int f(int unused) { return 0; }\n")
-    status, said = compiled(bad, flags, tmp_path)
-    assert status != 0 and "unused" in said
+    status, output = compiled(bad, flags, tmp_path)
+    assert status != 0 and "unused" in output
     bad.write_text(included + "int g(int n) { int x; if (n > 3) x = n; return n > 2 ? x : 0; }\n")
-    status, said = compiled(bad, flags, tmp_path)
-    assert status != 0 and "uninitialized" in said
+    status, output = compiled(bad, flags, tmp_path)
+    assert status != 0 and "uninitialized" in output

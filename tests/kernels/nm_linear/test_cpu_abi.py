@@ -77,8 +77,8 @@ REASONS = {  # as g++ and clang++ word it
 
 @pytest.mark.parametrize("change", REASONS)
 def test_a_struct_that_differs_is_detected(tmp_path, change):
-    status, said = compiled(tmp_path, {"NmLinear": changed(change)})
-    assert status != 0 and re.search(REASONS[change], said)
+    status, output = compiled(tmp_path, {"NmLinear": changed(change)})
+    assert status != 0 and re.search(REASONS[change], output)
 
 
 def test_a_field_in_place_of_padding_is_detected(tmp_path):

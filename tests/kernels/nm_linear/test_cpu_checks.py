@@ -177,7 +177,7 @@ PATTERNS = [(n, m) for m in range(1, MAX_M + 1) for n in range(1, m + 1)]
 
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 3), (5, 5), (7, 7), (1, 7), (11, 11)])
 def test_one_description_of_sizes_and_bounds(kernel):
-    """Sizes from packing are those that the operators' check expects and a file may hold, for every N:M."""
+    """Packing, the operators' check and the check of files agree on sizes and bounds, for every N:M."""
     for n, m in PATTERNS:
         shape = (2, m * (1 + m % 3), *kernel)
         cut = layouts.Cut.of(shape, ROWS, m)

@@ -36,7 +36,7 @@ class Movement(Operands):
         if i.parts[1] == "try_wait":
             address, parity = self.one(self.address(i.args[1])), self.one(self.bits(i.args[2]))
             if address not in self.barriers:
-                raise Fault("a wait for an mbarrier that wasn't initialised")
+                raise Fault("a wait for an mbarrier that was not initialised")
             for land in self.transfers.pop(address, []):
                 land()
             barrier = self.barriers[address]

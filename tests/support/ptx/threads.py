@@ -82,7 +82,7 @@ class Operands:
         elif a in self.program.parameters:
             number = PARAMETERS + self.program.parameters.index(a)
         else:
-            raise Fault(f"{a} is read before it is written, or isn't known")
+            raise Fault(f"{a} is read before it is written, or is unknown")
         return np.full(self.threads, number, U64)
 
     def unsigned(self, a: str, width: int) -> np.ndarray:
