@@ -1,4 +1,4 @@
-"""Griffe extension: docstrings as the site shows them. Roles become code or links, examples become code blocks."""
+"""Griffe extension that adapts docstrings to the site: roles become code or links, examples become code blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mkdocs hook: the page of the command line shows what every command prints for ``--help``."""
+"""mkdocs hook: puts the ``--help`` text of every command on the page of the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 def commands() -> str:
     """Markdown: a heading and the help text for each command."""
-    os.environ["COLUMNS"] = "110"  # argparse wraps by it
+    os.environ["COLUMNS"] = "110"  # argparse wraps at this width
     from mpcompile.cli import parser
 
     actions = parser()._actions

@@ -310,7 +310,7 @@ def bind(node: Node) -> Any:
 
 
 def try_bind(node: Node) -> Any:
-    """As :func:`bind`; None if the node calls another operator or lacks arguments, as a damaged file may have it."""
+    """As :func:`bind`; None if the node calls another operator or lacks arguments, as in a damaged file."""
     try:
         return bind(node)
     except (KeyError, TypeError):

@@ -48,32 +48,32 @@ class Norm:
 
 
 def norm_of(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> Norm | None:
-    """Return a node as a BatchNorm over the channels of images, or None if it is anything else."""
+    """Return the BatchNorm over the channels of images that a node computes, or None if it computes anything else."""
     if node.op == "call_module":
         module: Any = gm.get_submodule(str(node.target))
         if f"{type(module).__module__}.{type(module).__qualname__}" not in _MODULES:
             return None
-        given = [getattr(module, key) for key in _TENSORS]
+        operands = [getattr(module, key) for key in _TENSORS]
         training, eps = module.training, module.eps
         obstacle = "its BatchNorm has hooks" if module._forward_hooks or module._forward_pre_hooks else None
     elif node.op == "call_function" and (node.target is F.batch_norm or node.target in _TORCH_ORDER):
         positions = _TORCH_POSITIONS if node.target in _TORCH_ORDER else _POSITIONS
-        given = [argument(node, place, key) for place, key in zip(positions, _TENSORS, strict=True)]
+        operands = [argument(node, place, key) for place, key in zip(positions, _TENSORS, strict=True)]
         training, eps = argument(node, 5, "training", False), argument(node, 7, "eps", 1e-5)
         obstacle = None
     else:
         return None
-    tensors = [parameter(gm, value, lifted) for value in given]
+    tensors = [parameter(gm, value, lifted) for value in operands]
     mean, variance, weight, bias = tensors
-    return Norm(mean, variance, weight, bias, eps, _norm_obstacle(given, tensors, training, eps) or obstacle)
+    return Norm(mean, variance, weight, bias, eps, _norm_obstacle(operands, tensors, training, eps) or obstacle)
 
 
-def _norm_obstacle(given: Sequence[Any], tensors: Sequence[Tensor | None], training: Any, eps: Any) -> str | None:
+def _norm_obstacle(operands: Sequence[Any], tensors: Sequence[Tensor | None], training: Any, eps: Any) -> str | None:
     if training is not False:
         return "its BatchNorm is in training mode"
-    if given[0] is None or given[1] is None:
+    if operands[0] is None or operands[1] is None:
         return "its BatchNorm has no running statistics"
-    if any(value is not None and tensor is None for value, tensor in zip(given, tensors, strict=True)):
+    if any(value is not None and tensor is None for value, tensor in zip(operands, tensors, strict=True)):
         return "its BatchNorm's parameters are computed"
     if not isinstance(eps, (int, float)):
         return "its BatchNorm's eps varies from call to call"
@@ -140,7 +140,7 @@ class FoldNorm(Pass):
 def _fold(gm: IRModule, layer: LayerOp, lifted: Lifted) -> None:
     norm_node = next(iter(layer.node.users))
     norm = norm_of(gm, norm_node, lifted)
-    assert norm is not None  # plan() found it
+    assert norm is not None  # plan() has checked it
     weight, bias = _folded(layer.weight.tensor, parameter(gm, layer.bias, lifted), norm)
     new = end = folded_call(gm, layer, weight, bias)
     new.meta = dict(layer.node.meta)

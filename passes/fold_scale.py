@@ -124,7 +124,7 @@ class FoldScale(Pass):
 
 def _fold(gm: IRModule, layer: LayerOp, ctx: Context) -> None:
     scaled = _scaled(gm, layer, ctx)
-    assert scaled is not None  # plan() found it
+    assert scaled is not None  # plan() has checked it
     chain, factor = scaled
     weight, bias = layer.weight.tensor.detach(), parameter(gm, layer.bias, ctx.lifted)
     rows = factor.detach().double().reshape(-1)

@@ -27,7 +27,7 @@ PACKED = "packed"
 
 @dataclass
 class Slot:
-    """One lowered weight: where it comes from, and the buffers that hold its packed form.
+    """One lowered weight: its origin, and the buffers that hold its packed form.
 
     :meth:`fill` packs another weight of the same shape into the same buffers, so that compiled code that holds them
     sees it.
@@ -35,7 +35,7 @@ class Slot:
     Attributes:
         name: the layer.
         weight, mask: the nodes that held the dense weight and its mask; None inside a module.
-        chosen: the mask.
+        chosen: the mask that the weight is packed under.
         buffers: the packed tensors, by their names in the engine.
     """
 

@@ -1,4 +1,4 @@
-"""Old import paths: each resolves, warns, and leaves the public functions of the same names alone."""
+"""Old import paths: each resolves, warns, and does not affect the public functions of the same names."""
 
 import importlib
 import pickle

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # In fp32, the order of addition changes a cosine over D channels by at most 4 D 2^-24: 2^-14 for 256 channels, 2^-12
-# for 1024. Keys in bf16 only resolve about 2^-9, so that nothing a model relies on is lost.
+# for 1024. Keys in bf16 only resolve about 2^-9: the tolerance loses nothing that a model relies on.
 TIE = 2.0**-12
 CHANNELS = 8  # channels added to keys that carry log(size): flash attention reads multiples of 8
 
@@ -146,7 +146,7 @@ def _match(keys: Tensor, even: int, odd: int) -> tuple[Tensor, Tensor]:
 def _split(best: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Order the tokens of A: first those that stay, then the ``r`` that merge, each part in its old order.
 
-    The cut is found by comparing and counting, without a sort, which Inductor compiles into a small fused loop.
+    The cut is found by comparing and counting instead of sorting: Inductor compiles this into a small fused loop.
 
     Args:
         best: (B, A), finite.

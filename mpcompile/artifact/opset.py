@@ -27,8 +27,10 @@ LISTED = "something on the lists in mpcompile/artifact/"
 
 
 class Refusal(Exception):
-    """Raised for anything that a file cannot or may not contain; the caller turns it into an ArtifactError that names
-    the file."""
+    """Raised for anything that a file cannot or may not contain.
+
+    The caller turns it into an ArtifactError that names the file.
+    """
 
     def __init__(self, message: str, *, expected: object = None, found: object = None, hint: str | None = None) -> None:
         self.message, self.expected, self.found, self.hint = message, expected, found, hint

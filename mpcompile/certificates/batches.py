@@ -14,9 +14,9 @@ from mpcompile.data.batches import read as read_loader
 from mpcompile.data.labels import Labels
 from mpcompile.errors import InputError, MPCompileError
 
-_BYTES = 1 << 29  # the most float64 activations that a chunk may hold at once
+_BYTES = 1 << 29  # maximum bytes of float64 activations in a chunk
 _COPIES = 6  # an enclosure has up to five parts, in addition to the value itself
-_MOST = 256  # samples per chunk; small models gain nothing from more
+_MOST = 256  # maximum samples per chunk; small models gain nothing from more
 
 Chunk = tuple[list[Tensor], Tensor | None]
 

@@ -1,4 +1,4 @@
-"""Bounds: from a change of logits to labels, cross-entropy, penalty, and unseen data. Pure functions of tensors.
+"""Bounds: the effect of a change of logits on labels, cross-entropy, penalty and unseen data. Pure functions.
 
 Source, unless stated otherwise: arXiv 2606.02608, section on certificates. Forms sharper than the paper's are marked.
 """

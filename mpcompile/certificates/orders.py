@@ -35,7 +35,7 @@ def replay_orders(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Tensor])
     if any("order" not in entry for entry in entries):
         raise GraphError(
             "the plan says that channels were reordered, but not how",
-            hint="make the sparse model again with mpcompile.transform of this version",
+            hint="make the sparse model again with this version's mpcompile.transform",
         )
     gm = import_model(dense, tuple(inputs)).gm
     analysis = analyse(gm, list(inputs))
@@ -58,8 +58,8 @@ def replay_orders(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Tensor])
 
 def _orders(entries: Sequence[Mapping[str, Any]], analysis: ChannelAnalysis, uses: Mapping[str, LayerOp]) -> Orders:
     """The orders that the plan's entries describe, for the channels of this graph."""
-    wanted = [name for entry in entries for name in entry["layers"]]
-    candidates = classes(analysis, {name: uses[name] for name in wanted if name in uses})
+    names = [name for entry in entries for name in entry["layers"]]
+    candidates = classes(analysis, {name: uses[name] for name in names if name in uses})
     orders: Orders = {}
     for entry in entries:
         channels = next((c for c in candidates if entry["layers"][0] in c.readers), None)

@@ -34,7 +34,7 @@ class Network:
     """A traced module.
 
     Attributes:
-        graph: its aten graph.
+        graph: aten graph of the module.
         tensors: the tensor of each placeholder of a parameter or buffer.
         names: the dotted name of each of these.
         inputs: the placeholders of the model's inputs, in order.
@@ -260,7 +260,7 @@ def _difference(s: fx.Node, d: fx.Node, sparse: Network, dense: Network) -> str:
 def _steps(network: Network, new: dict[fx.Node, Tensor]) -> Iterator[Step]:
     """The replacements of tensors by ``new``, in the graph's order."""
     changed = {n for n, t in network.tensors.items() if not torch.equal(t, new[n])}
-    step: Step | None = None  # the one that may still grow
+    step: Step | None = None  # the step that later nodes may still join
     for node in _calls(network.graph):
         moved = [n for n in node.all_input_nodes if n in changed]
         if not moved:

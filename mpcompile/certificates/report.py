@@ -16,7 +16,7 @@ DETERMINISTIC, PROBABLE, NONE = "deterministic", "high probability", "not certif
 
 @dataclass(frozen=True)
 class Statement:
-    """One sentence and what it rests on.
+    """One sentence and its basis.
 
     Attributes:
         kind: ``"deterministic"`` (about these samples, without assumptions), ``"high probability"`` (assumes that the
@@ -95,7 +95,7 @@ class Certificates:
         classes: number of logits.
         disagreements: samples for which the two models, run in their own precision, give different labels.
         allowance: largest rounding allowance of a logit.
-        l1, l2: as given to :func:`mpcompile.certify`.
+        l1, l2: as passed to :func:`mpcompile.certify`.
         ce_change: measured change of the mean cross-entropy; None without labels.
         violations: number of bounds that a measured change exceeded. Anything but 0 is a defect in the bounds or the
             machine.

@@ -102,7 +102,7 @@ class Work:
                     raise GraphError(
                         f"no enclosure across a change of structure: {difference}",
                         expected="two models that differ in weights alone",
-                        hint="ask for tiers=(0,), which is measured, or give a dense model of the same structure",
+                        hint="request tiers=(0,), which only measures, or pass a dense model of the same structure",
                     ) from difference
                 return None
             for tensors, logits, which in zip((pair.dense, pair.sparse), expected, ("dense", "sparse"), strict=True):

@@ -47,9 +47,9 @@ def command(commands: Commands, name: str, *, help: str, description: str, examp
         epilog=f"example:{lines}\n\nexit status: {EXITS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loud = job.add_mutually_exclusive_group()
-    loud.add_argument("--quiet", action="store_true", help="show no progress bars and no warnings")
-    loud.add_argument("--verbose", action="store_true", help="log each step, and show tracebacks of errors")
+    verbosity = job.add_mutually_exclusive_group()
+    verbosity.add_argument("--quiet", action="store_true", help="show no progress bars and no warnings")
+    verbosity.add_argument("--verbose", action="store_true", help="log each step, and show tracebacks of errors")
     return job
 
 

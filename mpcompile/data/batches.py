@@ -152,7 +152,7 @@ def forward(module: Any, images: Tensor, who: str) -> Any:
             raise
         raise InputError(
             f"the {who} fails on a batch: {_message(error)}",
-            expected="images as the model accepts them",
+            expected="images that the model accepts",
             found=f"{tuple(images.shape)}, {images.dtype}",
         ) from error
 
@@ -218,7 +218,7 @@ def check_logits(student: Any, teacher: Any) -> int:
     if student.shape != teacher.shape:
         raise InputError(
             "student and teacher have different classes",
-            expected=f"{teacher.shape[1]}, as the teacher",
+            expected=f"{teacher.shape[1]}, as in the teacher",
             found=student.shape[1],
             hint="distil from the dense model that the student was made from",
         )

@@ -259,7 +259,7 @@ def check_classes(source: Any, classes: int, class_map: str = "") -> None:
     if count and count != classes:
         raise InputError(
             "data and model have different classes",
-            expected=f"{classes}, as the model",
+            expected=f"{classes}, as in the model",
             found=f"{count} ({listed(class_names(source))}{_lines_of(class_map)})",
             hint="name the model's classes in order with --class-map FILE, or pass a model of these classes "
             "(--checkpoint FILE --num-classes N)",

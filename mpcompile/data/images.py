@@ -1,8 +1,8 @@
 """Image files in batches, resized and normalised as a model's data configuration says.
 
 :func:`images_at` (a folder or an .npz file) and :func:`folder` return :class:`Images`: batches that are read from disk
-each time they are iterated, and whose number is known beforehand; ``notes`` says what was left out. Which files are
-read is decided in :mod:`mpcompile.data.sources`.
+each time they are iterated, and whose number is known beforehand; ``notes`` reports omissions.
+:mod:`mpcompile.data.sources` decides which files are read.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Images:
         data: see :func:`data_config`.
         batch: images per batch; the last one may be smaller.
         labels: class numbers, or None.
-        notes: remarks to show beside results: what was left out, and why there are no labels.
+        notes: remarks to show beside results: files left out, and why there are no labels.
     """
 
     paths: list[Path]

@@ -116,7 +116,7 @@ def check_range(labels: Tensor, classes: int | None, what: str = "a label") -> N
     """Check that labels are between 0 and classes - 1.
 
     Args:
-        labels: of any shape.
+        labels: class numbers, of any shape.
         classes: number of the model's classes; None sets no upper bound.
         what: name of a label in the error.
 
@@ -154,7 +154,7 @@ def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
     for label in values.unique():
         members = order[values[order] == label]
         turn[members] = torch.arange(len(members))
-    ranked = order[turn[order].argsort(stable=True)]  # one of every class, then a second one, ...
+    ranked = order[turn[order].argsort(stable=True)]  # one item of every class, then a second one of each, ...
     chosen = ranked[:count]
     return chosen[torch.randperm(count, generator=generator)].tolist()
 
@@ -182,8 +182,8 @@ class Labels:
         """Return the labels of the next batch, int64 on the CPU and without a range check, or None without labels.
 
         Args:
-            batch: as the stream yields it.
-            count: its number of samples.
+            batch: the batch, in the form that the stream yields.
+            count: number of samples in it.
 
         Raises:
             InputError: they are not class numbers, too few, or missing in some batches.

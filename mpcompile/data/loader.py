@@ -28,7 +28,7 @@ __getattr__ = renamed(__name__, {"Images": "data.loader.ImageOptions"})
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How images are read and augmented; the ``data`` of a recipe.
+    """Options for reading and augmenting images; the ``data`` part of a recipe.
 
     Attributes:
         batch: images per optimiser step, over all ranks.
@@ -137,7 +137,7 @@ def loader(
     Args:
         source: from :func:`mpcompile.data.datasets.dataset`.
         model: the model, whose data configuration (size, mean, interpolation; see timm) applies.
-        images: how images are read and augmented.
+        images: options for reading and augmenting images.
         training: shuffled, augmented batches of equal size; otherwise all images once, in order.
         accumulate: batches per optimiser step.
         seed: seed of the order.

@@ -1,4 +1,4 @@
-"""Ranks: the processes that train together, what they exchange, and checks that they run the same code."""
+"""Ranks: the processes that train together, their exchanges, and checks that they run the same code."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def total(*values: float, device: torch.device) -> list[float]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Copy the first rank's BatchNorm statistics and other float buffers to all ranks, which saw different images."""
+    """Copy the first rank's BatchNorm statistics and other float buffers to the other ranks, which saw other images."""
     if active():
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -123,7 +123,7 @@ def lost(error: BaseException) -> bool:
 
 def source_files() -> dict[str, Path]:
     """Return the source files by their path in the package; links to folders, as in a checkout, are followed."""
-    import mpcompile  # for its path: a checkout without links has two folders
+    import mpcompile  # for its path, which has two folders in a checkout without links
 
     files: dict[str, Path] = {}
     for root in mpcompile.__path__:

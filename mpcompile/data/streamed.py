@@ -23,7 +23,7 @@ from mpcompile.data.sources.regular import open_regular, printable
 from mpcompile.errors import InputError
 
 log = logging.getLogger(__name__)
-_BLANK = b"P5 1 1 255\n\0"  # the smallest image, for readers that insist on decoding one
+_BLANK = b"P5 1 1 255\n\0"  # the smallest image, for readers that have to decode one
 _patching = threading.Lock()
 
 
@@ -34,7 +34,7 @@ class Streamed(IterableDataset):
     process that made it. Every pass here starts from an unused copy, so that a pass can be repeated, and reading some
     images beforehand (for calibration) has no side effects.
 
-    In training every rank and worker reads shards of its own, and all of them the same number of images. In evaluation
+    In training every rank and worker reads its own shards, each the same number of images. In evaluation
     every rank decodes all images and takes its share, so that each image counts once whatever the shards' sizes.
 
     Args:

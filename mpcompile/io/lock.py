@@ -25,8 +25,10 @@ log = logging.getLogger(__name__)
 
 
 def _release_in_child() -> None:
-    """Close inherited lock files: otherwise a forked child, such as a loader's worker, could hold its parent's lock
-    after the parent's death."""
+    """Close inherited lock files, so that a forked child does not hold its parent's lock.
+
+    A loader's worker, for example, may outlive its parent.
+    """
     for file in list(_FILES):
         file.close()
 

@@ -52,12 +52,12 @@ class InBf16:
         return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def bf16_build(model: nn.Module, batch: Any, wanted: bool | Callable[..., Any] | None, rounds: int) -> Any:
+def bf16_build(model: nn.Module, batch: Any, choice: bool | Callable[..., Any] | None, rounds: int) -> Any:
     """Return the build for the bf16 row, or None for no such row; see ``dense_bf16`` of :func:`mpcompile.audit`."""
-    if wanted is None:
+    if choice is None:
         tensor = first_tensor(batch)
-        wanted = rounds > 0 and tensor.device.type == "cpu" and tensor.dtype is torch.float32 and has_bf16()
-    return InBf16(model) if wanted is True else wanted or None
+        choice = rounds > 0 and tensor.device.type == "cpu" and tensor.dtype is torch.float32 and has_bf16()
+    return InBf16(model) if choice is True else choice or None
 
 
 def module_of(build: Any) -> Any:

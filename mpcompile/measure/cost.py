@@ -48,7 +48,7 @@ def fill_in_cost(row: Row, build: Any, batch: Any, graphs: Sequence[CompiledGrap
 
 
 def dense_macs(model: nn.Module, batch: Any) -> int | None:
-    """Return the MACs per sample of a module as it is; None if it cannot run on fake tensors or there is no sample."""
+    """Return the MACs per sample of an unchanged module; None without samples, or if it cannot run on fake tensors."""
     samples = first_tensor(batch).shape[0]
     if not samples:
         return None

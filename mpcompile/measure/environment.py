@@ -33,11 +33,11 @@ def environment() -> dict[str, Any]:
         ``mpcompile``, ``python`` and the packages ``torch``, ``timm``, ``triton``, ``numpy``, ``onnxruntime`` and
         ``openvino``: versions. ``system``: operating system and architecture. ``processor``: model name. ``isa``: the
         instruction set of the CPU kernels, or why there is none; ``torch_isa``: that of torch; ``isa_forced``:
-        environment variables that narrow either. ``cores``: logical cores that this process may use; ``threads``: of
-        torch; ``memory_bytes``: of the machine. ``compiler``, ``compiler_version``: the C++ compiler. ``cuda``,
-        ``cuda_driver``: versions; ``cuda_devices``: names. ``cache``: the cache folder; ``cache_bytes``: its size;
-        ``kernel_libraries``: CPU kernel libraries built there; ``timings``: the file of this machine's timings, or
-        None if nothing has been timed.
+        environment variables that narrow either. ``cores``: logical cores that this process may use; ``threads``:
+        threads of torch; ``memory_bytes``: memory of the machine. ``compiler``, ``compiler_version``: the C++ compiler.
+        ``cuda``, ``cuda_driver``: versions; ``cuda_devices``: names. ``cache``: the cache folder; ``cache_bytes``: its
+        size; ``kernel_libraries``: CPU kernel libraries built there; ``timings``: the file of this machine's timings,
+        or None if nothing has been timed.
 
     Example:
         >>> environment()["mpcompile"] == __version__

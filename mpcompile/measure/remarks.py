@@ -90,7 +90,7 @@ def _compare_prediction(report: Report, graphs: Sequence[CompiledGraph]) -> None
 
 
 def _compare_bf16(report: Report) -> None:
-    """Point out a faster bf16 build: another dtype is not part of the bar, but a user who wants speed should know."""
+    """Point out a faster bf16 build: it is not part of the baseline, but a user who wants speed should know of it."""
     row = report.rows[-1]
     other = next((r for r in report.rows if r.name == DENSE_BF16), None)
     if other is None or other.latency_ms is None or row.latency_ms is None or other.latency_ms >= row.latency_ms:

@@ -85,8 +85,10 @@ class _State:
 
 
 def _summed(x: Tensor) -> Tensor:
-    """Return sums over rows, from contiguous memory: each sum is computed by one thread, so that results do not depend
-    on the number of threads."""
+    """Return sums over rows, (..., R) -> (...), float64.
+
+    Contiguous rows are each summed by one thread, so that results do not depend on the number of threads.
+    """
     return x.contiguous().sum(-1).double()
 
 

@@ -73,7 +73,7 @@ def seb_weights(edges: ArrayLike, sparsity: float, beta: ArrayLike, s_d: float) 
 
 
 def layer_weights(edges: Mapping[str, float], sparsity: float) -> dict[str, float]:
-    """:func:`seb_weights` by name, with the paper's preset; names that contain ``attn`` are attention projections.
+    """Return :func:`seb_weights` by layer name, with the paper's preset; names with ``attn`` are attention projections.
 
     Args:
         edges: name of the layer (or of its weight) -> σ₊.

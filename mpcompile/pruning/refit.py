@@ -39,7 +39,7 @@ def least_squares(
         kept: (R, K), the mask.
         steps: maximum number of conjugate-gradient steps, each one product (R, K) x (K, K). The error falls in every
             step.
-        tol: stop when a step lowers the total error of all rows by no more than this share of the rest.
+        tol: stop when a step lowers the total error of all rows by no more than this share of the remaining error.
 
     Returns:
         (R, K), zero outside the mask; the error of no row is larger than that of ``values``.
@@ -68,7 +68,7 @@ def least_squares(
     return torch.where((error(x, target, a) > before)[:, None], values, x)
 
 
-def _inside(a: Tensor, kept: Tensor) -> Tensor:
+def _masked_inverse(a: Tensor, kept: Tensor) -> Tensor:
     """Return the inverse of A (M, M) restricted to each row's kept values (R, M), zero elsewhere: (R, M, M)."""
     both = kept[:, :, None] & kept[:, None, :]
     eye = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
@@ -85,7 +85,7 @@ def _exchange_group(b: Tensor, a: Tensor, kept: Tensor, v: Tensor, limit: int = 
     floor = 1e-6 * (b.square() / a.diagonal()).sum(-1)
     for _ in range(limit):
         k, rhs = kept[active], b[active]
-        p = _inside(a, k)
+        p = _masked_inverse(a, k)
         x = torch.einsum("rij,rj->ri", p, rhs)
         best[active] = x
         pivot = p.diagonal(dim1=-2, dim2=-1).clamp(min=1e-30)
@@ -103,7 +103,7 @@ def _exchange_group(b: Tensor, a: Tensor, kept: Tensor, v: Tensor, limit: int = 
             return best, kept
         kept[active, where // b.shape[1]] = True
         kept[active, where % b.shape[1]] = False
-    best[active] = torch.einsum("rij,rj->ri", _inside(a, kept[active]), b[active])
+    best[active] = torch.einsum("rij,rj->ri", _masked_inverse(a, kept[active]), b[active])
     return best, kept
 
 

@@ -317,8 +317,8 @@ def draw(analysis: Analysis, path: Path, columns: int = 6) -> None:
 def _panel(axis: Any, title: str, fitted: Fit, spectrum: NDArray[np.float64]) -> None:
     spikes = spectrum[spectrum > fitted.edge_tw]
     bulk = spectrum[spectrum <= fitted.edge_tw]
-    shown = bulk if len(bulk) else spectrum
-    axis.hist(shown, bins=max(8, int(np.sqrt(len(shown)) * 1.5)), density=True, color="0.75")
+    values = bulk if len(bulk) else spectrum
+    axis.hist(values, bins=max(8, int(np.sqrt(len(values)) * 1.5)), density=True, color="0.75")
     if fitted.sigma > 0:
         n, m = max(fitted.shape), min(fitted.shape)
         s = np.linspace(fitted.sigma * (np.sqrt(n) - np.sqrt(m)), fitted.edge, 200)[1:-1]

@@ -17,7 +17,7 @@ from mpcompile.rmt.spikes import bbp_inverse
 
 Verdict = Literal["mp", "not_mp", "low_confidence"]
 
-MIN_M, MIN_C, MIN_RANK = 64, 0.03, 0.98  # below the first two, too noisy to judge; rank / M below the third, not MP
+MIN_M, MIN_C, MIN_RANK = 64, 0.03, 0.98  # M or c below: too noisy to judge; rank / M below: not MP
 _SWEEPS = 6  # iterations that estimate the row x column scales
 _ROUNDS = 3  # estimates of these scales; spikes are removed before each but the first
 _MOST_SPIKES = 0.25  # share of the singular values; with more spikes there is no bulk to fit
@@ -79,8 +79,8 @@ def fit(W: Tensor, separable: bool = True) -> Fit:
     ('mp', 0, 1.0, 1.0)
     """
     if not isinstance(W, Tensor) or W.ndim not in (2, 4) or W.is_complex() or W.is_meta or W.numel() == 0:
-        what = f"{W.dtype} of shape {tuple(W.shape)} on {W.device}" if isinstance(W, Tensor) else type(W).__name__
-        raise InputError(f"expected a weight: a real, non-empty 2-D or 4-D tensor that holds data; found {what}")
+        found = f"{W.dtype} of shape {tuple(W.shape)} on {W.device}" if isinstance(W, Tensor) else type(W).__name__
+        raise InputError(f"expected a weight: a real, non-empty 2-D or 4-D tensor that holds data; found {found}")
     return fit_batch(W.detach().flatten(1)[None], separable)[0]
 
 
@@ -102,8 +102,8 @@ def fit_and_spectra(W: Tensor, separable: bool = True) -> list[tuple[Fit, Array]
     For a separable fit these are the singular values of the matrix with its row and column scales divided out.
     """
     if not isinstance(W, Tensor) or W.ndim != 3 or W.is_complex() or W.is_meta or W.numel() == 0:
-        given = f"{W.dtype} of shape {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
-        raise InputError(f"expected real, non-empty matrices (B, rows, columns) that hold data; found {given}")
+        found = f"{W.dtype} of shape {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
+        raise InputError(f"expected real, non-empty matrices (B, rows, columns) that hold data; found {found}")
     A = (W if W.device.type in ("cpu", "cuda") else W.cpu()).detach().to(torch.float64)  # MPS lacks float64
     if bad := int((~torch.isfinite(A)).sum()):
         raise InputError(f"weight is not finite: {bad} of {A.numel()} entries are NaN or inf")
@@ -234,10 +234,10 @@ def _judge(lam: Array, N: int, scale: float, eps: float, shape: tuple[int, int])
     verdict = "not_mp" if deficient else verdict
     sigma, edge_tw = scale * math.sqrt(sigma2), scale * math.sqrt(N * limit)
     edge, share = sigma * (math.sqrt(N) + math.sqrt(M)), min(1.0, M * sigma2 / (total or 1.0))
-    seen = scale * np.sqrt(N * lam[lam > limit])
-    signal = bbp_inverse(seen, sigma, (N, M)) if sigma > 0 else seen
-    fitted = Fit(sigma, edge, edge_tw, len(seen), error, share, verdict, shape)
-    return replace(fitted, spikes=tuple(seen.tolist()), signal=tuple(signal.tolist())), deficient
+    spikes = scale * np.sqrt(N * lam[lam > limit])
+    signal = bbp_inverse(spikes, sigma, (N, M)) if sigma > 0 else spikes
+    fitted = Fit(sigma, edge, edge_tw, len(spikes), error, share, verdict, shape)
+    return replace(fitted, spikes=tuple(spikes.tolist()), signal=tuple(signal.tolist())), deficient
 
 
 def gamma(M: int) -> float:

@@ -102,7 +102,7 @@ def _cdf_of_angle(t: Array, c: float) -> Array:
 
 
 def numbers(x: ArrayLike, name: str) -> Array:
-    """``x`` as a float64 array; raises an InputError that names it if it contains NaN."""
+    """Return ``x`` as a float64 array, or raise an InputError that names it if it contains NaN."""
     x = np.asarray(x.detach().double().cpu() if isinstance(x, Tensor) else x, dtype=np.float64)
     if np.isnan(x).any():
         raise InputError(f"{name} holds NaN")
@@ -110,7 +110,7 @@ def numbers(x: ArrayLike, name: str) -> Array:
 
 
 def positive(value: float, name: str) -> float:
-    """``value`` as a float; raises an InputError that names it if it is not positive and finite."""
+    """Return ``value`` as a float, or raise an InputError that names it if it is not positive and finite."""
     if not (value > 0 and math.isfinite(value)):
         raise InputError(f"{name} must be positive and finite; found {value}")
     return float(value)

@@ -121,7 +121,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
         cause = recorder.error if recorder is not None and recorder.error is not None else error
         if not isinstance(cause, OSError):
             raise
-        previous = f"the last checkpoint, {path}, is intact" if path.exists() else "there was none before"
+        previous = f"the last checkpoint, {path}, is intact" if path.exists() else "there is no earlier one"
         raise ArtifactError(
             f"cannot write the checkpoint {path}",
             expected="a writable folder with room",
@@ -276,7 +276,7 @@ def check_structure(saved: Any, own: Any, where: str = "") -> None:
 
 
 def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any], vary: str, where: str = "") -> None:
-    """Check that settings fixed at the start of a run, such as its learning rate schedule's, are those of this run.
+    """Check that settings fixed at the start of a run, such as its learning rate schedule, match those of this run.
 
     Args:
         saved: the settings from a checkpoint.
@@ -373,7 +373,7 @@ def _described(differing: dict[str, tuple[Any, Any]], side: int) -> str:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files that a killed run left in its folder, those of checkpoints and all others."""
+    """Remove the temporary files that a killed run left in its folder: those of checkpoints and any others."""
     for path in folder.glob(f"{TEMPORARY}*.tmp*"):
         if path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ def identity(student: nn.Module, teacher: nn.Module, training: Training, images:
     """Return the options and checksums that must be the same when a run is resumed.
 
     Args:
-        student, teacher, training: as :func:`mpcompile.distill` takes them.
+        student, teacher, training: arguments of :func:`mpcompile.distill`.
         images: the ``fingerprint`` that was passed to it.
         batches: number of batches per epoch.
     """

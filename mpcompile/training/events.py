@@ -46,7 +46,7 @@ class Sink(Protocol):
         """Receive numbers by name, ``event/key``."""
 
     def close(self) -> None:
-        """Flush what is still buffered."""
+        """Flush the buffered numbers."""
 
 
 class EventLog:
@@ -201,7 +201,7 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, (str, bool, int, type(None))):
         return value
-    if isinstance(value, numbers.Real):  # also NumPy's
+    if isinstance(value, numbers.Real):  # including NumPy's
         number = int(value) if isinstance(value, numbers.Integral) else float(value)
         return number if math.isfinite(number) else str(number)
     return str(value)

@@ -32,8 +32,8 @@ class Feature:
     """The output of one block.
 
     Attributes:
-        block: its module path.
-        node: its output in the graph, (batch, tokens, channels) or (batch, channels, height, width).
+        block: module path of the block.
+        node: output of the block in the graph, (batch, tokens, channels) or (batch, channels, height, width).
         size: if tokens were merged, the node that counts the tokens merged into each, (batch, tokens, 1); else None.
     """
 

@@ -57,7 +57,7 @@ def set_up(
     """Build the parts of a run.
 
     Args:
-        student, teacher, train, training: as :func:`mpcompile.distill` takes them.
+        student, teacher, train, training: arguments of :func:`mpcompile.distill`.
         steps: optimiser steps of the whole run.
         device: device of the student.
         hint: hint for errors in the training data.
@@ -111,7 +111,7 @@ def _scheduler(optimizer: Any, training: Training, steps: int) -> Any:
 
     ramp = training.warmup_steps(steps)
     if steps > 1 and ramp > steps / 2 and ranks.rank() == 0:
-        text = "the learning rate rises for %d of %d steps; set warmup to a share of them, such as 0.1"
+        text = "the learning rate rises for %d of %d steps; set warmup to a smaller share of all steps, such as 0.1"
         log.warning(text, ramp, steps)
     return CosineLRScheduler(
         optimizer,
@@ -152,7 +152,7 @@ def check_trainable(student: nn.Module) -> None:
 
 
 def check_readable(val: Iterable[Any] | None) -> None:
-    """Check that ``val`` can be read after every epoch.
+    """Check that ``val`` has batches and can be read again after every epoch.
 
     Raises:
         InputError: it is an iterator, or has no batch on any rank.
@@ -165,7 +165,7 @@ def check_readable(val: Iterable[Any] | None) -> None:
     once = isinstance(val, Iterator)
     if once or (None not in counts and not sum(counts)):
         raise InputError(
-            "val cannot be evaluated on after every epoch",
+            "val cannot be read again after every epoch",
             expected="a list of batches or a DataLoader",
             found="an iterator, which can be read once" if once else "no batch",
         )

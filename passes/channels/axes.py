@@ -2,7 +2,7 @@
 
 One walk over the traced graph gives the axes of every tensor as atoms (atoms.py). Operators unify atoms (the channels
 that a layer writes are those that the next one reads), split them (a reshape to heads), or freeze them (a slice picks
-places), by the rules of rules.py. What stays unfrozen may be permuted everywhere at once without changing the network.
+places), by the rules of rules.py. Unfrozen atoms may be permuted everywhere at once without changing the network.
 An operator without a rule freezes everything it touches and is reported by name.
 
 Taking a tensor apart along a small axis (q, k and v) gives every part atoms of its own: the atom that they share

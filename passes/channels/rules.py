@@ -1,9 +1,9 @@
-"""Rules: what each aten operator does to the axes of its operands, as a table by operator name.
+"""Rules: the effect of each aten operator on the axes of its operands, as a table by operator name.
 
-A rule takes the walk's :class:`Axes`, a node and fresh axes of the node's result. It unifies what the operator ties
-together, and returns the axes of the result (a list of them where it yields several tensors), or None where it cannot
-follow this call, whose operands are then frozen. To teach the analysis another operator, write such a function under
-``@rule("name")``.
+A rule takes the walk's :class:`Axes`, a node and fresh axes of the node's result. It unifies the axes that the operator
+ties together, and returns the axes of the result (a list of them where it yields several tensors), or None where it
+cannot follow this call, whose operands are then frozen. To teach the analysis another operator, write such a function
+under ``@rule("name")``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST_SLICES = 8  # maximum number of parts of a tensor that may each have a cha
 
 
 class Axes:
-    """The axes of every value computed so far, and what rules do with them.
+    """The axes of every value computed so far, and the operations that rules apply to them.
 
     Attributes:
         of: node -> its axes; for a node that yields several tensors, a list with the axes of each.

@@ -43,9 +43,9 @@ class _Constants:
         return self.known[node]
 
     def _compute(self, node: fx.Node) -> Any:
-        seen = fake_value(node)
-        if isinstance(seen, (bool, int, float, torch.SymInt, torch.dtype, torch.device, torch.Size)):
-            return tuple(map(hint, seen)) if isinstance(seen, torch.Size) else hint(seen)
+        fake = fake_value(node)
+        if isinstance(fake, (bool, int, float, torch.SymInt, torch.dtype, torch.device, torch.Size)):
+            return tuple(map(hint, fake)) if isinstance(fake, torch.Size) else hint(fake)
         if node.target is getattr and isinstance(node.args[0], fx.Node):
             source = fake_value(node.args[0])
             read = getattr(source, str(node.args[1]), _MISSING) if isinstance(source, Tensor) else _MISSING
@@ -57,18 +57,18 @@ class _Constants:
             tensor = attribute(self.gm, str(node.target)) if owned else self.lifted.tensors.get(node.name)
             held = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
             return tensor if held else _MISSING
-        if node.op not in ("call_function", "call_method") or not isinstance(seen, (Tensor, tuple, list)):
+        if node.op not in ("call_function", "call_method") or not isinstance(fake, (Tensor, tuple, list)):
             return _MISSING
-        if isinstance(seen, Tensor) and seen.numel() > _LARGEST:
+        if isinstance(fake, Tensor) and fake.numel() > _LARGEST:
             return _MISSING
-        return self._called(node, seen)
+        return self._called(node, fake)
 
-    def _called(self, node: fx.Node, seen: Any) -> Any:
+    def _called(self, node: fx.Node, fake: Any) -> Any:
         name = target_name(self.gm, node)
-        if isinstance(seen, Tensor) and name in (*_FILLED, "full_like", "new_full"):
+        if isinstance(fake, Tensor) and name in (*_FILLED, "full_like", "new_full"):
             fill = _FILLED.get(name, argument(node, 2 if name == "new_full" else 1, "fill_value"))
             fill = self.value(fill)
-            return fill if fill is _MISSING else torch.full([*map(hint, seen.shape)], fill, dtype=seen.dtype)
+            return fill if fill is _MISSING else torch.full([*map(hint, fake.shape)], fill, dtype=fake.dtype)
         if any(word in name for word in _RANDOM):
             return _MISSING
         values = {n: self.value(n) for n in node.all_input_nodes}

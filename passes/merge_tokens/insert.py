@@ -43,7 +43,7 @@ def _keys(graph: fx.Graph, site: Site) -> fx.Node:
 def insert_merges(
     gm: IRModule, sites: Sequence[Site], r: Sequence[int], prefix: int, numbers: Sequence[int], proportional: bool
 ) -> TokenAxis:
-    """Insert the merges into a graph, and rewrite what follows them.
+    """Insert the merges into a graph, and rewrite the nodes after them.
 
     Args:
         sites: the blocks.
@@ -143,7 +143,7 @@ def unmerged(plan: Plan) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Merges(Decision):
-    """Where tokens merge, and how many.
+    """The blocks in which tokens merge, and how many merge there.
 
     Attributes:
         r: tokens to merge, one number per site; empty if nothing merges.

@@ -1,4 +1,4 @@
-"""Where merged tokens are while a graph is walked, and the rules of ops that only move axes."""
+"""The token axes of each node during a walk over a graph, and the rules of ops that only move axes."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class AxisMoves:
         other = sizes.index(-1)
         length = fake_value(node).shape[other]
         if not isinstance(length, int):
-            raise self._refusal(node, "the numbers of tokens and of something else both vary from call to call")
+            raise self._refusal(node, "the number of tokens and the length of another axis both vary from call to call")
         sizes[other], sizes[place] = length, -1
 
     def _permute(self, node: fx.Node, state: State) -> State:

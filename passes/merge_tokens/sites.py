@@ -92,15 +92,15 @@ def is_matmul(node: fx.Node) -> bool:
 
 def _logits(softmax: fx.Node) -> fx.Node | None:
     """Return the product of queries and keys that a softmax normalises: the nearest one upstream of the same size."""
-    wanted = shape_of(softmax)
-    if wanted is None or len(wanted) != 4:
+    size = shape_of(softmax)
+    if size is None or len(size) != 4:
         return None
     seen, queue = {softmax}, [softmax]
     while queue:
         node = queue.pop(0)
         for source in node.all_input_nodes:
             shape = shape_of(source)
-            if source in seen or shape is None or sorted(shape[1:]) != sorted(wanted[1:]):
+            if source in seen or shape is None or sorted(shape[1:]) != sorted(size[1:]):
                 continue
             if is_matmul(source):
                 return source
@@ -278,7 +278,7 @@ def count_prefix(site: Site, lifted: Lifted) -> int:
     """Count the tokens in front that come from parameters, at the concatenations upstream of the first block.
 
     Raises:
-        GraphError: such tokens follow others.
+        GraphError: such tokens come after others.
     """
     prefix = 0
     for node in ancestors(site.residual):
@@ -291,7 +291,7 @@ def count_prefix(site: Site, lifted: Lifted) -> int:
             continue
         if not all(data[data.index(True) :]):
             raise GraphError(
-                "tokens that come from parameters follow the image's",
+                "tokens from parameters come after those of the image",
                 layer=node.name,
                 expected="class, distillation and register tokens in front",
                 found=f"{data.count(False)} of {len(data)} parts, not all of them in front",

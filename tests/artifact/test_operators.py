@@ -163,9 +163,9 @@ def died(run, seconds=SECONDS):
             finally:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
-        said = os.pread(file.fileno(), 400, 0).decode(errors="replace").strip()
+        printed = os.pread(file.fileno(), 400, 0).decode(errors="replace").strip()
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    return (None if number in (None, signal.SIGALRM) else signal.Signals(number).name), said
+    return (None if number in (None, signal.SIGALRM) else signal.Signals(number).name), printed
 
 
 def shown(value):
@@ -198,8 +198,8 @@ def test_no_operator_leaves_its_tensors():
     names = list(overloads())
     assert len(names) > 700
     for start in range(0, len(names), 200):
-        signal_, said = died(sweep(names[start : start + 200], DRAWS))
-        assert signal_ is None, f"{signal_} in {said}"
+        signal_, printed = died(sweep(names[start : start + 200], DRAWS))
+        assert signal_ is None, f"{signal_} in {printed}"
 
 
 def test_the_sweep_finds_what_it_looks_for():

@@ -1,4 +1,4 @@
-"""An artifact refuses what it cannot hold, and is written as a whole or not at all."""
+"""Saving refuses modules that an artifact cannot hold, and writes a file as a whole or not at all."""
 
 import errno
 import os

@@ -178,11 +178,11 @@ def test_images_that_an_artifact_was_calibrated_on_are_reported(folder, capsys):
     out, made = f"{folder}/out.json", f"{folder}/new.mpc"
     run(folder, "compile", "--samples", "5", "--calibrate", "dense", "--out", made)
     assert len(mpcompile.load(made).plan.provenance["calibration_files"]) == 5
-    said = "5 of the 12 images calibrated this artifact"
+    output = "5 of the 12 images calibrated this artifact"
     for command in (["audit", "--rounds", "0"], ["certify", "--tiers", "0"]):
         capsys.readouterr()
         run(folder, *command, "--artifact", made, "--json", out)
-        assert said in capsys.readouterr().out
+        assert output in capsys.readouterr().out
         run(folder, *command, "--artifact", f"{folder}/pruned.mpc", "--json", out)
         assert "calibrated this artifact" not in capsys.readouterr().out
 

@@ -82,7 +82,7 @@ def test_plan_without_orders_or_of_another_model_is_refused():
     with pytest.raises(errors.GraphError, match="order of channels does not fit"):
         certify(other, gm, x, progress=False)
     del entry["order"]
-    with pytest.raises(errors.GraphError, match=r"reordered, but not how.*transform of this version"):
+    with pytest.raises(errors.GraphError, match=r"reordered, but not how.*this version's mpcompile.transform"):
         certify(model, gm, x, progress=False)
 
 
@@ -108,7 +108,7 @@ def test_token_merging_is_measured_and_the_reason_for_no_more_is_given():
         certify(model, gm, x, tiers=(1,), progress=False)
     merged = transform(model, x[:2], Config(pattern="dense", tome_r=2))  # the same structure: only weights differ
     report = certify(merged, gm, x[:1], progress=False, splits=1)
-    assert "which tokens become one depends on values" in str(report)
+    assert "which tokens are merged depends on values" in str(report)
 
 
 def test_a_layer_and_the_batch_norm_after_it_are_one_step():

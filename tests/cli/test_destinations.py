@@ -92,9 +92,9 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(option, pr
     places += [] if option == "compile --out" else ["folder", "new/"]
     for place in places:
         assert cli.main([*command, f"{tmp_path}/{place}"]) == 2, place
-        said = capsys.readouterr().err
-        assert option.split()[1] in said or "cannot write" in said or "cannot make" in said
-        assert said.startswith("mpcompile: ") and said[:-1].isprintable() and len(said) < 600
+        output = capsys.readouterr().err
+        assert option.split()[1] in output or "cannot write" in output or "cannot make" in output
+        assert output.startswith("mpcompile: ") and output[:-1].isprintable() and len(output) < 600
     assert (tmp_path / "file").read_text() == "mine"
     for place in ("x.png", "empty"):
         (tmp_path / "empty").touch()
@@ -167,8 +167,8 @@ def test_an_input_is_never_replaced(command, pruned, tmp_path, monkeypatch, caps
     (tmp_path / "audit.json").write_text(json.dumps({"rows": [], "environment": {}, "fell_back": False}))
     assert is_ours(tmp_path / "audit.json")
     assert cli.main(command.split()) == 2
-    said = capsys.readouterr().err
-    assert "which this command reads" in said or "the same file" in said
+    output = capsys.readouterr().err
+    assert "which this command reads" in output or "the same file" in output
 
 
 @pytest.mark.usefixtures("idle")

@@ -49,8 +49,8 @@ def test_the_command_runs_a_recipe_and_resumes(folder, recipe, tmp_path, capsys)
     out = tmp_path / "run"
     command = ["distill", str(recipe), "--data", str(folder), "--out", str(out), "--num-classes", "3", "--quiet"]
     assert main([*command, "--set", "train.checkpoint_steps=1"]) == 0
-    said = capsys.readouterr().out
-    assert "8 steps, 48 images" in said and "random weights" in said
+    output = capsys.readouterr().out
+    assert "8 steps, 48 images" in output and "random weights" in output
     assert {p.name for p in out.iterdir()} >= {
         "student.mpc",
         "distilled.mpc",
@@ -78,8 +78,8 @@ def test_a_corrupt_image_is_named(folder, recipe, tmp_path, capsys):
     command = ["distill", str(recipe), "--data", str(data), "--out", str(out), "--num-classes", "3", "--quiet"]
     whole.write_bytes(whole.read_bytes()[:200])
     assert main([*command, "--set", "calibration.images=1", "--val-split", "none"]) == 2
-    said = capsys.readouterr().err
-    assert "bee/3.png cannot be read" in said and "checkpoint" in said
+    output = capsys.readouterr().err
+    assert "bee/3.png cannot be read" in output and "checkpoint" in output
 
 
 def test_missing_arguments_are_named(capsys):
@@ -108,8 +108,10 @@ def test_a_corrupt_evaluation_image_costs_no_epoch(command, folder, tmp_path, ca
     image.write_bytes(whole[:100])
     command[command.index(str(folder))] = str(data)
     assert main([*command, "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert f"evaluation failed: image {image} cannot be read" in said and f"checkpoint is {out}/checkpoint.pt" in said
+    output = capsys.readouterr().err
+    assert (
+        f"evaluation failed: image {image} cannot be read" in output and f"checkpoint is {out}/checkpoint.pt" in output
+    )
     image.write_bytes(whole)
     moved = tmp_path / "moved"  # the location of the images does not matter
     data.rename(moved)
@@ -229,9 +231,9 @@ def test_two_processes_do_what_one_does(broken, folder, tmp_path, capfd):
         text=True,
         check=False,
     )
-    said = [line for line in done.stderr.splitlines() if line.startswith("mpcompile: ")]
+    output = [line for line in done.stderr.splitlines() if line.startswith("mpcompile: ")]
     if broken:
-        assert done.returncode != 0 and any(f"image {data}/train/bee/3.png cannot be read" in line for line in said)
+        assert done.returncode != 0 and any(f"image {data}/train/bee/3.png cannot be read" in line for line in output)
         assert not any(line.startswith("RuntimeError") for line in done.stderr.splitlines())
         return
     assert done.returncode == 0, done.stderr
@@ -252,6 +254,6 @@ def test_unread_data_is_reported_once(quiet, command, folder, tmp_path, capsys):
     command[command.index(str(folder))] = str(data)
     command = [*command, "--out", str(out), "--val-split", "none", "--set", "train.epochs=1"]
     assert main(command if quiet else [part for part in command if part != "--quiet"]) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     note = f"not read in {data}/train: 1 hidden entry (.ipynb_checkpoints), 1 file of another format (.tga)"
-    assert said.out.count(note) == quiet and json.loads((out / "result.json").read_text())["notes"] == [note]
+    assert output.out.count(note) == quiet and json.loads((out / "result.json").read_text())["notes"] == [note]

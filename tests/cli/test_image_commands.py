@@ -64,9 +64,9 @@ def test_the_result_names_unread_files(command, made, tmp_path, capsys):
     (images / "gone").symlink_to("nowhere")
     Image.new("RGB", (8, 8)).save(images / "toad" / "0.png")
     assert cli.main(call) == 0
-    said = capsys.readouterr().out
-    assert f"note: not read in {images}: 1 dangling link (gone)" in said
-    assert ("no labels: the model has no classes called toad" in said) == (command != "compile")
+    output = capsys.readouterr().out
+    assert f"note: not read in {images}: 1 dangling link (gone)" in output
+    assert ("no labels: the model has no classes called toad" in output) == (command != "compile")
     if command == "audit":
         assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["correct"] is None
 

@@ -66,8 +66,8 @@ def test_a_class_that_is_missing_shifts_no_label(tmp_path):
     [
         (["ant", "bug", "cat"], NAMES, 3, "called bug, and no folder is called bee"),
         (["x", "y", "z"], NAMES, 3, "called x, y, z, and no folder is called ant, bee, cat"),
-        (NAMES, ["ant", "bee", "bee"], 3, "2 names of classes are known, the model has 3"),
-        (NAMES, NAMES, 4, "3 names of classes are known, the model has 4"),
+        (NAMES, ["ant", "bee", "bee"], 3, "2 class names are known, but the model has 3"),
+        (NAMES, NAMES, 4, "3 class names are known, but the model has 4"),
         (NAMES, (), 4, "3 folders of images (ant, bee, cat), but 4 classes"),
     ],
 )

@@ -100,7 +100,7 @@ def test_reasons_are_named():
     assert choose(integers).why == "no other engine supports it"
 
 
-def test_what_cannot_be_timed_takes_the_first_engine_that_supports_it(clock, monkeypatch):
+def test_without_timings_the_first_engine_that_supports_a_layer_is_taken(clock, monkeypatch):
     choice = choose(dataclasses.replace(LINEAR, inputs=None))
     assert choice.engine.name == "fake" and "input shape is unknown" in choice.why
     monkeypatch.setenv("MPCOMPILE_TIMING", "off")

@@ -1,4 +1,4 @@
-"""Digests of sources and names of modules cover every folder of the kernels."""
+"""Digests of sources, and names of modules, cover every folder of the kernels."""
 
 import ast
 import importlib.util

@@ -120,7 +120,7 @@ def test_autocast_does_not_reach_the_matching():
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_a_key_that_is_not_a_number_resembles_nothing():
+def test_a_nan_key_has_similarity_zero():
     x, keys, size = torch.randn(1, 8, 3), torch.zeros(1, 2, 8, 2), torch.ones(1, 8, 1)
     keys[..., 0] = 1.0
     for broken in (torch.nan, torch.inf, -torch.inf):
@@ -145,7 +145,7 @@ def test_nan_stays_where_it_is():
     assert torch.equal(token_merge(x, keys, torch.ones(2, 9, 1), 3, 1)[0][0], whole[0])
 
 
-def test_merged_count_is_clamped_to_half_of_what_may_merge():
+def test_merged_count_is_clamped_to_half_of_the_mergeable_tokens():
     cases = [(17, 0, 1, 17), (17, 8, 1, 9), (17, 9, 1, 9), (2, 4, 1, 2), (5, 3, 5, 5)]
     assert [merged_count(tokens, r, prefix) for tokens, r, prefix, _ in cases] == [left for *_, left in cases]
 

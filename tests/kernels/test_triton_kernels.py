@@ -81,7 +81,7 @@ def test_token_merging_compiles(name):
     assert len(cubin(getattr(merge_kernels, name), types, constants, 90)) > 1000
 
 
-def test_on_a_cpu_the_operators_are_the_reference():
+def test_on_a_cpu_the_operators_run_the_reference():
     weight = torch.randn(24, 32)
     mask = top_n(torch.randn(24, 8, 4), 2).flatten(-2)
     values, words = pack(weight, mask, 2, 4)

@@ -1,4 +1,4 @@
-"""What the passes of a run share, decisions as JSON, and what passes declare."""
+"""Contexts that passes of a run share, decisions as JSON, and declarations of passes."""
 
 import dataclasses
 import json

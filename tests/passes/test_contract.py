@@ -59,11 +59,11 @@ class Case:
     """A pass and the run that it is part of.
 
     Attributes:
-        step: makes the pass.
-        model: makes the model.
+        step: type of the pass.
+        model: function that makes the model.
         before: passes that run first.
-        policy: of the calibration data; None for a run without data.
-        requests: of later passes.
+        policy: calibration policy; None for a run without data.
+        requests: requests of later passes.
         changes: False if the pass leaves graph and tensors as they are.
     """
 
@@ -172,7 +172,7 @@ def test_plan_is_pure_and_its_decision_is_all_that_apply_needs(name):
     fresh = Context(ctx.config, ctx.inputs, ctx.lifted, plan=copy.deepcopy(ctx.plan))
     changed = step.apply(gm, decision, ctx)
     assert case.step().apply(twin, read, fresh) == changed
-    assert json.dumps(decision.to_json()) == text  # apply leaves the decision alone
+    assert json.dumps(decision.to_json()) == text  # apply does not change the decision
     for graph in (gm, twin):
         graph.graph.lint()
         graph.recompile()

@@ -92,7 +92,7 @@ def linear(**kwargs):
 X, G = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)), torch.rand(12) + 0.5
 IMAGE = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1))
 FORMS = {
-    "behind": (linear(), G, lambda s, x: s.layer(x) * s.gamma, X),
+    "after": (linear(), G, lambda s, x: s.layer(x) * s.gamma, X),
     "in front": (linear(), G, lambda s, x: s.gamma * s.layer(x), X),
     "method": (linear(bias=False), G, lambda s, x: s.layer(x).mul(s.gamma), X),
     "in place": (linear(), G, lambda s, x: s.layer(x).mul_(s.gamma), X),
@@ -134,7 +134,7 @@ def test_leaves(kind):
 
 
 def test_a_dense_layer_is_left_to_inductor():
-    gm = transform(Scaled(linear(), G, FORMS["behind"][2]), X, Config(pattern="dense"))
+    gm = transform(Scaled(linear(), G, FORMS["after"][2]), X, Config(pattern="dense"))
     imported = import_model(gm, X)
     assert fold(imported)[0] == {"folded": [], "left": {}}
     assert not any(node.target in ops.MASKED for node in imported.gm.graph.nodes)

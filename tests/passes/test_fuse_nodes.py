@@ -266,7 +266,7 @@ MLPS = {
     "dropout and residual": (lambda net, x: x + net.fc2(F.dropout(F.relu(net.fc1(x)), 0.1, False)), (1, 1, 1)),
     "one weight twice": (lambda net, x: net.fc1(F.silu(net.fc1(x))), (1, 0, 1)),
     "three": (lambda net, x: net.fc1(net.fc2(net.fc1(x))), (0, 0, 1)),
-    "an activation behind": (lambda net, x: F.relu(net.fc2(F.relu(net.fc1(x)))), (2, 0, 0)),
+    "an activation after it": (lambda net, x: F.relu(net.fc2(F.relu(net.fc1(x)))), (2, 0, 0)),
     "a residual in between": (lambda net, x: net.fc2(x + net.fc1(x)), (0, 1, 0)),
     "the hidden layer is read": (lambda net, x: operator.mul(*[net.fc1(x)] * 2) + net.fc2(net.fc1(x)), (0, 1, 1)),
     "the activation is read": (hidden_is_read, (1, 0, 0)),

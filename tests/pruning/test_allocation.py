@@ -50,13 +50,13 @@ def test_no_choice_that_meets_the_target_costs_less(options, share):
     assert price >= 0
 
 
-@pytest.mark.parametrize("alike", [0.0, 1e-6, 0.5])
-def test_156_layers_with_6_patterns_take_a_second(alike):
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 0.5])
+def test_156_layers_with_6_patterns_take_a_second(spread):
     rng = np.random.default_rng(0)
     density = np.array([1, 0.75, 0.625, 0.5, 0.375, 0.25])
     loss = np.array([0, 0.0135, 0.0391, 0.0876, 0.16, 0.27])
     size = np.array([3, 1, 4, 4] * 39) * rng.choice([1.0, 2.0, 4.0], 156)
-    costs, saved = [loss * rng.lognormal(0, alike) for _ in size], [s * (1 - density) for s in size]
+    costs, saved = [loss * rng.lognormal(0, spread) for _ in size], [s * (1 - density) for s in size]
     start = time.thread_time()
     chosen, _ = knapsack.solve(costs, saved, 0.5 * size.sum())
     assert time.thread_time() - start < 3  # 1 s is measured by bench.law.analysis; a test must hold on a busy machine
@@ -75,7 +75,7 @@ def test_the_even_mix_is_spread_over_the_depth():
 
 
 @pytest.mark.parametrize(
-    ("costs", "saved", "target", "error", "says"),
+    ("costs", "saved", "target", "error", "message"),
     [
         ([[0.0, 1.0]], [[0, 5]], 6, NotEligibleError, "0 to 5"),
         ([[0.0, float("nan")]], [[0, 5]], 1, InputError, "not finite"),
@@ -83,8 +83,8 @@ def test_the_even_mix_is_spread_over_the_depth():
         ([[1.0]], [], 1, InputError, "at least one option"),
     ],
 )
-def test_refusals_of_the_knapsack(costs, saved, target, error, says):
-    with pytest.raises(error, match=says):
+def test_refusals_of_the_knapsack(costs, saved, target, error, message):
+    with pytest.raises(error, match=message):
         knapsack.solve(costs, saved, target)
 
 
@@ -266,7 +266,7 @@ def test_graphs_of_one_model_share_one_allocation():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"mac_reduction": 1.5}, "not a share"),
         ({"mac_reduction": 0.5, "pattern": "dense"}, "masks nothing"),
@@ -276,8 +276,8 @@ def test_graphs_of_one_model_share_one_allocation():
         ({"mac_reduction": 1}, "wrong type"),
     ],
 )
-def test_bad_options(options, says):
-    with pytest.raises(ConfigError, match=says):
+def test_bad_options(options, message):
+    with pytest.raises(ConfigError, match=message):
         Config.from_options(options)
 
 

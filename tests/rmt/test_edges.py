@@ -89,7 +89,7 @@ def test_other_thresholds(randn):
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: rmt.bema([], 0.5, 2), "non-empty"),
         (lambda: rmt.bema([[1.0, 2.0]], 0.5, 4), "1-D"),
@@ -100,8 +100,8 @@ def test_other_thresholds(randn):
         (lambda: rmt.bema([1.0, 2.0], 0.5, 4, beta=0.0), "beta=0.0"),
     ],
 )
-def test_refuses_numbers(call, says):
-    with pytest.raises(InputError, match=says):
+def test_refuses_numbers(call, message):
+    with pytest.raises(InputError, match=message):
         call()
 
 

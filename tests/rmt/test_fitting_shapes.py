@@ -74,7 +74,7 @@ def test_constant_is_one_spike_and_no_noise(shape, dtype):
 
 
 @pytest.mark.parametrize(
-    ("weight", "says"),
+    ("weight", "message"),
     [
         (torch.tensor([[1.0, math.nan], [2.0, 3.0]]), "1 of 4 entries"),
         (torch.full((3, 2), -math.inf), "6 of 6 entries"),
@@ -87,8 +87,8 @@ def test_constant_is_one_spike_and_no_noise(shape, dtype):
         (np.ones((2, 3)), "tensor.*ndarray"),
     ],
 )
-def test_refuses_a_weight(weight, says):
-    with pytest.raises(InputError, match=says) as error:
+def test_refuses_a_weight(weight, message):
+    with pytest.raises(InputError, match=message) as error:
         rmt.fit(weight)
     assert isinstance(error.value, MPCompileError)
 

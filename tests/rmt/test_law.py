@@ -71,7 +71,7 @@ def test_tracy_widom():
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: rmt.mp_density(1.0, c=0.0), "c must be positive"),
         (lambda: rmt.mp_cdf(1.0, c=math.nan), "c must be positive"),
@@ -82,8 +82,8 @@ def test_tracy_widom():
         (lambda: rmt.tracy_widom_quantile(1.0), "between 0 and 1"),
     ],
 )
-def test_refuses_numbers(call, says):
-    with pytest.raises(InputError, match=says):
+def test_refuses_numbers(call, message):
+    with pytest.raises(InputError, match=message):
         call()
 
 

@@ -52,7 +52,7 @@ class Stop(BaseException):
 
 
 class Raising(list):
-    """A loader of length three that raises when it is read, or yields nothing."""
+    """A loader of length three that raises when it is iterated, or yields nothing."""
 
     def __init__(self, error: Exception | None) -> None:
         super().__init__([None] * 3)
@@ -65,7 +65,7 @@ class Raising(list):
 
 
 class Breaking:
-    """A loader that raises Stop after ``count`` batches in all."""
+    """A loader that raises Stop after ``count`` batches in total."""
 
     def __init__(self, inner: DataLoader, count: int) -> None:
         self.inner, self.left = inner, count

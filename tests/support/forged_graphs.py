@@ -68,7 +68,7 @@ ENDED = (
     "loaded: another error",
     "loaded: out of time or memory",
 )
-MEMORY = 2 << 30  # bytes beyond what the process already has
+MEMORY = 2 << 30  # bytes that a child may use beyond those already in use
 
 
 class Net(nn.Module):
@@ -90,7 +90,7 @@ def example() -> torch.Tensor:
 
 
 def honest(folder: Path) -> list[Path]:
-    """The files to change."""
+    """Return the paths of the valid files that are changed."""
     torch.manual_seed(0)
     config = {"pattern": "2:4", "exclude": ["stem"]}
     gm = transform(Net().eval(), example(), Config(**config)).eval()
@@ -101,7 +101,7 @@ def honest(folder: Path) -> list[Path]:
 
 
 def _operators() -> list[tuple[str, str]]:
-    """(op of a node, target) of every listed operator and method, and native operators many times over."""
+    """Return (op of a node, target) for every listed operator and method; native operators are repeated 40 times."""
     targets = [("call_function", name) for name in opset.functions()]
     for packet in sorted(opset.ATEN | {f"{name}_" for name in opset.ATEN}):
         for overload in getattr(getattr(torch.ops.aten, packet, None), "overloads", list)():
@@ -111,7 +111,7 @@ def _operators() -> list[tuple[str, str]]:
 
 
 class Forger:
-    """Makes forged artifacts, numbered, by a seed."""
+    """Makes numbered forged artifacts from a seed."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.files = [parts(path) for path in honest(folder)]
@@ -207,7 +207,7 @@ class Forger:
 
 
 class OutOfTime(BaseException):
-    """Derived from BaseException, so that no ``except Exception`` catches it."""
+    """The time limit; derived from BaseException, so that no ``except Exception`` catches it."""
 
 
 def _expired(*_: Any) -> None:

@@ -17,14 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def covering() -> list[Build]:
-    """Every tile on each of its architectures, cycling through dtypes and epilogues; tiles of wgmma.sp three times."""
+    """Return each tile per architecture, cycling through dtypes and epilogues; wgmma.sp tiles three times."""
     pairs = [(tile, arch) for tile in TILES for arch in tile.arch for _ in range(1 if len(tile.arch) > 1 else 3)]
     combinations = [(dtype, epilogue) for epilogue in EPILOGUES for dtype in ("fp16", "bf16")]
     builds = []
     for number, (tile, arch) in enumerate(pairs):
-        dtype, epilogue = combinations[
-            number * 7 % len(combinations)
-        ]  # 7 and 16 are coprime, so all combinations occur
+        dtype, epilogue = combinations[number * 7 % len(combinations)]  # 7 and 16 are coprime: all occur
         builds.append(Build(tile.kernel, tile.name, dtype, epilogue, arch))
     return builds
 
@@ -45,7 +43,7 @@ BUILDS = [*covering(), *EXTRA, *CONVOLUTIONS]
 
 @functools.cache
 def compiled(folder: Path) -> dict[Build, dict[str, Any]]:
-    """Every build of :data:`BUILDS` with its record (build.record_of), with the PTX itself in place of its path."""
+    """Compile :data:`BUILDS`; return their records (build.record_of), with the PTX itself in place of its path."""
     triton = None if os.environ.get("MPCOMPILE_TRITON") else ROOT / ".triton"
     try:
         found = dict(compile_all(BUILDS, folder, triton))

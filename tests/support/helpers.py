@@ -21,7 +21,7 @@ def tiny_vit(**kwargs: Any) -> VisionTransformer:
     torch.manual_seed(0)
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
     model = VisionTransformer(**{**shape, **kwargs})
-    # The default initialisation is so small that blocks barely change their input: make every part matter.
+    # The default initialisation is so small that blocks barely change their input; these weights matter.
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() >= 2 and "norm" not in name:
@@ -63,18 +63,18 @@ def convolutional(name: str) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)  # timm starts the last one of a block at zero
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # timm initialises the last one of each block to zero
     return model.eval()
 
 
 def tied_keys(batch: int, heads: int, tokens: int, depth: int, kinds: int) -> Tensor:
-    """Keys (batch, heads, tokens, depth) in which all tokens of a kind are equal, so that every match is a tie."""
+    """Return keys (batch, heads, tokens, depth) of a few kinds; all of a kind are equal, so every match is a tie."""
     kind = torch.randint(kinds, (batch, 1, tokens, 1)).expand(-1, heads, -1, depth)
     return torch.randn(batch, heads, kinds, depth).gather(2, kind)
 
 
 def an_ulp_off(x: Tensor) -> Tensor:
-    """Each number moved one ulp up, one ulp down, or not at all."""
+    """Return each number moved one ulp up, one ulp down, or not at all."""
     return torch.stack([torch.nextafter(x, torch.full_like(x, end)) for end in (-torch.inf, torch.inf)] + [x]).gather(
         0, torch.randint(3, (1, *x.shape))
     )[0]

@@ -1,7 +1,7 @@
 """Plain Triton kernels in Triton's interpreter: prints their errors against the reference, as JSON.
 
 Run in a separate process, started with TRITON_INTERPRET=1 by test_triton_kernels.py. In ``tl.dot`` the interpreter
-multiplies the bit patterns of bf16, so that fp32 and fp16 are checked here; bf16 is compiled.
+multiplies the bit patterns of bf16, so only fp32 and fp16 are checked here; for bf16, kernels are only compiled.
 """
 
 import json
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def plain(kernel: Any) -> Any:
-    """Return the kernel itself: no compiler has to see it."""
+    """Return the kernel itself, in place of wrap_triton: no compiler has to see it."""
     return kernel
 
 

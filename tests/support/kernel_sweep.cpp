@@ -177,7 +177,7 @@ template <class X> void product(int n, int m, int groups, int format, Random& r)
   }
 }
 
-// An MLP whose indices are random bytes: only where it reads and writes matters, which the sanitizers check.
+// An MLP whose indices are random bytes. Results do not matter, only accesses to memory, which the sanitizers check.
 void random_indices(int n, int m, int groups, Random& r) {
   const int k = m * groups, hidden = m * (1 + r.below(3)), outputs = 1 + r.below(20), tokens = 1 + r.below(100);
   const Sample one(hidden, 1, k, n, m, r), two(outputs, 1, hidden, n, m, r);

@@ -5,7 +5,7 @@ tokens where a block adds its attention to its input, one token at a time in Pyt
 and tables of one value per input token accordingly. Slow and plain.
 
 Similarities that differ by at most ``EQUAL`` count as equal, and the lower index wins. If a difference is so close to
-that bound that rounding decides, the right answer is unknown, and ``Undecided`` asks for other inputs.
+that bound that rounding decides, the right answer is unknown, and ``Undecided`` is raised: choose other inputs.
 """
 
 from __future__ import annotations

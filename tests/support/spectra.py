@@ -23,7 +23,7 @@ def wishart(N: int, M: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def planted(randn: Callable[..., Tensor], N: int, M: int, values: Tensor) -> Tensor:
-    """A matrix (N, M) with these singular values and random singular vectors."""
+    """Return a matrix (N, M) with these singular values and random singular vectors."""
     u, v = torch.linalg.qr(randn(N, len(values)))[0], torch.linalg.qr(randn(M, len(values)))[0]
     return (u * values) @ v.T
 

@@ -55,8 +55,8 @@ def test_an_evaluation_that_fails_costs_no_epoch(tmp_path):
     assert found.resumed == 6 and same(gm, whole)
     assert (found.losses, found.accuracy) == (wanted.losses, wanted.accuracy)
     logs = [events.read(tmp_path / name / "log.jsonl") for name in ("whole", "run")]
-    told = [[(e["event"], e["step"]) for e in log if e["event"] != "resume"] for log in logs]
-    assert told[0] == told[1]
+    logged = [[(e["event"], e["step"]) for e in log if e["event"] != "resume"] for log in logs]
+    assert logged[0] == logged[1]
     again = student(model)  # resumes a finished run
     distill(again, model, loader(), val, out=tmp_path / "run", resume="auto", **options)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

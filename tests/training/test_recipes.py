@@ -161,7 +161,7 @@ def test_all_splits_number_their_classes_the_same_way(folder, tmp_path):
         datasets.dataset(str(data), "validation", False, classes=names)
     for count in (2, 4):
         with pytest.raises(
-            InputError, match=rf"different classes; expected {count}, as the model, found 3.*--class-map"
+            InputError, match=rf"different classes; expected {count}, as in the model, found 3.*--class-map"
         ):
             datasets.check_classes(train, count)
 

@@ -215,8 +215,8 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
     command = compiler()
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    asked = " ".join([*command, *flags, *libraries])
-    for part in [*(here.joinpath(name).read_bytes() for name in sources), asked.encode()]:
+    command_line = " ".join([*command, *flags, *libraries])
+    for part in [*(here.joinpath(name).read_bytes() for name in sources), command_line.encode()]:
         digest.update(part)
     digest.update(_version(tuple(command)).encode())
     name = f"{stem}-{digest.hexdigest()[:20]}.so"

@@ -31,8 +31,8 @@ class Enclosure:
 
     Attributes:
         center: float64.
-        slope: of the same shape, or None for zero.
-        radius: of the same shape and not negative, or None for zero.
+        slope: a tensor of the same shape, or None for zero.
+        radius: a tensor of the same shape, not negative, or None for zero.
         tangents: for each of several vectors v >= 0 at the replaced layer, a bound on \\|J\\| v anywhere on the
             segment, where J is the Jacobian of this value with respect to that layer's value. Empty if it is constant.
 

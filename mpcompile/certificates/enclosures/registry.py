@@ -56,7 +56,7 @@ def enclose(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """
     name = operator_name(node.target)
     if name not in RULES:
-        why = WHY.get(name, "which tokens become one depends on values" if "token_" in name else "")
+        why = WHY.get(name, "which tokens are merged depends on values" if "token_" in name else "")
         raise NoRule(f"no rule encloses {name}" + (f": {why}" if why else ""))
     return RULES[name](*args, **kwargs)
 

@@ -1,6 +1,6 @@
 """The images below a folder: which files are read, which are not and why, and the names of their classes.
 
-The class of an image is the first folder below the root, at whatever depth the image is. Links to files and folders are
+The class of an image is the first folder below the root, however deep the image is. Links to files and folders are
 followed, so that pictures may be on another disk. A folder is read once, in its own place rather than through a link to
 it, and a link to a folder that contains the link is not followed.
 """
@@ -21,10 +21,10 @@ from mpcompile.data.sources.regular import listed, printable
 from mpcompile.errors import InputError
 from mpcompile.io.reading import kind_of
 
-# Names that systems and editors leave in folders, besides all that start with a dot.
+# Files and folders that systems and editors create, besides those whose names start with a dot.
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
-_NAMED = 3  # names of each kind in a note
-_LINE = 550  # characters of a note
+_NAMED = 3  # maximum names of each kind in a note
+_LINE = 550  # maximum characters of a note
 HIDDEN, DANGLING, LOOPS, AGAIN, SPECIAL, OTHER = range(6)
 _KINDS = {  # kind -> singular, plural
     HIDDEN: ("hidden entry", "hidden entries"),
@@ -119,7 +119,7 @@ class Listing:
 
 def _described(kind: int, names: Sequence[str]) -> str:
     singular, plural = _KINDS[kind]
-    if kind == OTHER:  # there may be as many of them as images: their formats say more than their names
+    if kind == OTHER:  # may be as many as images: their formats say more than their names
         suffixes = Counter(os.path.splitext(name)[1].lower() or os.path.basename(name) for name in names)
         named = listed([suffix for suffix, _ in suffixes.most_common()], 8)
         return f"{len(names)} {singular if len(names) == 1 else plural} ({named})"

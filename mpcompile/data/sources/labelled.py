@@ -1,4 +1,4 @@
-"""Labelled images of a folder: the listing, the label of each class folder, and what to report about both."""
+"""Labelled images of a folder: the listing, the label of each class folder, and notes on both."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def class_labels(listing: Listing, classes: int, names: Sequence[str]) -> tuple[
         count = f"{len(listing.classes)} folders of images" if len(listing.classes) > 1 else "one folder of images"
         return None, f"no labels: {count} ({listed(listing.classes)}), but {classes} classes"
     if len(set(names)) != len(names) or len(names) != classes:
-        return None, f"no labels: {len(set(names))} names of classes are known, the model has {classes} classes"
+        return None, f"no labels: {len(set(names))} class names are known, but the model has {classes} classes"
     labels = matched(listing.classes, number(names))
     unknown = [name for name, label in labels.items() if label is None]
     if unknown:

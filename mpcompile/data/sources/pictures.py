@@ -6,13 +6,14 @@ Ghostscript). The name of a file does not decide its format, only whether it is 
 Colours are Pillow's. Alpha is dropped, as in torchvision and timm; an animation is read as its first frame, and an EXIF
 orientation is not applied. Grey values of more than eight bits are scaled by the value of white:
 
-- 16-bit integers: 65535, or what the file declares (TIFF's MaxSampleValue, 12 bits per sample, PGM's maximum);
+- 16-bit integers: 65535, or the value that the file declares (TIFF's MaxSampleValue, 12 bits per sample, PGM's
+  maximum);
 - floats: 1;
-- 32-bit and signed integers: what the file declares.
+- 32-bit and signed integers: the value that the file declares.
 
-An image with values outside that range is refused, and so is one of unknown range: 32-bit integers without a declared
-maximum, and 16-bit images whose values fit in 14 bits, which are dark or, more likely, come from a camera with 10, 12
-or 14 bits.
+Images with values outside that range are refused, and so are images of unknown range: 32-bit integers without a
+declared maximum, and 16-bit images whose values fit in 14 bits, which are dark or, more likely, come from a camera with
+10, 12 or 14 bits.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ SUFFIXES = frozenset(suffix for suffixes in _known().values() for suffix in suff
 
 _MAX_SAMPLE, _BITS, _PHOTOMETRIC = 281, 258, 262  # TIFF tags
 _WHITE = 65535
-_DOUBTFUL = 1 << 14  # 16-bit images below it may just as well have only the bits that their values need
+_DOUBTFUL = 1 << 14  # 16-bit images below it may really have only as many bits as their values need
 _ROUNDING = 1e-4  # margin by which resampling may exceed the range of floats
 EXPECTED = "an image file"
 
@@ -105,7 +106,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # converting to RGB directly gives the same, with a warning
     rgb = image.convert("RGB")
-    if ";16" in str(stored):  # Pillow keeps the upper eight of 16 bits per colour
+    if ";16" in str(stored):  # Pillow has kept the upper eight of the 16 bits per colour
         high = int(np.asarray(rgb).max())
         if high << 8 < _DOUBTFUL:
             raise Unreadable(_dark((high << 8) + 255))
@@ -140,10 +141,10 @@ def _eight_bits(image: Image.Image, stored: Any) -> np.ndarray:
 
 
 def _white(image: Image.Image, tags: Any, stored: Any) -> tuple[float, bool]:
-    """Return the value of white, and True if the file or its type determines it.
+    """Return the value of white, and True if the file declares it or the type implies it.
 
     Raises:
-        Unreadable: it is unknown.
+        Unreadable: the value is unknown.
     """
     if image.mode == "F":
         return 1.0, True

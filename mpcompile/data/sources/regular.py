@@ -10,7 +10,7 @@ from mpcompile import errors
 from mpcompile.errors import InputError
 from mpcompile.io import reading
 
-_SHOWN = 240  # characters of a path in a message
+_SHOWN = 240  # maximum characters of a path in a message
 
 
 def printable(name: object) -> str:

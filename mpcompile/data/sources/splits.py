@@ -44,7 +44,7 @@ def _parse(name: str) -> tuple[str | None, bool, str]:
 
 
 def kinds(names: Iterable[str]) -> dict[str, str]:
-    """Return the splits among the names of sibling folders, and the kind of each.
+    """Return the splits among the names of sibling folders -> their kinds.
 
     ``Training``, ``seg_train`` and ``train2017`` are splits in any company, ``flowers_train`` is one beside
     ``flowers_test``; ``train_station`` is not. ``tr`` is one if its only siblings are ``te`` or ``va``.
@@ -215,13 +215,13 @@ def _missing(
     place: Path, names: list[str], splits: Iterable[str], split: str, training: bool, flat: Path | None = None
 ) -> InputError:
     nothing = "no splits" if names else "no sub-folders" if place.is_dir() else "no such folder"
-    what = listed(sorted(splits)) or nothing
+    found = listed(sorted(splits)) or nothing
     if flat is not None:
-        what = f"no sub-folders in {printable(flat)}"
-    wanted = f"a folder {printable(place / split)} with one sub-folder of images per class"
+        found = f"no sub-folders in {printable(flat)}"
+    expected = f"a folder {printable(place / split)} with one sub-folder of images per class"
     return InputError(
         f"there are no images of split {split!r} in {printable(place)}",
-        expected=wanted,
-        found=what,
+        expected=expected,
+        found=found,
         hint=None if training else "--val-split none trains without evaluation",
     )

@@ -33,7 +33,7 @@ class Calibration:
     Attributes:
         images: number of training images.
         batch: images per batch.
-        calibrate: as for :func:`mpcompile.transform`.
+        calibrate: option of :func:`mpcompile.transform`.
 
     Raises:
         ConfigError: an invalid value.
@@ -67,11 +67,11 @@ class Recipe:
         model: timm's name of the model, with the tag of its weights.
         compile: options of :func:`mpcompile.transform`.
         train: options of :func:`mpcompile.distill`.
-        data: how images are read and augmented.
+        data: options for reading and augmenting images.
         calibration: calibration of masks and channel orders.
         prior_weight: weight of the source mask with ``score="ser"``.
         macs: expected multiply-accumulates: ``dense`` in G, ``executed`` and ``paper`` as percent saved.
-        source: where the recipe comes from, and which choice was made where sources disagree.
+        source: origin of the recipe, and the choices made where sources disagree.
 
     Raises:
         ConfigError: an option of the wrong type or out of range, or options that exclude each other.

@@ -17,7 +17,7 @@ KERNELS = [*shlex.split(build.FLAGS), "-I", str(HERE)]
 
 
 def units():
-    """Name of each translation unit -> its source file and compiler flags."""
+    """Map the name of each translation unit to its source file and compiler flags."""
     found = {f"cpu.cpp {isa}": (HERE / "cpu.cpp", [*KERNELS, *shlex.split(flags)]) for isa, flags in build.ISAS.items()}
     for lanes in (4, 8, 16):
         flags = ["-std=c++17", "-O1", "-fopenmp", "-Wno-psabi", f"-DMPCOMPILE_LANES={lanes}", "-I", str(HERE)]
@@ -31,7 +31,7 @@ UNITS = units()
 
 
 def compiled(source, flags, folder):
-    """Exit status and messages. Flags keep their optimization level: some warnings come from the optimizer."""
+    """Return exit status and messages. Flags keep their optimization level: some warnings come from the optimizer."""
     command = [*build.compiler(), *(flag for flag in flags if flag != "-shared"), *STRICT, "-c", str(source)]
     done = subprocess.run(
         [*command, "-o", str(folder / "unit.o")], capture_output=True, text=True, timeout=300, check=False
@@ -40,12 +40,12 @@ def compiled(source, flags, folder):
 
 
 def skip_unless_it_builds(flags, folder):
-    """A compiler for another processor does not know these instruction sets."""
+    """Skip a test if the compiler, as one for another processor, does not know these instruction sets."""
     empty = folder / "empty.cpp"
     empty.write_text("int main() { return 0; }\n")
-    status, said = compiled(empty, flags, folder)
+    status, output = compiled(empty, flags, folder)
     if status:
-        pytest.skip(f"the compiler rejects the flags: {said.strip()[-200:]}")
+        pytest.skip(f"the compiler rejects the flags: {output.strip()[-200:]}")
 
 
 def test_every_source_is_compiled():
@@ -69,8 +69,8 @@ def test_a_warning_is_detected(unit, tmp_path):
     included = '#include "vec.h"\n' if source.name == "cpu.cpp" else ""
     bad = tmp_path / "bad.cpp"
     bad.write_text(included + "int f(int unused) { return 0; }\n")
-    status, said = compiled(bad, flags, tmp_path)
-    assert status != 0 and "unused" in said
+    status, output = compiled(bad, flags, tmp_path)
+    assert status != 0 and "unused" in output
     bad.write_text(included + "int g(int n) { int x; if (n > 3) x = n; return n > 2 ? x : 0; }\n")
-    status, said = compiled(bad, flags, tmp_path)
-    assert status != 0 and "uninitialized" in said
+    status, output = compiled(bad, flags, tmp_path)
+    assert status != 0 and "uninitialized" in output

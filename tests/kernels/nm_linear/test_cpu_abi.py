@@ -67,7 +67,7 @@ def changed(change):
     return type("Changed", (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-REASONS = {  # in the words of g++ and clang++
+REASONS = {  # as g++ and clang++ word it
     "swapped": "static.assertion failed",
     "missing": "only 9 names provided|decomposes into 10 elements, but only 9",
     "more": "no member named .*extra|has no member .*extra",
@@ -77,8 +77,8 @@ REASONS = {  # in the words of g++ and clang++
 
 @pytest.mark.parametrize("change", REASONS)
 def test_a_struct_that_differs_is_detected(tmp_path, change):
-    status, said = compiled(tmp_path, {"NmLinear": changed(change)})
-    assert status != 0 and re.search(REASONS[change], said)
+    status, output = compiled(tmp_path, {"NmLinear": changed(change)})
+    assert status != 0 and re.search(REASONS[change], output)
 
 
 def test_a_field_in_place_of_padding_is_detected(tmp_path):

@@ -22,7 +22,7 @@ from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
 from tests.support.helpers import relative
 
 SPEC = LayerSpec((8, 16), torch.float32, torch.device("cpu"), Pattern(2, 4))
-FLAGS = build.FLAGS.replace("-O3", "-O0")  # to build fast
+FLAGS = build.FLAGS.replace("-O3", "-O0")  # builds fastest
 CACHES = (build.load, build.unavailable, build._version, native.kernels)
 SCRIPT = """
 import json, os, pathlib, re, sys, torch
@@ -129,8 +129,8 @@ def test_without_a_library_plain_torch_runs_and_the_reason_is_logged_once(monkey
     for _ in range(2):
         assert reason in CpuEngine().supports(SPEC)
         assert works()
-    said = warnings(caplog)
-    assert len(said) == 1 and reason in said[0] and "masked layers stay dense" in said[0]
+    output = warnings(caplog)
+    assert len(output) == 1 and reason in output[0] and "masked layers stay dense" in output[0]
     assert native.kernels() is None
 
 
@@ -143,12 +143,12 @@ def test_a_compiler_that_is_too_old_for_the_processor_builds_a_narrower_library(
     monkeypatch.setattr(build, "_processor_isas", lambda: ("avx512_bf16", "avx512", "portable"))
     assert CpuEngine().supports(SPEC) is None and works()
     assert native.kernels().isa == "portable"
-    (said,) = warnings(caplog)
-    assert "the kernels for avx512_bf16 cannot be built, those for portable are used" in said
-    assert "unknown option" in said
+    (output,) = warnings(caplog)
+    assert "the kernels for avx512_bf16 cannot be built, those for portable are used" in output
+    assert "unknown option" in output
 
 
-def test_a_compiler_that_does_not_report_its_version_is_used(monkeypatch):
+def test_a_compiler_that_times_out_is_reported(monkeypatch):
     def refuse(*args, **kwargs):
         raise subprocess.TimeoutExpired("g++", 30)
 
@@ -208,7 +208,7 @@ def test_a_library_without_the_functions_is_built_again(caplog, tmp_path):
     ],
 )
 def test_a_librarys_name_depends_on_every_file_it_is_compiled_from(sources, flags):
-    """A header missing from the list could change without a new build."""
+    """If a header were missing from the list, its changes would cause no new build."""
     here = Path(build.__file__).parent
     command = [*build.compiler(), *shlex.split(flags), "-MM", str(here / sources[0])]
     rule = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -247,8 +247,8 @@ def test_an_unwritable_cache_is_replaced_by_temporary_files(monkeypatch, caplog,
     assert [p.suffix for p in folder.iterdir()] == [".so"] and folder.stat().st_mode & 0o777 == 0o700
     build.load.cache_clear()
     assert build.load("portable") is not None
-    said = warnings(caplog)
-    assert len(said) == 1 and "cannot be written" in said[0] and str(folder) in said[0]
+    output = warnings(caplog)
+    assert len(output) == 1 and "cannot be written" in output[0] and str(folder) in output[0]
 
 
 def test_no_folder_at_all(monkeypatch, caplog):
@@ -291,7 +291,7 @@ def test_threads_and_openmp(built):
 
 @pytest.fixture
 def mine(built):
-    """A good library where this process looks for it."""
+    """A good library in the place where this process looks for it."""
     path = place()
     path.parent.mkdir(parents=True, mode=0o700)
     path.write_bytes(built)
@@ -334,7 +334,7 @@ def test_a_library_that_others_could_have_written_is_not_loaded(what, mine, tmp_
     assert made.stat().st_mode & 0o077 == 0 and not made.is_symlink()
     assert build._find(made.name, build._folders()) == made
     if what in ("file", "group", "link", "owner"):
-        assert made == mine  # a good folder keeps the new one
+        assert made == mine  # in a safe folder, a new library replaces it
     else:
         assert made.parent == store.temporary_folder()
 
@@ -344,8 +344,8 @@ def test_a_cache_folder_of_others_is_logged_once(mine, caplog, tmp_path):
     for _ in range(2):
         build.load.cache_clear()
         assert build.load("portable") is not None
-    said = [text for text in warnings(caplog) if "others can write" in text]
-    assert len(said) == 1 and "(mode 777)" in said[0]
+    output = [text for text in warnings(caplog) if "others can write" in text]
+    assert len(output) == 1 and "(mode 777)" in output[0]
 
 
 @pytest.mark.parametrize("home", [None, "", "~", "relative"])
@@ -354,6 +354,7 @@ def test_without_a_home_caches_are_among_temporary_files(home, monkeypatch, tmp_
         monkeypatch.delenv(name, raising=False)
     if home is not None:
         monkeypatch.setenv("HOME", home)
-    monkeypatch.setattr(store.os.path, "expanduser", lambda path: home or path)  # a user without an entry has none
+    # Without an entry in the user database, expanduser returns the path as it is.
+    monkeypatch.setattr(store.os.path, "expanduser", lambda path: home or path)
     assert store.cache_folder() == tmp_path / f"mpcompile-{os.getuid()}"
     assert build.unavailable() is None and works()

@@ -25,7 +25,7 @@ EMPTY = torch.empty(0), torch.empty(0, dtype=torch.uint8)
 
 
 def both(name, *args, **kwargs):
-    """An operator in C++ and in Python refuse the same call."""
+    """Check that an operator refuses a call, both in C++ and in Python."""
     for form in NAMES:
         with pytest.raises(InputError) as error:
             getattr(torch.ops.mpcompile, form.format(name))(*args, **kwargs)
@@ -33,7 +33,7 @@ def both(name, *args, **kwargs):
         assert "\n" not in text and len(text) < 600
 
 
-def test_the_good_call():
+def test_valid_calls_pass():
     assert ops.nm_gemm(torch.randn(4, 64), *matrix(), None, None, *GEMM.values()).shape == (4, 16)
     image = layouts.pack(*layer((8, 8, 3, 3), 2, 4, torch.float32), 2, 4, ROWS)
     assert ops.nm_conv(torch.randn(1, 8, 8, 8), *image, None, None, *CONV.values()).shape == (1, 8, 8, 8)
@@ -65,7 +65,7 @@ def test_numbers_without_a_weight(name, wrong):
 def test_numbers_of_two_products(name, wrong):
     if (name, wrong) in (("layout1", 0), ("layout2", 0)):
         return
-    given = {
+    valid = {
         "hidden": 16,
         "out": 8,
         "n1": 2,
@@ -78,8 +78,8 @@ def test_numbers_of_two_products(name, wrong):
     }
     one, two = matrix(16, 64), matrix(8, 16)
     for x in (torch.randn(4, 64), torch.randn(2000, 64), torch.randn(0, 64)):
-        both("nm_mlp", x, *one, None, *two, None, None, *(given | {name: wrong}).values())
-    both("nm_mlp", torch.randn(2000, 64), *one, None, *two, None, None, *(given | {"activation": "add_gelu"}).values())
+        both("nm_mlp", x, *one, None, *two, None, None, *(valid | {name: wrong}).values())
+    both("nm_mlp", torch.randn(2000, 64), *one, None, *two, None, None, *(valid | {"activation": "add_gelu"}).values())
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
@@ -177,14 +177,14 @@ PATTERNS = [(n, m) for m in range(1, MAX_M + 1) for n in range(1, m + 1)]
 
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 3), (5, 5), (7, 7), (1, 7), (11, 11)])
 def test_one_description_of_sizes_and_bounds(kernel):
-    """Sizes from packing are those that the operators' check expects and a file may hold, for every N:M."""
+    """Packing, the operators' check and the check of files agree on sizes and bounds, for every N:M."""
     for n, m in PATTERNS:
         shape = (2, m * (1 + m % 3), *kernel)
         cut = layouts.Cut.of(shape, ROWS, m)
         widths = [len(columns) for columns in layouts.blocks(shape, ROWS, m)]
         assert sorted(widths) == sorted(w for w, count in cut.widths() for _ in range(count))
         assert sum(widths) == shape[1] * kernel[0] * kernel[1] and max(widths) <= 256
-        if (n * 7 + m) % 5 == 0:  # packing takes longer
+        if (n * 7 + m) % 5 == 0:  # some are enough: packing takes longer than checking
             values, index = layouts.pack(*layer(shape, n, m, torch.float32), n, m, ROWS)
             assert layouts.fits(len(values), len(index), shape, n, m, ROWS)
             layouts.check(values, index, m, ROWS, shape)
@@ -221,7 +221,7 @@ def test_cpp_and_python_agree_on_sizes(layout, m, groups, data):
 
 @pytest.mark.parametrize("layout", [ROWS, QUADS, RING, OCTS])
 def test_an_index_that_is_overwritten_stays_inside(layout):
-    """An index overwritten after it was checked leads no kernel out of bounds; AddressSanitizer would report it."""
+    """An index overwritten after its check leads no kernel out of bounds; AddressSanitizer would report it."""
     dtype, (n, m) = (torch.float32 if layout == ROWS else torch.bfloat16), {OCTS: (1, 4)}.get(layout, (2, 4))
     if layout not in usable(dtype, n, m):
         pytest.skip("this processor has no bf16 products")
@@ -235,7 +235,7 @@ def test_an_index_that_is_overwritten_stays_inside(layout):
         )
         if layout == ROWS:  # the byte that gives the number of features
             wild[-1] = index[-1]
-        if layout == RING and trial % 2:  # with a table that ends where it should
+        if layout == RING and trial % 2:  # with a valid end of the table
             end = layouts.table_bytes((48, 192), m)
             wild[end - 4 : end] = index[end - 4 : end]
         for tokens in (1, 17, 100):
@@ -254,7 +254,7 @@ def test_an_index_that_is_overwritten_stays_inside(layout):
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 7), (10, 20)])
 def test_an_input_of_a_few_features_more_or_less_is_refused(n, m):
-    """Rows are padded to four entries, so that the tensors' sizes are the same for several numbers of features."""
+    """Rows are padded to four entries, so the tensors' sizes are the same for several numbers of features."""
     for groups in range(1, 60):
         v, i = matrix(8, m * groups, n, m)
         one = {**GEMM, "out": 8, "n": n, "m": m}

@@ -28,7 +28,7 @@ MANY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[Hea
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    """Each instruction set in turn, as if it were the widest."""
+    """Each instruction set in turn, as if the processor had no wider one."""
     loaded = build.load(request.param, os.environ.get("MPCOMPILE_SANITIZE") == "1")
     monkeypatch.setattr(native, "kernels", lambda: loaded)
     native.use(loaded)
@@ -85,7 +85,7 @@ def rms(error):
 
 
 def luck(terms, outputs):
-    """Four standard deviations of the error of a sum in single precision, shrinking as more outputs are averaged.
+    """Four standard deviations of the error of fp32 sums of ``terms`` terms, averaged over ``outputs`` outputs.
 
     A single sum can be exact to the last bit in one order of addition and not in another: the errors of two
     products compare only over many outputs.

@@ -125,7 +125,7 @@ def test_convolutions_are_those_of_python(stride, padding, order):
         held = pack((24, 32, 1, 1), torch.float32, layout)
         geometry = ([stride] * 2, [padding] * 2, [1, 1], n, m, [24, 32, 1, 1], layout)
         y = GENERAL.nm_conv_general(x, *held, torch.randn(24), None, *geometry, "none")
-        residual = torch.randn_like(y)  # in the same order
+        residual = torch.randn_like(y)  # in the same memory order
         for added in (None, residual, residual.contiguous(), residual[:1].expand(y.shape)):
             args = (x, *held, None, added, *geometry, "add_relu")
             found, expected = ops.nm_conv(*args), GENERAL.nm_conv_general(*args)

@@ -73,10 +73,7 @@ def environment():
     except build.Unavailable as error:
         return str(error)
     files = []
-    for name in (
-        "libasan.so",
-        "libstdc++.so",
-    ):  # the second library, since ASan has to find the function that throws exceptions
+    for name in ("libasan.so", "libstdc++.so"):  # the second too: ASan has to find the function that throws exceptions
         asked = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
         files.append(asked.stdout.strip())
     if not all(os.path.isabs(file) and Path(file).is_file() for file in files):
@@ -113,42 +110,42 @@ def calls():
     return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-def test_the_kernels_own_tests_find_nothing():
+def test_the_kernels_own_tests_report_nothing():
     chosen = "test_gemm or test_mlp or test_no_tokens or test_values or test_large or (test_convolution and 2-4)"
     done = run(
         "-m", "pytest", "-qsx", "-p", "no:cacheprovider", "tests/kernels/nm_linear/test_cpu_kernels.py", "-k", chosen
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-4000:]
-    assert "AddressSanitizer" not in said and "runtime error" not in said
-    assert " passed" in said and "skipped" not in said
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-4000:]
+    assert "AddressSanitizer" not in printed and "runtime error" not in printed
+    assert " passed" in printed and "skipped" not in printed
 
 
 @pytest.mark.parametrize("fault", ["none", "slices"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_any_alignment_of_slices_is_accepted(isa, dtype, fault):
-    status, said = calls()[isa, dtype, fault]
-    assert (status, said) == (0, "called\nreturned\n")
+    status, printed = calls()[isa, dtype, fault]
+    assert (status, printed) == (0, "called\nreturned\n")
 
 
 @pytest.mark.parametrize("fault", ["x", "values", "index", "y"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_memory_that_is_too_small_is_detected(isa, dtype, fault):
-    status, said = calls()[isa, dtype, fault]
-    assert status != 0 and "called" in said and "returned" not in said
-    assert "ERROR: AddressSanitizer" in said
+    status, printed = calls()[isa, dtype, fault]
+    assert status != 0 and "called" in printed and "returned" not in printed
+    assert "ERROR: AddressSanitizer" in printed
 
 
 def test_undefined_behaviour_is_detected():
-    status, said = calls()["portable", "fp32", "odd"]
-    assert status != 0 and "called" in said and "returned" not in said
-    assert "runtime error" in said and "misaligned" in said
+    status, printed = calls()["portable", "fp32", "odd"]
+    assert status != 0 and "called" in printed and "returned" not in printed
+    assert "runtime error" in printed and "misaligned" in printed
 
 
 SWEEP = Path(__file__).parents[2] / "support/kernel_sweep.cpp"
-EVERY = int(os.environ.get("MPCOMPILE_TEST_SWEEP", "61"))  # 1: the whole product of cases
+EVERY = int(os.environ.get("MPCOMPILE_TEST_SWEEP", "61"))  # 1: every case
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +172,6 @@ def sweeps(tmp_path_factory):
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_every_pattern_stays_inside_whatever_the_processor(sweeps, lanes):
-    status, said = sweeps[lanes]
-    assert status == 0, said[-3000:]
-    assert said.endswith(f" of 76032 cases, {lanes} lanes\n")
+    status, printed = sweeps[lanes]
+    assert status == 0, printed[-3000:]
+    assert printed.endswith(f" of 76032 cases, {lanes} lanes\n")

@@ -19,7 +19,7 @@ from tests.support.ptx.sparse_gemm import HALF, LAYOUTS, TOLERANCE, EmulatedKern
 
 ROUGH, WIDE_MMA, WIDE_WGMMA = EXTRA
 ON = {"gluon_mma_sp": 80, "gluon_wgmma_sp": 90}
-# One build of each tile; tiles that exist only for 8.6 are emulated from that build.
+# One build of each tile. Tiles that only 8.6 and 8.9 use are emulated from their build for 8.6.
 PRODUCTS = [b for b in BUILDS if b.kernel in ON and b.aligned and b.arch in (ON[b.kernel], 86)]
 EACH = list({(b.kernel, b.tile): b for b in reversed(PRODUCTS)}.values())
 WAYS = {"eager": {}, "lazy": {"lazy": True}}
@@ -62,7 +62,7 @@ def test_few_tokens_and_one_step(build, m, records):
 
 
 def test_addresses_beyond_2_to_the_31_elements(records):
-    rows = 2**23  # before those that are computed
+    rows = 2**23  # before the rows that are computed
     problem = Problem.make(20, 48, 272, ROUGH.dtype)
     found = run(ROUGH, records[ROUGH], problem, first=rows // ROUGH.cut.m)
     assert rows * 272 > 2**31
@@ -85,7 +85,7 @@ def test_rows_with_gaps_between_them(records):
     [((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1)), ((2, 3), (1, 2), (0, 2), (2, 1))],
 )
 def test_convolutions_gather_their_pixels(build, kernel, stride, padding, dilation, records):
-    """Edges, strides and dilations, two images; the packed weight's columns end within a step of padding (9 x 64)."""
+    """Edges, strides and dilations, two images; the packed columns (9 x 64) are padded to a multiple of 128."""
     dtype, (act, bias, _, res) = HALF[build.dtype], parts_of(build.epilogue)
     generator = torch.Generator().manual_seed(0)
 
@@ -153,7 +153,7 @@ SPOILED = {
         "cp.async.wait_group 9",
         {"lazy": True},
     ),
-    "no barrier behind cp.async": (ROUGH, r"bar\.sync\s+0;", "", {"warps": 1, "lazy": True}),
+    "no barrier after cp.async": (ROUGH, r"bar\.sync\s+0;", "", {"warps": 1, "lazy": True}),
     "a fragment from elsewhere": (ROUGH, r"(ldmatrix\S+\s+\{[^}]*\}, \[%r\d+)\]", r"\g<1>+16]", {}),
     "wgmma waits for less": (
         WIDE_WGMMA,

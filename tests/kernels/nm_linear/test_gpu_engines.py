@@ -244,7 +244,7 @@ def test_operators_launch_with_their_arguments(shape, monkeypatch):
     assert (args[5] is None) == (len(shape) == 2)
 
 
-def test_operators_hold_under_opcheck():
+def test_launching_operators_pass_opcheck():
     values, index = sparse24.pack(PROBLEM.weight, PROBLEM.mask, sparse24.MMA_SP)
     args = (PROBLEM.x, values, index, PROBLEM.bias, None, 64, 2, 4, sparse24.MMA_SP, "none")
     torch.library.opcheck(ops.nm_gemm, args)

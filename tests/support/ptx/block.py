@@ -38,8 +38,8 @@ class Block(Arithmetic, Movement, TensorCores):
         tid = np.arange(program.threads, dtype=U64)
         self.strands = [Strand(tid[i : i + size], {}, 0) for i in range(0, len(tid), size)]
         self.barriers: dict[int, Barrier] = {}
-        self.arrived: dict[int, list[Strand]] = {}  # at bar.sync
-        self.transfers: dict[int, list[Callable[[], None]]] = {}  # TMA not landed yet, by mbarrier
+        self.arrived: dict[int, list[Strand]] = {}  # strands that wait, by bar.sync barrier
+        self.transfers: dict[int, list[Callable[[], None]]] = {}  # TMA copies in flight, by mbarrier
         self.steps = 0
 
     def run(self) -> int:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 U64 = np.uint64
-PARAMETERS = 0x7000_0000  # where addresses of parameters (tensor maps) begin
+PARAMETERS = 0x7000_0000  # first address of parameters (tensor maps)
 GUARD = 1 << 16  # bytes between two allocations
 
 
 class Fault(Exception):
-    """The program did something that a GPU would not define."""
+    """The program did something whose result is undefined on a GPU."""
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
@@ -25,7 +25,7 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 class Memory:
-    """Global memory: allocations with nothing between them; touching unallocated memory is a :class:`Fault`."""
+    """Global memory: allocations with gaps between them; an access outside an allocation is a :class:`Fault`."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
@@ -44,22 +44,22 @@ class Memory:
         return start
 
     def get(self, address: int) -> np.ndarray:
-        """The bytes of the allocation at an address."""
+        """Return the bytes of the allocation at an address."""
         return self.parts[self.starts.index(address)]
 
     def _places(self, address: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each allocation: its bytes, the threads that touch it, and their offsets."""
+        """For each allocation that is accessed: its bytes, a mask of the threads that access it, and their offsets."""
         if (address % size).any():
-            raise Fault(f"an access of {size} bytes that isn't aligned")
+            raise Fault(f"an access of {size} bytes that is not aligned")
         owner = np.searchsorted(np.array(self.starts), address, side="right") - 1
-        found = []
+        accesses = []
         for number in np.unique(owner):
             here = owner == number
             offset = address[here] - (self.starts[number] if number >= 0 else 0)
             if number < 0 or (offset + size > len(self.parts[number])).any():
                 raise Fault(f"an access outside every allocation, at {int(address[here].max()):#x}")
-            found.append((self.parts[number], here, offset))
-        return found
+            accesses.append((self.parts[number], here, offset))
+        return accesses
 
     def load(self, address: np.ndarray, size: int) -> np.ndarray:
         result = np.empty((len(address), size), np.uint8)

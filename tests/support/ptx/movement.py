@@ -12,7 +12,7 @@ from tests.support.ptx.threads import Barrier, Operands
 
 
 def swizzled(address: np.ndarray) -> np.ndarray:
-    """Addresses under the 128-byte swizzle."""
+    """Return addresses under the 128-byte swizzle."""
     return address ^ (((address >> 7) & 7) << 4)
 
 
@@ -36,12 +36,12 @@ class Movement(Operands):
         if i.parts[1] == "try_wait":
             address, parity = self.one(self.address(i.args[1])), self.one(self.bits(i.args[2]))
             if address not in self.barriers:
-                raise Fault("a wait for an mbarrier that wasn't initialised")
+                raise Fault("a wait for an mbarrier that was not initialised")
             for land in self.transfers.pop(address, []):
                 land()
             barrier = self.barriers[address]
             self.write(i.args[0], np.full(self.threads, barrier.phase != parity).astype(U64))
-            if barrier.phase == parity:  # the program asks again
+            if barrier.phase == parity:  # the program tests it again
                 self.s.waits = lambda: barrier.phase != parity or address in self.transfers
             return
         for thread in np.nonzero(mask)[0]:
@@ -91,7 +91,7 @@ class Movement(Operands):
         return None
 
     def _transfer(self, i: Instruction, mask: np.ndarray) -> None:
-        """cp.async.bulk.tensor: a box of a tensor map into shared memory."""
+        """cp.async.bulk.tensor: copy a box of a tensor map into shared memory."""
         if "tensor" not in i.parts or "2d" not in i.parts:
             raise NotImplementedError(str(i))
         handle, coordinates = i.args[1].strip("[] ").split(",", 1)
@@ -122,7 +122,7 @@ class Movement(Operands):
         self.shared.store(swizzled(address).reshape(-1), box.reshape(-1, 1).view(np.uint8))
 
     def _matrices(self, address: np.ndarray, count: int) -> list[np.ndarray]:
-        """Addresses of the 8 rows of each 8x8 matrix, (warps, 8): lanes 8 i .. 8 i + 7 name those of matrix i."""
+        """Return addresses of the 8 rows of each 8x8 matrix, (warps, 8): lanes 8 i to 8 i + 7 hold matrix i's."""
         return [address.reshape(-1, 32)[:, 8 * n : 8 * n + 8] for n in range(count)]
 
     def _ldmatrix(self, i: Instruction, mask: np.ndarray) -> None:

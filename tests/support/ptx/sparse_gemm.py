@@ -50,7 +50,7 @@ class Problem:
         return sparse24.pack(self.weight, self.mask, LAYOUTS[build.kernel])
 
     def expected(self, epilogue: str) -> Tensor:
-        """The result in float64, from the 16-bit inputs."""
+        """Return the result in float64, from the 16-bit inputs."""
         act, bias, scale, res = parts_of(epilogue)
         y = self.x.double() @ (self.weight * self.mask).double().T
         y = activate(y + self.bias.double() if bias else y, act)
@@ -65,7 +65,7 @@ def bits(tensor: Tensor) -> np.ndarray:
 
 
 class EmulatedKernel:
-    """A fake of a kernel's module: ``gemm[grid](...)`` runs its PTX on the tensors' own memory.
+    """A fake kernel module: ``gemm[grid](...)`` runs its PTX on the tensors' own memory.
 
     ``first``: number of tiles of tokens that are assumed before the tensors' first row, and are not run.
     """
@@ -95,7 +95,7 @@ class EmulatedKernel:
                 numbers += [TensorMap(matrix, tuple(value.block_shape)), 0, 0, 0, 0]
             elif value is not None:
                 numbers.append(value + rows if place == 7 else value)
-        parameters = dict(zip(program.parameters, [*numbers, 0, 0], strict=True))  # two scratch pointers of Triton
+        parameters = dict(zip(program.parameters, [*numbers, 0, 0], strict=True))  # Triton's two scratch pointers
         for block in range(blocks):
             at = block + self.first * (blocks // -(-y.shape[0] // tile.m))
             Block(program, parameters, memory, self.record["smem_bytes"], (at, 0, 0), **self.how).run()
@@ -104,7 +104,7 @@ class EmulatedKernel:
 
 @contextlib.contextmanager
 def emulated(kernel: EmulatedKernel) -> Any:
-    """Make launches of gpu/launch.py reach the kernel."""
+    """Make gpu/launch.py launch this kernel."""
     with (
         mock.patch.object(gpu_launch, "_kernel", lambda name, device: kernel),
         mock.patch.object(torch.cuda, "device", contextlib.nullcontext),

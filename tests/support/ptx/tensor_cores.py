@@ -14,7 +14,7 @@ from tests.support.ptx.threads import Operands
 
 class TensorCores(Operands):
     def _pairs(self, names: list[str], bf16: bool) -> np.ndarray:
-        """Registers of two 16-bit numbers -> (registers, warps, 8, 4, 2): groups of four lanes, lanes, halves."""
+        """Unpack 16-bit numbers from registers, (registers, warps, 8, 4, 2): groups of four lanes, lanes, halves."""
         words = np.stack([self.word(name) for name in names])
         return half_to_f32(words.view(np.uint16), bf16).reshape(len(names), -1, 8, 4, 2)
 
@@ -72,9 +72,8 @@ class TensorCores(Operands):
             if self.threads % 128 or not self.bits(i.args[5]).all() or i.args[6:] != ["1", "1", "0", "0"]:
                 raise NotImplementedError(str(i))
 
-            def land() -> (
-                None
-            ):  # descriptors are read at issue; registers, including metadata, stay in use until the wait
+            # Descriptors are read at issue; registers, including metadata, stay in use until the wait.
+            def land() -> None:
                 assert self.s is strand
                 self._multiply(i, left, right)
 
@@ -86,7 +85,7 @@ class TensorCores(Operands):
             raise NotImplementedError(str(i))
 
     def _described(self, descriptor: int, rows: int, size: int, bf16: bool) -> np.ndarray:
-        """The matrix (rows, size / 2) that a shared-memory descriptor names: K-major, 128-byte swizzle."""
+        """Return the matrix (rows, size / 2) that a shared-memory descriptor describes: K-major, 128-byte swizzle."""
         start, stride = (descriptor & 0x3FFF) << 4, ((descriptor >> 32) & 0x3FFF) << 4
         if descriptor >> 62 != 1 or (descriptor >> 49) & 7:
             raise NotImplementedError("a matrix descriptor without the 128-byte swizzle, or with a base offset")

@@ -15,7 +15,7 @@ from tests.support.ptx.program import Program
 
 @dataclass
 class Barrier:
-    """An mbarrier: arrivals and bytes that its phase still waits for."""
+    """An mbarrier: the arrivals and bytes that its phase still waits for."""
 
     count: int
     waiting: int
@@ -82,7 +82,7 @@ class Operands:
         elif a in self.program.parameters:
             number = PARAMETERS + self.program.parameters.index(a)
         else:
-            raise Fault(f"{a} is read before it is written, or isn't known")
+            raise Fault(f"{a} is read before it is written, or is unknown")
         return np.full(self.threads, number, U64)
 
     def unsigned(self, a: str, width: int) -> np.ndarray:
@@ -100,7 +100,7 @@ class Operands:
         return self.bits(a).astype(np.uint32)
 
     def number(self, a: str, kind: str) -> np.ndarray:
-        """An operand as numpy numbers of a PTX type; integers as int64 (u64 and b64 as uint64)."""
+        """Return an operand as numpy numbers of a PTX type; integers as int64 (u64 and b64 as uint64)."""
         if kind == "f32":
             return self.f32(a)
         width = int(kind[1:])
@@ -125,7 +125,7 @@ class Operands:
         return [x.strip() for x in a.strip("{} ").split(",")]
 
     def one(self, value: np.ndarray) -> int:
-        """A value that all threads agree on."""
+        """Return a value that is the same in all threads."""
         if (value != value[0]).any():
             raise Fault("threads differ in an operand that has to be uniform")
         return int(value[0])
