@@ -268,7 +268,7 @@ def test_graphs_of_one_model_share_one_allocation():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mac_reduction": 1.5}, "no share"),
+        ({"mac_reduction": 1.5}, "not a share"),
         ({"mac_reduction": 0.5, "pattern": "dense"}, "masks nothing"),
         ({"patterns": ("2:4",)}, "is only for mac_reduction"),
         ({"mac_reduction": 0.5, "patterns": ("dense",)}, "only dense layers"),
