@@ -20,23 +20,23 @@ __all__ = ["UNRECORDED", "Allocated", "Calibration", "Context", "Decision", "Inp
 class Pass(PassBase):
     """One transformation of the graph.
 
-    Subclasses give :attr:`name`, :meth:`plan` and :meth:`apply`. A pass that leaves a node alone says why, in the
-    layer's reason or in its summary.
+    Subclasses define :attr:`name`, :meth:`plan` and :meth:`apply`. A pass that leaves a node alone gives the reason, in
+    the layer's ``reason`` or in its summary.
 
     ``plan`` is pure: it changes neither the graph, nor the context, nor the pass, so that planning twice gives the same
-    decision. Whatever is computed from data is computed there. ``apply`` reads nothing but the graph, the decision and
-    the inputs of the run: a fresh pass gives the same graph from the decision read back from JSON.
+    decision. Everything that depends on data is computed there. ``apply`` reads nothing but the graph, the decision and
+    the inputs of the run: given a decision read back from JSON, a fresh pass produces the same graph.
 
     Attributes:
-        name: the pass in the Plan.
-        decision_type: what ``plan`` returns, to read a decision back from JSON; None for a pass that returns a dict.
+        name: name of the pass in the Plan.
+        decision_type: class that ``plan`` returns, for reading a decision from JSON; None if ``plan`` returns a dict.
         provides: types of the results that ``apply`` puts into ``ctx.results``.
         needs: pairs of an option of :class:`mpcompile.Config` and the type of result that an earlier pass must provide
             if the option is given.
         requests: what earlier passes are to compute for this one.
         decides: True if the pass carries out the options that shape the model (patterns, merging), so that the Plan
-            records those of this run.
-        closes_accounts: True if multiply-accumulates can't be counted behind the pass; they are counted before it.
+            records this run's values of them.
+        closes_accounts: True if multiply-accumulates cannot be counted after the pass; they are counted before it.
 
     Example:
         A pass that removes dropout::
@@ -75,26 +75,26 @@ class Pass(PassBase):
 
     @abc.abstractmethod
     def plan(self, gm: IRModule, ctx: Context) -> Any:
-        """The decision: a :class:`Decision`, or a dict of JSON values. Changes nothing."""
+        """Return the decision, a :class:`Decision` or a dict of JSON values, and change nothing."""
 
     @abc.abstractmethod
     def apply(self, gm: IRModule, decision: Any, ctx: Context) -> bool:
-        """Carry the decision out on the graph; True if it changed."""
+        """Carry the decision out on the graph, and return True if the graph changed."""
 
     def check(self, gm: IRModule, ctx: Context) -> None:
-        """Refuse what this pass can't do on the graph as it comes in. Called before any pass of a pipeline runs.
+        """Refuse a graph on which this pass cannot run. Called before any pass of a pipeline runs.
 
         Raises:
-            MPCompileError: it can't.
+            MPCompileError: the pass cannot run on this graph.
         """
 
     def summary(self, decision: Any) -> str:
-        """The decision in a sentence."""
+        """Return a sentence about the decision."""
         values = decision.record() if isinstance(decision, Decision) else decision
         return ", ".join(f"{k}: {v}" for k, v in values.items())
 
     def run(self, gm: IRModule, ctx: Context) -> PassResult:
-        """Plan, apply, record; afterwards lint and recompile if the graph changed."""
+        """Plan, apply, lint and recompile if the graph changed, and record the decision in the Plan."""
         self.context = ctx
         try:
             result = self(gm)
@@ -129,10 +129,10 @@ class Applied(PassResult):
 
 
 def run_pass(step: Pass, gm: IRModule, ctx: Context, check: Callable[[PassResult], None] | None = None) -> PassResult:
-    """Run one pass and tell the observers of the run.
+    """Run one pass and call the observers of the run.
 
     Args:
-        check: called with the result first; where it refuses, the observers still see the graph.
+        check: called with the result before the observers are; they are called even if it raises.
     """
     if not ctx.observers:
         result = step.run(gm, ctx)

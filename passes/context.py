@@ -1,4 +1,4 @@
-"""What the passes of one run share: its inputs, its calibration data, the results of earlier passes, and the Plan."""
+"""Context of a run, shared by its passes: inputs, calibration data, the results of earlier passes, and the Plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Observer = Callable[["Pass", str, IRModule, "Decision | dict[str, Any]"], None]
 
 
 class Request(enum.Enum):
-    """What a pass asks earlier passes of the pipeline to compute for it."""
+    """A computation that a pass requests from earlier passes of the pipeline."""
 
     REFIT = "refitted values of masked weights"
     NORMS = "BatchNorm statistics of the pruned network"
@@ -35,22 +35,22 @@ class Request(enum.Enum):
 
 @dataclass(frozen=True)
 class Allocated:
-    """The result of Allocate: layer name -> its pattern, or None where it stays dense."""
+    """The result of Allocate: layer name -> its pattern, or None if the layer stays dense."""
 
-    provider: ClassVar[str] = "Allocate"  # as errors name it
+    provider: ClassVar[str] = "Allocate"  # the pass that provides it, for error messages
     patterns: Mapping[str, Pattern | None]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run was given. Nothing here changes while it lasts.
+    """The inputs of a run, which do not change during the run.
 
     Attributes:
         config: the options.
-        example: example inputs, one per placeholder; their shapes count, not their values.
+        example: example inputs, one per placeholder; only their shapes and dtypes matter.
         lifted: parameters that are graph inputs.
-        owned: True if the graph owns its weights and may write zeros into them.
-        tolerant: True if what finds no place in the graph is noted and left out, rather than refused.
+        owned: True if the graph owns its weights and may change their values.
+        tolerant: True if options that do not apply to the graph are skipped rather than refused.
         seed: seeds every random choice.
         prior: source masks of the Hamming prior, by layer name.
         prior_weight: alpha of that prior.
@@ -72,14 +72,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration data, and how statistics are taken from it. Iterating gives the batches as they were given.
+    """Calibration data, and how statistics are taken from it. Iterating yields the batches as the user passed them.
 
     Attributes:
         data: an iterable of batches; a tensor or a dict is one batch.
         rereadable: True if the data can be read more than once.
-        memory: bytes that statistics may take, and again the activations held between layers.
+        memory: bytes that statistics may take, and as many again for the activations held between layers.
         statistics: a folder that keeps the moments of layers, or None.
-        policy: where the statistics of a layer come from: ``calibrate`` of :func:`mpcompile.transform`.
+        policy: where the statistics of a layer come from; the argument ``calibrate`` of :func:`mpcompile.transform`.
     """
 
     data: Any
@@ -92,12 +92,12 @@ class Calibration:
         return iter(as_batches(self.data))
 
     def batches(self, model: Imported) -> Iterator[list[Any]]:
-        """Each batch as the full list of graph inputs; see :func:`mpcompile.calibration.moments.batches`."""
+        """Yield each batch as the full list of graph inputs; see :func:`mpcompile.calibration.data.batches`."""
         return batches(model, self)
 
 
 class Results:
-    """Results of the passes that have run, at most one of each type; the last one counts.
+    """Results of the passes that have run, one per type: a later result replaces an earlier one of its type.
 
     Example:
         >>> results = Results()
@@ -116,23 +116,23 @@ class Results:
         self._by_type[type(result)] = result
 
     def get(self, kind: type[T]) -> T | None:
-        """The result of a type, or None if no pass has stored one."""
+        """Return the result of a type, or None if no pass has stored one."""
         return self._by_type.get(kind)
 
 
 class Context:
-    """What the passes of one run share.
+    """State that the passes of one run share.
 
     Args:
-        config: what to do.
-        inputs: example inputs, one per placeholder; they give shapes, not values.
+        config: the options.
+        inputs: example inputs, one per placeholder; only their shapes and dtypes matter.
         lifted: parameters that are graph inputs.
         owned: True if the graph owns its weights and may change their values.
         given: further fields of :class:`Inputs`.
         calibration: calibration data; anything but a :class:`Calibration` becomes one with default options.
-        plan: what the passes add their records to.
-        results: what the passes leave for later ones.
-        requests: what passes of the pipeline ask earlier ones to compute.
+        plan: the Plan to which the passes add their records.
+        results: results that passes leave for later ones.
+        requests: computations that passes of the pipeline request from earlier ones.
         observers: called after every pass with the pass, the code of the graph before it, the graph, and the decision.
 
     Attributes:
@@ -169,7 +169,7 @@ class Context:
 
     @property
     def inputs(self) -> list[Any]:
-        """Example inputs, one per placeholder; their shapes count, not their values."""
+        """Example inputs, one per placeholder; only their shapes and dtypes matter."""
         return self.run.example
 
     @property
@@ -179,17 +179,17 @@ class Context:
 
     @property
     def owned(self) -> bool:
-        """True if the graph owns its weights and may write zeros into them."""
+        """True if the graph owns its weights and may change their values."""
         return self.run.owned
 
     @property
     def tolerant(self) -> bool:
-        """True if what finds no place in the graph is noted and left out, rather than refused."""
+        """True if options that do not apply to the graph are skipped rather than refused."""
         return self.run.tolerant
 
     @property
     def seed(self) -> int:
-        """Seeds every random choice."""
+        """The seed of every random choice."""
         return self.run.seed
 
     @property
@@ -205,30 +205,30 @@ class Context:
 
     @property
     def refit(self) -> bool:
-        """True if masked weights are to be refitted: the options allow it, and a later pass asks for it."""
+        """True if masked weights are to be refitted: the options allow it, and a later pass requests it."""
         return self.config.restore and Request.REFIT in self.requests
 
     @property
     def renorm(self) -> bool:
-        """True if BatchNorm statistics of the pruned network are asked for, and can be taken and written."""
+        """True if BatchNorm statistics of the pruned network are requested, and can be computed and written."""
         return Request.NORMS in self.requests and self.owned and self.calibration is not None
 
     def imported(self, gm: IRModule) -> Imported:
-        """The graph together with the example inputs and lifted parameters of the run."""
+        """Return the graph together with the example inputs and lifted parameters of the run."""
         return Imported(gm, self.inputs, self.lifted, [])
 
     def pattern_for(self, layer: LayerOp) -> Pattern | None:
-        """The pattern of a layer: the allocated one, else the config's; None for dense."""
+        """Return the pattern of a layer: the allocated one, else the config's; None for dense."""
         patterns = self.patterns
         return patterns[layer.name] if layer.name in patterns else self.config.pattern_for(layer.weight.tensor)
 
     def writable(self, layer: LayerOp) -> bool:
-        """True if the graph may change the values of the layer's weight."""
+        """Return True if the graph may change the values of the layer's weight."""
         node = layer.weight.node
         return self.owned and (node is None or node.op == "get_attr")
 
     def __getattr__(self, name: str) -> Any:
-        """Earlier names of what has its own object now, for one release."""
+        """Return the value of an earlier attribute that belongs to another object, with a DeprecationWarning."""
         if name not in _EARLIER:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         owner, attribute, default = _EARLIER[name]

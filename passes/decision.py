@@ -1,8 +1,7 @@
-"""Decisions of passes: frozen dataclasses that survive JSON exactly, tensors included.
+"""Decisions of passes: frozen dataclasses that survive a round trip through JSON exactly, tensors included.
 
-Two views of a decision are plain JSON values. :meth:`Decision.to_json` is complete: a fresh pass can apply what
-:meth:`Decision.from_json` reads from it. :meth:`Decision.record` is what the Plan keeps: figures and names, without the
-tensors.
+A decision has two forms in JSON. :meth:`Decision.to_json` is complete: a fresh pass can apply the decision that
+:meth:`Decision.from_json` reads back. :meth:`Decision.record` is for the Plan: figures and names, without tensors.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from mpcompile.errors import InputError
 
 Self = TypeVar("Self", bound="Decision")
 
-_TENSOR = "tensor"  # key under which an encoded tensor names its dtype
-UNRECORDED: Mapping[str, Any] = {"recorded": False}  # metadata of fields that stay out of the Plan
+_TENSOR = "tensor"  # key of an encoded tensor's dtype
+UNRECORDED: Mapping[str, Any] = {"recorded": False}  # metadata of fields that the Plan does not keep
 
 
 class Decision:
     """Base of the frozen dataclasses that :meth:`mpcompile.passes.base.Pass.plan` returns.
 
     Fields hold JSON values, tensors, other dataclasses and named tuples, in lists, tuples and mappings with text keys.
-    Their annotations say how they are read back. A field with the metadata :data:`UNRECORDED` is part of the decision,
-    but stays out of the Plan.
+    Their annotations determine how they are read back. A field with the metadata :data:`UNRECORDED` is part of the
+    decision, but is not recorded in the Plan.
 
-    Subclasses are decorated with ``@dataclass(frozen=True, eq=False)``: two decisions are equal if their JSON is.
+    Decorate subclasses with ``@dataclass(frozen=True, eq=False)``: two decisions are equal if their JSON is equal.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class Decision:
     """
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values; a tensor becomes its dtype, its shape and its bytes in base64."""
+        """Return all fields as JSON values; a tensor becomes its dtype, its shape and its bytes in base64."""
         return {f.name: encode(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     @classmethod
@@ -61,7 +60,7 @@ class Decision:
         return decode(dict(data), cls)
 
     def record(self) -> dict[str, Any]:
-        """What the Plan keeps, as JSON values. Subclasses leave out what goes without saying."""
+        """Return the fields that the Plan keeps, as JSON values. Subclasses may omit those that say nothing new."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         return {f.name: encode(getattr(self, f.name)) for f in fields if f.metadata.get("recorded", True)}
 
@@ -74,7 +73,7 @@ class Decision:
 
 
 def encode(value: Any) -> Any:
-    """A value of a decision as JSON values.
+    """Return a value of a decision as JSON values.
 
     Raises:
         TypeError: a value of a type that :func:`decode` could not restore.
@@ -90,18 +89,18 @@ def encode(value: Any) -> Any:
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise TypeError(f"keys of a decision are texts, not {list(value)[:3]}")
+            raise TypeError(f"the keys of a decision are strings, not {list(value)[:3]}")
         return {key: encode(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [encode(entry) for entry in value]
-    raise TypeError(f"a decision can't hold a {type(value).__name__}")
+    raise TypeError(f"a decision cannot hold a {type(value).__name__}")
 
 
 def decode(value: Any, hint: Any) -> Any:
     """Inverse of :func:`encode`: JSON values -> a value of the type ``hint``.
 
     Raises:
-        InputError: the values don't have that type.
+        InputError: the values do not have that type.
     """
     try:
         return _decoded(value, hint)

@@ -1,11 +1,12 @@
-"""Restore: refitted values behind the masks, and BatchNorm statistics that fit the pruned network.
+"""Restore: refitted values for masked weights, and BatchNorm statistics that match the pruned network.
 
-Statistics are re-estimated even if nothing is refitted. Masks take variance away, and those that cost the outputs least
-take most of it (a removed value takes its share along); in a ResNet that adds up from layer to layer.
+Statistics are re-estimated even if nothing is refitted. Masks reduce the variance of the outputs, most of all those
+chosen for the smallest error (a removed value takes its share of the variance with it); in a ResNet these reductions
+add up from layer to layer.
 
 Values are refitted where the masks are chosen, layer by layer (pruning/refit.py, pruning/project.py): a mask and its
 values are one decision, and later layers are fitted to the result. This pass requests both from Mask. It adds the
-BatchNorm statistics, and enters the error of every layer, before and after the refit, into the Plan.
+BatchNorm statistics, and records in the Plan the error of every layer before and after the refit.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from mpcompile.pruning.project import reestimate, write_norms
 
 @dataclass(frozen=True, eq=False)
 class Restored(Decision):
-    """What is restored.
+    """Refitted layers and re-estimated BatchNorms.
 
     Attributes:
         requested: False if the options switch refitting off.
         restored: names of the refitted layers, sorted.
         skipped: layer name -> why it was not refitted.
         error_masked, error_refitted: mean relative error of the outputs of refitted layers, before and after.
-        norms: where the BatchNorm statistics come from, or why they stay.
+        norms: where the BatchNorm statistics come from, or why they are left unchanged.
         norm_count: number of BatchNorms that get new statistics.
         layers: layer name -> its notes in the Plan.
         statistics: BatchNorm module -> mean and variance.
@@ -64,7 +65,7 @@ class Restore(Pass):
         refitted = {name: note for name, note in notes.items() if "error_refitted" in note}
         source, statistics = self._source(gm, ctx, masked), masked.norms
         if source == "after":
-            assert ctx.calibration is not None  # _source() looks
+            assert ctx.calibration is not None  # checked by _source()
             statistics = reestimate(ctx.imported(gm), ctx.calibration, ctx.calibration.memory)
         return Restored(
             requested=ctx.config.restore,
@@ -80,7 +81,7 @@ class Restore(Pass):
 
     @staticmethod
     def _source(gm: IRModule, ctx: Context, masked: Masked) -> str:
-        """Where the statistics of BatchNorms come from, or why they stay."""
+        """Return where the statistics of BatchNorms come from, or why they are left unchanged."""
         if masked.norms:
             return "in sequence"
         if not ctx.renorm or not masked.projections:

@@ -227,7 +227,7 @@ def collect(
 
     Args:
         model: the imported model, whose nodes carry shapes.
-        values: the graph inputs of every batch, from :func:`batches`.
+        values: the graph inputs of every batch, from :func:`mpcompile.calibration.data.batches`.
         sizes: layers to watch, name -> columns per group (m).
         budget: bytes for all layers together: each stores full moments, else blocks, else the diagonal, as its share
             of the remaining bytes allows.

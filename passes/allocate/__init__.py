@@ -1,4 +1,4 @@
-"""Allocate: a pattern for each layer, so that a share of the MACs (or bytes) is saved at the least damage."""
+"""Allocate: a pattern for each layer, chosen to save a given share of the MACs (or bytes) with the least damage."""
 
 from mpcompile.passes.allocate.decide import Allocate
 

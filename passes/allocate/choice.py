@@ -1,4 +1,4 @@
-"""The choice of patterns: the least predicted damage for a target, the uniform choice beside it, and the reasons."""
+"""The choice of patterns: the one with the least predicted damage for a target, the uniform one, and the reasons."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mpcompile.pruning import knapsack
 
 @dataclass
 class Choice:
-    """What one kind of damage chooses, and the uniform choice from the same menu.
+    """The best choice by one kind of damage, and the uniform choice from the same menu.
 
     Attributes:
-        kind: of damage.
-        candidates: with the costs and the menu of that kind.
-        best, even: the two choices, as places in each candidate's options.
+        kind: kind of damage.
+        candidates: the candidates, with the costs and the menu of that kind.
+        best, even: the best and the uniform choice, as indices into each candidate's options.
         price: damage per unit saved at the margin of the best choice; 0 if nothing was predicted.
-        inadmissible: ``"LAYER PATTERN"`` -> why that option was taken from the menu.
+        inadmissible: ``"LAYER PATTERN"`` -> why that option was removed from the menu.
     """
 
     kind: str
@@ -32,16 +32,16 @@ class Choice:
     inadmissible: dict[str, str]
 
     def damage(self, chosen: Sequence[int]) -> float:
-        """Predicted damage of a choice."""
+        """Return the predicted damage of a choice."""
         return float(sum(c.costs[i] for c, i in zip(self.candidates, chosen, strict=True)))
 
     def saved(self, chosen: Sequence[int]) -> float:
-        """MACs or bytes that a choice saves."""
+        """Return the MACs or bytes that a choice saves."""
         return float(sum(c.saved[i] for c, i in zip(self.candidates, chosen, strict=True)))
 
 
 def choose(candidates: list[Candidate], kind: str, target: float, inadmissible: dict[str, str]) -> Choice:
-    """The best and the uniform choice for a target, from candidates whose savings and costs are filled in."""
+    """Return the best and the uniform choice for a target, from candidates whose savings and costs are filled in."""
     costs, saved = [c.costs for c in candidates], [c.saved for c in candidates]
     even = knapsack.even_mix([c.density for c in candidates], saved, target)
     best, price = (even, 0.0) if kind == UNIFORM else knapsack.solve(costs, saved, target)
@@ -49,7 +49,7 @@ def choose(candidates: list[Candidate], kind: str, target: float, inadmissible: 
 
 
 def describe_uniform(candidates: Sequence[Candidate], chosen: Sequence[int]) -> str:
-    """A uniform choice in words."""
+    """Describe a uniform choice in words."""
     used = Counter(label(c.options[i]) for c, i in zip(candidates, chosen, strict=True))
     names = " and ".join(sorted(used))
     return f"{names} everywhere" if len(used) == 1 else f"{names} mixed evenly"
@@ -58,9 +58,9 @@ def describe_uniform(candidates: Sequence[Candidate], chosen: Sequence[int]) -> 
 def explain_layers(
     choice: Choice, chosen: Sequence[int], total: float, kept: str, unit: str
 ) -> dict[str, dict[str, Any]]:
-    """For every layer: its pattern, the damage and savings of each option, and why it got this one."""
+    """Return for every layer its pattern, the damage and savings of each option, and the reason for the choice."""
     entries = {}
-    uniform = "uniform: better than allocation on held-out samples" if choice.price else "uniform, as asked"
+    uniform = "uniform: better than allocation on held-out samples" if choice.price else "uniform, as requested"
     for candidate, i in zip(choice.candidates, chosen, strict=True):
         options = {
             label(p): {"damage": c, "saved": s / total}
@@ -73,7 +73,7 @@ def explain_layers(
 
 
 def _why(candidate: Candidate, i: int, price: float, unit: str) -> str:
-    """What the next sparser and the next denser option would cost, relative to the marginal price of what they save."""
+    """Compare the next sparser and the next denser option: damage per unit saved, over the marginal price."""
 
     def ratio(a: int, b: int) -> str:
         gain = (candidate.saved[b] - candidate.saved[a]) * price
@@ -81,9 +81,9 @@ def _why(candidate: Candidate, i: int, price: float, unit: str) -> str:
 
     parts = []
     if i + 1 < len(candidate.options):
-        parts.append(f"{label(candidate.options[i + 1])} would cost {ratio(i, i + 1)} what its {unit} cost elsewhere")
+        parts.append(f"{label(candidate.options[i + 1])} would save {unit} at {ratio(i, i + 1)} the marginal damage")
     else:
         parts.append("the sparsest on its menu")
     if i > 0:
-        parts.append(f"over {label(candidate.options[i - 1])} it pays {ratio(i - 1, i)}")
+        parts.append(f"chosen over {label(candidate.options[i - 1])} at {ratio(i - 1, i)} the marginal damage")
     return ", ".join(parts)

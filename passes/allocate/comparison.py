@@ -1,4 +1,4 @@
-"""What the whole model loses on held-out calibration samples under a choice of patterns."""
+"""The loss of the whole model on held-out calibration samples under a choice of patterns."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mpcompile.pruning.project import reestimate, write_norms
 def held_out_loss(
     gm: IRModule, ctx: Context, candidates: Sequence[Candidate], data: Samples, chosen: Sequence[int]
 ) -> float:
-    """Divergence of the pruned from the dense model's outputs on held-out samples.
+    """Return the divergence between the outputs of the dense and of the pruned model on held-out samples.
 
-    All layers are projected as the damage assumes, from moments of the dense model, and BatchNorms are re-estimated.
-    That is cheaper than the masks to come, and the same for all choices.
+    All layers are projected as the prediction of damage assumes, from moments of the dense model, and BatchNorms are
+    re-estimated. That is cheaper than computing the final masks, and treats all choices alike.
 
     Args:
-        gm: not changed; a copy is pruned.
-        chosen: place in each candidate's options.
+        gm: the dense model; not changed, since a copy is pruned.
+        chosen: index into each candidate's options.
     """
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
     own = [n.name not in ctx.lifted.tensors for n in places]
@@ -44,7 +44,7 @@ def held_out_loss(
 def _pruned(
     gm: IRModule, ctx: Context, candidates: Sequence[Candidate], data: Samples, chosen: Sequence[int]
 ) -> tuple[IRModule, Lifted]:
-    """A copy of the graph with projected weights, and its lifted parameters."""
+    """Return a copy of the graph with projected weights, and its lifted parameters."""
     trial = copy.deepcopy(gm)
     lifted = replace(ctx.lifted, tensors=dict(ctx.lifted.tensors))
     weights = {layer.name: layer.weight for layer in layers(trial, lifted)}

@@ -1,9 +1,9 @@
-"""Allocate: give each layer a pattern of its own, so that a share of the MACs (or bytes) is saved at least damage.
+"""Allocate: give each layer its own pattern, chosen to save a given share of the MACs (or bytes) with least damage.
 
-menu.py has the candidates and what each pattern saves, prediction.py the damage of every layer under every pattern,
-choice.py the best choice (an exact knapsack, pruning/knapsack.py). With data, that choice has to beat the uniform one
-of equal savings on calibration samples that the prediction has not seen (comparison.py). The better one is kept, and
-the Plan names it.
+menu.py lists the candidates and the savings of each pattern, prediction.py predicts the damage to every layer under
+every pattern, and choice.py finds the best choice (an exact knapsack, pruning/knapsack.py). With data, that choice has
+to beat the uniform choice with equal savings on calibration samples that the prediction has not seen (comparison.py).
+The better one is kept, and the Plan names it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["DAMAGES", "Allocate", "Allocation", "Comparison", "Solution"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the output loses on held-out samples.
+    """Losses of the model's output on held-out samples.
 
     Attributes:
         samples: number of held-out samples.
         allocation, uniform: loss under the allocation and under the uniform choice.
-        tried: kind of damage -> loss under what it chooses.
+        tried: kind of damage -> loss under the best choice by that kind.
     """
 
     samples: int
@@ -50,15 +50,15 @@ class Solution:
     Attributes:
         damage: kind of damage that was predicted.
         unit: what is saved, ``"MACs"`` or ``"bytes"``.
-        target: share that was asked for.
+        target: share that was requested.
         reachable: least and largest share that the menu can save.
         predicted: predicted damage of ``"allocation"`` and of ``"uniform"``.
         uniform: the uniform choice in words.
-        held_out: the comparison on held-out samples, or None without.
+        held_out: the comparison on held-out samples, or None if there was none.
         kept: ``"allocation"`` or ``"uniform"``.
-        inadmissible: ``"LAYER PATTERN"`` -> why that option was taken from the menu.
+        inadmissible: ``"LAYER PATTERN"`` -> why that option was removed from the menu.
         saved: share that is saved.
-        layers: layer name -> its pattern, why, and its options.
+        layers: layer name -> its pattern, the reason for it, and its options.
     """
 
     damage: str
@@ -76,12 +76,12 @@ class Solution:
 
 @dataclass(frozen=True, eq=False)
 class Allocation(Decision):
-    """What each layer gets.
+    """The patterns of the layers.
 
     Attributes:
-        requested: False without a target.
+        requested: False if there is no target.
         given: number of layers whose patterns were allocated in another graph of the same model, or None.
-        solution: what was chosen here, or None.
+        solution: the choice made for this graph, or None.
     """
 
     requested: bool
@@ -99,17 +99,17 @@ class Allocate(Pass):
 
     Args:
         damage: ``"calibrated"`` predicts the loss of the model's output from the inputs and gradients of the layers;
-            ``"mp"`` takes weights for noise and structure as the Marchenko-Pastur fit has them, noise being lost as
-            rho(N:M). None: with calibration data both, and what loses least on held-out samples is kept; without,
-            ``"mp"``. ``"magnitude"`` is the energy of the removed weights over the mean square of the layer; ``"seb"``
-            over the square of the weights of Spectral Edge Budgeting (arXiv 2606.02608). ``"uniform"`` predicts
-            nothing: one density for all, or two mixed evenly.
+            ``"mp"`` splits a weight into noise and structure by its Marchenko-Pastur fit, and counts the share rho(N:M)
+            of the noise as lost. None: with calibration data, both, keeping the choice that loses least on held-out
+            samples; without, ``"mp"``. ``"magnitude"`` is the energy of the removed weights over the mean square of the
+            layer's weights, ``"seb"`` that energy over the square of the layer's w in Spectral Edge Budgeting (arXiv
+            2606.02608). ``"uniform"`` predicts nothing: all layers get one density, or two densities mixed evenly.
         bytes_reduction: share of the bytes of all parameters to save, in place of multiply-accumulates.
         compare: with data, compare with the uniform pattern on held-out samples and keep the better one.
 
     Raises:
         ConfigError: an unknown damage, both targets, or ``"calibrated"`` without data.
-        NotEligibleError: the target can't be reached; the message gives the range that can.
+        NotEligibleError: the target cannot be reached; the message gives the range that can be.
 
     Example:
         >>> from mpcompile import Config, transform
@@ -130,7 +130,7 @@ class Allocate(Pass):
         if damage is not None and damage not in DAMAGES:
             raise ConfigError("there is no such damage", expected=f"one of {', '.join(DAMAGES)}", found=repr(damage))
         if bytes_reduction is not None and not 0 < bytes_reduction < 1:
-            raise ConfigError("bytes_reduction is no share", expected="between 0 and 1", found=bytes_reduction)
+            raise ConfigError("bytes_reduction is not a share", expected="between 0 and 1", found=bytes_reduction)
         self.damage, self.bytes_reduction, self.compare = damage, bytes_reduction, compare
 
     def plan(self, gm: IRModule, ctx: Context) -> Allocation:
@@ -179,8 +179,8 @@ class Allocate(Pass):
     def _choose(
         self, gm: IRModule, ctx: Context, candidates: list[Candidate], kind: str, data: Samples | None, target: float
     ) -> Choice:
-        """What one kind of damage chooses for a target."""
-        candidates = [replace(candidate) for candidate in candidates]  # each kind has costs and a menu of its own
+        """Return the best choice by one kind of damage for a target."""
+        candidates = [replace(candidate) for candidate in candidates]  # each kind has its own costs and menu
         inadmissible = self._predict(gm, ctx, candidates, kind, data, target)
         return choose(candidates, kind, target, inadmissible)
 
@@ -188,7 +188,7 @@ class Allocate(Pass):
     def _compare(
         gm: IRModule, ctx: Context, choices: list[Choice], data: Samples | None
     ) -> tuple[Choice, Comparison | None]:
-        """The choice that loses least on held-out samples, and the comparison; the first choice without samples."""
+        """Return the choice that loses least on held-out samples, and the comparison; the first choice if none are."""
         if data is None or not data.held_out or all(c.best == c.even for c in choices):
             return choices[0], None
         lost = {c.kind: held_out_loss(gm, ctx, c.candidates, data, c.best) for c in choices}
@@ -202,7 +202,7 @@ class Allocate(Pass):
 
     @staticmethod
     def _better(held_out: Comparison) -> str:
-        """The choice that loses less."""
+        """Return the name of the choice that loses less."""
         return "uniform" if held_out.uniform < held_out.allocation else "allocation"
 
     def summary(self, decision: Allocation) -> str:
@@ -210,21 +210,21 @@ class Allocate(Pass):
             return "off"
         solution = decision.solution
         if solution is None:
-            return f"{decision.given} layers as in another graph of this model"
+            return f"{decision.given} layers with the patterns of another graph of this model"
         counts = Counter(entry["pattern"] for entry in solution.layers.values())
         text = f"{solution.unit} -{solution.saved:.2%} (target {solution.target:.2%}): "
         text += ", ".join(f"{n} {pattern}" for pattern, n in sorted(counts.items()))
         if solution.damage == UNIFORM:
-            return f"{text}; {solution.uniform}, as asked"
-        seen = solution.held_out
-        if seen is None:
+            return f"{text}; {solution.uniform}, as requested"
+        comparison = solution.held_out
+        if comparison is None:
             ratio = solution.predicted["allocation"] / (solution.predicted["uniform"] or 1.0)
             text += f"; predicted damage ({solution.damage}) {ratio:.3g}x that of {solution.uniform}"
             return f"{text}, not compared: no held-out data"
-        tried = ", ".join(f"{kind} {lost:.4g}" for kind, lost in seen.tried.items())
+        tried = ", ".join(f"{kind} {lost:.4g}" for kind, lost in comparison.tried.items())
         return (
-            f"{text}; {solution.kept} kept: on {seen.samples} held-out samples the output loses "
-            f"{seen.allocation:.4g} by allocation ({tried}), {seen.uniform:.4g} by {solution.uniform}"
+            f"{text}; {solution.kept} kept: on {comparison.samples} held-out samples the output loses "
+            f"{comparison.allocation:.4g} by allocation ({tried}), {comparison.uniform:.4g} by {solution.uniform}"
         )
 
     def apply(self, gm: IRModule, decision: Allocation, ctx: Context) -> bool:

@@ -1,4 +1,4 @@
-"""The candidates of an allocation: every weight that may be masked, its menu of patterns, and what each saves."""
+"""The candidates of an allocation: every weight that may be masked, its menu of patterns, and their savings."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MACS, BYTES = "MACs", "bytes"
 
 @dataclass
 class Candidate:
-    """A weight, and the patterns it may get.
+    """A weight, and the patterns that it may get.
 
     Attributes:
         uses: the nodes that use the weight.
-        names: layer names of these uses, each once.
+        names: layer names of these uses, without duplicates.
         options: patterns from the densest to the sparsest; None is dense.
         saved: MACs or bytes that each option saves.
         costs: predicted damage of each option.
@@ -55,12 +55,12 @@ class Candidate:
 
 
 def label(pattern: Pattern | None) -> str:
-    """A pattern as the Plan names it."""
+    """Return the name of a pattern in the Plan."""
     return "dense" if pattern is None else str(pattern)
 
 
 def find_candidates(gm: IRModule, ctx: Context) -> list[Candidate]:
-    """Every weight that may be masked, once, with its menu; layers that share a weight share its pattern.
+    """Return every weight that may be masked, once, with its menu; layers that share a weight share its pattern.
 
     Raises:
         NotEligibleError: no weight can be masked.
@@ -88,13 +88,13 @@ def find_candidates(gm: IRModule, ctx: Context) -> list[Candidate]:
 
 
 def fill_savings(gm: IRModule, ctx: Context, candidates: list[Candidate], unit: str) -> float:
-    """Fill in what every option saves; return the total of the whole model.
+    """Fill in the savings of every option, and return the total of the whole model.
 
     Args:
         unit: :data:`MACS` per sample, or :data:`BYTES` of all parameters.
 
     Raises:
-        NotEligibleError: the model has none of them.
+        NotEligibleError: the total is 0.
     """
     if unit == BYTES:
         for candidate in candidates:
@@ -113,25 +113,25 @@ def fill_savings(gm: IRModule, ctx: Context, candidates: list[Candidate], unit: 
         total = float(counted.dense or counted.executed)
     if not total:
         raise NotEligibleError(
-            f"{unit} can't be reduced: there are none",
+            f"{unit} cannot be reduced: there are none",
             expected="example inputs with at least one sample",
             found="an empty batch, or a model without products",
-            hint="give a batch that isn't empty",
+            hint="give a batch that is not empty",
         )
     return total
 
 
 def check_target(candidates: list[Candidate], target: float, total: float, unit: str) -> tuple[float, float]:
-    """The least and the largest share that the menu can save.
+    """Return the smallest and the largest share that the menu can save.
 
     Raises:
-        NotEligibleError: ``target`` is outside of that range.
+        NotEligibleError: ``target`` is outside that range.
     """
     low, high = (v / total for v in knapsack.reachable([candidate.saved for candidate in candidates]))
     if not low * (1 - 1e-9) <= target <= high * (1 + 1e-9):
         menu = ", ".join(dict.fromkeys(label(p) for candidate in candidates for p in candidate.options))
         raise NotEligibleError(
-            f"{unit} can't be reduced by {target:.2%}",
+            f"{unit} cannot be reduced by {target:.2%}",
             expected=f"{low:.2%} to {high:.2%}, with {menu} on {len(candidates)} layers",
             found=f"{target:.2%}",
             hint="give a denser or a sparser pattern in Config(patterns=...), or include more layers",

@@ -21,8 +21,8 @@ from mpcompile.rmt.analysis import study
 
 CALIBRATED, MP, MAGNITUDE, SEB, UNIFORM = "calibrated", "mp", "magnitude", "seb", "uniform"
 DAMAGES = (CALIBRATED, MP, MAGNITUDE, SEB, UNIFORM)
-HELD_OUT = 0.25  # share of the calibration samples that choices are compared on
-GRADIENT_SAMPLES = 128
+HELD_OUT = 0.25  # share of the calibration batches that is held out for comparing choices
+GRADIENT_SAMPLES = 128  # approximate number of samples for the gradients of the outputs
 _PART = 8  # samples whose activations a backward pass holds
 
 
@@ -44,11 +44,11 @@ class Samples:
 def split_samples(
     gm: IRModule, ctx: Context, candidates: Sequence[Candidate], kind: str, compare: bool
 ) -> Samples | None:
-    """The calibration samples in two parts, and the moments of the first; None if nothing needs them.
+    """Split the calibration samples into two parts, with the moments of the first; None if nothing needs them.
 
     Args:
         kind: one of :data:`DAMAGES`.
-        compare: hold samples out, to compare choices on.
+        compare: True to hold samples out for comparing choices.
 
     Raises:
         ConfigError: ``kind`` needs calibration data, and there is none.
@@ -64,7 +64,7 @@ def split_samples(
     everything = list(ctx.calibration.batches(model))
     if not everything:
         raise InputError("calibration is empty", expected="at least one batch", found="none")
-    if len(everything) == 1:  # a batch that can't be cut stays one part, and nothing is compared
+    if len(everything) == 1:  # a batch that cannot be split stays one part, and nothing is compared
         everything = list(samples(everything[0], model, max(1, batch_length(everything[0], model) // 4)))
     held = math.ceil(HELD_OUT * len(everything)) if compare and len(everything) > 1 else 0
     fit = everything[: len(everything) - held]
@@ -83,14 +83,14 @@ def predict(
         target: MACs or bytes to save.
 
     Returns:
-        ``"LAYER PATTERN"`` -> why that option was taken from the menu.
+        ``"LAYER PATTERN"`` -> why that option was removed from the menu.
     """
     if kind == UNIFORM:
         for candidate in candidates:
             candidate.costs = [0.0] * len(candidate.options)
         return {}
     if kind == CALIBRATED:
-        assert data is not None  # split_samples() refuses to go on without
+        assert data is not None  # split_samples() raises without calibration data
         _predict_calibrated(gm, ctx, candidates, data)
         return {}
     fits = [_fit(candidate, ctx) for candidate in candidates]
@@ -105,7 +105,7 @@ def predict(
 
 
 def _predict_calibrated(gm: IRModule, ctx: Context, candidates: Sequence[Candidate], data: Samples) -> None:
-    """Damage from the inputs of the layers and the gradients of their outputs."""
+    """Predict damage from the inputs of the layers and the gradients of their outputs."""
     model = ctx.imported(gm)
     length = batch_length(data.fit[0], model)
     some = data.fit[:: max(1, len(data.fit) * length // GRADIENT_SAMPLES)]
@@ -117,7 +117,7 @@ def _predict_calibrated(gm: IRModule, ctx: Context, candidates: Sequence[Candida
 
 
 def _removed(candidate: Candidate, fit: Mapping[str, Any], kind: str) -> list[float]:
-    """Damage from the weight alone: the energy of the removed values, or of the noise among them."""
+    """Return damage predicted from the weight alone: the energy of the removed values, or of the noise among them."""
     weight = candidate.uses[0].weight.tensor
     if kind == MAGNITUDE or fit["verdict"] != "mp":
         square = float(weight.detach().double().square().mean()) or 1.0
@@ -128,14 +128,14 @@ def _removed(candidate: Candidate, fit: Mapping[str, Any], kind: str) -> list[fl
 
 
 def _fit(candidate: Candidate, ctx: Context) -> dict[str, Any]:
-    """The Marchenko-Pastur fit of a weight: as Analyze entered it into the Plan, else computed here."""
+    """Return the Marchenko-Pastur fit of a weight: the one that Analyze recorded in the Plan, else a new one."""
     entry = ctx.plan.layers.get(candidate.name)
     known = {} if entry is None else entry.notes.get("analyze", {})
     return known or study(candidate.name, candidate.uses[0].weight.tensor.detach()).notes()
 
 
 def _seb(candidates: Sequence[Candidate], fits: Sequence[Mapping[str, Any]], target: float) -> list[float]:
-    """The weights w of Spectral Edge Budgeting at the sparsity that the target asks for."""
+    """Return the weights w of Spectral Edge Budgeting at the sparsity that the target requires."""
     most = sum(candidate.saved[-1] / max(1e-9, 1 - candidate.density[-1]) for candidate in candidates)
     sparsity = min(1.0, target / most)
     edges = {candidate.name: fit["edge"] for candidate, fit in zip(candidates, fits, strict=True)}
@@ -143,7 +143,11 @@ def _seb(candidates: Sequence[Candidate], fits: Sequence[Mapping[str, Any]], tar
 
 
 def _admit(candidates: Sequence[Candidate], fits: Sequence[Mapping[str, Any]], target: float) -> dict[str, str]:
-    """Take patterns from the menu under which a layer would lose more than noise, as far as the target allows."""
+    """Remove from the menus patterns that would cost a layer more than noise, if the target can be met without them.
+
+    Returns:
+        ``"LAYER PATTERN"`` -> reason, or a single reason under ``""`` if nothing was removed for the target's sake.
+    """
     refused: dict[str, str] = {}
     admitted: list[list[int]] = []
     for candidate, fit in zip(candidates, fits, strict=True):
@@ -153,7 +157,7 @@ def _admit(candidates: Sequence[Candidate], fits: Sequence[Mapping[str, Any]], t
         refused |= {f"{candidate.name} {pattern}": why for pattern, why in bad.items()}
     most = sum(max(candidate.saved[i] for i in places) for candidate, places in zip(candidates, admitted, strict=True))
     if most < target:
-        return {"": "patterns that remove structure were left in the menu: the target can't be met without them"}
+        return {"": "patterns that remove structure were left in the menu: the target cannot be met without them"}
     for candidate, places in zip(candidates, admitted, strict=True):
         candidate.options = [candidate.options[i] for i in places]
         candidate.saved = [candidate.saved[i] for i in places]

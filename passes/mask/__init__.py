@@ -1,4 +1,4 @@
-"""Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph."""
+"""Mask: choose N of every M values of each eligible weight, and fix the choice in the graph."""
 
 from mpcompile import _moved
 from mpcompile.passes.mask.choice import Masked, Masks

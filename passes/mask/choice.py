@@ -26,7 +26,7 @@ class Masked:
 
     Attributes:
         projections: masked layer -> its mask and refitted values.
-        norms: BatchNorm module -> its mean and variance in the pruned network, where they were taken on the way.
+        norms: BatchNorm module -> its mean and variance in the pruned network, if they were computed along the way.
     """
 
     projections: Mapping[str, Projection] = field(default_factory=dict)
@@ -35,16 +35,16 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class Masks(Decision):
-    """Which layers are masked, and how.
+    """The layers to mask, with their patterns and masks, and the layers that stay dense.
 
     Attributes:
-        pattern: as asked for.
-        masked: layer name -> the score that is asked for; ``"magnitude"`` without calibration data.
+        pattern: the pattern, or menu of patterns, that the options request.
+        masked: layer name -> the score that the options request; ``"magnitude"`` without calibration data.
         patterns: layer name -> its pattern.
         dense: layer name -> why it stays dense.
         fell_back: number of layers whose score fell back to magnitude.
         projections: masked layer -> its mask and refitted values.
-        norms: BatchNorm module -> its mean and variance in the pruned network, where they were taken on the way.
+        norms: BatchNorm module -> its mean and variance in the pruned network, if they were computed along the way.
     """
 
     pattern: str
@@ -57,10 +57,10 @@ class Masks(Decision):
 
 
 def choose(gm: IRModule, ctx: Context) -> Masks:
-    """Which layers to mask; their masks are still to be computed.
+    """Choose the layers to mask, without computing their masks.
 
     Raises:
-        NotEligibleError: no layer can be masked, or one that ``include`` names can't be.
+        NotEligibleError: no layer can be masked, or a layer that ``include`` names cannot be.
     """
     config, role = ctx.config, roles(gm, ctx.lifted)
     choice = Masks(pattern_words(config), {}, {}, {})
@@ -82,7 +82,7 @@ def choose(gm: IRModule, ctx: Context) -> Masks:
 
 
 def _share(gm: IRModule, choice: Masks, ctx: Context) -> None:
-    """Layers that share a weight share its pattern; if one of them stays dense, all do."""
+    """Give layers that share a weight the same pattern; if one of them stays dense, all do."""
     owners: dict[int, list[str]] = {}
     for layer in layers(gm, ctx.lifted):
         names = owners.setdefault(id(layer.weight.tensor), [])
@@ -98,7 +98,7 @@ def _share(gm: IRModule, choice: Masks, ctx: Context) -> None:
 
 
 def _check_any(gm: IRModule, choice: Masks, ctx: Context) -> None:
-    """Refuse a model in which nothing can be masked although a pattern is asked for."""
+    """Refuse a model in which nothing can be masked although a pattern is requested."""
     config = ctx.config
     done = choice.masked or ALREADY in choice.dense.values()
     merged = any(node.target is ops.token_merge for node in gm.graph.nodes)
@@ -115,7 +115,7 @@ def _check_any(gm: IRModule, choice: Masks, ctx: Context) -> None:
 
 
 def _check_named(choice: Masks, ctx: Context) -> None:
-    """Refuse a layer that ``include`` names but that can't be masked, or that isn't in the graph."""
+    """Refuse a layer that ``include`` names if it cannot be masked, or is not in the graph."""
     names = {**choice.masked, **choice.dense}
     for word in ctx.config.include:
         if word in ROLES or any(c in word for c in "*?[") or choice.dense.get(word) == ALREADY:
@@ -124,15 +124,15 @@ def _check_named(choice: Masks, ctx: Context) -> None:
             continue
         if word not in names:
             raise NotEligibleError(
-                "include names a layer that isn't in the graph",
+                "include names a layer that is not in the graph",
                 layer=word,
                 hint=f"the layers are {', '.join(list(names)[:8])}, ...",
             )
         if word in choice.dense and ctx.config.pattern != "dense":
             raise NotEligibleError(
-                f"this layer can't be masked {pattern_words(ctx.config)}",
+                f"this layer cannot be masked {pattern_words(ctx.config)}",
                 layer=word,
-                expected="a layer that can, when include names it",
+                expected="a layer that can be masked, since include names it",
                 found=choice.dense[word],
-                hint="take it out of include, or choose another pattern",
+                hint="remove it from include, or choose another pattern",
             )

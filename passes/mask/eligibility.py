@@ -20,16 +20,16 @@ def _matches(name: str, role: str | None, words: Iterable[str]) -> bool:
 
 
 def reason(layer: LayerOp, role: str | None, ctx: Context) -> str | None:
-    """Why a layer stays dense, or None if it can be masked."""
+    """Return why a layer stays dense, or None if it can be masked."""
     config = ctx.config
-    wanted = _matches(layer.name, role, config.include)
+    included = _matches(layer.name, role, config.include)
     if config.pattern == "dense":
         return "pattern is dense"
     if layer.obstacle:
         return layer.obstacle
-    if not wanted and role in config.exclude:
+    if not included and role in config.exclude:
         return str(role)
-    if not wanted and _matches(layer.name, role, config.exclude):
+    if not included and _matches(layer.name, role, config.exclude):
         return "excluded"
     weight = layer.weight.tensor
     if config.pattern_for(weight) is None:
@@ -39,21 +39,21 @@ def reason(layer: LayerOp, role: str | None, ctx: Context) -> str | None:
 
 
 def eligible(gm: IRModule, ctx: Context) -> list[str]:
-    """Names of the layers that :class:`Mask` would mask, in the graph's order."""
+    """Return the names of the layers that :class:`Mask` would mask, in graph order."""
     role = roles(gm, ctx.lifted)
     uses = [use for use in layers(gm, ctx.lifted) if use.pattern is None]
     return list(dict.fromkeys(use.name for use in uses if reason(use, role.get(use.name), ctx) is None))
 
 
 def pattern_words(config: Config) -> str:
-    """The pattern, or the menu, as error messages name it."""
+    """Return the pattern, or the menu of patterns, in words for error messages."""
     if config.mac_reduction is None:
         return config.pattern
     return " or ".join(config.patterns) or "with a pattern of its own"
 
 
 def verify(gm: IRModule, lifted: Any = None) -> dict[str, int]:
-    """Masked layer -> number of groups of its stored weight that violate its pattern (0 if it is legal)."""
+    """Return masked layer -> number of groups of its stored weight that violate its pattern (0 if it is legal)."""
     return {
         layer.name: check_nm(layer.weight.tensor.detach(), *layer.pattern)
         for layer in layers(gm, lifted)

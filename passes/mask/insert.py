@@ -1,8 +1,8 @@
-"""Mask: choose N of every M values of each eligible weight, and freeze the choice into the graph.
+"""Mask: choose N of every M values of each eligible weight, and fix the choice in the graph.
 
-The scores are in pruning/scores.py. With calibration data, layers are decided one after another along the graph, each
-on the outputs of the pruned layers before it, and refitted on the way if a later pass requests that; or, with
-``calibrate="dense"``, all from one pass over the dense model.
+The scores are in pruning/scores.py. With calibration data, the masks are chosen one layer after another along the
+graph, each from the outputs of the pruned layers before it, and the layers are refitted along the way if a later pass
+requests that. With ``calibrate="dense"``, all masks come from one pass over the dense model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpcompile.pruning.project import Projection
 
 
 class Mask(Pass):
-    """N:M masks on every eligible layer; see :class:`mpcompile.Config` for what is excluded."""
+    """N:M masks on every eligible layer; the field ``exclude`` of :class:`mpcompile.Config` lists the exceptions."""
 
     name = "mask"
     decision_type = Masks
@@ -39,12 +39,16 @@ class Mask(Pass):
     decides = True
 
     def check(self, gm: IRModule, ctx: Context) -> None:
-        """A masked layer keeps its mask: another pattern for it is refused, not passed over."""
+        """Refuse another pattern for a layer that already has a mask, which it keeps; and refuse a lowered module.
+
+        Raises:
+            GraphError: names the layer, its pattern, and the pattern that was requested.
+        """
         config, role = ctx.config, roles(gm, ctx.lifted)
         if config.pattern != "dense" and is_lowered(gm, ctx.plan):
             raise GraphError(
-                "a lowered module can't be masked: its weights are packed",
-                expected="a module that isn't lowered",
+                "a lowered module cannot be masked: its weights are packed",
+                expected="a module that is not lowered",
                 found="packed weights",
                 hint="transform the model that it was made from, then lower that",
             )
@@ -53,13 +57,15 @@ class Mask(Pass):
                 continue
             if config.mac_reduction is None and config.pattern_for(layer.weight.tensor) == layer.pattern:
                 continue
-            asked = pattern_words(config) if config.mac_reduction is None else f"mac_reduction={config.mac_reduction}"
+            requested = (
+                pattern_words(config) if config.mac_reduction is None else f"mac_reduction={config.mac_reduction}"
+            )
             raise GraphError(
-                "this layer is masked already, and a second mask would be chosen among what the first one left",
+                "this layer is already masked, and a second one could only choose from the values that the first left",
                 layer=layer.name,
-                expected=f"pattern='{layer.pattern}' as it is, or pattern='dense' to leave all masks alone",
-                found=asked,
-                hint="for another pattern transform the dense model, or leave the layer out with exclude",
+                expected=f"its pattern='{layer.pattern}', or pattern='dense' to leave all masks alone",
+                found=requested,
+                hint="for another pattern, transform the dense model, or name the layer in exclude",
             )
 
     @torch.no_grad()
@@ -96,7 +102,7 @@ class Mask(Pass):
                 entry.reason = why
         for name, projection in decision.projections.items():
             self._mask_layer(gm, uses[name], projection, Pattern.parse(decision.patterns[name]), ctx)
-        for name in uses:  # in the graph's order, whichever layers earlier passes entered first
+        for name in uses:  # graph order, regardless of the order in which earlier passes added the layers
             ctx.plan.layers[name] = ctx.plan.layers.pop(name)
         ctx.results.put(Masked(decision.projections, decision.norms))
         return bool(decision.masked)
@@ -104,7 +110,7 @@ class Mask(Pass):
     def _mask_layer(
         self, gm: IRModule, uses: list[LayerOp], projection: Projection, pattern: Pattern, ctx: Context
     ) -> None:
-        """Write a layer's values, put its mask into the graph, and enter it into the Plan."""
+        """Write a layer's values, put its mask into the graph, and record both in the Plan."""
         weight = uses[0].weight.tensor
         mask = projection.mask.to(weight.device)
         energy = weight.detach().square()  # before the masked values are set to zero

@@ -1,4 +1,4 @@
-"""The computation of Mask: masks and refitted values of every layer, from the scores and the calibration data."""
+"""Computes the masks and refitted values of every layer from the scores and the calibration data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpcompile.pruning.ser import source_masks
 
 
 def uses_by_name(gm: IRModule, ctx: Context) -> dict[str, list[LayerOp]]:
-    """The uses of every layer, in the graph's order."""
+    """Return the uses of every layer, in graph order."""
     uses: dict[str, list[LayerOp]] = {}
     for layer in layers(gm, ctx.lifted):
         uses.setdefault(layer.name, []).append(layer)
@@ -27,7 +27,7 @@ def uses_by_name(gm: IRModule, ctx: Context) -> dict[str, list[LayerOp]]:
 
 
 def sources(gm: IRModule, uses: list[LayerOp], ctx: Context) -> dict[str, Tensor]:
-    """The source masks of ``score="ser"``, by layer name.
+    """Return the source masks of ``score="ser"``, by layer name.
 
     Raises:
         InputError: the calibration data can be read only once, or the graph takes its weights as inputs.
@@ -47,15 +47,15 @@ def sources(gm: IRModule, uses: list[LayerOp], ctx: Context) -> dict[str, Tensor
         fit = ctx.plan.layers[use.name].notes.get("analyze") if use.name in ctx.plan.layers else None
         edges[use.weight.name] = float((fit or {}).get("edge") or 0.0)
     known = [edge for edge in edges.values() if edge]
-    usual = sum(known) / len(known) if known else 1.0
+    mean = sum(known) / len(known) if known else 1.0
     weights = {use.weight.name: use.weight.tensor for use in uses}
-    edges = {name: edge or usual for name, edge in edges.items()}
+    edges = {name: edge or mean for name, edge in edges.items()}
     masks = source_masks(gm, weights, edges, calibration.batches(ctx.imported(gm)))
     return {names[name]: mask for name, mask in masks.items()}
 
 
 class Projector:
-    """Masks and refitted values of all layers of a choice. Layers that share a weight share them."""
+    """Computes masks and refitted values of all layers of a choice. Layers that share a weight share both."""
 
     def __init__(self, gm: IRModule, choice: Masks, ctx: Context) -> None:
         self.gm, self.choice, self.ctx = gm, choice, ctx
@@ -67,7 +67,7 @@ class Projector:
             self.owner.setdefault(id(weight), name)
 
     def run(self) -> tuple[dict[str, Projection], Statistics]:
-        """The projection of every layer, in the graph's order, and BatchNorm statistics taken on the way."""
+        """Return the projection of every layer, in graph order, and BatchNorm statistics computed along the way."""
         known: dict[str, Projection] = {}
         for name, weight in self.weights.items():
             mask = self.ctx.masks.get(name)
@@ -103,12 +103,12 @@ class Projector:
         )
 
     def _sharing(self, todo: list[str]) -> dict[str, list[LayerOp]]:
-        """Each layer to decide -> all uses of its weight, under whatever name."""
+        """Return layer to decide -> all uses of its weight, including those under other layer names."""
         same = {first: [n for n, w in self.weights.items() if self.owner[id(w)] == first] for first in todo}
         return {first: [use for name in names for use in self.uses[name]] for first, names in same.items()}
 
     def _rule(self, todo: list[str]) -> Callable[[str, Moments | None], Projection]:
-        """What turns the moments of a layer's inputs into its mask and values."""
+        """Return the function from a layer's name and the moments of its inputs to its mask and values."""
         ctx, score = self.ctx, self.ctx.config.score
         priors = ctx.run.prior
         if score == "ser" and ctx.calibration is not None:

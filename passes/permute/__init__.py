@@ -1,4 +1,4 @@
-"""Permute: reorder channels so that the masks keep more, folded into the weights."""
+"""Permute: reorder channels so that the masks keep more energy, by reordering the weights themselves."""
 
 from mpcompile.passes.permute.channel_classes import ChannelClass, Orders, classes, fold
 from mpcompile.passes.permute.decide import Permutation, Permute

@@ -1,6 +1,6 @@
-"""Classes of channels that may be permuted together, and their orders written into parameters and buffers.
+"""Classes of channels that must be permuted together, and applying their orders to parameters and buffers.
 
-Where channels are split into heads or convolution groups, each of these has an order of its own.
+If channels are split into heads or convolution groups, each head or group has its own order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mpcompile.ir.view import LayerOp
 from mpcompile.passes.channels.axes import Atoms, ChannelAnalysis
 
-Orders = dict[int, tuple[int | None, Tensor]]  # atom -> its owner, and an order for each of the owner's places
+Orders = dict[int, tuple[int | None, Tensor]]  # atom -> its owner, and one order for each index of the owner
 
 
 @dataclass
@@ -22,9 +22,9 @@ class ChannelClass:
     """Channels that are permuted together.
 
     Attributes:
-        atom: in the analysis.
-        owner: the atom (heads, groups) for each of whose places the order may differ, or None.
-        readers: layer name -> its axes as atoms, the weight's axis 1 ending in ``atom``.
+        atom: the atom of these channels in the analysis.
+        owner: the atom (heads or groups) that splits the channels: each of its indices may have its own order; or None.
+        readers: layer name -> a layer that reads the channels: axis 1 of its weight ends in ``atom``.
     """
 
     atom: int
@@ -33,24 +33,24 @@ class ChannelClass:
 
 
 def _sets(analysis: ChannelAnalysis) -> list[list[int]]:
-    """The atoms of each tensor, one list for each part where some are sliced."""
-    atoms, found = analysis.atoms, []
+    """Return the atoms of each tensor; of a tensor with sliced atoms, one list for each part."""
+    atoms, sets = analysis.atoms, []
     for dims in analysis.tensors:
         stack = [atoms.expand(a for axis in dims for a in axis)]
         while stack:
             flat = stack.pop()
             sliced = next((a for a in flat if a in atoms.slices), None)
             if sliced is None:
-                found.append(flat)
+                sets.append(flat)
                 continue
             selector = atoms.find(atoms.slices[sliced][0])
             for i in range(atoms.size[selector] if selector in flat else 1):
                 stack.append(_at(flat, selector, i, atoms))
-    return found
+    return sets
 
 
 def _at(flat: Sequence[int], selector: int, place: int, atoms: Atoms) -> list[int]:
-    """Atoms with those that ``selector`` slices replaced by their children at one place of it."""
+    """Return the atoms, with those that ``selector`` slices replaced by their children at index ``place`` of it."""
     result = []
     for a in flat:
         if a in atoms.slices and atoms.find(atoms.slices[a][0]) == selector:
@@ -61,16 +61,16 @@ def _at(flat: Sequence[int], selector: int, place: int, atoms: Atoms) -> list[in
 
 
 def classes(analysis: ChannelAnalysis, uses: dict[str, LayerOp]) -> list[ChannelClass]:
-    """Classes of channels that may be permuted, with the layers among ``uses`` whose input axis ends in them."""
+    """Return the classes of channels that may be permuted, with those of ``uses`` whose input axis ends in them."""
     atoms = analysis.atoms
-    found: dict[int, ChannelClass] = {}
+    by_atom: dict[int, ChannelClass] = {}
     for name, layer in uses.items():
         dims = analysis.dims.get(layer.weight.name)
         axis = atoms.expand(dims[1]) if dims else []
         if axis and not atoms.frozen[axis[-1]] and axis[-1] not in atoms.slices:
-            found.setdefault(axis[-1], ChannelClass(axis[-1], None)).readers[name] = layer
+            by_atom.setdefault(axis[-1], ChannelClass(axis[-1], None)).readers[name] = layer
     sets = _sets(analysis)
-    for candidate in found.values():
+    for candidate in by_atom.values():
         holding = [flat for flat in sets if candidate.atom in flat]
         if any(flat.count(candidate.atom) > 1 for flat in holding):
             continue
@@ -79,11 +79,11 @@ def classes(analysis: ChannelAnalysis, uses: dict[str, LayerOp]) -> list[Channel
         dims = analysis.dims[candidate.readers[name].weight.name]
         near = [a for axis in (dims[1], dims[0]) for a in reversed(atoms.expand(axis))]
         candidate.owner = next((a for a in near if a in together and all(f.count(a) == 1 for f in holding)), None)
-    return list(found.values())
+    return list(by_atom.values())
 
 
 def _reorder(tensor: Tensor, flat: Sequence[int], orders: Orders, atoms: Atoms) -> Tensor:
-    """A tensor whose axes are atoms, reordered; ``orders`` maps an atom to (owner, (owners or 1, size) indices)."""
+    """Reorder a tensor whose axes are atoms; ``orders`` maps an atom to (owner, (owners or 1, size) indices)."""
     sliced = next((a for a in flat if a in atoms.slices), None)
     if sliced is not None:
         selector = atoms.find(atoms.slices[sliced][0])
@@ -110,13 +110,13 @@ def _reorder(tensor: Tensor, flat: Sequence[int], orders: Orders, atoms: Atoms) 
 
 
 def _split_and(tensor: Tensor, flat: Sequence[int], orders: Orders, atoms: Atoms) -> Tensor:
-    """:func:`_reorder` on a finer view of the axes."""
+    """Call :func:`_reorder` on a view of the tensor whose axes are ``flat``."""
     shape = tensor.shape
     return _reorder(tensor.reshape([atoms.size[a] for a in flat]), flat, orders, atoms).reshape(shape)
 
 
 def _moved(gm: nn.Module, analysis: ChannelAnalysis, orders: Orders) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Every parameter and buffer that holds permuted channels: its name, the tensor, and its values reordered."""
+    """Yield (name, tensor, reordered values) for every parameter and buffer that holds permuted channels."""
     state: dict[str, Tensor] = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
     for name, dims in analysis.dims.items():
         flat = analysis.atoms.expand(a for axis in dims for a in axis)
@@ -133,5 +133,5 @@ def fold(gm: nn.Module, analysis: ChannelAnalysis, orders: Orders) -> None:
 
 
 def folded(gm: nn.Module, analysis: ChannelAnalysis, orders: Orders) -> dict[str, Tensor]:
-    """What :func:`fold` would write, by name, in the memory layout of the original tensors."""
+    """Return the tensors that :func:`fold` would write, by name, in the memory layout of the original tensors."""
     return {name: tensor.clone().copy_(values) for name, tensor, values in _moved(gm, analysis, orders)}

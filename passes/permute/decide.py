@@ -1,9 +1,9 @@
-"""Permute: reorder channels so that the masks keep more, folded into the weights.
+"""Permute: reorder channels so that the masks keep more energy, by reordering the weights themselves.
 
-Channels that may be reordered without changing the network are found on any graph (channels/axes.py); for each such
-class the layers that read it are collected, and an order is searched (pruning/column_order.py) that leaves the least
-to remove. Names, shapes and run time stay as they are. Where the channels are split into heads or convolution groups,
-each has an order of its own.
+An analysis that works on any graph (channels/axes.py) finds the channels that can be reordered without changing the
+network. For each class of them, the layers that read it are collected, and pruning/column_order.py searches the order
+under which masks remove least. Names, shapes and run time stay the same. If channels are split into heads or
+convolution groups, each head or group has its own order.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mpcompile.passes.mask import eligible
 from mpcompile.passes.permute.channel_classes import ChannelClass, Orders, classes, fold, folded
 from mpcompile.passes.permute.order_search import Reordered, best_order
 
-_TOLERANCE = 1e-5  # relative difference of the reordered from the original graph's output
+_TOLERANCE = 1e-5  # largest relative difference between the outputs of the reordered and the original graph, in fp32
 
 
 @dataclass(frozen=True, eq=False)
 class Permutation(Decision):
-    """Which channels are reordered.
+    """The channels to reorder.
 
     Attributes:
         requested: False if the options switch reordering off.
         classes: the classes of channels that get a new order.
-        unknown: operators around which channels stay as they are, since it isn't known how they treat them.
+        unknown: operators whose effect on channels is not known; the channels around them are not reordered.
         reason: why nothing is reordered, or None.
-        difference: relative difference of the reordered graph's output, or None where nothing was tried.
+        difference: relative difference of the reordered graph's output, or None if nothing was tried.
     """
 
     requested: bool
@@ -60,34 +60,34 @@ class Permutation(Decision):
 
 
 class Permute(Pass):
-    """Orders of channels under which N:M masks remove less; checked to leave the network as it was."""
+    """Reorder channels so that N:M masks remove less, and check that the outputs of the network do not change."""
 
     name = "permute"
     decision_type = Permutation
 
     @torch.no_grad()
     def plan(self, gm: IRModule, ctx: Context) -> Permutation:
-        asked = ctx.config.permute
-        requested = ctx.calibration is not None if asked is None else asked
+        option = ctx.config.permute
+        requested = ctx.calibration is not None if option is None else option
         if not requested or ctx.config.pattern == "dense":
             return Permutation(requested)
         if not ctx.owned or ctx.lifted.tensors:
-            return Permutation(requested, reason="the graph doesn't own its weights")
+            return Permutation(requested, reason="the graph does not own its weights")
         if any(layer.pattern is not None for layer in layers(gm, ctx.lifted)):
-            return Permutation(requested, reason="masks that are there already hold for the present order of channels")
+            return Permutation(requested, reason="existing masks are tied to the present order of channels")
         names = [name for name in eligible(gm, ctx) if name not in ctx.masks]
         if not names:
             return Permutation(requested, reason="no layer to mask")
         uses, analysis = _first_uses(gm, ctx), analyse(gm, ctx.inputs)
         candidates = classes(analysis, {name: uses[name] for name in names})
         power = self._power(gm, ctx, {name: layer for c in candidates for name, layer in c.readers.items()})
-        found = [best_order(candidate, analysis, power, ctx) for candidate in candidates]
-        decision = Permutation(requested, tuple(c for c in found if c is not None), tuple(sorted(analysis.unknown)))
+        orders = [best_order(candidate, analysis, power, ctx) for candidate in candidates]
+        decision = Permutation(requested, tuple(o for o in orders if o is not None), tuple(sorted(analysis.unknown)))
         return self._checked(gm, ctx, analysis, decision) if decision.classes else decision
 
     @staticmethod
     def _checked(gm: IRModule, ctx: Context, analysis: ChannelAnalysis, decision: Permutation) -> Permutation:
-        """The decision if the reordered graph computes what the original does, else one that reorders nothing."""
+        """Return the decision if the reordered graph computes the same outputs, else one that reorders nothing."""
         inputs = [_random(value) for value in ctx.inputs]
         state = folded(gm, analysis, _orders(gm, ctx, analysis, decision.classes))
         with training_flags(gm, False):
@@ -96,11 +96,11 @@ class Permute(Pass):
         difference = _difference(result, expected)
         if difference <= _TOLERANCE * _looser(gm):
             return replace(decision, difference=difference)
-        why = f"the reordered graph differed by {difference:.1e}: every order was put back"
+        why = f"the reordered graph differed by {difference:.1e}: the original order was kept"
         return replace(decision, classes=(), reason=why, difference=difference)
 
     def _power(self, gm: IRModule, ctx: Context, uses: dict[str, LayerOp]) -> dict[str, Tensor]:
-        """Mean square of each layer's inputs, if the score uses data and the data can be read again."""
+        """Return the mean square of each layer's inputs, if the score uses data and the data can be read again."""
         data = ctx.calibration
         if data is None or not data.rereadable or ctx.config.score == "magnitude" or not uses:
             return {}
@@ -138,7 +138,7 @@ class Permute(Pass):
 
 
 def _first_uses(gm: IRModule, ctx: Context) -> dict[str, LayerOp]:
-    """The first use of every layer, by name."""
+    """Return the first use of every layer, by name."""
     uses: dict[str, LayerOp] = {}
     for layer in layers(gm, ctx.lifted):
         uses.setdefault(layer.name, layer)
@@ -146,7 +146,7 @@ def _first_uses(gm: IRModule, ctx: Context) -> dict[str, LayerOp]:
 
 
 def _orders(gm: IRModule, ctx: Context, analysis: ChannelAnalysis, entries: Sequence[Reordered]) -> Orders:
-    """The orders of a decision by the atoms of an analysis of the same graph."""
+    """Return the orders of a decision, keyed by the atoms of an analysis of the same graph."""
     uses = _first_uses(gm, ctx)
     by_reader: dict[str, ChannelClass] = {}
     for candidate in classes(analysis, {name: uses[name] for entry in entries for name in entry.readers}):
@@ -159,7 +159,7 @@ def _orders(gm: IRModule, ctx: Context, analysis: ChannelAnalysis, entries: Sequ
 
 
 def _looser(gm: nn.Module) -> float:
-    """1 for fp32 weights, more where rounding is coarser."""
+    """Return the factor on the tolerance: 1 for fp32 weights, more for dtypes with coarser rounding."""
     eps = max((torch.finfo(p.dtype).eps for p in gm.parameters() if p.is_floating_point()), default=1.2e-7)
     return max(1.0, eps / torch.finfo(torch.float32).eps)
 
@@ -170,11 +170,11 @@ def _random(value: Any) -> Any:
     return value
 
 
-def _difference(found: Any, expected: Any) -> float:
-    """Largest difference over the largest value, over all tensors that a graph returns."""
+def _difference(actual: Any, expected: Any) -> float:
+    """Return the largest difference over the largest value, as the maximum over all tensors that a graph returns."""
     if isinstance(expected, Tensor):
         scale = float(expected.double().abs().max()) if expected.numel() else 1.0
-        return float((found.double() - expected.double()).abs().max()) / max(scale, 1e-30) if expected.numel() else 0.0
+        return float((actual.double() - expected.double()).abs().max()) / max(scale, 1e-30) if expected.numel() else 0.0
     values = expected.values() if isinstance(expected, dict) else expected
-    others = found.values() if isinstance(found, dict) else found
+    others = actual.values() if isinstance(actual, dict) else actual
     return max((_difference(a, b) for a, b in zip(others, values, strict=True)), default=0.0)

@@ -1,4 +1,4 @@
-"""The order of one class of channels under which magnitude masks remove least."""
+"""Search for the order of one class of channels under which magnitude masks remove least."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mpcompile.passes.channels.axes import ChannelAnalysis
 from mpcompile.passes.permute.channel_classes import ChannelClass
 from mpcompile.pruning.column_order import retained, search
 
-_ROWS = 512  # rows of a class that the search looks at, drawn evenly from all its readers
-_STEPS = 400
+_ROWS = 512  # rows per class that the search works on, drawn in equal numbers from all its readers
+_STEPS = 400  # steps of the search
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Reordered:
     """A class of channels and its new order.
 
     Attributes:
-        layers: those of its readers that the order was searched for.
+        layers: the readers that the order was searched for: those with the most common pattern.
         channels: number of channels in the class.
         orders: number of orders: one, or one per head or group.
-        pattern: of these layers.
+        pattern: pattern of these layers.
         order: (orders, channels) indices.
         lost_before, lost_after: share of the weights' energy that magnitude masks remove, mean over the layers.
-        writers: layers whose outputs are the channels of a residual stream, which others may want to compare with the
-            original's; empty where there is only one.
-        readers: all layers that read the channels; the first one settles whose places the orders belong to.
+        writers: layers whose outputs are these channels, if there are several, as in a residual stream (training
+            compares its features with those of the original model); else empty.
+        readers: all layers that read the channels; the first one identifies the class when the decision is applied.
     """
 
     layers: tuple[str, ...]
@@ -50,7 +50,7 @@ class Reordered:
 def best_order(
     candidate: ChannelClass, analysis: ChannelAnalysis, power: Mapping[str, Tensor], ctx: Context
 ) -> Reordered | None:
-    """The order of a class under which magnitude masks remove least, or None if none is better than its own."""
+    """Return the order of a class under which magnitude masks remove least, or None if the present one is no worse."""
     atoms = analysis.atoms
     size = atoms.size[candidate.atom]
     owners = 1 if candidate.owner is None else atoms.size[candidate.owner]
@@ -60,7 +60,7 @@ def best_order(
     if pattern is None or size % pattern.m or size // pattern.m < 2 or pattern.n == pattern.m:
         return None
     each = [_rows(u, power.get(n), owners, size) for n, u in readers.items()]
-    each = [rows / _total(rows) for rows in each]  # the relative error of every layer weighs the same
+    each = [rows / _total(rows) for rows in each]  # gives the relative error of every layer the same weight
     order = search(_sample(each, ctx.seed), pattern, _STEPS, ctx.seed)
     before = sum(float(retained(rows, pattern).sum()) for rows in each)
     after = sum(float(retained(rows.gather(2, order[:, None].expand_as(rows)), pattern).sum()) for rows in each)
@@ -81,7 +81,7 @@ def best_order(
 
 
 def _sample(each: Sequence[Tensor], seed: int) -> Tensor:
-    """The rows that the search looks at: as many from each layer, scaled so that each keeps its weight."""
+    """Return the rows that the search works on: the same number per layer, scaled to preserve each layer's total."""
     generator = torch.Generator().manual_seed(seed)
     share = max(32, _ROWS // len(each))
     drawn = [torch.randperm(rows.shape[1], generator=generator)[:share].to(rows.device) for rows in each]
@@ -90,7 +90,7 @@ def _sample(each: Sequence[Tensor], seed: int) -> Tensor:
 
 
 def _writers(candidate: ChannelClass, analysis: ChannelAnalysis) -> list[str]:
-    """Layers whose outputs are the channels of a class that has one order."""
+    """Return the layers whose outputs are the channels of a class, if it has a single order; else none."""
     if candidate.owner is not None:
         return []
     expand = analysis.atoms.expand
@@ -99,12 +99,12 @@ def _writers(candidate: ChannelClass, analysis: ChannelAnalysis) -> list[str]:
 
 
 def _total(scores: Tensor) -> float:
-    """Their sum in float64: in which order threads add must not decide between orders."""
+    """Return the sum in float64, so that the order in which threads add up cannot change which order is chosen."""
     return max(float(scores.sum(dtype=torch.float64)), 1e-30)
 
 
 def _rows(layer: LayerOp, power: Tensor | None, owners: int, size: int) -> Tensor:
-    """Squared weights, times the power of their inputs, as (owners or 1, rows, size)."""
+    """Return squared weights, times the power of their inputs, as (owners or 1, rows, size)."""
     weight = layer.weight.tensor.detach().float().square()
     if power is not None:
         groups, per = len(power), weight.shape[0] // len(power)
@@ -114,6 +114,6 @@ def _rows(layer: LayerOp, power: Tensor | None, owners: int, size: int) -> Tenso
     columns = weight.movedim(1, -1)  # (out, taps, in)
     if owners == 1:
         return columns.reshape(1, -1, size)
-    if columns.shape[-1] == owners * size:  # heads: (out, heads, places)
+    if columns.shape[-1] == owners * size:  # heads: (out, heads, channels per head)
         return columns.reshape(-1, owners, size).transpose(0, 1)
-    return columns.reshape(owners, -1, size)  # groups: their rows are their own
+    return columns.reshape(owners, -1, size)  # groups: each has its own rows

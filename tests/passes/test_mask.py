@@ -164,9 +164,9 @@ def test_error_when_nothing_is_eligible():
 
 def test_error_when_the_user_named_the_layer():
     model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
-    with pytest.raises(NotEligibleError, match=r"0: this layer can't be masked 2:4.*K % 4"):
+    with pytest.raises(NotEligibleError, match=r"0: this layer cannot be masked 2:4.*K % 4"):
         transform(model, torch.randn(2, 10), Config(include=("0",)))
-    with pytest.raises(NotEligibleError, match="isn't in the graph"):
+    with pytest.raises(NotEligibleError, match="is not in the graph"):
         transform(model, torch.randn(2, 10), Config(include=("fc9",)))
 
 
@@ -280,5 +280,5 @@ def test_auto_refuses_where_nothing_divides():
     model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(NotEligibleError, match=r"no layer can be masked auto; expected .* divide by 4"):
         transform(model, torch.randn(2, 10), Config("auto"))
-    with pytest.raises(NotEligibleError, match=r"0: this layer can't be masked auto.*K % 4"):
+    with pytest.raises(NotEligibleError, match=r"0: this layer cannot be masked auto.*K % 4"):
         transform(model, torch.randn(2, 10), Config("auto", include=("0",)))
