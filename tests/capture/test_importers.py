@@ -248,7 +248,7 @@ class Branching(nn.Module):
         (nn.ReLU(), torch.randn(2, 4), "no parameters"),
         (nn.Sequential(nn.LazyLinear(4)), torch.randn(2, 4), "lazy"),
         (nn.Linear(4, 4), None, "shapes in Linear are not known"),
-        (nn.Linear(4, 4), torch.randn(2, 5), "shapes don't fit"),
+        (nn.Linear(4, 4), torch.randn(2, 5), "shapes cannot be propagated"),
         (nn.Linear(4, 4), (torch.randn(2, 4), torch.randn(2, 4)), "example"),
         (nn.Linear(4, 4), "image", "wrong type"),
         ("model", torch.randn(2, 4), "not a model"),
