@@ -31,11 +31,10 @@ def readable(gm: IRModule) -> str:
     """Return the code of a graph as Python, with the dtype and shape of every value in a comment.
 
     Example:
-        >>> import torch
-        >>> from mpcompile import transform
-        >>> gm = transform(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()), torch.randn(2, 8),
-        ...                Config(pattern="dense"))
-        >>> print(readable(gm).splitlines()[-2])
+        >>> import torch, mpcompile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+        >>> gm = mpcompile.transform(model, torch.randn(2, 8), mpcompile.Config(pattern="dense"))
+        >>> print(next(line for line in readable(gm).splitlines() if "_1 = " in line))
             _1 = getattr(self, "1")(_0);  _0 = None  # float32 (2, 8)
     """
     shapes = {node.name: _described(node) for node in gm.graph.nodes}
@@ -76,7 +75,8 @@ class Dump:
         ArtifactError: the folder cannot be created, or cannot be written into.
 
     Example:
-        >>> Pipeline(after_each=Dump("graphs"))
+        >>> import mpcompile
+        >>> mpcompile.Pipeline(after_each=Dump("graphs"))
         Pipeline([analyze, allocate, permute, merge_tokens, mask, restore])
     """
 

@@ -121,7 +121,10 @@ def stage_of(gm: fx.GraphModule) -> Stage:
     """Return the earliest stage at which the operators of a graph are legal.
 
     Example:
-        >>> stage_of(mpcompile.lower(model, x))
+        >>> import torch, mpcompile
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)).eval(), torch.randn(4, 8)
+        >>> gm = mpcompile.transform(model, x, mpcompile.Config("2:4"))
+        >>> stage_of(mpcompile.lower(gm, x, mpcompile.Config(engine="reference")))
         <Stage.LOWERED: 2>
     """
     stage = Stage.TRANSFORMED

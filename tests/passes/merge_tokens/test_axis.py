@@ -200,7 +200,7 @@ class Twice(Block):
     ("kind", "message"),
     [
         (Causal, "attention is causal"),
-        (Appended, "follow the image's"),
+        (Appended, "come after those of the image"),
         (Mixer, "'Linear': it mixes the tokens"),
         (Flipped, "'flip': an unknown op"),
         (Last, "'getitem': it picks tokens by position"),
