@@ -137,7 +137,7 @@ def test_the_predicted_saving_is_compared_with_that_of_the_whole_model(monkeypat
     assert json.loads(report.to_json())["predicted_saving_ms"] == report.predicted_saving_ms
     report = lowered(monkeypatch, "cpu", 2.5, **times)
     (note,) = [n for n in report.notes if n.startswith("WARNING")]
-    assert "to save 0.50 ms of 0.80 ms, but the whole model takes 0.50 ms more" in note and 'engine="dense"' in note
+    assert "layers save 0.50 ms of 0.80 ms, but the whole model takes 0.50 ms more" in note and 'engine="dense"' in note
 
 
 @pytest.mark.parametrize("times", [{}, {"cpu": None, "dense": None}, {"cpu": 3.0}, {"dense": 3.0}])
@@ -213,7 +213,7 @@ def test_bad_input(inputs, labels, message):
 
 
 def test_other_shapes_are_refused():
-    with pytest.raises(InputError, match="another shape"):
+    with pytest.raises(InputError, match="a different shape"):
         audit(mlp(), nn.Linear(32, 3), torch.randn(4, 32), rounds=0, dense_compiled=mlp())
 
 
