@@ -1,4 +1,4 @@
-"""mpcompile: a torch.fx / torch.compile compiler that makes trained vision models sparse, and proves what it gained."""
+"""mpcompile: a torch.fx / torch.compile compiler that makes trained vision models sparse and verifies the result."""
 
 from pathlib import Path as _Path
 

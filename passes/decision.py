@@ -28,7 +28,8 @@ UNRECORDED: Mapping[str, Any] = {"recorded": False}  # metadata of fields that t
 class Decision:
     """Base of the frozen dataclasses that :meth:`mpcompile.passes.base.Pass.plan` returns.
 
-    Fields hold JSON values, tensors, other dataclasses and named tuples, in lists, tuples and mappings with text keys.
+    Fields hold JSON values, tensors, other dataclasses and named tuples, also nested in lists, tuples and mappings with
+    text keys.
     Their annotations determine how they are read back. A field with the metadata :data:`UNRECORDED` is part of the
     decision, but is not recorded in the Plan.
 

@@ -1,9 +1,9 @@
-"""N:M masks as numbers: a group of M weights has C(M, N) masks, and the rank among them identifies one.
+"""N:M masks as numbers: a group of M weights has C(M, N) possible masks; each is stored as its rank among them.
 
 Ranks follow the combinatorial number system: a mask that keeps the places p_1 < ... < p_N has the rank
 C(p_1, 1) + ... + C(p_N, N). C(M, N) is not a power of two, so several groups share one number of at most 63 bits (17
 groups of 2:4 take 44 bits, 3 of 8:16 take 41). The numbers are concatenated without padding, lowest bit first. A mask
-takes 0.65 bits per weight at 2:4 and 0.85 bits at 8:16. Every code that decodes is legal N:M.
+takes 0.65 bits per weight at 2:4 and 0.85 bits at 8:16. Any code that can be decoded yields legal N:M masks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def decode(code: Bytes, groups: int, n: int, m: int) -> Masks:
     together, bits = _numbers(n, m)
     count = -(-groups // together)
     if len(code) != length(groups, n, m):
-        raise Refusal("its mask has another length", expected=f"{length(groups, n, m)} bytes", found=str(len(code)))
+        raise Refusal("its mask has the wrong length", expected=f"{length(groups, n, m)} bytes", found=str(len(code)))
     planes = np.unpackbits(code, bitorder="little")
     if planes[count * bits :].any():
         raise Refusal("its mask has bits beyond its last group")
@@ -81,7 +81,7 @@ def length(groups: int, n: int, m: int) -> int:
 
 @functools.cache
 def _numbers(n: int, m: int) -> tuple[int, int]:
-    """Return how many groups share a number, and how many bits it has, for the fewest bits per group."""
+    """Return how many groups share a number, and its bits, chosen so that a group takes the fewest bits."""
     masks = math.comb(m, n)
     sizes = [(together, (masks**together - 1).bit_length()) for together in range(1, 64)]
     return min((size for size in sizes if size[1] <= 63), key=lambda size: size[1] / size[0])

@@ -31,7 +31,7 @@ def is_logits(tensors: list[Tensor]) -> bool:
 
 
 def samples(batch: Batch, model: Imported, size: int) -> Iterator[Batch]:
-    """Yield a batch in parts of at most ``size`` samples; whole if a dynamo or export graph has a fixed batch size."""
+    """Yield a batch in parts of at most ``size`` samples (whole if a dynamo or export graph has a fixed batch size)."""
     data = [n.name not in model.lifted.tensors for n in model.gm.graph.nodes if n.op == "placeholder"]
     tensors = [v for v, own in zip(batch, data, strict=True) if own and isinstance(v, Tensor) and v.dim()]
     count = len(tensors[0]) if tensors else 1
@@ -85,10 +85,11 @@ def output_energy(
 
     The values are float64, (out,). Each part of at most ``size`` samples takes one backward pass.
 
-    g is the gradient of v'z with respect to the layer's output at token or pixel t, z the model's output and v random
-    with E[v v'] the curvature of the divergence at z: of KL(p‖q) for logits (diag(p) - p p', so that E[g g'] is the
-    Fisher information), of the relative squared error for other outputs. A change δ of the layer's output, independent
-    between tokens and between channels, then costs ½ Σ_i G_i E[δ_i²]: nats per sample for logits.
+    g is the gradient of v'z with respect to the layer's output at token or pixel t. z is the model's output. v is
+    random, and E[v v'] is the curvature of the divergence at z. For logits the divergence is KL(p‖q), with curvature
+    diag(p) - p p', so that E[g g'] is the Fisher information; for other outputs it is the relative squared error. A
+    change δ of the layer's output, independent between tokens and between channels, then costs ½ Σ_i G_i E[δ_i²], in
+    nats per sample for logits.
 
     Args:
         uses: layer name -> its uses in the graph.
@@ -111,7 +112,9 @@ def output_energy(
                 try:
                     results = outputs(runner.run(*own_copies(model.gm, part)))
                     if not results:
-                        raise InputError("the model returns no floating-point tensor, so layers cannot be weighted")
+                        raise InputError(
+                            "the model returns no floating-point tensor, so sensitivities cannot be computed"
+                        )
                     logits = is_logits(results)
                     loss = torch.stack([(y * _direction(y, logits, generator)).sum() for y in results]).sum()
                     grads = torch.autograd.grad(loss, [p for _, p in runner.probes], allow_unused=True)
@@ -133,11 +136,11 @@ def output_energy(
 def divergence(
     dense: fx.GraphModule, pruned: fx.GraphModule, values: Sequence[Batch], pruned_values: Sequence[Batch] | None = None
 ) -> float:
-    """Return the mean over samples of KL(dense‖pruned), in nats, for logits, else of the relative squared error.
+    """Return a mean over samples: of KL(dense‖pruned) in nats for logits, of the relative squared error otherwise.
 
     Args:
         values: inputs of the graphs, batch by batch.
-        pruned_values: inputs of the pruned graph, if its parameters are among them.
+        pruned_values: inputs of the pruned graph, if they differ because its parameters are among them.
     """
     total, count = 0.0, 0
     with training_flags(dense, False), training_flags(pruned, False):

@@ -1,4 +1,4 @@
-"""Symbolic tracing of a module as it runs when called: with its hooks, and with a forward set on the instance.
+"""Symbolic tracing of a module as it runs when called: with its hooks, and with any forward set on the instance.
 
 The tracer records a leaf module as one call, and enters all others. Forward hooks of an entered module are traced like
 the code around them. A hook that returns nothing and writes to nothing has no effect on the result: its nodes are
@@ -25,11 +25,11 @@ from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 _TAKEN = ("self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree")  # names in generated source
-_REMOVE = "remove it first (handle.remove()), and register it on the result"
+_REMOVE = "remove the hook first (handle.remove()), and register it on the result"
 
 
 class _Proxy(Proxy):
-    """Record ``h += 1`` as an in-place write. Other names of ``h`` would not see ``h = h + 1``, which fx records."""
+    """Record ``h += 1`` as an in-place write. fx records ``h = h + 1``, which other names of ``h`` would not see."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
@@ -79,8 +79,8 @@ def _writes(node: fx.Node) -> bool:
 class Tracer(fx.Tracer):
     """A tracer whose leaves are torch.nn modules, masked layers, and modules that read ``self.training``.
 
-    A module that reads the flag and holds layers to mask (attention with its ``dropout_p``) is entered: the traces of
-    both modes are compared instead. A module with a patched forward is entered, too.
+    Two kinds of these are entered nevertheless: modules that read the flag but hold layers to mask (attention with its
+    ``dropout_p``), for which the traces of both modes are compared instead, and modules with a patched forward.
 
     Args:
         given: number of positional inputs.
@@ -89,7 +89,7 @@ class Tracer(fx.Tracer):
         written: buffers that forward writes into: each read of them becomes a node.
 
     Attributes:
-        silent: modules with hooks that compute nothing.
+        silent: paths of modules with hooks that return nothing.
         failed: path and class of the innermost module that raised.
     """
 
@@ -139,7 +139,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Create inputs from the signature of the forward that runs, and a call of the root itself, for its hooks."""
+        """Create inputs from the signature of the forward that runs, and a call of the root that runs its hooks."""
         for name in _TAKEN:
             self.graph._graph_namespace.create_name(name, None)
         positional: list[Any] = []

@@ -1,4 +1,4 @@
-"""Summarise: the report, from the sums over all samples."""
+"""Make the report of a certification from the sums over all samples."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def _statements(report: Certificates, work: Work, confidence: float) -> Iterator
         yield Statement(DETERMINISTIC, text)
     yield Statement(
         DETERMINISTIC,
-        f"rounding: the logits of the two models as they ran differ from float64 by at most {report.allowance:.1e} in "
-        "all; every margin allows for twice that. Tiers 1 and 2 round outward from the replaced layer on; the input of "
-        "that layer is taken as computed",
+        "rounding: the logits that the two models returned differ from their logits in float64 by at most "
+        f"{report.allowance:.1e}, both models together; every margin allows for twice that. Tiers 1 and 2 round "
+        "outward from the replaced layer on; the input of that layer is taken as computed",
     )
     if work.moved:
-        text = f"{work.moved} orders of channels were replayed on the dense model, which leaves its function unchanged"
+        text = f"{work.moved} channel reorderings were repeated on the dense model, which leaves its function unchanged"
         yield Statement(DETERMINISTIC, text)
     yield from _about_unseen(report, confidence)
     if work.structure is not None:
@@ -121,10 +121,10 @@ def _statements(report: Certificates, work: Work, confidence: float) -> Iterator
 def _about_tier(tier: Tier, report: Certificates) -> Iterator[Statement]:
     """State the facts that a tier proves about labels, accuracy and the training objective on these samples."""
     text = f"tier {tier.name}: the label of {tier.certified} of {tier.samples} samples is the dense model's"
-    text += ", on all of each segment too" if tier.name != MEASURED else ""
+    text += ", also at every point of each segment" if tier.name != MEASURED else ""
     text += f"; at most {tier.label_changes:.2%} of these labels change"
     if tier.settled is not None:
-        text += f", and accuracy on them changes by at most {1 - tier.settled / tier.samples:.2%}"
+        text += f", and accuracy on these samples changes by at most {1 - tier.settled / tier.samples:.2%}"
     yield Statement(DETERMINISTIC, text)
     if tier.objective is None:
         return
@@ -138,14 +138,14 @@ def _about_tier(tier: Tier, report: Certificates) -> Iterator[Statement]:
 
 
 def _about_unseen(report: Certificates, confidence: float) -> Iterator[Statement]:
-    """State the conclusions from the samples about others from the same population."""
+    """State what the samples imply for unseen samples of the same population."""
     n = report.samples
     rate = bounds.upper_rate(report.disagreements, n, confidence)
     drawn = "if these samples are drawn at random from the population and were not used to make the sparse model"
     yield Statement(
         PROBABLE,
         f"labels of unseen samples differ at a rate of at most {rate:.3%} (Clopper-Pearson, {confidence:.0%}; "
-        f"{report.disagreements} of {n} differ here), {drawn}; accuracy differs by at most the same",
+        f"{report.disagreements} of {n} differ here), {drawn}; accuracy differs by at most this rate",
     )
     for tier in report.tiers:
         rate = bounds.upper_rate(n - tier.certified, n, confidence)

@@ -62,7 +62,8 @@ class _Shapes(FakeTensorProp):
         self.node = n
         if reads_number(n):
             return self._number(n)
-        # Branches count zero MACs (which one runs, and how often, is unknown); out= refuses tensors with gradients.
+        # Branches count zero MACs (which one runs, and how often, is unknown). no_grad is for ops with out=, which
+        # refuse tensors that require gradients.
         if opaque(n) or "out" in n.kwargs:
             with torch.no_grad():
                 result = super().run_node(n)
@@ -75,7 +76,8 @@ class _Shapes(FakeTensorProp):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value  # a node could write to a real one
+        # A fake, because a node could write to a real tensor.
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
@@ -115,7 +117,8 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     numbers = {name: v.item() for name, v in zip(names, inputs, strict=False) if _is_number(v)}
     prop = _Shapes(gm, mode, numbers)
-    # Not under no_grad: the counter's module tracker hooks views of parameters, which would have no gradient function.
+    # Not under no_grad: the counter's module tracker registers hooks on views of parameters, which then would have no
+    # gradient function.
     with modes_kept(), training_flags(gm, False), torch.enable_grad(), without_global_hooks():
         try:
             fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)

@@ -78,8 +78,8 @@ def _compare_prediction(report: Report, graphs: Sequence[CompiledGraph]) -> None
     row = report.rows[-1]
     if row.latency_ms is None or row.speedup is None:
         return
-    saves = row.latency_ms * (row.speedup - 1)  # speedup = bar / latency
-    timed = f"layers were timed to save {report.predicted_saving_ms:.2f} ms of {total:.2f} ms"
+    saves = row.latency_ms * (row.speedup - 1)  # speedup = baseline / latency
+    timed = f"by their timings, layers save {report.predicted_saving_ms:.2f} ms of {total:.2f} ms"
     if saves > 0:
         report.notes.append(f"{timed}; the whole model saves {saves:.2f} ms")
     elif report.predicted_saving_ms > 0:

@@ -147,9 +147,9 @@ FORGED = [
     ({"shape": [10**9, 16]}, {}, "do not make a 2:4 weight"),
     ({"shape": [16, 4]}, {}, "do not make a 2:4 weight"),
     ({"n": 1}, {}, "do not make a 1:4 weight"),
-    ({}, {"mask": code()}, "another length"),
-    ({}, {"mask": code(*[1] * 5)}, "another length"),
-    ({}, {"mask": code(*[1] * 7)}, "another length"),
+    ({}, {"mask": code()}, "wrong length"),
+    ({}, {"mask": code(*[1] * 5)}, "wrong length"),
+    ({}, {"mask": code(*[1] * 7)}, "wrong length"),
     ({}, {"mask": code(*[1] * 6).view(1, 6)}, "do not make a 2:4 weight"),
     ({}, {"mask": torch.ones(6)}, "do not make a 2:4 weight"),
     ({}, {"mask": code(*[255] * 5, 15)}, "not one of the 6"),  # above 6 ** 17

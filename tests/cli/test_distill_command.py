@@ -131,8 +131,8 @@ def test_files_of_another_run_are_left_alone(command, folder, tmp_path, capsys):
     resumed = ["--set", "train.epochs=1", "--resume", "auto"]
     for arguments, match in (
         ([*command, "--set", "compile.pattern=1:4"], "holds the checkpoint of an earlier run"),
-        ([*command, *resumed, "--set", "compile.pattern=1:4"], "holds a run of another student"),
-        ([*other, *resumed], "holds a run of another student"),
+        ([*command, *resumed, "--set", "compile.pattern=1:4"], "holds a run with a different student"),
+        ([*other, *resumed], "holds a run with a different student"),
         ([*command, *resumed, "--set", "data.hflip=0.1"], "belongs to another run; expected images"),
     ):
         assert main(arguments) == 2

@@ -72,10 +72,11 @@ template <class X> struct PackedWeight {
   int block_width() const { return block_columns(layout, m); }
   int max_panel_vectors() const { return layout == LAYOUT_RING || layout == LAYOUT_OCTS ? 2 : MAX_PANEL_VECTORS; }
 
-  // Cost of filling the tiles of a panel, as the number of weight rows that cost the same: more if rows are short.
+  // Cost of filling the tiles of a panel, as the number of weight rows whose products would take the same time. The
+  // fewer weights a row keeps, the larger this number.
   int fill_cost() const { return layout == LAYOUT_ROWS ? 32 * m / n : 64; }
 
-  // The bias as floats: zeros without a bias, and for the padding rows of LAYOUT_RING.
+  // The bias as floats; zeros if there is none, and for the padding rows of LAYOUT_RING.
   const float* initial_sums() const {
     float* sums = scratch().initial.get(outputs + RING_ROWS);
     for (int n = 0; n < outputs + RING_ROWS; n++) sums[n] = bias && n < outputs ? to_float(bias[n]) : 0.0f;
@@ -95,8 +96,8 @@ struct Panels {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t vectors_for(int64_t tokens) { return ceil_div(tokens, W); }
 
-// The fewest panels of at most `max_vectors` vectors such that every thread gets the same number. A product that needs
-// fewer panels than there are threads gets just those.
+// The fewest panels of at most `max_vectors` vectors such that every thread gets the same number. If one panel per
+// thread or fewer are enough, no panels are added.
 inline Panels even_panels(int64_t tokens, int max_vectors, int threads) {
   const int64_t vectors = vectors_for(tokens), fewest = ceil_div(vectors, max_vectors);
   return {vectors, fewest > threads ? std::min(vectors, ceil_div(fewest, threads) * threads) : fewest};
@@ -144,7 +145,7 @@ inline double makespan(const Split& split, const SplitProblem& problem) {
   return *std::max_element(busy.begin(), busy.end());
 }
 
-// The split with the smallest makespan: it keeps all threads busy and repeats little of the tile filling.
+// The split with the smallest makespan: it keeps all threads busy without filling the same tiles too often.
 inline Split best_split(const SplitProblem& problem) {
   const int64_t vectors = vectors_for(problem.tokens);
   const int outputs = problem.outputs, threads = problem.threads, max_vectors = problem.max_panel_vectors;
@@ -281,7 +282,7 @@ static void accumulate(const PackedWeight<X>& w, const Activations<X>& in, const
   const bool half = last_vector_half_used<V>(panel.first, in.tokens);
   auto sweep = half ? sweep_rows<V, HALVES, float, X> : sweep_rows<V, false, float, X>;
   const float* bias = w.initial_sums();
-  if (!w.inputs)  // the loop below has no block that would start the sums
+  if (!w.inputs)  // the loop below has no iterations that would initialise the sums
     for (int n = rows.begin; n < rows.end; n++) std::fill_n(sums + (size_t)(n - rows.begin) * P, P, bias[n]);
   float* filled = in.float_panel ? nullptr : scratch().tile.get((size_t)TILE_ROWS * P, true);
   size_t offset = 0;

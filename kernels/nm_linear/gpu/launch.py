@@ -46,7 +46,7 @@ def missing(index: int | None, layout: int = MMA_SP) -> str | None:
     if cubins is None or not from_cubins():
         return old_triton()
     if arch // 10 != capability[0]:
-        return f"{name}: a cubin runs on the generation that it was compiled for"
+        return f"{name}: a cubin runs only on the GPU generation that it was compiled for"
     kernels = [KERNELS[layout]] if layout == WGMMA_SP else [KERNELS[layout], "gluon_mma_conv"]
     return next((lack for kernel in kernels if (lack := cubins.lacks(kernel, arch)) is not None), None)
 
@@ -67,7 +67,7 @@ def _device(index: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=8)
 def _kernel(name: str, device: torch.device) -> Any:
-    """Return the kernel's module, or an object like it that launches cubins if Triton cannot compile the kernel."""
+    """Return the kernel's module or, if Triton cannot compile it, an object like it that launches cubins."""
     cubins = gpu_cubin.given()
     if cubins is not None and from_cubins():
         arch, _ = _device(torch.cuda.current_device() if device.index is None else device.index)
@@ -95,7 +95,8 @@ def check(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, ...]) -> N
     """Check everything that could lead a kernel out of bounds, or to an undefined result.
 
     Raises:
-        InputError: another dtype or device than the weight's, packed tensors of another weight, or too many rows.
+        InputError: the dtype or device is not the weight's, the packed tensors belong to a different weight, the number
+            of features is not a multiple of 16, or there are too many rows.
     """
     if x.dtype not in _DTYPES or values.dtype != x.dtype:
         raise InputError(
@@ -235,7 +236,7 @@ def _mlp(x: Tensor, *rest: Any) -> Tensor:
 
 
 def direct(shape: Sequence[int], layout: int) -> bool:
-    """Return True if a convolution other than 1x1 has a kernel."""
+    """Return True if a GPU kernel can run a convolution of this shape other than 1x1."""
     return layout == MMA_SP and shape[1] % CONV_CHANNELS == 0
 
 
@@ -251,7 +252,7 @@ def convolution(
     *,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Return activation(conv(x) + bias) + residual in channels last for x (B, C, H, W), by implicit GEMM.
+    """Return activation(conv(x) + bias) + residual, channels last, for x (B, C, H, W), by implicit GEMM.
 
     Args:
         axes: stride, padding, dilation.
@@ -318,7 +319,7 @@ def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *r
 
 
 def _late(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap a kernel so that an activation after the residual addition, which it lacks, is a separate pass."""
+    """Wrap a kernel that lacks activations after the residual addition: run them as a separate pass."""
 
     def run(*args: Any) -> Tensor:
         *others, activation = args

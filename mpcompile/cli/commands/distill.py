@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "distill",
-        help="mask, merge and distil a timm model, as a recipe describes",
+        help="mask a timm model, merge its tokens and distil it, as a recipe describes",
         description="Prune a timm model as a recipe says (a recipe of the paper, or a YAML file) and distil the dense "
         "model into the pruned one. Under torchrun, the same command runs on many GPUs. The --out folder receives the "
         "student, checkpoints, a log and the result, distilled.mpc.",
@@ -221,7 +221,7 @@ def _make_student(
     """Write the student of this recipe to ``path``, and a stamp next to it, unless an earlier run left the same one.
 
     Raises:
-        ArtifactError: the folder holds a run of another student.
+        ArtifactError: the folder holds a run with a different student.
     """
     from mpcompile.data import datasets
     from mpcompile.data import loader as images
@@ -236,12 +236,12 @@ def _make_student(
             return
         if (args.out / checkpoint.NAME).exists():
             raise ArtifactError(
-                f"{args.out} holds a run of another student",
+                f"{args.out} holds a run with a different student",
                 expected="the same recipe, dense weights and training images",
                 found="different ones",
                 hint="resume that run with its own options, or choose a new folder",
             )
-    mark.unlink(missing_ok=True)  # so that after a kill, no stamp vouches for another student
+    mark.unlink(missing_ok=True)  # so that if this run is killed, no stamp vouches for a different student
     calibration, seed = recipe.calibration, recipe.train.seed
     drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch, seed)
     student = recipe.student(teacher, [part.to(device_of(teacher)) for part in drawn])
@@ -285,7 +285,7 @@ def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_diges
 
 
 def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_digest: str) -> str:
-    """Return a digest of everything that the training batches depend on, without their folder or number of workers."""
+    """Return a digest of everything that the training batches depend on, except folder and number of workers."""
     from mpcompile.data import loader as images
 
     how = {key: value for key, value in recipe.to_dict()["data"].items() if key != "workers"}

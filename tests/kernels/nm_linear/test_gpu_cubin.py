@@ -158,7 +158,7 @@ def test_missing_parts_are_reported(records, gpu_folder, monkeypatch):
         assert gpu_launch.missing(0).startswith(f"{gpu_folder} holds no cubin gluon_mma_sp-")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (12, 0))
         gpu_launch.missing.cache_clear()
-        assert gpu_launch.missing(0).endswith("a cubin runs on the generation that it was compiled for")
+        assert gpu_launch.missing(0).endswith("a cubin runs only on the GPU generation that it was compiled for")
         monkeypatch.setattr(cubins, "lacks", lambda kernel, arch: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
         gpu_launch.missing.cache_clear()
