@@ -1,9 +1,10 @@
 """The ``mpcompile::`` operators of the IR.
 
-They are registered as CompositeImplicitAutograd. In a graph each is one node with N and M among its arguments, which
-passes and engines look for. Below autograd each is plain torch code, which provides gradients, fake tensors, export
-and Inductor's fusion. The operators of native kernels (``nm_gemm``, ``nm_mlp``, ``nm_conv``) remain one operator
-below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`. Arguments: :mod:`mpcompile.kernels.schema`.
+They are registered as CompositeImplicitAutograd. In a graph each is one node, which passes and engines look for; N and
+M are among the arguments of those with N:M weights. Below autograd each is plain torch code, which provides gradients,
+fake tensors, export and Inductor's fusion. Each operator of a native kernel (``nm_gemm``, ``nm_mlp``, ``nm_conv``)
+remains a single operator below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`. Arguments:
+:mod:`mpcompile.kernels.schema`.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def packed_call(
     pattern: Sequence[int],
     layout: int,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return the native operator for a layer, without residual and activation, and its arguments.
+    """Return the native operator for a layer and its arguments, which have no residual and no activation.
 
     Args:
         packed: the packed weight's ``values`` and ``index``.

@@ -5,13 +5,13 @@ or :data:`PAIRS_BLOCK` columns. Storage order is blocks, then rows of a block, t
 
 * ``ROWS`` (fp32; bf16 on processors without bf16 products): an entry is one kept value and its column in the block (one
   byte). 5 bytes per kept value in fp32, 3 in bf16.
-* ``QUADS`` (bf16, 2:4): an entry is two kept values and the number of a *pair* of columns. The kernel holds all six
-  pairs of every four columns interleaved, as bf16 dot-product instructions read them.
-* ``OCTS`` (bf16, 1:4): as ``QUADS``, with the sixteen pairs of one column from a group of four and one from the next
-  group.
+* ``QUADS`` (bf16, 2:4): an entry is two kept values and a number that identifies their *pair* of columns. For every
+  four columns the kernel holds all six pairs, interleaved as bf16 dot-product instructions read them.
+* ``OCTS`` (bf16, 1:4): as ``QUADS``, but a pair takes one column from each of two neighbouring groups of four: sixteen
+  pairs.
 * ``RING`` (bf16, any N:M): as ``QUADS``, with pairs of columns at most three apart. A value without a partner is stored
-  with a zero. Rows need different numbers of entries, so each group of four rows is padded to the same even number, and
-  stores two entries of each row in turn. A table holds the start of each group of four rows.
+  with a zero. Rows need different numbers of entries, so the four rows of a group are padded to the same even number of
+  entries, and stored in turn, two entries of each row at a time. A table holds the start of each group of four rows.
 
 Pair layouts take 5 bytes per two kept values.
 """
@@ -34,13 +34,13 @@ from mpcompile.kernels.nm_linear import sparse24
 ROWS, QUADS, RING, OCTS = 0, 1, 2, 3
 NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring", OCTS: "octs"}
 
-ROWS_BLOCK = 96  # columns of 64 fp32 tokens: 24 KiB
-PAIRS_BLOCK = 64  # columns; all pairs of 32 (RING) or 64 (QUADS) bf16 tokens: 24 KiB
-OCTS_BLOCK = 96  # columns; all pairs of 32 bf16 tokens: 24 KiB
+ROWS_BLOCK = 96  # columns; 24 KiB for 64 fp32 tokens
+PAIRS_BLOCK = 64  # columns; all their pairs take 24 KiB for 32 (RING) or 64 (QUADS) bf16 tokens
+OCTS_BLOCK = 96  # columns; all their pairs take 24 KiB for 32 bf16 tokens
 REACH = 3  # how far apart the columns of a RING pair may be
 RING_ROWS = 4  # rows that share one number of entries
 RING_SPARE = 32  # one spare entry is added per this many
-CONV_COLUMNS, CONV_CHANNELS = 96, 10  # approximate (tap, channel) columns, and channels, of a convolution's block
+CONV_COLUMNS, CONV_CHANNELS = 96, 10  # a convolution's block: about this many (tap, channel) columns, and channels
 QUAD_PAIRS = tuple(itertools.combinations(range(4), 2))
 
 
@@ -100,7 +100,7 @@ def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
 
 
 def row_entries(width: int, n: int, m: int) -> int:
-    """Return the entries per row of a ROWS block of ``width`` columns: its kept values, rounded up to fours."""
+    """Return the entries per row of a ROWS block of ``width`` columns: kept values, rounded up to a multiple of 4."""
     return -(-(width // m * n + min(n, width % m)) // 4) * 4
 
 
@@ -158,7 +158,8 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
     values = torch.cat([v.flatten() for v, _, _ in parts])
     index = torch.cat([i.flatten() for _, i, _ in parts])
     if layout == RING:
-        # A table precedes the column numbers: entries before each four rows of each block, as little-endian int32.
+        # A table precedes the column numbers: how many entries come before each group of four rows of each block, as
+        # little-endian int32.
         counts = torch.cat([c for _, _, c in parts]) * RING_ROWS
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         spare = len(index) // RING_SPARE + 8  # room for another mask of the same pattern in the same buffers
@@ -199,7 +200,7 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
         shape: shape of the weight; None for a matrix of any size.
 
     Raises:
-        InputError: it does not, or the tensors do not have the form of the layout.
+        InputError: a number in the index is too large, or the tensors do not have the form of the layout.
     """
     if layout in sparse24.NAMES and values.dim() == index.dim() == 1 and index.dtype == torch.uint8:
         sparse24.check(values, index)
@@ -228,7 +229,7 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
 
 
 def check_places(index: Tensor, shape: Sequence[int | None], n: int, m: int) -> None:
-    """Check that a ``ROWS`` index of the right length has ``n`` places in each group, as packing makes it.
+    """Check that a ``ROWS`` index of the right length has ``n`` places in each group, ordered as by :func:`pack`.
 
     Args:
         shape: shape of the weight, with None for the columns of a matrix if their number is unknown.
@@ -257,7 +258,7 @@ def check_places(index: Tensor, shape: Sequence[int | None], n: int, m: int) -> 
 
 
 def _in_groups(rows: Tensor, count: int, n: int, m: int) -> bool:
-    """Return True if the first ``count`` places of each row ascend, ``n`` in each group of ``m``, followed by zeros."""
+    """Return True if each row is ``count`` ascending places, ``n`` in each group of ``m``, and then zeros."""
     places, rest = rows[:, :count], rows[:, count:]
     group = torch.arange(count, device=rows.device) // n
     if bool(rest.any()) or bool((places[:, 1:] <= places[:, :-1]).any()):
@@ -384,7 +385,8 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
             place, row = pair.flatten(), row.repeat_interleave(2)
             valid = (row < out) & (place < width)
             place, row, value = place[valid], row[valid], value[valid]
-        # index_add, not a copy: padding entries then add zeros to column 0.
+        # index_add, not a copy: padding entries name real columns, to which they add zero instead of
+        # overwriting them.
         dense = dense.index_add(0, row * k + columns[place], value)
         start = end
     return from_rows(dense.view(out, k), list(shape))

@@ -1,7 +1,7 @@
 """Checks before operators that torch runs without validating all of their sizes or numbers.
 
-A loaded graph calls a function of this module in place of such an operator; a file holds the operator's own name. The
-checks are plain Python on sizes, so a tracer sees only the operator.
+A loaded graph calls a function of this module in place of such an operator; files still hold the operator's own name.
+The checks are plain Python on sizes, so a tracer sees only the operator.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _A: Any = torch.ops.aten
 _Check = Callable[[dict[str, Any]], "str | None"]
 
 
-# --- Checks. Each takes an operator's arguments by name, and returns None, or what the operator expects instead ---
+# --- Checks. Each takes an operator's arguments by name; returns None if valid, else what the operator expects ---
 
 
 def _batch_norm(arguments: dict[str, Any]) -> str | None:
@@ -162,7 +162,7 @@ def _quotient(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dense(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that is called on contiguous input: on the result of expand() it reads past the end."""
+    """Return the function with its input made contiguous first: on the result of expand() torch reads past the end."""
 
     @functools.wraps(function, updated=())
     def call(input: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -16,15 +16,15 @@ HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 
 
 def without_history(model: nn.Module) -> dict[int, Any]:
-    """Return a memo for deepcopy with detached copies of computed tensors, which deepcopy refuses to copy.
+    """Return a memo for deepcopy that maps computed tensors, which deepcopy refuses to copy, to detached copies.
 
-    Hooks and forwards leave such tensors in attributes.
+    Hooks and forward methods leave such tensors in attributes.
     """
     return {id(t): t.detach().clone() for t in tensors_of(model) if not t.is_leaf}
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, including the functions and hooks that were set on its instances."""
+    """Return a copy of a model, including the functions and hooks that were set on individual modules."""
     memo = without_history(model)
     try:
         copied = copy.deepcopy(model, memo)

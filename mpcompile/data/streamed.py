@@ -1,7 +1,7 @@
 """Streams of labelled images (WebDataset shards, streamed Hugging Face datasets) through timm's readers.
 
-timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.sources.pictures`, like
-those of files.
+timm's readers choose the samples and their labels; pixels are decoded by :mod:`mpcompile.data.sources.pictures`, which
+also decodes image files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _patching = threading.Lock()
 class Streamed(IterableDataset):
     """Pairs (image, label) of one split, in an order that depends only on seed and epoch.
 
-    timm's readers keep their pipeline, its random numbers and their share of the shards after the first pass, in the
-    process that made it. Every pass here starts from an unused copy, so that a pass can be repeated, and reading some
-    images beforehand (for calibration) has no side effects.
+    After its first pass, a timm reader keeps its pipeline, the state of that pipeline's random numbers and its share of
+    the shards, in the process that made the pass. Every pass here starts from an unused copy, so that a pass can be
+    repeated, and reading some images beforehand (for calibration) has no side effects.
 
-    In training every rank and worker reads its own shards, each the same number of images. In evaluation
+    In training every rank and worker reads shards of its own, and all read the same number of images. In evaluation
     every rank decodes all images and takes its share, so that each image counts once whatever the shards' sizes.
 
     Args:
@@ -48,7 +48,7 @@ class Streamed(IterableDataset):
         self.reader, self.training, self.seed, self.transform = reader, training, seed, transform
         self.epoch = 0
         self.samples = int(reader.num_samples)
-        if hasattr(reader, "split_info"):  # shards: the files of a sample, by suffix
+        if hasattr(reader, "split_info"):  # WebDataset: the suffixes that a sample's image may have
             reader.input_key = ";".join(["jpg", *sorted(suffix[1:] for suffix in SUFFIXES - {".jpg"})])
         else:
             reader.input_img_mode = None  # no conversion: decode() does that
@@ -60,21 +60,22 @@ class Streamed(IterableDataset):
         self.epoch = epoch
 
     def prepare(self, batch: int, workers: int) -> int:
-        """Divide an epoch into a whole number of this process's batches for each worker.
+        """Set up the reader so that each worker yields a whole number of this process's batches in an epoch.
 
         Args:
             batch: images per batch of this process.
             workers: requested number of workers.
 
         Returns:
-            The number of workers for which there are shards.
+            The number of workers to use: as requested, but no more than there are shards for.
 
         Raises:
             InputError: there are fewer shards than ranks.
         """
         most = self._shards() if self.training else None
         if most is not None and workers > most:
-            log.warning("there are shards for %d workers per process: data.workers is %d, not %d", most, most, workers)
+            message = "there are shards for only %d workers per process: data.workers becomes %d, not %d"
+            log.warning(message, most, most, workers)
             workers = most
         self.reader.batch_size = batch
         self.reader.set_loader_cfg(num_workers=max(1, workers))
@@ -162,7 +163,7 @@ class _Decoder:
 
 
 def _decoded(image: Mapping[str, Any], name: str) -> Any:
-    """Decode an image as Hugging Face datasets store it, its bytes or their path, to RGB.
+    """Decode an image to RGB, given as in Hugging Face datasets: as bytes or as a path.
 
     Raises:
         InputError: it cannot be read; the message starts with ``name``.

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mpcompile.errors import printable
 
-ROW, GAP, LABEL, PLOT = 20, 6, 170, 330  # pixels: height of a bar, gap between bars, width of the names, of the bars
+ROW, GAP, LABEL, PLOT = 20, 6, 170, 330  # pixels: height of a bar, gap between bars, width of names, width of bars
 
 
 def escape(value: object) -> str:
@@ -71,7 +71,7 @@ def bars(chart: Sequence[Bar], title: str, mark: float | None = None, longest: f
     """
     longest = max([longest, *(max(bar.start + bar.value, bar.high or 0, mark or 0) for bar in chart)]) or 1.0
     scale, body = PLOT / longest, ""
-    values = ""  # drawn over the mark, which would strike them through
+    values = ""  # drawn after the mark, whose line would otherwise strike them through
     for number, bar in enumerate(chart):
         y = number * (ROW + GAP)
         end = LABEL + (bar.start + bar.value) * scale
@@ -101,7 +101,7 @@ def histogram(
     width: float = 260,
     height: float = 110,
 ) -> str:
-    """Return a histogram of a density, with a law as a curve over it and single values as ticks on the axis."""
+    """Return a histogram of a density, with ``curve`` (a law) drawn over it and ``spikes`` as ticks on the axis."""
     right = max([edges[-1], *spikes, *(x for x, _ in curve)]) or 1.0
     top = max([*heights, *(y for _, y in curve)]) or 1.0
     across, up = width / right, (height - 30) / top

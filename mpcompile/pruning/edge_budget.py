@@ -77,7 +77,7 @@ def layer_weights(edges: Mapping[str, float], sparsity: float) -> dict[str, floa
 
     Args:
         edges: name of the layer (or of its weight) -> σ₊.
-        sparsity: the share removed of all these weights.
+        sparsity: the share of all these weights that is removed.
 
     >>> layer_weights({"a": 1.0, "b": 3.0}, 0.3)
     {'a': 0.6, 'b': 1.4}

@@ -44,7 +44,8 @@ def distill(
     """Train the student in place, with its masks applied again after every step.
 
     Under torchrun, every process calls this with the same student and its own share of the batches: gradients are
-    averaged, the first rank writes, and all ranks end with the same weights.
+    averaged, the first rank writes, and all ranks end with the same weights. The recipe is that of
+    arXiv 2606.02608 (fine-tuning).
 
     Args:
         student: from :func:`mpcompile.transform`; keeps its train or eval mode.
@@ -63,11 +64,12 @@ def distill(
         progress: show progress bars on the first rank.
 
     Returns:
-        Losses and accuracies; see :class:`Distilled`. Source: arXiv 2606.02608, fine-tuning recipe.
+        Losses and accuracies; see :class:`Distilled`.
 
     Raises:
-        InputError: there is nothing to train on, labels are out of range, student and teacher have different classes,
-            the student has neither masks nor merged tokens, a loss, gradient or weight is not finite, or ranks differ.
+        InputError: there is nothing to train on, labels are out of range, student and teacher have different numbers
+            of classes, the student has neither masks nor merged tokens, a loss, gradient or weight is not finite, or
+            ranks differ.
         ConfigError: an option has an invalid value.
         ArtifactError: a checkpoint cannot be read or written, or belongs to another run.
 

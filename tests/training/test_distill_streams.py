@@ -117,7 +117,7 @@ def test_workers_share_shards(root, model, caplog):
     images.calibration(source, model, images.ImageOptions(batch=4, size=32), 3, 4)
     options = images.ImageOptions(batch=4, size=32, workers=3, augment=False)
     train = images.loader(source, model, options, training=True)
-    assert "there are shards for 2 workers per process: data.workers is 2, not 3" in caplog.text
+    assert "there are shards for only 2 workers per process: data.workers becomes 2, not 3" in caplog.text
     # Two workers read a shard of 12 each.
     assert sorted(numbers(epoch_batches(train, 0, 0, 0, 0, None, ""))) == list(range(24))
 

@@ -9,7 +9,7 @@
 // (tiles.h).
 enum Format { FORMAT_TOKENS = 0, FORMAT_PLANES = 1, FORMAT_PANEL = 2 };
 
-// A packed weight and its bias (null: none). `layout` is one of the enum Layout in layouts.h. `values` and `bias` have
+// A packed weight and its bias (null: none). `layout` is a value of enum Layout in layouts.h. `values` and `bias` have
 // the dtype of the activations.
 struct NmWeight {
   const void* values;
@@ -50,8 +50,9 @@ struct NmMlp {
   int32_t threads;
 };
 
-// A float32 convolution of (images, channels, height, width), or of channels-last memory. The weight's `inputs` are the
-// channels; its layout is LAYOUT_ROWS, in blocks of (tap, channel) columns.
+// A float32 convolution. Activations are (images, channels, height, width), in channels-last memory if `channels_last`
+// is nonzero, else contiguous. The weight's `inputs` are the channels; its layout is LAYOUT_ROWS, in blocks of
+// (tap, channel) columns.
 struct NmConv {
   const void* x;
   const void* residual;
