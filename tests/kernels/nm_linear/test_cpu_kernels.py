@@ -108,7 +108,7 @@ def test_gemm(isa, p):
     n, m, out, dtype = p["n"], p["m"], p["out"], p["dtype"]
     weight, mask = layer((out, p["k"]), n, m, dtype, p["seed"])
     x = inputs(p, p["k"])
-    bias = torch.randn(out).to(dtype) if p["bias"] else None
+    bias = inputs({**p, "tokens": 1}, out, name="bias")[0] if p["bias"] else None
     residual = inputs(p, out, name="residual") if p["residual"] else None
     exact = F.linear(x.double(), (weight * mask).double(), None if bias is None else bias.double())
     exact = packed.finish(exact, None if residual is None else residual.double(), p["activation"])
@@ -119,10 +119,12 @@ def test_gemm(isa, p):
         y = ops.nm_gemm(x, values, index, bias, residual, out, n, m, layout, p["activation"])
         assert y.dtype is dtype
         error, scale = rms(y - exact), size(x, weight * mask, bias, residual)
-        assert error < TOLERANCE[dtype] * scale
+        # The error of a single fp32 sum exceeds TOLERANCE in 1 of 300 draws, in which its partial sums are large.
+        predicted = drift(x, weight * mask) if dtype is torch.float32 else 0.0
+        assert error < max(TOLERANCE[dtype] * scale, predicted)
         if dtype is torch.float32:
             allowed = max(4 * rms(dense - exact), 2e-7 * scale, luck(p["k"] * n / m, y.numel()) * scale)
-            assert error < allowed or error < drift(x, weight * mask)
+            assert error < max(allowed, predicted)
 
 
 @MANY
