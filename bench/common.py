@@ -160,50 +160,11 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str], left: int = 1) -> 
     return tabulate(rows, headers=head, disable_numparse=True, colalign=aligned if rows else None)
 
 
-def plot(
-    name: str, panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, folder: Path = RESULTS
-) -> None:
-    """Draw bars of ratios to ``folder/name.png``, one panel above the other, with a line at 1.
-
-    Args:
-        panels: panel -> group of bars -> bar -> ratio.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'mpcompile[report]')")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    series = list(dict.fromkeys(bar for groups in panels.values() for bars in groups.values() for bar in bars))
-    widest = max(len(groups) for groups in panels.values())
-    size = (max(6.0, 1.5 + widest * (0.3 + 0.22 * len(series))), 0.8 + 2.6 * len(panels))
-    color = {bar: f"C{number % 10}" for number, bar in enumerate(series)}
-    figure, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, sharey=True, layout="constrained")
-    width = 0.8 / max(1, *(len(bars) for groups in panels.values() for bars in groups.values()))
-    for axis, (panel, groups) in zip(axes[:, 0], panels.items(), strict=True):
-        for place, bars in enumerate(groups.values()):
-            for number, (bar, ratio) in enumerate(bars.items()):
-                middle = place + (number - (len(bars) - 1) / 2) * width
-                axis.bar_label(axis.bar(middle, ratio, width, color=color[bar]), fmt="%.2f", fontsize=6)
-        axis.axhline(1.0, color="black", linewidth=1)
-        axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-        axis.set_title(panel, fontsize=9)
-        axis.set_ylabel("best dense / this", fontsize=8)
-        axis.margins(y=0.15)
-    keys = [plt.Rectangle((0, 0), 1, 1, color=color[bar]) for bar in series]
-    figure.legend(keys, series, fontsize=7, ncols=4, loc="outside lower center")
-    figure.suptitle(title, fontsize=10)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    plt.close(figure)
-    print(f"plot: {folder / f'{name}.png'}")
-
-
 @contextlib.contextmanager
-def plotted(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """Axes to draw on, saved to ``path`` afterwards; None if matplotlib is not installed."""
+def plotted(
+    path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, sharey: bool = False
+) -> Iterator[tuple[Any, Any] | None]:
+    """A figure and its axes (rows, columns) to draw on, saved to ``path`` afterwards; None without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -213,14 +174,48 @@ def plotted(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey, layout="constrained")
     try:
-        yield axes
+        yield figure, axes
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         print(f"plot: {path}")
     finally:
         plt.close(figure)
+
+
+def plot(
+    name: str, panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, folder: Path = RESULTS
+) -> None:
+    """Draw bars of ratios to ``folder/name.png``, one panel above the other, with a line at 1.
+
+    Args:
+        panels: panel -> group of bars -> bar -> ratio.
+    """
+    series = list(dict.fromkeys(bar for groups in panels.values() for bars in groups.values() for bar in bars))
+    widest = max(len(groups) for groups in panels.values())
+    size = (max(6.0, 1.5 + widest * (0.3 + 0.22 * len(series))), 0.8 + 2.6 * len(panels))
+    color = {bar: f"C{number % 10}" for number, bar in enumerate(series)}
+    with plotted(folder / f"{name}.png", size, rows=len(panels), sharey=True) as canvas:
+        if canvas is None:
+            return
+        figure, axes = canvas
+        width = 0.8 / max(1, *(len(bars) for groups in panels.values() for bars in groups.values()))
+        for axis, (panel, groups) in zip(axes[:, 0], panels.items(), strict=True):
+            for place, bars in enumerate(groups.values()):
+                for number, (bar, ratio) in enumerate(bars.items()):
+                    middle = place + (number - (len(bars) - 1) / 2) * width
+                    axis.bar_label(axis.bar(middle, ratio, width, color=color[bar]), fmt="%.2f", fontsize=6)
+            axis.axhline(1.0, color="black", linewidth=1)
+            axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
+            axis.set_title(panel, fontsize=9)
+            axis.set_ylabel("best dense / this", fontsize=8)
+            axis.margins(y=0.15)
+        from matplotlib.patches import Rectangle
+
+        keys = [Rectangle((0, 0), 1, 1, color=color[bar]) for bar in series]
+        figure.legend(keys, series, fontsize=7, ncols=4, loc="outside lower center")
+        figure.suptitle(title, fontsize=10)
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -125,9 +125,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def chart(data: dict[str, Any], folder: Path) -> None:
     """Accuracy against speed to ``folder/kept_accuracy.png``."""
-    with plotted(folder / f"{NAME}.png", (7.2, 4.2)) as axes:
-        if axes is None:
+    with plotted(folder / f"{NAME}.png", (7.2, 4.2)) as canvas:
+        if canvas is None:
             return
+        axes = canvas[1][0, 0]
         total = data["settings"]["images"]
         for kind, label, marker, color in (("dense", "dense", "s", "C7"), ("ours", "mpcompile", "o", "C0")):
             rows = {name: row for name, row in data["rows"].items() if row["kind"] == kind}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import mpcompile
-from bench.common import common_arguments, environment, fill, load, save, table
+from bench.common import common_arguments, environment, fill, load, plotted, save, table
 from bench.masks.ladder import task
 from mpcompile import Config
 from mpcompile.certificates.bounds import cross_entropy_bound
@@ -274,38 +274,30 @@ def coverage(found: dict[tuple[str, str, str], Counts]) -> list[dict[str, Any]]:
 
 def figure(rows: list[dict[str, Any]], models: list[dict[str, Any]], folder: Path) -> None:
     """Plot the coverage of random networks, and of every layer of the real ones."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'mpcompile[report]')")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     kinds = list(dict.fromkeys(row["network"] for row in rows))
     height = 2.6 * (len(kinds) + len(models))
-    drawn, axes = plt.subplots(len(kinds) + len(models), 1, figsize=(9, height), squeeze=False, layout="constrained")
-    for axis, kind in zip(axes[:, 0], kinds, strict=False):
-        here = [row for row in rows if row["network"] == kind]
-        for number, tier in enumerate(TIERS):
-            places = [i + (number - 1.5) * 0.2 for i in range(len(here))]
-            axis.bar(places, [100 * row["certified"][tier] for row in here], 0.2, label=f"tier {tier}")
-        ticks = [f"{row['pattern']}\n{row['layers']}" for row in here]
-        axis.set_xticks(range(len(here)), ticks, fontsize=6)
-        axis.set_title(f"random networks: {kind}", fontsize=9)
-        axis.set_ylabel("certified, %", fontsize=8)
-    for axis, model in zip(axes[len(kinds) :, 0], models, strict=True):
-        for number, tier in enumerate(TIERS):
-            shares = [100 * layer["certified"].get(tier, 0) / model["samples"] for layer in model["layers"]]
-            axis.plot(range(len(shares)), shares, "o-", markersize=3, color=f"C{number}")
-        axis.set_title(f"{model['model']}, {model['pattern']}, {model['score']}: one layer replaced", fontsize=9)
-        axis.set_ylabel("certified, %", fontsize=8)
-        axis.set_xlabel("layer, first to last", fontsize=8)
-    drawn.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(folder / "certificates.png", dpi=150)
-    plt.close(drawn)
-    print(f"plot: {folder / 'certificates.png'}")
+    path = folder / "certificates.png"
+    with plotted(path, (9, height), rows=len(kinds) + len(models)) as canvas:
+        if canvas is None:
+            return
+        drawn, axes = canvas
+        for axis, kind in zip(axes[:, 0], kinds, strict=False):
+            here = [row for row in rows if row["network"] == kind]
+            for number, tier in enumerate(TIERS):
+                places = [i + (number - 1.5) * 0.2 for i in range(len(here))]
+                axis.bar(places, [100 * row["certified"][tier] for row in here], 0.2, label=f"tier {tier}")
+            ticks = [f"{row['pattern']}\n{row['layers']}" for row in here]
+            axis.set_xticks(range(len(here)), ticks, fontsize=6)
+            axis.set_title(f"random networks: {kind}", fontsize=9)
+            axis.set_ylabel("certified, %", fontsize=8)
+        for axis, model in zip(axes[len(kinds) :, 0], models, strict=True):
+            for number, tier in enumerate(TIERS):
+                shares = [100 * layer["certified"].get(tier, 0) / model["samples"] for layer in model["layers"]]
+                axis.plot(range(len(shares)), shares, "o-", markersize=3, color=f"C{number}")
+            axis.set_title(f"{model['model']}, {model['pattern']}, {model['score']}: one layer replaced", fontsize=9)
+            axis.set_ylabel("certified, %", fontsize=8)
+            axis.set_xlabel("layer, first to last", fontsize=8)
+        drawn.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

@@ -116,35 +116,27 @@ def measure(model: nn.Module, path: Path, args: argparse.Namespace) -> list[dict
 
 def plot(records: list[dict[str, Any]], folder: Path) -> None:
     """Plot top-1 against r, one panel per set of images."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'mpcompile[report]')")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     sets = list(dict.fromkeys(record["images"] for record in records))
-    figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4), squeeze=False, sharey=True)
-    for axis, images in zip(axes[0], sets, strict=True):
-        rows = [record for record in records if record["images"] == images]
-        dense = next(record for record in rows if record["r"] == 0)
-        for way in WAYS:
-            line = [dense, *[record for record in rows if record["way"] == way]]
-            share = [100 * record["right"] / record["of"] for record in line]
-            error = [
-                [s - 100 * record["interval"][0] for s, record in zip(share, line, strict=True)],
-                [100 * record["interval"][1] - s for s, record in zip(share, line, strict=True)],
-            ]
-            axis.errorbar([record["r"] for record in line], share, error, marker="o", capsize=2, label=way)
-        axis.set_title(images, fontsize=9)
-        axis.set_xlabel("tokens merged a block")
-    axes[0, 0].set_ylabel("top-1, %")
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{MODEL}, not trained after merging", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(folder / f"{NAME}.png", dpi=150)
-    plt.close(figure)
+    with common.plotted(folder / f"{NAME}.png", (5 * len(sets), 4), columns=len(sets), sharey=True) as canvas:
+        if canvas is None:
+            return
+        figure, axes = canvas
+        for axis, images in zip(axes[0], sets, strict=True):
+            rows = [record for record in records if record["images"] == images]
+            dense = next(record for record in rows if record["r"] == 0)
+            for way in WAYS:
+                line = [dense, *[record for record in rows if record["way"] == way]]
+                share = [100 * record["right"] / record["of"] for record in line]
+                error = [
+                    [s - 100 * record["interval"][0] for s, record in zip(share, line, strict=True)],
+                    [100 * record["interval"][1] - s for s, record in zip(share, line, strict=True)],
+                ]
+                axis.errorbar([record["r"] for record in line], share, error, marker="o", capsize=2, label=way)
+            axis.set_title(images, fontsize=9)
+            axis.set_xlabel("tokens merged a block")
+        axes[0, 0].set_ylabel("top-1, %")
+        axes[0, 0].legend(fontsize=8)
+        figure.suptitle(f"{MODEL}, not trained after merging", fontsize=10)
 
 
 def main(argv: list[str] | None = None) -> int:
