@@ -122,6 +122,11 @@ class ArtifactError(MPCompileError):
     """A file that cannot be read, written, or trusted."""
 
 
+def message_lines(error: BaseException) -> list[str]:
+    """Return the lines of an error's message that are not empty, without the spaces around them."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()]
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message in printable characters, or the name of its class if that is empty.
 
@@ -129,7 +134,7 @@ def first_line(error: BaseException) -> str:
         >>> first_line(ValueError("no such size\\nmore")), first_line(KeyboardInterrupt())
         ('no such size', 'KeyboardInterrupt')
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = message_lines(error)
     return printable(lines[0]) if lines else type(error).__name__
 
 
@@ -140,7 +145,7 @@ def summary(error: BaseException, most: int = 200) -> str:
         >>> summary(ValueError("no such size\\nmore"))
         'ValueError: no such size'
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = message_lines(error)
     text = ": ".join([type(error).__name__, *lines[:1]])
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= most else f"{text[: most - 3]}..."

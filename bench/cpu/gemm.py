@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import common
+from mpcompile.errors import first_line
 from mpcompile.kernels.dispatch import LayerSpec
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
@@ -59,7 +60,7 @@ def optional(builds: Builds, name: str, make: Callable[[], Callable[[], Any]]) -
         run = make()
         run()
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        print(f"no {name}: {str(error).splitlines()[0][:100]}")
+        print(f"no {name}: {first_line(error)[:100]}")
         return
     builds[name] = run
 

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from mpcompile.errors import ArtifactError, first_line
+from mpcompile.errors import ArtifactError, first_line, message_lines
 from mpcompile.io.reading import open_regular
 from mpcompile.io.state_dicts import StateDict, explain_misfit, find_state, match_names, replacements, strip_wrappers
 
@@ -43,8 +43,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         try:
             model.load_state_dict(source.state)
         except (RuntimeError, TypeError, AttributeError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            misfit = "the model's own tensors", " ".join(lines[1:3]) or str(error)
+            misfit = "the model's own tensors", " ".join(message_lines(error)[1:3]) or str(error)
         else:
             source.log_steps(path)
             return

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,11 +120,8 @@ def _compiler() -> dict[str, Any]:
         command = build.compiler()
     except build.Unavailable:
         return {"compiler": None, "compiler_version": None}
-    try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return {"compiler": " ".join(command), "compiler_version": None}
-    return {"compiler": " ".join(command), "compiler_version": next(iter(done.stdout.splitlines()), None)}
+    version = build.compiler_version(tuple(command))
+    return {"compiler": " ".join(command), "compiler_version": next(iter(version.splitlines()), None)}
 
 
 def _cuda() -> dict[str, Any]:

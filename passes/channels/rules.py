@@ -191,13 +191,18 @@ def _conv2d(axes: Axes, node: Any, out: Dims) -> Result | None:
     return out
 
 
-@rule("batch_norm")
-def _batch_norm(axes: Axes, node: Any, out: Dims) -> Result:
-    axes.broadcast(node.args[:1], out)
-    for value in node.args[1:5]:
+def _per_channel(axes: Axes, inputs: Any, parameters: Any, out: Dims) -> Result:
+    """An operator whose parameters hold one value per channel, axis 1."""
+    axes.broadcast(inputs, out)
+    for value in parameters:
         if isinstance(value, fx.Node):
             axes.atoms.unify(axes.of[value][0], out[1])
     return out
+
+
+@rule("batch_norm")
+def _batch_norm(axes: Axes, node: Any, out: Dims) -> Result:
+    return _per_channel(axes, node.args[:1], node.args[1:5], out)
 
 
 @rule("layer_norm")
@@ -214,11 +219,7 @@ def _layer_norm(axes: Axes, node: Any, out: Dims) -> Result:
 def _group_norm(axes: Axes, node: Any, out: Dims) -> Result | None:
     if node.args[1] != 1:
         return None
-    axes.broadcast(node.args[:1], out)
-    for value in node.args[2:4]:
-        if isinstance(value, fx.Node):
-            axes.atoms.unify(axes.of[value][0], out[1])
-    return out
+    return _per_channel(axes, node.args[:1], node.args[2:4], out)
 
 
 @rule("scaled_dot_product_attention")

@@ -138,7 +138,8 @@ def compiler() -> list[str]:
 
 
 @functools.cache
-def _version(command: tuple[str, ...]) -> str:
+def compiler_version(command: tuple[str, ...]) -> str:
+    """Return what a compiler prints for ``--version``, or "" if it cannot be asked."""
     try:
         return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -218,7 +219,7 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
     command_line = " ".join([*command, *flags, *libraries])
     for part in [*(here.joinpath(name).read_bytes() for name in sources), command_line.encode()]:
         digest.update(part)
-    digest.update(_version(tuple(command)).encode())
+    digest.update(compiler_version(tuple(command)).encode())
     name = f"{stem}-{digest.hexdigest()[:20]}.so"
     folders = _folders()
     existing = None if again else _find(name, folders)

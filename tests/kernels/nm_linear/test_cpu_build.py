@@ -23,7 +23,7 @@ from tests.support.helpers import relative
 
 SPEC = LayerSpec((8, 16), torch.float32, torch.device("cpu"), Pattern(2, 4))
 FLAGS = build.FLAGS.replace("-O3", "-O0")  # builds fastest
-CACHES = (build.load, build.unavailable, build._version, native.kernels)
+CACHES = (build.load, build.unavailable, build.compiler_version, native.kernels)
 SCRIPT = """
 import json, os, pathlib, re, sys, torch
 from mpcompile.kernels import ops
@@ -153,7 +153,7 @@ def test_a_compiler_that_times_out_is_reported(monkeypatch):
         raise subprocess.TimeoutExpired("g++", 30)
 
     monkeypatch.setattr(build.subprocess, "run", refuse)
-    assert build._version(("g++",)) == ""
+    assert build.compiler_version(("g++",)) == ""
     assert "timed out" in CpuEngine().supports(SPEC)
 
 
