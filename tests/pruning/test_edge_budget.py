@@ -1,11 +1,9 @@
 """Spectral Edge Budgeting: the weights of layers, the presets of the paper, and the names that have moved."""
 
-import doctest
-
 import pytest
 
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.pruning import damage, edge_budget, knapsack
+from mpcompile.pruning import damage, knapsack
 from mpcompile.pruning.edge_budget import layer_weights, seb_preset, seb_weights
 
 
@@ -53,8 +51,3 @@ def test_old_names_in_knapsack_still_work():
         assert knapsack.knapsack is knapsack.solve
     with pytest.raises(AttributeError, match="nothing"):
         _ = knapsack.nothing
-
-
-def test_examples():
-    results = doctest.testmod(edge_budget)
-    assert (results.failed, results.attempted > 0) == (0, True)

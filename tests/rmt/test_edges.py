@@ -3,7 +3,6 @@
 Bounds of simulated quantities are about four standard errors at the number of draws used; every draw is seeded.
 """
 
-import doctest
 import math
 
 import numpy as np
@@ -13,7 +12,6 @@ from scipy.stats import binom
 
 from mpcompile import rmt
 from mpcompile.errors import InputError
-from mpcompile.rmt import edges
 from tests.support.spectra import wishart
 
 
@@ -109,8 +107,3 @@ def test_refuses_other_arguments(randn):
     for call in (lambda: rmt.shuffle_edge(randn(80, 70, 3, 1), 0), lambda: rmt.gavish_donoho(2.0)):
         with pytest.raises(InputError):
             call()
-
-
-def test_examples():
-    results = doctest.testmod(edges)
-    assert (results.failed, results.attempted > 0) == (0, True)

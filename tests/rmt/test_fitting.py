@@ -4,7 +4,6 @@ Bounds of simulated quantities are about four standard errors at the number of d
 """
 
 import dataclasses
-import doctest
 import math
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from scipy.stats import binom
 
 from mpcompile import rmt
-from mpcompile.rmt import fitting
 from mpcompile.rmt.fitting import gamma
 from tests.support.spectra import fit_error, planted, wishart
 
@@ -159,8 +157,3 @@ def test_noise_is_not_called_separable(randn):
 def test_fits_are_frozen(randn):
     with pytest.raises(dataclasses.FrozenInstanceError):
         rmt.fit(randn(4, 4)).sigma = 1.0
-
-
-def test_examples():
-    results = doctest.testmod(fitting)
-    assert (results.failed, results.attempted > 0) == (0, True)

@@ -1,6 +1,5 @@
 """The Marchenko-Pastur law against closed forms and quadrature; the Tracy-Widom law against tables."""
 
-import doctest
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ from scipy.integrate import quad
 
 from mpcompile import rmt
 from mpcompile.errors import InputError
-from mpcompile.rmt import law
 
 
 @pytest.mark.parametrize("sigma2", [1.0, 0.3])
@@ -85,8 +83,3 @@ def test_tracy_widom():
 def test_refuses_numbers(call, message):
     with pytest.raises(InputError, match=message):
         call()
-
-
-def test_examples():
-    results = doctest.testmod(law)
-    assert (results.failed, results.attempted > 0) == (0, True)

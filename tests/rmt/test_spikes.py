@@ -1,6 +1,5 @@
 """The map of Baik, Ben Arous and Péché against its inverse and against noise."""
 
-import doctest
 import math
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import given, settings, strategies
 
 from mpcompile import rmt
 from mpcompile.errors import InputError
-from mpcompile.rmt import spikes
 from tests.support.spectra import planted
 
 
@@ -52,8 +50,3 @@ def test_refuses_negative_strengths_and_no_noise():
     for call in (lambda: rmt.bbp(-1.0, 1.0, (4, 4)), lambda: rmt.bbp(1.0, 0.0, (4, 4))):
         with pytest.raises(InputError):
             call()
-
-
-def test_examples():
-    results = doctest.testmod(spikes)
-    assert (results.failed, results.attempted > 0) == (0, True)

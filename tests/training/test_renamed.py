@@ -1,37 +1,10 @@
-"""Packages of training, data and measurement: allowed imports between them, and names that have changed."""
+"""Names of training, data and measurement that have changed: the old ones warn and resolve."""
 
 from __future__ import annotations
 
-import ast
 import importlib
-from pathlib import Path
 
 import pytest
-
-import mpcompile
-
-ROOT = Path(mpcompile.__file__).parent
-
-
-def imported(room: str) -> set[str]:
-    """The packages that a package imports, anywhere in its files."""
-    rooms: set[str] = set()
-    for path in (ROOT / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            rooms |= {name.split(".")[1] for name in names if name.startswith("mpcompile.")}
-    return rooms
-
-
-@pytest.mark.parametrize(
-    ("room", "others"),
-    [("data", {"training", "measure", "calibration", "passes", "pipeline"}), ("measure", {"training", "cli"})],
-)
-def test_arrows_point_one_way(room, others):
-    assert "errors" in imported(room)
-    assert not imported(room) & others
 
 
 @pytest.mark.parametrize(
