@@ -1,42 +1,187 @@
-"""Example inputs: any form that a user may pass, converted to the positional inputs of a graph."""
+"""Example inputs: any form that a user may pass, converted to the arguments of a call and to the inputs of a graph."""
 
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from mpcompile.errors import InputError
 from mpcompile.ir.nodes import fake_value, hint
 from mpcompile.ir.numerics import ordinary
 
+# Keys of a batch that hold what a model is to predict. A model computes its loss from them instead of, or beside, its
+# outputs.
+LABELS = frozenset({"labels", "label", "label_ids", "mask_labels", "class_labels", "target", "targets", "return_loss"})
+_TO_PASS_A_DICT = "to pass the dict itself as the one input, put it into a tuple: ({...},)"
 
-def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
-    """Return example inputs as a list of positional arguments; a dict is bound to the signature of forward."""
-    example_inputs = ordinary(example_inputs)
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a model.
+
+    Attributes:
+        left_out: keys of a batch that are no inputs of the model, and labels.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def call_of(model: nn.Module, example_inputs: Any) -> Call:
+    """Return the arguments with which ``model`` is called.
+
+    Args:
+        model: the module or graph that is called.
+        example_inputs: a tensor, a tuple or list of positional inputs, or a mapping of keyword inputs. Of a mapping,
+            labels and entries that forward does not take are left out. If forward takes one input and none of the keys
+            is its name, the mapping itself is that input.
+
+    Raises:
+        InputError: another type, or a mapping that lacks inputs.
+
+    Example:
+        >>> call_of(nn.Identity(), {"input": 1, "labels": 2})
+        Call(args=(), kwargs={'input': 1}, left_out=('labels',))
+        >>> call_of(nn.Identity(), {"image": 1, "id": 2}).args
+        ({'image': 1, 'id': 2},)
+    """
+    example_inputs = ordinary(plain(example_inputs))
     if isinstance(example_inputs, Tensor):
-        return [example_inputs]
-    if isinstance(example_inputs, Mapping):
-        try:
-            bound = inspect.signature(model.forward).bind(**example_inputs)
-        except TypeError as error:
-            hint = "to pass the dict itself as the one input, put it into a tuple: ({...},)"
-            raise InputError(f"example_inputs do not fit forward: {error}", hint=hint) from error
-        values: list[Any] = []
-        for name, value in bound.arguments.items():
-            rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            values.extend(value.values() if rest else [value])
-        return values
+        return Call((example_inputs,))
+    if isinstance(example_inputs, dict):
+        return _by_keyword(model, example_inputs)
     if isinstance(example_inputs, (tuple, list)):
-        return list(example_inputs)
+        return Call(tuple(example_inputs))
     raise InputError(
         "example_inputs has the wrong type",
         expected="a tensor, a tuple of inputs, or a dict of keyword inputs",
         found=type(example_inputs).__name__,
     )
+
+
+def plain(value: Any) -> Any:
+    """Return a value with every mapping that pytree does not know (``BatchFeature``) turned into a dict."""
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        value = dict(value)
+    if type(value) is dict:
+        return {key: plain(entry) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(plain(entry) for entry in value)
+    return value
+
+
+def _by_keyword(model: nn.Module, batch: dict[str, Any]) -> Call:
+    signature = inspect.signature(model.forward)
+    parameters = signature.parameters
+    kinds = inspect.Parameter
+    several = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    named = {name for name, p in parameters.items() if p.kind not in (*several, kinds.POSITIONAL_ONLY)}
+    rest = next((p for p in parameters.values() if p.kind is kinds.VAR_KEYWORD), None)
+    required = [p for p in parameters.values() if p.default is kinds.empty and p.kind not in several]
+    if not named & batch.keys() and len(required) == 1 and (rest is None or isinstance(model, fx.GraphModule)):
+        return Call((batch,))
+    taken = {}
+    for key, value in batch.items():
+        optional = key not in named or parameters[key].default is not kinds.empty
+        if not (key in LABELS and optional) and (key in named or (rest is not None and _accepts(rest, key))):
+            taken[key] = value
+    try:
+        signature.bind(**taken)
+    except TypeError as error:
+        raise InputError(f"example_inputs do not fit forward: {error}", hint=_TO_PASS_A_DICT) from error
+    return Call((), taken, tuple(key for key in batch if key not in taken))
+
+
+def _accepts(rest: inspect.Parameter, key: str) -> bool:
+    """Return True if ``**kwargs`` may hold a key: any, unless it is annotated with the keys (``Unpack[TypedDict]``)."""
+    inner = typing.get_args(rest.annotation)
+    keys = typing.get_type_hints(inner[0]) if inner and typing.is_typeddict(inner[0]) else None
+    return keys is None or key in keys
+
+
+def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
+    """Return example inputs as one value per input of a graph, in the order of its placeholders.
+
+    Args:
+        model: a graph, or a module whose symbolic trace has one placeholder per parameter of forward.
+        example_inputs: as for :func:`call_of`.
+
+    Raises:
+        InputError: as :func:`call_of`, or inputs of another structure than those that the graph was captured with.
+    """
+    call = call_of(model, example_inputs)
+    codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
+    if isinstance(codegen, _PyTreeCodeGen):
+        return leaves_of(call, codegen.pytree_info)
+    if not call.kwargs:
+        return list(call.args)
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+    values: list[Any] = []
+    for name, value in bound.arguments.items():
+        rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        values.extend(value.values() if rest else [value])
+    return values
+
+
+def leaves_of(call: Call, info: Any) -> list[Any]:
+    """Return the leaves of a call's arguments, in the order of an exported graph's placeholders.
+
+    Args:
+        info: ``pytree_info`` of the graph's code generator: the names and the tree of its inputs.
+
+    Raises:
+        InputError: an input is missing or has another structure.
+    """
+    skeleton = pytree.tree_unflatten(list(range(info.in_spec.num_leaves)), info.in_spec)
+    places, named = skeleton if _is_call(skeleton) else (skeleton, {})
+    names = [*info.orig_args[: len(places)], *named]
+    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    missing = [name for name in names if name not in given]
+    if len(call.args) > len(names) or missing:
+        found = [*(f"input {i}" for i in range(len(call.args))), *call.kwargs]
+        raise InputError(
+            "example_inputs do not fit the graph", expected=", ".join(names), found=", ".join(found) or "none"
+        )
+    leaves: list[Any] = []
+    for name, part in zip(names, [*places, *named.values()], strict=True):
+        _collect(part, given[name], name, leaves)
+    return leaves
+
+
+def _is_call(skeleton: Any) -> bool:
+    """Return True for the tree of ``(args, kwargs)``; fx's own trees hold positional arguments alone."""
+    return len(skeleton) == 2 and isinstance(skeleton[0], tuple) and isinstance(skeleton[1], dict)
+
+
+def _collect(skeleton: Any, value: Any, path: str, leaves: list[Any]) -> None:
+    """Append the leaves of ``value`` where ``skeleton`` has leaves; keys that it lacks (labels) are left out."""
+    if isinstance(skeleton, Mapping):
+        lacking = [key for key in skeleton if not isinstance(value, Mapping) or key not in value]
+        if lacking:
+            found = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+            expected = f"a dict with {', '.join(map(str, skeleton))}"
+            raise InputError(f"the input {path!r} has another structure", expected=expected, found=found)
+        for key, part in skeleton.items():
+            _collect(part, value[key], f"{path}[{key!r}]", leaves)
+    elif isinstance(skeleton, (tuple, list)):
+        if not isinstance(value, (tuple, list)) or len(value) != len(skeleton):
+            found = f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value)
+            expected = f"{type(skeleton).__name__} of {len(skeleton)}"
+            raise InputError(f"the input {path!r} has another structure", expected=expected, found=found)
+        for index, (part, entry) in enumerate(zip(skeleton, value, strict=True)):
+            _collect(part, entry, f"{path}[{index}]", leaves)
+    else:
+        found = pytree.tree_leaves(skeleton)
+        leaves.extend([value] if len(found) == 1 else pytree.tree_leaves(value))
 
 
 def example_of(node: fx.Node) -> Any:
