@@ -6,19 +6,21 @@ dynamo, of torch's functions and methods, as forward calls them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from mpcompile.capture.copies import copy_of
 from mpcompile.capture.graphs import own_graph
-guard_inputs = lambda gm: None  # TEMP
+from mpcompile.capture.input_guards import guard_inputs
 from mpcompile.capture.inputs import Call, call_of, leaves_of
 from mpcompile.capture.unify import unify_modes
 from mpcompile.errors import summary
@@ -41,25 +43,36 @@ def strict_export(model: nn.Module, call: Call, shapes: Any) -> fx.GraphModule:
 
 def export(model: nn.Module, call: Call, shapes: Any) -> fx.GraphModule:
     """Export a module by running its forward on fake tensors."""
-    return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False).module(False)
+    handle = model.register_forward_hook(_register_outputs)
+    try:
+        return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False).module(False)
+    finally:
+        handle.remove()
 
 
 def dynamo_graph(model: nn.Module, call: Call, shapes: Any) -> fx.GraphModule:
-    """Capture a module with dynamo, as one graph without breaks, whose weights keep their names."""
-    capture = torch._dynamo.export(model, aten_graph=False, dynamic_shapes=shapes)
-    gm: Any = capture(*call.args, **call.kwargs).graph_module
-    names = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters(), *model.named_modules()]}
+    """Capture a module with dynamo, as one graph without breaks, whose weights keep their names.
+
+    ``shapes`` is of use only to torch.export: where it is one of the user's, there is no capture by dynamo.
+    """
+    if not isinstance(shapes, ShapesCollection):
+        raise TypeError("dynamic_shapes are for torch.export alone")
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
+    for tensor in pytree.tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.dim():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    gm: Any = torch._dynamo.export(model, assume_static_by_default=True)(*args, **kwargs).graph_module
+    names = {id(part): n for n, part in [*model.named_buffers(), *model.named_parameters(), *model.named_modules()]}
     root = nn.Module()
     for table in ("_modules", "_parameters", "_buffers"):
         getattr(root, table).update(getattr(model, table))
     for node in gm.graph.nodes:
         if node.op in ("get_attr", "call_module"):
             value = attribute(gm, str(node.target))
-            if id(value) in names:
-                node.target = names[id(value)]
-            else:
-                setattr(root, str(node.target).replace(".", "_"), value)
-                node.target = str(node.target).replace(".", "_")
+            name = names.get(id(value))
+            node.target = str(node.target).replace(".", "_") if name is None else name
+            if name is None:
+                setattr(root, node.target, value)
     return fx.GraphModule(root, gm.graph)
 
 
@@ -77,7 +90,6 @@ def import_captured(model: nn.Module, example_inputs: Any, capture: _Capture, dy
     """
     copied = copy_of(model)
     call = call_of(model, example_inputs)
-    _register_outputs(copied, model, call)
     chosen, free = _captured(copied, model, call, capture, dynamic_shapes)
     gm, notes = _both_modes(copied, chosen, lambda training: _run(copied, model, *free, capture, training))
     owned = own_graph(gm, share=True, class_name=type(model).__name__)
@@ -148,35 +160,21 @@ def _run(
         without_global_hooks(),
         generators_kept(),
         torch.enable_grad(),  # torch.nn's layers take paths of their own where no gradient is recorded
+        contextlib.redirect_stderr(io.StringIO()) as printed,  # torch prints the graph of an attempt that fails
     ):
         gm = capture(copied, call, shapes)
+    sys.stderr.write(printed.getvalue())
     for node in list(gm.graph.nodes):
         if node.target in _CHECKS and not node.users:
             gm.graph.erase_node(node)
     return gm
 
 
-def _register_outputs(copied: nn.Module, model: nn.Module, call: Call) -> None:
-    """Register dataclasses that a model returns with pytree, which makes trees of inputs and outputs.
-
-    They are found by a run on fake tensors; a model that cannot be run on these is left to the captures to refuse.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with (
-            training_flags(copied, copied.training),
-            untouched(copied, model),
-            generators_kept(),
-            torch.no_grad(),
-            mode,
-        ):
-            args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (call.args, call.kwargs))
-            result = copied(*args, **kwargs)
-    except Exception:
-        return
+def _register_outputs(_model: nn.Module, _args: Any, result: Any) -> None:
+    """Register the dataclasses that a model returns with pytree, which makes the trees of inputs and outputs."""
     for leaf in pytree.tree_leaves(result):
         cls = type(leaf)
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and cls not in pytree.SUPPORTED_NODES:
+        if dataclasses.is_dataclass(cls) and cls not in pytree.SUPPORTED_NODES:
             torch.export.register_dataclass(cls)
 
 

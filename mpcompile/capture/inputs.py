@@ -104,8 +104,7 @@ def _by_keyword(model: nn.Module, batch: dict[str, Any]) -> Call:
 def _accepts(rest: inspect.Parameter, key: str) -> bool:
     """Return True if ``**kwargs`` may hold a key: any, unless it is annotated with the keys (``Unpack[TypedDict]``)."""
     inner = typing.get_args(rest.annotation)
-    keys = typing.get_type_hints(inner[0]) if inner and typing.is_typeddict(inner[0]) else None
-    return keys is None or key in keys
+    return not inner or not typing.is_typeddict(inner[0]) or key in inner[0].__annotations__
 
 
 def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
