@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx.proxy import Proxy
+
+Value = Any  # a proxy of a tensor: type checkers do not know that fx.Proxy has the methods of Tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Mask:
         boolean: True if it holds booleans.
     """
 
-    value: Proxy
+    value: Value
     rank: int
     boolean: bool
 
@@ -50,12 +51,12 @@ class Attention:
 
     embed: int
     heads: int
-    packed: Proxy | None
-    separate: tuple[Proxy, Proxy, Proxy] | None
-    in_bias: Proxy | None
-    out_weight: Proxy
-    out_bias: Proxy | None
-    extra: tuple[Proxy, Proxy] | None = None
+    packed: Value
+    separate: tuple[Value, Value, Value] | None
+    in_bias: Value
+    out_weight: Value
+    out_bias: Value
+    extra: tuple[Value, Value] | None = None
     add_zero: bool = False
     dropout: Any = 0.0
     dtype: torch.dtype = torch.float32
@@ -73,9 +74,11 @@ class Masks:
     """
 
     def __init__(self) -> None:
-        self.made: dict[tuple[Any, ...], Proxy] = {}
+        self.made: dict[tuple[Any, ...], Value] = {}
 
-    def _form(self, mask: Mask, shape: Callable[[Proxy], Proxy], form: str, additive: bool, dtype: torch.dtype) -> Proxy:
+    def _form(
+        self, mask: Mask, shape: Callable[[Value], Value], form: str, additive: bool, dtype: torch.dtype
+    ) -> Value:
         """Return a mask of the shape that ``shape`` gives it: added to the logits, or true where tokens are seen."""
         node = mask.value.node
         key = (node.target if node.op == "get_attr" else node, form, additive)
@@ -85,7 +88,7 @@ class Masks:
             with node.graph.inserting_before(node.next):
                 shaped = shape(mask.value)
                 if mask.boolean and additive:
-                    shaped = torch.zeros_like(shaped, dtype=dtype).masked_fill(shaped, float("-inf"))  # type: ignore[call-overload]
+                    shaped = torch.zeros_like(shaped, dtype=dtype).masked_fill(shaped, float("-inf"))
                 elif mask.boolean:
                     shaped = shaped.logical_not()
                 self.made[key] = shaped
@@ -93,7 +96,7 @@ class Masks:
 
     def combined(
         self, over_keys: Mask | None, plain: Mask | None, heads: int, dtype: torch.dtype, additive: bool
-    ) -> tuple[Proxy | None, bool]:
+    ) -> tuple[Value, bool]:
         """Return the mask of both, (B or 1, heads or 1, L or 1, S) or (L, S), and True if it is added to the logits.
 
         Args:
@@ -111,19 +114,19 @@ class Masks:
             forms.append(self._form(over_keys, lambda m: m[index], "keys", additive, dtype))
         if plain is not None:
             split = plain.rank == 3
-            shape: Callable[[Proxy], Proxy] = (lambda m: m.unflatten(0, (-1, heads))) if split else (lambda m: m)
+            shape: Callable[[Value], Value] = (lambda m: m.unflatten(0, (-1, heads))) if split else (lambda m: m)
             forms.append(self._form(plain, shape, f"plain{heads if split else ''}", additive, dtype))
         if len(forms) == 1:
             return forms[0], additive
         return (forms[0] + forms[1] if additive else torch.logical_and(*forms)), additive
 
 
-def _rows(tensor: Proxy | None, start: int, stop: int, whole: int) -> Proxy | None:
+def _rows(tensor: Value, start: int, stop: int, whole: int) -> Value:
     """Return rows of a weight or bias."""
     return tensor if tensor is None or (start, stop) == (0, whole) else tensor[start:stop]
 
 
-def _split_heads(x: Proxy, parts: int, a: Attention, batch_first: bool) -> list[Proxy]:
+def _split_heads(x: Value, parts: int, a: Attention, batch_first: bool) -> list[Value]:
     """Take a projection apart into its parts, each (B, heads, N, D)."""
     depth = a.embed // a.heads
     if parts == 1:
@@ -133,7 +136,7 @@ def _split_heads(x: Proxy, parts: int, a: Attention, batch_first: bool) -> list[
     return [several[i] for i in range(parts)]
 
 
-def project(query: Proxy, key: Proxy, value: Proxy, a: Attention, batch_first: bool) -> list[Proxy]:
+def project(query: Value, key: Value, value: Value, a: Attention, batch_first: bool) -> list[Value]:
     """Return queries, keys and values, each (B, heads, N, D).
 
     Inputs that are the same tensor are projected by one linear layer: all rows of the packed weight, or some of them.
@@ -143,35 +146,35 @@ def project(query: Proxy, key: Proxy, value: Proxy, a: Attention, batch_first: b
         assert a.separate is not None  # either is given
         biases = [_rows(a.in_bias, i * width, (i + 1) * width, 3 * width) for i in range(3)]
         calls = zip(inputs, a.separate, biases, strict=True)
-        return [_split_heads(F.linear(x, w, b), 1, a, batch_first)[0] for x, w, b in calls]  # type: ignore[arg-type]
-    results: list[Proxy] = []
+        return [_split_heads(F.linear(x, w, b), 1, a, batch_first)[0] for x, w, b in calls]
+    results: list[Value] = []
     start = 0
     while start < 3:
         stop = start + 1
         while stop < 3 and inputs[stop].node is inputs[start].node:
             stop += 1
         weight, bias = (_rows(t, start * width, stop * width, 3 * width) for t in (a.packed, a.in_bias))
-        projected: Any = F.linear(inputs[start], weight, bias)  # type: ignore[arg-type]
+        projected: Any = F.linear(inputs[start], weight, bias)
         results += _split_heads(projected, stop - start, a, batch_first)
         start = stop
     return results
 
 
-def _append(k: Proxy, v: Proxy, mask: Proxy | None, additive: bool, a: Attention) -> tuple[Proxy, Proxy, Proxy | None]:
+def _append(k: Value, v: Value, mask: Value, additive: bool, a: Attention) -> tuple[Value, Value, Value]:
     """Append the extra key and value, and those of zeros; every query sees them."""
     if a.extra is not None:
         extra = [t.unflatten(-1, (a.heads, a.embed // a.heads)).permute(0, 2, 1, 3) for t in a.extra]
-        k, v = (torch.cat([x, e.expand(x.size(0), -1, -1, -1)], 2) for x, e in zip((k, v), extra, strict=True))  # type: ignore[misc]
+        k, v = (torch.cat([x, e.expand(x.size(0), -1, -1, -1)], 2) for x, e in zip((k, v), extra, strict=True))
     if a.add_zero:
-        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))  # type: ignore[arg-type]
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     more = int(a.extra is not None) + int(a.add_zero)
     if mask is not None and more:
-        mask = F.pad(mask, (0, more), value=0.0 if additive else True)  # type: ignore[arg-type]
+        mask = F.pad(mask, (0, more), value=0.0 if additive else True)
     return k, v, mask
 
 
 def attend(
-    inputs: Sequence[Proxy],
+    inputs: Sequence[Value],
     a: Attention,
     masks: Masks,
     *,
@@ -180,7 +183,7 @@ def attend(
     plain: Mask | None = None,
     causal: bool = False,
     weights: str | None = None,
-) -> tuple[Proxy, Proxy | None]:
+) -> tuple[Value, Value]:
     """Return the result of an attention, and its weights if they are asked for.
 
     Args:
@@ -193,18 +196,18 @@ def attend(
     q, k, v = project(query, key, value, a, batch_first)
     mask, additive = masks.combined(over_keys, plain, a.heads, a.dtype, weights is not None)
     k, v, mask = _append(k, v, mask, additive, a)
-    found: Proxy | None = None
+    found: Value = None
     if weights is None:
         options: dict[str, Any] = {"attn_mask": mask} if mask is not None else {}
         options |= {"is_causal": True} if causal else {}
         options |= {"dropout_p": a.dropout} if a.drops else {}
-        mixed: Any = F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
+        mixed: Any = F.scaled_dot_product_attention(q, k, v, **options)
     else:
         logits = (q * (a.embed // a.heads) ** -0.5) @ k.transpose(-2, -1)
         found = (logits if mask is None else logits + mask).softmax(-1)
         if a.drops:
-            found = F.dropout(found, a.dropout)  # type: ignore[arg-type, assignment]
+            found = F.dropout(found, a.dropout)
         mixed = found @ v
         found = found.mean(1) if weights == "mean" else found
     joined = mixed.permute(*((0, 2, 1, 3) if batch_first else (2, 0, 1, 3))).flatten(2)
-    return F.linear(joined, a.out_weight, a.out_bias), found  # type: ignore[arg-type, return-value]
+    return F.linear(joined, a.out_weight, a.out_bias), found

@@ -135,7 +135,8 @@ class Expander:
 
     def proxy(self, value: Any) -> Any:
         """Return a value of the graph with its nodes as proxies."""
-        return fx.node.map_aggregate(value, lambda v: Proxy(v, self.tracer) if isinstance(v, fx.Node) else v)
+        wrap: Any = lambda v: Proxy(v, self.tracer) if isinstance(v, fx.Node) else v  # noqa: E731
+        return fx.node.map_aggregate(value, wrap)
 
     def read(self, path: str) -> Proxy | None:
         """Return the parameter at a path, or None if there is none."""
@@ -175,8 +176,8 @@ class Expander:
                 base: Any = _base(module)
                 return _FORMS[base](self, path, module, **_arguments(base, args, kwargs))
             self.left[path] = why
-        nodes = fx.node.map_aggregate((args, kwargs), lambda v: v.node if isinstance(v, Proxy) else v)
-        node = self.gm.graph.call_module(path, *nodes)  # type: ignore[misc]
+        nodes: Any = fx.node.map_aggregate((args, kwargs), lambda v: v.node if isinstance(v, Proxy) else v)
+        node = self.gm.graph.call_module(path, *nodes)
         return Proxy(node, self.tracer)
 
     def by_mode(self, path: str, rate: float) -> Any:
@@ -265,9 +266,7 @@ def _feed_forward(expand: Expander, path: str, module: Any, x: Proxy, dropout: s
     return expand.call(f"{path}.{dropout}", expand.call(f"{path}.linear2", expand.call(f"{path}.dropout", hidden)))
 
 
-def _residuals(
-    expand: Expander, path: str, module: Any, x: Proxy, branches: list[Callable[[Any], Any]]
-) -> Any:
+def _residuals(expand: Expander, path: str, module: Any, x: Proxy, branches: list[Callable[[Any], Any]]) -> Any:
     """Add each branch to the stream, with a norm before it or after the sum."""
     for number, branch in enumerate(branches, 1):
         norm = f"{path}.norm{number}"
