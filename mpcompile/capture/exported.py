@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from mpcompile.capture.copies import copy_of
 from mpcompile.capture.graphs import own_graph
 from mpcompile.capture.input_guards import guard_inputs
-from mpcompile.capture.inputs import Call, call_of, leaves_of
+from mpcompile.capture.inputs import Call, call_for
+from mpcompile.capture.signature import flatten_inputs
 from mpcompile.capture.unify import unify_modes
 from mpcompile.errors import summary
 from mpcompile.ir.isolation import generators_kept, untouched, without_global_hooks
@@ -81,7 +82,7 @@ def import_captured(model: nn.Module, example_inputs: Any, capture: _Capture, dy
 
     Args:
         model: the module; it is copied.
-        example_inputs: as for :func:`mpcompile.capture.inputs.call_of`.
+        example_inputs: as for :func:`mpcompile.capture.inputs.call_for`.
         capture: :func:`strict_export`, :func:`export` or :func:`dynamo_graph`.
         dynamic_shapes: as for ``torch.export.export``; None leaves axis 0 of every tensor free where the model does.
 
@@ -89,7 +90,7 @@ def import_captured(model: nn.Module, example_inputs: Any, capture: _Capture, dy
         Exception: whatever ``capture`` raises.
     """
     copied = copy_of(model)
-    call = call_of(model, example_inputs)
+    call = call_for(model, example_inputs)
     chosen, free = _captured(copied, model, call, capture, dynamic_shapes)
     gm, notes = _both_modes(copied, chosen, lambda training: _run(copied, model, *free, capture, training))
     owned = own_graph(gm, share=True, class_name=type(model).__name__)
@@ -99,8 +100,7 @@ def import_captured(model: nn.Module, example_inputs: Any, capture: _Capture, dy
     if call.left_out:
         notes.append(f"inputs left out: {', '.join(call.left_out)}")
     guard_inputs(owned)
-    codegen: Any = owned.graph._codegen
-    return Imported(owned, leaves_of(call, codegen.pytree_info), Lifted(), notes)
+    return Imported(owned, flatten_inputs(owned, call.kwargs or call.args), Lifted(), notes)
 
 
 def free_batch(gm: fx.GraphModule) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from mpcompile.capture.attention import expand_attention
 from mpcompile.capture.checks import check_finite, check_hooks, check_module, check_values, not_a_model
 from mpcompile.capture.exported import dynamo_graph, export, free_batch, import_captured, strict_export
 from mpcompile.capture.graphs import import_graph
@@ -60,6 +61,7 @@ def import_model(
         check_module(model)
         imported = _capture(model, example_inputs, dynamic_shapes)
     inline_regions(imported.gm)
+    expand_attention(imported)
     uses = layers(imported.gm, imported.lifted)
     biases = {f"{layer.name}.bias": layer.bias for layer in uses if isinstance(layer.bias, Tensor)}
     check_finite({layer.weight.name: layer.weight.tensor for layer in uses} | biases)
@@ -74,6 +76,13 @@ def _capture(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Impo
     Raises:
         TraceError: none does.
     """
+    if example_inputs is None:
+        raise InputError(
+            f"the shapes in {type(model).__name__} are not known",
+            expected="example_inputs",
+            found="None",
+            hint="call mpcompile.transform(model, torch.randn(1, 3, 224, 224)) with an input of your size",
+        )
     reasons: dict[str, str] = {}
     first: TraceError | None = None
     if dynamic_shapes is None:
@@ -87,7 +96,7 @@ def _capture(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Impo
             first, reasons["symbolic tracing"] = error, str(error.message)
     with tqdm(_CAPTURES.items(), desc=f"capture {type(model).__name__}", disable=None, leave=False) as attempts:
         for name, capture in attempts:
-            attempts.set_postfix_str(name)
+            attempts.set_postfix_str(name, refresh=True)
             try:
                 imported = import_captured(model, example_inputs, capture, dynamic_shapes)
             except InputError:
@@ -112,14 +121,18 @@ def _reason(error: Exception) -> str:
 
 
 def _refusal(model: nn.Module, reasons: dict[str, str], first: TraceError | None) -> TraceError:
-    """Return the error that names the reason of every capture."""
+    """Return the error that names the reason of every capture.
+
+    The first line has the reason of the capture that says most: dynamo, which strict export uses, names the branch on a
+    tensor and its line; running forward fails in the model's own words.
+    """
     branches = any(re.search("data-dependent", reason, re.IGNORECASE) for reason in reasons.values())
-    why = "its forward branches on values of tensors" if branches else "no capture takes its forward"
+    reason = reasons["torch.export, strict" if branches else "torch.export, non-strict"]
     return TraceError(
-        f"{type(model).__name__} cannot be captured: {why}",
+        f"{type(model).__name__} cannot be traced: {reason}",
         layer=first.layer if first else None,
-        expected="a forward without data-dependent control flow" if branches else None,
-        found=next((reasons[name] for name in ("torch.export, strict",) if branches), None),
+        expected="a forward without data-dependent control flow" if branches or first is None else first.expected,
+        found="a branch on the values of a tensor" if branches else first and first.found,
         hint="use torch.compile(model, backend='mpsparse', options={...}), which breaks the graph there",
         attempts=[f"{name}: {reason}" for name, reason in reasons.items()],
     )

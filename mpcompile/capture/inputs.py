@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import _PyTreeCodeGen
-from torch.utils import _pytree as pytree
 
+from mpcompile.capture.signature import flatten_inputs
 from mpcompile.errors import InputError
 from mpcompile.ir.nodes import fake_value, hint
 from mpcompile.ir.numerics import ordinary
@@ -36,7 +35,7 @@ class Call:
     left_out: tuple[str, ...] = ()
 
 
-def call_of(model: nn.Module, example_inputs: Any) -> Call:
+def call_for(model: nn.Module, example_inputs: Any) -> Call:
     """Return the arguments with which ``model`` is called.
 
     Args:
@@ -49,9 +48,9 @@ def call_of(model: nn.Module, example_inputs: Any) -> Call:
         InputError: another type, or a mapping that lacks inputs.
 
     Example:
-        >>> call_of(nn.Identity(), {"input": 1, "labels": 2})
+        >>> call_for(nn.Identity(), {"input": 1, "labels": 2})
         Call(args=(), kwargs={'input': 1}, left_out=('labels',))
-        >>> call_of(nn.Identity(), {"image": 1, "id": 2}).args
+        >>> call_for(nn.Identity(), {"image": 1, "id": 2}).args
         ({'image': 1, 'id': 2},)
     """
     example_inputs = ordinary(plain(example_inputs))
@@ -112,15 +111,14 @@ def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
 
     Args:
         model: a graph, or a module whose symbolic trace has one placeholder per parameter of forward.
-        example_inputs: as for :func:`call_of`.
+        example_inputs: as for :func:`call_for`.
 
     Raises:
-        InputError: as :func:`call_of`, or inputs of another structure than those that the graph was captured with.
+        InputError: as :func:`call_for`, or inputs of another structure than those that the graph was captured with.
     """
-    call = call_of(model, example_inputs)
-    codegen = model.graph._codegen if isinstance(model, fx.GraphModule) else None
-    if isinstance(codegen, _PyTreeCodeGen):
-        return leaves_of(call, codegen.pytree_info)
+    if isinstance(model, fx.GraphModule):
+        return flatten_inputs(model, ordinary(plain(example_inputs)))
+    call = call_for(model, example_inputs)
     if not call.kwargs:
         return list(call.args)
     bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
@@ -129,58 +127,6 @@ def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
         rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         values.extend(value.values() if rest else [value])
     return values
-
-
-def leaves_of(call: Call, info: Any) -> list[Any]:
-    """Return the leaves of a call's arguments, in the order of an exported graph's placeholders.
-
-    Args:
-        info: ``pytree_info`` of the graph's code generator: the names and the tree of its inputs.
-
-    Raises:
-        InputError: an input is missing or has another structure.
-    """
-    skeleton = pytree.tree_unflatten(list(range(info.in_spec.num_leaves)), info.in_spec)
-    places, named = skeleton if _is_call(skeleton) else (skeleton, {})
-    names = [*info.orig_args[: len(places)], *named]
-    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-    missing = [name for name in names if name not in given]
-    if len(call.args) > len(names) or missing:
-        found = [*(f"input {i}" for i in range(len(call.args))), *call.kwargs]
-        raise InputError(
-            "example_inputs do not fit the graph", expected=", ".join(names), found=", ".join(found) or "none"
-        )
-    leaves: list[Any] = []
-    for name, part in zip(names, [*places, *named.values()], strict=True):
-        _collect(part, given[name], name, leaves)
-    return leaves
-
-
-def _is_call(skeleton: Any) -> bool:
-    """Return True for the tree of ``(args, kwargs)``; fx's own trees hold positional arguments alone."""
-    return len(skeleton) == 2 and isinstance(skeleton[0], tuple) and isinstance(skeleton[1], dict)
-
-
-def _collect(skeleton: Any, value: Any, path: str, leaves: list[Any]) -> None:
-    """Append the leaves of ``value`` where ``skeleton`` has leaves; keys that it lacks (labels) are left out."""
-    if isinstance(skeleton, Mapping):
-        lacking = [key for key in skeleton if not isinstance(value, Mapping) or key not in value]
-        if lacking:
-            found = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
-            expected = f"a dict with {', '.join(map(str, skeleton))}"
-            raise InputError(f"the input {path!r} has another structure", expected=expected, found=found)
-        for key, part in skeleton.items():
-            _collect(part, value[key], f"{path}[{key!r}]", leaves)
-    elif isinstance(skeleton, (tuple, list)):
-        if not isinstance(value, (tuple, list)) or len(value) != len(skeleton):
-            found = f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list)) else type(value)
-            expected = f"{type(skeleton).__name__} of {len(skeleton)}"
-            raise InputError(f"the input {path!r} has another structure", expected=expected, found=found)
-        for index, (part, entry) in enumerate(zip(skeleton, value, strict=True)):
-            _collect(part, entry, f"{path}[{index}]", leaves)
-    else:
-        found = pytree.tree_leaves(skeleton)
-        leaves.extend([value] if len(found) == 1 else pytree.tree_leaves(value))
 
 
 def example_of(node: fx.Node) -> Any:

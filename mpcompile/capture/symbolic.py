@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.capture.copies import copy_of
-from mpcompile.capture.inputs import arguments
+from mpcompile.capture.inputs import arguments, call_for
 from mpcompile.capture.tracing import Tracer
 from mpcompile.capture.unify import unify_modes
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
@@ -195,17 +195,12 @@ def _trace(model: nn.Module, original: nn.Module, given: int, keywords: Sequence
 
 def import_module(model: nn.Module, example_inputs: Any) -> Imported:
     """Import a module by symbolic tracing."""
-    if example_inputs is None:
-        raise InputError(
-            f"the shapes in {type(model).__name__} are not known",
-            expected="example_inputs",
-            found="None",
-            hint="call mpcompile.transform(model, torch.randn(1, 3, 224, 224)) with an input of your size",
-        )
     copied = copy_of(model)
+    call = call_for(model, example_inputs)
     inputs = arguments(model, example_inputs)
-    keywords = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
-    gm, notes = _trace(copied, model, 0 if keywords else len(inputs), keywords)
+    gm, notes = _trace(copied, model, len(call.args), tuple(call.kwargs))
+    if call.left_out:
+        notes.append(f"inputs left out: {', '.join(call.left_out)}")
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(inputs):
         raise InputError(
