@@ -8,6 +8,7 @@ as inputs (dynamo). The user's module is never changed.
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,22 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from mpcompile.capture.attention import expand_attention
-from mpcompile.capture.checks import check_finite, check_hooks, check_module, check_values, not_a_model
+from mpcompile.capture.checks import (
+    check_backward_hooks,
+    check_finite,
+    check_hooks,
+    check_module,
+    check_values,
+    not_a_model,
+)
 from mpcompile.capture.exported import dynamo_graph, export, free_batch, import_captured, strict_export
 from mpcompile.capture.graphs import import_graph
-from mpcompile.capture.symbolic import import_module, place_of
+from mpcompile.capture.inputs import call_for, unfit
+from mpcompile.capture.symbolic import Untraceable, import_module, place_of
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
 from mpcompile.ir.module import Imported
 from mpcompile.ir.regions import inline_regions
+from mpcompile.ir.shapes import propagate
 from mpcompile.ir.view import layers
 
 __all__ = ["Imported", "check_finite", "check_values", "import_model"]
@@ -59,7 +69,7 @@ def import_model(
         imported = import_graph(model, example_inputs, share)
     else:
         check_module(model)
-        imported = _capture(model, example_inputs, dynamic_shapes)
+        imported = _checked(model, example_inputs, dynamic_shapes)
     inline_regions(imported.gm)
     expand_attention(imported)
     uses = layers(imported.gm, imported.lifted)
@@ -70,12 +80,8 @@ def import_model(
     return imported
 
 
-def _capture(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Imported:
-    """Return the result of the first capture that succeeds.
-
-    Raises:
-        TraceError: none does.
-    """
+def _checked(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Imported:
+    """Capture a module. A mapping that was taken as the one input has to be one that forward can work with."""
     if example_inputs is None:
         raise InputError(
             f"the shapes in {type(model).__name__} are not known",
@@ -83,6 +89,24 @@ def _capture(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Impo
             found="None",
             hint="call mpcompile.transform(model, torch.randn(1, 3, 224, 224)) with an input of your size",
         )
+    call = call_for(model, example_inputs)
+    if not call.whole:
+        return _capture(model, example_inputs, dynamic_shapes)
+    try:
+        imported = _capture(model, call.args, dynamic_shapes)
+        propagate(imported.gm, imported.inputs)
+    except MPCompileError as error:
+        keys, name = ", ".join(call.args[0]), next(iter(inspect.signature(model.forward).parameters))
+        raise unfit(TypeError(f"it takes {name!r}, not {keys}")) from error
+    return imported
+
+
+def _capture(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Imported:
+    """Return the result of the first capture that succeeds.
+
+    Raises:
+        TraceError: none does.
+    """
     reasons: dict[str, str] = {}
     first: TraceError | None = None
     if dynamic_shapes is None:
@@ -93,7 +117,8 @@ def _capture(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Impo
         except TraceError as error:
             if error.final:
                 raise
-            first, reasons["symbolic tracing"] = error, str(error.message)
+            first, reasons["symbolic tracing"] = error, error.message
+    check_backward_hooks(model)
     with tqdm(_CAPTURES.items(), desc=f"capture {type(model).__name__}", disable=None, leave=False) as attempts:
         for name, capture in attempts:
             attempts.set_postfix_str(name, refresh=True)
@@ -126,6 +151,10 @@ def _refusal(model: nn.Module, reasons: dict[str, str], first: TraceError | None
     The first line has the reason of the capture that says most: dynamo, which strict export uses, names the branch on a
     tensor and its line; running forward fails in the model's own words.
     """
+    if first is not None and not isinstance(first, Untraceable):
+        attempts = [f"{name}: {reason}" for name, reason in reasons.items()]
+        details: Any = {key: getattr(first, key) for key in ("layer", "expected", "found", "hint")}
+        return TraceError(first.message, **details, attempts=attempts)
     branches = any(re.search("data-dependent", reason, re.IGNORECASE) for reason in reasons.values())
     reason = reasons["torch.export, strict" if branches else "torch.export, non-strict"]
     return TraceError(

@@ -28,11 +28,13 @@ class Call:
 
     Attributes:
         left_out: keys of a batch that are no inputs of the model, and labels.
+        whole: True if a mapping is passed as the one input, because none of its keys is the name of an input.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    whole: bool = False
 
 
 def call_for(model: nn.Module, example_inputs: Any) -> Call:
@@ -49,7 +51,7 @@ def call_for(model: nn.Module, example_inputs: Any) -> Call:
 
     Example:
         >>> call_for(nn.Identity(), {"input": 1, "labels": 2})
-        Call(args=(), kwargs={'input': 1}, left_out=('labels',))
+        Call(args=(), kwargs={'input': 1}, left_out=('labels',), whole=False)
         >>> call_for(nn.Identity(), {"image": 1, "id": 2}).args
         ({'image': 1, 'id': 2},)
     """
@@ -87,7 +89,7 @@ def _by_keyword(model: nn.Module, batch: dict[str, Any]) -> Call:
     rest = next((p for p in parameters.values() if p.kind is kinds.VAR_KEYWORD), None)
     required = [p for p in parameters.values() if p.default is kinds.empty and p.kind not in several]
     if not named & batch.keys() and len(required) == 1 and (rest is None or isinstance(model, fx.GraphModule)):
-        return Call((batch,))
+        return Call((batch,), whole=True)
     taken = {}
     for key, value in batch.items():
         optional = key not in named or parameters[key].default is not kinds.empty
@@ -96,8 +98,13 @@ def _by_keyword(model: nn.Module, batch: dict[str, Any]) -> Call:
     try:
         signature.bind(**taken)
     except TypeError as error:
-        raise InputError(f"example_inputs do not fit forward: {error}", hint=_TO_PASS_A_DICT) from error
+        raise unfit(error) from error
     return Call((), taken, tuple(key for key in batch if key not in taken))
+
+
+def unfit(error: Exception) -> InputError:
+    """Return the error for a mapping that does not bind to the parameters of forward."""
+    return InputError(f"example_inputs do not fit forward: {error}", hint=_TO_PASS_A_DICT)
 
 
 def _accepts(rest: inspect.Parameter, key: str) -> bool:

@@ -112,16 +112,18 @@ def place_of(error: BaseException) -> str:
     return f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> TraceError:
+class Untraceable(TraceError):
+    """The model's own code failed in a trace."""
+
+
+def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> Untraceable:
     """Return the error for a model whose own code failed, with the class and the line."""
     path, cls = tracer.failed or ("", type(model).__name__)
-    return TraceError(
-        f"{type(model).__name__} cannot be traced: {summary(error)}",
+    return Untraceable(
+        summary(error),
         layer=path or None,
         expected="a forward without data-dependent control flow",
         found=f"{type(error).__name__} in {cls}.forward{place_of(error)}",
-        hint="use torch.compile(model, backend='mpsparse', options={...}), or pass "
-        "torch.export.export(model, example_inputs).module()",
     )
 
 

@@ -53,7 +53,8 @@ def unify_modes(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bo
 
 def _arguments(node: fx.Node) -> dict[int | str, Any]:
     """Return the arguments of a node by position or keyword, with the defaults that an aten node leaves out."""
-    given: dict[int | str, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+    given: dict[int | str, Any] = dict(enumerate(node.args))
+    given.update(node.kwargs)
     if isinstance(node.target, torch._ops.OpOverload):
         for place, argument in enumerate(node.target._schema.arguments):
             key = argument.name if argument.kwarg_only else place
