@@ -195,7 +195,7 @@ def test_a_dict_whose_keys_are_no_parameters_is_the_input():
 
 
 def test_a_dict_that_forward_cannot_work_with():
-    with pytest.raises(InputError, match=r"takes 'x', not y, z.*put it into a tuple"):
+    with pytest.raises(InputError, match=r"takes 'input', not y, z.*put it into a tuple"):
         transform(mlp().eval(), {"y": torch.randn(2, 32), "z": torch.randn(2, 32)}, HALF)
 
 
