@@ -84,6 +84,7 @@ def runs(x: Tensor, keys: Tensor, size: Tensor) -> bool:
     return known and x.shape[1] <= 2 * _MAX_RANKED
 
 
+@reference.without_suffix
 def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` tokens of x by the kernels if they support it, else in plain torch; see ``reference.token_merge``."""
     if runs(x, keys, size):

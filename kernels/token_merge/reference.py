@@ -1,7 +1,7 @@
 """Token merging (ToMe) in plain torch: bipartite matching on the keys, size-weighted averages, proportional attention.
 
 Conventions: the first ``prefix`` tokens (class, distillation, registers) stay first, in order, and take no part in
-merging. The others are split by their index in the whole sequence: even indices form set A, odd indices set B. The
+merging; so do the last ``suffix`` tokens (detection), which stay last. The others are split by their index in the whole sequence: even indices form set A, odd indices set B. The
 ``r`` tokens of A that are most similar to a token of B are averaged into it. New order: prefix, the rest of A, B, each
 in ascending order. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 3.
 
@@ -124,6 +124,22 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
     return merged, sizes, places(of_a, rest.shape[1], prefix, tokens)
 
 
+def without_suffix(operator: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
+    """Let an operator that merges tokens take the number of tokens at the end that never merge, as a last argument."""
+
+    @functools.wraps(operator)
+    def run(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, suffix: int = 0) -> Any:
+        if not suffix:
+            return operator(x, keys, size, r, prefix)
+        inner = x.shape[1] - suffix
+        merged, sizes, place = operator(x[:, :inner], keys[:, :, :inner], size[:, :inner], r, prefix)
+        behind = torch.arange(merged.shape[1], merged.shape[1] + suffix, device=x.device).expand(len(x), -1)
+        last = (torch.cat([merged, x[:, inner:]], 1), torch.cat([sizes, size[:, inner:]], 1))
+        return *last, torch.cat([place, behind], 1)
+
+    return run
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Gather rows: x (B, N, C), index (B, n, 1) -> (B, n, C)."""
     first = x.shape[1] * torch.arange(x.shape[0], device=x.device).view(-1, 1, 1)
@@ -221,6 +237,27 @@ def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, sta
     mean = mean.reshape(mean.shape[:1] + (1,) * (values.dim() - 3) + mean.shape[1:])
     result = (mean @ values.float()).to(table.dtype)
     return result.squeeze(-1) if dim == -1 else result.movedim(-2, dim)
+
+
+def token_spread(x: Tensor, place: Tensor, start: int, dim: int) -> Tensor:
+    """Give every input token the value of the merged token that holds it.
+
+    Args:
+        x: (B, ..., T, ...) with T = N - start values along ``dim``, one per merged token.
+        place: (B, N0): the current place of each input token.
+        start: as in :func:`token_mean`.
+        dim: the axis of tokens, which is not the first.
+
+    Returns:
+        x with N0 - start values along ``dim``.
+    """
+    index = place[:, max(start, 0) :] - start
+    if start < 0:
+        index = torch.cat([torch.arange(-start, device=place.device).expand(len(place), -1), index], 1)
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    sizes = [*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :]]
+    return x.gather(dim, index.reshape(shape).expand(sizes))
 
 
 def _attention_by_channel(
