@@ -12,7 +12,7 @@ from mpcompile.capture.inputs import arguments, example_of
 from mpcompile.capture.modes import captured_mode
 from mpcompile.errors import InputError
 from mpcompile.ir.module import Imported, IRModule, Lifted
-from mpcompile.ir.nodes import dynamo_name, fake_value, lifted_from
+from mpcompile.ir.nodes import dynamo_name, lifted_from
 from mpcompile.ir.parts import carry
 
 
@@ -60,7 +60,7 @@ def import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Import
             found="None",
             hint="call mpcompile.transform(gm, example_inputs)",
         )
-    missing = [n.name for n in placeholders if fake_value(n) is None]
+    missing = [n.name for n in placeholders if not {"val", "example_value"} & n.meta.keys()]  # the value may be None
     if missing:
         raise InputError(
             "this graph carries no shapes",
