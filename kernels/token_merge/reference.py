@@ -1,9 +1,10 @@
 """Token merging (ToMe) in plain torch: bipartite matching on the keys, size-weighted averages, proportional attention.
 
 Conventions: the first ``prefix`` tokens (class, distillation, registers) stay first, in order, and take no part in
-merging; so do the last ``suffix`` tokens (detection), which stay last. The others are split by their index in the whole sequence: even indices form set A, odd indices set B. The
-``r`` tokens of A that are most similar to a token of B are averaged into it. New order: prefix, the rest of A, B, each
-in ascending order. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 3.
+merging; the last ``suffix`` tokens (detection) likewise stay last. The others are split by their index in the whole
+sequence: even indices form set A, odd indices set B. The ``r`` tokens of A that are most similar to a token of B are
+averaged into it. New order: prefix, the rest of A, B, suffix, each in ascending order. Source: Bolya et al., "Token
+Merging: Your ViT But Faster", section 3.
 
 Similarities are cosines of keys summed over heads. Equal keys have similarities that differ in the last bits, depending
 on the order in which a processor adds products. To break ties by index alone on every processor and in every engine,
@@ -88,19 +89,23 @@ def merged_count(tokens: int, r: int, prefix: int) -> int:
 
 
 @_without_autocast
-def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_merge(
+    x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, suffix: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` tokens of x.
 
     Args:
         x: (B, N, C) tokens.
         keys: (B, heads, N, D), as attention used them.
         size: (B, N, 1) number of input tokens that each token represents.
-        r: tokens to merge away, clamped to half of the tokens that are not prefix.
-        prefix: tokens at the front that take no part.
+        r: tokens to merge away, clamped to half of those that take part.
+        prefix, suffix: tokens at the front and at the end that take no part.
 
     Returns:
         x (B, N - r, C), size (B, N - r, 1), and (B, N) int64: the position of each old token in the new sequence.
     """
+    if suffix:
+        return with_suffix(token_merge, x, keys, size, r, prefix, suffix)
     batch, tokens, _ = x.shape
     r = tokens - merged_count(tokens, r, prefix)
     if r <= 0:
@@ -124,20 +129,21 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
     return merged, sizes, places(of_a, rest.shape[1], prefix, tokens)
 
 
-def without_suffix(operator: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
-    """Let an operator that merges tokens take the number of tokens at the end that never merge, as a last argument."""
-
-    @functools.wraps(operator)
-    def run(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, suffix: int = 0) -> Any:
-        if not suffix:
-            return operator(x, keys, size, r, prefix)
-        inner = x.shape[1] - suffix
-        merged, sizes, place = operator(x[:, :inner], keys[:, :, :inner], size[:, :inner], r, prefix)
-        behind = torch.arange(merged.shape[1], merged.shape[1] + suffix, device=x.device).expand(len(x), -1)
-        last = (torch.cat([merged, x[:, inner:]], 1), torch.cat([sizes, size[:, inner:]], 1))
-        return *last, torch.cat([place, behind], 1)
-
-    return run
+def with_suffix(
+    merge: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    keys: Tensor,
+    size: Tensor,
+    r: int,
+    prefix: int,
+    suffix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge all tokens but the last ``suffix`` by ``merge``, which takes the other arguments; the last ones stay."""
+    inner = x.shape[1] - suffix
+    merged, sizes, place = merge(x[:, :inner], keys[:, :, :inner], size[:, :inner], r, prefix)
+    behind = torch.arange(merged.shape[1], merged.shape[1] + suffix, device=x.device).expand(len(x), -1)
+    ends = (torch.cat([merged, x[:, inner:]], 1), torch.cat([sizes, size[:, inner:]], 1))
+    return *ends, torch.cat([place, behind], 1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

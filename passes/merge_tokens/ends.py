@@ -8,7 +8,6 @@ positions to each part, and join the parts again, with further tokens in between
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 
 from torch import Tensor, fx
 
@@ -126,14 +125,12 @@ class _Walk:
         index %= len(lengths)
         return origins[sum(lengths[:index]) :][: lengths[index]]
 
-    def _source_axis(
-        self, node: fx.Node, source: fx.Node, axis: int, name: str, shape: tuple[int, ...]
-    ) -> int | None:
+    def _source_axis(self, node: fx.Node, source: fx.Node, axis: int, name: str, shape: tuple[int, ...]) -> int | None:
         """Return the axis of the input that an op moves to ``axis``, or None."""
         before = shape_of(source) or ()
         if name == "permute":
             order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-            return int(order[axis]) % len(before)  # type: ignore[arg-type, call-overload, index]
+            return int(order[axis]) % len(before)  # type: ignore[arg-type]
         if name in _PERMUTES:
             i, j = (int(argument(node, p, k, d)) % len(before) for p, k, d in ((1, "dim0", -2), (2, "dim1", -1)))
             return {i: j, j: i}.get(axis, axis)

@@ -9,7 +9,6 @@ that merged, and an op that cannot be followed is refused by name.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
 from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.schedule import Stream, merges, solve
-from mpcompile.passes.merge_tokens.sites import Site, find_streams, key_mask, opaque_attentions
+from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.plan import Plan, is_lowered
 
 
@@ -74,9 +73,10 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
                 first = graph.call_function(ops.token_size, tuple(schema.TokenSizeArgs(site.residual, mask)))
             size = first if level is None else level.size
             keys = _keys(graph, site)
-            ends = {"prefix": stream.prefix, "suffix": stream.suffix}
-            merge_args = schema.TokenMergeArgs(x=site.residual, keys=keys, size=size, r=stream.r[block], **ends)
-            merge = graph.call_function(ops.token_merge, tuple(merge_args))
+            merge_args = tuple(
+                schema.TokenMergeArgs(site.residual, keys, size, stream.r[block], stream.prefix, stream.suffix)
+            )
+            merge = graph.call_function(ops.token_merge, merge_args if stream.suffix else merge_args[:-1])
             tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
         tokens.meta["mpcompile.original"] = site.residual
         for user in users:
@@ -108,9 +108,7 @@ def _unmasked(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
     return trial
 
 
-def merging_cost(
-    gm: IRModule, ctx: Context, streams: Sequence[Stream]
-) -> Callable[[Sequence[Sequence[int]]], float]:
+def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> Callable[[Sequence[Sequence[int]]], float]:
     """Return the multiply-accumulates of a graph as a function of the tokens of each stream.
 
     N:M masks are not counted. The nodes must carry ``macs`` (see :func:`mpcompile.ir.shapes.propagate`).
@@ -136,8 +134,7 @@ def merging_cost(
 
     def cost(numbers: Sequence[Sequence[int]]) -> float:
         return sum(
-            macs
-            * math.prod((numbers[i][block] - start) / (numbers[i][0] - start) for i, block, start in places)
+            macs * math.prod((numbers[i][block] - start) / (numbers[i][0] - start) for i, block, start in places)
             for macs, places in terms
         )
 
@@ -154,7 +151,19 @@ def _tried(trial: IRModule, stream: Stream, proportional: bool) -> TokenAxis:
 
 def _sites_of(gm: IRModule, stream: Stream) -> list[Site]:
     names = set(stream.sites)
-    return [site for sites in find_streams(gm)[0] for site in sites if site.name in names]
+    return [site for site in find_sites(gm)[0] if site.name in names]
+
+
+def _ends(gm: IRModule, site: Site, ctx: Context) -> tuple[int, int]:
+    """Return the number of tokens in front and behind that never merge, as found in the graph or as configured."""
+    given = ctx.config.prefix_tokens
+    try:
+        prefix, suffix = count_ends(gm, site, ctx.lifted)
+    except GraphError:
+        if given is None:
+            raise
+        return given, 0
+    return prefix if given is None else given, suffix
 
 
 def unmerged(plan: Plan) -> list[str]:
@@ -250,11 +259,11 @@ class MergeTokens(Pass):
         for sites in found:
             try:
                 key_mask(list(sites))
-                ends = (ctx.config.prefix_tokens, 0)
-                prefix, suffix = count_ends(gm, sites[0], ctx.lifted) if ends[0] is None else ends
+                prefix, suffix = _ends(gm, sites[0], ctx)
                 tokens = (shape_of(sites[0].residual) or (0, 0))[1]
-                if prefix > tokens:
-                    raise GraphError("more prefix tokens than tokens", expected=f"at most {tokens}", found=prefix)
+                if prefix + suffix > tokens:
+                    most = tokens - suffix
+                    raise GraphError("more prefix tokens than tokens", expected=f"at most {most}", found=prefix)
                 stream = Stream([site.name for site in sites], [], prefix, suffix, [tokens])
                 if len(found) > 1:
                     _tried(_trial(gm)[0], stream, ctx.config.tome_proportional)

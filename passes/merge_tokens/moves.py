@@ -209,7 +209,7 @@ class AxisMoves:
     def _getitem(self, node: fx.Node, state: State) -> State | None:
         source, index = node.args
         if state.many:
-            return state.parts[index] if state.parts else replace(state, many=False)
+            return state.parts[int(index)] if state.parts else replace(state, many=False)  # type: ignore[arg-type]
         index = index if isinstance(index, tuple) else (index,)
         if any(isinstance(entry, (fx.Node, list, torch.Tensor)) for entry in index):
             raise self._refusal(node, "it picks tokens by a computed index")

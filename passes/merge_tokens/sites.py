@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from mpcompile import _moved
 from mpcompile.errors import GraphError
 from mpcompile.ir.macs import is_add
 from mpcompile.ir.nodes import ATTENTION, MATMUL, argument, shape_of
 
+__getattr__ = _moved.renamed(__name__, {"count_prefix": "passes.merge_tokens.ends.count_ends"})
 CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default})
 _MATMUL = (MATMUL - {torch.einsum}) | {operator.matmul, operator.imatmul}
@@ -225,6 +227,12 @@ def find_streams(gm: fx.GraphModule) -> tuple[list[list[Site]], dict[str, str]]:
             )
         before[0].append(site)
     return streams, reasons
+
+
+def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
+    """Return the blocks of all streams of :func:`find_streams`, and why other attentions cannot merge."""
+    streams, reasons = find_streams(gm)
+    return [site for stream in streams for site in stream], reasons
 
 
 def _tokens(site: Site) -> int:

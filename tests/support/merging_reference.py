@@ -183,9 +183,9 @@ class Merging(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             query, key, value, _, heads, weight, bias, *rest = args
             return F.linear(self.multi_head(query, key, value, heads, weight, bias), rest[3], rest[4]), None
-        if name == "split" and self.members is not None and isinstance(args[1], (tuple, list)):
-            dim = kwargs.get("dim", 0)  # prefix tokens from patches, whose number the model takes from a table
-            return func(args[0], (self.prefix, args[0].shape[dim] - self.prefix), dim=dim)
+        if name == "split" and self.members is not None and kwargs.get("dim") == -2:
+            # Prefix tokens from patches, whose number DINOv3 takes from a table.
+            return func(args[0], (self.prefix, args[0].shape[-2] - self.prefix), dim=-2)
         if name in ("softmax", "__matmul__", "matmul") and args[0].dim() == 4:
             if name == "softmax":
                 return self.softmax(args[0])
