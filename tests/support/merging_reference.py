@@ -182,7 +182,7 @@ class Merging(TorchFunctionMode):
             return self.attention(q, k, v, kwargs.get("scale"))
         if func is F.multi_head_attention_forward:
             query, key, value, _, heads, weight, bias, *rest = args
-            return F.linear(self.multi_head(query, key, value, heads, weight, bias), rest[3], rest[4]), None
+            return F.linear(self.multi_head(query, key, value, heads, weight, bias), rest[4], rest[5]), None
         if name == "split" and self.members is not None and kwargs.get("dim") == -2:
             # Prefix tokens from patches, whose number DINOv3 takes from a table.
             return func(args[0], (self.prefix, args[0].shape[-2] - self.prefix), dim=-2)
