@@ -77,10 +77,11 @@ class _Snapshot:
         return []
 
     def _dict(self, value: dict[Any, Any]) -> list[Any]:
-        before = dict(value)
+        before = dict(dict.items(value))  # a subclass may make a new object at every read
 
         def restore() -> None:
-            if len(value) != len(before) or any(value.get(k, before) is not v for k, v in before.items()):
+            now = dict(dict.items(value))
+            if len(now) != len(before) or any(now.get(k, before) is not v for k, v in before.items()):
                 value.clear()
                 value.update(before)
 

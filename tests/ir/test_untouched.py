@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -253,3 +254,20 @@ def test_errors_of_a_leaf_are_raised_by_shape_propagation(error):
     text = str(raised.value)
     assert type(error).__name__ in text and "Inner" in text and text.startswith("1: ")
     assert text.isprintable() and len(text) < 600
+
+
+class Instances(OrderedDict):
+    """Stores classes and returns a new instance at every read, like the table of activations in transformers."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+def test_a_table_that_makes_its_values_at_every_read_keeps_what_it_stores():
+    table = Instances(relu=nn.ReLU, gelu=nn.GELU)
+    order = OrderedDict(b=1, a=2)
+    with untouched(nn.Linear(1, 1), lambda: (table, order)):
+        table["relu"] = nn.SiLU
+        del order["b"]
+    assert list(dict.items(table)) == [("relu", nn.ReLU), ("gelu", nn.GELU)]
+    assert list(order) == ["b", "a"]
