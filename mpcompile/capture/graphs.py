@@ -8,11 +8,12 @@ from typing import Any
 from torch import fx
 
 from mpcompile.capture.copies import without_history
+from mpcompile.capture.input_guards import guard_inputs
 from mpcompile.capture.inputs import arguments, example_of
 from mpcompile.capture.modes import captured_mode
 from mpcompile.errors import InputError
 from mpcompile.ir.module import Imported, IRModule, Lifted
-from mpcompile.ir.nodes import dynamo_name, fake_value, lifted_from
+from mpcompile.ir.nodes import dynamo_name, lifted_from
 from mpcompile.ir.parts import carry
 
 
@@ -48,6 +49,8 @@ def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
 def import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Imported:
     """Import a GraphModule; without ``example_inputs``, the inputs have the shapes that its placeholders carry."""
     owned = _own_graph(gm, share)
+    if not share and not isinstance(gm, IRModule):  # dynamo checks the graphs that a backend shares
+        guard_inputs(owned)
     placeholders = [n for n in owned.graph.nodes if n.op == "placeholder"]
     if example_inputs is not None:
         inputs = arguments(gm, example_inputs)
@@ -60,7 +63,7 @@ def import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Import
             found="None",
             hint="call mpcompile.transform(gm, example_inputs)",
         )
-    missing = [n.name for n in placeholders if fake_value(n) is None]
+    missing = [n.name for n in placeholders if not {"val", "example_value"} & n.meta.keys()]  # the value may be None
     if missing:
         raise InputError(
             "this graph carries no shapes",

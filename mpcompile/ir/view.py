@@ -22,6 +22,8 @@ from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 
+LEFT_WHOLE = "mpcompile.left_whole"  # key in a node's meta: why a call that hides an attention stays a single call
+
 
 @dataclass(frozen=True)
 class ParamRef:
@@ -226,7 +228,7 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
             for name, parameter in module.named_parameters():
                 full = f"{node.target}.{name}"
                 if parameter.dim() >= 2 and full not in covered:
-                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}"
+                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}{_left(node)}"
                     missed[_layer_name(full)] = (tuple(parameter.shape), why)
         elif multiplies(gm, node) or unentered(node):
             for operand in _weights(node):
@@ -241,6 +243,10 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
             refs = {ref.name: ref for source in node.all_input_nodes for ref in held[source]}
             held[node] = [ref for ref in refs.values() if isinstance(ref.tensor, nn.Parameter)]
     return missed
+
+
+def _left(node: fx.Node) -> str:
+    return f": {node.meta[LEFT_WHOLE]}" if LEFT_WHOLE in node.meta else ""
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:
@@ -263,4 +269,4 @@ def _why(gm: fx.GraphModule, node: fx.Node, operand: fx.Node, ref: ParamRef) -> 
         why = f"used by {target_name(gm, node)}"
     if operand is not ref.node:
         why += f", behind {operand.args[1] if operand.target is getattr else target_name(gm, operand)}"
-    return why + _of_dtype(ref.tensor)
+    return why + _of_dtype(ref.tensor) + _left(node)

@@ -115,18 +115,19 @@ def test_follows_an_alias():
         assert relative(gm(x), merging_reference.forward(model, x, 3, 0, [model])) < 1e-5
 
 
-class Opaque(nn.Module):
+class Hooked(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention.register_forward_hook(lambda module, inputs, output: None)
 
     def forward(self, x):
         return (x + self.attention(x, x, x, need_weights=False)[0]).mean(1)
 
 
-def test_names_an_opaque_attention():
-    with pytest.raises(NotEligibleError, match=r"^attention: tome_r=2.*nn.MultiheadAttention, whose attention"):
-        merged(Opaque().eval(), torch.randn(2, 6, 8), 2)
+def test_names_an_attention_that_stays_a_single_call():
+    with pytest.raises(NotEligibleError, match=r"^attention: tome_r=2.*found it has hooks"):
+        merged(Hooked().eval(), torch.randn(2, 6, 8), 2)
 
 
 class Causal(Block):
@@ -134,16 +135,16 @@ class Causal(Block):
         return self.head(self.attend(x, is_causal=True).mean(1))
 
 
-class Appended(Block):
-    """A class token after the image's tokens, as in some models."""
+class Among(Block):
+    """A learned token between those of the image."""
 
     def __init__(self):
         super().__init__()
         self.token = nn.Parameter(torch.randn(1, 1, 8))
 
     def forward(self, x):
-        x = torch.cat([x, self.token.expand(x.shape[0], -1, -1)], 1)
-        return self.head(self.attend(x)[:, -1])
+        x = torch.cat([x[:, :2], self.token.expand(x.shape[0], -1, -1), x[:, 2:]], 1)
+        return self.head(self.attend(x).mean(1))
 
 
 class Mixer(Block):
@@ -166,11 +167,6 @@ class Last(Block):
         return self.head(self.attend(x)[:, -1])
 
 
-class Features(Block):
-    def forward(self, x):
-        return self.attend(x)
-
-
 class Grid(Block):
     def forward(self, x):
         return self.head(self.attend(x).unflatten(1, (2, 3)).mean((1, 2)))
@@ -189,26 +185,34 @@ class Linear(Block):
         return self.head((x @ (x.transpose(1, 2) @ x)).mean(1))
 
 
-class Twice(Block):
-    """The tokens of two images in one model."""
+class Stages(Block):
+    """Half of the tokens go on to the second block."""
 
     def forward(self, x):
-        return self.head(self.attend(x).mean(1) + self.attend(x[:, :4]).mean(1))
+        return self.head(self.attend(self.attend(x)[:, :3]).mean(1))
+
+
+class Joined(Block):
+    """Two streams that meet in a third block."""
+
+    def forward(self, x):
+        both = torch.cat([self.attend(x[:, :3]), self.attend(x[:, 3:])], 1)
+        return self.head(self.attend(both).mean(1))
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (Causal, "attention is causal"),
-        (Appended, "come after those of the image"),
+        (Among, "stand among those of the image"),
         (Mixer, "'Linear': it mixes the tokens"),
         (Flipped, "'flip': an unknown op"),
         (Last, "'getitem': it picks tokens by position"),
-        (Features, "the model returns a value for each of the unmerged tokens"),
         (Grid, "'unflatten': it joins the token axis with another, or splits it"),
         (Summed, "'sum': it runs over the tokens"),
         (Linear, "'matmul': it sums over tokens"),
-        (Twice, "more than one token axis"),
+        (Stages, "more than one token axis"),
+        (Joined, "more than one token axis"),
     ],
 )
 def test_refusals_name_the_op(kind, message):
