@@ -115,10 +115,11 @@ _RULES: dict[Any, Callable[[fx.GraphModule, fx.Node, Lifted], Call | None]] = {
 def number_paddings(gm: fx.GraphModule) -> None:
     """Give convolution modules their padding as numbers in place of a name."""
     for module in gm.modules():
-        if type(module).forward is nn.Conv2d.forward and module.padding_mode == "zeros":
-            axes = (module.kernel_size, module.stride, module.dilation)
-            numbers = symmetric(module.padding, *map(list, axes))
-            module.padding = module.padding if numbers is None else tuple(numbers)
+        if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
+            continue
+        axes = (list(module.kernel_size), list(module.stride), list(module.dilation))
+        numbers = symmetric(module.padding, *axes) if module.padding_mode == "zeros" else None
+        module.padding = module.padding if numbers is None else (numbers[0], numbers[1])
 
 
 def unify_products(gm: fx.GraphModule, lifted: Lifted) -> bool:

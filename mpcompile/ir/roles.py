@@ -219,5 +219,5 @@ class _Tail:
             return True
         if _BOXED.fullmatch(name):
             return node is not user.all_input_nodes[0]
-        indices = user.target is operator.getitem and user.args[1] == 1
+        indices = user.target is operator.getitem and user.args[1:] == (1,)
         return bool(_CHOICE.fullmatch(name)) or (indices and bool(_INDEXED.fullmatch(target_name(self.gm, node))))

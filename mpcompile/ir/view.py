@@ -240,8 +240,8 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
         elif reads_form(node):
             held[node] = []
         elif node.op in ("call_function", "call_method") and all(source in held for source in node.all_input_nodes):
-            refs = {ref.name: ref for source in node.all_input_nodes for ref in held[source]}
-            held[node] = [ref for ref in refs.values() if isinstance(ref.tensor, nn.Parameter)]
+            sources = {ref.name: ref for source in node.all_input_nodes for ref in held[source]}
+            held[node] = [ref for ref in sources.values() if isinstance(ref.tensor, nn.Parameter)]
     return missed
 
 
