@@ -40,6 +40,8 @@ _MOVED = re.compile(
     r"getitem|expand|_unsafe_view|i?mul_?|i?truediv|div_?|to|_to_copy|float|[dD]ropout|clone|contiguous|reshape|view|permute|transpose|"
     r"flatten|squeeze|unsqueeze"
 )
+_RELU = re.compile(r"relu_?", re.IGNORECASE)
+_POOLED = re.compile(r"\w*pool\w*|mean", re.IGNORECASE)
 _RESAMPLED = re.compile(r"interpolate|_*upsample\w*")
 
 
@@ -161,7 +163,8 @@ class _Tail:
             return False
         if node in self.layers:
             return self._expects(self.layers[node])
-        if _FEATURES.fullmatch(target_name(self.gm, node)):
+        name = target_name(self.gm, node)
+        if _FEATURES.fullmatch(name) or (_RELU.fullmatch(name) and not self._bounds(node)):
             return False
         if node.op == "call_module":
             module = self.gm.get_submodule(str(node.target))
@@ -169,6 +172,21 @@ class _Tail:
         if not multiplies(self.gm, node):
             return not (unentered(node) and any(self._is_weight(n) for n in node.all_input_nodes))
         return self._is_inner_product(node) or self._upsamples(node)
+
+    def _bounds(self, node: fx.Node) -> bool:
+        """Return True for a ReLU that keeps a result positive, such as a depth, or the scores of positions to pool.
+
+        Behind a layer that widens its input, it activates features.
+        """
+        if any(_POOLED.fullmatch(target_name(self.gm, user)) for user in node.users):
+            return True
+        while node not in self.layers and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        if node not in self.layers:
+            return False
+        layer = self.layers[node]
+        groups = layer.geometry.groups if layer.geometry else 1
+        return layer.weight.tensor.shape[0] < layer.weight.tensor.shape[1] * groups
 
     def _is_weight(self, node: fx.Node) -> bool:
         ref = parameter_read(self.gm, node, self.lifted)

@@ -146,6 +146,7 @@ HEADS: dict[str, tuple[Callable[[Parts, Tensor], Any], set[str]]] = {
     "attention": (attended, set()),
     "residual": (residual, set()),
     "normalised": (lambda m, x: m.norm(m.head(m.maps(x))), set()),
+    "widened features": (lambda m, x: m.mix(m.head(m.maps(x))).relu().flatten(1), set()),
     "activated": (lambda m, x: F.gelu(m.head(m.maps(x))), set()),
     "read by a layer, too": (reread, {"mix"}),
 }
