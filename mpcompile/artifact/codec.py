@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from mpcompile._moved import renamed
 from mpcompile.artifact.guards import METHODS
 from mpcompile.artifact.opset import (
     ATTRIBUTES,
@@ -37,6 +38,7 @@ from mpcompile.artifact.opset import (
 )
 from mpcompile.ir.nodes import dynamo_name
 
+__getattr__ = renamed(__name__, {"is_guard": "capture.input_guards.is_torch_guard"})
 _MAX_DEPTH = 32  # levels of nested values; the Python parser has a limit, too
 _KINDS: dict[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
 _CONSTANTS = {tag: {k: v for k, v in vars(torch).items() if isinstance(v, kind)} for tag, kind in _KINDS.items()}

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 
 from mpcompile.artifact.codec import decode_nodes, decode_signature
 from mpcompile.artifact.container import MAX_HEADER, PLAN, WEIGHTS, naming, parse, read, readable, resolve
-from mpcompile.artifact.native_nodes import check_packed
 from mpcompile.artifact.opset import Refusal, identifier, shown
-from mpcompile.artifact.packing import unpack_tensors
+from mpcompile.artifact.packed.nodes import check_packed
+from mpcompile.artifact.packed.tensors import unpack_tensors
 from mpcompile.artifact.tree import restore_modules, restore_tensors
 from mpcompile.errors import GraphError, summary
 from mpcompile.io.reading import read_bytes
