@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpcompile.artifact.codec import encode_nodes, encode_signature
+from mpcompile.artifact.codec import encode_nodes
 from mpcompile.artifact.container import PLAN, WEIGHTS, dump, naming, readable, resolve, write
 from mpcompile.artifact.loading import assemble
 from mpcompile.artifact.opset import Refusal
 from mpcompile.artifact.packed.tensors import pack_tensors
+from mpcompile.artifact.structures import encode_signature
 from mpcompile.artifact.tree import Tree, compare
 from mpcompile.errors import GraphError
 from mpcompile.io.ownership import is_ours
@@ -93,7 +94,7 @@ def describe(gm: IRModule) -> tuple[dict[str, str], dict[str, Tensor]]:
     graph = {
         "class": type(gm).__name__,
         "locked": gm.locked_mode,
-        "signature": encode_signature(gm.graph),
+        "signature": encode_signature(gm.graph._codegen),
         "nodes": encode_nodes(list(gm.graph.nodes)),
     }
     tree = Tree(gm)
