@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from mpcompile.capture.attention import expand_attention
 from mpcompile.capture.checks import check_finite, check_hooks, check_values, not_a_model
 from mpcompile.capture.graphs import import_graph
 from mpcompile.capture.symbolic import import_module
@@ -42,6 +43,7 @@ def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = 
     else:
         imported = import_module(model, example_inputs)
     inline_regions(imported.gm)
+    expand_attention(imported)
     uses = layers(imported.gm, imported.lifted)
     biases = {f"{layer.name}.bias": layer.bias for layer in uses if isinstance(layer.bias, Tensor)}
     check_finite({layer.weight.name: layer.weight.tensor for layer in uses} | biases)

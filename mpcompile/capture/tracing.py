@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 
+from mpcompile.capture.attention import is_attention
 from mpcompile.errors import MPCompileError, TraceError, summary
 from mpcompile.ir.effects import AUGMENTED, UNDECIDED
 from mpcompile.ir.isolation import called
@@ -132,6 +133,8 @@ class Tracer(fx.Tracer):
         if replaced_forward(m):
             return False
         if super().is_leaf_module(m, module_qualified_name) or isinstance(m, (MaskedLinear, MaskedConv2d, ByMode)):
+            return True
+        if is_attention(m):  # a subclass: its functional form replaces the call afterwards
             return True
         weighted = any(isinstance(child, (nn.Linear, nn.Conv2d)) for child in m.modules())
         return _reads_training(m) and not weighted

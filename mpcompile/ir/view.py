@@ -20,6 +20,8 @@ from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 
+LEFT_WHOLE = "mpcompile.left_whole"  # key in a node's meta: why a call that hides an attention stays a single call
+
 
 @dataclass(frozen=True)
 class ParamRef:
@@ -195,7 +197,8 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
             for name, parameter in module.named_parameters():
                 full = f"{node.target}.{name}"
                 if parameter.dim() >= 2 and full not in known:
-                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}"
+                    left = f": {node.meta[LEFT_WHOLE]}" if LEFT_WHOLE in node.meta else ""
+                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}{left}"
                     missed[_layer_name(full)] = (tuple(parameter.shape), why)
         elif node.op == "call_function" and (
             node.target in MATMUL | LINEAR or "conv" in str(node.target) or opaque(node)

@@ -14,6 +14,7 @@ from mpcompile.errors import GraphError
 from mpcompile.ir.macs import is_add
 from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import ATTENTION, MATMUL, argument, shape_of
+from mpcompile.ir.view import LEFT_WHOLE
 
 CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default})
@@ -127,15 +128,8 @@ def find_attentions(gm: fx.GraphModule) -> list[Attention]:
 
 
 def opaque_attentions(gm: fx.GraphModule) -> dict[str, str]:
-    """Return the modules of torch.nn that hide an attention from symbolic tracing, each with a description."""
-    opaque = {}
-    for node in gm.graph.nodes:
-        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if module is not None and any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
-            kind = type(module).__name__
-            why = "whose attention is hidden from tracing: write it with F.linear and SDPA"
-            opaque[str(node.target)] = f"nn.{kind}, {why}"
-    return opaque
+    """Return the calls that hide an attention and could not be rewritten, each with the reason."""
+    return {str(node.target): str(node.meta[LEFT_WHOLE]) for node in gm.graph.nodes if LEFT_WHOLE in node.meta}
 
 
 def _residual(attention: Attention) -> fx.Node | None:

@@ -197,13 +197,14 @@ def test_opaque_layers_are_reported():
         def __init__(self):
             super().__init__()
             self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.attention.register_forward_hook(lambda module, inputs, output: None)
             self.fc, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
 
         def forward(self, x):
             return self.head(self.fc(self.attention(x, x, x, need_weights=False)[0]).relu())
 
     gm = transform(Net(), torch.randn(2, 5, 16))
-    assert gm.plan.layers["attention.out_proj"].reason == "inside MultiheadAttention"
+    assert gm.plan.layers["attention.out_proj"].reason == "inside MultiheadAttention: it has hooks"
     assert gm.plan.layers["attention.in_proj_weight"].shape == (48, 16)
 
 
