@@ -105,7 +105,7 @@ def _output_leaves(gm: fx.GraphModule) -> tuple[pytree.TreeSpec, list[Any]]:
     if info is not None and info.out_spec is not None:
         return info.out_spec, list(value) if isinstance(value, (tuple, list)) else [value]
     tree = fx.node.map_aggregate(value, _opened)
-    leaves, spec = pytree.tree_flatten(_plain(tree))
+    leaves, spec = pytree.tree_flatten(plain(tree))
     return spec, [leaf.node if isinstance(leaf, _Part) else leaf for leaf in leaves]
 
 
@@ -129,15 +129,6 @@ def _opened(value: Any) -> Any:
             return fx.node.map_aggregate({k: v for k, v in given.items() if v is not None}, _opened)
     fake = fake_value(value)
     return value if pytree.tree_structure(fake).is_leaf() else pytree.tree_map(lambda _: _Part(value), fake)
-
-
-def _plain(tree: Any) -> Any:
-    """Return a tree with torch.fx's own dicts and lists replaced by plain ones."""
-    if type(tree) in (fx.immutable_collections.immutable_dict, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    if type(tree) in (fx.immutable_collections.immutable_list, list):
-        return [_plain(value) for value in tree]
-    return tuple(map(_plain, tree)) if type(tree) is tuple else tree
 
 
 def _single_name(leaf: Any) -> str:
@@ -169,6 +160,15 @@ def _keys(spec: pytree.TreeSpec) -> list[str]:
 
 
 # --- Calls ---
+
+
+def plain(tree: Any) -> Any:
+    """Return a tree with torch.fx's own dicts and lists replaced by plain ones."""
+    if type(tree) in (fx.immutable_collections.immutable_dict, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    if type(tree) in (fx.immutable_collections.immutable_list, list):
+        return [plain(value) for value in tree]
+    return tuple(map(plain, tree)) if type(tree) is tuple else tree
 
 
 def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
@@ -207,7 +207,9 @@ def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
         )
     if spec is None:
         given = _by_parameter(_trees_of_placeholders(nodes), example_inputs)
-        return [_like(node, given[str(node.target)]) if str(node.target) in given else _default(gm, node) for node in nodes]
+        return [
+            _like(node, given[str(node.target)]) if str(node.target) in given else _default(gm, node) for node in nodes
+        ]
     given = _by_parameter(spec, example_inputs)
     values: list[Any] = []
     for name, child in spec.items():
@@ -241,7 +243,7 @@ def _like(node: fx.Node, value: Any) -> Any:
     fake = fake_value(node)
     spec = pytree.tree_structure(fake)
     if isinstance(fake, (Mapping, tuple, list)) and not spec.is_leaf():
-        return _plain(pytree.tree_unflatten(_leaves(spec, value, str(node.target)), spec))
+        return plain(pytree.tree_unflatten(_leaves(spec, value, str(node.target)), spec))
     return value
 
 
