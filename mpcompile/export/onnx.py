@@ -25,9 +25,9 @@ def save_onnx(gm: nn.Module, example: Any, path: str | os.PathLike[str], *, dyna
     """Write an ONNX file of dense weights with zeros.
 
     Its inputs and outputs are the tensors that the model takes and returns, in their order, and have the names of
-    parameters, keys and fields (``pixel_values``; ``batch.image``; ``hidden_states.0``). A model that returns a single
-    tensor has the output ``logits`` if the tensor is (batch, classes), else ``output``. Inputs and outputs that are None
-    or numbers are left out; numbers have the values of the example. An output with the name of an input is called
+    parameters, keys and fields (``pixel_values``; ``batch.image``; ``hidden_states.0``). The output of a model that
+    returns a single tensor is called ``logits`` if it is (batch, classes), else ``output``. Inputs and outputs that are
+    None or numbers are left out; numbers have the values of the example. An output with the name of an input is called
     ``output.NAME``.
 
     Args:

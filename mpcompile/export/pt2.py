@@ -103,7 +103,7 @@ def export_lowered(
             f"the batch size cannot be left free: {first_line(error):.200}",
             expected="a graph that was captured with a free batch size",
             found=f"a graph for batches of {size}" if fixed else None,
-            hint="transform the model itself, or give torch.export.export its dynamic_shapes; or export this batch size",
+            hint="transform the model itself, or give torch.export.export its dynamic_shapes, or fix the batch size",
         ) from error
 
 
