@@ -28,6 +28,7 @@ from mpcompile.capture.checks import (
 from mpcompile.capture.exported import dynamo_graph, export, free_batch, import_captured, strict_export
 from mpcompile.capture.graphs import import_graph
 from mpcompile.capture.inputs import call_for, unfit
+from mpcompile.capture.products import number_paddings, unify_products
 from mpcompile.capture.symbolic import Untraceable, import_module, place_of
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
 from mpcompile.ir.module import Imported
@@ -71,6 +72,9 @@ def import_model(
         check_module(model)
         imported = _checked(model, example_inputs, dynamic_shapes)
     inline_regions(imported.gm)
+    unify_products(imported.gm, imported.lifted)
+    if not share:
+        number_paddings(imported.gm)
     expand_attention(imported)
     uses = layers(imported.gm, imported.lifted)
     biases = {f"{layer.name}.bias": layer.bias for layer in uses if isinstance(layer.bias, Tensor)}
