@@ -30,7 +30,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,9 @@ def run(names: Sequence[str], results: Path, jobs: int, seconds: float) -> None:
     context.set_forkserver_preload(["bench.architectures.preloaded"])
     found = load(results)
     with ThreadPoolExecutor(jobs) as pool:
-        for number, record in enumerate(pool.map(lambda name: supervised(name, seconds, context), names), 1):
+        futures = [pool.submit(supervised, name, seconds, context) for name in names]
+        for number, future in enumerate(as_completed(futures), 1):
+            record = future.result()
             save(results, found, record)
             print(f"[{number}/{len(names)}] {page.line(record)}", flush=True)
 
