@@ -6,8 +6,6 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
 LIBRARIES = {
     "timm": "timm",
     "torchvision": "torchvision",
@@ -118,8 +116,8 @@ def _cell(step: str, result: Mapping[str, Any] | None, reasons: dict[str, int]) 
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [[_escaped(str(cell)) for cell in row] for row in rows]
-    return tabulate(cells, headers=head, tablefmt="github", disable_numparse=True) + "\n"
+    lines = [head, ["---"] * len(head), *([_escaped(str(cell)) for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _escaped(text: str) -> str:

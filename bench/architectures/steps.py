@@ -128,6 +128,12 @@ class Trial:
             yield step, self._result(getattr(self, step))
 
     def _result(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        result = self._tried(step)
+        if "why" in result:
+            result["why"] = result["why"].replace(f"{self.folder}/", "")
+        return result
+
+    def _tried(self, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
             with torch.set_grad_enabled(step == self.train):
                 result = step()
