@@ -27,6 +27,7 @@ from mpcompile.ir.module import IRModule, masked
 STEPS = ("trace", "mask", "merge", "lower", "save", "pt2", "onnx", "train")
 EXACT, EXPORTED = 1e-5, 1e-4
 R = 2  # tokens merged per block
+_DRAWS = 8  # images that the reference is tried on
 _LONGEST = 300  # characters of a reason
 
 
@@ -77,11 +78,14 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def settle(model: nn.Module, example: Any) -> None:
-    """Give a model with random weights parts that all matter: no zero tables or scales, and BatchNorm statistics."""
+    """Give a model with random weights parts that all matter: no zero tables or scales, and BatchNorm statistics.
+
+    Biases are not negative, so that an activation behind the last layer does not hide everything.
+    """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point() and (parameter.dim() == 1 or float(parameter.abs().max()) < 1e-3):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -171,14 +175,24 @@ class Trial:
         streams = [streams] if streams and isinstance(streams[0], int) else streams
         if not streams:
             raise WrongError("; ".join(merged.plan.notes) or "no tokens merge")
-        found = call(merged, self.example)
         result = {"text": "; ".join(f"{stream[0]} to {stream[-1]}" for stream in streams)}
-        expected = self._expected(merged) if len(streams) == 1 else None
-        if expected is None:
-            return result | {"unchecked": True}
-        return result | {"error": difference(found, expected)}
+        pair = self._compared(merged) if len(streams) == 1 else None
+        return result | ({"unchecked": True} if pair is None else {"error": difference(*pair)})
 
-    def _expected(self, merged: IRModule) -> Any:
+    def _compared(self, merged: IRModule) -> tuple[Any, Any] | None:
+        """The outputs of the merged graph and of the reference, for images whose merging does not hang on rounding."""
+        from tests.support import merging_reference
+
+        example = self.example
+        for _ in range(_DRAWS):
+            try:
+                expected = self._expected(merged, example)
+                return None if expected is None else (call(merged, example), expected)
+            except merging_reference.Undecided:
+                example = pytree.tree_map(_drawn_again, example)
+        return None
+
+    def _expected(self, merged: IRModule, example: Any) -> Any:
         """The outputs of the eager reference; None if the blocks of the model are not one list of modules."""
         from tests.support import merging_reference
 
@@ -191,7 +205,7 @@ class Trial:
         blocks = next((m for m in lists if len(m) == len(decision["sites"]) and _attends(m[0])), None)
         if blocks is None:
             return None
-        arguments = call_for(self.reference, self.example)
+        arguments = call_for(self.reference, example)
         given = inspect.signature(self.reference.forward).bind(*arguments.args, **arguments.kwargs).arguments
         first, *others = given  # the reference passes the first by position
         if not isinstance(given[first], Tensor) or given[first].dim() != 4:
@@ -265,6 +279,10 @@ class Trial:
             model = copy.deepcopy(self.model).train()
             with torch.no_grad():
                 return mpcompile.transform(model, self.example, Config(pattern="2:4")).train(), "captured in train()"
+
+
+def _drawn_again(value: Any) -> Any:
+    return torch.randn_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _attends(block: nn.Module) -> bool:
