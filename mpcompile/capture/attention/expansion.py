@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.capture.attention.functions import REWRITES
 from mpcompile.capture.attention.modules import Expander, Unsupported, is_attention
+from mpcompile.capture.attention.views import untangle
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.ir.nodes import fake_value
 from mpcompile.ir.parts import set_attribute
@@ -24,6 +25,9 @@ def expand_attention(imported: Imported) -> None:
     no functional form here stays as it is, and its node says why.
     """
     gm = imported.gm
+    if untangle(imported):
+        gm.graph.lint()
+        gm.recompile()
     calls = [node for node in gm.graph.nodes if _hides_attention(gm, node)]
     if not calls:
         return
