@@ -57,6 +57,7 @@ _IMPLEMENTATIONS: dict[type[schema.Args], Callable[..., Any]] = {
     schema.TokenMergeArgs: fused.token_merge,
     schema.TokenMeanArgs: merging.token_mean,
     schema.TokenFollowArgs: merging.token_follow,
+    schema.TokenSpreadArgs: merging.token_spread,
     schema.TokenAttentionArgs: merging.token_attention,
 }
 for _args, _implementation in _IMPLEMENTATIONS.items():
@@ -78,12 +79,13 @@ token_bias = torch.ops.mpcompile.token_bias.default
 token_merge = torch.ops.mpcompile.token_merge.default
 token_mean = torch.ops.mpcompile.token_mean.default
 token_follow = torch.ops.mpcompile.token_follow.default
+token_spread = torch.ops.mpcompile.token_spread.default
 token_attention = torch.ops.mpcompile.token_attention.default
 
 MASKED = frozenset({masked_linear, masked_conv2d})
 NATIVE = frozenset({nm_gemm, nm_mlp, nm_conv})
 PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
-MERGING = frozenset({token_size, token_bias, token_merge, token_mean, token_follow, token_attention})
+MERGING = frozenset({token_size, token_bias, token_merge, token_mean, token_follow, token_spread, token_attention})
 
 
 def packed_call(

@@ -246,6 +246,7 @@ class TokenMergeArgs(Args):
     size: Tensor
     r: int
     prefix: int
+    suffix: int = 0
 
 
 @dataclass
@@ -272,6 +273,17 @@ class TokenFollowArgs(Args):
     start: int
     dim: int
     rank: int
+
+
+@dataclass
+class TokenSpreadArgs(Args):
+    """Values of merged tokens, one for each input token that they hold."""
+
+    operator: ClassVar[str] = "token_spread"
+    x: Tensor
+    place: Tensor
+    start: int
+    dim: int
 
 
 @dataclass

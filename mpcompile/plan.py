@@ -215,7 +215,7 @@ class _Plan:
     macs: _Macs
     config: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    tokens: list[Natural] = field(default_factory=list)
+    tokens: list[Natural] | list[list[Natural]] = field(default_factory=list)
     provenance: _Provenance = field(default_factory=_Provenance)
     figures: Figures = field(default_factory=Figures)
 
@@ -239,7 +239,8 @@ class Plan:
         passes: the passes that ran, in order.
         macs: MACs of the whole model.
         notes: remarks about the whole model.
-        tokens: number of tokens before the first merge and after each.
+        tokens: number of tokens before the first block and after each; empty if none merge. One such list for each
+            stream if several merge, such as two towers.
         provenance: where model and data came from (JSON values), as a command such as ``mpcompile compile`` enters it.
         figures: measurements (JSON values), such as :meth:`mpcompile.Report.to_dict` without its plan.
 
@@ -255,7 +256,7 @@ class Plan:
     passes: list[PassRecord] = field(default_factory=list)
     macs: Macs = Macs(0, 0, 0)
     notes: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[Any] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 

@@ -84,8 +84,12 @@ def runs(x: Tensor, keys: Tensor, size: Tensor) -> bool:
     return known and x.shape[1] <= 2 * _MAX_RANKED
 
 
-def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_merge(
+    x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, suffix: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` tokens of x by the kernels if they support it, else in plain torch; see ``reference.token_merge``."""
+    if suffix:
+        return reference.with_suffix(token_merge, x, keys, size, r, prefix, suffix)
     if runs(x, keys, size):
         merged: tuple[Tensor, Tensor, Tensor] = torch.ops.mpcompile.token_merge_fused.default(x, keys, size, r, prefix)
         return merged

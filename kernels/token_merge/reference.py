@@ -1,9 +1,10 @@
 """Token merging (ToMe) in plain torch: bipartite matching on the keys, size-weighted averages, proportional attention.
 
 Conventions: the first ``prefix`` tokens (class, distillation, registers) stay first, in order, and take no part in
-merging. The others are split by their index in the whole sequence: even indices form set A, odd indices set B. The
-``r`` tokens of A that are most similar to a token of B are averaged into it. New order: prefix, the rest of A, B, each
-in ascending order. Source: Bolya et al., "Token Merging: Your ViT But Faster", section 3.
+merging; the last ``suffix`` tokens (detection) likewise stay last. The others are split by their index in the whole
+sequence: even indices form set A, odd indices set B. The ``r`` tokens of A that are most similar to a token of B are
+averaged into it. New order: prefix, the rest of A, B, suffix, each in ascending order. Source: Bolya et al., "Token
+Merging: Your ViT But Faster", section 3.
 
 Similarities are cosines of keys summed over heads. Equal keys have similarities that differ in the last bits, depending
 on the order in which a processor adds products. To break ties by index alone on every processor and in every engine,
@@ -88,19 +89,23 @@ def merged_count(tokens: int, r: int, prefix: int) -> int:
 
 
 @_without_autocast
-def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_merge(
+    x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, suffix: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` tokens of x.
 
     Args:
         x: (B, N, C) tokens.
         keys: (B, heads, N, D), as attention used them.
         size: (B, N, 1) number of input tokens that each token represents.
-        r: tokens to merge away, clamped to half of the tokens that are not prefix.
-        prefix: tokens at the front that take no part.
+        r: tokens to merge away, clamped to half of those that take part.
+        prefix, suffix: tokens at the front and at the end that take no part.
 
     Returns:
         x (B, N - r, C), size (B, N - r, 1), and (B, N) int64: the position of each old token in the new sequence.
     """
+    if suffix:
+        return with_suffix(token_merge, x, keys, size, r, prefix, suffix)
     batch, tokens, _ = x.shape
     r = tokens - merged_count(tokens, r, prefix)
     if r <= 0:
@@ -122,6 +127,23 @@ def token_merge(x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int) -> t
     sizes = torch.cat([size[:, :prefix], size.gather(1, rest), grown], 1)
     of_a = torch.where(of_a < rest.shape[1], of_a, rest.shape[1] + target)
     return merged, sizes, places(of_a, rest.shape[1], prefix, tokens)
+
+
+def with_suffix(
+    merge: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    keys: Tensor,
+    size: Tensor,
+    r: int,
+    prefix: int,
+    suffix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge all tokens but the last ``suffix`` by ``merge``, which takes the other arguments; the last ones stay."""
+    inner = x.shape[1] - suffix
+    merged, sizes, place = merge(x[:, :inner], keys[:, :, :inner], size[:, :inner], r, prefix)
+    behind = torch.arange(merged.shape[1], merged.shape[1] + suffix, device=x.device).expand(len(x), -1)
+    ends = (torch.cat([merged, x[:, inner:]], 1), torch.cat([sizes, size[:, inner:]], 1))
+    return *ends, torch.cat([place, behind], 1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -221,6 +243,27 @@ def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, sta
     mean = mean.reshape(mean.shape[:1] + (1,) * (values.dim() - 3) + mean.shape[1:])
     result = (mean @ values.float()).to(table.dtype)
     return result.squeeze(-1) if dim == -1 else result.movedim(-2, dim)
+
+
+def token_spread(x: Tensor, place: Tensor, start: int, dim: int) -> Tensor:
+    """Give every input token the value of the merged token that holds it.
+
+    Args:
+        x: (B, ..., T, ...) with T = N - start values along ``dim``, one per merged token.
+        place: (B, N0): the current place of each input token.
+        start: as in :func:`token_mean`.
+        dim: the axis of tokens, which is not the first.
+
+    Returns:
+        x with N0 - start values along ``dim``.
+    """
+    index = place[:, max(start, 0) :] - start
+    if start < 0:
+        index = torch.cat([torch.arange(-start, device=place.device).expand(len(place), -1), index], 1)
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    sizes = [*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :]]
+    return x.gather(dim, index.reshape(shape).expand(sizes))
 
 
 def _attention_by_channel(

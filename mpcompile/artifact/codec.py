@@ -128,14 +128,6 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
 # --- Nodes ---
 
 
-def is_guard(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Return True for a node that only checks inputs, as torch.export inserts them."""
-    if node.op != "call_module" or node.users:
-        return False
-    cls = type(gm.get_submodule(str(node.target)))
-    return cls.__name__ == "GuardsFn" and cls.__module__.startswith("torch.export")
-
-
 def _encode_node(node: fx.Node) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_function":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from mpcompile import _moved
 from mpcompile.artifact.opset import LISTED, Refusal, shown
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
+from mpcompile.layers import OPERATIONS, ByMode, InputGuard, MaskedConv2d, MaskedLinear
 
 _CONV = "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"
 _TRANSPOSED = "in_channels out_channels kernel_size stride padding output_padding groups bias dilation padding_mode"
@@ -100,6 +100,7 @@ LAYERS: dict[str, dict[str, str]] = {  # by the module in which a class is looke
         "MaskedLinear": "n m",
         "MaskedConv2d": "n m stride padding dilation groups",
         "ByMode": "when_training when_evaluating",
+        "InputGuard": "inputs symbols conditions",
     },
 }
 
@@ -196,8 +197,56 @@ def _masked_parts(cls: str, rank: int, arguments: Mapping[str, Any], tensors: Ma
     return weight, bias, mask, pattern
 
 
+def _input_guard(arguments: Mapping[str, Any], _tensors: Mapping[str, Any]) -> nn.Module:
+    inputs, symbols, conditions = (arguments[key] for key in ("inputs", "symbols", "conditions"))
+    listed = all(isinstance(part, (tuple, list)) for part in (inputs, conditions)) and isinstance(symbols, dict)
+    if not listed or not all(_is_entry(entry, symbols) for entry in inputs):
+        raise Refusal("an InputGuard has a malformed input", found=shown(inputs))
+    for source in symbols.values():
+        if not _is_source(source, inputs):
+            raise Refusal("an InputGuard reads a size that no input has", found=shown(source))
+    if not all(_is_expression(condition, symbols) for condition in conditions):
+        raise Refusal("an InputGuard has a malformed condition", found=shown(conditions))
+    return InputGuard(inputs, symbols, conditions)
+
+
+def _is_entry(entry: Any, symbols: Mapping[str, Any]) -> bool:
+    """Return True if ``entry`` is legal among the inputs of an InputGuard."""
+    if entry is None:
+        return True
+    if not isinstance(entry, tuple) or len(entry) < 3 or not isinstance(entry[1], str):
+        return False
+    kind, _, wanted, *sizes = entry
+    if kind == "tensor":
+        tensor = isinstance(wanted, torch.dtype) and len(sizes) == 1 and isinstance(sizes[0], tuple)
+        return tensor and all(_is_expression(size, symbols) for size in sizes[0])
+    if kind == "size":
+        return not sizes and _is_expression(wanted, symbols)
+    return kind == "value" and not sizes and (wanted is None or type(wanted) in (bool, int, float, str))
+
+
+def _is_source(source: Any, inputs: Sequence[Any]) -> bool:
+    """Return True if a symbol of an InputGuard can be read where its source says."""
+    if not isinstance(source, tuple) or len(source) != 4 or any(type(n) not in (int, type(None)) for n in source):
+        return False
+    place, axis, scale, offset = source
+    if None in (place, scale, offset) or not 0 <= place < len(inputs) or scale < 1 or inputs[place] is None:
+        return False
+    entry = inputs[place]
+    return entry[0] == "size" if axis is None else entry[0] == "tensor" and 0 <= axis < len(entry[3])
+
+
+def _is_expression(value: Any, symbols: Mapping[str, Any]) -> bool:
+    """Return True if ``value`` is a number, a known symbol, or an operation on two such expressions."""
+    if type(value) is int or isinstance(value, str):
+        return type(value) is int or value in symbols
+    operation = isinstance(value, tuple) and len(value) == 3 and value[0] in OPERATIONS
+    return operation and all(_is_expression(operand, symbols) for operand in value[1:])
+
+
 _OWN: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], nn.Module]] = {
     "MaskedLinear": _masked_linear,
     "MaskedConv2d": _masked_conv2d,
     "ByMode": _by_mode,
+    "InputGuard": _input_guard,
 }

@@ -5,8 +5,8 @@ the names of the tensors), ``tensors`` (which are parameters, which are packed, 
 (with config, provenance and measured figures). Masked weights are stored as their kept values and a code of their masks
 (packing.py), all other tensors as they are, tied ones once.
 
-Not stored: node metadata and type annotations (shapes are recomputed), hooks, and the input guards of exported programs
-(a call of ``GuardsFn`` whose result nobody uses is left out). opset.py and leaves.py list what can be stored.
+Not stored: node metadata and type annotations (shapes are recomputed), and hooks. opset.py and leaves.py list what can
+be stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpcompile.artifact.codec import encode_nodes, encode_signature, is_guard
+from mpcompile.artifact.codec import encode_nodes, encode_signature
 from mpcompile.artifact.container import PLAN, WEIGHTS, dump, naming, readable, resolve, write
 from mpcompile.artifact.loading import assemble
 from mpcompile.artifact.opset import Refusal
@@ -90,15 +90,13 @@ def describe(gm: IRModule) -> tuple[dict[str, str], dict[str, Tensor]]:
     """
     if not isinstance(gm, IRModule):
         raise Refusal("it is not the IR", expected="the result of mpcompile.transform", found=type(gm).__name__)
-    guards = {str(node.target) for node in gm.graph.nodes if is_guard(gm, node)}
-    nodes = [node for node in gm.graph.nodes if not (node.op == "call_module" and node.target in guards)]
     graph = {
         "class": type(gm).__name__,
         "locked": gm.locked_mode,
         "signature": encode_signature(gm.graph),
-        "nodes": encode_nodes(nodes),
+        "nodes": encode_nodes(list(gm.graph.nodes)),
     }
-    tree = Tree(gm, guards)
+    tree = Tree(gm)
     try:
         plan = gm.plan.to_json()
     except GraphError:  # the IR of import_model has no plan
@@ -108,5 +106,5 @@ def describe(gm: IRModule) -> tuple[dict[str, str], dict[str, Tensor]]:
     tensors = pack_tensors(gm, tree.kinds, tree.tensors)
     texts = {"graph": dump(graph), "modules": dump(tree.modules), "tensors": dump(tree.kinds), "plan": plan}
     hollow = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    compare(gm, assemble(texts, hollow), guards)  # refuse here anything that could not be loaded
+    compare(gm, assemble(texts, hollow))  # refuse here anything that could not be loaded
     return texts, tensors

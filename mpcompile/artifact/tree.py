@@ -31,17 +31,15 @@ class Tree:
 
     Args:
         gm: the IR.
-        left_out: paths of layers to leave out.
 
     Raises:
         Refusal: a layer or tensor that a file cannot hold; it is named.
     """
 
-    def __init__(self, gm: IRModule, left_out: set[str]) -> None:
+    def __init__(self, gm: IRModule) -> None:
         self.modules: dict[str, Any] = {}
         self.kinds: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
-        self.left_out = left_out
         self._names: dict[int, str] = {}
         self._paths: dict[int, str] = {}
         self._visit(gm, "", gm)
@@ -70,8 +68,7 @@ class Tree:
             "transient": sorted(k for k in module._non_persistent_buffers_set if k in module._buffers),
         }
         for key, child in module._modules.items():
-            if _join(path, key) not in self.left_out:
-                self._visit(child, _join(path, key), gm)
+            self._visit(child, _join(path, key), gm)
 
     def _add(self, path: str, key: str, tensor: Tensor | None) -> str | None:
         """Record a tensor, unless it is recorded for another layer that shares it; return its name."""
@@ -244,7 +241,7 @@ def _fill_layer(
 # --- What would be lost ---
 
 
-def compare(gm: IRModule, twin: IRModule, left_out: set[str]) -> None:
+def compare(gm: IRModule, twin: IRModule) -> None:
     """Check that ``twin``, as it would be loaded, has every setting of the layers of ``gm``.
 
     A setting that is not among a layer's constructor arguments would silently return to its default.
@@ -253,7 +250,7 @@ def compare(gm: IRModule, twin: IRModule, left_out: set[str]) -> None:
         Refusal: names the layer and the setting.
     """
     for path, module in gm.named_modules():
-        if module is gm or type(module) is nn.Module or path in left_out:
+        if module is gm or type(module) is nn.Module:
             continue
         for key, value in vars(twin.get_submodule(path)).items():
             if key.startswith("_") or not isinstance(value, _SETTINGS):

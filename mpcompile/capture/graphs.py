@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from mpcompile.capture.copies import without_history
+from mpcompile.capture.input_guards import guard_inputs
 from mpcompile.capture.inputs import arguments, example_of
 from mpcompile.capture.modes import captured_mode
 from mpcompile.errors import InputError
@@ -48,6 +49,8 @@ def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
 def import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Imported:
     """Import a GraphModule; without ``example_inputs``, the inputs have the shapes that its placeholders carry."""
     owned = _own_graph(gm, share)
+    if not share and not isinstance(gm, IRModule):  # dynamo checks the graphs that a backend shares
+        guard_inputs(owned)
     placeholders = [n for n in owned.graph.nodes if n.op == "placeholder"]
     if example_inputs is not None:
         inputs = arguments(gm, example_inputs)

@@ -21,7 +21,7 @@ from mpcompile.capture.attention import is_attention
 from mpcompile.errors import MPCompileError, TraceError, summary
 from mpcompile.ir.effects import AUGMENTED, UNDECIDED
 from mpcompile.ir.isolation import called
-from mpcompile.layers import ByMode, MaskedConv2d, MaskedLinear
+from mpcompile.layers import ByMode, InputGuard, MaskedConv2d, MaskedLinear
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
@@ -132,7 +132,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if replaced_forward(m):
             return False
-        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, (MaskedLinear, MaskedConv2d, ByMode)):
+        own = (MaskedLinear, MaskedConv2d, ByMode, InputGuard)
+        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, own):
             return True
         if is_attention(m):  # a subclass: its functional form replaces the call afterwards
             return True

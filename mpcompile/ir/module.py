@@ -43,8 +43,8 @@ _LIVE: weakref.WeakSet[IRModule] = weakref.WeakSet()
 class IRModule(fx.GraphModule):
     """A trainable GraphModule that carries its Plan: the result of :func:`mpcompile.transform`.
 
-    Pickling drops only the shapes on the nodes and the input guards of exported programs. A module that is unpickled
-    gets the class of the pickled one if that class still exists in this process.
+    Pickling drops only the shapes on the nodes. A module that is unpickled gets the class of the pickled one if that
+    class still exists in this process.
     """
 
     _made_of: ClassVar[Any] = None  # everything that the generated code depends on
@@ -119,15 +119,9 @@ class IRModule(fx.GraphModule):
         return code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from mpcompile.artifact.codec import is_guard
-
-        guards = [node for node in self._graph.nodes if is_guard(self, node)]  # torch's guards cannot be pickled
-        names = {str(node.target) for node in guards}
-        state = self._kept()
-        state["_modules"] = {key: module for key, module in self._modules.items() if key not in names}
         codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
-        records = [_NodeRecord.of(node) for node in self._graph.nodes if node not in guards]
-        return _unpickled, (type(self).__name__, type(self)._made_as, state, records, codegen)
+        records = [_NodeRecord.of(node) for node in self._graph.nodes]
+        return _unpickled, (type(self).__name__, type(self)._made_as, self._kept(), records, codegen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IRModule:
         # Old-style reparametrisation stores the computed weight, which deepcopy refuses; each call recomputes it.

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from mpcompile.errors import GraphError, summary
+from mpcompile.errors import GraphError, InputError, summary
 from mpcompile.ir.isolation import tensors_of, untouched, without_global_hooks
 from mpcompile.ir.macs import flop_counter
 from mpcompile.ir.nodes import hint, reads_number, target_name
@@ -110,6 +110,7 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Recompute the shapes and MACs of every node, in eval mode and without touching a real value.
 
     Raises:
+        InputError: the graph was captured for inputs of other sizes.
         GraphError: an op rejects the shapes it is given.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -123,6 +124,8 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         try:
             fakes = pytree.tree_map_only(Tensor, mode.from_tensor, inputs)
             return prop.propagate_dont_convert_inputs(*fakes)
+        except InputError:  # the graph's own check of its inputs
+            raise
         except Exception as error:
             node = prop.node
             where = None if node is None or node.op != "call_module" else str(node.target)

@@ -27,6 +27,7 @@ _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", 
 _UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
 _ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm")
 _POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + CASTS + _ALONG_LAST)
+_ASSERTS = "_assert_tensor_metadata"
 _SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
 
 
@@ -38,11 +39,13 @@ class TokenAxis(AttentionWeights):
         size: node of the sizes of the input tokens.
         count: number of input tokens.
         prefix: number of tokens in front that never merge.
+        suffix: number of tokens behind the others that never merge.
         mask: the attention mask, which the sizes already contain, or None.
         proportional: True if log(size) is added to attention logits.
 
     Attributes:
         extents: node -> (level, start) of each token axis that its arithmetic runs over.
+        spread: values per token that the model returns, which are spread over the places of the input tokens.
     """
 
     def __init__(
@@ -52,12 +55,14 @@ class TokenAxis(AttentionWeights):
         size: fx.Node,
         count: int,
         prefix: int,
+        suffix: int = 0,
         mask: fx.Node | None = None,
         proportional: bool = True,
     ) -> None:
-        super().__init__(gm, prefix, mask, proportional)
+        super().__init__(gm, prefix, suffix, mask, proportional)
         self.levels, self.size, self.count = levels, size, count
         self.extents: dict[fx.Node, list[tuple[Level, int]]] = {}
+        self.spread: list[fx.Node] = []
         self._followed: dict[tuple[fx.Node, Level, int, int], fx.Node] = {}
         self.rules: dict[str, Callable[[fx.Node, State], State | None]] = {
             **self.moves,
@@ -79,11 +84,15 @@ class TokenAxis(AttentionWeights):
             self.states[tokens] = State(level, {1: 0})
         for node in original:
             carriers = [n for n in node.all_input_nodes if n in self.states]
+            if target_name(self.gm, node) == _ASSERTS:
+                self._forget_sizes(node)
+                continue
             if not carriers or self._is_number(node):
                 self._note_number(node, carriers)
                 continue
             if node.op == "output":
-                raise self._refusal(node, "the model returns a value for each of the unmerged tokens")
+                self._spread_over(node, carriers)
+                continue
             keys = self._keys_axis(node, carriers)
             state = self._next(node, carriers)
             if state is not None:
@@ -93,6 +102,25 @@ class TokenAxis(AttentionWeights):
                     if self._is_linear(node, target_name(self.gm, node)):
                         self._count_bias(node, state, keys)
                 self.extents.setdefault(node, [(state.level, start) for start in state.axes.values()])
+
+    @staticmethod
+    def _forget_sizes(node: fx.Node) -> None:
+        """Let export's check of a tensor's metadata check its dtype and device, but not sizes and strides."""
+        node.args = (node.args[0], None, None, *node.args[3:])
+
+    def _spread_over(self, output: fx.Node, carriers: list[fx.Node]) -> None:
+        """Give each input token, in what the model returns, the value of the merged token that holds it."""
+        graph = self.gm.graph
+        for source in carriers:
+            state = self.states[source]
+            if source in self.weights or len(state.axes) > 1 or state.many:
+                raise self._refusal(output, f"the model returns {source.name}, with a weight for each unmerged key")
+            ((axis, start),) = state.axes.items()
+            self._check_batch(output, self._shape(source), state.level)
+            args = schema.TokenSpreadArgs(x=source, place=state.level.places(), start=start, dim=axis)
+            with graph.inserting_before(output):
+                output.replace_input_with(source, graph.call_function(ops.token_spread, tuple(args)))
+            self.spread.append(source)
 
     def _next(self, node: fx.Node, carriers: list[fx.Node]) -> State | None:
         name = target_name(self.gm, node)

@@ -9,11 +9,10 @@ that merged, and an op that cannot be followed is refused by name.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,9 +24,10 @@ from mpcompile.ir.nodes import shape_of
 from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
+from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
-from mpcompile.passes.merge_tokens.schedule import counts, merges, solve
-from mpcompile.passes.merge_tokens.sites import Site, count_prefix, find_sites, key_mask, opaque_attentions
+from mpcompile.passes.merge_tokens.schedule import Stream, merges, solve
+from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.plan import Plan, is_lowered
 
 
@@ -40,22 +40,18 @@ def _keys(graph: fx.Graph, site: Site) -> fx.Node:
     return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
 
 
-def insert_merges(
-    gm: IRModule, sites: Sequence[Site], r: Sequence[int], prefix: int, numbers: Sequence[int], proportional: bool
-) -> TokenAxis:
-    """Insert the merges into a graph, and rewrite the nodes after them.
+def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool) -> TokenAxis:
+    """Insert the merges of one stream into a graph, and rewrite the nodes after them.
 
     Args:
-        sites: the blocks.
-        r: tokens to merge, one number per block.
-        prefix: number of tokens in front that never merge.
-        numbers: tokens before the first block and after each one; a block that merges nothing is skipped.
+        sites: the blocks of the stream.
+        stream: how many tokens merge in each; a block that merges nothing is skipped.
         proportional: True to add log(size) to attention logits.
 
     Raises:
         GraphError: an op after a merge cannot be followed.
     """
-    graph = gm.graph
+    graph, numbers = gm.graph, stream.tokens
     original = list(graph.nodes)
     mask = key_mask(list(sites))
     if mask is not None and not proportional:
@@ -77,8 +73,10 @@ def insert_merges(
                 first = graph.call_function(ops.token_size, tuple(schema.TokenSizeArgs(site.residual, mask)))
             size = first if level is None else level.size
             keys = _keys(graph, site)
-            merge_args = schema.TokenMergeArgs(x=site.residual, keys=keys, size=size, r=r[block], prefix=prefix)
-            merge = graph.call_function(ops.token_merge, tuple(merge_args))
+            merge_args = tuple(
+                schema.TokenMergeArgs(site.residual, keys, size, stream.r[block], stream.prefix, stream.suffix)
+            )
+            merge = graph.call_function(ops.token_merge, merge_args if stream.suffix else merge_args[:-1])
             tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
         tokens.meta["mpcompile.original"] = site.residual
         for user in users:
@@ -86,7 +84,7 @@ def insert_merges(
         level = Level(tokens, after, step, numbers[block + 1], level)
         levels[tokens] = level
     assert first is not None  # callers merge in at least one block
-    axis = TokenAxis(gm, levels, first, numbers[0], prefix, mask, proportional)
+    axis = TokenAxis(gm, levels, first, numbers[0], stream.prefix, stream.suffix, mask, proportional)
     axis.follow(original)
     for node in [level.step for level in levels.values() if not level.step.users]:
         graph.erase_node(node)
@@ -110,29 +108,62 @@ def _unmasked(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
     return trial
 
 
-def merging_cost(gm: IRModule, ctx: Context, prefix: int, tokens: int) -> Callable[[Sequence[int]], float]:
-    """Return the multiply-accumulates of a graph as a function of the tokens before the first block and after each.
+def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> Callable[[Sequence[Sequence[int]]], float]:
+    """Return the multiply-accumulates of a graph as a function of the tokens of each stream.
 
     N:M masks are not counted. The nodes must carry ``macs`` (see :func:`mpcompile.ir.shapes.propagate`).
+
+    Args:
+        streams: the streams that merge, with their ``sites``, ``prefix``, ``suffix`` and first number of ``tokens``.
+
+    Returns:
+        A function of one list per stream: its tokens before the first block and after each.
     """
     trial, copies = _trial(gm)
-    sites, _ = find_sites(trial)
-    numbers = [tokens - i for i in range(len(sites) + 1)]
-    axis = insert_merges(trial, sites, [1] * len(sites), prefix, numbers, ctx.config.tome_proportional)
-    place = {level.count: tokens - level.count for level in axis.levels.values()}
+    axes = [_tried(trial, stream, ctx.config.tome_proportional) for stream in streams]
     terms = []
     for node in copies.values():
         macs = node.meta.get("macs", 0)
         if macs:
-            terms.append((macs, [(place[level.count], start) for level, start in axis.extents.get(node, [])]))
+            places = [
+                (number, stream.tokens[0] - level.count, start)
+                for number, (stream, axis) in enumerate(zip(streams, axes, strict=True))
+                for level, start in axis.extents.get(node, [])
+            ]
+            terms.append((macs, places))
 
-    def cost(numbers: Sequence[int]) -> float:
+    def cost(numbers: Sequence[Sequence[int]]) -> float:
         return sum(
-            macs * math.prod((numbers[block] - start) / (tokens - start) for block, start in axes)
-            for macs, axes in terms
+            macs * math.prod((numbers[i][block] - start) / (numbers[i][0] - start) for i, block, start in places)
+            for macs, places in terms
         )
 
     return cost
+
+
+def _tried(trial: IRModule, stream: Stream, proportional: bool) -> TokenAxis:
+    """Merge one token in each block of a stream, in a copy of the graph; level ``i`` holds the tokens after block i."""
+    sites = _sites_of(trial, stream)
+    one = [1] * len(sites)
+    numbers = [stream.tokens[0] - i for i in range(len(sites) + 1)]
+    return insert_merges(trial, sites, replace(stream, r=one, tokens=numbers), proportional)
+
+
+def _sites_of(gm: IRModule, stream: Stream) -> list[Site]:
+    names = set(stream.sites)
+    return [site for site in find_sites(gm)[0] if site.name in names]
+
+
+def _ends(gm: IRModule, site: Site, ctx: Context) -> tuple[int, int]:
+    """Return the number of tokens in front and behind that never merge, as found in the graph or as configured."""
+    given = ctx.config.prefix_tokens
+    try:
+        prefix, suffix = count_ends(gm, site, ctx.lifted)
+    except GraphError:
+        if given is None:
+            raise
+        return given, 0
+    return prefix if given is None else given, suffix
 
 
 def unmerged(plan: Plan) -> list[str]:
@@ -146,26 +177,24 @@ class Merges(Decision):
     """The blocks in which tokens merge, and how many merge there.
 
     Attributes:
-        r: tokens to merge, one number per site; empty if nothing merges.
-        prefix: number of tokens in front that never merge.
-        sites: names of the attentions of the blocks.
-        tokens: tokens before the first block and after each one.
+        streams: the streams of tokens that merge; empty if nothing merges.
         already: True if the graph merges tokens already.
         reason: why nothing merges although merging was requested.
+        left: for each stream that does not merge although another does, its blocks and the reason.
         idle: masking step without effect -> the logits that replace it; attention whose mask is removed -> None.
     """
 
-    r: list[int] = field(default_factory=list)
-    prefix: int = 0
-    sites: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    streams: tuple[Stream, ...] = ()
     already: bool = False
     reason: str | None = None
+    left: tuple[str, ...] = ()
     idle: Mapping[str, str | None] = field(default_factory=dict, metadata=UNRECORDED)
 
     def record(self) -> dict[str, Any]:
-        optional = {"already": self.already, "reason": self.reason}
-        values = {key: value for key, value in super().record().items() if key not in optional}
+        """Return the one stream's fields side by side, or the list ``streams`` if several merge."""
+        first = [stream.record() for stream in self.streams or (Stream(),)]
+        values: dict[str, Any] = first[0] if len(first) == 1 else {"streams": first}
+        optional = {"already": self.already, "reason": self.reason, "left": list(self.left)}
         return {**values, **{key: value for key, value in optional.items() if value}}
 
 
@@ -199,31 +228,54 @@ class MergeTokens(Pass):
             return Merges(already=True)
         idle = idle_masks(gm, ctx.lifted)
         gm = _unmasked(gm, idle)
-        sites, reasons = find_sites(gm)
-        if not sites:
+        found, reasons = find_streams(gm)
+        if not found:
             error = self._not_eligible(gm, reasons, ctx)
             if ctx.tolerant:
                 return Merges(reason=str(error))
             raise error
-        if ctx.tolerant and 0 in (shape_of(sites[0].residual) or ()):
+        if ctx.tolerant and 0 in (shape_of(found[0][0].residual) or ()):
             return Merges()  # a graph for an empty batch: there is nothing to save
-        key_mask(sites)
-        prefix = count_prefix(sites[0], ctx.lifted) if ctx.config.prefix_tokens is None else ctx.config.prefix_tokens
-        tokens = (shape_of(sites[0].residual) or (0, 0))[1]
-        if prefix > tokens:
-            raise GraphError("more prefix tokens than tokens", expected=f"at most {tokens}", found=prefix)
-        numbers = merges(ctx.config, len(sites))
-        if numbers is None:
-            cost = merging_cost(gm, ctx, prefix, tokens)
-            reduction = ctx.config.tome_reduction or 0.0
-            numbers = solve(reduction, tokens, prefix, len(sites), ctx.config.tome_schedule, cost)
+        streams, left = self._mergeable(gm, found, ctx)
+        if ctx.config.tome_r == "auto":
+            cost = merging_cost(gm, ctx, streams)
+            r = solve(ctx.config.tome_reduction or 0.0, streams, ctx.config.tome_schedule, cost)
+        else:
+            r = merges(ctx.config, [len(stream.sites) for stream in streams])
         return Merges(
-            r=numbers,
-            prefix=prefix,
-            sites=[site.name for site in sites],
-            tokens=counts(tokens, prefix, numbers),
+            streams=tuple(stream.merging(each) for stream, each in zip(streams, r, strict=True)),
+            left=tuple(left),
             idle={node.name: None if source is None else source.name for node, source in idle.items()},
         )
+
+    @staticmethod
+    def _mergeable(gm: IRModule, found: Sequence[Sequence[Site]], ctx: Context) -> tuple[list[Stream], list[str]]:
+        """Return the streams in which tokens can merge, and why they can't in the others.
+
+        Raises:
+            GraphError: they can't in any.
+        """
+        streams, left, errors = [], [], []
+        for sites in found:
+            try:
+                key_mask(list(sites))
+                prefix, suffix = _ends(gm, sites[0], ctx)
+                tokens = (shape_of(sites[0].residual) or (0, 0))[1]
+                if prefix + suffix > tokens:
+                    most = tokens - suffix
+                    raise GraphError("more prefix tokens than tokens", expected=f"at most {most}", found=prefix)
+                stream = Stream([site.name for site in sites], [], prefix, suffix, [tokens])
+                if len(found) > 1:
+                    _tried(_trial(gm)[0], stream, ctx.config.tome_proportional)
+                streams.append(stream)
+            except GraphError as error:
+                errors.append(error)
+                where = f"{error.layer}: " if error.layer else ""
+                why = f"; expected {error.expected}, found {error.found}"
+                left.append(f"tokens do not merge in {len(sites)} blocks: {where}{error.message}{why}")
+        if not streams:
+            raise errors[0]
+        return streams, left
 
     @staticmethod
     def _not_eligible(gm: IRModule, reasons: Mapping[str, str], ctx: Context) -> NotEligibleError:
@@ -237,26 +289,25 @@ class MergeTokens(Pass):
         )
 
     def summary(self, decision: Merges) -> str:
-        if not decision.sites:
+        if not decision.streams:
             return "already merged" if decision.already else decision.reason or "off"
-        tokens, r = decision.tokens, decision.r
-        schedule = str(r[0]) if len(set(r)) == 1 else ", ".join(map(str, r))
-        text = f"r = {schedule} in {len(decision.sites)} blocks, tokens {tokens[0]} -> {tokens[-1]}"
-        clamped = [block for block, (a, b) in enumerate(itertools.pairwise(tokens)) if a - b < r[block]]
-        text += f", {decision.prefix} prefix"
-        return text + (f"; r clamped to half of the tokens in {len(clamped)} blocks" if clamped else "")
+        return "; ".join(str(stream) for stream in decision.streams)
 
     def apply(self, gm: IRModule, decision: Merges, ctx: Context) -> bool:
-        tokens = decision.tokens
-        if decision.reason:
-            ctx.plan.note(f"nothing merged: {decision.reason}")
-        if not tokens or tokens[0] == tokens[-1]:
+        for text in (*([f"nothing merged: {decision.reason}"] if decision.reason else ()), *decision.left):
+            ctx.plan.note(text)
+        streams = [stream for stream in decision.streams if stream.tokens[0] != stream.tokens[-1]]
+        if not streams:
             return False
         nodes = {node.name: node for node in gm.graph.nodes}
         idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
         drop(gm, idle)
-        names = set(decision.sites)
-        sites = [site for site in find_sites(gm)[0] if site.name in names]
-        insert_merges(gm, sites, decision.r, decision.prefix, tokens, ctx.config.tome_proportional)
-        ctx.plan.tokens = list(tokens)
+        blocks = [_sites_of(gm, stream) for stream in streams]
+        spread: list[fx.Node] = []
+        for sites, stream in zip(blocks, streams, strict=True):
+            spread += insert_merges(gm, sites, stream, ctx.config.tome_proportional).spread
+        if spread:
+            names = ", ".join(dict.fromkeys(node.name for node in spread))
+            ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {names}")
+        ctx.plan.tokens = list(streams[0].tokens) if len(streams) == 1 else [list(s.tokens) for s in streams]
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import fx
 
 from mpcompile.errors import GraphError
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.nodes import argument, element_count, fake_value, shape_of, target_name
+from mpcompile.ir.nodes import argument, element_count, fake_value, hint, shape_of, target_name
 
 SIZED = ("reshape", "view", "_unsafe_view", "expand")  # their arguments name every axis
 REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
@@ -58,11 +59,13 @@ class State:
         axes: axis, counted from the front -> number of its first token in the whole sequence: positive after a slice,
             negative where other tokens were put in front.
         many: True if the node yields a tuple of such tensors.
+        parts: the state of each part of a tuple whose parts hold different tokens; None for prefix tokens alone.
     """
 
     level: Level
     axes: Mapping[int, int]
     many: bool = False
+    parts: tuple[State | None, ...] = ()
 
 
 class AxisMoves:
@@ -73,14 +76,15 @@ class AxisMoves:
 
     Args:
         prefix: number of tokens in front that never merge.
+        suffix: number of tokens behind the others that never merge.
 
     Attributes:
         moves: name of an op -> its rule.
         numbers: node that reads a number from a shape -> the tokens whose shape that is.
     """
 
-    def __init__(self, gm: IRModule, prefix: int) -> None:
-        self.gm, self.prefix = gm, prefix
+    def __init__(self, gm: IRModule, prefix: int, suffix: int) -> None:
+        self.gm, self.prefix, self.suffix = gm, prefix, suffix
         self.numbers: dict[fx.Node, Level] = {}
         self.moves: dict[str, Callable[[fx.Node, State], State | None]] = {
             **dict.fromkeys(SIZED, self._reshape),
@@ -169,17 +173,43 @@ class AxisMoves:
         return replace(state, axes={{i: j, j: i}.get(axis, axis): start for axis, start in state.axes.items()})
 
     def _split(self, node: fx.Node, state: State) -> State:
-        unbind = target_name(self.gm, node) == "unbind"
-        axis = argument(node, 1 if unbind else 2, "dim", 0) % len(self._shape(node.args[0]))
+        name = target_name(self.gm, node)
+        rank, axis = len(self._shape(node.args[0])), argument(node, 1 if name == "unbind" else 2, "dim", 0)
+        axis %= rank
         if axis in state.axes:
-            raise self._refusal(node, "it splits the tokens")
-        axes = {a - (unbind and axis < a): start for a, start in state.axes.items()}
+            if name not in ("split", "split_with_sizes"):
+                raise self._refusal(node, "it splits the tokens")
+            return self._split_tokens(node, state, axis)
+        axes = {a - (name == "unbind" and axis < a): start for a, start in state.axes.items()}
         return replace(state, axes=axes, many=True)
+
+    def _split_tokens(self, node: fx.Node, state: State, axis: int) -> State:
+        """Split prefix tokens from the rest, as rotary embeddings of the patches alone do (DINOv3)."""
+        lengths = [int(hint(part.shape[axis])) for part in fake_value(node)]
+        first = state.axes[axis]
+        *front, last = itertools.accumulate(lengths[:-1], initial=first)
+        sizes = argument(node, 1, "split_size_or_sections")
+        if not isinstance(sizes, (tuple, list)) or last > self.prefix or first < 0:
+            raise self._refusal(node, "it splits the tokens")
+        length: Any = state.level.count - last
+        if isinstance(sizes[-1], fx.Node):  # the number of tokens varies from call to call
+            graph = self.gm.graph
+            with graph.inserting_before(node):
+                count = graph.call_method("size", (state.level.tokens, 1))
+                length = graph.call_function(operator.sub, (count, last))
+        if len(node.args) > 1:
+            node.update_arg(1, [*lengths[:-1], length])
+        else:
+            node.update_kwarg("split_size_or_sections", [*lengths[:-1], length])
+        rest = replace(state, axes={**state.axes, axis: last})
+        others = {a: start for a, start in state.axes.items() if a != axis}
+        prefix = replace(state, axes=others) if others else None
+        return replace(state, axes=rest.axes, many=True, parts=(*[prefix] * len(front), rest))
 
     def _getitem(self, node: fx.Node, state: State) -> State | None:
         source, index = node.args
         if state.many:
-            return replace(state, many=False)
+            return state.parts[int(index)] if state.parts else replace(state, many=False)  # type: ignore[arg-type]
         index = index if isinstance(index, tuple) else (index,)
         if any(isinstance(entry, (fx.Node, list, torch.Tensor)) for entry in index):
             raise self._refusal(node, "it picks tokens by a computed index")
@@ -191,27 +221,32 @@ class AxisMoves:
         axis = read = 0
         for entry in itertools.chain(index, itertools.repeat(slice(None), len(self._shape(source)))):
             if entry is not None and read in state.axes:
-                start = self._cut(node, state.axes[read], entry)
+                start = self._cut(node, state.axes[read], entry, self._shape(source)[read])
                 if start is not None:
                     axes[axis] = start
             axis += entry is None or isinstance(entry, slice)
             read += entry is not None
         return replace(state, axes=axes) if axes else None
 
-    def _cut(self, node: fx.Node, first: int, index: Any) -> int | None:
+    def _cut(self, node: fx.Node, first: int, index: Any, length: int) -> int | None:
         """Index a token axis whose first token is number ``first``; return the number of the first token left.
 
-        None if only prefix tokens are left, whose numbers are fixed.
+        None if only tokens are left that never merge, whose numbers are fixed.
         """
         if index == slice(None):
             return first
-        if isinstance(index, int) and index >= 0 and index + first < self.prefix:
+        ahead, behind = self.prefix - first, self.suffix
+        if isinstance(index, int) and (0 <= index < ahead or 0 < -index <= behind):
             return None
         if isinstance(index, slice) and index.step in (None, 1):
             start, stop = index.start or 0, index.stop
-            if isinstance(start, int) and 0 <= start <= self.prefix - first and stop is None:
+            if isinstance(stop, int) and stop >= length:
+                stop = None
+            if isinstance(start, int) and 0 <= start <= ahead and stop is None:
                 return first + start
-            if isinstance(stop, int) and isinstance(start, int) and 0 <= start <= stop <= self.prefix - first:
+            if isinstance(start, int) and 0 < -start <= behind and (stop is None or stop in range(start, 0)):
+                return None
+            if isinstance(stop, int) and isinstance(start, int) and 0 <= start <= stop <= ahead:
                 return None
         raise self._refusal(node, "it picks tokens by position, and merging moves them")
 
@@ -219,7 +254,7 @@ class AxisMoves:
         """Index one axis, which is ``gone`` afterwards if ``index`` is a number."""
         axes = {a - (gone and dim < a): start for a, start in state.axes.items() if a != dim}
         if dim in state.axes:
-            start = self._cut(node, state.axes[dim], index)
+            start = self._cut(node, state.axes[dim], index, self._shape(node.args[0])[dim])
             if start is not None:
                 axes[dim] = start
         return replace(state, axes=axes) if axes else None

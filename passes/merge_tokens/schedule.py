@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 from mpcompile.config import Config
 from mpcompile.errors import ConfigError
@@ -28,62 +30,115 @@ def spread(total: int, blocks: int, schedule: str) -> list[int]:
     return [after - before for before, after in itertools.pairwise([0, *reached])]
 
 
-def counts(tokens: int, prefix: int, merges: Sequence[int]) -> list[int]:
+def counts(tokens: int, prefix: int, merges: Sequence[int], suffix: int = 0) -> list[int]:
     """Return the number of tokens before the first block and after each one.
 
     Example:
         >>> counts(197, 1, [8, 8, 150])
         [197, 189, 181, 91]
     """
-    return list(itertools.accumulate(merges, lambda count, r: merged_count(count, r, prefix), initial=tokens))
+    ends = prefix + suffix
+    return list(itertools.accumulate(merges, lambda count, r: merged_count(count, r, ends), initial=tokens))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens that pass through blocks of their own, and how many of them merge.
+
+    Attributes:
+        sites: names of the attentions of its blocks.
+        r: tokens to merge, one number per block.
+        prefix: number of tokens in front that never merge.
+        suffix: number of tokens behind the others that never merge.
+        tokens: tokens before the first block and after each one.
+    """
+
+    sites: list[str] = field(default_factory=list)
+    r: list[int] = field(default_factory=list)
+    prefix: int = 0
+    suffix: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+    def merging(self, r: Sequence[int]) -> Stream:
+        """Return the stream with ``r`` tokens merged in its blocks."""
+        return replace(self, r=list(r), tokens=counts(self.tokens[0], self.prefix, r, self.suffix))
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        values = {"r": self.r, "prefix": self.prefix, "sites": self.sites, "tokens": self.tokens}
+        return {**values, "suffix": self.suffix} if self.suffix else values
+
+    def __str__(self) -> str:
+        tokens, r = self.tokens, self.r
+        schedule = str(r[0]) if len(set(r)) == 1 else ", ".join(map(str, r))
+        text = f"r = {schedule} in {len(self.sites)} blocks, tokens {tokens[0]} -> {tokens[-1]}, {self.prefix} prefix"
+        clamped = [block for block, (a, b) in enumerate(itertools.pairwise(tokens)) if a - b < r[block]]
+        text += f", {self.suffix} suffix" if self.suffix else ""
+        return text + (f"; r clamped to half of the tokens in {len(clamped)} blocks" if clamped else "")
 
 
 def solve(
-    reduction: float, tokens: int, prefix: int, blocks: int, schedule: str, cost: Callable[[Sequence[int]], float]
-) -> list[int]:
-    """Return the schedule with the fewest merges that saves ``reduction`` of the cost.
+    reduction: float, streams: Sequence[Stream], schedule: str, cost: Callable[[Sequence[Sequence[int]]], float]
+) -> list[list[int]]:
+    """Return the schedules with the fewest merges that save ``reduction`` of the cost.
+
+    Several streams merge in proportion to their tokens.
 
     Args:
         reduction: share of the cost of the unmerged model, between 0 and 1.
-        cost: numbers of tokens before the first block and after each one -> cost.
+        streams: the streams, unmerged.
+        cost: for each stream, the tokens before the first block and after each one -> cost of all.
+
+    Returns:
+        For each stream, the tokens to merge in each block.
 
     Raises:
         ConfigError: even merging half of all tokens in every block saves less.
     """
-    dense = cost([tokens] * (blocks + 1))
+    everything = [stream.tokens[0] * len(stream.sites) * (2 if schedule == "linear" else 1) for stream in streams]
+    high = widest = max(everything)
+
+    def chosen(total: int) -> list[list[int]]:
+        shares = (total * most // widest for most in everything)
+        return [spread(share, len(stream.sites), schedule) for share, stream in zip(shares, streams, strict=True)]
+
+    dense = cost([[stream.tokens[0]] * (len(stream.sites) + 1) for stream in streams])
 
     def saved(total: int) -> float:
-        return 1 - cost(counts(tokens, prefix, spread(total, blocks, schedule))) / dense
+        return 1 - cost([s.merging(r).tokens for s, r in zip(streams, chosen(total), strict=True)]) / dense
 
-    low, high = 0, tokens * blocks * (2 if schedule == "linear" else 1)
     if saved(high) < reduction:
         raise ConfigError(
             f"merging tokens cannot save {reduction:.1%} of the multiply-accumulates of this model",
             expected=f"tome_reduction of at most {math.floor(saved(high) * 1000) / 1000}",
             found=reduction,
         )
+    low = 0
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if saved(middle) >= reduction else (middle + 1, high)
-    return spread(low, blocks, schedule)
+    return chosen(low)
 
 
-def merges(config: Config, blocks: int) -> list[int] | None:
-    """Return the number of tokens to merge in each block, from the config; None for ``tome_r="auto"``.
+def merges(config: Config, blocks: Sequence[int]) -> list[list[int]]:
+    """Return the tokens to merge in each block of each stream, from a number or a list in the config.
+
+    Args:
+        config: its ``tome_r`` is not ``"auto"``.
+        blocks: number of blocks of each stream.
 
     Raises:
         ConfigError: the list has another length than the model has blocks.
     """
-    r = config.tome_r
-    if isinstance(r, str):
-        return None
+    r: Any = config.tome_r
     if isinstance(r, int):
-        return spread(r * blocks, blocks, config.tome_schedule)
-    if len(r) != blocks:
+        return [spread(r * count, count, config.tome_schedule) for count in blocks]
+    if len(r) != sum(blocks):
         raise ConfigError(
             "tome_r has the wrong length",
-            expected=f"{blocks} numbers, one for each attention block",
+            expected=f"{sum(blocks)} numbers, one for each attention block",
             found=f"{len(r)}",
             hint="give one number for all blocks, or one for each",
         )
-    return list(r)
+    given = iter(r)
+    return [list(itertools.islice(given, count)) for count in blocks]

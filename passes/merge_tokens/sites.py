@@ -1,8 +1,7 @@
-"""Sites: the attention blocks in which tokens can merge, and the tokens in front that never merge."""
+"""Sites: the attention blocks in which tokens can merge, grouped by the stream of tokens that they work on."""
 
 from __future__ import annotations
 
-import itertools
 import operator
 from dataclasses import dataclass
 
@@ -10,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from mpcompile import _moved
 from mpcompile.errors import GraphError
 from mpcompile.ir.macs import is_add
-from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import ATTENTION, MATMUL, argument, shape_of
 from mpcompile.ir.view import LEFT_WHOLE
 
+__getattr__ = _moved.renamed(__name__, {"count_prefix": "passes.merge_tokens.ends.count_ends"})
 CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default})
 _MATMUL = (MATMUL - {torch.einsum}) | {operator.matmul, operator.imatmul}
@@ -186,11 +186,13 @@ def _obstacle(attention: Attention, residual: fx.Node | None) -> str | None:
     return None
 
 
-def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
-    """Return the self-attention blocks on a (B, N, C) stream in graph order, and why other attentions cannot merge.
+def find_streams(gm: fx.GraphModule) -> tuple[list[list[Site]], dict[str, str]]:
+    """Return the self-attention blocks on each (B, N, C) stream, and why other attentions cannot merge.
+
+    Streams do not depend on each other, like the towers of CLIP. Both they and their blocks are in graph order.
 
     Raises:
-        GraphError: the blocks that can merge work on more than one token axis.
+        GraphError: a block continues a stream with another number of tokens, or joins two streams.
     """
     grouped: dict[fx.Node, list[Attention]] = {}
     reasons: dict[str, str] = {}
@@ -201,18 +203,34 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
             grouped.setdefault(residual, []).append(attention)
         else:
             reasons[attention.anchor.name] = why or ""
-    sites = [Site(tuple(attentions), residual) for residual, attentions in grouped.items()]
-    for before, after in itertools.pairwise(sites):
-        lengths = [(shape_of(site.residual) or (0, 0))[1] for site in (before, after)]
-        if lengths[0] != lengths[1] or before.residual not in ancestors(after.residual):
+    streams: list[list[Site]] = []
+    for residual, attentions in grouped.items():
+        site, upstream = Site(tuple(attentions), residual), ancestors(residual)
+        before = [stream for stream in streams if any(other.residual in upstream for other in stream)]
+        if not before:
+            streams.append([site])
+            continue
+        last, tokens = before[0][-1], [_tokens(other) for other in (before[0][-1], site)]
+        if len(before) > 1 or tokens[0] != tokens[1] or last.residual not in upstream:
             raise GraphError(
                 "attention runs on more than one token axis",
-                layer=after.name,
-                expected=f"the {lengths[0]} tokens of {before.name}, one stream through all blocks",
-                found=f"{lengths[1]} tokens" + ("" if lengths[0] != lengths[1] else " of another branch"),
+                layer=site.name,
+                expected=f"the {tokens[0]} tokens of {last.name}, one stream through all blocks",
+                found=f"{tokens[1]} tokens" + ("" if tokens[0] != tokens[1] else " of another branch"),
                 hint="use tome_r=0 for this model",
             )
-    return sites, reasons
+        before[0].append(site)
+    return streams, reasons
+
+
+def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
+    """Return the blocks of all streams of :func:`find_streams`, and why other attentions cannot merge."""
+    streams, reasons = find_streams(gm)
+    return [site for stream in streams for site in stream], reasons
+
+
+def _tokens(site: Site) -> int:
+    return (shape_of(site.residual) or (0, 0))[1]
 
 
 def _refuse_causal(sites: list[Site]) -> None:
@@ -252,44 +270,3 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
             hint="use tome_r=0 for this model",
         )
     return mask
-
-
-def _from_data(node: fx.Node, lifted: Lifted) -> bool:
-    """Return True if a node depends on the model's input, and not on parameters and shapes alone."""
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder" and current.name not in lifted.tensors:
-            if shape_of(current):  # a symbolic size is not data
-                return True
-        elif current not in seen and not asks_shape(current):
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False
-
-
-def count_prefix(site: Site, lifted: Lifted) -> int:
-    """Count the tokens in front that come from parameters, at the concatenations upstream of the first block.
-
-    Raises:
-        GraphError: such tokens come after others.
-    """
-    prefix = 0
-    for node in ancestors(site.residual):
-        shape = shape_of(node)
-        if node.target not in CAT or shape is None or len(shape) != 3 or argument(node, 1, "dim", 0) not in (1, -2):
-            continue
-        parts = list(argument(node, 0, "tensors"))
-        data = [_from_data(part, lifted) for part in parts]
-        if not any(data):
-            continue
-        if not all(data[data.index(True) :]):
-            raise GraphError(
-                "tokens from parameters come after those of the image",
-                layer=node.name,
-                expected="class, distillation and register tokens in front",
-                found=f"{data.count(False)} of {len(data)} parts, not all of them in front",
-                hint="use tome_r=0, or reorder the concatenation",
-            )
-        prefix += sum((shape_of(part) or (0, 0))[1] for part, is_data in zip(parts, data, strict=True) if not is_data)
-    return prefix

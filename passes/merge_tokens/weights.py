@@ -36,8 +36,8 @@ class AttentionWeights(AxisMoves):
         weights: node that holds attention weights -> its axis of keys.
     """
 
-    def __init__(self, gm: IRModule, prefix: int, mask: fx.Node | None, proportional: bool) -> None:
-        super().__init__(gm, prefix)
+    def __init__(self, gm: IRModule, prefix: int, suffix: int, mask: fx.Node | None, proportional: bool) -> None:
+        super().__init__(gm, prefix, suffix)
         self.mask, self.proportional = mask, proportional
         self.states: dict[fx.Node, State] = {}
         self.weights: dict[fx.Node, int] = {}

@@ -179,7 +179,30 @@ def edit(key, *path, to):
 
 GROUP = {"class": "", "args": {}, "training": False, "parameters": {}, "buffers": {}, "transient": []}
 SIGNED = {"names": ["x"], "in": {"tuple": [{"tuple": [0]}, {"dict": {}}]}, "out": None}
+
+
+def guard(inputs=None, symbols=None, conditions=()):
+    """Add a check of inputs to the tree; without arguments, a legal one."""
+    sizes = {"tuple": [2, "s0"]}
+    entry = {"tuple": ["tensor", "x", {"dtype": "float32"}, sizes]}
+    arguments = {
+        "inputs": {"tuple": [entry] if inputs is None else inputs},
+        "symbols": {"dict": {"s0": {"tuple": [0, 1, 1, 0]}} if symbols is None else symbols},
+        "conditions": {"tuple": list(conditions)},
+    }
+    return edit("modules", "guard", to={**GROUP, "class": "mpcompile.layers.InputGuard", "args": arguments})
+
+
+EVIL_GUARDS = [
+    *[guard(inputs=[{"tuple": entry}]) for entry in (["tensor", "x"], ["code", "x", 1], ["value", 1, 2], [CODE], [])],
+    *[guard(inputs=[{"tuple": ["value", "x", v]}]) for v in ({"dtype": "int8"}, {"tuple": []}, [CODE])],
+    *[guard(inputs=[{"tuple": ["tensor", "x", {"dtype": "int8"}, {"tuple": [s]}]}]) for s in ("s9", None, 1.5, [1])],
+    *[guard(symbols={"s0": {"tuple": v}}) for v in ([1, 1, 1, 0], [0, 2, 1, 0], [0, None, 1, 0], [0, 1, 0, 0], [0])],
+    *[guard(conditions=[{"tuple": [name, "s0", 1]}]) for name in ("pow", "__call__", 1, None)],
+    *[guard(conditions=[c]) for c in ("s1", True, {"tuple": ["add", "s0"]}, {"tuple": ["add", "s0", CODE]})],
+]
 EVIL_TEXTS = [
+    *EVIL_GUARDS,
     *[edit("graph", "class", to=name) for name in (f"A:\n {CODE}\nclass B", "1", "", None, "self")],
     edit("graph", "nodes", to=[]),
     edit("graph", "nodes", -1, "op", to="placeholder"),
@@ -250,6 +273,12 @@ def test_hostile_texts(harm, small, tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match="cannot be loaded"):
         load(forge(tmp_path / "file", header, data))
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_legal_guard_is_loaded(small, tmp_path):
+    header, data = parts(small)
+    guard()(header)
+    assert load(forge(tmp_path / "file", header, data)).guard.symbols == {"s0": (0, 1, 1, 0)}
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("x")

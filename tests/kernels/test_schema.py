@@ -30,9 +30,10 @@ SIGNATURES = {
     "int[] dilation, int n, int m, int[] shape, int layout, str activation) -> Tensor",
     "token_size": "(Tensor x, Tensor? mask=None) -> Tensor",
     "token_bias": "(Tensor size, Tensor logits, int start, int dim) -> Tensor",
-    "token_merge": "(Tensor x, Tensor keys, Tensor size, int r, int prefix) -> (Tensor, Tensor, Tensor)",
+    "token_merge": "(Tensor x, Tensor keys, Tensor size, int r, int prefix, int suffix=0) -> (Tensor, Tensor, Tensor)",
     "token_mean": "(Tensor x, Tensor size, int start, int dim, bool keepdim) -> Tensor",
     "token_follow": "(Tensor table, Tensor place, Tensor before, Tensor size, int start, int dim, int rank) -> Tensor",
+    "token_spread": "(Tensor x, Tensor place, int start, int dim) -> Tensor",
     "token_attention": "(Tensor query, Tensor key, Tensor value, Tensor size, int start, float dropout_p, "
     "float? scale, bool enable_gqa) -> Tensor",
 }

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 Members = list[list[int]]  # for every token of one sample, the input tokens that it represents
 ADD = ("add", "add_", "__add__", "__radd__", "__iadd__")
@@ -75,9 +76,12 @@ def merge_one(
 class Merging(TorchFunctionMode):
     """Merges ``r[i]`` tokens in block ``i`` of the model that runs inside."""
 
-    def __init__(self, blocks: Sequence[nn.Module], r: Sequence[int], prefix: int, proportional: bool = True) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], r: Sequence[int], prefix: int, proportional: bool = True, suffix: int = 0
+    ) -> None:
         super().__init__()
-        self.r, self.prefix, self.proportional = list(r), prefix, proportional
+        self.r, self.prefix, self.proportional, self.suffix = list(r), prefix, proportional, suffix
+        self.by_count: dict[int, Members] = {}  # number of merged tokens -> what they represented
         self.members: list[Members] | None = None
         self.weights: list[list[float]] = []  # per input token: 0 if a mask hides it, else 1
         self.inputs = 0
@@ -127,12 +131,32 @@ class Merging(TorchFunctionMode):
             self.weights = self.weights or [[1.0] * x.shape[1] for _ in x]
         metric = torch.cat([k.detach().float() for k in self.keys], 1).mean(1)
         self.entered, self.keys = None, []
-        merged = [
-            merge_one(sample, members, weights, m, self.r[self.block], self.prefix)
-            for sample, members, weights, m in zip(x, self.members, self.weights, metric, strict=True)
-        ]
+        merged = []
+        for sample, members, weights, m in zip(x, self.members, self.weights, metric, strict=True):
+            end = len(sample) - self.suffix  # of the tokens that may merge
+            inner = merge_one(sample[:end], members[:end], weights, m[:end], self.r[self.block], self.prefix)
+            merged.append((torch.cat([inner[0], sample[end:]]), [*inner[1], *members[end:]]))
         self.members = [members for _, members in merged]
+        self.by_count[len(self.members[0])] = self.members
         return torch.stack([sample for sample, _ in merged])
+
+    def spread(self, values: Any) -> Any:
+        """Return values per merged token as values per input token."""
+        if not isinstance(values, Tensor) or values.dim() < 3 or values.shape[1] not in self.by_count:
+            return values
+        result = values.new_empty(len(values), self.inputs, *values.shape[2:])
+        for sample, groups in enumerate(self.by_count[values.shape[1]]):
+            for token, group in enumerate(groups):
+                result[sample, group] = values[sample, token]
+        return result
+
+    def multi_head(self, query: Tensor, key: Tensor, value: Tensor, heads: int, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return what the heads of ``multi_head_attention_forward`` yield, (L, B, C), before the output projection."""
+        parts = zip((query, key, value), weight.chunk(3), bias.chunk(3), strict=True)
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x, w, b in parts)
+        if q.shape[-2] == k.shape[-2]:
+            self.keys.append(k)
+        return self.attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         logits = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -156,6 +180,12 @@ class Merging(TorchFunctionMode):
                 self.weights = mask[:, 0, 0].float().tolist()
                 return func(*args, **kwargs)
             return self.attention(q, k, v, kwargs.get("scale"))
+        if func is F.multi_head_attention_forward:
+            query, key, value, _, heads, weight, bias, *rest = args
+            return F.linear(self.multi_head(query, key, value, heads, weight, bias), rest[4], rest[5]), None
+        if name == "split" and self.members is not None and kwargs.get("dim") == -2:
+            # Prefix tokens from patches, whose number DINOv3 takes from a table.
+            return func(args[0], (self.prefix, args[0].shape[-2] - self.prefix), dim=-2)
         if name in ("softmax", "__matmul__", "matmul") and args[0].dim() == 4:
             if name == "softmax":
                 return self.softmax(args[0])
@@ -184,9 +214,15 @@ def forward(
     prefix: int,
     blocks: Iterable[nn.Module] | None = None,
     proportional: bool = True,
+    suffix: int = 0,
     **inputs: Any,
-) -> Tensor:
-    """Return the output of a timm transformer with ``r`` tokens merged in every block."""
+) -> Any:
+    """Return the output of a transformer, timm's unless ``blocks`` are given, with ``r`` tokens merged in every block.
+
+    A value per token is returned for every input token.
+    """
     blocks = list(model.blocks if blocks is None else blocks)
-    with Merging(blocks, [r] * len(blocks) if isinstance(r, int) else r, prefix, proportional):
-        return model(images, **inputs)
+    r = [r] * len(blocks) if isinstance(r, int) else r
+    with Merging(blocks, r, prefix, proportional, suffix) as mode:
+        output = model(images, **inputs)
+    return output if isinstance(output, Tensor) and output.dim() < 3 else tree_map(mode.spread, output)

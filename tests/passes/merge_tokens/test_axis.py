@@ -135,16 +135,16 @@ class Causal(Block):
         return self.head(self.attend(x, is_causal=True).mean(1))
 
 
-class Appended(Block):
-    """A class token after the image's tokens, as in some models."""
+class Among(Block):
+    """A learned token between those of the image."""
 
     def __init__(self):
         super().__init__()
         self.token = nn.Parameter(torch.randn(1, 1, 8))
 
     def forward(self, x):
-        x = torch.cat([x, self.token.expand(x.shape[0], -1, -1)], 1)
-        return self.head(self.attend(x)[:, -1])
+        x = torch.cat([x[:, :2], self.token.expand(x.shape[0], -1, -1), x[:, 2:]], 1)
+        return self.head(self.attend(x).mean(1))
 
 
 class Mixer(Block):
@@ -167,11 +167,6 @@ class Last(Block):
         return self.head(self.attend(x)[:, -1])
 
 
-class Features(Block):
-    def forward(self, x):
-        return self.attend(x)
-
-
 class Grid(Block):
     def forward(self, x):
         return self.head(self.attend(x).unflatten(1, (2, 3)).mean((1, 2)))
@@ -190,26 +185,34 @@ class Linear(Block):
         return self.head((x @ (x.transpose(1, 2) @ x)).mean(1))
 
 
-class Twice(Block):
-    """The tokens of two images in one model."""
+class Stages(Block):
+    """Half of the tokens go on to the second block."""
 
     def forward(self, x):
-        return self.head(self.attend(x).mean(1) + self.attend(x[:, :4]).mean(1))
+        return self.head(self.attend(self.attend(x)[:, :3]).mean(1))
+
+
+class Joined(Block):
+    """Two streams that meet in a third block."""
+
+    def forward(self, x):
+        both = torch.cat([self.attend(x[:, :3]), self.attend(x[:, 3:])], 1)
+        return self.head(self.attend(both).mean(1))
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (Causal, "attention is causal"),
-        (Appended, "come after those of the image"),
+        (Among, "stand among those of the image"),
         (Mixer, "'Linear': it mixes the tokens"),
         (Flipped, "'flip': an unknown op"),
         (Last, "'getitem': it picks tokens by position"),
-        (Features, "the model returns a value for each of the unmerged tokens"),
         (Grid, "'unflatten': it joins the token axis with another, or splits it"),
         (Summed, "'sum': it runs over the tokens"),
         (Linear, "'matmul': it sums over tokens"),
-        (Twice, "more than one token axis"),
+        (Stages, "more than one token axis"),
+        (Joined, "more than one token axis"),
     ],
 )
 def test_refusals_name_the_op(kind, message):
