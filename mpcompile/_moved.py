@@ -31,7 +31,7 @@ MOVED = {
     "cli.analyze": "cli.commands.analyze",
     "cli.audit": "cli.commands.audit",
     "cli.certify": "cli.commands.certify",
-    "cli.common": "cli.options cli.models",
+    "cli.common": "cli.options cli.models sources.timm_models sources.loading",
     "cli.compile": "cli.commands.compile",
     "cli.demo": "cli.commands.demo",
     "cli.distill": "cli.commands.distill",

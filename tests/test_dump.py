@@ -10,10 +10,10 @@ from torch import nn
 
 from mpcompile import Config, MPCompileError, Pipeline, lower, transform
 from mpcompile.__main__ import main
-from mpcompile.cli import models
 from mpcompile.dump import FILES, Dump, readable
 from mpcompile.passes.base import Pass
 from mpcompile.passes.mask import Mask
+from mpcompile.sources import timm_models
 from tests.support.helpers import images, mlp, tiny_created, tiny_vit
 
 DEFAULT = ["01-analyze", "02-allocate", "03-permute", "04-merge_tokens", "05-mask", "06-restore"]
@@ -122,7 +122,7 @@ def test_callback_sees_every_pass_also_one_that_is_refused():
 
 
 def test_compile_command_dumps(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "create", tiny_created)
+    monkeypatch.setattr(timm_models, "create", tiny_created)
     out, graphs = tmp_path / "out.mpc", tmp_path / "graphs"
     assert main(["compile", "tiny", "--out", str(out), "--dump", str(graphs)]) == 0
     assert names(graphs) == DEFAULT
@@ -130,7 +130,7 @@ def test_compile_command_dumps(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", ["file", "file/x", "fifo", "loop"])
 def test_compile_command_refuses_a_dump_before_the_work(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models, "create", lambda *_, **__: pytest.fail("the model was made"))
+    monkeypatch.setattr(timm_models, "create", lambda *_, **__: pytest.fail("the model was made"))
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

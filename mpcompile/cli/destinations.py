@@ -16,12 +16,14 @@ from mpcompile.artifact.container import PLAN, WEIGHTS
 from mpcompile.errors import ArtifactError, ConfigError
 from mpcompile.io.ownership import is_ours
 from mpcompile.io.writing import check_folder_writable, check_writable
+from mpcompile.sources.folders import CONFIG
+from mpcompile.sources.functions import names_function
 
 FOLDER: tuple[str, ...] = ()  # a folder in which nothing is replaced
 FILE, ARTIFACT = "file", "artifact"  # one file; a file or, with a trailing slash, a folder of WEIGHTS and PLAN
 Kind: TypeAlias = "str | tuple[str, ...]"
 _STANDARD_OUTPUT = "-"
-_TEXTS = ("target", "recipe", "data")  # options that may name an input although their type is not Path
+_TEXTS = ("model", "recipe", "data")  # options that may name an input although their type is not Path
 
 
 def declare(job: argparse.ArgumentParser, **kinds: Kind | Callable[[argparse.Namespace], Kind]) -> None:
@@ -127,7 +129,9 @@ def _inputs(args: argparse.Namespace, outputs: Iterable[str]) -> Iterator[Path]:
         for path in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(path, Path) or (name in _TEXTS and isinstance(path, str)):
                 yield Path(path)
-                yield from (Path(path) / part for part in (WEIGHTS, PLAN))
+                yield from (Path(path) / part for part in (WEIGHTS, PLAN, CONFIG))
+                if isinstance(path, str) and names_function(path):
+                    yield Path(path.rpartition(":")[0])
 
 
 def _keys(path: Path) -> list[Any]:

@@ -23,6 +23,11 @@ from mpcompile.io.yaml_options import LARGEST, parse
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # the argument of add(commands)
 
 EXITS = "0 done, 1 a check made by the command failed, 2 an error that you can fix, 130 interrupted"
+MODEL = (
+    "a timm name, such as vit_base_patch16_224; a folder written by save_pretrained or in timm's hub layout (with a / "
+    "in its name, or a config.json in it); hf-hub:ORG/NAME; package.module:function or file.py:function, which runs "
+    "that code; or a .pt2 file of torch.export.save, which torch unpickles"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -119,24 +124,46 @@ def tome_r(text: str) -> int | str | tuple[int, ...]:
 # --- Options of models ---
 
 
-def weights_options(job: argparse.ArgumentParser) -> None:
-    """Declare a timm model and the source of its weights."""
-    job.add_argument("model", help="name of a timm model, such as vit_base_patch16_224")
+def weights_options(job: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Declare a model and the source of its weights; with ``optional``, the model may be left out."""
+    text = f"the dense model: {MODEL}"
+    job.add_argument("model", type=as_path_text, nargs="?" if optional else None, metavar="MODEL", help=text)
     source_options(job)
     classes_option(job)
+    size = "size of one image (default: what MODEL says)"
+    job.add_argument("--input-size", type=at_least(1), nargs=3, metavar=("C", "H", "W"), help=size)
 
 
 def source_options(job: argparse.ArgumentParser) -> None:
-    """Declare ``--pretrained`` and ``--checkpoint FILE``, of which one may be given."""
+    """Declare ``--pretrained`` and ``--checkpoint FILE``, of which one may be given, and ``--model-args``."""
     weights = job.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (timm downloads them)")
     text = "weights of the model: a safetensors file or a PyTorch state dict"
     weights.add_argument("--checkpoint", type=as_path, metavar="FILE", help=text)
+    text = "arguments of MODEL's function, or options of timm.create_model, such as depth=2"
+    job.add_argument("--model-args", action="extend", nargs="+", default=[], metavar="NAME=VALUE", help=text)
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of ``--model-args`` by name, read as YAML.
+
+    Raises:
+        ConfigError: one is not NAME=VALUE, or is given twice.
+    """
+    values: dict[str, Any] = {}
+    for text in getattr(args, "model_args", ()):
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()):
+            raise ConfigError("--model-args is malformed", expected="NAME=VALUE, such as depth=2", found=text)
+        if name in values:
+            raise ConfigError(f"--model-args gives {name} twice", found=f"{values[name]!r} and {value!r}")
+        values[name] = parse(value, f"the value of --model-args {name}")
+    return values
 
 
 def classes_option(job: argparse.ArgumentParser) -> None:
     """Declare ``--num-classes``."""
-    text = "number of classes of the model (default: that of the timm model, or of the artifact)"
+    text = "number of classes of a timm model (default: timm's, or the artifact's)"
     job.add_argument("--num-classes", type=at_least(1), metavar="N", help=text)
 
 
@@ -150,14 +177,15 @@ def threads_option(job: argparse.ArgumentParser) -> None:
     job.add_argument("--threads", type=at_least(1), help="CPU threads of PyTorch (default: PyTorch's choice)")
 
 
-def model_options(job: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Declare the options of a command that measures a timm model.
+def model_options(job: argparse.ArgumentParser, optional: bool = False, **defaults: Any) -> None:
+    """Declare the options of a command that measures a model.
 
     Args:
         job: the command.
+        optional: the model may be left out.
         defaults: as for :func:`config_options`.
     """
-    weights_options(job)
+    weights_options(job, optional)
     job.add_argument("--batch", type=at_least(1), default=8, help="images per batch (default 8)")
     job.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of weights and images (default fp32)")
     threads_option(job)

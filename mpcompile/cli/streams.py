@@ -11,6 +11,7 @@ from torch import Tensor
 from mpcompile._moved import renamed
 from mpcompile.data.images import Images
 from mpcompile.io.reading import sha256
+from mpcompile.sources.loaded import batch_of
 
 __getattr__ = renamed(__name__, {"Moved": "cli.streams.DeviceBatches"})
 
@@ -22,19 +23,19 @@ class DeviceBatches:
         images: the images, from :func:`mpcompile.data.images.images_at`.
         like: a tensor with the device and the dtype of the model.
         most: number of images to stop after, rounded up to whole batches; None uses all.
+        input_name: keyword of the images in the batches; None yields tensors, or pairs with labels.
     """
 
-    def __init__(self, images: Images, like: Tensor, most: int | None = None) -> None:
-        self.images, self.like = images, like
+    def __init__(self, images: Images, like: Tensor, most: int | None = None, input_name: str | None = None) -> None:
+        self.images, self.like, self.input_name = images, like, input_name
         self.count = images.count if most is None else min(images.count, -(-most // images.batch) * images.batch)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield images (batch, 3, H, W), or pairs of such images and labels (batch,)."""
+        """Yield images (batch, 3, H, W), with labels (batch,) if there are any, as the model takes them."""
         seen = 0
         for batch in self.images:
             pixels, labels = batch if isinstance(batch, tuple) else (batch, None)
-            moved = pixels.to(self.like)
-            yield moved if labels is None else (moved, labels)
+            yield batch_of(pixels.to(self.like), labels, self.input_name)
             seen += len(pixels)
             if seen >= self.count:
                 return

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from mpcompile.data import ranks
 from mpcompile.data.labels import class_numbers
@@ -133,12 +134,12 @@ def enough_memory(images: Sized) -> Iterator[None]:
         raise InputError(f"there is too little memory for {len(images)} images", hint=hint) from error
 
 
-def forward(module: Any, images: Tensor, who: str) -> Any:
+def forward(module: Any, images: Any, who: str) -> Any:
     """Return the output of a model for a batch.
 
     Args:
         module: the model.
-        images: images of the batch.
+        images: images of the batch; or a tuple of positional inputs, or a dict of keyword inputs.
         who: name of the model, for errors.
 
     Raises:
@@ -146,14 +147,18 @@ def forward(module: Any, images: Tensor, who: str) -> Any:
     """
     try:
         with enough_memory(images):
-            return module(images)
+            if isinstance(images, Mapping):
+                return module(**images)
+            return module(*images) if isinstance(images, tuple) else module(images)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         if ranks.lost(error):
             raise
         raise InputError(
             f"the {who} fails on a batch: {_message(error)}",
             expected="images that the model accepts",
-            found=f"{tuple(images.shape)}, {images.dtype}",
+            found=", ".join(
+                f"{tuple(t.shape)}, {t.dtype}" for t in pytree.tree_leaves(images) if isinstance(t, Tensor)
+            ),
         ) from error
 
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mpcompile
 from mpcompile import Config, audit, certify, cli, transform
-from mpcompile.cli import models
 from mpcompile.data import images
 from mpcompile.errors import InputError
+from mpcompile.sources import timm_models
 from tests.support.helpers import tiny_vit
 
 BATCHES = 12
@@ -135,7 +135,7 @@ def folder(tmp_path, monkeypatch):
         model.pretrained_cfg = {"input_size": (3, 32, 32)}
         return model
 
-    monkeypatch.setattr(models, "create", create)
+    monkeypatch.setattr(timm_models, "create", create)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     model = create()
     save_file(model.state_dict(), tmp_path / "dense.safetensors")

@@ -245,7 +245,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
     model = create("vit", False)
     cli.parser()  # imports all commands before a name that they share is replaced
-    monkeypatch.setattr("mpcompile.cli.models.create", create)
+    monkeypatch.setattr("mpcompile.sources.timm_models.create", create)
     torch.save(model.state_dict(), tmp_path / "dense.pt")
     gm = transform(
         model, torch.randn(2, 3, 32, 32), Config(pattern="15:16", exclude=("*",), include=("blocks.1.mlp.fc2",))

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import mpcompile
-from mpcompile.cli import main, models
+from mpcompile.cli import main
+from mpcompile.sources import timm_models
 from tests.support.helpers import labelled_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,8 +162,8 @@ def test_invalid_calls(arguments, match, command, recipe, tmp_path, monkeypatch,
 
 def test_the_artifact_knows_its_size_and_classes(folder, tmp_path, monkeypatch, capsys):
     """A model distilled at a custom image size is audited, drawn and exported at that size."""
-    made = models.create
-    monkeypatch.setattr(models, "create", lambda *names, **options: made(*names, depth=2, **options))
+    made = timm_models.create
+    monkeypatch.setattr(timm_models, "create", lambda *names, **options: made(*names, depth=2, **options))
     out, recipe, weights = tmp_path / "run", tmp_path / "small.yaml", tmp_path / "dense.safetensors"
     recipe.write_text(
         "model: vit_tiny_patch16_224\n"
@@ -172,7 +173,7 @@ def test_the_artifact_knows_its_size_and_classes(folder, tmp_path, monkeypatch, 
         "data: {batch: 6, size: 64, workers: 0}\n"
     )
     torch.manual_seed(0)
-    dense = models.create_sized("vit_tiny_patch16_224", False, (3, 64, 64), 3)
+    dense = timm_models.create_sized("vit_tiny_patch16_224", False, (3, 64, 64), 3)
     save_file(dense.state_dict(), weights)
     known = ["--checkpoint", str(weights), "--quiet"]
     command = ["distill", str(recipe), "--data", str(folder), "--num-classes", "3", "--out", str(out), *known]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import mpcompile
 from mpcompile import Config, cli, transform
-from mpcompile.cli import models
+from mpcompile.sources import timm_models
 from tests.support.helpers import tiny_created
 
 NAMES = [f"class{number}" for number in range(10)]
@@ -21,7 +21,7 @@ NAMES = [f"class{number}" for number in range(10)]
 def small_model():
     """Models that commands create by name are two blocks deep and are not compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "create", tiny_created)
+        patch.setattr(timm_models, "create", tiny_created)
         patch.setattr(torch, "compile", lambda model, **_: model)
         yield
 

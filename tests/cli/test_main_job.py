@@ -145,7 +145,7 @@ def test_errors_are_one_line_and_exit_2(arguments, message, tmp_path, monkeypatc
     assert message in error and error.startswith("mpcompile: ") and "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", [["audit"], ["demo", "--threads", "0"], ["bake"], []])
+@pytest.mark.parametrize("arguments", [["explain"], ["demo", "--threads", "0"], ["bake"], []])
 def test_usage_errors_exit_2(arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

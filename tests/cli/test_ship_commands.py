@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import mpcompile
 from mpcompile import Config, Pipeline, cli, export, transform
-from mpcompile.cli import models
 from mpcompile.cli.options import config_of
 from mpcompile.errors import ConfigError, GraphError
 from mpcompile.io.ownership import sign
 from mpcompile.passes.mask import Mask
+from mpcompile.sources import timm_models
 from tests.support.helpers import convolutional, images, relative, tiny_created, tiny_vit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ MODEL = "tiny"  # not timm's: see small_model()
 def small_model():
     """Models that commands create by name are two blocks deep."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "create", tiny_created)
+        patch.setattr(timm_models, "create", tiny_created)
         yield
 
 

@@ -1,4 +1,4 @@
-"""``mpcompile analyze``: the Marchenko-Pastur law fitted to every weight of a file or of a timm model."""
+"""``mpcompile analyze``: the Marchenko-Pastur law fitted to every weight of a file or of a model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 import mpcompile
 from mpcompile.artifact import verify as verifier
 from mpcompile.cli.destinations import FILE, declare
-from mpcompile.cli.models import create_with, names_file
+from mpcompile.cli.models import load_source
 from mpcompile.cli.options import (
+    MODEL,
     Commands,
     as_path_text,
     at_least,
@@ -24,6 +25,7 @@ from mpcompile.cli.options import (
 )
 from mpcompile.errors import ConfigError
 from mpcompile.rmt.analysis import check_plot
+from mpcompile.sources.loading import is_weights
 
 
 def add(commands: Commands) -> None:
@@ -31,13 +33,13 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "analyze",
-        help="fit the Marchenko-Pastur law to the weights of a timm model or a file: how much is noise",
+        help="fit the Marchenko-Pastur law to the weights of a model or a file: how much is noise",
         description="Fit the Marchenko-Pastur law to every weight: noise level, edge, spikes, goodness of fit.",
         example="mpcompile analyze vit_base_patch16_224 --pretrained --json analysis.json --plot analysis.png\n"
         "mpcompile analyze checkpoint.safetensors",
     )
-    text = "name of a timm model, or path of an artifact or checkpoint (a file or a folder)"
-    job.add_argument("target", type=as_path_text, help=text)
+    text = f"path of an artifact or checkpoint (a file or a folder), or a model: {MODEL}"
+    job.add_argument("model", type=as_path_text, metavar="TARGET", help=text)
     source_options(job)
     job.add_argument(
         "--plot", type=as_path_text, metavar="FILE", help="draw all spectra on one page: .png, .pdf or .svg"
@@ -58,18 +60,18 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     random = False
     source: Any
-    if names_file(args.target):
+    if is_weights(args.model):
         if args.pretrained or args.checkpoint is not None:
             raise ConfigError(
-                "a file has its own weights", expected="--pretrained or --checkpoint with the name of a timm model"
+                "a file has its own weights", expected="--pretrained or --checkpoint with the name of a model"
             )
-        source = verifier.read(Path(args.target))
+        source = verifier.read(Path(args.model))
     else:
-        source = create_with(args.target, args.pretrained, args.checkpoint, None, None)
-        random = not args.pretrained and args.checkpoint is None
+        loaded = load_source(args)
+        source, random = loaded.model, loaded.random
     analysis = mpcompile.analyze(source, progress=False if args.quiet else None)
     if args.plot is not None:
         analysis.plot(args.plot)
     note = "\nnote: random weights, which are noise by construction" if random else ""
-    show(args, f"{args.target}\n\n{analysis}{note}", analysis.to_json(indent=1))
+    show(args, f"{args.model}\n\n{analysis}{note}", analysis.to_json(indent=1))
     return 0

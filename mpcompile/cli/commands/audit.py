@@ -1,4 +1,4 @@
-"""``mpcompile audit``: measure a transformed and compiled timm model against its dense builds."""
+"""``mpcompile audit``: measure a transformed and compiled model against its dense builds."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 import mpcompile
 from mpcompile.backend import mpsparse
 from mpcompile.cli.models import class_names, prepare
-from mpcompile.cli.options import Commands, as_path, at_least, command, model_options, show
+from mpcompile.cli.options import DTYPES, Commands, as_path, at_least, command, model_options, show
 from mpcompile.cli.streams import DeviceBatches, seen_before
-from mpcompile.config import Config
 from mpcompile.data.batches import forward
-from mpcompile.data.images import Images, data_config, images_at
+from mpcompile.data.images import Images, images_at
 from mpcompile.errors import ConfigError
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.report import Report
+from mpcompile.sources.loaded import LoadedModel
 
 CALIBRATED = 256  # maximum number of images that calibrate a new transform, as in `compile`
 
@@ -28,12 +29,14 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "audit",
-        help="measure a pruned and merged timm model against the dense one: accuracy, MACs, bytes, latency",
-        description="Compare a timm model with its transformed build, or with an artifact made from it.",
+        help="measure a pruned and merged model against the dense one: accuracy, MACs, bytes, latency",
+        description="Compare a model with its transformed build, or with an artifact made from it. With --artifact, "
+        "MODEL may be left out: the artifact names the one that it was made from.",
         example="mpcompile audit vit_small_patch16_224 --pattern 2:4 --tome-r 8 --batch 8 --json audit.json\n"
-        "mpcompile audit vit_small_patch16_224 --pretrained --artifact pruned.mpc --images val --record",
+        "mpcompile audit vit_small_patch16_224 --pretrained --artifact pruned.mpc --images val --record\n"
+        "mpcompile audit --artifact pruned.mpc --images val",
     )
-    model_options(job)
+    model_options(job, optional=True)
     job.add_argument(
         "--rounds", type=at_least(0), default=20, help="timings per build; 0 measures no latency (default 20)"
     )
@@ -54,24 +57,28 @@ def run(args: argparse.Namespace) -> int:
     """Return 0 once everything is measured, whatever the figures say."""
     if args.record and args.artifact is None:
         raise ConfigError("--record needs --artifact", hint="the figures are stored in that artifact")
+    if args.model is None and args.artifact is None:
+        raise ConfigError("there is nothing to audit", expected="MODEL, or --artifact FILE", found="neither")
     saved = None if args.artifact is None else mpcompile.load(args.artifact)
     origin = {} if saved is None else saved.plan.provenance
-    model, images, config = prepare(args, origin)
-    files = None
+    loaded, noise, config = prepare(args, origin)
+    model, like = loaded.model, torch.empty(0, dtype=DTYPES[args.dtype], device=args.device)
+    files: Images | None = None
     if args.images is not None:
-        classes = getattr(model, "num_classes", 0)
-        drawn = {"samples": args.samples, "batch": args.batch, "seed": args.seed}
-        files = images_at(args.images, data_config(model), classes=classes, names=class_names(origin), **drawn)
-    calibration = None
+        loaded.check_takes_images()
+        drawn = {"samples": args.samples, "batch": loaded.fixed_batch or args.batch, "seed": args.seed}
+        names = class_names(origin, loaded)
+        files = images_at(args.images, loaded.data, classes=loaded.num_classes, names=names, **drawn)
+    calibration: Any = None
     if saved is not None:
-        gm = saved.to(images.device, images.dtype).eval()
-        with torch.no_grad():
-            forward(gm, images[:1], f"artifact {args.artifact}")  # an artifact of another model is reported
+        gm = saved.to(like.device, like.dtype).eval()
+        _check_artifact(gm, loaded, noise, args.artifact)
     else:
-        calibration = _calibration(config, files, images)
-        gm = mpcompile.transform(model, images, config, calibration, seed=args.seed)
+        if config.needs_data:  # audited images, or noise without them
+            calibration = [noise] if files is None else DeviceBatches(files, like, CALIBRATED, loaded.input_name)
+        gm = mpcompile.transform(model, noise, config, calibration, seed=args.seed)
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": config.engine, "frozen": config.frozen})
-    batches: Any = images if files is None else DeviceBatches(files, images)
+    batches: Any = noise if files is None else DeviceBatches(files, like, input_name=loaded.input_name)
     report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
     if files is not None:
         report.notes += filter(None, (*files.notes, seen_before(files, origin)))
@@ -80,21 +87,26 @@ def run(args: argparse.Namespace) -> int:
             f"calibrated on {calibration.count} of the audited images, which flatters accuracy; for a reliable figure, "
             "compile on other images and audit that --artifact"
         )
-    _remark(report, random=not args.pretrained and args.checkpoint is None, noise=files is None)
+    _remark(report, random=loaded.random, noise=files is None)
     if report.plan is None:
         report.plan = gm.plan
     if args.record:
         _record(args.artifact, report)
     what = args.artifact or f"{config.pattern}, tome_r = {config.tome_r}"
-    show(args, f"{args.model}, {what}\n\n{report}\n\n{gm.plan}", report.to_json(indent=1))
+    show(args, f"{loaded.name}, {what}\n\n{report}\n\n{gm.plan}", report.to_json(indent=1))
     return 0
 
 
-def _calibration(config: Config, files: Images | None, noise: torch.Tensor) -> Any:
-    """Return the calibration data of a new transform: audited images, or noise without them; None if it needs none."""
-    if not config.needs_data:
-        return None
-    return [noise] if files is None else DeviceBatches(files, noise, CALIBRATED)
+def _check_artifact(gm: IRModule, loaded: LoadedModel, noise: Any, path: Path) -> None:
+    """Run an artifact once.
+
+    Raises:
+        InputError: it fails: it is the artifact of another model.
+    """
+    if loaded.takes_images and loaded.fixed_batch is None:
+        noise = pytree.tree_map(lambda tensor: tensor[:1], noise)
+    with torch.no_grad():
+        forward(gm, noise, f"artifact {path}")
 
 
 def _remark(report: Report, random: bool, noise: bool) -> None:

@@ -1,30 +1,31 @@
-"""``mpcompile certify``: prove, image by image, which labels of a timm model survive pruning."""
+"""``mpcompile certify``: prove, image by image, which labels of a model survive pruning."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import mpcompile
-from mpcompile.cli.models import class_names, create_with, load_model
+from mpcompile.cli.models import class_names, load_source
 from mpcompile.cli.options import (
     Commands,
     as_path,
     at_least,
     command,
     json_option,
+    model_arguments,
     show,
     threads_option,
     weights_options,
 )
 from mpcompile.cli.streams import seen_before
-from mpcompile.data.images import data_config, images_at
+from mpcompile.data.images import images_at
 from mpcompile.errors import ArtifactError, InputError
 from mpcompile.ir.module import IRModule
+from mpcompile.sources.loading import kind_of, load_model
 
 
 def add(commands: Commands) -> None:
@@ -32,8 +33,8 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "certify",
-        help="prove, image by image, which labels a pruned timm model shares with the dense one",
-        description="Compare a pruned timm model with the dense one and certify labels, image by image.",
+        help="prove, image by image, which labels a pruned model shares with the dense one",
+        description="Compare a pruned model with the dense one and certify labels, image by image.",
         example="mpcompile certify vit_tiny_patch16_224 --checkpoint dense.safetensors --artifact pruned.mpc "
         "--images photos --samples 50",
     )
@@ -43,7 +44,7 @@ def add(commands: Commands) -> None:
         type=as_path,
         required=True,
         metavar="FILE",
-        help="the pruned model: an artifact of mpcompile, or a checkpoint of the same timm model",
+        help="the pruned model: an artifact of mpcompile, or a checkpoint of the same model",
     )
     job.add_argument(
         "--images",
@@ -77,15 +78,17 @@ def add(commands: Commands) -> None:
     job.set_defaults(run=run)
 
 
-def _pruned(path: Path, name: str, classes: int | None) -> nn.Module:
-    """Return the pruned model: an artifact, or the timm model with the weights of a checkpoint."""
+def _pruned(args: argparse.Namespace) -> nn.Module:
+    """Return the pruned model: an artifact, or the dense model with the weights of a checkpoint."""
+    path = args.artifact
     if path.suffix not in (".pt", ".pth"):
         try:
             return mpcompile.load(path).eval()
         except ArtifactError:
             if path.suffix != ".safetensors" or not path.is_file():
                 raise
-    return create_with(name, False, path, None, classes)
+    options = {"input_size": args.input_size, "num_classes": args.num_classes, **model_arguments(args)}
+    return load_model(args.model, checkpoint=path, **options).model
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,16 +96,15 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.checkpoint is None and not args.pretrained:
+    if kind_of(args.model) == "timm" and args.checkpoint is None and not args.pretrained:
         raise InputError("the dense weights are missing", expected="--checkpoint FILE or --pretrained", found="neither")
-    sparse = _pruned(args.artifact, args.model, args.num_classes)
+    sparse = _pruned(args)
     origin = sparse.plan.provenance if isinstance(sparse, IRModule) else {}
-    dense = load_model(args, origin)
-    classes = getattr(dense, "num_classes", 0)
-    how: dict[str, Any] = {"samples": args.samples, "classes": classes, "names": class_names(origin), "seed": args.seed}
-    images = images_at(args.images, data_config(dense), **how)
+    loaded = load_source(args, origin)
+    how: dict[str, Any] = {"samples": args.samples, "classes": loaded.num_classes, "seed": args.seed}
+    images = images_at(args.images, loaded.data, names=class_names(origin, loaded), **how)
     options = {name: getattr(args, name) for name in ("tiers", "l1", "l2", "splits", "confidence")}
-    report = mpcompile.certify(dense, sparse, images, progress=not args.quiet, **options)
+    report = mpcompile.certify(loaded.model, sparse, loaded.batches(images), progress=not args.quiet, **options)
     notes = "".join(f"\nnote: {note}" for note in filter(None, (*images.notes, seen_before(images, origin))))
     show(args, f"{args.model}, {images.count} images of {args.images}\n\n{report}{notes}", report.to_json(indent=1))
     return 0

@@ -1,4 +1,4 @@
-"""``mpcompile compile``: mask the weights of a timm model, merge its tokens, and save the result."""
+"""``mpcompile compile``: mask the weights of a model, merge its tokens, and save the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import mpcompile
 from mpcompile.cli.destinations import ARTIFACT, FILE, FOLDER, declare
-from mpcompile.cli.models import load_model, provenance
+from mpcompile.cli.models import load_source, on_device, provenance
 from mpcompile.cli.options import (
     Commands,
     as_path,
@@ -26,9 +26,9 @@ from mpcompile.cli.options import (
 )
 from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
-from mpcompile.data.images import Images, data_config, folder
-from mpcompile.errors import ConfigError, first_line
+from mpcompile.data.images import folder
 from mpcompile.export import FORMATS, save_dense
+from mpcompile.sources.loaded import Batches
 
 
 def add(commands: Commands) -> None:
@@ -36,8 +36,8 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "compile",
-        help="mask the weights of a timm model, merge its tokens, and save the artifact",
-        description="Mask the weights of a timm model, calibrated on a few hundred unlabelled images, merge its "
+        help="mask the weights of a model, merge its tokens, and save the artifact",
+        description="Mask the weights of a model, calibrated on a few hundred unlabelled images, merge its "
         "tokens, and save the result with its plan. It can then be distilled, measured, exported and served.",
         example="mpcompile compile vit_small_patch16_224 --pretrained --images train --pattern 8:16 --out pruned.mpc\n"
         "mpcompile compile resnet50 --checkpoint r50.safetensors --config recipe.yaml --images train --out r50/",
@@ -72,22 +72,19 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = load_model(args)
-    data = data_config(model)
-    try:
-        model.to(args.device)
-        example = torch.randn(2, *data["input_size"], device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {args.device!r} cannot be used: {first_line(error)}") from error
-    calibration: Images | None = None
+    loaded = load_source(args)
+    example = on_device(loaded, args.device, 2)
+    calibration: Batches | None = None
     if args.images is not None:
-        calibration = folder(args.images, data, samples=args.samples, batch=args.batch, seed=args.seed)
+        batch = loaded.fixed_batch or args.batch
+        images = folder(args.images, loaded.data, samples=args.samples, batch=batch, seed=args.seed)
+        calibration = loaded.batches(images)
     how = {"calibrate": args.calibrate, "seed": args.seed, "dump": args.dump}
-    gm = mpcompile.transform(model, example, config, calibration, **how).eval().cpu()
+    gm = mpcompile.transform(loaded.model, example, config, calibration, **how).eval().cpu()
     used = 0 if calibration is None else calibration.count
-    gm.plan.provenance = provenance(args, args.model, model, used, args.seed)
+    gm.plan.provenance = provenance(loaded, used, args.seed)
     if calibration is not None:
-        gm.plan.provenance["calibration_files"] = digests(calibration)
+        gm.plan.provenance["calibration_files"] = digests(calibration.source)
     if args.half:
         gm.half()
     if args.format == "mpc":

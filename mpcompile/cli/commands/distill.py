@@ -18,7 +18,7 @@ from torch import nn
 
 import mpcompile
 from mpcompile.cli.destinations import declare
-from mpcompile.cli.models import create_with, provenance
+from mpcompile.cli.models import announce, provenance
 from mpcompile.cli.options import (
     Commands,
     as_path,
@@ -26,6 +26,7 @@ from mpcompile.cli.options import (
     classes_option,
     command,
     json_option,
+    model_arguments,
     show,
     source_options,
     threads_option,
@@ -34,6 +35,8 @@ from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.io.reading import read_text
 from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.ir.parts import device_of
+from mpcompile.sources.loaded import LoadedModel
+from mpcompile.sources.loading import load_model
 from mpcompile.training.events import TRACKERS, check_trackers
 
 log = logging.getLogger(__name__)
@@ -44,8 +47,9 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "distill",
-        help="mask a timm model, merge its tokens and distil it, as a recipe describes",
-        description="Prune a timm model as a recipe says (a recipe of the paper, or a YAML file) and distil the dense "
+        help="mask a model, merge its tokens and distil it, as a recipe describes",
+        description="Prune a model as a recipe says (a recipe of the paper, or a YAML file whose `model` is any MODEL "
+        "of the other commands) and distil the dense "
         "model into the pruned one. Under torchrun, the same command runs on many GPUs. The --out folder receives the "
         "student, checkpoints, a log and the result, distilled.mpc.",
         example="mpcompile distill vit_base_2of4_tome8 --data imagenet --out run --pretrained --resume auto\n"
@@ -138,8 +142,19 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
         raise checkpoint.earlier_run(args.out / checkpoint.NAME)
     torch.manual_seed(recipe.train.seed)
     size = None if recipe.data.size is None else (3, recipe.data.size, recipe.data.size)
-    teacher = create_with(recipe.model, args.pretrained, args.checkpoint, size, args.num_classes).to(device)
-    seed, count = recipe.train.seed, getattr(teacher, "num_classes", 0)
+    source = load_model(
+        recipe.model,
+        pretrained=args.pretrained,
+        checkpoint=args.checkpoint,
+        input_size=size,
+        num_classes=args.num_classes,
+        **model_arguments(args),
+    )
+    source.check_takes_images()
+    if ranks.rank() == 0:
+        announce(args, source)
+    teacher = source.model.to(device)
+    seed, count = recipe.train.seed, source.num_classes
     names = None if args.class_map is None else datasets.read_class_map(args.class_map)
     named_by = str(args.class_map or "")
     train = datasets.dataset(args.data, args.train_split, True, args.reader, seed, names, named_by)
@@ -159,7 +174,7 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
     batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate, seed)
     val = None if held_out is None else images.loader(held_out, teacher, recipe.data, training=False)
     data_digest = datasets.fingerprint(train)
-    student = _student(args, recipe, teacher, train, data_digest).to(device)
+    student = _student(args, recipe, source, train, data_digest).to(device)
     result = mpcompile.distill(
         student,
         teacher,
@@ -182,7 +197,7 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
         accuracy = f", top-1 {result.accuracy[-1]:.2%}" if result.accuracy else ""
         text = f"{recipe.name}: loss {' -> '.join(f'{loss:.4f}' for loss in result.losses)}{accuracy}\n"
         text += f"{result.steps} steps, {result.images} images; written: {args.out / 'distilled.mpc'}"
-        if not args.pretrained and args.checkpoint is None:
+        if source.random:
             text += "\nnote: the dense model has random weights, so accuracy means nothing"
         if args.quiet:  # else they were logged before training
             text += "".join(f"\nnote: {note}" for note in notes)
@@ -190,7 +205,7 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
     return 0
 
 
-def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, data_digest: str) -> Any:
+def _student(args: argparse.Namespace, recipe: Any, source: LoadedModel, train: Any, data_digest: str) -> Any:
     """Return the student. The first rank makes it, or reads it from an earlier run, and sends it to the others."""
     from mpcompile.data import ranks
 
@@ -198,7 +213,7 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
     failed: Exception | None = None
     if ranks.rank() == 0:
         try:
-            _make_student(args, recipe, teacher, train, data_digest, path)
+            _make_student(args, recipe, source, train, data_digest, path)
         except Exception as error:  # the other ranks are waiting
             failed = error
     problem = ranks.broadcast(None if failed is None else str(failed))
@@ -216,7 +231,7 @@ def _student(args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: A
 
 
 def _make_student(
-    args: argparse.Namespace, recipe: Any, teacher: nn.Module, train: Any, data_digest: str, path: Path
+    args: argparse.Namespace, recipe: Any, source: LoadedModel, train: Any, data_digest: str, path: Path
 ) -> None:
     """Write the student of this recipe to ``path``, and a stamp next to it, unless an earlier run left the same one.
 
@@ -228,6 +243,7 @@ def _make_student(
     from mpcompile.training import checkpoint
 
     make_folder(args.out)
+    teacher = source.model
     mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, data_digest)
     checkpoint.remove_temporary_files(args.out)
     if args.resume == "auto" and path.exists():
@@ -245,7 +261,7 @@ def _make_student(
     calibration, seed = recipe.calibration, recipe.train.seed
     drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch, seed)
     student = recipe.student(teacher, [part.to(device_of(teacher)) for part in drawn])
-    origin = provenance(args, recipe.model, teacher, calibration.images, seed)
+    origin = provenance(source, calibration.images, seed)
     numbers = datasets.class_names(train)
     student.plan.provenance = {
         **origin,

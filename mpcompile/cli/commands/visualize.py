@@ -10,7 +10,7 @@ import torch
 
 import mpcompile
 from mpcompile.cli.destinations import FILE, check_ending, declare
-from mpcompile.cli.models import load_model
+from mpcompile.cli.models import load_source
 from mpcompile.cli.options import (
     Commands,
     as_path,
@@ -21,7 +21,7 @@ from mpcompile.cli.options import (
     seed_option,
     weights_options,
 )
-from mpcompile.data.images import data_config, open_image, preprocess, shown
+from mpcompile.data.images import open_image, preprocess, shown
 from mpcompile.errors import printable, printable_lines
 
 
@@ -30,8 +30,8 @@ def add(commands: Commands) -> None:
     job = command(
         commands,
         "visualize",
-        help="draw which patches of an image a timm model merges into one token",
-        description="Merge tokens in a timm model and draw an image with its merged tokens outlined, block by block.",
+        help="draw which patches of an image a model merges into one token",
+        description="Merge tokens in a model and draw an image with its merged tokens outlined, block by block.",
         example="mpcompile visualize vit_small_patch16_224 --pretrained --image cat.jpg --out merged.png",
     )
     weights_options(job)
@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
     config = dataclasses.replace(config_of(args), pattern="dense")
     picture = open_image(args.image)
     torch.manual_seed(args.seed)
-    model = load_model(args)
-    data = data_config(model)
-    image = preprocess(data)(picture)
-    tokens = mpcompile.visualize_merging(model, image, args.out, config, display=shown(image, data))
+    loaded = load_source(args)
+    loaded.check_takes_images()
+    image = preprocess(loaded.data)(picture)
+    tokens = mpcompile.visualize_merging(loaded.model, image, args.out, config, display=shown(image, loaded.data))
     counts = " -> ".join(str(len(np.unique(block))) for block in [np.arange(tokens[0].size), *tokens])
     print(printable_lines(f"{args.model}: {counts} patches and merged patches"), printable(args.out), sep="\n")
-    if not args.pretrained and args.checkpoint is None:
+    if loaded.random:
         print("note: random weights, so the merging means nothing")
     return 0
