@@ -181,7 +181,7 @@ def _multiply_masks(network: Network) -> None:
         if family != "masked":
             continue
         args = schema.bind(node)
-        whole = args.weight if args.weight in network.tensors else rows_source(args.weight)
+        whole: Any = args.weight if args.weight in network.tensors else rows_source(args.weight)
         values = network.tensors[whole].clone()
         rows = slice(None) if whole is args.weight else rows_of(args.weight, len(values))
         values[rows] *= network.tensors[args.mask]

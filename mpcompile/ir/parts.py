@@ -54,7 +54,7 @@ def rows_of(node: fx.Node, count: int) -> slice | None:
     source, index = node.args[0], node.args[1] if len(node.args) > 1 else None
     if node.target is _ATEN.slice.Tensor:
         start, stop, step = (*node.args[2:], None, None, None)[:3]
-        index = slice(start, stop, step)  # type: ignore[misc]
+        index = slice(start, stop, step)
     if isinstance(index, slice):
         ends: tuple[Any, Any, Any] = (index.start, index.stop, index.step)
         plain = all(isinstance(end, (int, type(None))) for end in ends) and ends[2] in (None, 1)

@@ -52,7 +52,8 @@ def untangle(imported: Imported) -> bool:
     return changed
 
 
-def _only_user(node: Any) -> fx.Node | None:
+def _only_user(node: Any) -> Any:
+    """Return the one node that reads a node, or None if there are none or several."""
     return next(iter(node.users)) if isinstance(node, fx.Node) and len(node.users) == 1 else None
 
 
@@ -64,7 +65,7 @@ def _swaps(node: Any, first: int, second: int) -> bool:
     return {int(node.args[1]) % rank, int(node.args[2]) % rank} == {first, second}  # type: ignore[arg-type]
 
 
-def _unjoined(node: Any) -> fx.Node | None:
+def _unjoined(node: Any) -> Any:
     """Return the tensor (L, B, heads x D) that a node (B x heads, L, D) is a view of."""
     if not _swaps(node, 0, 1) or node.args[0].target not in _VIEWS:
         return None
@@ -82,7 +83,7 @@ def _heads(graph: fx.Graph, source: fx.Node, depth: int) -> fx.Node:
     return graph.call_function(_ATEN.permute.default, (split, [1, 2, 0, 3]))
 
 
-def _joins_tokens(joined: fx.Node | None, shape: tuple[int, ...]) -> fx.Node | None:
+def _joins_tokens(joined: Any, shape: tuple[int, ...]) -> Any:
     """Return the view (L, B, C) of the output projection of ``joined`` (L x B, C), where ``shape`` is (L, B)."""
     linear = _only_user(joined)
     last = _only_user(linear)
@@ -93,13 +94,12 @@ def _joins_tokens(joined: fx.Node | None, shape: tuple[int, ...]) -> fx.Node | N
     return last
 
 
-def _project(mixed: fx.Node, joined: fx.Node, last: fx.Node) -> None:
+def _project(mixed: fx.Node, joined: Any, last: Any) -> None:
     """Let the users of ``last`` read the output projection of ``mixed`` (L, B, heads, D)."""
-    graph, linear = mixed.graph, joined.next if joined.next in joined.users else _only_user(joined)
-    assert linear is not None  # checked by _joins_tokens()
+    graph, linear = mixed.graph, _only_user(joined)
     with graph.inserting_before(linear):
         flat = graph.call_function(_ATEN.flatten.using_ints, (mixed, 2))
-        new = graph.call_function(linear.target, (flat, *linear.args[1:]), dict(linear.kwargs))  # type: ignore[arg-type]
+        new = graph.call_function(linear.target, (flat, *linear.args[1:]), dict(linear.kwargs))
     last.replace_all_uses_with(new)
 
 
@@ -157,15 +157,15 @@ def _fused(node: fx.Node, masks: dict[fx.Node, fx.Node]) -> bool:
 
 def _written_out(node: fx.Node, masks: dict[fx.Node, fx.Node]) -> bool:
     """Replace an attention that is written out, of which ``node`` is the product of queries and keys."""
-    mask, *factors = node.args if node.target is _ATEN.baddbmm.default else (None, *node.args)
-    scaled, keys = factors
+    operands: Any = node.args if node.target is _ATEN.baddbmm.default else (None, *node.args)
+    mask, scaled, keys = operands
     if scaled.target is not _ATEN.mul.Tensor or not isinstance(scaled.args[1], float) or not _swaps(keys, 1, 2):
         return False
     softmax = _only_user(node)
     weights, rate = softmax, 0.0
     dropout = _only_user(softmax)
     if dropout is not None and dropout.target is _ATEN.dropout.default:
-        weights, rate = dropout, float(dropout.args[1]) if dropout.args[2] else 0.0  # type: ignore[arg-type]
+        weights, rate = dropout, float(dropout.args[1]) if dropout.args[2] else 0.0
     product = _only_user(weights)
     if softmax is None or softmax.target not in _SOFTMAX or product is None or product.target is not _ATEN.bmm.default:
         return False
@@ -180,7 +180,7 @@ def _written_out(node: fx.Node, masks: dict[fx.Node, fx.Node]) -> bool:
         return False
     graph = node.graph
     with graph.inserting_before(product):
-        inputs = [_heads(graph, source, depth) for source in sources if source is not None]
+        inputs = [_heads(graph, source, depth) for source in sources]
         options: dict[str, Any] = {"scale": scaled.args[1]}
         if isinstance(mask, fx.Node):
             options["attn_mask"] = _with_heads(mask, masks, (shape_of(sources[0]) or (0, 0, 0))[2] // depth)
