@@ -226,13 +226,14 @@ class TokenSizeArgs(Args):
 
 @dataclass
 class TokenBiasArgs(Args):
-    """log(size), shaped for attention logits whose keys run along ``dim``."""
+    """log(size), shaped for attention logits whose keys run along ``dim``, with ``rows`` rows per sample."""
 
     operator: ClassVar[str] = "token_bias"
     size: Tensor
     logits: Tensor
     start: int
     dim: int
+    rows: int = 1
 
 
 @dataclass

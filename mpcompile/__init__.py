@@ -20,6 +20,8 @@ from mpcompile.page.merged import visualize_merging
 from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
 from mpcompile.rmt.analysis import Analysis, analyze
+from mpcompile.sources.loaded import LoadedModel
+from mpcompile.sources.loading import load_model
 from mpcompile.training.distill import Training, distill
 
 _moved.install(__name__)
@@ -30,6 +32,7 @@ __all__ = [
     "Certificates",
     "Config",
     "Explanation",
+    "LoadedModel",
     "MPCompileError",
     "Pipeline",
     "Plan",
@@ -41,6 +44,7 @@ __all__ = [
     "distill",
     "explain",
     "load",
+    "load_model",
     "lower",
     "refresh",
     "save",

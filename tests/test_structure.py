@@ -20,6 +20,7 @@ FORBIDDEN = {
     "mpcompile/data": ("passes", "pipeline", "training", "measure", "calibration", "cli"),
     "mpcompile/io": ("passes", "pipeline", "training", "cli", "kernels", "ir"),
     "mpcompile/measure": ("training", "cli"),
+    "mpcompile/sources": ("passes", "pipeline", "training", "measure", "calibration", "capture", "ir", "cli"),
     "kernels": ("passes", "pipeline", "training", "cli", "ir", "capture", "backend"),
     "passes": ("training", "cli", "backend"),
 }

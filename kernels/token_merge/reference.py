@@ -76,11 +76,14 @@ def _from(size: Tensor, start: int) -> Tensor:
     return F.pad(size, (0, 0, -start, 0), value=1.0) if start < 0 else size[:, start:]
 
 
-def token_bias(size: Tensor, logits: Tensor, start: int, dim: int) -> Tensor:
-    """Return log(size), shaped to be added to attention logits (B, ..., T, ...) whose keys are along ``dim``."""
+def token_bias(size: Tensor, logits: Tensor, start: int, dim: int, rows: int = 1) -> Tensor:
+    """Return log(size), shaped to be added to attention logits (B * rows, ..., T, ...) whose keys are along ``dim``."""
     shape = [1] * logits.dim()
-    shape[0], shape[dim] = size.shape[0], -1
-    return _from(size, start).log().reshape(shape).to(logits.dtype)
+    shape[0], shape[dim] = size.shape[0] * rows, -1
+    log = _from(size, start).log()
+    if rows > 1:
+        log = log.unsqueeze(1).expand(-1, rows, -1, -1)
+    return log.reshape(shape).to(logits.dtype)
 
 
 def merged_count(tokens: int, r: int, prefix: int) -> int:

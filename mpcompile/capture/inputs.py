@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mpcompile.capture.signature import flatten_inputs
 from mpcompile.errors import InputError
 from mpcompile.ir.nodes import fake_value, hint
 from mpcompile.ir.numerics import ordinary
@@ -17,6 +18,8 @@ from mpcompile.ir.numerics import ordinary
 def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
     """Return example inputs as a list of positional arguments; a dict is bound to the signature of forward."""
     example_inputs = ordinary(example_inputs)
+    if isinstance(model, fx.GraphModule):
+        return flatten_inputs(model, example_inputs)
     if isinstance(example_inputs, Tensor):
         return [example_inputs]
     if isinstance(example_inputs, Mapping):

@@ -105,7 +105,7 @@ def _output_leaves(gm: fx.GraphModule) -> tuple[pytree.TreeSpec, list[Any]]:
     if info is not None and info.out_spec is not None:
         return info.out_spec, list(value) if isinstance(value, (tuple, list)) else [value]
     tree = fx.node.map_aggregate(value, _opened)
-    leaves, spec = pytree.tree_flatten(_plain(tree))
+    leaves, spec = pytree.tree_flatten(plain(tree))
     return spec, [leaf.node if isinstance(leaf, _Part) else leaf for leaf in leaves]
 
 
@@ -129,15 +129,6 @@ def _opened(value: Any) -> Any:
             return fx.node.map_aggregate({k: v for k, v in given.items() if v is not None}, _opened)
     fake = fake_value(value)
     return value if pytree.tree_structure(fake).is_leaf() else pytree.tree_map(lambda _: _Part(value), fake)
-
-
-def _plain(tree: Any) -> Any:
-    """Return a tree with torch.fx's own dicts and lists replaced by plain ones."""
-    if type(tree) in (fx.immutable_collections.immutable_dict, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    if type(tree) in (fx.immutable_collections.immutable_list, list):
-        return [_plain(value) for value in tree]
-    return tuple(map(_plain, tree)) if type(tree) is tuple else tree
 
 
 def _single_name(leaf: Any) -> str:
@@ -169,6 +160,15 @@ def _keys(spec: pytree.TreeSpec) -> list[str]:
 
 
 # --- Calls ---
+
+
+def plain(tree: Any) -> Any:
+    """Return a tree with torch.fx's own dicts and lists replaced by plain ones."""
+    if type(tree) in (fx.immutable_collections.immutable_dict, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    if type(tree) in (fx.immutable_collections.immutable_list, list):
+        return [plain(value) for value in tree]
+    return tuple(map(plain, tree)) if type(tree) is tuple else tree
 
 
 def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
@@ -206,10 +206,11 @@ def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
             found=type(example_inputs).__name__,
         )
     if spec is None:
-        given = _by_parameter([str(node.target) for node in nodes], example_inputs, one_tree=False)
-        return [given[str(node.target)] if str(node.target) in given else _default(gm, node) for node in nodes]
-    one_tree = len(spec) == 1 and not next(iter(spec.values())).is_leaf()
-    given = _by_parameter(list(spec), example_inputs, one_tree)
+        given = _by_parameter(_trees_of_placeholders(nodes), example_inputs)
+        return [
+            _like(node, given[str(node.target)]) if str(node.target) in given else _default(gm, node) for node in nodes
+        ]
+    given = _by_parameter(spec, example_inputs)
     values: list[Any] = []
     for name, child in spec.items():
         own = nodes[len(values) : len(values) + child.num_leaves]
@@ -217,11 +218,12 @@ def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
     return values
 
 
-def _by_parameter(names: list[str], example_inputs: Any, one_tree: bool) -> dict[str, Any]:
+def _by_parameter(trees: Mapping[str, pytree.TreeSpec], example_inputs: Any) -> dict[str, Any]:
     """Return the given inputs by the name of their parameter."""
+    names = list(trees)
     if isinstance(example_inputs, Mapping):
-        if one_tree and names[0] not in example_inputs:
-            return {names[0]: example_inputs}
+        if len(names) == 1 and not trees[names[0]].is_leaf() and names[0] not in example_inputs:
+            return {names[0]: example_inputs}  # the one input itself
         given = {name: example_inputs[name] for name in names if name in example_inputs}
         rest = [name for name in names if name.startswith("**")]
         return given | {rest[0]: {k: v for k, v in example_inputs.items() if k not in given}} if rest else given
@@ -230,6 +232,19 @@ def _by_parameter(names: list[str], example_inputs: Any, one_tree: bool) -> dict
             "there are more example inputs than the graph has", expected=", ".join(names), found=len(example_inputs)
         )
     return dict(zip(names, example_inputs, strict=False))
+
+
+def _trees_of_placeholders(nodes: Sequence[fx.Node]) -> dict[str, pytree.TreeSpec]:
+    return {str(node.target): pytree.tree_structure(fake_value(node)) for node in nodes}
+
+
+def _like(node: fx.Node, value: Any) -> Any:
+    """Return the value of a placeholder as plain dicts, lists and tuples, without keys that the capture lacks."""
+    fake = fake_value(node)
+    spec = pytree.tree_structure(fake)
+    if isinstance(fake, (Mapping, tuple, list)) and not spec.is_leaf():
+        return plain(pytree.tree_unflatten(_leaves(spec, value, str(node.target)), spec))
+    return value
 
 
 def _default(gm: fx.GraphModule, node: fx.Node) -> Any:
@@ -309,6 +324,18 @@ def call_of(
     if keywords is False:
         return (*args, *kwargs.values()), {}
     return tuple(args), kwargs
+
+
+def call_like(gm: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``(args, kwargs)`` of a call in the form of the example inputs: a mapping gives keywords, others none.
+
+    Args:
+        gm: a graph of any kind.
+        example_inputs: as for :func:`flatten_inputs`, which says what is raised.
+    """
+    trees = _input_spec(gm) or _trees_of_placeholders(_placeholders(gm))
+    named = isinstance(example_inputs, Mapping) and not trees.keys().isdisjoint(example_inputs)
+    return call_of(gm, flatten_inputs(gm, example_inputs), keywords=named)
 
 
 def _trees(spec: pytree.TreeSpec, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpcompile.errors import GraphError, first_line
 from mpcompile.export.package_guard import guarded
-from mpcompile.export.pt2 import MAX_BATCH, program
+from mpcompile.export.pt2 import MAX_BATCH, call_arguments, program, registered
 from mpcompile.io.ownership import write_signed
 
 
-def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **options: Any) -> None:
+def save_aoti(gm: nn.Module, example: Any, path: str | os.PathLike[str], **options: Any) -> None:
     """Compile :func:`mpcompile.export.program` with AOTInductor into a package; ``options`` go to that function.
 
     Python loads the package with ``torch._inductor.aoti_load_package``, C++ with ``AOTIModelPackageLoader``. In both,
@@ -25,7 +25,7 @@ def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **op
         ArtifactError: the file cannot be written.
         GraphError: see :func:`mpcompile.export.program`; or Inductor cannot compile it.
     """
-    exported = program(gm, example, **options)
+    exported = registered(program(gm, example, **options))
 
     def write(package: Path) -> None:
         try:
@@ -40,7 +40,7 @@ def save_aoti(gm: nn.Module, example: Tensor, path: str | os.PathLike[str], **op
     write_signed(path, write, suffix=".pt2")
 
 
-def run(path: Path, example: Tensor) -> Tensor:
-    """Return the output of a package, or the first of several."""
-    result = torch._inductor.aoti_load_package(str(path))(example)
-    return result[0] if isinstance(result, (tuple, list)) else result
+def run(path: Path, example: Any) -> Any:
+    """Return the output of a package."""
+    args, kwargs = call_arguments(example)
+    return torch._inductor.aoti_load_package(str(path))(*args, **kwargs)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mpcompile.capture.signature import call_of
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import IRModule
@@ -64,7 +65,7 @@ def _movement(
     optimizer = torch.optim.AdamW(reservoir.values(), lr=_LR, weight_decay=0.0)
     for inputs, target in itertools.islice(itertools.cycle(zip(batches, targets, strict=True)), steps):
         state = {name: torch.where(kept[name], w, reservoir[name]) for name, w in weights.items()}
-        logits = torch.func.functional_call(gm, state, tuple(own_copies(gm, inputs))).float()
+        logits = torch.func.functional_call(gm, state, *call_of(gm, own_copies(gm, inputs))).float()
         soft = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
         loss = soft + F.mse_loss(logits, target)
         optimizer.zero_grad(set_to_none=True)

@@ -159,7 +159,8 @@ def _failed(message: str, error: BaseException) -> InputError:
         frames.append(traceback.FrameSummary(error.filename, error.lineno, "<module>", lookup_line=False, line=""))
     places = [f"{_short(f.filename)}, line {f.lineno}" + (f": {f.line}" if f.line else "") for f in frames]
     own = places[:1] + places[1:][-_FRAMES:] if places else []
-    return InputError(f"{message}: {summary(error)}" + (f" ({' -> '.join(own)})" if own else ""))
+    text = f"{type(error).__name__}: {error.msg}" if isinstance(error, SyntaxError) else summary(error)
+    return InputError(f"{message}: {text}" + (f" ({' -> '.join(own)})" if own else ""))
 
 
 def _short(path: str) -> str:

@@ -36,7 +36,7 @@ class LoadedModel:
         notes: remarks on what was assumed or converted.
 
     Example:
-        >>> loaded = load_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=3)
+        >>> loaded = mpcompile.load_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=3)
         >>> loaded.kind, loaded.num_classes, loaded.data["input_size"]
         ('timm', 3, [3, 32, 32])
         >>> loaded.model(loaded.example_inputs(4)).shape
@@ -106,6 +106,7 @@ class LoadedModel:
         Raises:
             InputError: there are no images, or labels do not fit.
         """
+        self.check_takes_images()
         how: dict[str, Any] = {"samples": samples, "batch": self.fixed_batch or batch, "seed": seed}
         names = list(self.class_names)
         return self.batches(images_at(Path(path), self.data, classes=self.num_classes, names=names, **how))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpcompile.data.images import data_config
-from mpcompile.errors import ArtifactError, InputError, first_line
-from mpcompile.io.reading import open_regular, sha256
+from mpcompile.errors import ArtifactError, InputError, first_line, printable
+from mpcompile.io.reading import LARGEST_TEXT, open_regular, parse_json, sha256
 from mpcompile.sources.loaded import LoadedModel
 
 
@@ -70,11 +71,12 @@ def _read(path: Path) -> Any:
         try:
             return torch.export.load(path)
         except Exception as error:
-            told = next((text for text in heard if "version" in text.lower()), first_line(error))
+            told = (heard[0] if heard else first_line(error)).rstrip(".")
+            writer = _written_by(path)
             raise ArtifactError(
                 f"{path} cannot be read as an exported program",
                 expected=f"a file of torch.export.save that torch {torch.__version__} reads",
-                found=told,
+                found=told if writer is None else f"one of torch {printable(writer, 40)}: {told}",
                 hint="export the model again with this version of torch; AOTInductor packages hold no graph",
             ) from error
 
@@ -84,22 +86,31 @@ def _quiet() -> Iterator[list[str]]:
     """Collect torch's log records, which the error repeats, instead of showing them."""
     heard: list[str] = []
 
-    class _Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            cause = record.exc_info[1] if record.exc_info else None
-            heard.append(first_line(cause) if cause is not None else record.getMessage())
+    def hear(record: logging.LogRecord) -> bool:
+        cause = record.exc_info[1] if record.exc_info else None
+        heard.append(first_line(cause) if cause is not None else record.getMessage())
+        return False
 
-    listener, log = _Listener(), logging.getLogger("torch.export")
-    before = log.propagate
-    log.addHandler(listener)
-    log.propagate = False
+    log = logging.getLogger("torch.export")
+    log.addFilter(hear)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield heard
     finally:
-        log.removeHandler(listener)
-        log.propagate = before
+        log.removeFilter(hear)
+
+
+def _written_by(path: Path) -> str | None:
+    """Return the version of torch that a file says it was written by; None if it does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = next(e for e in archive.infolist() if e.filename.endswith("models/model.json"))
+            content = parse_json(archive.read(entry)) if entry.file_size < LARGEST_TEXT else None
+    except (OSError, ValueError, StopIteration, RuntimeError, zipfile.BadZipFile):
+        return None
+    version = content.get("torch_version") if isinstance(content, dict) else None
+    return version if isinstance(version, str) else None
 
 
 def _one(arguments: Any, keywords: Mapping[str, Any]) -> Any:

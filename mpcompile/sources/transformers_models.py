@@ -12,7 +12,7 @@ from torch import nn
 
 from mpcompile.data.images import data_config
 from mpcompile.errors import ArtifactError, ConfigError, InputError, first_line, printable
-from mpcompile.io.checkpoints import load_checkpoint
+from mpcompile.io.checkpoints import read_checkpoint
 from mpcompile.sources.loaded import DEFAULT_SIZE, LoadedModel
 from mpcompile.sources.processors import data_of
 
@@ -51,11 +51,7 @@ def load_transformers(
     library = _library(name)
     kind = _class(library, name, architecture or config["architectures"][0])
     with _silent(library):
-        if checkpoint is None:
-            model: Any = _with_own_weights(kind, name, place, revision)
-        else:
-            model = _made(kind, name, place, revision)
-            load_checkpoint(model, checkpoint)
+        model: Any = _loaded(kind, name, place, revision, checkpoint)
         processor, note = _processor(library, name, place, revision)
     taken = getattr(model, "main_input_name", "pixel_values")
     if taken != "pixel_values":
@@ -150,16 +146,24 @@ def _silent(library: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _with_own_weights(kind: Any, name: str, place: str, revision: str | None) -> nn.Module:
-    """Return the model with the weights of its folder or repository.
+def _loaded(kind: Any, name: str, place: str, revision: str | None, checkpoint: Path | None) -> nn.Module:
+    """Return the model with the weights of its folder or repository, or of a checkpoint.
+
+    Either goes through ``from_pretrained``, which knows the names that tensors have had in earlier versions.
 
     Raises:
         ArtifactError: weights are missing, damaged, or do not fit.
         InputError: the model cannot be made.
     """
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "weights_only": True}
+    state = None if checkpoint is None else read_checkpoint(checkpoint)
+    where = {"revision": revision or "main", "trust_remote_code": False}
     try:
-        model, report = kind.from_pretrained(place, revision=revision or "main", weights_only=True, **options)
+        if state is None:
+            model, report = kind.from_pretrained(place, **where, **options)
+        else:
+            config = kind.config_class.from_pretrained(place, **where)
+            model, report = kind.from_pretrained(None, config=config, state_dict=state, **options)
     except Exception as error:
         if "safetensor" in f"{type(error).__name__}{error}".lower() or "Unpickling" in type(error).__name__:
             raise ArtifactError(
@@ -169,19 +173,20 @@ def _with_own_weights(kind: Any, name: str, place: str, revision: str | None) ->
                 hint="fetch the file again",
             ) from error
         raise InputError(f"{kind.__name__} cannot be made from {name}: {first_line(error)}") from error
+    origin = f"the file of weights of {name}" if checkpoint is None else str(checkpoint)
     wrong = [(str(key), f"{tuple(own)}", f"{tuple(found)}") for key, found, own in report["mismatched_keys"]]
     if wrong:
         key, own, found = min(wrong)
         more = f" (and {len(wrong) - 1} more such tensors)" if len(wrong) > 1 else ""
         raise ArtifactError(
-            f"the weights of {name} do not fit {kind.__name__}", expected=f"{key} of shape {own}", found=found + more
+            f"{origin} does not fit {kind.__name__}", expected=f"{key} of shape {own}", found=found + more
         )
     missing = sorted(report["missing_keys"])
     unknown = sorted(key for key in report["unexpected_keys"] if not _COMPUTED.search(key))
     if missing or unknown:
         expected = f"its {len(model.state_dict())} tensors" + _named(", also ", missing)
         found = "others: " + _named("", unknown) if unknown else "none of that name"
-        raise ArtifactError(f"the weights of {name} do not fit {kind.__name__}", expected=expected, found=found)
+        raise ArtifactError(f"{origin} does not fit {kind.__name__}", expected=expected, found=found)
     loaded: nn.Module = model
     return loaded
 
@@ -191,16 +196,6 @@ def _named(before: str, names: Sequence[str]) -> str:
         return ""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return before + ", ".join(printable(name, 60) for name in names[:_NAMED]) + more
-
-
-def _made(kind: Any, name: str, place: str, revision: str | None) -> nn.Module:
-    """Return the model with random weights, as its configuration describes it."""
-    try:
-        config = kind.config_class.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
-        model: nn.Module = kind(config)
-    except Exception as error:
-        raise InputError(f"{kind.__name__} cannot be made from {name}: {first_line(error)}") from error
-    return model
 
 
 def _processor(library: Any, name: str, place: str, revision: str | None) -> tuple[dict[str, Any] | None, str | None]:

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile._moved import renamed
+from mpcompile.capture.signature import call_of
 from mpcompile.ir.numerics import training_flags
 from mpcompile.passes.channels.atoms import Atoms, Axis, Dims
 from mpcompile.passes.channels.rules import Axes, find_rule
@@ -149,7 +150,7 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[Any]) -> ChannelAnalysis:
     state = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
 
     def call(tensors: dict[str, Tensor], *values: Any) -> Any:
-        return torch.func.functional_call(gm, tensors, values)
+        return torch.func.functional_call(gm, tensors, *call_of(gm, values))
 
     with torch.no_grad(), training_flags(gm, False):
         graph = make_fx(call, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(state, *inputs).graph

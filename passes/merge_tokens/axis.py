@@ -13,6 +13,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import ATTENTION, argument, fake_value, target_name
 from mpcompile.kernels import ops, schema
 from mpcompile.layers import ByMode, MaskedLinear
+from mpcompile.passes.merge_tokens.joined import rows_per_sample
 from mpcompile.passes.merge_tokens.moves import Level, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
 from mpcompile.passes.merge_tokens.weights import CASTS, AttentionWeights
@@ -164,6 +165,16 @@ class TokenAxis(AttentionWeights):
         if shape[0] != self._shape(level.tokens)[0]:
             raise self._refusal(node, f"axis 0 of {shape} is not the batch")
 
+    def _rows(self, node: fx.Node, level: Level) -> int:
+        """Return how many rows of axis 0 each sample has: 1, or the number of heads that are joined with the batch."""
+        shape, batch = self._shape(node), self._shape(level.tokens)[0]
+        if shape[0] != batch:
+            rows = rows_per_sample(self.gm, node, level.tokens, self.states, self.moves, self._shape)
+            if rows is None or rows * batch != shape[0]:
+                raise self._refusal(node, f"axis 0 of {shape} is not the batch")
+            return rows
+        return 1
+
     def _bring(self, node: fx.Node, table: fx.Node, level: Level, start: int, dim: int) -> None:
         """Average a value per input token over the tokens that merged, and let ``node`` read the averages."""
         value = fake_value(table)
@@ -285,10 +296,10 @@ class TokenAxis(AttentionWeights):
             return state
         logits = node.args[0]
         if self.proportional:
-            self._check_batch(node, self._shape(node), state.level)
+            rows = self._rows(node, state.level)
             with self.gm.graph.inserting_before(node):
-                args = schema.TokenBiasArgs(size=state.level.size, logits=logits, start=state.axes[dim], dim=dim)
-                bias = self.gm.graph.call_function(ops.token_bias, tuple(args))
+                args = tuple(schema.TokenBiasArgs(state.level.size, logits, state.axes[dim], dim, rows))
+                bias = self.gm.graph.call_function(ops.token_bias, args if rows > 1 else args[:-1])
                 total = self.gm.graph.call_function(operator.add, (logits, bias))
             node.replace_input_with(logits, total)  # type: ignore[arg-type]
         self.weights[node] = dim

@@ -14,6 +14,7 @@ from torch import fx
 from mpcompile.errors import GraphError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import argument, element_count, fake_value, hint, shape_of, target_name
+from mpcompile.passes.merge_tokens.joined import RESHAPES, unjoin
 
 SIZED = ("reshape", "view", "_unsafe_view", "expand")  # their arguments name every axis
 REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
@@ -132,6 +133,9 @@ class AxisMoves:
         return replace(state, axes={place: state.axes[axis] for axis, place in self._places(node, state).items()})
 
     def _reshape(self, node: fx.Node, state: State) -> State:
+        if target_name(self.gm, node) in RESHAPES:
+            for axis in state.axes:
+                unjoin(self.gm, node, axis, self._shape)
         source, places = node.args[0], self._places(node, state)
         result = replace(state, axes={place: state.axes[axis] for axis, place in places.items()})
         if len(node.args) == 2 and isinstance(node.args[1], fx.Node):

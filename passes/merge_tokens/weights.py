@@ -101,7 +101,7 @@ class AttentionWeights(AxisMoves):
         users = list(node.users)
         with graph.inserting_after(node):
             log_args = schema.TokenBiasArgs(size=state.level.size, logits=node, start=state.axes[keys], dim=keys)
-            log = graph.call_function(ops.token_bias, tuple(log_args))
+            log = graph.call_function(ops.token_bias, tuple(log_args)[:-1])
         with graph.inserting_after(log):
             more = graph.call_function(torch.expm1, (log,))  # size - 1: the layer has added its bias once
         with graph.inserting_after(more):

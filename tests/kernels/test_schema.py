@@ -29,7 +29,7 @@ SIGNATURES = {
     "nm_conv": "(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
     "int[] dilation, int n, int m, int[] shape, int layout, str activation) -> Tensor",
     "token_size": "(Tensor x, Tensor? mask=None) -> Tensor",
-    "token_bias": "(Tensor size, Tensor logits, int start, int dim) -> Tensor",
+    "token_bias": "(Tensor size, Tensor logits, int start, int dim, int rows=1) -> Tensor",
     "token_merge": "(Tensor x, Tensor keys, Tensor size, int r, int prefix, int suffix=0) -> (Tensor, Tensor, Tensor)",
     "token_mean": "(Tensor x, Tensor size, int start, int dim, bool keepdim) -> Tensor",
     "token_follow": "(Tensor table, Tensor place, Tensor before, Tensor size, int start, int dim, int rank) -> Tensor",
