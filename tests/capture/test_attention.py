@@ -11,7 +11,7 @@ from mpcompile import Config, load, lower, save, transform
 from mpcompile.capture.importers import import_model
 from mpcompile.export import dense_state
 from mpcompile.ir.view import layers
-from tests.support.attending import Detector, Encoder, open_clip_vision, stirred, vision_transformer
+from tests.capture.attending import Detector, Encoder, open_clip_vision, stirred, vision_transformer
 from tests.support.helpers import capture, images, relative
 
 SPARSE = Config(pattern="2:4", engine="reference")
@@ -280,3 +280,50 @@ def test_what_stays_a_single_call(change, why):
     assert gm.plan.masked == ["fc"]
     reason = gm.plan.layers["attention.in_proj_weight"].reason
     assert reason.startswith("inside MultiheadAttention: it") and why in reason
+
+
+class Translator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Transformer(16, 4, 1, 2, 32, batch_first=True, norm_first=True)
+
+    def forward(self, source, target, mask):
+        return self.model(source, target, tgt_mask=mask, tgt_is_causal=True)
+
+
+def test_a_whole_transformer():
+    torch.manual_seed(0)
+    model, inputs = stirred(Translator()), (X, Y, TRIANGLE)
+    gm = transform(model, inputs, SPARSE)
+    assert len(gm.plan.masked) == 4 + 2 * (2 + 3 + 2)
+    torch.testing.assert_close(
+        transform(model, inputs, Config(pattern="dense"))(*inputs), model(*inputs), rtol=1e-5, atol=1e-5
+    )
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+
+    def forward(self, x, hidden):
+        return self.encoder(x, src_key_padding_mask=hidden)
+
+
+def test_hidden_tokens_without_nested_tensors():
+    model = stirred(Nested())
+    imported = import_model(model, (Y, HIDDEN))
+    assert any("without nested tensors" in note for note in imported.notes)
+    torch.testing.assert_close(imported.gm(Y, HIDDEN), model(Y, HIDDEN), rtol=1e-5, atol=1e-5)
+
+
+def test_channels_are_permuted_alike_in_both_graphs():
+    model, x = vision_transformer(), images(4)
+    for source in (model, torch.export.export(model, (x,)).module()):
+        gm = transform(source, x, Config(pattern="2:4", restore=False), calibration=images(4, seed=2))
+        permuted = [name for name, layer in gm.plan.layers.items() if "permute" in layer.notes]
+        assert len(permuted) == 8
+        state = dense_state(gm)
+        again = copy.deepcopy(model)
+        again.load_state_dict(state)
+        assert relative(again(x), gm(x)) < 1e-6

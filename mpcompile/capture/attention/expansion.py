@@ -59,13 +59,12 @@ def _rewrite(expand: Expander, node: fx.Node) -> None:
     args, kwargs = expand.proxy((node.args, node.kwargs))
     try:
         with graph.inserting_before(node):
+            expand.enter(node.all_input_nodes)
             if node.op == "call_module":
-                expand.enter(node.all_input_nodes)
                 results = expand.call(str(node.target), *args, **kwargs)
                 if str(node.target) in expand.left:
                     raise Unsupported(expand.left[str(node.target)])
             else:
-                expand.enter(node.all_input_nodes)
                 results = REWRITES[node.target](expand, args, kwargs)
     except Unsupported as error:
         expand.masks.made = made
@@ -85,7 +84,8 @@ def _replace(node: fx.Node, results: Any) -> None:
     else:
         for user in list(node.users):
             if user.target is operator.getitem and user.args[0] is node and isinstance(user.args[1], int):
-                _substitute(user, results[user.args[1]])
+                if user.users:
+                    _substitute(user, results[user.args[1]])
                 node.graph.erase_node(user)
         _substitute(node, results)
     node.graph.erase_node(node)

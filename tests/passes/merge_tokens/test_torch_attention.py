@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpcompile import Config, lower, transform
+from tests.capture.attending import Encoder, open_clip_vision, stirred, vision_transformer
 from tests.support import merging_reference
-from tests.support.attending import Encoder, open_clip_vision, stirred, vision_transformer
 from tests.support.helpers import images, relative
 from tests.support.merging import merged
 
