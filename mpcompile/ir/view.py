@@ -194,9 +194,7 @@ _PRODUCT = re.compile(
 
 def unentered(node: fx.Node) -> bool:
     """Return True if a node calls a function of the user's that the trace keeps whole (``torch.fx.wrap``)."""
-    if node.op != "call_function" or opaque(node):
-        return False
-    return node.meta.get("is_wrapped", False) or not known(node.target)
+    return node.op == "call_function" and not opaque(node) and not known(node.target)
 
 
 def multiplies(gm: fx.GraphModule, node: fx.Node) -> bool:
