@@ -247,6 +247,16 @@ def _left(node: fx.Node) -> str:
     return f": {node.meta[LEFT_WHOLE]}" if LEFT_WHOLE in node.meta else ""
 
 
+def whole_functions(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[str]:
+    """Return the names of functions that the graph holds as a whole although they take weights."""
+    lifted, names = lifted or Lifted(), []
+    for node in filter(unentered, gm.graph.nodes):
+        refs = [parameter_read(gm, operand, lifted) for operand in node.all_input_nodes]
+        if any(ref is not None and ref.tensor.dim() >= 2 for ref in refs):
+            names.append(target_name(gm, node))
+    return list(dict.fromkeys(names))
+
+
 def _weights(node: fx.Node) -> list[fx.Node]:
     """Return the operands of a product that may be weights: not a layer's input, and not the mask of attention."""
     operands = node.all_input_nodes
