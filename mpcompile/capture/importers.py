@@ -80,7 +80,8 @@ def import_model(
     biases = {f"{layer.name}.bias": layer.bias for layer in uses if isinstance(layer.bias, Tensor)}
     check_finite({layer.weight.name: layer.weight.tensor for layer in uses} | biases)
     everything = {imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()}
-    check_finite({**imported.gm.state_dict(), **everything}, bounds=True)
+    parameters = dict(imported.gm.named_parameters())
+    check_finite({**imported.gm.state_dict(), **parameters, **everything}, bounds=True)
     return imported
 
 
