@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpcompile import Config, InputError, transform
+from mpcompile import Config, transform
 from mpcompile.capture.importers import import_model
+from mpcompile.errors import InputError
 
 X = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
 HIDDEN = torch.full((16, 16), float("-inf")).triu(1)
