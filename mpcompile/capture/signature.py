@@ -202,7 +202,7 @@ def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if isinstance(example_inputs, (tuple, list)):
-        if len(example_inputs) == len(nodes) and (spec is None or len(spec) != len(nodes)):
+        if spec is not None and len(example_inputs) == len(nodes) != len(spec):
             return list(example_inputs)
     elif not isinstance(example_inputs, Mapping):
         raise InputError(
