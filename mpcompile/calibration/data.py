@@ -58,22 +58,21 @@ def peek(data: Any) -> tuple[Any, Iterable[Any]]:
 
 
 def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> list[Any]:
-    """Return the inputs in a batch: the entries of a dict in the order of ``names``, else only the first item.
+    """Return the inputs in a batch: the entries of a mapping in the order of ``names``, else only the first item.
+
+    Other entries of a mapping, such as labels, are left out.
 
     Args:
         examples: example inputs; if there is one, and it is a dict or a tuple, then the input in each batch is too.
     """
     nested = len(examples) == 1 and isinstance(examples[0], (Mapping, tuple, list))
     if isinstance(batch, Mapping):
-        if set(batch) == set(names):
+        if batch.keys() >= set(names):
             return [batch[name] for name in names]
         if nested:
             return [batch]
         raise InputError("a calibration batch has the wrong keys", expected=", ".join(names), found=list(batch))
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
-        batch = batch[0]
+    batch = _first(batch)
     if not isinstance(batch, Tensor) and not (nested and isinstance(batch, (Mapping, tuple, list))):
         raise InputError(
             "a calibration batch has the wrong type",
@@ -81,6 +80,15 @@ def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> 
             found=type(batch).__name__,
         )
     return [batch]
+
+
+def _first(batch: Any) -> Any:
+    """Return the first item of a tuple, which is the input, or a batch of another type as it is."""
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
+        return batch[0]
+    return batch
 
 
 def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
@@ -114,7 +122,7 @@ def _inputs(model: Imported, batch: Any, names: list[str], examples: Sequence[An
     """Return the inputs in a batch, one per placeholder that holds data."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     named = isinstance(first, Mapping) or (isinstance(batch, (tuple, list)) and len(batch) >= len(names) > 1)
-    if model.lifted.tensors or not named:
+    if model.lifted.tensors or (len(names) == 1 and not named):
         return model_inputs(batch, names, examples)
     left_out = [key for key in first if key in LABELS and key not in names] if isinstance(first, Mapping) else []
     if left_out:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -13,7 +13,6 @@ from mpcompile.capture.signature import call_of, flatten_inputs
 from mpcompile.data.labels import LABELS
 from mpcompile.errors import InputError
 from mpcompile.io.messages import warn_once
-from mpcompile.ir.effects import own_copies
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +81,6 @@ def graph_inputs(gm: fx.GraphModule, batch: Any) -> list[Any]:
     if not any(name.startswith("**") for name in names):
         _tell(batch, given)
     return flatten_inputs(gm, batch)
-
-
-def call_flat(gm: fx.GraphModule, values: Sequence[Any]) -> Any:
-    """Return the output of a graph for one value per placeholder; the graph gets copies of those it writes into."""
-    args, kwargs = call_of(gm, own_copies(gm, values))
-    return gm(*args, **kwargs)
 
 
 class _Positional(tuple[Any, ...]):

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mpcompile.capture.signature import call_of
-from mpcompile.data.calls import call_flat
+from mpcompile.capture.signature import call_graph, call_of
 from mpcompile.data.outputs import class_scores, logits_of
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies
@@ -143,7 +142,7 @@ def _goals(sparsity: float) -> list[float]:
 @torch.no_grad()
 def _dense_logits(gm: IRModule, data: Sequence[Sequence[Any]]) -> list[Tensor]:
     """Return the graph's logits on every batch, float32."""
-    logits = [class_scores(call_flat(gm, batch)) for batch in data]
+    logits = [class_scores(call_graph(gm, own_copies(gm, batch))) for batch in data]
     if any(table is None for table in logits):
         raise InputError("score='ser' needs a model that returns logits", expected="a tensor (batch, classes)")
     return [table.float() for table in logits if table is not None]

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.calibration.moments import DIAGONAL, collect
-from mpcompile.capture.signature import call_of
-from mpcompile.data.calls import call_flat
+from mpcompile.capture.signature import call_graph, call_of
 from mpcompile.data.outputs import tensors_of
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import IRModule
@@ -94,7 +93,7 @@ class Permute(Pass):
         inputs = [_random(value) for value in ctx.inputs]
         state = folded(gm, analysis, _orders(gm, ctx, analysis, decision.classes))
         with training_flags(gm, False):
-            expected = call_flat(gm, inputs)
+            expected = call_graph(gm, own_copies(gm, inputs))
             result = torch.func.functional_call(gm, state, *call_of(gm, own_copies(gm, inputs)))
         difference = _difference(result, expected)
         if difference <= _TOLERANCE * _looser(gm):
