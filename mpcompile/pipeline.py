@@ -18,6 +18,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from mpcompile.calibration.data import as_batches, peek
 from mpcompile.capture.checks import check_values
 from mpcompile.capture.importers import import_model
+from mpcompile.capture.outputs import select_outputs
 from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.dump import observers
 from mpcompile.errors import ConfigError, GraphError, InputError
@@ -25,7 +26,7 @@ from mpcompile.ir import spec
 from mpcompile.ir.effects import explicit
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.ir.numerics import exact, with_ordinary_tensors
-from mpcompile.ir.shapes import propagate
+from mpcompile.ir.shapes import propagate, shapes_of
 from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
@@ -87,7 +88,7 @@ class Pipeline:
             MPCompileError: a pass refuses the graph, or leaves it with shapes that do not fit together.
         """
         gm = model.gm
-        output = _shapes(propagate(gm, ctx.inputs))
+        output = shapes_of(propagate(gm, ctx.inputs))
         if explicit(gm):
             gm.recompile()
         for step in self.passes:
@@ -116,23 +117,12 @@ class _Check:
         ctx, gm = self.ctx, result.graph_module
         self.stage = max(self.stage, spec.REACHED_BY.get(step.name, self.stage))
         try:
-            shapes = _shapes(propagate(gm, ctx.inputs))
+            shapes = shapes_of(propagate(gm, ctx.inputs))
             spec.check(gm, self.stage, lifted=ctx.lifted, plan=ctx.plan)
         except GraphError as error:
             raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
         if shapes != self.output:
             raise GraphError(f"pass {step.name!r} changed the output", expected=self.output, found=shapes)
-
-
-def _shapes(value: Any) -> Any:
-    """Return the shapes of everything that a graph returns."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(_shapes(v) for v in value)
-    if isinstance(value, dict):
-        return {k: _shapes(v) for k, v in value.items()}
-    return None
 
 
 @with_ordinary_tensors
@@ -296,6 +286,8 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
     merged = any(node.target is ops.token_merge for node in imported.gm.graph.nodes)
     decides = any(step.decides for step in pipeline)
     kept = [key for key in old if key not in ("engine", "frozen")] if before and not decides else []
+    if before and decides and not config.outputs:
+        kept += [key for key in old if key == "outputs"]  # outputs that are gone stay gone
     if before and decides and merged:
         kept += [key for key in old if key.startswith(("tome_", "prefix_"))]
     if before and decides and config.pattern == "dense" and plan.masked:
@@ -339,6 +331,7 @@ def run_pipeline(
         raise ConfigError("calibrate has no such value", expected=f"one of {', '.join(CALIBRATIONS)}", found=calibrate)
     if allocated is None:
         _check_needs(pipeline, config)
+    select_outputs(imported, config.outputs)
     plan = _begun(imported, config, pipeline)
     data: Calibration | None = None
     if calibration is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpcompile.capture.outputs import named_outputs
 from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
@@ -303,11 +304,11 @@ class MergeTokens(Pass):
         idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
         drop(gm, idle)
         blocks = [_sites_of(gm, stream) for stream in streams]
-        spread: list[fx.Node] = []
+        names, spread = {node: name for name, node in named_outputs(gm).items()}, list[fx.Node]()
         for sites, stream in zip(blocks, streams, strict=True):
             spread += insert_merges(gm, sites, stream, ctx.config.tome_proportional).spread
         if spread:
-            names = ", ".join(dict.fromkeys(node.name for node in spread))
-            ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {names}")
+            told = ", ".join(dict.fromkeys(names.get(node, node.name) for node in spread))
+            ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {told}")
         ctx.plan.tokens = list(streams[0].tokens) if len(streams) == 1 else [list(s.tokens) for s in streams]
         return True
