@@ -136,14 +136,3 @@ def propagate(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
                 found=", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i)[:80] for i in inputs),
                 hint=None if node is None else f"the error comes from {target_name(gm, node)} (node {node.name})",
             ) from error
-
-
-def shapes_of(value: Any) -> Any:
-    """Return the shapes of everything that a graph returns."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(shapes_of(v) for v in value)
-    if isinstance(value, dict):
-        return {k: shapes_of(v) for k, v in value.items()}
-    return None
