@@ -17,7 +17,6 @@ from torch import nn
 from mpcompile.calibration.data import as_batches, peek
 from mpcompile.capture.checks import check_values
 from mpcompile.capture.importers import import_model
-from mpcompile.capture.outputs import select_outputs
 from mpcompile.config import CALIBRATIONS, Config
 from mpcompile.dump import observers
 from mpcompile.errors import ConfigError, GraphError, InputError
@@ -41,6 +40,7 @@ from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens, unmerged
+from mpcompile.passes.merge_tokens.outputs import select_outputs
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 from mpcompile.plan import LayerPlan, Plan

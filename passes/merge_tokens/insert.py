@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpcompile.capture.outputs import named_outputs
 from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
@@ -27,6 +26,7 @@ from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
 from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
+from mpcompile.passes.merge_tokens.outputs import named_outputs
 from mpcompile.passes.merge_tokens.schedule import Stream, merges, solve
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
