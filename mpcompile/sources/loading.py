@@ -62,7 +62,7 @@ def load_model(
     Example:
         >>> loaded = load_model("resnet18", num_classes=10)
         >>> print(loaded.summary())
-        resnet18: timm, resnet18 (timm ...); weights: random; images 3x224x224, mean ..., std ..., ...; 10 classes
+        resnet18: timm, ResNet (timm ...); weights: random; images 3x224x224, mean ...; 10 classes
     """
     name, checkpoint = os.fspath(name), None if checkpoint is None else Path(checkpoint)
     kind = kind_of(name)
