@@ -13,6 +13,9 @@ from typing import Any
 MOVED = {
     "allocation": "pruning.knapsack",
     "analysis": "rmt.analysis",
+    "artifact.combinations": "artifact.packed.combinations",
+    "artifact.native_nodes": "artifact.packed.nodes",
+    "artifact.packing": "artifact.packed.tensors",
     "audit": "measure.audit measure.builds",
     "certify": "certificates.api",
     "certify.batches": "certificates.batches",

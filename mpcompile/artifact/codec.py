@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
+from mpcompile._moved import renamed
 from mpcompile.artifact.guards import METHODS
 from mpcompile.artifact.opset import (
     ATTRIBUTES,
@@ -35,8 +34,17 @@ from mpcompile.artifact.opset import (
     module_path,
     shown,
 )
+from mpcompile.artifact.structures import check_call, class_of, encode_class
 from mpcompile.ir.nodes import dynamo_name
 
+__getattr__ = renamed(
+    __name__,
+    {
+        "is_guard": "capture.input_guards.is_torch_guard",
+        "encode_signature": "artifact.structures.encode_signature",
+        "decode_signature": "artifact.structures.decode_signature",
+    },
+)
 _MAX_DEPTH = 32  # levels of nested values; the Python parser has a limit, too
 _KINDS: dict[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
 _CONSTANTS = {tag: {k: v for k, v in vars(torch).items() if isinstance(v, kind)} for tag, kind in _KINDS.items()}
@@ -131,7 +139,7 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
 def _encode_node(node: fx.Node) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_function":
-        target = function_name(target)
+        target = encode_class(target) if isinstance(target, type) else function_name(target)
         if target is None:
             raise Refusal(f"it calls {node._pretty_print_target(node.target)}", expected=LISTED)
     if node.op == "placeholder" and dynamo_name(node):
@@ -190,6 +198,10 @@ def _target(root: nn.Module, op: object, target: Any, args: tuple[Any, ...], kwa
         allowed = is_method(target, kwargs) and on_node
         if allowed and target in METHODS:
             return METHODS[target]
+    elif op == "call_function" and isinstance(target, dict):
+        cls = class_of(target)
+        check_call(cls, args, kwargs)
+        return cls
     elif op == "call_function" and (function := function_of(target)) is not None:
         if function is not getattr:
             return call_of(function, args, kwargs)
@@ -230,57 +242,3 @@ def decode_nodes(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
     if not entries or len(set(inputs)) != len(inputs):
         raise Refusal("the graph has no output, or two inputs of the same name")
     return graph
-
-
-# --- The signature ---
-
-
-def encode_signature(graph: fx.Graph) -> Any:
-    """Return None for a plain signature; for that of an exported program, names and trees of inputs and outputs.
-
-    Raises:
-        Refusal: a signature of another kind, or inputs or outputs that are not nested tuples, lists and dicts.
-    """
-    codegen = graph._codegen
-    if type(codegen) is _PyTreeCodeGen and codegen._body_transformer is None:
-        trees = []
-        for spec in codegen.pytree_info[1:]:
-            tree = None if spec is None else encode(pytree.tree_unflatten([0] * spec.num_leaves, spec))
-            if spec is not None and _decode_spec(tree) != spec:
-                raise Refusal("inputs or outputs are of a type that a file cannot hold", found=shown(spec))
-            trees.append(tree)
-        return {"names": list(codegen.pytree_info.orig_args), "in": trees[0], "out": trees[1]}
-    if type(codegen) is not CodeGen or codegen._body_transformer is not None:
-        raise Refusal("the graph has its own code generator", found=type(codegen).__name__)
-    return None
-
-
-def decode_signature(graph: fx.Graph, value: Any) -> None:
-    """Give ``graph`` the signature that :func:`encode_signature` described.
-
-    Raises:
-        Refusal: names that cannot be arguments, or a number of inputs other than the graph's.
-    """
-    if value is None:
-        return
-    names, spec = [identifier(name) for name in value["names"]], _decode_spec(value["in"])
-    inputs = sum(node.op == "placeholder" for node in graph.nodes)
-    if spec.num_leaves != inputs or len(set(names)) != len(names):
-        raise Refusal("the signature does not fit the graph", expected=f"{inputs} inputs", found=spec.num_leaves)
-    out = None if value["out"] is None else _decode_spec(value["out"])
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, spec, out)))
-
-
-def _decode_spec(value: Any) -> pytree.TreeSpec:
-    """Return the structure of nested tuples, lists and dicts. The keys of dicts end up in generated source."""
-    tree = decode(value, {})
-    stack = [tree]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, dict):
-            stack.extend(value.values())
-            for key in value:
-                keyword_name(key)
-        elif isinstance(value, (tuple, list)):
-            stack.extend(value)
-    return pytree.tree_structure(tree)

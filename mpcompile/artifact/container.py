@@ -99,13 +99,21 @@ def parse(text: str | bytes, what: str = "header") -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        Refusal: the text is not JSON; the message calls it ``what``.
+        Refusal: the text is not JSON, or has a key twice; the message calls it ``what``.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         hint = "the file is damaged: copy it again"
         raise Refusal(f"its {what} is not JSON: {str(error)[:80]}", hint=hint) from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):  # a reader that takes the first of them would see another file
+        twice = next(key for key in table if sum(key == other for other, _ in pairs) > 1)
+        raise Refusal(f"its header has the key {twice[:80]!r} twice")
+    return table
 
 
 def readable(metadata: Mapping[str, str]) -> dict[str, Any]:

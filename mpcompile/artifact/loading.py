@@ -6,12 +6,14 @@ import os
 from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen
 
-from mpcompile.artifact.codec import decode_nodes, decode_signature
+from mpcompile.artifact.codec import decode_nodes
 from mpcompile.artifact.container import MAX_HEADER, PLAN, WEIGHTS, naming, parse, read, readable, resolve
-from mpcompile.artifact.native_nodes import check_packed
 from mpcompile.artifact.opset import Refusal, identifier, shown
-from mpcompile.artifact.packing import unpack_tensors
+from mpcompile.artifact.packed.nodes import check_packed
+from mpcompile.artifact.packed.tensors import unpack_tensors
+from mpcompile.artifact.structures import decode_signature
 from mpcompile.artifact.tree import restore_modules, restore_tensors
 from mpcompile.errors import GraphError, summary
 from mpcompile.io.reading import read_bytes
@@ -69,7 +71,10 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
         gm = IRModule(nn.Module(), fx.Graph(), class_name=identifier(graph["class"]))
         restore_modules(gm, modules, restore_tensors(kinds, unpack_tensors(kinds, tensors)))
         nodes = decode_nodes(gm, graph["nodes"])
-        decode_signature(nodes, graph["signature"])
+        codegen = decode_signature(graph["signature"])
+        if codegen is not None:
+            _check_fit(nodes, codegen)
+            nodes.set_codegen(codegen)
         gm.graph = nodes  # generates and compiles the source
         gm.graph.lint()
         if type(graph["locked"]) not in (bool, type(None)):
@@ -87,6 +92,18 @@ def assemble(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> IRModul
             f"its parts do not make a module ({summary(error)})", expected="a file that mpcompile.save wrote"
         ) from error
     return gm
+
+
+def _check_fit(graph: fx.Graph, codegen: _PyTreeCodeGen) -> None:
+    """Refuse trees of inputs and outputs that have more or fewer leaves than the graph."""
+    _, into, out = codegen.pytree_info
+    inputs = sum(node.op == "placeholder" for node in graph.nodes)
+    if into.num_leaves != inputs:
+        raise Refusal("the signature does not fit the graph", expected=f"{inputs} inputs", found=into.num_leaves)
+    results = graph.output_node().args[0]
+    count = len(results) if isinstance(results, (tuple, list)) else 1
+    if out is not None and out.num_leaves != count:
+        raise Refusal("the signature does not fit the graph", expected=f"{count} outputs", found=out.num_leaves)
 
 
 def _check_stage(gm: IRModule, plan: Plan | None) -> None:

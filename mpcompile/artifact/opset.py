@@ -163,7 +163,8 @@ METHODS = words(
 )
 
 ATEN = words(
-    f"{_COMMON} {_NEURAL} _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_scalar _assert_tensor_metadata "
+    f"{_COMMON} {_NEURAL} __and__ __or__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d "
+    "_assert_scalar _assert_tensor_metadata "
     "_log_softmax _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention "
     "_scaled_dot_product_flash_attention_for_cpu _softmax _to_copy _unsafe_view _upsample_bicubic2d_aa "

@@ -3,7 +3,7 @@
 The texts are ``graph`` (the nodes), ``modules`` (the tree of layers: class, constructor arguments, training flags, and
 the names of the tensors), ``tensors`` (which are parameters, which are packed, and unusual memory orders) and ``plan``
 (with config, provenance and measured figures). Masked weights are stored as their kept values and a code of their masks
-(packing.py), all other tensors as they are, tied ones once.
+(packed/tensors.py), all other tensors as they are, tied ones once.
 
 Not stored: node metadata and type annotations (shapes are recomputed), and hooks. opset.py and leaves.py list what can
 be stored.
@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpcompile.artifact.codec import encode_nodes, encode_signature
+from mpcompile.artifact.codec import encode_nodes
 from mpcompile.artifact.container import PLAN, WEIGHTS, dump, naming, readable, resolve, write
 from mpcompile.artifact.loading import assemble
 from mpcompile.artifact.opset import Refusal
-from mpcompile.artifact.packing import pack_tensors
+from mpcompile.artifact.packed.tensors import pack_tensors
+from mpcompile.artifact.structures import encode_signature
 from mpcompile.artifact.tree import Tree, compare
 from mpcompile.errors import GraphError
 from mpcompile.io.ownership import is_ours
@@ -93,7 +94,7 @@ def describe(gm: IRModule) -> tuple[dict[str, str], dict[str, Tensor]]:
     graph = {
         "class": type(gm).__name__,
         "locked": gm.locked_mode,
-        "signature": encode_signature(gm.graph),
+        "signature": encode_signature(gm.graph._codegen),
         "nodes": encode_nodes(list(gm.graph.nodes)),
     }
     tree = Tree(gm)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from mpcompile.capture.attention import expand_attention
 from mpcompile.capture.checks import check_finite, check_hooks, check_values, not_a_model
 from mpcompile.capture.graphs import import_graph
+from mpcompile.capture.products import number_paddings, unify_products
 from mpcompile.capture.symbolic import import_module
 from mpcompile.ir.module import Imported
 from mpcompile.ir.regions import inline_regions
@@ -43,6 +44,9 @@ def import_model(model: nn.Module, example_inputs: Any = None, *, share: bool = 
     else:
         imported = import_module(model, example_inputs)
     inline_regions(imported.gm)
+    unify_products(imported.gm, imported.lifted)
+    if not share:
+        number_paddings(imported.gm)
     expand_attention(imported)
     uses = layers(imported.gm, imported.lifted)
     biases = {f"{layer.name}.bias": layer.bias for layer in uses if isinstance(layer.bias, Tensor)}

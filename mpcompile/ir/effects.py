@@ -45,7 +45,7 @@ def switches(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _SWITCHES
 
 
-def _known(target: Any) -> bool:
+def known(target: Any) -> bool:
     """Return True if a function or class comes from a library whose names show which functions write in place."""
     if isinstance(target, torch._ops.HigherOrderOperator):
         return False
@@ -78,9 +78,9 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
 def writes(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Return True if a node may write into one of its inputs, or change the mode of later nodes."""
     if node.op == "call_module":
-        if not _known(type(gm.get_submodule(str(node.target)))):
+        if not known(type(gm.get_submodule(str(node.target)))):
             return True
-    elif node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and not _known(node.target):
+    elif node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and not known(node.target):
         return True
     return switches(node) or bool(written(gm, node))
 

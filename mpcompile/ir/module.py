@@ -119,7 +119,9 @@ class IRModule(fx.GraphModule):
         return code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        codegen = None if type(self._graph._codegen) is CodeGen else self._graph._codegen
+        from mpcompile.artifact.structures import picklable
+
+        codegen = None if type(self._graph._codegen) is CodeGen else picklable(self._graph._codegen)
         records = [_NodeRecord.of(node) for node in self._graph.nodes]
         return _unpickled, (type(self).__name__, type(self)._made_as, self._kept(), records, codegen)
 
@@ -212,9 +214,12 @@ class _NodeRecord:
     @classmethod
     def of(cls, node: fx.Node) -> _NodeRecord:
         from mpcompile.artifact.opset import function_name
+        from mpcompile.artifact.structures import picklable_class
 
         target: Any = node.target
-        if node.op == "call_function":
+        if isinstance(target, type):
+            target = picklable_class(target)
+        elif node.op == "call_function":
             if isinstance(target, torch._ops.OpOverload):
                 target = (target.namespace, *target._schema.name.split("::")[1:], target._overloadname)
             else:

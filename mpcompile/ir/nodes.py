@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from mpcompile.ir.module import Lifted
 
 LINEAR = frozenset({F.linear, torch.ops.aten.linear.default})
-CONV2D = frozenset({F.conv2d, torch.ops.aten.conv2d.default})
+CONV2D = frozenset({F.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding})
 MATMUL = frozenset({torch.matmul, torch.bmm, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.einsum})
 ATTENTION = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
@@ -57,6 +57,45 @@ def hint(size: Any) -> Any:
 def element_count(shape: Sequence[int]) -> int:
     """Return the product of a shape."""
     return math.prod(shape)
+
+
+_FORM = frozenset(
+    {
+        "shape",
+        "size",
+        "dim",
+        "ndim",
+        "numel",
+        "nelement",
+        "dtype",
+        "device",
+        "stride",
+        "requires_grad",
+        "is_cuda",
+        "layout",
+        "itemsize",
+        "is_floating_point",
+        "is_complex",
+        "get_device",
+        "element_size",
+        "storage_offset",
+        "is_contiguous",
+        "sym_size",
+        "sym_numel",
+        "sym_stride",
+        "sym_storage_offset",
+    }
+)
+
+
+def reads_form(node: fx.Node) -> bool:
+    """Return True if a node reads the form of a tensor alone: its sizes, dtype or device, and no value."""
+    if node.op == "call_method":
+        return node.target in _FORM
+    if node.target is getattr:
+        return node.args[1] in _FORM
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return node.op == "call_function" and getattr(packet, "__name__", "") in _FORM
 
 
 def reads_number(node: fx.Node) -> bool:

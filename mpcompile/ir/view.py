@@ -6,14 +6,16 @@ aten operator, or as one of our masked operators. :func:`layers` returns one typ
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from mpcompile.ir.effects import known
 from mpcompile.ir.module import Lifted
-from mpcompile.ir.nodes import CONV2D, LINEAR, MATMUL, argument
+from mpcompile.ir.nodes import ATTENTION, CONV2D, LINEAR, argument, reads_form, target_name
 from mpcompile.ir.parts import FOLDED, attribute
 from mpcompile.ir.regions import opaque
 from mpcompile.kernels import ops, schema
@@ -70,7 +72,7 @@ class LayerOp:
         return self.geometry is not None and self.geometry.groups > 1 and self.weight.tensor.shape[1] == 1
 
 
-def _resolve(gm: fx.GraphModule, node: Any, lifted: Lifted) -> ParamRef | None:
+def parameter_read(gm: fx.GraphModule, node: Any, lifted: Lifted) -> ParamRef | None:
     """Return the parameter that a get_attr or lifted placeholder reads, or None for any other node."""
     if not isinstance(node, fx.Node):
         return None
@@ -148,13 +150,13 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     linear = target in LINEAR or target is ops.masked_linear
     if not (masked or linear or target in CONV2D):
         return None
-    source, weight = argument(node, 0, "input"), _resolve(gm, argument(node, 1, "weight"), lifted)
+    source, weight = argument(node, 0, "input"), parameter_read(gm, argument(node, 1, "weight"), lifted)
     if weight is None or not isinstance(source, fx.Node) or not weight.tensor.is_floating_point():
         return None
     name, shift, mask, pattern = _layer_name(weight.name), 0, None, None
     if masked:
         args = schema.bind(node)
-        shift, mask, pattern = 1, _resolve(gm, args.mask, lifted), Pattern(args.n, args.m)
+        shift, mask, pattern = 1, parameter_read(gm, args.mask, lifted), Pattern(args.n, args.m)
     bias = argument(node, 2 + shift, "bias")
     if linear:
         obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"
@@ -162,9 +164,9 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
     axes = [_ints(value) for value in raw]
     groups = argument(node, 6 + shift, "groups", 1)
-    known = None not in axes and isinstance(groups, int)
-    obstacle = None if known else "its stride, padding, dilation or groups is not a number"
-    geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups if known else 1)
+    numbers = None not in axes and isinstance(groups, int)
+    obstacle = None if numbers else "its stride, padding, dilation or groups is not a number"
+    geometry = Geometry(axes[0] or [1, 1], axes[1] or [0, 0], axes[2] or [1, 1], groups if numbers else 1)
     return LayerOp(node, name, "conv2d", source, weight, bias, geometry, pattern, mask, obstacle)
 
 
@@ -183,30 +185,88 @@ def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
     return uses
 
 
+# Names of products. "convert" and "upsample_bilinear" are none.
+_PRODUCT = re.compile(
+    r"_*(r?matmul|imatmul|mm|bmm|mv|addmm|addbmm|baddbmm|addmv|inner|tensordot|chain_matmul|multi_dot|einsum|linear|bilinear|"
+    r"multi_head_attention_forward|scaled_dot_product\w*|lstm|gru|rnn_\w+|\w*conv(?!ert)\w*)_*"
+)
+
+
+def unentered(node: fx.Node) -> bool:
+    """Return True if a node calls a function of the user's that the trace keeps whole (``torch.fx.wrap``)."""
+    if node.op != "call_function" or opaque(node):
+        return False
+    return node.meta.get("is_wrapped", False) or not known(node.target)
+
+
+def multiplies(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Return True if a function or method multiplies matrices or convolves, or holds a graph that may do so."""
+    if node.op not in ("call_function", "call_method") or str(node.target).startswith(f"{ops.NAMESPACE}."):
+        return False
+    return bool(_PRODUCT.fullmatch(target_name(gm, node))) or opaque(node) is not None
+
+
 def _of_dtype(weight: Tensor) -> str:
     return "" if weight.is_floating_point() else f", of {weight.dtype}"
 
 
 def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return name -> (shape, reason) of the weights that :func:`layers` misses, so that no report omits them."""
-    known = {layer.weight.name for layer in layers(gm, lifted)}
+    """Return name -> (shape, reason) of the weights that :func:`layers` misses, so that no report omits them.
+
+    These are weights of other modules, and tensors of two axes or more that reach a product: as they are, or, if
+    they are parameters, transposed, cast or otherwise computed first.
+    """
+    covered = {layer.weight.name for layer in layers(gm, lifted)}
     missed: dict[str, tuple[tuple[int, ...], str]] = {}
+    held: dict[fx.Node, list[ParamRef]] = {}  # nodes that depend on no input -> the tensors that they are computed from
     for node in gm.graph.nodes:
-        if node.op == "call_module":
+        ref = parameter_read(gm, node, lifted or Lifted())
+        if ref is not None:
+            held[node] = [ref]
+        elif node.op == "call_module":
             module = gm.get_submodule(node.target)
             for name, parameter in module.named_parameters():
                 full = f"{node.target}.{name}"
-                if parameter.dim() >= 2 and full not in known:
-                    left = f": {node.meta[LEFT_WHOLE]}" if LEFT_WHOLE in node.meta else ""
-                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}{left}"
+                if parameter.dim() >= 2 and full not in covered:
+                    why = f"inside {type(module).__name__}{_of_dtype(parameter)}{_left(node)}"
                     missed[_layer_name(full)] = (tuple(parameter.shape), why)
-        elif node.op == "call_function" and (
-            node.target in MATMUL | LINEAR or "conv" in str(node.target) or opaque(node)
-        ):
-            for operand in node.all_input_nodes:
-                ref = _resolve(gm, operand, lifted or Lifted())
-                if ref is not None and ref.tensor.dim() >= 2 and ref.name not in known:
-                    op = getattr(node.target, "__name__", str(node.target))
-                    why = f"inside {opaque(node)}, which holds a graph of its own" if opaque(node) else f"used by {op}"
-                    missed[_layer_name(ref.name)] = (tuple(ref.tensor.shape), why + _of_dtype(ref.tensor))
+        elif multiplies(gm, node) or unentered(node):
+            for operand in _weights(node):
+                refs = held.get(operand, [])
+                largest = max((ref.tensor.numel() for ref in refs), default=0)
+                for ref in refs:  # smaller ones scale the weight
+                    if ref.tensor.dim() >= 2 and ref.tensor.numel() == largest and ref.name not in covered:
+                        missed[_layer_name(ref.name)] = (tuple(ref.tensor.shape), _why(gm, node, operand, ref))
+        elif reads_form(node):
+            held[node] = []
+        elif node.op in ("call_function", "call_method") and all(source in held for source in node.all_input_nodes):
+            sources = {ref.name: ref for source in node.all_input_nodes for ref in held[source]}
+            held[node] = [ref for ref in sources.values() if isinstance(ref.tensor, nn.Parameter)]
     return missed
+
+
+def _left(node: fx.Node) -> str:
+    return f": {node.meta[LEFT_WHOLE]}" if LEFT_WHOLE in node.meta else ""
+
+
+def _weights(node: fx.Node) -> list[fx.Node]:
+    """Return the operands of a product that may be weights: not a layer's input, and not the mask of attention."""
+    operands = node.all_input_nodes
+    if node.target in LINEAR | CONV2D:
+        return [n for n in operands if n is not argument(node, 0, "input")]
+    if node.target in ATTENTION:
+        return [n for n in operands if n is not argument(node, 3, "attn_mask")]
+    return operands
+
+
+def _why(gm: fx.GraphModule, node: fx.Node, operand: fx.Node, ref: ParamRef) -> str:
+    """Return why a weight that reaches a product is none of a layer's."""
+    if opaque(node):
+        why = f"inside {opaque(node)}, which holds a graph of its own"
+    elif unentered(node):
+        why = f"used by {target_name(gm, node)}, which the graph holds as a whole"
+    else:
+        why = f"used by {target_name(gm, node)}"
+    if operand is not ref.node:
+        why += f", behind {operand.args[1] if operand.target is getattr else target_name(gm, operand)}"
+    return why + _of_dtype(ref.tensor) + _left(node)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mpcompile import Config, load, save, transform
-from mpcompile.artifact import combinations
 from mpcompile.artifact.opset import Refusal
-from mpcompile.artifact.packing import pack_tensors, unpack_tensors
+from mpcompile.artifact.packed import combinations
+from mpcompile.artifact.packed.tensors import pack_tensors, unpack_tensors
 from mpcompile.errors import ArtifactError
 from mpcompile.kernels.nm_format import Pattern, from_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear

@@ -2,7 +2,7 @@
 
 Unpacked, a masked weight and its mask take 150 % of the dense fp16 weight; packed, 54.0 % at 2:4 and 55.3 % at 8:16.
 Removed values must be zero for that; they are restored as +0.0. Layout of values: :mod:`mpcompile.kernels.nm_format`;
-of masks: :mod:`mpcompile.artifact.combinations`.
+of masks: :mod:`mpcompile.artifact.packed.combinations`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.artifact import combinations
 from mpcompile.artifact.opset import Refusal, shown
+from mpcompile.artifact.packed import combinations
 from mpcompile.errors import InputError
 from mpcompile.ir.module import IRModule, masked
 from mpcompile.kernels.nm_format import (
