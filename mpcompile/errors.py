@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "ArtifactError",
     "ConfigError",
@@ -107,7 +109,37 @@ class InputError(MPCompileError):
 
 
 class TraceError(MPCompileError):
-    """The module cannot be traced into the IR."""
+    """The module cannot be brought into the IR.
+
+    Args:
+        message, layer, expected, found, hint: as for every error.
+        attempts: the reason of each capture that was tried, as ``"capture: reason"``. Each gets a line of its own
+            behind the first.
+        final: no other capture can help.
+
+    Example:
+        >>> print(TraceError("Net cannot be traced", attempts=["symbolic tracing: a branch", "dynamo: a branch"]))
+        Net cannot be traced
+          symbolic tracing: a branch
+          dynamo: a branch
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        layer: str | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+        attempts: Sequence[str] = (),
+        final: bool = False,
+    ) -> None:
+        super().__init__(message, layer=layer, expected=expected, found=found, hint=hint)
+        self.attempts, self.final = tuple(printable(text, LONGEST) for text in attempts), final
+
+    def __str__(self) -> str:
+        return "\n  ".join([super().__str__(), *self.attempts])
 
 
 class GraphError(MPCompileError):

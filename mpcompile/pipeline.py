@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.passes.infra.pass_base import PassResult
 
 from mpcompile.calibration.data import as_batches, peek
 from mpcompile.capture.checks import check_values
@@ -33,6 +32,7 @@ from mpcompile.passes.accounts import Accounts
 from mpcompile.passes.allocate.decide import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Calibration, Context, Pass, Results, run_pass
+from mpcompile.passes.consistency import Consistency, output_shapes
 from mpcompile.passes.context import Observer
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
@@ -87,13 +87,13 @@ class Pipeline:
             MPCompileError: a pass refuses the graph, or leaves it with shapes that do not fit together.
         """
         gm = model.gm
-        output = _shapes(propagate(gm, ctx.inputs))
+        output = output_shapes(propagate(gm, ctx.inputs))
         if explicit(gm):
             gm.recompile()
         for step in self.passes:
             step.check(gm, ctx)
         accounts = Accounts(gm, ctx)
-        check = _Check(gm, ctx, output)
+        check = Consistency(gm, ctx, output)
         for step in self.passes:
             if step.closes_accounts:
                 accounts.close(gm)
@@ -102,37 +102,6 @@ class Pipeline:
         accounts.enter(ctx.plan)
         gm.plan = ctx.plan
         return gm
-
-
-class _Check:
-    """Refuses a changed graph if it is inconsistent, or if the shapes of its output have changed."""
-
-    def __init__(self, gm: IRModule, ctx: Context, output: Any) -> None:
-        self.ctx, self.output, self.stage = ctx, output, spec.stage_of(gm)
-
-    def __call__(self, step: Pass, result: PassResult) -> None:
-        if not result.modified:
-            return
-        ctx, gm = self.ctx, result.graph_module
-        self.stage = max(self.stage, spec.REACHED_BY.get(step.name, self.stage))
-        try:
-            shapes = _shapes(propagate(gm, ctx.inputs))
-            spec.check(gm, self.stage, lifted=ctx.lifted, plan=ctx.plan)
-        except GraphError as error:
-            raise GraphError(f"pass {step.name!r} broke the graph: {error}") from error
-        if shapes != self.output:
-            raise GraphError(f"pass {step.name!r} changed the output", expected=self.output, found=shapes)
-
-
-def _shapes(value: Any) -> Any:
-    """Return the shapes of everything that a graph returns."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(_shapes(v) for v in value)
-    if isinstance(value, dict):
-        return {k: _shapes(v) for k, v in value.items()}
-    return None
 
 
 @with_ordinary_tensors
@@ -150,6 +119,7 @@ def transform(
     calibrate: str = "pruned_to_dense",
     seed: int = 0,
     dump: str | os.PathLike[str] | None = None,
+    dynamic_shapes: Any = None,
 ) -> IRModule:
     """Analyse and mask a model and merge its tokens: return a trainable fx.GraphModule whose weights keep their names.
 
@@ -158,10 +128,11 @@ def transform(
     ``torch.compile(gm, backend="mpsparse")``. ``gm.plan`` holds the decisions.
 
     Args:
-        model: a module that torch.fx can trace, or a GraphModule from symbolic_trace, dynamo or export.
-        example_inputs: a tensor, a tuple of inputs, or a dict of keyword inputs; only shapes and dtypes matter. For a
-            dynamo graph, the list that the backend received. Not needed if the graph carries shapes, or if there is
-            calibration data.
+        model: a module, or a GraphModule. A module is captured by symbolic tracing, else by torch.export (strict, then
+            non-strict), else by dynamo, the first that takes it: ``gm.plan.captured`` says which.
+        example_inputs: a tensor, a tuple of inputs, or a mapping of keyword inputs, in which labels and what forward
+            does not take are left out; only shapes and dtypes matter. For a dynamo graph, the list that the backend
+            received. Not needed if the graph carries shapes, or if there is calibration data.
         config: the options; see :class:`mpcompile.Config`.
         calibration: an iterable of batches (a tensor, a tuple whose first item is the input, or a dict of keyword
             inputs), for a score that needs data. Without it, the score falls back to magnitude, and the Plan says so.
@@ -180,6 +151,8 @@ def transform(
         seed: seeds every random choice.
         dump: a folder for the graph before and after every pass, as readable Python with a diff; see
             :class:`mpcompile.dump.Dump`. Setting the environment variable ``MPCOMPILE_DUMP`` to a folder does the same.
+        dynamic_shapes: as for ``torch.export.export``, which then captures the model: the axes that stay free. By
+            default that is axis 0, the batch, where the model allows it.
 
     Raises:
         MPCompileError: the model cannot be traced, an option is wrong, no layer is eligible, or the data does not fit.
@@ -202,7 +175,7 @@ def transform(
         first, calibration = peek(calibration)
         if example_inputs is None and not isinstance(model, torch.fx.GraphModule):
             example_inputs = first if isinstance(first, (torch.Tensor, dict)) else (first[0],)
-    imported = import_model(model, example_inputs)
+    imported = import_model(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if pipeline is None:
         check_values(imported.gm)
     return run_pipeline(
@@ -302,6 +275,7 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
         kept += [key for key in old if not key.startswith(("tome_", "prefix_", "engine", "frozen"))]
     plan.config = {**options, **{key: old[key] for key in kept}}
     plan.notes = list(dict.fromkeys([*plan.notes, *imported.notes]))
+    plan.captured = plan.captured or imported.captured
     plan.figures = {}  # the old ones were measured on the module before this run
     for layer in layers(imported.gm, imported.lifted):
         if layer.pattern is not None:

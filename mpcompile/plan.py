@@ -218,6 +218,7 @@ class _Plan:
     tokens: list[Natural] | list[list[Natural]] = field(default_factory=list)
     provenance: _Provenance = field(default_factory=_Provenance)
     figures: Figures = field(default_factory=Figures)
+    captured: str = ""
 
 
 def _check_config(config: dict[str, Any]) -> None:
@@ -243,6 +244,7 @@ class Plan:
             stream if several merge, such as two towers.
         provenance: where model and data came from (JSON values), as a command such as ``mpcompile compile`` enters it.
         figures: measurements (JSON values), such as :meth:`mpcompile.Report.to_dict` without its plan.
+        captured: how the model's graph was made, such as ``"torch.export, strict, batch free"``.
 
     Example:
         >>> plan = Plan(config={"pattern": "2:4"})
@@ -259,6 +261,7 @@ class Plan:
     tokens: list[Any] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
+    captured: str = ""
 
     @property
     def masked(self) -> list[str]:
@@ -321,6 +324,7 @@ class Plan:
     def __str__(self) -> str:
         macs = self.macs
         lines = [self.table(), ""]
+        lines += [f"{'graph':>14}: {printable(self.captured, _LINE)}"] if self.captured else []
         lines += [f"{printable(p.name, _CELL):>14}: {printable(p.summary, _LINE)}" for p in self.passes]
         lines += [f"{'note':>14}: {printable(note, _LINE)}" for note in self.notes]
         lines += [

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mpcompile.capture.copies import HOOK_TABLES
-from mpcompile.capture.tracing import replaced_forward
+from mpcompile.capture.tracing import backward_hooks, replaced_forward
 from mpcompile.errors import InputError, TraceError
 from mpcompile.ir.isolation import global_hooks, of_torch
 from mpcompile.ir.module import RESERVED
@@ -138,6 +138,17 @@ def check_hooks(model: nn.Module) -> None:
                 layer=path or None,
                 hint="remove it first, and register it again on the result",
             )
+
+
+def check_backward_hooks(model: nn.Module) -> None:
+    """Refuse backward hooks anywhere in a module that is to become a graph of operators.
+
+    Raises:
+        TraceError: names the module.
+    """
+    for path, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise backward_hooks(module, path)
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, bounds: bool = False) -> None:

@@ -16,8 +16,10 @@ from mpcompile.ir.module import Imported, IRModule, Lifted
 from mpcompile.ir.nodes import dynamo_name, lifted_from
 from mpcompile.ir.parts import carry
 
+AS_GIVEN = "a graph as given"
 
-def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
+
+def own_graph(gm: fx.GraphModule, *, share: bool, class_name: str | None = None) -> IRModule:
     """Return a copy of a GraphModule: private tables dropped, parameters and submodules copied unless ``share``."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -28,7 +30,7 @@ def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
     for old, new in copies.items():
         if old.op == "placeholder":  # layer names and AOTAutograd need the source of each input
             new._dynamo_source = getattr(old, "_dynamo_source", None)
-    owned = IRModule(gm, graph, class_name=type(gm).__name__)
+    owned = IRModule(gm, graph, class_name=class_name or type(gm).__name__)
     owned.training = gm.training
     if not share:
         carry(gm, owned)
@@ -48,14 +50,14 @@ def _own_graph(gm: fx.GraphModule, share: bool) -> IRModule:
 
 def import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Imported:
     """Import a GraphModule; without ``example_inputs``, the inputs have the shapes that its placeholders carry."""
-    owned = _own_graph(gm, share)
+    owned = own_graph(gm, share=share)
     if not share and not isinstance(gm, IRModule):  # dynamo checks the graphs that a backend shares
         guard_inputs(owned)
     placeholders = [n for n in owned.graph.nodes if n.op == "placeholder"]
     if example_inputs is not None:
         inputs = arguments(gm, example_inputs)
         lifted = lifted_from(owned, inputs)
-        return Imported(owned, inputs, lifted, [])
+        return Imported(owned, inputs, lifted, [], AS_GIVEN)
     if any(dynamo_name(n) for n in placeholders):
         raise InputError(
             "this graph takes its weights as inputs, so it does not hold their values",
@@ -71,4 +73,4 @@ def import_graph(gm: fx.GraphModule, example_inputs: Any, share: bool) -> Import
             found=f"none on {', '.join(missing)}",
             hint="call mpcompile.transform(gm, example_inputs)",
         )
-    return Imported(owned, [example_of(n) for n in placeholders], Lifted(), [])
+    return Imported(owned, [example_of(n) for n in placeholders], Lifted(), [], AS_GIVEN)

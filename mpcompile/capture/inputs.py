@@ -1,9 +1,11 @@
-"""Example inputs: any form that a user may pass, converted to the positional inputs of a graph."""
+"""Example inputs: any form that a user may pass, converted to the arguments of a call and to the inputs of a graph."""
 
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,32 +16,124 @@ from mpcompile.errors import InputError
 from mpcompile.ir.nodes import fake_value, hint
 from mpcompile.ir.numerics import ordinary
 
+# Keys of a batch that hold what a model is to predict. A model computes its loss from them instead of, or beside, its
+# outputs.
+LABELS = frozenset({"labels", "label", "label_ids", "mask_labels", "class_labels", "target", "targets", "return_loss"})
+_TO_PASS_A_DICT = "to pass the dict itself as the one input, put it into a tuple: ({...},)"
 
-def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
-    """Return example inputs as a list of positional arguments; a dict is bound to the signature of forward."""
-    example_inputs = ordinary(example_inputs)
-    if isinstance(model, fx.GraphModule):
-        return flatten_inputs(model, example_inputs)
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a model.
+
+    Attributes:
+        left_out: keys of a batch that are no inputs of the model, and labels.
+        whole: True if a mapping is passed as the one input, because none of its keys is the name of an input.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    whole: bool = False
+
+
+def call_for(model: nn.Module, example_inputs: Any) -> Call:
+    """Return the arguments with which ``model`` is called.
+
+    Args:
+        model: the module or graph that is called.
+        example_inputs: a tensor, a tuple or list of positional inputs, or a mapping of keyword inputs. Of a mapping,
+            labels and entries that forward does not take are left out. If forward takes one input and none of the keys
+            is its name, the mapping itself is that input.
+
+    Raises:
+        InputError: another type, or a mapping that lacks inputs.
+
+    Example:
+        >>> call_for(nn.Identity(), {"input": 1, "labels": 2})
+        Call(args=(), kwargs={'input': 1}, left_out=('labels',), whole=False)
+        >>> call_for(nn.Identity(), {"image": 1, "id": 2}).args
+        ({'image': 1, 'id': 2},)
+    """
+    example_inputs = ordinary(plain(example_inputs))
     if isinstance(example_inputs, Tensor):
-        return [example_inputs]
-    if isinstance(example_inputs, Mapping):
-        try:
-            bound = inspect.signature(model.forward).bind(**example_inputs)
-        except TypeError as error:
-            hint = "to pass the dict itself as the one input, put it into a tuple: ({...},)"
-            raise InputError(f"example_inputs do not fit forward: {error}", hint=hint) from error
-        values: list[Any] = []
-        for name, value in bound.arguments.items():
-            rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            values.extend(value.values() if rest else [value])
-        return values
+        return Call((example_inputs,))
+    if isinstance(example_inputs, dict):
+        return _by_keyword(model, example_inputs)
     if isinstance(example_inputs, (tuple, list)):
-        return list(example_inputs)
+        return Call(tuple(example_inputs))
     raise InputError(
         "example_inputs has the wrong type",
         expected="a tensor, a tuple of inputs, or a dict of keyword inputs",
         found=type(example_inputs).__name__,
     )
+
+
+def plain(value: Any) -> Any:
+    """Return a value with every mapping that pytree does not know (``BatchFeature``) turned into a dict."""
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        value = dict(value)
+    if type(value) is dict:
+        return {key: plain(entry) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(plain(entry) for entry in value)
+    return value
+
+
+def _by_keyword(model: nn.Module, batch: dict[str, Any]) -> Call:
+    signature = inspect.signature(model.forward)
+    parameters = signature.parameters
+    kinds = inspect.Parameter
+    several = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    named = {name for name, p in parameters.items() if p.kind not in (*several, kinds.POSITIONAL_ONLY)}
+    rest = next((p for p in parameters.values() if p.kind is kinds.VAR_KEYWORD), None)
+    required = [p for p in parameters.values() if p.default is kinds.empty and p.kind not in several]
+    if not named & batch.keys() and len(required) == 1 and (rest is None or isinstance(model, fx.GraphModule)):
+        return Call((batch,), whole=True)
+    taken = {}
+    for key, value in batch.items():
+        optional = key not in named or parameters[key].default is not kinds.empty
+        if not (key in LABELS and optional) and (key in named or (rest is not None and _accepts(rest, key))):
+            taken[key] = value
+    try:
+        signature.bind(**taken)
+    except TypeError as error:
+        raise unfit(error) from error
+    return Call((), taken, tuple(key for key in batch if key not in taken))
+
+
+def unfit(error: Exception) -> InputError:
+    """Return the error for a mapping that does not bind to the parameters of forward."""
+    return InputError(f"example_inputs do not fit forward: {error}", hint=_TO_PASS_A_DICT)
+
+
+def _accepts(rest: inspect.Parameter, key: str) -> bool:
+    """Return True if ``**kwargs`` may hold a key: any, unless it is annotated with the keys (``Unpack[TypedDict]``)."""
+    inner = typing.get_args(rest.annotation)
+    return not inner or not typing.is_typeddict(inner[0]) or key in inner[0].__annotations__
+
+
+def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
+    """Return example inputs as one value per input of a graph, in the order of its placeholders.
+
+    Args:
+        model: a graph, or a module whose symbolic trace has one placeholder per parameter of forward.
+        example_inputs: as for :func:`call_for`.
+
+    Raises:
+        InputError: as :func:`call_for`, or inputs of another structure than those that the graph was captured with.
+    """
+    if isinstance(model, fx.GraphModule):
+        return flatten_inputs(model, ordinary(plain(example_inputs)))
+    call = call_for(model, example_inputs)
+    if not call.kwargs:
+        return list(call.args)
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+    values: list[Any] = []
+    for name, value in bound.arguments.items():
+        rest = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        values.extend(value.values() if rest else [value])
+    return values
 
 
 def example_of(node: fx.Node) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.capture.checks import check_module
 from mpcompile.capture.copies import copy_of
-from mpcompile.capture.inputs import arguments
+from mpcompile.capture.inputs import arguments, call_for
 from mpcompile.capture.tracing import Tracer
+from mpcompile.capture.unify import unify_modes
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
 from mpcompile.ir.effects import UNDECIDED, settle
-from mpcompile.ir.isolation import untouched, without_global_hooks
+from mpcompile.ir.isolation import generators_kept, untouched, without_global_hooks
 from mpcompile.ir.module import Imported, IRModule, Lifted
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.parts import carry
 from mpcompile.ir.shapes import propagate
-from mpcompile.layers import ByMode
 
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -45,24 +43,6 @@ class _Traced:
     constants: dict[str, Any]
     tracer: Tracer
     drew: bool
-
-
-@contextlib.contextmanager
-def _generators() -> Iterator[list[bool]]:
-    """Restore random generators at the end; the yielded list then says whether torch's generator was used."""
-    drew: list[bool] = []
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        before = torch.get_rng_state()
-        try:
-            yield drew
-        finally:
-            drew.append(not torch.equal(before, torch.get_rng_state()))
-            random.setstate(states[0])
-            if numpy is not None:
-                numpy.random.set_state(states[1])
 
 
 @contextlib.contextmanager
@@ -86,7 +66,7 @@ def _graph_of(model: nn.Module, original: nn.Module, training: bool, tracer: Tra
             untouched(model, original),
             without_global_hooks(),
             _compiled_functions_inlined(),
-            _generators() as drew,
+            generators_kept() as drew,
         ):
             graph = tracer.trace(model)
             tracer.prune()
@@ -103,52 +83,6 @@ def _graph_of(model: nn.Module, original: nn.Module, training: bool, tracer: Tra
         return _graph_of(model, original, training, again)
     constants = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in constants.items()}
     return _Traced(graph, constants, tracer, drew[0])
-
-
-def _same(a: Any, b: Any, twin: dict[fx.Node, fx.Node]) -> bool:
-    if isinstance(a, fx.Node):
-        return twin.get(a) is b
-    if isinstance(a, (tuple, list)) and type(a) is type(b):
-        return len(a) == len(b) and all(_same(x, y, twin) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k], twin) for k in a)
-    if isinstance(a, slice) and isinstance(b, slice):
-        return _same((a.start, a.stop, a.step), (b.start, b.stop, b.step), twin)
-    return type(a) is type(b) and bool(a == b)
-
-
-def _unify_modes(root: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> bool:
-    """Make ``evaluation`` follow the training flag, if the two graphs differ only in numbers.
-
-    Returns:
-        False if they differ in anything else; ``evaluation`` is then unchanged.
-    """
-    if len(training.nodes) != len(evaluation.nodes):
-        return False
-    twin: dict[fx.Node, fx.Node] = {}
-    switches: list[tuple[fx.Node, int | str, Any, Any]] = []
-    for t, e in zip(training.nodes, evaluation.nodes, strict=True):
-        if (t.op, t.target) != (e.op, e.target) or len(t.args) != len(e.args) or t.kwargs.keys() != e.kwargs.keys():
-            return False
-        twin[t] = e
-        for key in [*range(len(t.args)), *t.kwargs]:
-            a = t.args[key] if isinstance(key, int) else t.kwargs[key]
-            b = e.args[key] if isinstance(key, int) else e.kwargs[key]
-            if _same(a, b, twin):
-                continue
-            if not (isinstance(a, (bool, int, float)) and isinstance(b, (bool, int, float))):
-                return False
-            switches.append((e, key, a, b))
-    for node, key, a, b in switches:
-        name = f"{node.name}_{key if isinstance(key, str) else f'arg{key}'}"
-        root.add_module(name, ByMode(a, b).train(root.training))
-        with evaluation.inserting_before(node):
-            value = evaluation.create_node("call_module", name)
-        if isinstance(key, int):
-            node.update_arg(key, value)
-        else:
-            node.update_kwarg(key, value)
-    return True
 
 
 def _equal_constants(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -171,23 +105,25 @@ def _fixed(model: nn.Module, given: int, keywords: Sequence[str]) -> dict[str, A
     return fixed
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """Return ``", file:line"`` for the line of the user's model that raised an error, or ``""`` if there is none."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> TraceError:
+class Untraceable(TraceError):
+    """The model's own code failed in a trace."""
+
+
+def _untraceable(model: nn.Module, tracer: Tracer, error: Exception) -> Untraceable:
     """Return the error for a model whose own code failed, with the class and the line."""
     path, cls = tracer.failed or ("", type(model).__name__)
-    return TraceError(
-        f"{type(model).__name__} cannot be traced: {summary(error)}",
+    return Untraceable(
+        summary(error),
         layer=path or None,
         expected="a forward without data-dependent control flow",
-        found=f"{type(error).__name__} in {cls}.forward{_place(error)}",
-        hint="use torch.compile(model, backend='mpsparse', options={...}), or pass "
-        "torch.export.export(model, example_inputs).module()",
+        found=f"{type(error).__name__} in {cls}.forward{place_of(error)}",
     )
 
 
@@ -233,7 +169,7 @@ def _trace(model: nn.Module, original: nn.Module, given: int, keywords: Sequence
     traces = _traces(model, original, given, keywords)
     chosen, other = traces[model.training], traces.get(not model.training)
     follows = other is not None and _equal_constants(chosen.constants, other.constants)
-    follows = follows and _unify_modes(model, traces[True].graph, traces[False].graph)
+    follows = follows and unify_modes(model, traces[True].graph, traces[False].graph)
     for name, value in chosen.constants.items():
         if isinstance(value, Tensor):
             model.register_buffer(name, value, persistent=False)
@@ -261,18 +197,12 @@ def _trace(model: nn.Module, original: nn.Module, given: int, keywords: Sequence
 
 def import_module(model: nn.Module, example_inputs: Any) -> Imported:
     """Import a module by symbolic tracing."""
-    check_module(model)
-    if example_inputs is None:
-        raise InputError(
-            f"the shapes in {type(model).__name__} are not known",
-            expected="example_inputs",
-            found="None",
-            hint="call mpcompile.transform(model, torch.randn(1, 3, 224, 224)) with an input of your size",
-        )
     copied = copy_of(model)
+    call = call_for(model, example_inputs)
     inputs = arguments(model, example_inputs)
-    keywords = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
-    gm, notes = _trace(copied, model, 0 if keywords else len(inputs), keywords)
+    gm, notes = _trace(copied, model, len(call.args), tuple(call.kwargs))
+    if call.left_out:
+        notes.append(f"inputs left out: {', '.join(call.left_out)}")
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(inputs):
         raise InputError(

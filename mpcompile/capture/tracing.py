@@ -77,6 +77,11 @@ def _writes(node: fx.Node) -> bool:
     return in_place or name == "setitem" or node.target in AUGMENTED or requested
 
 
+def backward_hooks(module: nn.Module, path: str) -> TraceError:
+    """Return the error for a module whose backward hooks a graph of operators would lose."""
+    return TraceError(f"{type(module).__name__} has backward hooks", layer=path or None, hint=_REMOVE, final=True)
+
+
 class Tracer(fx.Tracer):
     """A tracer whose leaves are torch.nn modules, masked layers, and modules that read ``self.training``.
 
@@ -191,7 +196,7 @@ class Tracer(fx.Tracer):
         path = "" if m is self.root else self.path_of_module(m)
         leaf = m is not self.root and self.is_leaf_module(m, path)
         if not leaf and any(getattr(m, table) for table in _BACKWARD):
-            raise TraceError(f"{type(m).__name__} has backward hooks", layer=path or None, hint=_REMOVE)
+            raise backward_hooks(m, path)
         try:
             if leaf:  # its hooks stay on it, and run when the graph does
                 return super().call_module(m, forward, args, kwargs)

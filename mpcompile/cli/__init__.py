@@ -100,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MPCompileError as error:
         if args.verbose:
             print(printable_lines(traceback.format_exc().rstrip()), file=sys.stderr)
-        print(f"mpcompile: {printable(error, LONGEST)}", file=sys.stderr)
+        first, *attempts = str(error).split("\n")
+        for attempt in attempts:  # before the error itself, which stays the last line
+            print(f"mpcompile: {printable(attempt, LONGEST)}", file=sys.stderr)
+        print(f"mpcompile: {printable(first, LONGEST)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mpcompile: interrupted", file=sys.stderr)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -303,3 +304,21 @@ def without_global_hooks() -> Iterator[None]:
     finally:
         for table, hooks in before.items():
             setattr(torch_module, table, hooks)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[list[bool]]:
+    """Restore random generators at the end; the yielded list then says whether torch's generator was used."""
+    drew: list[bool] = []
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        before = torch.get_rng_state()
+        try:
+            yield drew
+        finally:
+            drew.append(not torch.equal(before, torch.get_rng_state()))
+            random.setstate(states[0])
+            if numpy is not None:
+                numpy.random.set_state(states[1])

@@ -154,12 +154,18 @@ class Lifted:
 
 @dataclass
 class Imported:
-    """An owned graph, the example inputs that give its shapes (one per placeholder), and its lifted parameters."""
+    """An owned graph, the example inputs that give its shapes (one per placeholder), and its lifted parameters.
+
+    Attributes:
+        notes: remarks for the plan.
+        captured: how the graph was made, such as ``"torch.export, strict, batch free"``.
+    """
 
     gm: IRModule
     inputs: list[Any]
     lifted: Lifted
     notes: list[str]
+    captured: str = ""
 
 
 # Names that the root of a transformed module uses, besides those of any nn.Module.

@@ -188,9 +188,15 @@ def test_batches_unlike_the_example_are_refused(batch, message):
         transform(ByName().eval(), (BATCH,), HALF, calibration=[(batch,)])
 
 
-def test_a_dict_of_keywords_that_should_be_the_input():
-    with pytest.raises(InputError, match=r"put it into a tuple"):
-        transform(ByName().eval(), BATCH, HALF)
+def test_a_dict_whose_keys_are_no_parameters_is_the_input():
+    model = ByName().eval()
+    gm = transform(model, BATCH, DENSE)
+    assert torch.equal(gm(BATCH), model(BATCH))
+
+
+def test_a_dict_that_forward_cannot_work_with():
+    with pytest.raises(InputError, match=r"takes 'input', not y, z.*put it into a tuple"):
+        transform(mlp().eval(), {"y": torch.randn(2, 32), "z": torch.randn(2, 32)}, HALF)
 
 
 class Gathering(nn.Module):
