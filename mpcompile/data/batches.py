@@ -201,22 +201,6 @@ def unpack(item: Any, need_labels: bool) -> Batch:
     return Batch(parts[0], numbers, parts[2] if len(parts) > 2 else None)
 
 
-def logits_of(output: Any) -> Any:
-    """Return the logits in a model's output: the entry or field ``logits``, else the first item of a sequence.
-
-    Outputs of other forms are returned as they are, for :func:`check_are_logits` to refuse.
-
-    Example:
-        >>> logits_of({"loss": None, "logits": 3}), logits_of((3, "features")), logits_of(3)
-        (3, 3, 3)
-    """
-    if isinstance(output, Mapping):
-        return output.get("logits", output)
-    if hasattr(output, "logits"):
-        return output.logits
-    return output[0] if isinstance(output, (tuple, list)) and output else output
-
-
 def check_are_logits(value: Any, who: str) -> None:
     """Check that a model returned logits (B, classes).
 
@@ -247,7 +231,7 @@ def check_logits(student: Any, teacher: Any) -> int:
 
 
 class Teacher:
-    """Outputs of the dense model: computed or, for images seen before, logits from a cache."""
+    """Outputs of the dense model: computed or, for images seen before, from a cache."""
 
     def __init__(self, module: nn.Module, cache: bool) -> None:
         self.module = module
@@ -271,11 +255,6 @@ class Teacher:
             )
         numbers = batch.index.tolist()
         if not all(number in self.rows for number in numbers):
-            for number, row in zip(numbers, self._logits(batch).cpu(), strict=True):
+            for number, row in zip(numbers, forward(self.module, batch.images, "teacher").cpu(), strict=True):
                 self.rows[number] = row
         return torch.stack([self.rows[number] for number in numbers]).to(batch.images.device)
-
-    def _logits(self, batch: Batch) -> Tensor:
-        logits = logits_of(forward(self.module, batch.images, "teacher"))
-        check_are_logits(logits, "teacher")
-        return logits

@@ -34,7 +34,7 @@ def evaluate(model: nn.Module, val: Iterable[Any]) -> float:
         for item in data.read(val, "evaluation"):
             batch = data.unpack(item, need_labels=True)
             assert batch.labels is not None
-            logits = data.logits_of(data.forward(model, batch.images.to(device), "model"))
+            logits = data.forward(model, batch.images.to(device), "model")
             data.check_are_logits(logits, "model")
             correct += float(top1_hits(logits, batch.labels).sum())
             count += len(batch.labels)

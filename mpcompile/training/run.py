@@ -101,7 +101,6 @@ class Stepper:
             counts = training.feature_epochs is None or epoch < training.feature_epochs
             # Added in every epoch, with weight zero later, so that the same parameters get gradients on all ranks.
             extra = training.features * float(counts) * setup.pair.loss(ours, theirs)
-        logits, target = data.logits_of(logits), data.logits_of(target)
         if not self.classes:
             self.classes = data.check_logits(logits, target)
             if batch.labels is not None:
@@ -131,7 +130,7 @@ class Stepper:
         bad = not all(bool(torch.isfinite(sharding.local(p)).all()) for p in student.parameters())
         if len(self.images):
             with training_flags(student, False), self._autocast():
-                bad |= not bool(torch.isfinite(data.logits_of(student(self.images))).all())
+                bad |= not bool(torch.isfinite(student(self.images)).all())
         if ranks.total(float(bad), device=self.device)[0]:
             raise self._diverged(f"after step {step} the student's weights or outputs are not finite")
 
