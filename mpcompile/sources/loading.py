@@ -18,6 +18,7 @@ from mpcompile.sources.loaded import LoadedModel, ready
 from mpcompile.sources.programs import load_program
 
 FOLDER_PREFIX = "local-dir:"
+PRETRAINED = "timm's pretrained"  # the origin of weights that timm downloads
 FORMS = "a timm name, a folder with a config.json, hf-hub:ORG/NAME, module:function, file.py:function, or a .pt2 file"
 
 _SUFFIXES = (".mpc", ".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin")  # suffixes of files of weights
@@ -141,7 +142,7 @@ def _timm(name: str, how: _Options) -> LoadedModel:
         else:
             hint = f"a model is {FORMS}"
         raise ConfigError(error.message, expected=error.expected, hint=hint) from error
-    weights = "timm's pretrained" if how.pretrained else "random"
+    weights = PRETRAINED if how.pretrained else "random"
     return LoadedModel(
         model,
         name,
