@@ -224,8 +224,7 @@ class Context:
 
     def writable(self, layer: LayerOp) -> bool:
         """Return True if the graph may change the values of the layer's weight."""
-        node = layer.weight.node
-        return self.owned and (node is None or node.op == "get_attr")
+        return self.owned and layer.weight.owned
 
     def __getattr__(self, name: str) -> Any:
         """Return the value of an earlier attribute that belongs to another object, with a DeprecationWarning."""

@@ -181,10 +181,13 @@ class Lower(Pass):
     @torch.no_grad()
     def apply(self, gm: IRModule, decision: Lowering, ctx: Context) -> bool:
         slots: dict[str, Slot] = {}
+        functional: set[str] = set()
         for layer in layers(gm, ctx.lifted):
             choice = decision.engines.get(layer.name)
             if choice is None or layer.mask is None:
                 continue
+            readers = [ref.whole or ref.node for ref in (layer.weight, layer.mask)]
+            functional |= {str(node.target) for node in readers if node is not None and node.op == "get_attr"}
             slot = slots.get(layer.name)
             if slot is None:
                 slot = slots[layer.name] = _pack(gm, layer, engine_named(choice.engine))
@@ -194,6 +197,7 @@ class Lower(Pass):
             _replace(gm, layer, slot)
         _fold_reads(gm, slots)
         _strip(gm, slots)
+        _drop_unread(gm, functional)
         gm.delete_all_unused_submodules()
         ctx.results.put(Slots(list(slots.values())))
         return bool(slots)
@@ -286,6 +290,16 @@ def _strip(gm: IRModule, names: Iterable[str]) -> None:
             else:
                 holder.register_buffer(leaf, tensor)
         set_attribute(gm, name, holder)
+
+
+def _drop_unread(gm: IRModule, names: Iterable[str]) -> None:
+    """Delete tensors that packed ones replace, unless the graph still reads them or a layer holds them."""
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for name in set(names) - read:
+        owner, _, leaf = name.rpartition(".")
+        holder = gm.get_submodule(owner)
+        if holder is gm or type(holder) is nn.Module:
+            delattr(holder, leaf)
 
 
 def unpacked(slot: Slot) -> Tensor:

@@ -269,7 +269,7 @@ def call_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
 
 
 def _check_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    if "out" in kwargs:
+    if kwargs.get("out") is not None:  # tracing F.normalize records out=None
         raise Refusal("an operator is given an output to write to", expected="operators that return their result")
     function = guards.original(function)
     if not isinstance(function, torch._ops.OpOverload):

@@ -19,6 +19,7 @@ from mpcompile._moved import renamed
 from mpcompile.certificates.enclosures.rules import operator_name
 from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.numerics import training_flags
+from mpcompile.ir.parts import rows_of, rows_source
 from mpcompile.ir.spec import family_of
 from mpcompile.kernels import schema
 
@@ -180,7 +181,11 @@ def _multiply_masks(network: Network) -> None:
         if family != "masked":
             continue
         args = schema.bind(node)
-        network.tensors[args.weight] = network.tensors[args.weight] * network.tensors[args.mask]
+        whole: Any = args.weight if args.weight in network.tensors else rows_source(args.weight)
+        values = network.tensors[whole].clone()
+        rows = slice(None) if whole is args.weight else rows_of(args.weight, len(values))
+        values[rows] *= network.tensors[args.mask]
+        network.tensors[whole] = values
         if isinstance(args, schema.MaskedLinearArgs):
             node.target, node.args = torch.ops.aten.linear.default, (args.x, args.weight, args.bias)
         else:

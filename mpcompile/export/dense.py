@@ -34,17 +34,21 @@ def dense_state(gm: IRModule) -> dict[str, Tensor]:
     """
     if any(family_of(node) in ("packed", "native") for node in gm.graph.nodes):
         raise GraphError("a lowered module has no dense weights", hint="use the result of mpcompile.transform")
-    removing: dict[int, Tensor] = {}
+    removing: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by the parameter, of which a weight may be rows
     masks: set[int] = set()
+    held = gm.state_dict(keep_vars=True)
+    wholes = {id(tensor) for tensor in held.values()}
     for weight, mask, _ in masked(gm):
-        removing[id(weight)] = mask
+        removing.setdefault(id(weight if id(weight) in wholes else weight._base), []).append((weight, mask))
         masks.add(id(mask))
     state = {}
-    for name, tensor in gm.state_dict(keep_vars=True).items():
+    for name, tensor in held.items():
         if id(tensor) not in masks:
-            used = removing.get(id(tensor))
-            value = tensor.detach()
-            state[name] = (value.clone() if used is None else value.masked_fill(~used, 0)).cpu().contiguous()
+            value = tensor.detach().clone()
+            for weight, mask in removing.get(id(tensor), ()):
+                start = (weight.storage_offset() - tensor.storage_offset()) // max(1, tensor.stride(0))
+                value[start : start + len(weight)].masked_fill_(~mask, 0)
+            state[name] = value.cpu().contiguous()
     return state
 
 

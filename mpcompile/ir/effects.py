@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, dynamo_name, fake_value, target_name
-from mpcompile.ir.parts import attribute
+from mpcompile.ir.parts import attribute, rows_source
 
 AUGMENTED = {  # in-place operator (``h += 1`` writes into a tensor) -> the operator that returns a new result
     operator.iadd: operator.add,
@@ -184,10 +184,15 @@ def storage(tensor: Tensor) -> int:
 
 
 def erase_orphans(graph: fx.Graph, nodes: Iterable[fx.Node | None]) -> None:
-    """Erase those of the given nodes that read an attribute and have no user left.
+    """Erase those of the given nodes that read an attribute, or take rows of one, and have no user left.
 
     All other nodes stay: a node without users may be a statement.
     """
     for node in dict.fromkeys(nodes):
-        if node is not None and node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
+        if node is None or node.users:
+            continue
+        whole = node if node.op == "get_attr" else rows_source(node)
+        if whole is not None and whole.op == "get_attr":
+            for part in dict.fromkeys([node, *node.all_input_nodes, whole]):
+                if not part.users:
+                    graph.erase_node(part)

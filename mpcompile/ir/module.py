@@ -25,7 +25,7 @@ from torch.fx.graph import CodeGen, PythonCode
 
 from mpcompile.errors import GraphError
 from mpcompile.ir.isolation import tensors_of
-from mpcompile.ir.parts import FOLDED, attribute
+from mpcompile.ir.parts import FOLDED, attribute, read_tensor
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
@@ -280,14 +280,16 @@ def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
 
 
 def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
-    """Yield (weight, mask, pattern) of every masked layer and every call of a masked operator."""
+    """Yield (weight, mask, pattern) of every masked layer and every call of a masked operator.
+
+    A weight may be rows of a parameter, which share its memory.
+    """
     for module in gm.modules():
         if isinstance(module, (MaskedLinear, MaskedConv2d)):
             yield module.weight, module.mask, module.pattern
     for node in gm.graph.nodes:
         args = schema.try_bind(node) if node.target in ops.MASKED else None
         if args is not None:
-            sources = (args.weight, args.mask)
-            if all(getattr(source, "op", None) == "get_attr" for source in sources):
-                weight, mask = (attribute(gm, str(source.target)) for source in sources)
+            weight, mask = (read_tensor(gm, source) for source in (args.weight, args.mask))
+            if weight is not None and mask is not None:
                 yield weight, mask, Pattern(args.n, args.m)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 FOLDED = "_folded"  # submodule that holds weights computed by a pass, under the names of their layers
 
@@ -18,6 +19,67 @@ def attribute(root: nn.Module, path: str) -> Any:
     for atom in path.split("."):
         value = getattr(value, atom)
     return value
+
+
+_ATEN = torch.ops.aten
+_CHUNKS = frozenset({torch.chunk, _ATEN.chunk.default, "chunk"})
+_SPLITS = _CHUNKS | {torch.split, _ATEN.split.Tensor, _ATEN.split_with_sizes.default, "split"}
+
+
+def rows_source(node: fx.Node) -> fx.Node | None:
+    """Return the node that ``node`` takes rows of, as a slice or as one part of a split along axis 0, or None."""
+    source: Any = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or node.kwargs:
+        return None
+    if node.target is operator.getitem and isinstance(node.args[1], slice):
+        return source
+    if node.target is _ATEN.slice.Tensor:
+        return source if node.args[1:2] in ((), (0,)) else None
+    along_rows = source.target in _SPLITS and not source.kwargs and source.args[2:] in ((), (0,))
+    if node.target is operator.getitem and isinstance(node.args[1], int) and along_rows:
+        whole: Any = source.args[0]
+        return whole if len(source.args) > 1 else None
+    return None
+
+
+def rows_of(node: fx.Node, count: int) -> slice | None:
+    """Return which rows ``node`` takes of a tensor with ``count`` rows (see :func:`rows_source`); None if unknown.
+
+    Example:
+        >>> graph = fx.Graph()
+        >>> part = graph.call_function(operator.getitem, (graph.get_attr("weight"), slice(4)))
+        >>> rows_of(part, 12)
+        slice(0, 4, None)
+    """
+    source, index = node.args[0], node.args[1] if len(node.args) > 1 else None
+    if node.target is _ATEN.slice.Tensor:
+        start, stop, step = (*node.args[2:], None, None, None)[:3]
+        index = slice(start, stop, step)
+    if isinstance(index, slice):
+        ends: tuple[Any, Any, Any] = (index.start, index.stop, index.step)
+        plain = all(isinstance(end, (int, type(None))) for end in ends) and ends[2] in (None, 1)
+        return slice(*index.indices(count)[:2]) if plain else None
+    if not isinstance(index, int) or not isinstance(source, fx.Node):
+        return None
+    sizes: Any = source.args[1]
+    if isinstance(sizes, int):
+        size = max(1, -(-count // sizes) if source.target in _CHUNKS else sizes)
+        sizes = [min(size, count - start) for start in range(0, count, size)]
+    if not all(isinstance(size, int) for size in sizes) or not 0 <= index < len(sizes):
+        return None
+    start = sum(sizes[:index])
+    return slice(start, start + sizes[index])
+
+
+def read_tensor(gm: nn.Module, node: Any) -> Tensor | None:
+    """Return the parameter or buffer that a node reads, or the rows of it that it takes (which share its memory)."""
+    whole = node if not isinstance(node, fx.Node) or node.op == "get_attr" else rows_source(node)
+    value = attribute(gm, str(whole.target)) if isinstance(whole, fx.Node) and whole.op == "get_attr" else None
+    if not isinstance(value, Tensor) or whole is node:
+        return value if isinstance(value, Tensor) else None
+    rows = rows_of(node, len(value)) if value.dim() else None
+    with torch.no_grad():
+        return None if rows is None else value[rows]
 
 
 def set_attribute(root: nn.Module, path: str, module: nn.Module) -> None:

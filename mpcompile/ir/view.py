@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from mpcompile.ir.effects import known
 from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import ATTENTION, CONV2D, LINEAR, argument, reads_form, target_name
-from mpcompile.ir.parts import FOLDED, attribute
+from mpcompile.ir.parts import FOLDED, attribute, rows_of, rows_source
 from mpcompile.ir.regions import opaque
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
@@ -27,11 +27,25 @@ LEFT_WHOLE = "mpcompile.left_whole"  # key in a node's meta: why a call that hid
 
 @dataclass(frozen=True)
 class ParamRef:
-    """A parameter or buffer: its dotted name, its tensor, and the node that reads it (None inside a module)."""
+    """A parameter or buffer, or some of its rows.
+
+    Attributes:
+        name: dotted name; rows have the name of the whole with ``_rows_START_STOP`` behind it.
+        tensor: the values; rows share the memory of the whole.
+        node: the node that yields them (None inside a module).
+        whole: the node that reads the whole parameter, if ``node`` takes rows of it.
+    """
 
     name: str
     tensor: Tensor
     node: fx.Node | None
+    whole: fx.Node | None = None
+
+    @property
+    def owned(self) -> bool:
+        """True if the graph holds the tensor: it is in a module, or a get_attr node reads it."""
+        reader = self.whole or self.node
+        return reader is None or reader.op == "get_attr"
 
 
 @dataclass(frozen=True)
@@ -73,15 +87,21 @@ class LayerOp:
 
 
 def parameter_read(gm: fx.GraphModule, node: Any, lifted: Lifted) -> ParamRef | None:
-    """Return the parameter that a get_attr or lifted placeholder reads, or None for any other node."""
+    """Return the parameter that a node reads, or takes rows of; None for any other node."""
     if not isinstance(node, fx.Node):
         return None
     if node.op == "get_attr":
         tensor = attribute(gm, str(node.target))
         return ParamRef(str(node.target), tensor, node) if isinstance(tensor, Tensor) else None
-    if node.op == "placeholder" and node.name in lifted.tensors:
-        return ParamRef(lifted.names[node.name], lifted.tensors[node.name], node)
-    return None
+    if node.op == "placeholder":
+        known = node.name in lifted.tensors
+        return ParamRef(lifted.names[node.name], lifted.tensors[node.name], node) if known else None
+    whole = rows_source(node)
+    ref = parameter_read(gm, whole, lifted) if whole is not None and whole.op in ("get_attr", "placeholder") else None
+    rows = rows_of(node, len(ref.tensor)) if ref is not None and ref.tensor.dim() else None
+    if ref is None or rows is None:
+        return None
+    return ParamRef(f"{ref.name}_rows_{rows.start}_{rows.stop}", ref.tensor.detach()[rows], node, whole)
 
 
 def _ints(value: Any) -> list[int] | None:
@@ -160,6 +180,8 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     bias = argument(node, 2 + shift, "bias")
     if linear:
         obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"
+        if weight.whole is not None and not weight.owned:
+            obstacle = "its weight is a part of a graph input"
         return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
     raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
     axes = [_ints(value) for value in raw]

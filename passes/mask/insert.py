@@ -139,7 +139,7 @@ class Mask(Pass):
             if ctx.owned:
                 masked.apply_mask()
             return
-        if use.weight.node is not None and use.weight.node.op == "get_attr":
+        if use.weight.owned:
             owner, _, leaf = use.weight.name.rpartition(".")
             buffer = "mask" if leaf == "weight" else f"{leaf}_mask"
             holder, path = gm.get_submodule(owner), f"{owner}.{buffer}".lstrip(".")
@@ -153,5 +153,5 @@ class Mask(Pass):
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-        if ctx.owned and use.weight.node is not None and use.weight.node.op == "get_attr":
+        if ctx.writable(use):
             use.weight.tensor.masked_fill_(~mask, 0)

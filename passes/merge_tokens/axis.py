@@ -272,11 +272,15 @@ class TokenAxis(AttentionWeights):
 
     def _weigh(self, node: fx.Node, state: State, axis: int, keep: bool) -> None:
         """Turn a mean over tokens into a mean over the input tokens that they stand for."""
-        self._check_batch(node, self._shape(node.args[0]), state.level)
-        with self.gm.graph.inserting_before(node):
+        graph, x, shape = self.gm.graph, node.args[0], self._shape(node.args[0])
+        first = axis == 0 and len(shape) == 3  # (N, B, C)
+        self._check_batch(node, shape[1:] if first else shape, state.level)
+        with graph.inserting_before(node):
             size, start = state.level.size, state.axes[axis]
-            args = schema.TokenMeanArgs(x=node.args[0], size=size, start=start, dim=axis, keepdim=keep)
-            new = self.gm.graph.call_function(ops.token_mean, tuple(args))
+            x = graph.call_function(torch.transpose, (x, 0, 1)) if first else x
+            args = schema.TokenMeanArgs(x=x, size=size, start=start, dim=1 if first else axis, keepdim=keep)
+            new = graph.call_function(ops.token_mean, tuple(args))
+            new = graph.call_function(torch.transpose, (new, 0, 1)) if first and keep else new
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)

@@ -28,6 +28,7 @@ from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.schedule import Stream, merges, solve
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
+from mpcompile.passes.merge_tokens.turned import sequence_first, turn
 from mpcompile.plan import Plan, is_lowered
 
 
@@ -99,12 +100,13 @@ def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
     return IRModule(gm, graph), copies
 
 
-def _unmasked(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
-    """Return the graph, or a copy without its idle masks if it has any."""
-    if not idle:
+def _prepared(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
+    """Return the graph, or a copy without idle masks and with streams that :func:`turn` has turned if it has any."""
+    if not idle and not sequence_first(gm):
         return gm
     trial, copies = _trial(gm)
     drop(trial, {copies[node]: None if source is None else copies[source] for node, source in idle.items()})
+    turn(trial)
     return trial
 
 
@@ -227,7 +229,7 @@ class MergeTokens(Pass):
         if any(node.target is ops.token_merge for node in gm.graph.nodes):
             return Merges(already=True)
         idle = idle_masks(gm, ctx.lifted)
-        gm = _unmasked(gm, idle)
+        gm = _prepared(gm, idle)
         found, reasons = find_streams(gm)
         if not found:
             error = self._not_eligible(gm, reasons, ctx)
@@ -302,6 +304,7 @@ class MergeTokens(Pass):
         nodes = {node.name: node for node in gm.graph.nodes}
         idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
         drop(gm, idle)
+        turn(gm)
         blocks = [_sites_of(gm, stream) for stream in streams]
         spread: list[fx.Node] = []
         for sites, stream in zip(blocks, streams, strict=True):

@@ -16,6 +16,7 @@ from mpcompile.ir.nodes import ATTENTION, MATMUL, argument, shape_of
 from mpcompile.ir.view import LEFT_WHOLE
 
 __getattr__ = _moved.renamed(__name__, {"count_prefix": "passes.merge_tokens.ends.count_ends"})
+TURNED = "mpcompile.turned"  # key in the meta of a stream (N, B, C) that is seen as (B, N, C)
 CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default})
 _MATMUL = (MATMUL - {torch.einsum}) | {operator.matmul, operator.imatmul}
@@ -132,11 +133,11 @@ def opaque_attentions(gm: fx.GraphModule) -> dict[str, str]:
     return {str(node.target): str(node.meta[LEFT_WHOLE]) for node in gm.graph.nodes if LEFT_WHOLE in node.meta}
 
 
-def _residual(attention: Attention) -> fx.Node | None:
+def attention_residual(attention: Attention) -> fx.Node | None:
     """Return the addition that brings an attention's result back into the stream that its query came from.
 
     If further branches that do not depend on the sum are added to it directly (blocks whose attention and MLP run in
-    parallel), return the last of these additions.
+    parallel), return the last of these additions; if the stream has been turned, return it as (B, N, C).
     """
     upstream = ancestors(attention.query)
     reached = {attention.anchor}
@@ -156,7 +157,7 @@ def _residual(attention: Attention) -> fx.Node | None:
             residual, reached = node, {node}
         else:
             break
-    return residual
+    return None if residual is None else next((u for u in residual.users if TURNED in u.meta), residual)
 
 
 def _adds_branch(node: fx.Node, total: fx.Node) -> bool:
@@ -197,7 +198,7 @@ def find_streams(gm: fx.GraphModule) -> tuple[list[list[Site]], dict[str, str]]:
     grouped: dict[fx.Node, list[Attention]] = {}
     reasons: dict[str, str] = {}
     for attention in find_attentions(gm):
-        residual = _residual(attention)
+        residual = attention_residual(attention)
         why = _obstacle(attention, residual)
         if why is None and residual is not None:
             grouped.setdefault(residual, []).append(attention)

@@ -339,3 +339,20 @@ def test_every_kind_of_argument(tmp_path):
     ours, theirs = loaded(x), gm(x)
     assert torch.equal(ours["y"].isnan(), theirs["y"].isnan()) and ours["z"][0].dtype == torch.int32
     assert ours["z"][1:] == theirs["z"][1:] and type(ours["z"][2]) is type(theirs["z"][2])
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return F.normalize(self.head(self.fc(x).relu()), dim=-1)
+
+
+def test_an_output_that_is_not_given(tmp_path):
+    """The trace records every argument of F.normalize: among them ``out=None``."""
+    gm = transform(Normalised(), torch.randn(2, 16), Config(pattern="2:4"))
+    assert any("out" in node.kwargs for node in gm.graph.nodes)
+    x = torch.randn(3, 16)
+    assert torch.equal(again(gm, tmp_path)(x), gm(x))

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.capture.attention.functions import REWRITES
 from mpcompile.capture.attention.modules import Expander, Unsupported, is_attention
+from mpcompile.capture.attention.views import untangle
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.ir.nodes import fake_value
 from mpcompile.ir.parts import set_attribute
@@ -24,6 +25,9 @@ def expand_attention(imported: Imported) -> None:
     no functional form here stays as it is, and its node says why.
     """
     gm = imported.gm
+    if untangle(imported):
+        gm.graph.lint()
+        gm.recompile()
     calls = [node for node in gm.graph.nodes if _hides_attention(gm, node)]
     if not calls:
         return
@@ -55,13 +59,12 @@ def _rewrite(expand: Expander, node: fx.Node) -> None:
     args, kwargs = expand.proxy((node.args, node.kwargs))
     try:
         with graph.inserting_before(node):
+            expand.enter(node.all_input_nodes)
             if node.op == "call_module":
-                expand.enter(node.all_input_nodes)
                 results = expand.call(str(node.target), *args, **kwargs)
                 if str(node.target) in expand.left:
                     raise Unsupported(expand.left[str(node.target)])
             else:
-                expand.enter(node.all_input_nodes)
                 results = REWRITES[node.target](expand, args, kwargs)
     except Unsupported as error:
         expand.masks.made = made
@@ -81,7 +84,8 @@ def _replace(node: fx.Node, results: Any) -> None:
     else:
         for user in list(node.users):
             if user.target is operator.getitem and user.args[0] is node and isinstance(user.args[1], int):
-                _substitute(user, results[user.args[1]])
+                if user.users:
+                    _substitute(user, results[user.args[1]])
                 node.graph.erase_node(user)
         _substitute(node, results)
     node.graph.erase_node(node)

@@ -98,7 +98,6 @@ class Expander:
         left: paths of modules that stay single calls -> why.
         expanded: paths of modules that were rewritten.
         notes: what a user should know.
-        batched: False while a call without a batch axis is rewritten.
         wants_weights: True if something reads the attention weights that the call returns.
     """
 
@@ -109,15 +108,13 @@ class Expander:
         self.left: dict[str, str] = {}
         self.expanded: set[str] = set()
         self.notes: list[str] = []
-        self.batched = self.wants_weights = True
+        self.wants_weights = True
+        self._rank = 3  # of the present call's input
         self._pending: list[tuple[str, nn.Module | None]] = []  # what the present call has done, to undo it
 
     def enter(self, inputs: Sequence[fx.Node]) -> None:
         """Start to rewrite a call with these inputs."""
-        rank = self.fake(Proxy(inputs[0], self.tracer)).dim()
-        if rank not in (2, 3):
-            raise Unsupported(f"its input has {rank} axes")
-        self.batched = rank == 3
+        self._rank = self.fake(Proxy(inputs[0], self.tracer)).dim()
 
     def done(self) -> None:
         """Keep what the present call has done."""
@@ -193,7 +190,9 @@ class Expander:
 
     def attend(self, inputs: list[Proxy], a: Attention, batch_first: bool, **options: Any) -> tuple[Any, Any]:
         """Attend, with or without a batch axis."""
-        if self.batched:
+        if self._rank not in (2, 3):
+            raise Unsupported(f"its input has {self._rank} axes")
+        if self._rank == 3:
             return attend(inputs, a, self.masks, batch_first=batch_first, **options)
         alone = {x.node: x.unsqueeze(0) for x in inputs}
         found, weights = attend([alone[x.node] for x in inputs], a, self.masks, batch_first=True, **options)
