@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpcompile._moved import renamed
+from mpcompile.capture.signature import flatten_inputs, takes_trees
 from mpcompile.errors import InputError
 from mpcompile.ir.module import Imported
 from mpcompile.ir.nodes import fake_value, hint
@@ -53,22 +54,21 @@ def peek(data: Any) -> tuple[Any, Iterable[Any]]:
 
 
 def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> list[Any]:
-    """Return the inputs in a batch: the entries of a dict in the order of ``names``, else only the first item.
+    """Return the inputs in a batch: the entries of a mapping in the order of ``names``, else only the first item.
+
+    Other entries of a mapping, such as labels, are left out.
 
     Args:
         examples: example inputs; if there is one, and it is a dict or a tuple, then the input in each batch is too.
     """
     nested = len(examples) == 1 and isinstance(examples[0], (Mapping, tuple, list))
     if isinstance(batch, Mapping):
-        if set(batch) == set(names):
+        if batch.keys() >= set(names):
             return [batch[name] for name in names]
         if nested:
             return [batch]
         raise InputError("a calibration batch has the wrong keys", expected=", ".join(names), found=list(batch))
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
-        batch = batch[0]
+    batch = _first(batch)
     if not isinstance(batch, Tensor) and not (nested and isinstance(batch, (Mapping, tuple, list))):
         raise InputError(
             "a calibration batch has the wrong type",
@@ -76,6 +76,15 @@ def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> 
             found=type(batch).__name__,
         )
     return [batch]
+
+
+def _first(batch: Any) -> Any:
+    """Return the first item of a tuple, which is the input, or a batch of another type as it is."""
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
+        return batch[0]
+    return batch
 
 
 def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
@@ -89,7 +98,10 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
     device = device_of(model.gm)
     examples = [fake_value(node) for node in data]
     for index, batch in enumerate(calibration):
-        values = model_inputs(batch, [str(n.target) for n in data], examples)
+        if takes_trees(model.gm):
+            values = flatten_inputs(model.gm, _first(batch))
+        else:
+            values = model_inputs(batch, [str(n.target) for n in data], examples)
         if len(values) != len(data):
             raise InputError(
                 f"calibration batch {index} has the wrong number of inputs",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.capture.signature import call_graph
 from mpcompile.errors import InputError, first_line
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import Imported
@@ -145,8 +146,8 @@ def divergence(
     total, count = 0.0, 0
     with training_flags(dense, False), training_flags(pruned, False):
         for batch, other in zip(values, values if pruned_values is None else pruned_values, strict=True):
-            wanted = outputs(dense(*own_copies(dense, batch)))
-            actual = outputs(pruned(*own_copies(pruned, other)))
+            wanted = outputs(call_graph(dense, own_copies(dense, batch)))
+            actual = outputs(call_graph(pruned, own_copies(pruned, other)))
             count += len(wanted[0])
             if is_logits(wanted):
                 p, q = (y[0].double().log_softmax(-1) for y in (wanted, actual))

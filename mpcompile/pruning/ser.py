@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mpcompile.capture.signature import call_of
+from mpcompile.capture.signature import call_graph, call_of
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import IRModule
@@ -140,7 +140,7 @@ def _goals(sparsity: float) -> list[float]:
 @torch.no_grad()
 def _dense_logits(gm: IRModule, data: Sequence[Sequence[Any]]) -> list[Tensor]:
     """Return the graph's logits on every batch, float32."""
-    logits = [gm(*own_copies(gm, batch)) for batch in data]
+    logits = [call_graph(gm, own_copies(gm, batch)) for batch in data]
     if not all(isinstance(t, Tensor) and t.dim() == 2 for t in logits):
         raise InputError("score='ser' needs a model that returns logits", expected="a tensor (batch, classes)")
     return [t.float() for t in logits]
