@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,7 +100,7 @@ def import_captured(model: nn.Module, example_inputs: Any, capture: _Capture, dy
     owned.locked_mode = copied.training if notes else None
     if call.left_out:
         notes.append(f"inputs left out: {', '.join(call.left_out)}")
-    guard_inputs(owned)
+    guard_inputs(owned, captured=True)
     return Imported(owned, flatten_inputs(owned, call.kwargs or call.args), Lifted(), notes)
 
 
@@ -145,7 +146,7 @@ def _examples(call: Call) -> Iterator[Call]:
 def _free_axes(call: Call) -> ShapesCollection:
     shapes = ShapesCollection()
     for tensor in pytree.tree_leaves((call.args, call.kwargs)):
-        if isinstance(tensor, Tensor) and tensor.dim():
+        if isinstance(tensor, Tensor) and tensor.dim() and len(tensor) > 1:
             shapes[tensor] = {0: Dim.AUTO}
     return shapes
 
@@ -161,7 +162,9 @@ def _run(
         generators_kept(),
         torch.enable_grad(),  # torch.nn's layers take paths of their own where no gradient is recorded
         contextlib.redirect_stderr(io.StringIO()) as printed,  # torch prints the graph of an attempt that fails
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")  # advice on how to make a model exportable
         gm = capture(copied, call, shapes)
     sys.stderr.write(printed.getvalue())
     for node in list(gm.graph.nodes):

@@ -30,11 +30,14 @@ def is_torch_guard(gm: fx.GraphModule, node: fx.Node) -> bool:
     return cls.__name__ == "GuardsFn" and cls.__module__.startswith("torch.export")
 
 
-def guard_inputs(gm: IRModule) -> bool:
+def guard_inputs(gm: IRModule, *, captured: bool = False) -> bool:
     """Begin a captured graph with a check of its inputs, in place of torch's own.
 
     A graph is captured if torch.export, dynamo or make_fx made it: its inputs carry fake values whose sizes are
     numbers, where they are fixed, or symbols. Graphs of symbolic tracing fix no size and stay as they are.
+
+    Args:
+        captured: the graph is known to be captured; otherwise its nodes show it.
 
     Returns:
         True if the graph has changed.
@@ -43,7 +46,7 @@ def guard_inputs(gm: IRModule) -> bool:
         gm.graph.erase_node(node)
         gm._modules.pop(str(node.target), None)
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    if not inputs or not _captured(gm.graph) or any(isinstance(m, InputGuard) for m in gm.children()):
+    if not inputs or not (captured or _captured(gm.graph)) or any(isinstance(m, InputGuard) for m in gm.children()):
         return False
     sizes = _Sizes()
     entries = [sizes.entry(place, node) for place, node in enumerate(inputs)]
