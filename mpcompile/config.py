@@ -95,8 +95,8 @@ class Config:
             ``"gluon_wgmma_sp"``, ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and
             ``"triton_expand"`` (any N:M, expanded in registers); ``"reference"`` (packed values + bitmask, plain
             torch), ``"dense"`` (masked weight, dense GEMM), ``"auto"`` (the fastest, as timed on this machine).
-        exclude: layers that stay dense: the roles ``"stem"`` (the convolution that reads the image), ``"head"`` (the
-            last layer before the output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. A
+        exclude: layers that stay dense: the roles ``"stem"`` (the layer that reads the image), ``"head"`` (a layer
+            whose values are an output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. A
             value given here replaces the default.
         include: layer names or globs that are masked although ``exclude`` names them. A layer named here without a
             wildcard that cannot be masked is an error.
