@@ -40,6 +40,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "include": (tuple,),
     "prefix_tokens": (int, type(None)),
     "frozen": (bool,),
+    "outputs": (tuple,),
 }
 
 
@@ -103,6 +104,8 @@ class Config:
             merge; None finds it in the graph.
         frozen: promise that weights do not change after compilation: BatchNorm is folded into convolutions, Inductor
             folds constants and prepacks dense weights, and no call checks for changed weights.
+        outputs: names or globs of the outputs that are needed, such as ``"logits"`` or ``"*_embeds"``. The others are
+            None in what the model returns, and nothing is computed for them. Empty: all.
 
     Raises:
         ConfigError: an unknown option, or a value that an option does not accept.
@@ -127,9 +130,10 @@ class Config:
     include: tuple[str, ...] = ()
     prefix_tokens: int | None = None
     frozen: bool = False
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("exclude", "include", "patterns"):
+        for name in ("exclude", "include", "patterns", "outputs"):
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)
