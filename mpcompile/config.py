@@ -40,6 +40,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "include": (tuple,),
     "prefix_tokens": (int, type(None)),
     "frozen": (bool,),
+    "outputs": (tuple,),
 }
 
 
@@ -94,8 +95,8 @@ class Config:
             ``"gluon_wgmma_sp"``, ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and
             ``"triton_expand"`` (any N:M, expanded in registers); ``"reference"`` (packed values + bitmask, plain
             torch), ``"dense"`` (masked weight, dense GEMM), ``"auto"`` (the fastest, as timed on this machine).
-        exclude: layers that stay dense: the roles ``"stem"`` (the convolution that reads the image), ``"head"`` (the
-            last layer before the output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. A
+        exclude: layers that stay dense: the roles ``"stem"`` (the layer that reads the image), ``"head"`` (a layer
+            whose values are an output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. A
             value given here replaces the default.
         include: layer names or globs that are masked although ``exclude`` names them. A layer named here without a
             wildcard that cannot be masked is an error.
@@ -103,6 +104,8 @@ class Config:
             merge; None finds it in the graph.
         frozen: promise that weights do not change after compilation: BatchNorm is folded into convolutions, Inductor
             folds constants and prepacks dense weights, and no call checks for changed weights.
+        outputs: names or globs of the outputs that are needed, such as ``"logits"`` or ``"*_embeds"``. The others are
+            None in what the model returns, and nothing is computed for them. Empty: all.
 
     Raises:
         ConfigError: an unknown option, or a value that an option does not accept.
@@ -127,9 +130,10 @@ class Config:
     include: tuple[str, ...] = ()
     prefix_tokens: int | None = None
     frozen: bool = False
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("exclude", "include", "patterns"):
+        for name in ("exclude", "include", "patterns", "outputs"):
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)

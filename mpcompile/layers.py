@@ -204,6 +204,11 @@ class InputGuard(nn.Module):
         return "; ".join(f"{entry[1]} {_wanted(entry, {})}" for entry in self.inputs if entry is not None)
 
 
+def fixed_batch(module: nn.Module) -> int | None:
+    """Return the one batch size that a captured graph takes; None for modules that take others."""
+    return next((child.batch for child in module.children() if isinstance(child, InputGuard)), None)
+
+
 _HINT = (
     "these are the sizes that the graph was captured with: capture it with free ones (dynamic_shapes of "
     "torch.export.export), or with example inputs of this size"

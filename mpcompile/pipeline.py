@@ -40,6 +40,7 @@ from mpcompile.passes.fuse import Fuse
 from mpcompile.passes.lower import Lower
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens, unmerged
+from mpcompile.passes.merge_tokens.outputs import select_outputs
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
 from mpcompile.plan import LayerPlan, Plan
@@ -269,6 +270,8 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
     merged = any(node.target is ops.token_merge for node in imported.gm.graph.nodes)
     decides = any(step.decides for step in pipeline)
     kept = [key for key in old if key not in ("engine", "frozen")] if before and not decides else []
+    if before and decides and not config.outputs:
+        kept += [key for key in old if key == "outputs"]  # outputs that are gone stay gone
     if before and decides and merged:
         kept += [key for key in old if key.startswith(("tome_", "prefix_"))]
     if before and decides and config.pattern == "dense" and plan.masked:
@@ -313,6 +316,7 @@ def run_pipeline(
         raise ConfigError("calibrate has no such value", expected=f"one of {', '.join(CALIBRATIONS)}", found=calibrate)
     if allocated is None:
         _check_needs(pipeline, config)
+    select_outputs(imported, config.outputs)
     plan = _begun(imported, config, pipeline)
     data: Calibration | None = None
     if calibration is not None:

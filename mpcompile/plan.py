@@ -144,9 +144,14 @@ class _Class(TypedDict, total=False):
     order: list[list[Natural]]
 
 
+class _Stream(TypedDict, total=False):
+    prefix: Natural
+
+
 class _Decision(TypedDict, total=False):
     classes: list[_Class]
     prefix: Natural
+    streams: list[_Stream]
 
 
 @dataclass

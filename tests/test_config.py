@@ -13,7 +13,7 @@ from mpcompile.errors import ConfigError
 def test_defaults_and_size():
     config = Config()
     assert (config.pattern, config.tome_r, config.score, config.engine) == ("2:4", 0, "obs", "auto")
-    assert len(dataclasses.fields(Config)) <= 15
+    assert len(dataclasses.fields(Config)) <= 16
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.pattern = "4:8"
 
@@ -39,6 +39,7 @@ def test_options_round_trip_through_json():
         ({"engine": "gpu"}, "no such value"),
         ({"exclude": 3}, "wrong type"),
         ({"prefix_tokens": -2}, "negative"),
+        ({"outputs": ["logits", 1]}, "wrong type"),
         ({"permute": 1}, "wrong type"),
     ],
 )

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import mpcompile
+from tests.support.folders import LABELS, vit_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -80,6 +82,8 @@ def test_code_on_pages_runs(path, tmp_path, monkeypatch):
         return compiler(model, backend=backend, options=options, **how)
 
     monkeypatch.setattr(torch, "compile", traced)
+    if path.name == "sources.md":
+        _folders(tmp_path)
     torch.manual_seed(0)
     images = torch.randn(16, 3, 224, 224)
     given = {
@@ -93,6 +97,14 @@ def test_code_on_pages_runs(path, tmp_path, monkeypatch):
     }
     for code in blocks(path):
         exec(compile(code, str(path), "exec"), given)
+
+
+def _folders(place: Path) -> None:
+    """Write the folders that docs/sources.md assumes: a ViT of transformers, and images of its classes."""
+    vit_folder(place / "vit")
+    for number, name in enumerate(LABELS):
+        (place / "photos" / name).mkdir(parents=True)
+        Image.effect_noise((48, 40), 40 + 20 * number).convert("RGB").save(place / "photos" / name / "0.png")
 
 
 def test_the_pages_have_code():

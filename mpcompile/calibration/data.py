@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpcompile._moved import renamed
+from mpcompile.data.calls import graph_inputs
+from mpcompile.data.labels import LABELS
 from mpcompile.errors import InputError
+from mpcompile.io.messages import warn_once
 from mpcompile.ir.module import Imported
 from mpcompile.ir.nodes import fake_value, hint
 from mpcompile.ir.numerics import ordinary
 from mpcompile.ir.parts import device_of
 
+log = logging.getLogger(__name__)
 __getattr__ = renamed(__name__, {"draw": "data.labels.draw"})
 
 
@@ -53,22 +58,21 @@ def peek(data: Any) -> tuple[Any, Iterable[Any]]:
 
 
 def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> list[Any]:
-    """Return the inputs in a batch: the entries of a dict in the order of ``names``, else only the first item.
+    """Return the inputs in a batch: the entries of a mapping in the order of ``names``, else only the first item.
+
+    Other entries of a mapping, such as labels, are left out.
 
     Args:
         examples: example inputs; if there is one, and it is a dict or a tuple, then the input in each batch is too.
     """
     nested = len(examples) == 1 and isinstance(examples[0], (Mapping, tuple, list))
     if isinstance(batch, Mapping):
-        if set(batch) == set(names):
+        if batch.keys() >= set(names):
             return [batch[name] for name in names]
         if nested:
             return [batch]
         raise InputError("a calibration batch has the wrong keys", expected=", ".join(names), found=list(batch))
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
-        batch = batch[0]
+    batch = _first(batch)
     if not isinstance(batch, Tensor) and not (nested and isinstance(batch, (Mapping, tuple, list))):
         raise InputError(
             "a calibration batch has the wrong type",
@@ -76,6 +80,15 @@ def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> 
             found=type(batch).__name__,
         )
     return [batch]
+
+
+def _first(batch: Any) -> Any:
+    """Return the first item of a tuple, which is the input, or a batch of another type as it is."""
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
+        return batch[0]
+    return batch
 
 
 def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
@@ -89,7 +102,7 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
     device = device_of(model.gm)
     examples = [fake_value(node) for node in data]
     for index, batch in enumerate(calibration):
-        values = model_inputs(batch, [str(n.target) for n in data], examples)
+        values = _inputs(model, batch, [str(n.target) for n in data], examples)
         if len(values) != len(data):
             raise InputError(
                 f"calibration batch {index} has the wrong number of inputs",
@@ -103,6 +116,18 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
             continue  # no samples: no statistics, and a reshape with a free axis would be ambiguous
         moved = dict(zip(data, (_moved(v, device) for v in values), strict=True))
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
+
+
+def _inputs(model: Imported, batch: Any, names: list[str], examples: Sequence[Any]) -> list[Any]:
+    """Return the inputs in a batch, one per placeholder that holds data."""
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    named = isinstance(first, Mapping) or (isinstance(batch, (tuple, list)) and len(batch) >= len(names) > 1)
+    if model.lifted.tensors or (len(names) == 1 and not named):
+        return model_inputs(batch, names, examples)
+    left_out = [key for key in first if key in LABELS and key not in names] if isinstance(first, Mapping) else []
+    if left_out:
+        warn_once(log, f"calibration uses no labels: {', '.join(left_out)} in the batches left out")
+    return graph_inputs(model.gm, batch)
 
 
 def _like(example: Any, value: Any) -> Any:

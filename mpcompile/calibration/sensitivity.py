@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.capture.signature import call_graph
 from mpcompile.errors import InputError, first_line
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import Imported
 from mpcompile.ir.numerics import exact, training_flags
 from mpcompile.ir.view import LayerOp
+from mpcompile.layers import fixed_batch
 
 Batch = list[Any]  # the inputs of the graph, one per placeholder
 
@@ -31,11 +33,16 @@ def is_logits(tensors: list[Tensor]) -> bool:
 
 
 def samples(batch: Batch, model: Imported, size: int) -> Iterator[Batch]:
-    """Yield a batch in parts of at most ``size`` samples (whole if a dynamo or export graph has a fixed batch size)."""
+    """Yield a batch in parts of at most ``size`` samples; whole if the graph was captured for one batch size."""
     data = [n.name not in model.lifted.tensors for n in model.gm.graph.nodes if n.op == "placeholder"]
     tensors = [v for v, own in zip(batch, data, strict=True) if own and isinstance(v, Tensor) and v.dim()]
     count = len(tensors[0]) if tensors else 1
-    if count <= size or model.lifted.tensors or any(len(v) != count for v in tensors):
+    if (
+        count <= size
+        or model.lifted.tensors
+        or fixed_batch(model.gm) is not None
+        or any(len(v) != count for v in tensors)
+    ):
         yield batch
         return
     for start in range(0, count, size):
@@ -145,8 +152,8 @@ def divergence(
     total, count = 0.0, 0
     with training_flags(dense, False), training_flags(pruned, False):
         for batch, other in zip(values, values if pruned_values is None else pruned_values, strict=True):
-            wanted = outputs(dense(*own_copies(dense, batch)))
-            actual = outputs(pruned(*own_copies(pruned, other)))
+            wanted = outputs(call_graph(dense, own_copies(dense, batch)))
+            actual = outputs(call_graph(pruned, own_copies(pruned, other)))
             count += len(wanted[0])
             if is_logits(wanted):
                 p, q = (y[0].double().log_softmax(-1) for y in (wanted, actual))

@@ -155,14 +155,18 @@ def check_finite(tensors: Mapping[str, Tensor], *, bounds: bool = False) -> None
     """Raise for the first weight that is not finite; a single number may be infinite (the bound of a clamp).
 
     Args:
-        bounds: allow infinite values (an attention mask holds -inf at hidden positions), but no NaN.
+        bounds: allow infinite values (an attention mask holds -inf at hidden positions), but no NaN, and in parameters
+            -inf alone.
 
     Raises:
         InputError: names the tensor and counts its values that are NaN or infinite.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.device.type != "meta":
-            bad = int((~torch.isfinite(tensor) if tensor.dim() and not bounds else tensor.isnan()).sum())
+            wrong = ~torch.isfinite(tensor) if tensor.dim() and not bounds else tensor.isnan()
+            if bounds and tensor.dim() and isinstance(tensor, nn.Parameter):
+                wrong |= tensor.isposinf()
+            bad = int(wrong.sum())
             if bad:
                 raise InputError(
                     "the weight is not finite",

@@ -26,15 +26,15 @@ from mpcompile.capture.checks import (
     not_a_model,
 )
 from mpcompile.capture.exported import dynamo_graph, export, free_batch, import_captured, strict_export
+from mpcompile.capture.forms.products import number_paddings, unify_products
 from mpcompile.capture.graphs import import_graph
 from mpcompile.capture.inputs import call_for, unfit
-from mpcompile.capture.products import number_paddings, unify_products
 from mpcompile.capture.symbolic import Untraceable, import_module, place_of
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
 from mpcompile.ir.module import Imported
 from mpcompile.ir.regions import inline_regions
 from mpcompile.ir.shapes import propagate
-from mpcompile.ir.view import layers
+from mpcompile.ir.view import layers, whole_functions
 
 __all__ = ["Imported", "check_finite", "check_values", "import_model"]
 
@@ -80,7 +80,8 @@ def import_model(
     biases = {f"{layer.name}.bias": layer.bias for layer in uses if isinstance(layer.bias, Tensor)}
     check_finite({layer.weight.name: layer.weight.tensor for layer in uses} | biases)
     everything = {imported.lifted.names[k]: v for k, v in imported.lifted.tensors.items()}
-    check_finite({**imported.gm.state_dict(), **everything}, bounds=True)
+    parameters = dict(imported.gm.named_parameters())
+    check_finite({**imported.gm.state_dict(), **parameters, **everything}, bounds=True)
     return imported
 
 
@@ -113,16 +114,25 @@ def _capture(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Impo
     """
     reasons: dict[str, str] = {}
     first: TraceError | None = None
+    traced: Imported | None = None
     if dynamic_shapes is None:
         try:
-            imported = import_module(model, example_inputs)
-            imported.captured = "symbolic tracing"
-            return imported
+            traced = import_module(model, example_inputs)
+            traced.captured = "symbolic tracing"
+            whole = whole_functions(traced.gm, traced.lifted)
+            if not whole:
+                return traced
+            reasons["symbolic tracing"] = f"it keeps {', '.join(whole)} whole, which takes weights"
         except TraceError as error:
             if error.final:
                 raise
             first, reasons["symbolic tracing"] = error, error.message
-    check_backward_hooks(model)
+    try:
+        check_backward_hooks(model)
+    except TraceError:
+        if traced is not None:
+            return traced
+        raise
     with tqdm(_CAPTURES.items(), desc=f"capture {type(model).__name__}", disable=None, leave=False) as attempts:
         for name, capture in attempts:
             attempts.set_postfix_str(name, refresh=True)
@@ -137,6 +147,8 @@ def _capture(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Impo
             imported.captured = f"{name}, {batch}"
             imported.notes += [f"{tried} failed: {reason}" for tried, reason in reasons.items()]
             return imported
+    if traced is not None:
+        return traced
     raise _refusal(model, reasons, first)
 
 

@@ -93,6 +93,11 @@ def _input_spec(gm: fx.GraphModule) -> dict[str, pytree.TreeSpec] | None:
     return dict(zip(names, children, strict=True))
 
 
+def takes_trees(gm: fx.GraphModule) -> bool:
+    """Return True if a graph is one of torch.export, whose placeholders are the leaves of its inputs."""
+    return _input_spec(gm) is not None
+
+
 def _has_keywords(spec: pytree.TreeSpec) -> bool:
     """Return True if a tree of inputs is (positional inputs, inputs by keyword)."""
     return spec.type is tuple and [child.type for child in spec.children()] == [tuple, dict]
@@ -197,7 +202,7 @@ def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if isinstance(example_inputs, (tuple, list)):
-        if len(example_inputs) == len(nodes) and (spec is None or len(spec) != len(nodes)):
+        if spec is not None and len(example_inputs) == len(nodes) != len(spec):
             return list(example_inputs)
     elif not isinstance(example_inputs, Mapping):
         raise InputError(
@@ -324,6 +329,12 @@ def call_of(
     if keywords is False:
         return (*args, *kwargs.values()), {}
     return tuple(args), kwargs
+
+
+def call_graph(gm: fx.GraphModule, values: Sequence[Any]) -> Any:
+    """Return the outputs of a graph for one value per placeholder."""
+    args, kwargs = call_of(gm, values)
+    return gm(*args, **kwargs)
 
 
 def call_like(gm: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
+from torch.utils import _pytree as pytree
 
 from mpcompile.capture.attention import is_attention
 from mpcompile.errors import MPCompileError, TraceError, summary
-from mpcompile.ir.effects import AUGMENTED, UNDECIDED
+from mpcompile.ir.effects import AUGMENTED, UNDECIDED, known
 from mpcompile.ir.isolation import called
 from mpcompile.layers import ByMode, InputGuard, MaskedConv2d, MaskedLinear
 
@@ -180,6 +181,27 @@ class Tracer(fx.Tracer):
         default = () if parameter.default is parameter.empty else (parameter.default,)
         annotation = None if parameter.annotation is parameter.empty else parameter.annotation
         return self.create_proxy("placeholder", name, default, {}, type_expr=annotation)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **options: Any
+    ) -> Proxy:
+        """Record a call. A function that ``torch.fx.wrap`` would keep whole is entered if it takes weights.
+
+        It stays whole if it cannot be traced; :func:`mpcompile.ir.view.unsupported` then reports its weights.
+        """
+        if kind == "call_function" and not known(target) and self._takes_weights((args, kwargs)):
+            before = set(self.graph.nodes)
+            with contextlib.suppress(Exception):
+                result = target(*args, **kwargs)
+                if isinstance(result, Proxy):  # fx marks its node
+                    return result
+            for node in reversed([n for n in self.graph.nodes if n not in before]):
+                self.graph.erase_node(node)
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+    def _takes_weights(self, values: Any) -> bool:
+        names = {v.node.target for v in pytree.tree_leaves(values) if isinstance(v, Proxy) and v.node.op == "get_attr"}
+        return any(name in names and weight.dim() >= 2 for name, weight in self.root.named_parameters())
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         if self.written and isinstance(attr_val, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from mpcompile.calibration.data import as_batches
 from mpcompile.certificates.pair import trace
 from mpcompile.data.batches import read as read_loader
+from mpcompile.data.calls import call_form
 from mpcompile.data.labels import Labels
 from mpcompile.errors import InputError, MPCompileError
+from mpcompile.layers import fixed_batch
 
 _BYTES = 1 << 29  # maximum bytes of float64 activations in a chunk
 _COPIES = 6  # an enclosure has up to five parts, in addition to the value itself
@@ -23,16 +25,9 @@ Chunk = tuple[list[Tensor], Tensor | None]
 
 def _inputs(model: nn.Module, batch: Any) -> list[Tensor]:
     """Return the positional inputs in a batch."""
-    if isinstance(batch, Mapping):
-        try:
-            bound = inspect.signature(getattr(model, "_orig_mod", model).forward).bind(**batch)
-        except TypeError as error:
-            raise InputError(f"a batch does not fit forward: {error}") from error
-        values = list(bound.arguments.values())
-    elif isinstance(batch, (tuple, list)):
-        values = [batch[0]] if batch else []
-    else:
-        values = [batch]
+    module = getattr(model, "_orig_mod", model)
+    args, kwargs = call_form(module, batch)
+    values = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values()) if kwargs else list(args)
     if not values or not all(isinstance(v, Tensor) and v.dim() for v in values):
         raise InputError(
             "a batch has the wrong type",
@@ -69,7 +64,13 @@ def cut(batches: Iterable[Chunk], size: int) -> Iterator[Chunk]:
 
 
 def chunk_size(module: nn.Module, one: list[Tensor]) -> int:
-    """Return how many samples' activations fit into memory, estimated from the float64 graph for one sample."""
+    """Return how many samples' activations fit into memory, estimated from the float64 graph for one sample.
+
+    A graph that was captured for one batch size takes chunks of that size alone.
+    """
+    fixed = fixed_batch(module)
+    if fixed is not None:
+        return fixed
     try:
         graph = trace(module, [v.double() if v.is_floating_point() else v for v in one]).graph
     except MPCompileError:

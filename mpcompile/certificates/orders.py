@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.capture.importers import import_model
+from mpcompile.capture.signature import call_graph
 from mpcompile.certificates.pair import SAME
+from mpcompile.data.outputs import numbers_of
 from mpcompile.errors import GraphError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.view import LayerOp, layers
@@ -41,10 +43,10 @@ def replay_orders(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Tensor])
     analysis = analyse(gm, list(inputs))
     orders = _orders(entries, analysis, {layer.name: layer for layer in layers(gm)})
     with torch.no_grad():
-        before = gm(*inputs)
+        before = call_graph(gm, inputs)
         fold(gm, analysis, orders)
-        after = gm(*inputs)
-    before, after = (v if isinstance(v, Tensor) else v[0] for v in (before, after))
+        after = call_graph(gm, inputs)
+    before, after = numbers_of(before), numbers_of(after)
     difference = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
     if not difference <= SAME:
         raise GraphError(

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile._moved import renamed
 from mpcompile.certificates.enclosures.rules import operator_name
+from mpcompile.data.outputs import class_scores
 from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.parts import rows_of, rows_source
@@ -126,7 +127,9 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
     def call(tensors: dict[str, Tensor], *values: Any) -> Any:
-        return torch.func.functional_call(module, tensors, values)
+        output = torch.func.functional_call(module, tensors, values)
+        scores = class_scores(output)
+        return output if scores is None else scores
 
     try:
         with torch.no_grad(), training_flags(module, False):

@@ -15,6 +15,7 @@ from mpcompile.certificates.orders import replay_orders
 from mpcompile.certificates.pair import NetworkPair, StructureChange, check_values, double, match, trace
 from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
 from mpcompile.data.labels import check_range
+from mpcompile.data.outputs import class_scores, described
 from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.numerics import training_flags
 
@@ -187,10 +188,11 @@ def _logits(model: nn.Module, inputs: list[Tensor]) -> Tensor:
             expected="inputs that both models accept",
             found=", ".join(str(tuple(v.shape)) for v in inputs),
         ) from error
-    output = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise InputError("the model returns no logits", expected="(batch, classes), 2 classes or more", found=shape)
+    scores = class_scores(output)
+    if scores is None or scores.shape[1] < 2:
+        found = described(output)
+        raise InputError("the model returns no logits", expected="(batch, classes), 2 classes or more", found=found)
+    output = scores
     if not bool(torch.isfinite(output).all()):
         raise InputError("the model returns logits that are not finite", hint="check the inputs and the weights")
     return output.detach().double().cpu()

@@ -16,7 +16,7 @@ from mpcompile.cli.options import DTYPES, config_of, model_arguments
 from mpcompile.config import Config
 from mpcompile.errors import ConfigError, first_line
 from mpcompile.sources.loaded import LoadedModel
-from mpcompile.sources.loading import kind_of, load_model
+from mpcompile.sources.loading import PRETRAINED, kind_of, load_model
 
 __getattr__ = renamed(
     __name__,
@@ -50,14 +50,21 @@ def load_source(args: argparse.Namespace, like: Mapping[str, Any] | None = None)
         size = None  # provenance is not checked on load: anyone may have written it
     if not (isinstance(classes, int) and classes > 0) or kind_of(name) != "timm":
         classes = None  # other sources know their number of classes
+    made_from = like.get("weights")
+    if args.model is None and kind_of(name) == "timm" and args.checkpoint is None and isinstance(made_from, Mapping):
+        file = f"--checkpoint FILE, the file {made_from.get('file')}"
+        raise ConfigError("the artifact was made from the weights of a file", expected=file)
     loaded = load_model(
         name,
-        pretrained=args.pretrained,
+        pretrained=args.pretrained or (args.model is None and made_from == PRETRAINED),
         checkpoint=args.checkpoint,
         input_size=getattr(args, "input_size", None) or size,
         num_classes=args.num_classes if getattr(args, "num_classes", None) is not None else classes,
         **model_arguments(args),
     )
+    digests = [part.get("sha256") for part in (made_from, loaded.weights) if isinstance(part, Mapping)]
+    if len(set(digests)) > 1 and all(digests):
+        loaded.notes.append("these are not the weights that the artifact was made from")
     announce(args, loaded)
     return loaded
 

@@ -269,6 +269,11 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "help": "names or glob patterns of excluded layers to mask nevertheless",
     },
     "prefix_tokens": {"type": at_least(0), "metavar": "N", "help": "leading tokens that never merge"},
+    "outputs": {
+        "nargs": "+",
+        "metavar": "NAME",
+        "help": "names or glob patterns of the outputs that are needed; the others become None (default: all)",
+    },
     "frozen": {
         "action": "store_true",
         "help": "weights will not change: fold constants, prepack, and compare with dense builds that do the same",

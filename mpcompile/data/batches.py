@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mpcompile._moved import renamed
 from mpcompile.data import ranks
-from mpcompile.data.labels import class_numbers
+from mpcompile.data.labels import LABELS, class_numbers
+from mpcompile.data.outputs import logits_of
 from mpcompile.data.seeding import seed_everything, set_random_state
 from mpcompile.errors import InputError, MPCompileError, first_line
+
+__getattr__ = renamed(__name__, {"check_are_logits": "data.outputs.logits_of"})
+_IMAGES = ("pixel_values", "images", "image")  # keys of a batch under which loaders give the images
 
 
 @dataclass
@@ -177,11 +182,14 @@ def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def unpack(item: Any, need_labels: bool) -> Batch:
     """Return the parts of a batch as a loader yields it: (images, labels), (images, labels, index), or images alone.
 
-    Labels are converted to int64 if they are needed, and dropped otherwise.
+    A mapping, as of Hugging Face's loaders, holds images as the one entry besides labels and index. Labels are
+    converted to int64 if they are needed, and dropped otherwise.
 
     Raises:
         InputError: the batch has another form, is empty, or lacks the labels that are needed.
     """
+    if isinstance(item, Mapping):
+        item = _parts(item)
     parts = [item] if isinstance(item, Tensor) else list(item) if isinstance(item, (tuple, list)) else []
     tensors = [part for place, part in enumerate(parts) if place != 1]  # labels may be NumPy's or Python's numbers
     if not 1 <= len(parts) <= 3 or not all(isinstance(part, Tensor) for part in tensors):
@@ -201,25 +209,32 @@ def unpack(item: Any, need_labels: bool) -> Batch:
     return Batch(parts[0], numbers, parts[2] if len(parts) > 2 else None)
 
 
-def check_are_logits(value: Any, who: str) -> None:
-    """Check that a model returned logits (B, classes).
+def _parts(item: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return images, labels and index of a batch that is a mapping.
 
     Raises:
-        InputError: it did not.
+        InputError: the images are not the only tensor besides labels and index.
     """
-    if not isinstance(value, Tensor) or value.dim() != 2:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"the {who} does not return logits", expected="a tensor (batch, classes)", found=found)
+    found = {key: value for key, value in item.items() if isinstance(value, Tensor) and key not in (*LABELS, "index")}
+    images = next((found[key] for key in _IMAGES if key in found), None)
+    if images is None and len(found) != 1:
+        raise InputError(
+            "a batch does not say which of its entries are the images",
+            expected=f"one tensor besides labels, or an entry {', '.join(_IMAGES)}",
+            found=", ".join(map(str, item)),
+        )
+    images = next(iter(found.values())) if images is None else images
+    labels = next((item[key] for key in LABELS if key in item), None)
+    index = item.get("index")
+    return (images,) if labels is None and index is None else (images, labels, index)[: 2 if index is None else 3]
 
 
-def check_logits(student: Any, teacher: Any) -> int:
-    """Check that both models returned logits (B, classes) of the same classes, and return the number of classes.
+def check_logits(student: Tensor, teacher: Tensor) -> int:
+    """Check that logits (B, classes) of both models are of the same classes, and return the number of classes.
 
     Raises:
-        InputError: they did not.
+        InputError: they are not.
     """
-    for name, value in (("student", student), ("teacher", teacher)):
-        check_are_logits(value, name)
     if student.shape != teacher.shape:
         raise InputError(
             "student and teacher have different classes",
@@ -255,6 +270,7 @@ class Teacher:
             )
         numbers = batch.index.tolist()
         if not all(number in self.rows for number in numbers):
-            for number, row in zip(numbers, forward(self.module, batch.images, "teacher").cpu(), strict=True):
+            logits = logits_of(forward(self.module, batch.images, "teacher"), "teacher").cpu()
+            for number, row in zip(numbers, logits, strict=True):
                 self.rows[number] = row
         return torch.stack([self.rows[number] for number in numbers]).to(batch.images.device)

@@ -7,6 +7,7 @@ each time they are iterated, and whose number is known beforehand; ``notes`` rep
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -95,6 +96,11 @@ class Images:
         """Number of images."""
         return len(self.paths)
 
+    def first(self, count: int) -> Images:
+        """Return the first ``count`` images."""
+        labels = None if self.labels is None else self.labels[:count]
+        return dataclasses.replace(self, paths=self.paths[:count], labels=labels)
+
     def pictures(self) -> Iterator[Any]:
         """Yield the images one by one, as PIL images in RGB."""
         return map(open_image, self.paths)
@@ -120,6 +126,9 @@ class Archived(Images):
     @property
     def count(self) -> int:
         return len(self.chosen)
+
+    def first(self, count: int) -> Images:
+        return dataclasses.replace(super().first(count), chosen=self.chosen[:count])
 
     def pictures(self) -> Iterator[Any]:
         assert self.archive is not None

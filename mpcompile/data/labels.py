@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ _WHOLE = frozenset(
     (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
     + (torch.int8, torch.int16, torch.int32, torch.int64)
 )
+LABELS = ("labels", "label", "targets", "target")  # keys of a batch under which loaders give the classes
 _LARGEST = torch.iinfo(torch.int64).max
 
 
@@ -159,8 +160,32 @@ def draw(labels: Iterable[int], count: int, seed: int = 0) -> list[int]:
     return chosen[torch.randperm(count, generator=generator)].tolist()
 
 
+def labels_in(batch: Any, count: int) -> Any:
+    """Return the class numbers in a batch, or None: the second item of a tuple, or an entry of a mapping.
+
+    An entry that does not hold one whole number per sample (boxes, masks of pixels) is no class number.
+
+    Example:
+        >>> labels_in({"pixel_values": torch.ones(2, 3), "labels": torch.tensor([4, 5])}, 2)
+        tensor([4, 5])
+    """
+    if isinstance(batch, (tuple, list)):
+        if len(batch) > 1:
+            return batch[1]
+        batch = batch[0] if batch else None
+    if not isinstance(batch, Mapping):
+        return None
+    value = next((batch[key] for key in LABELS if key in batch), None)
+    if isinstance(value, Tensor):
+        one_each = value.numel() == count and not value.is_floating_point() and not value.is_complex()
+        return value if one_each else None
+    if isinstance(value, Sequence) and len(value) == count and all(isinstance(item, int) for item in value):
+        return value
+    return value if getattr(value, "size", None) == count and getattr(value, "dtype", None) is not None else None
+
+
 class Labels:
-    """Labels of a stream of batches: passed separately, or the second element of each (input, label) batch.
+    """Labels of a stream of batches: passed separately, or those in each batch (see :func:`labels_in`).
 
     Args:
         given: labels of all samples, at once or in parts of any size (a generator is read only as far as needed);
@@ -188,7 +213,7 @@ class Labels:
         Raises:
             InputError: they are not class numbers, too few, or missing in some batches.
         """
-        own = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        own = labels_in(batch, count)
         given = self.whole is not None or self.parts is not None
         labelled = given or own is not None
         if self.labelled not in (None, labelled):

@@ -19,7 +19,19 @@ def save_aoti(gm: nn.Module, example: Any, path: str | os.PathLike[str], **optio
     """Compile :func:`mpcompile.export.program` with AOTInductor into a package; ``options`` go to that function.
 
     Python loads the package with ``torch._inductor.aoti_load_package``, C++ with ``AOTIModelPackageLoader``. In both,
-    it refuses inputs whose size, dtype or device it was not compiled for, and copies inputs of other strides.
+    it refuses inputs whose size, dtype or device it was not compiled for, and copies inputs of other strides. Messages
+    number the inputs from 0.
+
+    In Python, the package is called as ``example`` is given and returns what the model returns, with tensors in place
+    of numbers; the entries of a nested dict must have the order of the example. C++ passes and receives flat lists of
+    tensors: the inputs in the order of the model's parameters, and of keys and items within one, as
+    :func:`mpcompile.export.save_onnx` names them.
+
+    Args:
+        gm: from :func:`mpcompile.transform` or :func:`mpcompile.load`.
+        example: a batch (batch, channels, height, width), a tuple of inputs, or a mapping of keyword inputs.
+        path: the file to write; it ends in ``.pt2``.
+        options: ``engine`` and ``dynamic_batch``.
 
     Raises:
         ArtifactError: the file cannot be written.

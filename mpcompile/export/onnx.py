@@ -41,6 +41,13 @@ def save_onnx(gm: nn.Module, example: Any, path: str | os.PathLike[str], *, dyna
         ArtifactError: the file cannot be written.
         GraphError: ONNX lacks an operator of the graph; or see :func:`mpcompile.export.program`.
         InputError: the example lacks an input.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> gm = mpcompile.transform(model, torch.randn(2, 16), mpcompile.Config(pattern="2:4"))
+        >>> save_onnx(gm, {"input": torch.randn(8, 16)}, "model.onnx", dynamic_batch=True)
+        >>> mpcompile.export.run_exported("model.onnx", "onnx", {"input": torch.randn(3, 16)}).shape
+        torch.Size([3, 4])
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:

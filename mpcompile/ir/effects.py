@@ -196,3 +196,17 @@ def erase_orphans(graph: fx.Graph, nodes: Iterable[fx.Node | None]) -> None:
             for part in dict.fromkeys([node, *node.all_input_nodes, whole]):
                 if not part.users:
                     graph.erase_node(part)
+
+
+def erase_unread(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Erase those of the given nodes that nothing reads, and then those of their sources that nothing reads any more.
+
+    Inputs and statements stay.
+    """
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node._erased or node.users or node.op in ("placeholder", "output") or writes(gm, node):
+            continue
+        stack += node.all_input_nodes
+        gm.graph.erase_node(node)

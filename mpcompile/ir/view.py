@@ -216,9 +216,7 @@ _PRODUCT = re.compile(
 
 def unentered(node: fx.Node) -> bool:
     """Return True if a node calls a function of the user's that the trace keeps whole (``torch.fx.wrap``)."""
-    if node.op != "call_function" or opaque(node):
-        return False
-    return node.meta.get("is_wrapped", False) or not known(node.target)
+    return node.op == "call_function" and not opaque(node) and not known(node.target)
 
 
 def multiplies(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -269,6 +267,16 @@ def unsupported(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, t
 
 def _left(node: fx.Node) -> str:
     return f": {node.meta[LEFT_WHOLE]}" if LEFT_WHOLE in node.meta else ""
+
+
+def whole_functions(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[str]:
+    """Return the names of functions that the graph holds as a whole although they take weights."""
+    lifted, names = lifted or Lifted(), []
+    for node in filter(unentered, gm.graph.nodes):
+        refs = [parameter_read(gm, operand, lifted) for operand in node.all_input_nodes]
+        if any(ref is not None and ref.tensor.dim() >= 2 for ref in refs):
+            names.append(target_name(gm, node))
+    return list(dict.fromkeys(names))
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:

@@ -32,8 +32,13 @@ class Comparison:
         self.agreeing: int | None = None
         self.error = self.energy = 0.0
 
-    def add(self, outputs: Tensor, reference: Tensor, labels: Tensor | None) -> None:
+    def add(self, outputs: Tensor, reference: Tensor, labels: Tensor | None, samples: int | None = None) -> None:
         """Count one batch: outputs of this build, those of the dense model, and int64 labels (B,) if known.
+
+        Classes are compared in outputs (batch, classes). Others, such as all boxes in a row, have a difference alone.
+
+        Args:
+            samples: number of samples in the batch, if that is not the length of the outputs.
 
         Raises:
             InputError: the builds return different shapes, or the model has no class for a label.
@@ -45,7 +50,7 @@ class Comparison:
                 expected=tuple(reference.shape),
                 found=tuple(outputs.shape),
             )
-        row.samples += len(outputs)
+        row.samples += len(outputs) if samples is None else samples
         self.error += float((outputs - reference).double().square().sum())
         self.energy += float(reference.double().square().sum())
         if outputs.dim() != 2:

@@ -20,10 +20,11 @@ from mpcompile.backend import CompiledGraph, compiled_graphs
 from mpcompile.calibration.data import as_batches
 from mpcompile.data.batches import read
 from mpcompile.data.labels import Labels
+from mpcompile.data.outputs import numbers_of
 from mpcompile.errors import InputError
 from mpcompile.ir.numerics import training_flags
 from mpcompile.measure.accuracy import Comparison
-from mpcompile.measure.builds import Frozen, bf16_build, logits, module_of
+from mpcompile.measure.builds import Frozen, bf16_build, module_of, run
 from mpcompile.measure.cost import fill_in_cost
 from mpcompile.measure.environment import conditions, first_tensor
 from mpcompile.measure.latency import fill_in_latency, time_builds
@@ -54,7 +55,9 @@ def audit(
     Args:
         model: the dense model.
         compiled: the build to audit, usually ``torch.compile(gm, backend="mpsparse")``.
-        inputs: one batch (a tensor or dict), or an iterable of batches; (input, label) tuples bring their labels.
+        inputs: one batch (a tensor or dict), or an iterable of batches; (input, label) tuples bring their labels, and
+            so do entries ``labels``, ``label``, ``targets`` or ``target`` of a dict. Entries that the model does not
+            take are left out.
         labels: class numbers of all inputs, of any integer type, at once or in parts. None uses the labels in the
             batches; without any, accuracy is not measured.
         others: further builds to show between the dense ones and ``compiled``, by name.
@@ -139,14 +142,15 @@ def _compare(
     comparisons = [Comparison(row) for row in rows]
     graphs: dict[CompiledGraph, None] = {}
     for batch in batches:
-        known = labels.of(batch, _sample_count(batch))
+        samples = _sample_count(batch)
+        known = labels.of(batch, samples)
         reference: Tensor | None = None
         for comparison in comparisons:
             name = comparison.row.name
             calls = {g: g.calls for g in compiled_graphs()}
-            outputs = logits(builds[name], batch).float()
+            outputs = numbers_of(run(builds[name], batch)).float()
             reference = outputs if reference is None else reference
-            comparison.add(outputs, reference, known)
+            comparison.add(outputs, reference, known, samples)
             if name == COMPILED:
                 graphs |= dict.fromkeys(g for g in compiled_graphs() if g.calls > calls.get(g, 0))
     labels.end()

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from mpcompile.errors import InputError
+from mpcompile.data.calls import call_form
 from mpcompile.kernels.machine import has_bf16
 from mpcompile.measure.environment import first_tensor
 
@@ -23,7 +24,7 @@ class Frozen:
         self.shapes: set[tuple[Any, ...]] = set()  # compiled so far
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = tuple(v.shape for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        key = tuple(v.shape for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor))
         if key in self.shapes:
             return self.run(*args, **kwargs)
         with torch._inductor.config.patch(freezing=True):  # dynamo reads the global setting when it compiles
@@ -65,17 +66,11 @@ def module_of(build: Any) -> Any:
     return getattr(build, "_orig_mod", build)
 
 
-def logits(build: Callable[..., Any], batch: Any) -> Tensor:
-    """Run a build on one batch and return its first output.
+def run(build: Callable[..., Any], batch: Any) -> Any:
+    """Return the output of a build for one batch, in the form that a loader yields it.
 
     Raises:
-        InputError: the output is not a tensor.
+        InputError: an input is missing.
     """
-    if isinstance(batch, Mapping):
-        result = build(**batch)
-    else:
-        result = build(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    result = result[0] if isinstance(result, (tuple, list)) else result
-    if not isinstance(result, Tensor):
-        raise InputError("the model returns no tensor", expected="logits (batch, classes)", found=type(result).__name__)
-    return result
+    args, kwargs = call_form(module_of(build), batch)
+    return build(*args, **kwargs)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from mpcompile.backend import CompiledGraph
+from mpcompile.data.calls import call_form, graph_inputs
 from mpcompile.ir.macs import count, flop_counter
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.shapes import propagate
-from mpcompile.measure.builds import InBf16, logits, module_of
+from mpcompile.measure.builds import InBf16, module_of
 from mpcompile.measure.environment import first_tensor
 from mpcompile.measure.report import COMPILED, Row
 
@@ -55,13 +57,9 @@ def dense_macs(model: nn.Module, batch: Any) -> int | None:
     try:
         # With gradients enabled, for the counter's module tracker: see mpcompile.ir.shapes.propagate.
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-            fake = (
-                {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                if isinstance(batch, Mapping)
-                else mode.from_tensor(first_tensor(batch))
-            )
+            args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, call_form(model, batch))
             with flop_counter() as counter:
-                logits(model, fake)
+                model(*args, **kwargs)
     except Exception:
         return None
     return counter.get_total_flops() // 2 // samples
@@ -69,8 +67,7 @@ def dense_macs(model: nn.Module, batch: Any) -> int | None:
 
 def _graph_macs(gm: IRModule, batch: Any) -> tuple[int, int]:
     """Return the MACs per sample of a masked graph: executed, and by the paper's convention (see ``Macs``)."""
-    inputs = list(batch.values()) if isinstance(batch, Mapping) else [first_tensor(batch)]
-    propagate(gm, inputs)
+    propagate(gm, graph_inputs(gm, batch))
     macs, _ = count(gm)
     return macs.executed, macs.paper
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,18 @@ def first_tensor(batch: Any) -> Tensor:
     Raises:
         InputError: there is none.
     """
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
+    tensor = next(_tensors(batch), None)
+    if tensor is not None:
+        return tensor
     raise InputError("inputs hold no tensor", expected="batches of tensors", found=type(batch).__name__)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 def _version(package: str) -> str | None:

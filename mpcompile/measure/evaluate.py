@@ -10,6 +10,7 @@ from torch import nn
 
 from mpcompile.data import batches as data
 from mpcompile.data import ranks
+from mpcompile.data.outputs import logits_of
 from mpcompile.errors import InputError
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.parts import device_of
@@ -34,8 +35,7 @@ def evaluate(model: nn.Module, val: Iterable[Any]) -> float:
         for item in data.read(val, "evaluation"):
             batch = data.unpack(item, need_labels=True)
             assert batch.labels is not None
-            logits = data.forward(model, batch.images.to(device), "model")
-            data.check_are_logits(logits, "model")
+            logits = logits_of(data.forward(model, batch.images.to(device), "model"))
             correct += float(top1_hits(logits, batch.labels).sum())
             count += len(batch.labels)
     correct, count = ranks.total(correct, count, device=device)

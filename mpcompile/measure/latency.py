@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mpcompile.measure.builds import logits
+from mpcompile.measure.builds import run
 from mpcompile.measure.environment import first_tensor
 from mpcompile.measure.report import BARS, Row
 
@@ -28,7 +28,7 @@ def time_builds(
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            logits(builds[name], batch)
+            run(builds[name], batch)
             if cuda:
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)

@@ -27,18 +27,22 @@ MARGIN = 20  # height of the text above a picture, in pixels
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and records the position to which each merge moves every token."""
+    """Runs a graph and records the position to which each merge of its first stream moves every token."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.places: list[Tensor] = []
-        self.prefix = 0
+        self.prefix = self.suffix = 0
+        self.stream: set[fx.Node] = set()  # the merges so far, and their parts
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.target is ops.token_merge:
-            self.places.append(result[2][0])
-            self.prefix = schema.TokenMergeArgs.bind(n).prefix
+            args = schema.TokenMergeArgs.bind(n)
+            if not self.places or args.size in self.stream:
+                self.places.append(result[2][0])
+                self.prefix, self.suffix = args.prefix, args.suffix
+                self.stream.update((n, *n.users))
         return result
 
 
@@ -54,7 +58,7 @@ def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
     raise InputError(
         "the tokens are not a grid of square patches",
         expected=f"an image of {height}x{width} cut into squares",
-        found=f"{patches} tokens besides prefix tokens",
+        found=f"{patches} tokens of the image",
     )
 
 
@@ -91,12 +95,13 @@ def merged_patches(model: nn.Module, image: Tensor, config: Config | None = None
         ) from error
     if not recorder.places:
         raise NotEligibleError("no tokens merge here", expected="tome_r of 1 or more", hint="give a config with tome_r")
-    grid = _grid(len(recorder.places[0]) - recorder.prefix, *image.shape[-2:])
+    prefix, end = recorder.prefix, len(recorder.places[0]) - recorder.suffix
+    grid = _grid(end - prefix, *image.shape[-2:])
     place = torch.arange(len(recorder.places[0]), device=image.device)
     tokens = []
     for step in recorder.places:
         place = step[place]
-        tokens.append(place[recorder.prefix :].reshape(grid).cpu().numpy())
+        tokens.append(place[prefix:end].reshape(grid).cpu().numpy())
     return tokens
 
 

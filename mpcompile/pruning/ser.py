@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mpcompile.capture.signature import call_of
+from mpcompile.capture.signature import call_graph, call_of
+from mpcompile.data.outputs import class_scores, logits_of
 from mpcompile.errors import InputError
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import IRModule
@@ -65,7 +66,8 @@ def _movement(
     optimizer = torch.optim.AdamW(reservoir.values(), lr=_LR, weight_decay=0.0)
     for inputs, target in itertools.islice(itertools.cycle(zip(batches, targets, strict=True)), steps):
         state = {name: torch.where(kept[name], w, reservoir[name]) for name, w in weights.items()}
-        logits = torch.func.functional_call(gm, state, *call_of(gm, own_copies(gm, inputs))).float()
+        output = torch.func.functional_call(gm, state, *call_of(gm, own_copies(gm, inputs)))
+        logits = logits_of(output).float()
         soft = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
         loss = soft + F.mse_loss(logits, target)
         optimizer.zero_grad(set_to_none=True)
@@ -140,7 +142,7 @@ def _goals(sparsity: float) -> list[float]:
 @torch.no_grad()
 def _dense_logits(gm: IRModule, data: Sequence[Sequence[Any]]) -> list[Tensor]:
     """Return the graph's logits on every batch, float32."""
-    logits = [gm(*own_copies(gm, batch)) for batch in data]
-    if not all(isinstance(t, Tensor) and t.dim() == 2 for t in logits):
+    logits = [class_scores(call_graph(gm, own_copies(gm, batch))) for batch in data]
+    if any(table is None for table in logits):
         raise InputError("score='ser' needs a model that returns logits", expected="a tensor (batch, classes)")
-    return [t.float() for t in logits]
+    return [table.float() for table in logits if table is not None]

@@ -117,8 +117,25 @@ class LoadedModel:
         Raises:
             InputError: the model has inputs besides images.
         """
+        return Batches(self.whole_batches(images), self.input_name)
+
+    def whole_batches(self, images: Images) -> Images:
+        """Return the images without those of a last, smaller batch that the model would not take.
+
+        Raises:
+            InputError: the model has inputs besides images, or there are fewer images than make a batch.
+        """
         self.check_takes_images()
-        return Batches(images, self.input_name)
+        rest = 0 if self.fixed_batch is None else images.count % self.fixed_batch
+        if not rest:
+            return images
+        if rest == images.count:
+            hint = "export the model with a batch size that is left free"
+            raise InputError(
+                f"{self.name} takes batches of {self.fixed_batch} images alone", found=f"{rest} images", hint=hint
+            )
+        note = f"{rest} images left out: the model takes batches of {self.fixed_batch} alone"
+        return dataclasses.replace(images.first(images.count - rest), notes=(*images.notes, note))
 
     def check_takes_images(self) -> None:
         """Check that images are the model's only input.

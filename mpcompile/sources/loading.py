@@ -18,6 +18,7 @@ from mpcompile.sources.loaded import LoadedModel, ready
 from mpcompile.sources.programs import load_program
 
 FOLDER_PREFIX = "local-dir:"
+PRETRAINED = "timm's pretrained"  # the origin of weights that timm downloads
 FORMS = "a timm name, a folder with a config.json, hf-hub:ORG/NAME, module:function, file.py:function, or a .pt2 file"
 
 _SUFFIXES = (".mpc", ".safetensors", ".pt", ".pth", ".tar", ".ckpt", ".bin")  # suffixes of files of weights
@@ -62,7 +63,7 @@ def load_model(
     Example:
         >>> loaded = load_model("resnet18", num_classes=10)
         >>> print(loaded.summary())
-        resnet18: timm, resnet18 (timm ...); weights: random; images 3x224x224, mean ..., std ..., ...; 10 classes
+        resnet18: timm, ResNet (timm ...); weights: random; images 3x224x224, mean ...; 10 classes
     """
     name, checkpoint = os.fspath(name), None if checkpoint is None else Path(checkpoint)
     kind = kind_of(name)
@@ -141,7 +142,7 @@ def _timm(name: str, how: _Options) -> LoadedModel:
         else:
             hint = f"a model is {FORMS}"
         raise ConfigError(error.message, expected=error.expected, hint=hint) from error
-    weights = "timm's pretrained" if how.pretrained else "random"
+    weights = PRETRAINED if how.pretrained else "random"
     return LoadedModel(
         model,
         name,

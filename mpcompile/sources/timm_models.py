@@ -102,6 +102,9 @@ def create_with(
         ConfigError: timm has no such model.
         ArtifactError: the checkpoint cannot be read or does not fit.
     """
+    if size is None and isinstance(options.get("img_size"), (int, tuple, list)):
+        sides = options.pop("img_size")  # as a size, it also reaches the data configuration
+        size = (options.get("in_chans", 3), *((sides, sides) if isinstance(sides, int) else sides))
     model = create_sized(name, pretrained, size, classes, **options).eval()
     if checkpoint is None:
         return model

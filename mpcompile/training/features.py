@@ -22,6 +22,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
 from mpcompile.ir.shapes import propagate
 from mpcompile.kernels import ops
+from mpcompile.passes.merge_tokens.sites import ancestors
 
 __getattr__ = renamed(__name__, {"Pair": "training.features.FeaturePair"})
 _BLOCK = re.compile(r"^((?:.*\.)?\d+)\.")
@@ -72,7 +73,7 @@ def block_outputs(gm: fx.GraphModule) -> list[Feature]:
             last.pop(block, None)
             last[block] = node
     sizes = {n.args[0]: n for n in gm.graph.nodes if getattr(n.target, "__name__", "") == "getitem" and n.args[1] == 1}
-    outputs, order = [], {node: i for i, node in enumerate(gm.graph.nodes)}
+    outputs = []
     merges = [n for n in gm.graph.nodes if n.target is ops.token_merge]
     for block, node in last.items():
         while len(node.users) == 1:
@@ -81,7 +82,8 @@ def block_outputs(gm: fx.GraphModule) -> list[Feature]:
                 break
             node = user
         if len(shape_of(node) or ()) in (3, 4):
-            before = [m for m in merges if order[m] < order[node]]
+            upstream = ancestors(node)  # other streams of tokens have merges of their own
+            before = [m for m in merges if m in upstream]
             outputs.append(Feature(block, node, sizes.get(before[-1]) if before else None))
     return outputs
 
@@ -183,7 +185,8 @@ class FeaturePair:
 def _merged_prefix(student: nn.Module) -> int:
     plan = student.plan if isinstance(student, IRModule) else None
     records = [r for r in plan.passes if r.name == "merge_tokens"] if plan is not None else []
-    return int(records[0].decision.get("prefix", 0)) if records else 0
+    decision = records[0].decision if records else {}
+    return min(int(stream.get("prefix", 0)) for stream in decision.get("streams") or [decision])
 
 
 def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> FeaturePair:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.data.labels import check_range
+from mpcompile.data.outputs import logits_of
 from mpcompile.errors import InputError
 from mpcompile.io.lock import locked
 from mpcompile.io.writing import make_folder
@@ -101,6 +102,7 @@ class Stepper:
             counts = training.feature_epochs is None or epoch < training.feature_epochs
             # Added in every epoch, with weight zero later, so that the same parameters get gradients on all ranks.
             extra = training.features * float(counts) * setup.pair.loss(ours, theirs)
+        logits, target = logits_of(logits, "student"), logits_of(target, "teacher")
         if not self.classes:
             self.classes = data.check_logits(logits, target)
             if batch.labels is not None:
@@ -130,7 +132,7 @@ class Stepper:
         bad = not all(bool(torch.isfinite(sharding.local(p)).all()) for p in student.parameters())
         if len(self.images):
             with training_flags(student, False), self._autocast():
-                bad |= not bool(torch.isfinite(student(self.images)).all())
+                bad |= not bool(torch.isfinite(logits_of(student(self.images), "student")).all())
         if ranks.total(float(bad), device=self.device)[0]:
             raise self._diverged(f"after step {step} the student's weights or outputs are not finite")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.ir.effects import writes, written
+from mpcompile.ir.effects import erase_unread, written
 from mpcompile.ir.macs import is_add
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import ATTENTION, argument, fake_value, hint, shape_of, target_name
@@ -176,9 +176,4 @@ def drop(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> None:
             node.update_arg(3, None)
         else:
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
-    while unread:
-        node = unread.pop()
-        pure = node.op == "get_attr" or (node.op in ("call_function", "call_method") and not writes(gm, node))
-        if pure and not node.users and not node._erased:
-            unread += node.all_input_nodes
-            gm.graph.erase_node(node)
+    erase_unread(gm, unread)

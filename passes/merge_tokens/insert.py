@@ -26,6 +26,7 @@ from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
 from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
+from mpcompile.passes.merge_tokens.outputs import named_outputs
 from mpcompile.passes.merge_tokens.schedule import Stream, merges, solve
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
@@ -306,11 +307,11 @@ class MergeTokens(Pass):
         drop(gm, idle)
         turn(gm)
         blocks = [_sites_of(gm, stream) for stream in streams]
-        spread: list[fx.Node] = []
+        names, spread = {node: name for name, node in named_outputs(gm).items()}, list[fx.Node]()
         for sites, stream in zip(blocks, streams, strict=True):
             spread += insert_merges(gm, sites, stream, ctx.config.tome_proportional).spread
         if spread:
-            names = ", ".join(dict.fromkeys(node.name for node in spread))
-            ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {names}")
+            told = ", ".join(dict.fromkeys(names.get(node, node.name) for node in spread))
+            ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {told}")
         ctx.plan.tokens = list(streams[0].tokens) if len(streams) == 1 else [list(s.tokens) for s in streams]
         return True

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.calibration.moments import DIAGONAL, collect
+from mpcompile.capture.signature import call_graph, call_of
+from mpcompile.data.outputs import tensors_of
 from mpcompile.ir.effects import own_copies
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
@@ -91,8 +93,8 @@ class Permute(Pass):
         inputs = [_random(value) for value in ctx.inputs]
         state = folded(gm, analysis, _orders(gm, ctx, analysis, decision.classes))
         with training_flags(gm, False):
-            expected = gm(*own_copies(gm, inputs))
-            result = torch.func.functional_call(gm, state, tuple(own_copies(gm, inputs)))
+            expected = call_graph(gm, own_copies(gm, inputs))
+            result = torch.func.functional_call(gm, state, *call_of(gm, own_copies(gm, inputs)))
         difference = _difference(result, expected)
         if difference <= _TOLERANCE * _looser(gm):
             return replace(decision, difference=difference)
@@ -172,9 +174,9 @@ def _random(value: Any) -> Any:
 
 def _difference(actual: Any, expected: Any) -> float:
     """Return the largest difference over the largest value, as the maximum over all tensors that a graph returns."""
-    if isinstance(expected, Tensor):
-        scale = float(expected.double().abs().max()) if expected.numel() else 1.0
-        return float((actual.double() - expected.double()).abs().max()) / max(scale, 1e-30) if expected.numel() else 0.0
-    values = expected.values() if isinstance(expected, dict) else expected
-    others = actual.values() if isinstance(actual, dict) else actual
-    return max((_difference(a, b) for a, b in zip(others, values, strict=True)), default=0.0)
+    pairs = zip(tensors_of(actual), tensors_of(expected), strict=True)
+    return max((_relative(a.double(), b.double()) for a, b in pairs if b.numel()), default=0.0)
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)

@@ -107,10 +107,17 @@ def test_a_folder_is_compiled_and_audited_by_its_class_names(place, images, caps
     assert dense["samples"] == 3 and dense["correct"] is not None
 
 
-def test_a_program_keeps_its_batch(images, capsys):
-    torch.export.save(torch.export.export(tiny_vit(), (torch.zeros(3, 3, 32, 32),)), "vit.pt2")
-    assert cli.main(["compile", "vit.pt2", *FAST, "--images", "images", "--out", "pruned.mpc"]) == 0
-    assert "it takes batches of 3 alone" in capsys.readouterr().err
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_a_program_keeps_its_batch(batch, images, capsys):
+    torch.export.save(torch.export.export(tiny_vit(), (torch.zeros(batch, 3, 32, 32),)), "vit.pt2")
+    call = ["compile", "vit.pt2", "--pattern", "2:4", "--images", "images", "--out", "pruned.mpc"]
+    if batch == 4:
+        assert cli.main(call) == 2
+        assert "takes batches of 4 images alone; found 3 images" in capsys.readouterr().err
+        return
+    assert cli.main(call) == 0
+    heard = capsys.readouterr()
+    assert f"it takes batches of {batch} alone" in heard.err and ("1 images left out" in heard.out) == (batch == 2)
     assert cli.main(["audit", "vit.pt2", "--artifact", "pruned.mpc", "--images", "images", "--rounds", "0"]) == 0
 
 
@@ -126,6 +133,23 @@ def test_outputs_do_not_replace_the_model(place, capsys):
     assert cli.main(["analyze", "own_models.py:build", "--json", "own_models.py"]) == 2
     assert capsys.readouterr().err.count("which this command reads") == 2
     assert (place / "own_models.py").read_text() == FUNCTION
+
+
+def test_the_weights_of_an_artifact_are_asked_for(place, capsys):
+    from safetensors.torch import save_file
+
+    for number in range(2):
+        torch.manual_seed(number)
+        save_file(mpcompile.load_model("resnet10t", num_classes=3).model.state_dict(), f"{number}.safetensors")
+    base = ["--checkpoint", "0.safetensors", "--num-classes", "3", "--input-size", "3", "32", "32"]
+    assert cli.main(["compile", "resnet10t", *base, *FAST, "--out", "pruned.mpc"]) == 0
+    audit = ["audit", "--artifact", "pruned.mpc", "--rounds", "0", "--batch", "2"]
+    assert cli.main(audit) == 2
+    assert "expected --checkpoint FILE, the file 0.safetensors" in capsys.readouterr().err
+    for number in range(2):
+        assert cli.main([*audit, "--checkpoint", f"{number}.safetensors"]) == 0
+        other = "these are not the weights that the artifact was made from" in capsys.readouterr().err
+        assert other == (number == 1)
 
 
 def test_nothing_to_audit(capsys):

@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
     model, like = loaded.model, torch.empty(0, dtype=DTYPES[args.dtype], device=args.device)
     files: Images | None = None
     if args.images is not None:
-        loaded.check_takes_images()
         drawn = {"samples": args.samples, "batch": loaded.fixed_batch or args.batch, "seed": args.seed}
         names = class_names(origin, loaded)
         files = images_at(args.images, loaded.data, classes=loaded.num_classes, names=names, **drawn)
+        files = loaded.whole_batches(files)
     calibration: Any = None
     if saved is not None:
         gm = saved.to(like.device, like.dtype).eval()

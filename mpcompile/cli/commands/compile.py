@@ -28,6 +28,7 @@ from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.data.images import folder
 from mpcompile.export import FORMATS, save_dense
+from mpcompile.export.examples import describe_inputs
 from mpcompile.sources.loaded import Batches
 
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     how = {"calibrate": args.calibrate, "seed": args.seed, "dump": args.dump}
     gm = mpcompile.transform(loaded.model, example, config, calibration, **how).eval().cpu()
     used = 0 if calibration is None else calibration.count
-    gm.plan.provenance = provenance(loaded, used, args.seed)
+    gm.plan.provenance = {**provenance(loaded, used, args.seed), "inputs": describe_inputs(gm)}
     if calibration is not None:
         gm.plan.provenance["calibration_files"] = digests(calibration.source)
     if args.half:

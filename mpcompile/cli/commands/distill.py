@@ -32,6 +32,7 @@ from mpcompile.cli.options import (
     threads_option,
 )
 from mpcompile.errors import ArtifactError, ConfigError, InputError
+from mpcompile.export.examples import describe_inputs
 from mpcompile.io.reading import read_text
 from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.ir.parts import device_of
@@ -267,6 +268,7 @@ def _make_student(
         **origin,
         "recipe": recipe.name,
         "class_names": sorted(numbers, key=lambda n: numbers[n]),
+        "inputs": describe_inputs(student),
     }
     mpcompile.save(student.eval(), path)
     write_atomically(mark, stamp)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from mpcompile.data.sources.folders import Listing, list_images, matched, natural_key, number
 from mpcompile.data.sources.regular import listed
 from mpcompile.data.sources.splits import check_is_one
+
+_IMAGENET, _SYNSET = 1000, re.compile(r"n\d{8}")
 
 
 def read_folder(root: Path, names: Collection[str] = ()) -> Listing:
@@ -42,8 +46,9 @@ def class_labels(listing: Listing, classes: int, names: Sequence[str]) -> tuple[
     Args:
         listing: listing of the folder.
         classes: number of the model's classes.
-        names: names of the classes in the model's order, if known. Without names, and with as many folders as classes,
-            the order of the folders gives the labels: 2 before 10, as timm's readers count.
+        names: names of the classes in the model's order, if known. A folder may also have one of several names that
+            are separated by commas ("tench, Tinca tinca"), or ImageNet's number of the class. Without names, and with
+            as many folders as classes, the order of the folders gives the labels: 2 before 10, as timm's readers count.
     """
     if not listing.classes:
         return None, None
@@ -53,12 +58,35 @@ def class_labels(listing: Listing, classes: int, names: Sequence[str]) -> tuple[
                 return number(folders), None
         count = f"{len(listing.classes)} folders of images" if len(listing.classes) > 1 else "one folder of images"
         return None, f"no labels: {count} ({listed(listing.classes)}), but {classes} classes"
+    by_synset = _synset_labels(listing.classes, names) if len(names) == classes else None
+    if by_synset is not None:
+        return by_synset, None
     if len(set(names)) != len(names) or len(names) != classes:
         return None, f"no labels: {len(set(names))} class names are known, but the model has {classes} classes"
-    labels = matched(listing.classes, number(names))
+    labels = matched(listing.classes, {**_synonyms(names), **number(names)})
     unknown = [name for name, label in labels.items() if label is None]
     if unknown:
         missing = [name for name in names if name not in labels]
         absent = f", and no folder is called {listed(missing)}" if missing else ""
         return None, f"no labels: the model has no classes called {listed(unknown)}{absent}"
     return {name: label for name, label in labels.items() if label is not None}, None
+
+
+def _synset_labels(folders: Collection[str], names: Sequence[str]) -> dict[str, int] | None:
+    """Return the labels of folders called by WordNet's numbers, as ImageNet's are; None for other folders or classes.
+
+    The names of ImageNet's classes, as models of transformers have them, are not even unique: two are a "crane".
+    """
+    if len(names) != _IMAGENET or not names[0].startswith("tench") or not all(map(_SYNSET.fullmatch, folders)):
+        return None
+    from timm.data import ImageNetInfo
+
+    known = number(ImageNetInfo("imagenet-1k").label_names())
+    return {name: known[name] for name in folders} if known.keys() >= set(folders) else None
+
+
+def _synonyms(names: Sequence[str]) -> dict[str, int]:
+    """Return the labels of names that stand beside others, separated by commas, and belong to one class alone."""
+    parts = [(part.strip(), label) for label, name in enumerate(names) if "," in name for part in name.split(",")]
+    counts = Counter(part for part, _ in parts)
+    return {part: label for part, label in parts if counts[part] == 1}

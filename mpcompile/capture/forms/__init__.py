@@ -1,0 +1,1 @@
+"""Rewrite an imported graph to the forms that passes know."""

@@ -1,0 +1,112 @@
+"""How a model is called on a batch as a loader yields it: by position or keyword, without labels and other extras."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from mpcompile.capture.signature import call_of, flatten_inputs
+from mpcompile.data.labels import LABELS
+from mpcompile.errors import InputError
+from mpcompile.io.messages import warn_once
+
+log = logging.getLogger(__name__)
+
+
+def call_form(module: Any, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return ``(args, kwargs)`` with which to call a model on a batch.
+
+    Args:
+        module: the model: a module, a graph, or any callable.
+        batch: a tensor; a mapping of inputs by name (a dict, a BatchFeature), or the one mapping that the model takes;
+            or a tuple whose first item is one of these, such as (input, label). If the model needs several inputs, a
+            tuple may hold all of them. Entries of a mapping that the model does not take are left out.
+
+    Raises:
+        InputError: the batch is empty, or an input is missing.
+
+    Example:
+        >>> args, kwargs = call_form(nn.Linear(2, 1), {"input": torch.ones(3, 2), "labels": torch.zeros(3)})
+        >>> args, list(kwargs)
+        ((), ['input'])
+    """
+    if isinstance(module, fx.GraphModule):
+        return call_of(module, graph_inputs(module, batch), keywords=None)
+    parameters = _parameters(module)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    batch = _first(batch, len(needed))
+    if isinstance(batch, _Positional):
+        return tuple(batch), {}
+    if not isinstance(batch, Mapping):
+        return (batch,), {}
+    taken = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    given = {k: v for k, v in batch.items() if k in taken and (k not in LABELS or k in needed)}
+    if not given and len(needed) == 1:
+        return (batch,), {}
+    if not given and any(p.kind is p.VAR_KEYWORD for p in parameters):
+        given = {k: v for k, v in batch.items() if k not in LABELS}
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise InputError(
+            f"the input {missing[0]!r} is missing", expected=", ".join(needed), found=", ".join(map(str, batch))
+        )
+    _tell(batch, given)
+    return (), given
+
+
+def graph_inputs(gm: fx.GraphModule, batch: Any) -> list[Any]:
+    """Return the inputs in a batch as one value per placeholder of a graph; a batch is as in :func:`call_form`.
+
+    Raises:
+        InputError: the batch is empty, or an input is missing.
+    """
+    info = getattr(gm.graph._codegen, "pytree_info", None)
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in nodes]
+    needed = [name for name, node in zip(names, nodes, strict=True) if not node.args]
+    if info is not None:
+        names = needed = [name for name in info.orig_args if name != "self"]
+    batch = _first(batch, len(needed))
+    if isinstance(batch, _Positional):
+        return flatten_inputs(gm, tuple(batch))
+    if not isinstance(batch, Mapping):
+        return flatten_inputs(gm, (batch,))
+    given = {key: value for key, value in batch.items() if key in names}
+    if not given and len(names) == 1:
+        return flatten_inputs(gm, (batch,))
+    if not any(name.startswith("**") for name in names):
+        _tell(batch, given)
+    return flatten_inputs(gm, batch)
+
+
+class _Positional(tuple[Any, ...]):
+    """All inputs of a model that needs several."""
+
+
+def _first(batch: Any, needed: int) -> Any:
+    """Return the input in a batch, or all of them if the model needs several and a tuple holds as many."""
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    if not batch:
+        raise InputError("a batch is empty", expected="a tuple whose first item is the input", found="no item")
+    if len(batch) >= needed > 1 and not isinstance(batch[0], Mapping):
+        return _Positional(batch[:needed])
+    return batch[0]
+
+
+def _parameters(module: Any) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(getattr(module, "forward", module)).parameters.values())
+    except (TypeError, ValueError):  # a function of C++
+        return []
+
+
+def _tell(batch: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Say once which entries of a batch, other than labels, are left out."""
+    extra = [str(key) for key in batch if key not in given and key not in LABELS]
+    if extra:
+        warn_once(log, f"the model does not take these entries of the batches, which are left out: {', '.join(extra)}")
