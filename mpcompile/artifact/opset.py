@@ -163,18 +163,18 @@ METHODS = words(
 )
 
 ATEN = words(
-    f"{_COMMON} {_NEURAL} __and__ __or__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d "
-    "_assert_scalar _assert_tensor_metadata "
-    "_log_softmax _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention "
+    f"{_COMMON} {_NEURAL} __and__ __or__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_scalar "
+    "_assert_tensor_metadata _log_softmax _native_batch_norm_legit _native_batch_norm_legit_functional "
+    "_native_batch_norm_legit_no_training _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention "
     "_scaled_dot_product_flash_attention_for_cpu _softmax _to_copy _unsafe_view _upsample_bicubic2d_aa "
-    "_upsample_bilinear2d_aa alias col2im constant_pad_nd contiguous convolution copy cudnn_batch_norm detach "
-    "detach_copy embedding empty expand_copy fill grid_sampler_2d im2col index item lift_fresh_copy linalg_vector_norm "
-    "mT masked_fill max_pool2d_with_indices max_pool3d_with_indices new_empty new_full new_ones new_zeros "
-    "numpy_T permute_copy reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+    "_upsample_bilinear2d_aa alias broadcast_tensors col2im column_stack constant_pad_nd contiguous convolution copy "
+    "cosine_similarity cudnn_batch_norm detach detach_copy embedding empty expand_copy fill grid_sampler "
+    "grid_sampler_2d hstack im2col index item lift_fresh_copy linalg_vector_norm mT masked_fill "
+    "max_pool2d_with_indices max_pool3d_with_indices meshgrid new_empty new_full new_ones new_zeros numpy_T "
+    "permute_copy polar reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
     "replication_pad3d size slice sym_numel sym_size sym_stride to type_as unsqueeze_copy upsample_bicubic2d "
-    "upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d view_copy "
-    "zero zeros"
+    "upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d view_as_complex "
+    "view_as_real view_copy vstack zero zeros"
 )
 
 _HOMES: tuple[tuple[str, Any, frozenset[str]], ...] = (

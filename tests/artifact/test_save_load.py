@@ -356,3 +356,26 @@ def test_an_output_that_is_not_given(tmp_path):
     assert any("out" in node.kwargs for node in gm.graph.nodes)
     x = torch.randn(3, 16)
     assert torch.equal(again(gm, tmp_path)(x), gm(x))
+
+
+class Positions(nn.Module):
+    """Reads features at positions, as DINOv3 and CLIP's text tower do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        rows, columns = torch.meshgrid(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 4), indexing="ij")
+        grid = torch.stack([columns, rows], -1).expand(len(x), 4, 4, 2)
+        x = F.grid_sample(self.fc(x).mT.unflatten(-1, (4, 4)), grid, align_corners=True).flatten(2).mT
+        return self.head(x[torch.arange(len(x)), x.sum(-1).argmax(-1)])
+
+
+def test_exported_indexing(tmp_path):
+    x = torch.randn(2, 16, 16)
+    exported = torch.export.export(Positions(), (x,)).module(check_guards=False)
+    gm = transform(exported, x, Config(pattern="2:4"))
+    called = {str(node.target) for node in gm.graph.nodes}
+    assert {"aten.index.Tensor", "aten.meshgrid.indexing", "aten.grid_sampler.default"} <= called
+    assert torch.equal(again(gm, tmp_path)(x), gm(x))
