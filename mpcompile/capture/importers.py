@@ -27,6 +27,7 @@ from mpcompile.capture.checks import (
 )
 from mpcompile.capture.exported import dynamo_graph, export, free_batch, import_captured, strict_export
 from mpcompile.capture.forms.products import number_paddings, unify_products
+from mpcompile.capture.forms.results import number_results
 from mpcompile.capture.graphs import import_graph
 from mpcompile.capture.inputs import call_for, unfit
 from mpcompile.capture.symbolic import Untraceable, import_module, place_of
@@ -72,6 +73,7 @@ def import_model(
         check_module(model)
         imported = _checked(model, example_inputs, dynamic_shapes)
     inline_regions(imported.gm)
+    number_results(imported.gm)
     unify_products(imported.gm, imported.lifted)
     if not share:
         number_paddings(imported.gm)

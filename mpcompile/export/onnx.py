@@ -109,6 +109,9 @@ def _feed(names: list[str], example: Any) -> dict[str, Any]:
         given = example if isinstance(example, (tuple, list)) else (example,)
         given = [value for value in given if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))]
         example = dict(zip(dict.fromkeys(name.partition(".")[0] for name in names), given, strict=True))
+    owners = {name.partition(".")[0] for name in names}
+    if len(owners) == 1 and not owners & example.keys():  # the mapping is the one input
+        example = {owners.pop(): example}
     leaves = {}
     for keys, leaf in pytree.tree_leaves_with_path(_plain(example)):
         leaves[".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)] = leaf

@@ -15,6 +15,7 @@ from torch._dynamo.exc import UserErrorType
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
+from mpcompile.capture.inputs import call_for
 from mpcompile.capture.signature import call_like, plain
 from mpcompile.config import Config
 from mpcompile.errors import GraphError, first_line
@@ -186,8 +187,9 @@ def save_pt2(gm: nn.Module, example: Any, path: str | os.PathLike[str], **option
 
 def run(path: Path, example: Any) -> Any:
     """Return the output of a program file."""
-    args, kwargs = call_arguments(example)
-    return torch.export.load(path).module()(*args, **kwargs)
+    module = torch.export.load(path).module()
+    call = call_for(module, example)
+    return module(*call.args, **call.kwargs)
 
 
 def call_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

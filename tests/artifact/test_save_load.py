@@ -379,3 +379,20 @@ def test_exported_indexing(tmp_path):
     called = {str(node.target) for node in gm.graph.nodes}
     assert {"aten.index.Tensor", "aten.meshgrid.indexing", "aten.grid_sampler.default"} <= called
     assert torch.equal(again(gm, tmp_path)(x), gm(x))
+
+
+class Best(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        best = self.head(self.fc(x).relu()).topk(3)
+        return best.indices, torch.sort(best.values, -1, descending=False).values
+
+
+def test_results_that_are_read_by_name(tmp_path):
+    gm = transform(Best(), torch.randn(2, 16), Config(pattern="2:4"))
+    x = torch.randn(3, 16)
+    for ours, theirs in zip(again(gm, tmp_path)(x), gm(x), strict=True):
+        assert torch.equal(ours, theirs)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d
 from torch import nn
 
 from mpcompile import Config, load, lower, save, transform
@@ -112,6 +113,15 @@ def test_every_form_computes_the_same(form):
     found = captured.gm(*given)
     wanted = expected if isinstance(expected, tuple) else (expected,)
     torch.testing.assert_close(tuple(found), tuple(w for w in wanted if w is not None), rtol=1e-5, atol=1e-6)
+
+
+def test_a_width_that_is_computed():
+    """open_clip's attention pool gives ``x.shape[-1]`` as the width, and one bias for three projections."""
+    model, x = stirred(AttentionPool2d(3, 16, 4, 8)), torch.randn(2, 16, 3, 3)
+    gm = import_model(model, x).gm
+    assert F.multi_head_attention_forward not in calls(gm)
+    assert {layer.name for layer in layers(gm)} == {"q_proj", "k_proj", "v_proj", "c_proj"}
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_layers_are_named_and_the_batch_stays_free():

@@ -120,8 +120,10 @@ def test_the_one_input_may_be_a_dict(kind, tmp_path):
     save_onnx(gm, ({"id": batch["id"], "image": batch["image"]},), tmp_path / "m.onnx")
     with torch.no_grad():
         same(torch.export.load(tmp_path / "m.pt2").module()(batch_of(3)), gm(batch_of(3)))
-        found = run_exported(tmp_path / "m.onnx", "onnx", (batch,))
-        assert list(found) == ["logits", "id"] and relative(found["logits"], gm(batch)["logits"]) < 1e-4
+        for given in ((batch,), batch):
+            same(run_exported(tmp_path / "m.pt2", "pt2", given), gm(batch))
+            found = run_exported(tmp_path / "m.onnx", "onnx", given)
+            assert list(found) == ["logits", "id"] and relative(found["logits"], gm(batch)["logits"]) < 1e-4
     assert [value.name for value in onnx.load(tmp_path / "m.onnx").graph.input] == ["batch.image", "batch.id"]
 
 

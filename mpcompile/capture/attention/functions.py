@@ -34,7 +34,7 @@ def _forward(expand: Expander, args: Any, kwargs: Any) -> tuple[Any, Any]:
         rate = 0.0
     extra: Any = (given["bias_k"], given["bias_v"])
     attention = Attention(
-        embed=given["embed_dim_to_check"],
+        embed=int(expand.fake(given["query"]).shape[-1]),  # the argument may be computed: x.shape[-1]
         heads=given["num_heads"],
         packed=None if own else given["in_proj_weight"],
         separate=separate,
