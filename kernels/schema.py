@@ -10,7 +10,7 @@ Example:
     >>> TokenSizeArgs.signature()
     '(Tensor x, Tensor? mask=None) -> Tensor'
     >>> print(*TokenMergeArgs(x="x", keys="keys", size="size", r=8, prefix=1))
-    x keys size 8 1
+    x keys size 8 1 0
 """
 
 from __future__ import annotations

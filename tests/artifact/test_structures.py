@@ -154,7 +154,7 @@ def test_inputs_of_classes(tmp_path):
             return self.fc(batch.logits + batch.features) + more["a"][0]
 
     inputs = (Pair(X, X), collections.OrderedDict(a=(torch.ones(1),)))
-    gm = transform(torch.export.export(Sum(), inputs).module(), inputs, Config("2:4"))
+    gm = transform(torch.export.export(Sum(), inputs).module(), inputs, Config("dense"))
     for form in (again(gm, tmp_path), pickle.loads(pickle.dumps(gm))):
         assert torch.equal(form(*inputs), gm(*inputs))
 
