@@ -162,7 +162,9 @@ def _depth_anything() -> tuple[nn.Module, Any]:
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = Dinov2Config(**{**_DINO, "num_hidden_layers": 4}, out_features=stages, reshape_hidden_states=False)
     necks = {"neck_hidden_sizes": [16, 32, 32, 64], "fusion_hidden_size": 32, "reassemble_hidden_size": 64}
-    return _build("DepthAnythingForDepthEstimation", {"backbone_config": backbone, "patch_size": 8, **necks})
+    built = _build("DepthAnythingForDepthEstimation", {"backbone_config": backbone, "patch_size": 8, **necks})
+    torch.nn.init.uniform_(built[0].head.conv3.weight)  # the ReLU behind it shall not hide everything
+    return built
 
 
 def builders() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
