@@ -64,7 +64,7 @@ def examine(name: str, path: Path, seconds: int) -> None:
 
     from bench.architectures.steps import Trial, call, one_line, seed, settle
 
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def supervised(name: str, seconds: int, context: Any) -> dict[str, Any]:
         process = context.Process(target=examine, args=(name, path, seconds))
         process.start()
         process.join(_SLOWEST * seconds)
-        late = process.is_alive() or process.exitcode == -signal.SIGKILL
+        late = process.is_alive() or process.exitcode == -signal.SIGXCPU
         process.kill()
         process.join()
         record = json.loads(path.read_text()) if path.exists() else {"name": name, "steps": {}}
