@@ -175,7 +175,7 @@ def transform(
     if calibration is not None:
         first, calibration = peek(calibration)
         if example_inputs is None and not isinstance(model, torch.fx.GraphModule):
-            example_inputs = first if isinstance(first, (torch.Tensor, dict)) else (first[0],)
+            example_inputs = first if isinstance(first, (torch.Tensor, Mapping)) else (first[0],)
     imported = import_model(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if pipeline is None:
         check_values(imported.gm)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import sys
 import warnings
@@ -25,12 +26,13 @@ from mpcompile.capture.input_guards import guard_inputs
 from mpcompile.capture.inputs import Call, call_for
 from mpcompile.capture.signature import flatten_inputs
 from mpcompile.capture.unify import unify_modes
-from mpcompile.errors import summary
+from mpcompile.errors import TraceError, summary
 from mpcompile.ir.isolation import generators_kept, untouched, without_global_hooks
 from mpcompile.ir.module import Imported, Lifted
 from mpcompile.ir.nodes import fake_value
 from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.parts import attribute, carry
+from mpcompile.layers import InputGuard
 
 _ATEN = torch.ops.aten
 # Checks that torch.export records beside the computation: dtypes and devices that its example had.
@@ -92,8 +94,30 @@ def import_captured(model: nn.Module, example_inputs: Any, capture: _Capture, dy
     """
     copied = copy_of(model)
     call = call_for(model, example_inputs)
-    chosen, free = _captured(copied, model, call, capture, dynamic_shapes)
-    gm, notes = _both_modes(copied, chosen, lambda training: _run(copied, model, *free, capture, training))
+    error: Exception | None = None
+    for example in [call] if dynamic_shapes is not None else _examples(call):
+        shapes = _free_axes(example) if dynamic_shapes is None else dynamic_shapes
+        try:
+            run = functools.partial(_run, copied, model, example, shapes, capture)
+            return _imported(copied, model, call, example, run)
+        except Exception as failure:
+            error = error or failure
+    assert error is not None
+    raise error
+
+
+def _imported(
+    copied: nn.Module, model: nn.Module, call: Call, example: Call, run: Callable[[bool], fx.GraphModule]
+) -> Imported:
+    """Import the graph that ``run`` captures in each mode, from ``example`` in place of the inputs of ``call``.
+
+    Raises:
+        Exception: the capture fails; or the graph of a doubled batch does not take the single sample of ``call``.
+    """
+    chosen = run(copied.training)
+    if example is not call and not free_batch(chosen):
+        raise TraceError("the batch is not free")
+    gm, notes = _both_modes(copied, chosen, run)
     owned = own_graph(gm, share=True, class_name=type(model).__name__)
     carry(copied, owned)
     owned.train(copied.training)
@@ -101,7 +125,11 @@ def import_captured(model: nn.Module, example_inputs: Any, capture: _Capture, dy
     if call.left_out:
         notes.append(f"inputs left out: {', '.join(call.left_out)}")
     guard_inputs(owned, captured=True)
-    return Imported(owned, flatten_inputs(owned, call.kwargs or call.args), Lifted(), notes)
+    inputs = flatten_inputs(owned, call.kwargs or call.args)
+    for guard in owned.children():
+        if isinstance(guard, InputGuard):
+            guard(*inputs)
+    return Imported(owned, inputs, Lifted(), notes)
 
 
 def free_batch(gm: fx.GraphModule) -> bool:
@@ -110,31 +138,12 @@ def free_batch(gm: fx.GraphModule) -> bool:
     return any(isinstance(v, Tensor) and v.dim() and isinstance(v.shape[0], torch.SymInt) for v in values)
 
 
-def _captured(
-    copied: nn.Module, model: nn.Module, call: Call, capture: _Capture, shapes: Any
-) -> tuple[fx.GraphModule, tuple[Call, Any]]:
-    """Return the graph in the model's own mode, and the inputs and dynamic shapes that it was captured with.
+def _examples(call: Call) -> Iterator[Call]:
+    """Yield the inputs to capture a model with, the best first.
 
     torch fixes an axis of length 1, so a batch of one sample is doubled; if the model needs one sample, the batch stays
     fixed at that.
     """
-    if shapes is not None:
-        return _run(copied, model, call, shapes, capture, copied.training), (call, shapes)
-    error: Exception | None = None
-    for example in _examples(call):
-        free = (example, _free_axes(example))
-        try:
-            gm = _run(copied, model, *free, capture, copied.training)
-        except Exception as failure:
-            error = error or failure
-            continue
-        if example is call or free_batch(gm):
-            return gm, free
-    assert error is not None
-    raise error
-
-
-def _examples(call: Call) -> Iterator[Call]:
     tensors = [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor) and t.dim()]
     if tensors and all(len(t) == 1 for t in tensors):
         doubled: Any = lambda t: torch.cat([t, t]) if t.dim() else t  # noqa: E731

@@ -55,7 +55,7 @@ def call_for(model: nn.Module, example_inputs: Any) -> Call:
         >>> call_for(nn.Identity(), {"image": 1, "id": 2}).args
         ({'image': 1, 'id': 2},)
     """
-    example_inputs = ordinary(plain(example_inputs))
+    example_inputs = ordinary(as_dicts(example_inputs))
     if isinstance(example_inputs, Tensor):
         return Call((example_inputs,))
     if isinstance(example_inputs, dict):
@@ -69,14 +69,14 @@ def call_for(model: nn.Module, example_inputs: Any) -> Call:
     )
 
 
-def plain(value: Any) -> Any:
+def as_dicts(value: Any) -> Any:
     """Return a value with every mapping that pytree does not know (``BatchFeature``) turned into a dict."""
     if isinstance(value, Mapping) and not isinstance(value, dict):
         value = dict(value)
     if type(value) is dict:
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: as_dicts(entry) for key, entry in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(plain(entry) for entry in value)
+        return type(value)(as_dicts(entry) for entry in value)
     return value
 
 
@@ -124,7 +124,7 @@ def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
         InputError: as :func:`call_for`, or inputs of another structure than those that the graph was captured with.
     """
     if isinstance(model, fx.GraphModule):
-        return flatten_inputs(model, ordinary(plain(example_inputs)))
+        return flatten_inputs(model, ordinary(as_dicts(example_inputs)))
     call = call_for(model, example_inputs)
     if not call.kwargs:
         return list(call.args)

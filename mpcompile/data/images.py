@@ -128,7 +128,7 @@ class Archived(Images):
         return len(self.chosen)
 
     def first(self, count: int) -> Images:
-        return dataclasses.replace(super().first(count), chosen=self.chosen[:count])
+        return dataclasses.replace(self, labels=self.labels and self.labels[:count], chosen=self.chosen[:count])
 
     def pictures(self) -> Iterator[Any]:
         assert self.archive is not None

@@ -157,6 +157,16 @@ def test_a_model_that_fixes_its_batch_says_so():
         gm(X)
 
 
+def test_a_batch_of_one_that_a_doubled_batch_does_not_describe_stays_fixed():
+    class Halves(ByShape):
+        def forward(self, x):
+            return super().forward(x[: len(x) // 2 + 1] + x[len(x) // 2 :][: len(x) // 2 + 1])
+
+    model = Halves().eval()
+    gm = transform(model, X[:1], DENSE)
+    assert torch.equal(gm(X[:1]), model(X[:1]))
+
+
 def test_other_axes_stay_free_where_asked():
     class AnySize(nn.Module):
         def __init__(self):
