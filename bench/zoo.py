@@ -5,7 +5,7 @@
     python -m bench.zoo --page                  # writes docs/models.md from the results
 
 Small configurations with random weights; nothing is downloaded. Every model runs in a process of its own, for at most
-``--seconds``, at one thread, and is taken through these steps (``bench/architectures/steps.py``):
+``--seconds`` of processor time, at one thread, and is taken through these steps (``bench/architectures/steps.py``):
 
 trace   ``transform`` at 2:4; the outputs equal those of the model with the masked weights
 mask    the number of masked layers
@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -51,15 +52,19 @@ _PACKAGES = {
     "wrapped": "torch",
 }
 
+_SLOWEST = 20  # times the processor time, for a model whose process waits or shares its processor
 
-def examine(name: str, path: Path) -> None:
+
+def examine(name: str, path: Path, seconds: int) -> None:
     """Take one architecture through the steps; after each, write the record to ``path``."""
     import logging
+    import resource
 
     import torch
 
     from bench.architectures.steps import Trial, call, one_line, seed, settle
 
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -87,23 +92,22 @@ def examine(name: str, path: Path) -> None:
     write(done=True)
 
 
-def supervised(name: str, seconds: float, context: Any) -> dict[str, Any]:
+def supervised(name: str, seconds: int, context: Any) -> dict[str, Any]:
     """Run :func:`examine` in a process of its own; a step that the process did not survive is noted as its last."""
     from bench.architectures.steps import STEPS
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
-        process = context.Process(target=examine, args=(name, path), daemon=False)
+        process = context.Process(target=examine, args=(name, path, seconds))
         process.start()
-        process.join(seconds)
-        late = process.is_alive()
-        if late:
-            process.kill()
-            process.join()
+        process.join(_SLOWEST * seconds)
+        late = process.is_alive() or process.exitcode == -signal.SIGXCPU
+        process.kill()
+        process.join()
         record = json.loads(path.read_text()) if path.exists() else {"name": name, "steps": {}}
     if not record.pop("done", False) and "not_built" not in record:
         left = [step for step in STEPS if step not in record["steps"]]
-        why = f"took more than {seconds:.0f} s" if late else f"the process ended with status {process.exitcode}"
+        why = f"took more than {seconds} s" if late else f"the process ended with status {process.exitcode}"
         if left and (left[0] == "trace" or record["steps"]["trace"]["ok"]):
             record["steps"][left[0]] = {"ok": False, "refused": False, "why": why}
     return record
@@ -126,7 +130,7 @@ def save(path: Path, results: dict[str, Any], record: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(results, indent=1) + "\n")
 
 
-def run(names: Sequence[str], results: Path, jobs: int, seconds: float) -> None:
+def run(names: Sequence[str], results: Path, jobs: int, seconds: int) -> None:
     """Examine architectures, ``jobs`` at a time, and enter each into the file of results as it ends."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.architectures.preloaded"])
@@ -143,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these (LIBRARY:NAME, or globs), again")
     parser.add_argument("--jobs", type=int, default=2, choices=(1, 2), help="processes at a time (2)")
-    parser.add_argument("--seconds", type=float, default=300, help="for one model (300)")
+    parser.add_argument("--seconds", type=int, default=120, help="of processor time for one model (120)")
     parser.add_argument("--page", action="store_true", help="write docs/models.md, and run nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="(bench/results/zoo.json)")
     args = parser.parse_args(argv)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_SMP = ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3Plus", "UPerNet")
-_YOLO = ("yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml")
+_SMP = ("Unet", "FPN", "PSPNet", "DeepLabV3Plus")
+_YOLO = ("yolov8n.yaml", "yolo11n.yaml")
 
 
 def _images(count: int = 2, side: int = 64, channels: int = 3) -> torch.Tensor:

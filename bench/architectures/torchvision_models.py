@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 _CLASSIFIERS = (
-    "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "mnasnet0_5", "mobilenet_v2",
-    "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1",
+    "densenet121", "efficientnet_b0", "mobilenet_v2",
+    "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1",
 )  # fmt: skip
 _SEGMENTERS = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 _DETECTORS = (
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "fcos_resnet50_fpn",
-    "retinanet_resnet50_fpn",
     "ssdlite320_mobilenet_v3_large",
 )
 
@@ -29,8 +28,7 @@ def _images(count: int = 2, side: int = 64) -> torch.Tensor:
 def _classifier(name: str) -> tuple[nn.Module, Any]:
     import torchvision
 
-    options = {"init_weights": False} if name == "googlenet" else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=10, **options).eval(), _images()
+    return torchvision.models.get_model(name, weights=None, num_classes=10).eval(), _images()
 
 
 def _segmenter(name: str) -> tuple[nn.Module, Any]:

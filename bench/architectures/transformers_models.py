@@ -94,14 +94,9 @@ _CLASSES: dict[str, dict[str, Any]] = {
         "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 32, 64], "num_attention_heads": [1, 2, 2, 4],
         "decoder_hidden_size": 64, "num_labels": 5,
     },
-    "BeitForSemanticSegmentation": {**_VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "num_labels": 5},
     "DPTForDepthEstimation": {
         **_VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 32, 32, 64],
         "fusion_hidden_size": 32,
-    },
-    "GLPNForDepthEstimation": {
-        "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 32, 64], "num_attention_heads": [1, 2, 2, 4],
-        "decoder_hidden_size": 32,
     },
     "YolosForObjectDetection": {**_VIT, "image_size": [64, 64], "num_detection_tokens": 8, "num_labels": 5},
 }  # fmt: skip
@@ -142,11 +137,14 @@ def _resnet_backbone() -> Any:
     return ResNetConfig(**widths, out_features=["stage4"])
 
 
-def _detr(name: str) -> tuple[nn.Module, Any]:
+def _detr() -> tuple[nn.Module, Any]:
     widths = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
     depths = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = {**widths, **depths, "num_queries": 8, "num_labels": 5, "backbone_config": _resnet_backbone()}
-    return _build(name, config | {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None})
+    return _build(
+        "DetrForObjectDetection",
+        config | {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None},
+    )
 
 
 def _upernet() -> tuple[nn.Module, Any]:
@@ -164,7 +162,9 @@ def _depth_anything() -> tuple[nn.Module, Any]:
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = Dinov2Config(**{**_DINO, "num_hidden_layers": 4}, out_features=stages, reshape_hidden_states=False)
     necks = {"neck_hidden_sizes": [16, 32, 32, 64], "fusion_hidden_size": 32, "reassemble_hidden_size": 64}
-    return _build("DepthAnythingForDepthEstimation", {"backbone_config": backbone, "patch_size": 8, **necks})
+    built = _build("DepthAnythingForDepthEstimation", {"backbone_config": backbone, "patch_size": 8, **necks})
+    torch.nn.init.uniform_(built[0].head.conv3.weight)  # the ReLU behind it shall not hide everything
+    return built
 
 
 def builders() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
@@ -176,8 +176,7 @@ def builders() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
         "ViTMAEForPreTraining": _masked_autoencoder,
         "CLIPModel": functools.partial(_two_towers, "CLIPModel"),
         "SiglipModel": functools.partial(_two_towers, "SiglipModel"),
-        "DetrForObjectDetection": functools.partial(_detr, "DetrForObjectDetection"),
-        "ConditionalDetrForObjectDetection": functools.partial(_detr, "ConditionalDetrForObjectDetection"),
+        "DetrForObjectDetection": _detr,
         "UperNetForSemanticSegmentation": _upernet,
         "DepthAnythingForDepthEstimation": _depth_anything,
     }

@@ -1,6 +1,7 @@
 """The table of architectures: its page, its steps on a model, and what it says about those that fail."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -73,3 +74,15 @@ def test_differences(found, expected, size):
 def test_errors_are_one_line():
     assert steps.one_line(ValueError("first\nsecond")) == "ValueError: first"
     assert steps.one_line(GraphError("a\nb")).count("\n") == 0
+
+
+def endless():
+    while True:
+        pass
+
+
+def test_a_model_that_takes_too_long(monkeypatch):
+    monkeypatch.setattr(zoo, "builders", lambda: {"wrapped:endless": endless})
+    record = zoo.supervised("wrapped:endless", 1, multiprocessing.get_context("fork"))
+    assert record["steps"]["trace"] == {"ok": False, "refused": False, "why": "took more than 1 s"}
+    assert "trace FAILED" in page.line(record)
