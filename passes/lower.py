@@ -298,7 +298,8 @@ def _drop_unread(gm: IRModule, names: Iterable[str]) -> None:
     for name in set(names) - read:
         owner, _, leaf = name.rpartition(".")
         holder = gm.get_submodule(owner)
-        if holder is gm or type(holder) is nn.Module:
+        held = leaf in holder._parameters or leaf in holder._buffers
+        if held and (holder is gm or type(holder) is nn.Module):
             delattr(holder, leaf)
 
 

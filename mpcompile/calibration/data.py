@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mpcompile._moved import renamed
+from mpcompile.capture.signature import takes_trees
 from mpcompile.data.calls import graph_inputs
 from mpcompile.data.labels import LABELS
 from mpcompile.errors import InputError
@@ -102,7 +103,13 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
     device = device_of(model.gm)
     examples = [fake_value(node) for node in data]
     for index, batch in enumerate(calibration):
-        values = _inputs(model, batch, [str(n.target) for n in data], examples)
+        try:
+            values = _inputs(model, batch, [str(n.target) for n in data], examples)
+        except InputError as error:
+            if error.message.startswith("a calibration batch"):
+                raise
+            text = f"calibration batch {index} has a different structure from example_inputs: {error.message}"
+            raise InputError(text, expected=error.expected, found=error.found) from error
         if len(values) != len(data):
             raise InputError(
                 f"calibration batch {index} has the wrong number of inputs",
@@ -124,10 +131,18 @@ def _inputs(model: Imported, batch: Any, names: list[str], examples: Sequence[An
     named = isinstance(first, Mapping) or (isinstance(batch, (tuple, list)) and len(batch) >= len(names) > 1)
     if model.lifted.tensors or (len(names) == 1 and not named):
         return model_inputs(batch, names, examples)
+    if isinstance(first, Mapping) and not first.keys() & set(names) and not _takes_trees(model, names, examples):
+        raise InputError("a calibration batch has the wrong keys", expected=", ".join(names), found=list(first))
     left_out = [key for key in first if key in LABELS and key not in names] if isinstance(first, Mapping) else []
     if left_out:
         warn_once(log, f"calibration uses no labels: {', '.join(left_out)} in the batches left out")
     return graph_inputs(model.gm, batch)
+
+
+def _takes_trees(model: Imported, names: list[str], examples: Sequence[Any]) -> bool:
+    """Return True if an input of a graph may be a mapping itself, or hold inputs of any name."""
+    trees = any(isinstance(example, (Mapping, tuple, list)) for example in examples)
+    return trees or takes_trees(model.gm) or any(name.startswith("**") for name in names)
 
 
 def _like(example: Any, value: Any) -> Any:

@@ -26,7 +26,7 @@ from mpcompile.capture.input_guards import guard_inputs
 from mpcompile.capture.inputs import Call, call_for
 from mpcompile.capture.signature import flatten_inputs
 from mpcompile.capture.unify import unify_modes
-from mpcompile.errors import TraceError, summary
+from mpcompile.errors import InputError, TraceError, summary
 from mpcompile.ir.isolation import generators_kept, untouched, without_global_hooks
 from mpcompile.ir.module import Imported, Lifted
 from mpcompile.ir.nodes import fake_value
@@ -128,7 +128,10 @@ def _imported(
     inputs = flatten_inputs(owned, call.kwargs or call.args)
     for guard in owned.children():
         if isinstance(guard, InputGuard):
-            guard(*inputs)
+            try:
+                guard(*inputs)
+            except InputError as error:
+                raise TraceError(error.message) from error
     return Imported(owned, inputs, Lifted(), notes)
 
 

@@ -174,6 +174,8 @@ def _refusal(model: nn.Module, reasons: dict[str, str], first: TraceError | None
         details: Any = {key: getattr(first, key) for key in ("layer", "expected", "found", "hint")}
         return TraceError(first.message, **details, attempts=attempts)
     branches = any(re.search("data-dependent", reason, re.IGNORECASE) for reason in reasons.values())
+    by_tracing, by_running = reasons.get("symbolic tracing"), reasons["torch.export, non-strict"]
+    alike = by_tracing is not None and by_running.startswith(by_tracing)  # what the model itself raises
     reason = reasons["torch.export, strict" if branches else "torch.export, non-strict"]
     return TraceError(
         f"{type(model).__name__} cannot be traced: {reason}",
@@ -181,5 +183,5 @@ def _refusal(model: nn.Module, reasons: dict[str, str], first: TraceError | None
         expected="a forward without data-dependent control flow" if branches or first is None else first.expected,
         found="a branch on the values of a tensor" if branches else first and first.found,
         hint="use torch.compile(model, backend='mpsparse', options={...}), which breaks the graph there",
-        attempts=[f"{name}: {reason}" for name, reason in reasons.items()],
+        attempts=[] if alike else [f"{name}: {reason}" for name, reason in reasons.items()],
     )

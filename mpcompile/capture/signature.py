@@ -202,7 +202,8 @@ def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if isinstance(example_inputs, (tuple, list)):
-        if spec is not None and len(example_inputs) == len(nodes) != len(spec):
+        leaves = all(pytree.tree_structure(value).is_leaf() for value in example_inputs)
+        if spec is not None and len(example_inputs) == len(nodes) and (leaves or len(spec) != len(nodes)):
             return list(example_inputs)
     elif not isinstance(example_inputs, Mapping):
         raise InputError(
@@ -281,7 +282,7 @@ def _leaves(spec: pytree.TreeSpec, value: Any, name: str) -> list[Any]:
             return pytree.tree_leaves(value)
         raise InputError(
             f"the input {name!r} has another structure than at capture",
-            expected=f"{getattr(spec.type, '__name__', spec.type)} of {', '.join(keys)}",
+            expected=f"{spec.type.__name__.removeprefix('immutable_')} of {', '.join(keys)}",
             found=f"{type(value).__name__} of {', '.join(map(str, value))}"[:200]
             if isinstance(value, Mapping)
             else type(value).__name__,
