@@ -285,15 +285,14 @@ def _drawn_again(value: Any) -> Any:
 
 
 def _towers(model: nn.Module) -> list[Any]:
-    """The outermost lists of modules whose first one attends."""
+    """The outermost lists of modules of one class that attend."""
     found: list[Any] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
         if module not in inside and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
-            first = module[0]
-            if any(
-                "attention" in name or "attn" in name for name in (type(m).__name__.lower() for m in first.modules())
-            ):
+            alike = len({type(block) for block in module}) == 1
+            names = [type(part).__name__.lower() for part in module[0].modules()]
+            if alike and any("attention" in name or "attn" in name for name in names):
                 found.append(module)
                 inside |= set(module.modules())
     return found
