@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from mpcompile.errors import GraphError
 from mpcompile.ir.module import Lifted
@@ -27,7 +28,8 @@ def _from_data(gm: fx.GraphModule, lifted: Lifted) -> set[fx.Node]:
     data: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            is_data = node.name not in lifted.tensors and bool(shape_of(node))  # a symbolic size is not data
+            leaves = tree_leaves(fake_value(node))  # an input may be a dict of tensors; a symbolic size is not data
+            is_data = node.name not in lifted.tensors and any(isinstance(x, Tensor) and x.dim() for x in leaves)
         else:
             is_data = not asks_shape(node) and not data.isdisjoint(node.all_input_nodes)
         if is_data:

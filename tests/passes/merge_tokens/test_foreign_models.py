@@ -188,6 +188,27 @@ def test_every_hidden_state_has_its_own_tokens():
         )
 
 
+class Batch(nn.Module):
+    """Takes a dict as its one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = MODELS["torchvision"].make()
+
+    def forward(self, batch):
+        return {"logits": self.model(batch["image"]), "id": batch["id"]}
+
+
+def test_the_class_token_behind_a_dict_does_not_merge():
+    torch.manual_seed(0)
+    net, x = Batch().eval(), torch.randn(2, 3, 32, 32)
+    gm = merged(net, {"image": x, "id": torch.arange(2)}, 2)
+    assert gm.plan.tokens == [17, 15, 13]
+    with torch.no_grad():
+        found = gm({"image": x, "id": torch.arange(2)})["logits"]
+        assert torch.equal(found, merged(net.model, x, 2)(x))
+
+
 def test_relative_position_biases_are_refused():
     model = transformers.BeitModel(transformers.BeitConfig(**PLAIN, use_relative_position_bias=True)).eval()
     with pytest.raises(GraphError, match="a relative position bias or a mask for every query"):
