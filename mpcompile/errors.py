@@ -112,7 +112,11 @@ class TraceError(MPCompileError):
     """The module cannot be brought into the IR.
 
     Args:
-        message, layer, expected, found, hint: as for every error.
+        message: what went wrong; this and the next four are as for every error.
+        layer: the path of the layer concerned.
+        expected: what was expected there.
+        found: what was found instead.
+        hint: the next step.
         attempts: the reason of each capture that was tried, as ``"capture: reason"``. Each gets a line of its own
             behind the first.
         final: no other capture can help.
