@@ -63,10 +63,15 @@ def save_onnx(gm: nn.Module, example: Any, path: str | os.PathLike[str], *, dyna
         )
     except Exception as error:
         raise GraphError(
-            f"the graph cannot be converted to ONNX: {first_line(error):.200}", hint="export pt2 or aoti"
+            f"the graph cannot be converted to ONNX: {first_line(_cause(error)):.200}", hint="export pt2 or aoti"
         ) from error
     assert converted is not None  # with dynamo=True
     write_signed(path, lambda temporary: converted.save(temporary, include_initializers=True), suffix=".onnx")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the first error of a chain: torch puts a guide for bug reports around it."""
+    return error if error.__cause__ is None else _cause(error.__cause__)
 
 
 def _return_tensors(gm: fx.GraphModule) -> list[str]:

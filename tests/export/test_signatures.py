@@ -248,3 +248,21 @@ def test_records_of_inputs_are_not_trusted(record):
     gm = transformed(Net("tensor"), "traced", batch_of(2))
     with pytest.raises(ConfigError, match="does not record its inputs"):
         example_of_artifact(gm, record, (3, 8, 8), 2)
+
+
+def test_onnx_refuses_in_the_words_of_the_converter(tmp_path):
+    class Attention(nn.Module):
+        """Attends over five axes, as Hiera does."""
+
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            y = self.hidden(x).unflatten(0, (1, 1, -1))
+            return self.head(nn.functional.scaled_dot_product_attention(y, y, y).flatten(0, 2))
+
+    x = torch.randn(2, 3, 16)
+    gm = mpcompile.transform(Attention(), x, Config(pattern="2:4"))
+    with pytest.raises(GraphError, match="cannot be converted to ONNX: only 4D query"):
+        save_onnx(gm, x, tmp_path / "m.onnx")
