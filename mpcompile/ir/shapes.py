@@ -95,7 +95,8 @@ class _Shapes(FakeTensorProp):
         source: Any = n.all_input_nodes[0]
         known = self.numbers.get(source.name, hint(n.meta.get("example_value")))
         if not isinstance(known, (bool, int, float)):
-            known = torch.ones((), dtype=self.env[source].dtype).item()
+            with unset_fake_temporarily():  # a fake tensor has no value to read
+                known = torch.ones((), dtype=self.env[source].dtype).item()
         n.meta["val"], n.meta["macs"] = known, 0
         return known
 

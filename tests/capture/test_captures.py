@@ -187,6 +187,23 @@ def test_other_axes_stay_free_where_asked():
     assert torch.equal(gm(wide), model(wide))
 
 
+def test_a_number_that_an_exported_graph_reads_from_a_tensor():
+    class Scaled(ByShape):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x):
+            return super().forward(x) * self.scale.item()
+
+    model = Scaled().eval()
+    exported = torch.export.export(model, (X,)).module()
+    assert any(node.target is torch.ops.aten.item.default for node in exported.graph.nodes)
+    gm = transform(exported, X, HALF)
+    assert relative(lower(gm, X, Config(engine="reference"))(X), gm(X)) < 1e-5
+    assert relative(transform(exported, X, DENSE)(X), model(X)) < 1e-6
+
+
 # --- Modes ---
 
 
