@@ -253,8 +253,7 @@ class Trial:
         gm, text = self._training()
         before = {name: value.clone() for name, value in gm.state_dict().items()}
         removed = [(weight, ~mask, weight.detach().clone()) for weight, mask, _ in masked(gm)]
-        batch = pytree.tree_map(_drawn_again, self.example)  # another than the one that gave BatchNorm its statistics
-        floats = [leaf for leaf in leaves(call(gm, batch)) if leaf.requires_grad]
+        floats = [leaf for leaf in leaves(call(gm, self.example)) if leaf.requires_grad]
         if not floats:
             raise WrongError("no output has a gradient")
         optimizer = torch.optim.SGD(gm.parameters(), lr=1e-2)
