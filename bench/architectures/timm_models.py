@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}
 _VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 64}
 _CNN = {"size": 64}
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -23,20 +24,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "cait_xxs24_224": {**_VIT, "patch_size": 8},
     "xcit_nano_12_p16_224": {**_VIT},
     "mixer_s16_224": {"img_size": 64},
-    "swin_tiny_patch4_window7_224": {
-        "img_size": 64,
-        "window_size": 4,
-        "embed_dim": 32,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-    },
-    "swinv2_tiny_window8_256": {
-        "img_size": 64,
-        "window_size": 4,
-        "embed_dim": 32,
-        "depths": (2, 2),
-        "num_heads": (2, 4),
-    },
+    "swin_tiny_patch4_window7_224": _SWIN,
+    "swinv2_tiny_window8_256": _SWIN,
     "hiera_tiny_224": {"img_size": (64, 64), "embed_dim": 32, "stages": (1, 1, 2, 1)},
     "maxvit_rmlp_pico_rw_256": {"img_size": 64},
     "coatnet_nano_rw_224": {"img_size": 64},

@@ -71,51 +71,53 @@ def _native_masks(expand: Expander, mask: Any, kind: Any) -> dict[str, Any]:
     return {"over_keys" if kind == 1 else "plain": hidden}
 
 
-def _native(expand: Expander, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """``_native_multi_head_attention``: inputs (B, N, C)."""
-    names = "query key value embed_dim num_head qkv_weight qkv_bias proj_weight proj_bias mask need_weights"
-    given = dict(zip(f"{names} average_attn_weights mask_type".split(), args, strict=False)) | kwargs
+def _given(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call of an aten operator by name, defaults included."""
+    arguments = getattr(_ATEN, name).default._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments}
+    return defaults | dict(zip(defaults, args, strict=False)) | kwargs
+
+
+def _fused(expand: Expander, given: dict[str, Any], query: Any, heads: int) -> tuple[Attention, dict[str, Any]]:
+    """Return the attention that a fused kernel computes from ``query``, and its masks."""
     attention = Attention(
         embed=given["embed_dim"],
-        heads=given["num_head"],
+        heads=heads,
         packed=given["qkv_weight"],
         separate=None,
         in_bias=given["qkv_bias"],
         out_weight=given["proj_weight"],
         out_bias=given["proj_bias"],
-        dtype=expand.fake(given["query"]).dtype,
+        dtype=expand.fake(query).dtype,
     )
-    weights = expand.weights(given.get("need_weights", True), given.get("average_attn_weights", True))
-    masks = _native_masks(expand, given.get("mask"), given.get("mask_type"))
+    return attention, _native_masks(expand, given["mask"], given["mask_type"])
+
+
+def _native(expand: Expander, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """``_native_multi_head_attention``: inputs (B, N, C)."""
+    given = _given("_native_multi_head_attention", args, kwargs)
+    attention, masks = _fused(expand, given, given["query"], given["num_head"])
+    weights = expand.weights(given["need_weights"], given["average_attn_weights"])
     return expand.attend([given[name] for name in ("query", "key", "value")], attention, True, weights=weights, **masks)
 
 
 def _layer(expand: Expander, args: Any, kwargs: Any) -> Any:
     """``_transformer_encoder_layer_fwd``: a whole layer, (B, N, C)."""
-    names = "src embed heads in_weight in_bias out_weight out_bias gelu norm_first eps w1 b1 w2 b2 f1 c1 f2 c2 mask"
-    given = dict(zip(f"{names} mask_type".split(), args, strict=False)) | kwargs
-    attention = Attention(
-        embed=given["embed"],
-        heads=given["heads"],
-        packed=given["in_weight"],
-        separate=None,
-        in_bias=given["in_bias"],
-        out_weight=given["out_weight"],
-        out_bias=given["out_bias"],
-        dtype=expand.fake(given["src"]).dtype,
-    )
-    masks = _native_masks(expand, given.get("mask"), given.get("mask_type"))
+    given = _given("_transformer_encoder_layer_fwd", args, kwargs)
+    attention, masks = _fused(expand, given, given["src"], given["num_heads"])
     first = flag(given["norm_first"])
 
     def norm(x: Any, number: int) -> Any:
-        return F.layer_norm(x, (given["embed"],), given[f"w{number}"], given[f"b{number}"], given["eps"])
+        weight, bias = given[f"norm_weight_{number}"], given[f"norm_bias_{number}"]
+        return F.layer_norm(x, (given["embed_dim"],), weight, bias, given["eps"])
 
     def attended(x: Any) -> Any:
         return expand.attend([x, x, x], attention, True, **masks)[0]
 
     def fed(x: Any) -> Any:
-        hidden = F.linear(x, given["f1"], given["c1"])
-        return F.linear(F.gelu(hidden) if flag(given["gelu"]) else F.relu(hidden), given["f2"], given["c2"])
+        hidden = F.linear(x, given["ffn_weight_1"], given["ffn_bias_1"])
+        activated = F.gelu(hidden) if flag(given["use_gelu"]) else F.relu(hidden)
+        return F.linear(activated, given["ffn_weight_2"], given["ffn_bias_2"])
 
     x = given["src"]
     for number, branch in ((1, attended), (2, fed)):
@@ -123,19 +125,16 @@ def _layer(expand: Expander, args: Any, kwargs: Any) -> Any:
     return x
 
 
-def _variant(positions: str) -> Callable[[Expander, Any, Any], tuple[Any, ...]]:
-    """Return the rewrite of a variant of ``scaled_dot_product_attention`` with these arguments."""
-    names = ["query", "key", "value", *positions.split()]
+def _variant(name: str) -> Callable[[Expander, Any, Any], tuple[Any, ...]]:
+    """Return the rewrite of a variant of ``scaled_dot_product_attention``."""
 
     def rewrite(expand: Expander, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = _given(name, args, kwargs)
         inputs = [given.pop(name) for name in ("query", "key", "value")]
         mask = given.pop("attn_bias", None)
         mask = given.pop("attn_mask", None) if mask is None else mask
         options: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
-        for name in ("dropout_p", "is_causal", "scale", "enable_gqa"):
-            if given.get(name):
-                options[name] = given[name]
+        options |= {key: given[key] for key in ("dropout_p", "is_causal", "scale", "enable_gqa") if given.get(key)}
         if expand.wants_weights:
             raise Unsupported("more than its result is read")
         if given.get("dropout_mask") is not None:
@@ -145,15 +144,18 @@ def _variant(positions: str) -> Callable[[Expander, Any, Any], tuple[Any, ...]]:
     return rewrite
 
 
+_VARIANTS = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
 _PACKETS: dict[str, Callable[[Expander, Any, Any], Any]] = {
     "_native_multi_head_attention": _native,
     "_transformer_encoder_layer_fwd": _layer,
-    "_scaled_dot_product_flash_attention": _variant("dropout_p is_causal return_debug_mask"),
-    "_scaled_dot_product_flash_attention_for_cpu": _variant("dropout_p is_causal"),
-    "_scaled_dot_product_efficient_attention": _variant("attn_bias compute_log_sumexp dropout_p is_causal"),
-    "_scaled_dot_product_cudnn_attention": _variant("attn_bias compute_log_sumexp dropout_p is_causal"),
-    "_scaled_dot_product_attention_math": _variant("attn_mask dropout_p is_causal dropout_mask"),
-    "_scaled_dot_product_fused_attention_overrideable": _variant("attn_bias dropout_p is_causal"),
+    **{name: _variant(name) for name in _VARIANTS},
 }
 
 REWRITES: dict[Any, Callable[[Expander, Any, Any], Any]] = {

@@ -276,24 +276,26 @@ def _residuals(expand: Expander, path: str, module: Any, x: Proxy, branches: lis
     return x
 
 
+def _attended(
+    expand: Expander, path: str, number: int, memory: Any, mask: Any, over_keys: Any, causal: Any
+) -> Callable[[Any], Any]:
+    """Return the branch of a layer with attention and the ``number``-th dropout; to itself where ``memory`` is None."""
+    layer = "self_attn" if memory is None else "multihead_attn"
+
+    def branch(x: Any) -> Any:
+        keys = x if memory is None else memory
+        options = {"attn_mask": mask, "key_padding_mask": over_keys, "is_causal": causal, "need_weights": False}
+        return expand.call(f"{path}.dropout{number}", expand.call(f"{path}.{layer}", x, keys, keys, **options)[0])
+
+    return branch
+
+
 def _encoder_layer(
     expand: Expander, path: str, module: Any, src: Proxy, src_mask: Any, src_key_padding_mask: Any, is_causal: Any
 ) -> Any:
     """``nn.TransformerEncoderLayer.forward``."""
 
-    def attended(x: Any) -> Any:
-        found = expand.call(
-            f"{path}.self_attn",
-            x,
-            x,
-            x,
-            attn_mask=src_mask,
-            key_padding_mask=src_key_padding_mask,
-            is_causal=is_causal,
-            need_weights=False,
-        )
-        return expand.call(f"{path}.dropout1", found[0])
-
+    attended = _attended(expand, path, 1, None, src_mask, src_key_padding_mask, is_causal)
     return _residuals(
         expand, path, module, src, [attended, lambda x: _feed_forward(expand, path, module, x, "dropout2")]
     )
@@ -314,32 +316,8 @@ def _decoder_layer(
 ) -> Any:
     """``nn.TransformerDecoderLayer.forward``."""
 
-    def attended(x: Any) -> Any:
-        found = expand.call(
-            f"{path}.self_attn",
-            x,
-            x,
-            x,
-            attn_mask=tgt_mask,
-            key_padding_mask=tgt_key_padding_mask,
-            is_causal=tgt_is_causal,
-            need_weights=False,
-        )
-        return expand.call(f"{path}.dropout1", found[0])
-
-    def looked_up(x: Any) -> Any:
-        found = expand.call(
-            f"{path}.multihead_attn",
-            x,
-            memory,
-            memory,
-            attn_mask=memory_mask,
-            key_padding_mask=memory_key_padding_mask,
-            is_causal=memory_is_causal,
-            need_weights=False,
-        )
-        return expand.call(f"{path}.dropout2", found[0])
-
+    attended = _attended(expand, path, 1, None, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+    looked_up = _attended(expand, path, 2, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
     last = lambda x: _feed_forward(expand, path, module, x, "dropout3")  # noqa: E731
     return _residuals(expand, path, module, tgt, [attended, looked_up, last])
 
