@@ -73,7 +73,10 @@ def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> 
         if nested:
             return [batch]
         raise InputError("a calibration batch has the wrong keys", expected=", ".join(names), found=list(batch))
-    batch = _first(batch)
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
+        batch = batch[0]
     if not isinstance(batch, Tensor) and not (nested and isinstance(batch, (Mapping, tuple, list))):
         raise InputError(
             "a calibration batch has the wrong type",
@@ -81,15 +84,6 @@ def model_inputs(batch: Any, names: list[str], examples: Sequence[Any] = ()) -> 
             found=type(batch).__name__,
         )
     return [batch]
-
-
-def _first(batch: Any) -> Any:
-    """Return the first item of a tuple, which is the input, or a batch of another type as it is."""
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise InputError("a calibration batch is empty", expected="a tuple whose first item is the input")
-        return batch[0]
-    return batch
 
 
 def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
@@ -103,13 +97,7 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
     device = device_of(model.gm)
     examples = [fake_value(node) for node in data]
     for index, batch in enumerate(calibration):
-        try:
-            values = _inputs(model, batch, [str(n.target) for n in data], examples)
-        except InputError as error:
-            if error.message.startswith("a calibration batch"):
-                raise
-            text = f"calibration batch {index} has a different structure from example_inputs: {error.message}"
-            raise InputError(text, expected=error.expected, found=error.found) from error
+        values = _inputs(model, index, batch, [str(n.target) for n in data], examples)
         if len(values) != len(data):
             raise InputError(
                 f"calibration batch {index} has the wrong number of inputs",
@@ -125,7 +113,7 @@ def batches(model: Imported, calibration: Iterable[Any]) -> Iterator[list[Any]]:
         yield [moved[n] if n in moved else model.lifted.tensors[n.name] for n in placeholders]
 
 
-def _inputs(model: Imported, batch: Any, names: list[str], examples: Sequence[Any]) -> list[Any]:
+def _inputs(model: Imported, index: int, batch: Any, names: list[str], examples: Sequence[Any]) -> list[Any]:
     """Return the inputs in a batch, one per placeholder that holds data."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     named = isinstance(first, Mapping) or (isinstance(batch, (tuple, list)) and len(batch) >= len(names) > 1)
@@ -136,7 +124,11 @@ def _inputs(model: Imported, batch: Any, names: list[str], examples: Sequence[An
     left_out = [key for key in first if key in LABELS and key not in names] if isinstance(first, Mapping) else []
     if left_out:
         warn_once(log, f"calibration uses no labels: {', '.join(left_out)} in the batches left out")
-    return graph_inputs(model.gm, batch)
+    try:
+        return graph_inputs(model.gm, batch)
+    except InputError as error:
+        text = f"calibration batch {index} has a different structure from example_inputs: {error.message}"
+        raise InputError(text, expected=error.expected, found=error.found) from error
 
 
 def _takes_trees(model: Imported, names: list[str], examples: Sequence[Any]) -> bool:
