@@ -169,8 +169,8 @@ def _refusal(model: nn.Module, reasons: dict[str, str], first: TraceError | None
     The first line has the reason of the capture that says most: dynamo, which strict export uses, names the branch on a
     tensor and its line; running forward fails in the model's own words.
     """
+    attempts = [f"{name}: {reason}" for name, reason in reasons.items()]
     if first is not None and not isinstance(first, Untraceable):
-        attempts = [f"{name}: {reason}" for name, reason in reasons.items()]
         details: Any = {key: getattr(first, key) for key in ("layer", "expected", "found", "hint")}
         return TraceError(first.message, **details, attempts=attempts)
     branches = any(re.search("data-dependent", reason, re.IGNORECASE) for reason in reasons.values())
@@ -183,5 +183,5 @@ def _refusal(model: nn.Module, reasons: dict[str, str], first: TraceError | None
         expected="a forward without data-dependent control flow" if branches or first is None else first.expected,
         found="a branch on the values of a tensor" if branches else first and first.found,
         hint="use torch.compile(model, backend='mpsparse', options={...}), which breaks the graph there",
-        attempts=[] if alike else [f"{name}: {reason}" for name, reason in reasons.items()],
+        attempts=[] if alike else attempts,
     )

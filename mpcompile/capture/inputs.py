@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from mpcompile.ir.numerics import ordinary
 
 # Keys of a batch that hold what a model is to predict. A model computes its loss from them instead of, or beside, its
 # outputs.
-LABELS = frozenset({"labels", "label", "label_ids", "mask_labels", "class_labels", "target", "targets", "return_loss"})
+TARGETS = frozenset({"labels", "label", "label_ids", "mask_labels", "class_labels", "target", "targets", "return_loss"})
 _TO_PASS_A_DICT = "to pass the dict itself as the one input, put it into a tuple: ({...},)"
 
 
@@ -82,24 +82,52 @@ def as_dicts(value: Any) -> Any:
 
 def _by_keyword(model: nn.Module, batch: dict[str, Any]) -> Call:
     signature = inspect.signature(model.forward)
-    parameters = signature.parameters
-    kinds = inspect.Parameter
-    several = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
-    named = {name for name, p in parameters.items() if p.kind not in (*several, kinds.POSITIONAL_ONLY)}
-    rest = next((p for p in parameters.values() if p.kind is kinds.VAR_KEYWORD), None)
-    required = [p for p in parameters.values() if p.default is kinds.empty and p.kind not in several]
-    if not named & batch.keys() and len(required) == 1 and (rest is None or isinstance(model, fx.GraphModule)):
+    entries = taken(list(signature.parameters.values()), batch)
+    if entries is None:
         return Call((batch,), whole=True)
-    taken = {}
-    for key, value in batch.items():
-        optional = key not in named or parameters[key].default is not kinds.empty
-        if not (key in LABELS and optional) and (key in named or (rest is not None and _accepts(rest, key))):
-            taken[key] = value
     try:
-        signature.bind(**taken)
+        signature.bind(**entries)
     except TypeError as error:
         raise unfit(error) from error
-    return Call((), taken, tuple(key for key in batch if key not in taken))
+    return Call((), entries, tuple(key for key in batch if key not in entries))
+
+
+def taken(
+    parameters: Sequence[inspect.Parameter], batch: Mapping[str, Any], *, extras: bool = True
+) -> dict[str, Any] | None:
+    """Return the entries of a batch that a forward takes by keyword; None if the batch itself is its one input.
+
+    Targets are left out unless forward needs them. ``**kwargs`` take every other entry, or those of their annotation.
+
+    Args:
+        parameters: the parameters of forward.
+        batch: name -> value; if none of the names is a parameter, and one input is needed, it is the batch.
+        extras: let ``**kwargs`` take entries beside named ones; False for batches of loaders, which hold more than
+            the inputs.
+
+    Example:
+        >>> parameters = list(inspect.signature(nn.Identity().forward).parameters.values())
+        >>> taken(parameters, {"input": 1, "labels": 2}), taken(parameters, {"image": 1, "id": 2})
+        ({'input': 1}, None)
+    """
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    found = bool(named.keys() & batch.keys())
+    if not found and len(needed(parameters)) == 1:
+        return None
+    rest = rest if extras or not found else None
+    entries = {}
+    for key, value in batch.items():
+        optional = key not in named or named[key].default is not inspect.Parameter.empty
+        if not (key in TARGETS and optional) and (key in named or (rest is not None and _accepts(rest, key))):
+            entries[key] = value
+    return entries
+
+
+def needed(parameters: Sequence[inspect.Parameter]) -> list[str]:
+    """Return the names of the parameters without a default."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in several]
 
 
 def unfit(error: Exception) -> InputError:
@@ -125,7 +153,11 @@ def arguments(model: nn.Module, example_inputs: Any) -> list[Any]:
     """
     if isinstance(model, fx.GraphModule):
         return flatten_inputs(model, ordinary(as_dicts(example_inputs)))
-    call = call_for(model, example_inputs)
+    return by_parameter(model, call_for(model, example_inputs))
+
+
+def by_parameter(model: nn.Module, call: Call) -> list[Any]:
+    """Return the arguments of a call as one value per parameter of forward that is given, in their order."""
     if not call.kwargs:
         return list(call.args)
     bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)

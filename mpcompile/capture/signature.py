@@ -41,7 +41,7 @@ def input_names(gm: fx.GraphModule) -> list[str]:
         >>> output_names(gm)
         ['logits', 'parts.0', 'parts.1']
     """
-    spec = _input_spec(gm)
+    spec = parameter_trees(gm)
     if spec is not None:
         return [name for key, child in spec.items() for name in _leaf_names(child, key)]
     names: list[str] = []
@@ -81,7 +81,7 @@ def _info(gm: fx.GraphModule) -> Any:
     return getattr(gm.graph._codegen, "pytree_info", None)
 
 
-def _input_spec(gm: fx.GraphModule) -> dict[str, pytree.TreeSpec] | None:
+def parameter_trees(gm: fx.GraphModule) -> dict[str, pytree.TreeSpec] | None:
     """Return the tree of each parameter of an exported graph by the parameter's name; None for other graphs."""
     info = _info(gm)
     if info is None or info.in_spec is None:
@@ -95,7 +95,7 @@ def _input_spec(gm: fx.GraphModule) -> dict[str, pytree.TreeSpec] | None:
 
 def takes_trees(gm: fx.GraphModule) -> bool:
     """Return True if a graph is one of torch.export, whose placeholders are the leaves of its inputs."""
-    return _input_spec(gm) is not None
+    return parameter_trees(gm) is not None
 
 
 def _has_keywords(spec: pytree.TreeSpec) -> bool:
@@ -198,7 +198,7 @@ def flatten_inputs(gm: fx.GraphModule, example_inputs: Any) -> list[Any]:
         [tensor([1., 1.]), tensor([0., 0.])]
     """
     nodes = _placeholders(gm)
-    spec = _input_spec(gm)
+    spec = parameter_trees(gm)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if isinstance(example_inputs, (tuple, list)):
@@ -345,7 +345,7 @@ def call_like(gm: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ...],
         gm: a graph of any kind.
         example_inputs: as for :func:`flatten_inputs`, which says what is raised.
     """
-    trees = _input_spec(gm) or _trees_of_placeholders(_placeholders(gm))
+    trees = parameter_trees(gm) or _trees_of_placeholders(_placeholders(gm))
     named = isinstance(example_inputs, Mapping) and not trees.keys().isdisjoint(example_inputs)
     return call_of(gm, flatten_inputs(gm, example_inputs), keywords=named)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.capture.copies import copy_of
-from mpcompile.capture.inputs import arguments, call_for
+from mpcompile.capture.inputs import by_parameter, call_for
 from mpcompile.capture.tracing import Tracer
 from mpcompile.capture.unify import unify_modes
 from mpcompile.errors import InputError, MPCompileError, TraceError, summary
@@ -199,7 +199,7 @@ def import_module(model: nn.Module, example_inputs: Any) -> Imported:
     """Import a module by symbolic tracing."""
     copied = copy_of(model)
     call = call_for(model, example_inputs)
-    inputs = arguments(model, example_inputs)
+    inputs = by_parameter(model, call)
     gm, notes = _trace(copied, model, len(call.args), tuple(call.kwargs))
     if call.left_out:
         notes.append(f"inputs left out: {', '.join(call.left_out)}")

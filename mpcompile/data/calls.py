@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from mpcompile.capture.signature import call_of, flatten_inputs
-from mpcompile.data.labels import LABELS
+from mpcompile.capture.inputs import TARGETS, needed, taken
+from mpcompile.capture.signature import call_of, flatten_inputs, parameter_trees
 from mpcompile.errors import InputError
 from mpcompile.io.messages import warn_once
 
@@ -37,22 +37,17 @@ def call_form(module: Any, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     if isinstance(module, fx.GraphModule):
         return call_of(module, graph_inputs(module, batch), keywords=None)
     parameters = _parameters(module)
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    batch = _first(batch, len(needed))
+    names = needed(parameters)
+    batch = _first(batch, len(names))
     if isinstance(batch, _Positional):
         return tuple(batch), {}
-    if not isinstance(batch, Mapping):
+    given = taken(parameters, batch, extras=False) if isinstance(batch, Mapping) else None
+    if given is None:
         return (batch,), {}
-    taken = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    given = {k: v for k, v in batch.items() if k in taken and (k not in LABELS or k in needed)}
-    if not given and len(needed) == 1:
-        return (batch,), {}
-    if not given and any(p.kind is p.VAR_KEYWORD for p in parameters):
-        given = {k: v for k, v in batch.items() if k not in LABELS}
-    missing = [name for name in needed if name not in given]
+    missing = [name for name in names if name not in given]
     if missing:
         raise InputError(
-            f"the input {missing[0]!r} is missing", expected=", ".join(needed), found=", ".join(map(str, batch))
+            f"the input {missing[0]!r} is missing", expected=", ".join(names), found=", ".join(map(str, batch))
         )
     _tell(batch, given)
     return (), given
@@ -64,13 +59,14 @@ def graph_inputs(gm: fx.GraphModule, batch: Any) -> list[Any]:
     Raises:
         InputError: the batch is empty, or an input is missing.
     """
-    info = getattr(gm.graph._codegen, "pytree_info", None)
-    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    names = [str(node.target) for node in nodes]
-    needed = [name for name, node in zip(names, nodes, strict=True) if not node.args]
-    if info is not None:
-        names = needed = [name for name in info.orig_args if name != "self"]
-    batch = _first(batch, len(needed))
+    trees = parameter_trees(gm)
+    if trees is not None:
+        names = required = list(trees)
+    else:
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        names = [str(node.target) for node in nodes]
+        required = [name for name, node in zip(names, nodes, strict=True) if not node.args]
+    batch = _first(batch, len(required))
     if isinstance(batch, _Positional):
         return flatten_inputs(gm, tuple(batch))
     if not isinstance(batch, Mapping):
@@ -107,6 +103,6 @@ def _parameters(module: Any) -> list[inspect.Parameter]:
 
 def _tell(batch: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Say once which entries of a batch, other than labels, are left out."""
-    extra = [str(key) for key in batch if key not in given and key not in LABELS]
+    extra = [str(key) for key in batch if key not in given and key not in TARGETS]
     if extra:
         warn_once(log, f"the model does not take these entries of the batches, which are left out: {', '.join(extra)}")

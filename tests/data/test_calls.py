@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BatchFeature
 
 from mpcompile import Config, audit, certify, distill, transform
+from mpcompile.capture.inputs import call_for
 from mpcompile.data.batches import unpack
 from mpcompile.data.calls import call_form, graph_inputs
 from mpcompile.data.labels import Labels, labels_in
@@ -69,6 +70,12 @@ def test_models_of_one_dict_and_of_several_inputs():
         call_form(bilinear, {"input1": X})
     with pytest.raises(InputError, match="a batch is empty"):
         call_form(bilinear, ())
+
+
+def test_targets_of_segmentation_are_left_out_as_in_a_capture():
+    batch = {"pixel_values": X, "mask_labels": CLASSES, "class_labels": CLASSES}
+    assert call_form(Two(), batch) == ((), {"pixel_values": X})
+    assert call_for(Two(), batch).left_out == ("mask_labels", "class_labels")
 
 
 def test_graphs_take_names_in_any_order():

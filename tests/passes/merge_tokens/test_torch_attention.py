@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -106,3 +107,46 @@ def test_a_mask_over_keys(exported):
     with torch.no_grad():
         wanted = merging_reference.forward(twin, x, 2, 1, twin.encoder.layers, hidden=hidden)
         assert relative(gm(x, hidden), wanted) < 1e-5
+
+
+# --- Attention of a model's own that joins axes ---
+
+
+class Joined(nn.Module):
+    """Pools tokens by attention whose heads are joined with the batch, and projects them joined with it; or apart."""
+
+    def __init__(self, joined):
+        super().__init__()
+        self.joined = joined
+        options = {"depth": 2, "img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 4, "num_classes": 0}
+        self.vit = timm.create_model("vit_tiny_patch16_224", global_pool="", **options)
+        self.rows, self.key, self.value, self.head = (nn.Linear(64, n) for n in (64, 64, 64, 8))
+        self.query = nn.Parameter(torch.randn(1, 4, 1, 16))
+
+    def forward(self, x):
+        tokens = self.vit(x)
+        b, n, c = tokens.shape
+        tokens = self.rows(tokens.reshape(-1, c)).reshape(b, n, c) if self.joined else self.rows(tokens)
+        parts = [layer(tokens).unflatten(-1, (4, 16)).transpose(1, 2) for layer in (self.key, self.value)]
+        query, key, value = self.query.expand(b, -1, -1, -1), *parts
+        if self.joined:
+            query, key, value = (part.reshape(b * 4, -1, 16) for part in (query, key, value))
+        weights = (query @ key.transpose(-2, -1) / 4).softmax(-1)
+        return self.head((weights @ value).reshape(b, c))
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_axes_that_a_model_joins_with_the_batch(free):
+    torch.manual_seed(0)
+    apart, x = Joined(False).eval(), torch.randn(3, 3, 32, 32)
+    joined = Joined(True).eval()
+    joined.load_state_dict(apart.state_dict())
+    shapes = {"x": {0: torch.export.Dim.AUTO}} if free else None
+    config = Config(pattern="dense", tome_r=2)
+    graphs = [
+        transform(torch.export.export(model, (x,), dynamic_shapes=shapes).module(), x, config)
+        for model in (joined, apart)
+    ]
+    assert [gm.plan.tokens for gm in graphs] == [[17, 15, 13]] * 2
+    assert relative(graphs[0](x), graphs[1](x)) < 1e-5
+    assert relative(graphs[0](x), joined(x)) > 1e-3  # merging changes something
