@@ -73,13 +73,12 @@ def _owner(name: str, layers: Mapping[str, LayerPlan]) -> str | None:
     if part is None:
         return None
     whole, rows = part
-    for other, entry in layers.items():
+    for other in layers:
         if other == whole.removesuffix(".weight"):
             return other
-        wider = split_name(other)
-        if wider is not None and wider[0] == whole and other != name and entry.shape:
-            if wider[1].start <= rows.start and rows.stop <= wider[1].stop:
-                return other
+        wider = split_name(other) if other != name else None
+        if wider is not None and wider[0] == whole and wider[1].start <= rows.start and rows.stop <= wider[1].stop:
+            return other
     return None
 
 

@@ -291,7 +291,9 @@ def _strip(gm: IRModule, names: Iterable[str]) -> None:
             read.setdefault(owner, set()).add(leaf)
     for name in names:
         module = gm.get_submodule(name) if name in read and name not in called else None
-        if not isinstance(module, (MaskedLinear, MaskedConv2d, nn.Linear)):  # nn.Linear: its rows have masks of their own
+        if not isinstance(
+            module, (MaskedLinear, MaskedConv2d, nn.Linear)
+        ):  # nn.Linear: its rows have masks of their own
             continue
         holder = nn.Module()
         for leaf in sorted(read[name]):

@@ -25,7 +25,7 @@ _DROPOUT_MODULES = {"torch.nn.modules.dropout.Dropout": "p", "timm.layers.drop.D
 
 
 def parameter(gm: fx.GraphModule, value: Any, lifted: Lifted) -> Tensor | None:
-    """Return the parameter or buffer, or rows of one, that a node reads or a module holds; None for anything computed."""
+    """Return the parameter, buffer or rows of one that a node reads or a module holds; None for anything computed."""
     if isinstance(value, fx.Node):
         ref = parameter_read(gm, value, lifted)
         return None if ref is None else ref.tensor

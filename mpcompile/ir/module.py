@@ -277,7 +277,11 @@ def _whole_pair(gm: fx.GraphModule, weight: Any, mask: Any) -> tuple[Any, Any]:
     tensors = [read_tensor(gm, whole) for whole in wholes]
     if any(tensor is None for tensor in tensors) or len({len(tensor) for tensor in tensors if tensor is not None}) > 1:
         return weight, mask
-    rows = [rows_within(node, len(tensor)) for node, tensor in zip((weight, mask), tensors, strict=True) if tensor is not None]
+    rows = [
+        rows_within(node, len(tensor))
+        for node, tensor in zip((weight, mask), tensors, strict=True)
+        if tensor is not None
+    ]
     return (wholes[0], wholes[1]) if rows[0] is not None and rows[0] == rows[1] else (weight, mask)
 
 

@@ -209,16 +209,23 @@ def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
     return uses
 
 
+def as_stored(gm: fx.GraphModule, layer: LayerOp, lifted: Lifted | None = None) -> LayerOp:
+    """Return the layer on all rows of its weight and mask if it is the same rows of both; any other as it is."""
+    lifted, weight, mask = lifted or Lifted(), layer.weight, layer.mask
+    if weight.whole is None or mask is None or weight.rows != mask.rows:
+        return layer
+    whole, its = parameter_read(gm, weight.whole, lifted), parameter_read(gm, mask.whole, lifted)
+    if whole is None or its is None or whole.tensor.shape != its.tensor.shape:
+        return layer
+    return replace(layer, name=_layer_name(whole.name), weight=whole, mask=its, bias=None)
+
+
 def stored_layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
     """Return one use of each layer, in graph order; parts of one weight and one mask are one layer, on all rows."""
-    lifted, stored = lifted or Lifted(), {}
+    stored: dict[str, LayerOp] = {}
     for layer in layers(gm, lifted):
-        weight, mask = layer.weight, layer.mask
-        if weight.whole is not None and mask is not None and weight.rows == mask.rows:
-            whole, its = parameter_read(gm, weight.whole, lifted), parameter_read(gm, mask.whole, lifted)
-            if whole is not None and its is not None and whole.tensor.shape == its.tensor.shape:
-                layer = replace(layer, name=_layer_name(whole.name), weight=whole, mask=its, bias=None)
-        stored.setdefault(layer.name, layer)
+        whole = as_stored(gm, layer, lifted)
+        stored.setdefault(whole.name, whole)
     return list(stored.values())
 
 

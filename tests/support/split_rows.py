@@ -1,4 +1,4 @@
-"""A last block that computes the class token alone: its queries' rows split from a fused qkv, as dead tokens leave it."""
+"""A last block that computes its class token alone: the rows of a fused qkv that make queries are a layer apart."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import fx
 
 from mpcompile import Config, Pipeline, transform
 from mpcompile.ir.effects import erase_unread
-from mpcompile.ir.module import IRModule
-from mpcompile.ir.nodes import ATTENTION, CONV2D, LINEAR, argument
 from mpcompile.ir.macs import is_add
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import ATTENTION, LINEAR
 from mpcompile.ir.view import layers
 from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import Context, Decision, Pass
@@ -44,7 +44,10 @@ class SplitLast(Pass):
         attention = next(n for n in reversed(graph.nodes) if n.target in ATTENTION or n.target is ops.token_attention)
         with graph.inserting_before(node):
             if node.op == "call_module":
-                held = {key: graph.get_attr(f"{layer.name}.{key}") for key in ("weight", "bias", "mask")[: 3 if layer.mask else 2]}
+                held = {
+                    key: graph.get_attr(f"{layer.name}.{key}")
+                    for key in ("weight", "bias", "mask")[: 3 if layer.mask else 2]
+                }
             elif layer.mask is not None:
                 args = schema.bind(node)
                 held = {"weight": args.weight, "bias": args.bias, "mask": args.mask}
@@ -54,7 +57,9 @@ class SplitLast(Pass):
             def rows(x: fx.Node, start: int, stop: int) -> fx.Node:
                 taken = {k: call(operator.getitem, (v, slice(start, stop))) for k, v in held.items()}
                 if layer.pattern is None:
-                    target: Any = node.target if node.target in LINEAR else next(t for t in LINEAR if not hasattr(t, "_schema"))
+                    target: Any = (
+                        node.target if node.target in LINEAR else next(t for t in LINEAR if not hasattr(t, "_schema"))
+                    )
                     return call(target, (x, taken["weight"], taken["bias"]))
                 return call(ops.masked_linear, (x, taken["weight"], taken["mask"], taken["bias"], *layer.pattern))
 
@@ -77,10 +82,6 @@ class SplitLast(Pass):
             for index in (1, 2):
                 parts[index].replace_all_uses_with(call(operator.getitem, (kv, index - 1)))
             parts[0].replace_all_uses_with(q)
-        for index, part in parts.items():
-            for user in graph.nodes:
-                if user.target is operator.getitem and user.args[0] is kv:
-                    pass
         return self._rest(gm, attention, [*parts.values(), unbound, turned, shaped, node])
 
     def _rest(self, gm: IRModule, attention: fx.Node, old: list[fx.Node]) -> bool:
