@@ -9,9 +9,8 @@ that merged, and an op that cannot be followed is refused by name.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +29,7 @@ from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.outputs import named_outputs
 from mpcompile.passes.merge_tokens.schedules.choose import choose
+from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
 from mpcompile.passes.merge_tokens.schedules.search import Search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
@@ -117,37 +117,28 @@ def _prepared(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
     return trial
 
 
-def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> Callable[[Sequence[Sequence[int]]], float]:
+def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream], spared: Spared | None = None) -> Cost:
     """Return the multiply-accumulates of a graph as a function of the tokens of each stream.
 
     N:M masks are not counted. The nodes must carry ``macs`` (see :func:`mpcompile.ir.shapes.propagate`).
 
     Args:
         streams: the streams that merge, with their ``sites``, ``prefix``, ``suffix`` and first number of ``tokens``.
-
-    Returns:
-        A function of one list per stream: its tokens before the first block and after each.
+        spared: what is not computed since nothing reads it; None if all is.
     """
     trial, copies = _trial(gm)
     axes = [_tried(trial, stream, ctx.config.tome_proportional) for stream in streams]
-    terms = []
-    for node in copies.values():
-        macs = node.meta.get("macs", 0)
-        if macs:
-            places = [
-                (number, stream.tokens[0] - level.count, start)
-                for number, (stream, axis) in enumerate(zip(streams, axes, strict=True))
-                for level, start in axis.extents.get(node, [])
-            ]
-            terms.append((macs, places))
-
-    def cost(numbers: Sequence[Sequence[int]]) -> float:
-        return sum(
-            macs * math.prod((numbers[i][block] - start) / (numbers[i][0] - start) for i, block, start in places)
-            for macs, places in terms
-        )
-
-    return cost
+    found: list[Term] = []
+    for node, copied in copies.items():
+        extents = [
+            ((number, stream.tokens[0] - level.count, start), axis)
+            for number, (stream, walk) in enumerate(zip(streams, axes, strict=True))
+            for level, start, axis in walk.extents.get(copied, [])
+        ]
+        if node.meta.get("macs", 0):
+            places, along = [place for place, _ in extents], [axis for _, axis in extents]
+            found += terms(node.meta["macs"], (spared or Spared()).of(node), places, along)
+    return Cost(tuple(found))
 
 
 def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Schedule, str, Search | None]:

@@ -30,7 +30,7 @@ _STEPS = ((0.4, 0.5), (0.2, 0.25))  # of slope and bend around the best curve
 _EXCHANGES = 12
 _MARGIN = 2.0  # standard errors by which an exchange has to win
 _LOST = 1e30  # loss in place of NaN and infinity
-PASSES = 25  # no more than so many runs per search image, and four per check image
+PASSES = 14  # runs of a schedule per image at most: 24 on an image of the search, and four on one of the check
 
 
 @dataclass(frozen=True)
