@@ -321,7 +321,7 @@ def run_pipeline(
     data: Calibration | None = None
     if calibration is not None:
         rereadable = iter(as_batches(calibration)) is not calibration
-        if not rereadable and (calibrate != "dense" or config.mac_reduction is not None):
+        if not rereadable and (calibrate != "dense" or config.reads_again):
             calibration, rereadable = list(calibration), True  # held between layers anyway, or read more than once
         data = Calibration(calibration, rereadable, memory, statistics, calibrate)
     ctx = Context(

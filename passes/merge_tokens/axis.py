@@ -47,7 +47,8 @@ class TokenAxis(AttentionWeights):
         proportional: True if log(size) is added to attention logits.
 
     Attributes:
-        extents: node -> (level, start) of each token axis that its arithmetic runs over.
+        extents: node -> (level, start, axis) of each token axis that its arithmetic runs over; the axis is that of its
+            output, None if it sums over the tokens.
         spread: values per token that the model returns, which are spread over the places of the input tokens.
     """
 
@@ -64,7 +65,7 @@ class TokenAxis(AttentionWeights):
     ) -> None:
         super().__init__(gm, prefix, suffix, mask, proportional)
         self.levels, self.size, self.count = levels, size, count
-        self.extents: dict[fx.Node, list[tuple[Level, int]]] = {}
+        self.extents: dict[fx.Node, list[tuple[Level, int, int | None]]] = {}
         self.spread: list[fx.Node] = []
         self._followed: dict[tuple[fx.Node, Level, int, int], fx.Node] = {}
         self.rules: dict[str, Callable[[fx.Node, State], State | None]] = {
@@ -104,7 +105,7 @@ class TokenAxis(AttentionWeights):
                     self.weights[node] = keys
                     if self._is_linear(node, target_name(self.gm, node)):
                         self._count_bias(node, state, keys)
-                self.extents.setdefault(node, [(state.level, start) for start in state.axes.values()])
+                self.extents.setdefault(node, [(state.level, start, axis) for axis, start in state.axes.items()])
 
     @staticmethod
     def _forget_sizes(node: fx.Node) -> None:
@@ -326,7 +327,8 @@ class TokenAxis(AttentionWeights):
         if any(theirs.get(axis, start) != start for axis, start in ours.items()):
             raise self._refusal(node, "its operands hold different tokens")
         axes = {**ours, **theirs}
-        self.extents[node] = [(level, s) for s in axes.values()] + [(level, s) for s in inner[:1] if s is not None]
+        summed = [(level, start, None) for start in inner[:1] if start is not None]
+        self.extents[node] = [(level, start, axis) for axis, start in axes.items()] + summed
         return State(level, axes) if axes else None
 
     def _attention(self, node: fx.Node) -> State | None:
@@ -358,7 +360,7 @@ class TokenAxis(AttentionWeights):
             )
             node.target, node.args, node.kwargs = ops.token_attention, tuple(args), {}
         axes = {} if state is None else {2: state.axes[2]}
-        self.extents[node] = [(keys.level, s) for s in (start, *axes.values())]
+        self.extents[node] = [(keys.level, start, None), *((keys.level, s, axis) for axis, s in axes.items())]
         return State(keys.level, axes) if axes else None
 
     def _along_another(self, node: fx.Node, state: State) -> State:
