@@ -10,25 +10,26 @@ import torch
 from torch import fx, nn
 
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.nodes import ATTENTION, argument, fake_value, target_name
+from mpcompile.ir.nodes import (
+    ALONG_LAST,
+    ATTENTION,
+    ELEMENTWISE,
+    ELEMENTWISE_MODULES,
+    LAST_AXIS_MODULES,
+    argument,
+    fake_value,
+    target_name,
+)
 from mpcompile.kernels import ops, schema
 from mpcompile.layers import ByMode, MaskedLinear
 from mpcompile.passes.merge_tokens.biases.pairs import PairBiases
 from mpcompile.passes.merge_tokens.joined import rows_per_sample
 from mpcompile.passes.merge_tokens.moves import Level, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
-from mpcompile.passes.merge_tokens.weights import CASTS
 
-_LAST_AXIS = (nn.Linear, MaskedLinear, nn.LayerNorm, nn.RMSNorm)
-_POINTWISE = (
-    *(nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Mish),
-    *(nn.LeakyReLU, nn.ELU, nn.Softplus, ByMode),
-)
-_ARITHMETIC = ("add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "div", "div_", "truediv", "addcmul")
-_ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", "leaky_relu", "dropout", "DropPath")
-_UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
-_ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm")
-_POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + CASTS + _ALONG_LAST)
+_LAST_AXIS = (*LAST_AXIS_MODULES, MaskedLinear)
+_POINTWISE = (*ELEMENTWISE_MODULES, ByMode)
+_POINTWISE_NAMES = ELEMENTWISE | ALONG_LAST
 _ASSERTS = "_assert_tensor_metadata"
 _SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
 
@@ -46,7 +47,8 @@ class TokenAxis(PairBiases):
         proportional: True if log(size) is added to attention logits.
 
     Attributes:
-        extents: node -> (level, start) of each token axis that its arithmetic runs over.
+        extents: node -> (level, start, axis) of each token axis that its arithmetic runs over; the axis is that of its
+            output, None if it sums over the tokens.
         spread: values per token that the model returns, which are spread over the places of the input tokens.
     """
 
@@ -63,7 +65,7 @@ class TokenAxis(PairBiases):
     ) -> None:
         super().__init__(gm, prefix, suffix, mask, proportional, size, count)
         self.levels = levels
-        self.extents: dict[fx.Node, list[tuple[Level, int]]] = {}
+        self.extents: dict[fx.Node, list[tuple[Level, int, int | None]]] = {}
         self.spread: list[fx.Node] = []
         self._followed: dict[tuple[fx.Node, Level, int, int], fx.Node] = {}
         self.rules: dict[str, Callable[[fx.Node, State], State | None]] = {
@@ -103,7 +105,7 @@ class TokenAxis(PairBiases):
                     self.weights[node] = keys
                     if self._is_linear(node, target_name(self.gm, node)):
                         self._count_bias(node, state, keys)
-                self.extents.setdefault(node, [(state.level, start) for start in state.axes.values()])
+                self.extents.setdefault(node, [(state.level, start, axis) for axis, start in state.axes.items()])
 
     @staticmethod
     def _forget_sizes(node: fx.Node) -> None:
@@ -228,7 +230,7 @@ class TokenAxis(PairBiases):
     def _pointwise(self, node: fx.Node, carriers: list[fx.Node]) -> State:
         """Follow an op that is elementwise or runs along the last axis: counted from the end, the token axis stays."""
         rank = len(self._shape(node))
-        along = node.op == "call_module" or target_name(self.gm, node) in _ALONG_LAST
+        along = node.op == "call_module" or target_name(self.gm, node) in ALONG_LAST
         tensors = carriers[:1] if along else [n for n in node.all_input_nodes if self._shape(n)]
         state = self._join(node, tensors, rank)
         known = node.op == "call_module" and not isinstance(self.gm.get_submodule(str(node.target)), _LAST_AXIS)
@@ -325,7 +327,8 @@ class TokenAxis(PairBiases):
         if any(theirs.get(axis, start) != start for axis, start in ours.items()):
             raise self._refusal(node, "its operands hold different tokens")
         axes = {**ours, **theirs}
-        self.extents[node] = [(level, s) for s in axes.values()] + [(level, s) for s in inner[:1] if s is not None]
+        summed = [(level, start, None) for start in inner[:1] if start is not None]
+        self.extents[node] = [(level, start, axis) for axis, start in axes.items()] + summed
         return State(level, axes) if axes else None
 
     def _attention(self, node: fx.Node) -> State | None:
@@ -357,7 +360,7 @@ class TokenAxis(PairBiases):
             )
             node.target, node.args, node.kwargs = ops.token_attention, tuple(args), {}
         axes = {} if state is None else {2: state.axes[2]}
-        self.extents[node] = [(keys.level, s) for s in (start, *axes.values())]
+        self.extents[node] = [(keys.level, start, None), *((keys.level, s, axis) for axis, s in axes.items())]
         return State(keys.level, axes) if axes else None
 
     def _along_another(self, node: fx.Node, state: State) -> State:

@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.nodes import target_name
+from mpcompile.ir.nodes import CASTS, target_name
 from mpcompile.kernels import ops, schema
 from mpcompile.passes.merge_tokens.moves import Level
 from mpcompile.passes.merge_tokens.sites import PAIR_BIAS, asks_shape
-from mpcompile.passes.merge_tokens.weights import CASTS, AttentionWeights
+from mpcompile.passes.merge_tokens.weights import AttentionWeights
 
 _ADDITIONS = ("add", "iadd", "add_")
 

@@ -3,7 +3,7 @@
 The model runs unchanged, in eager mode, on all of its input tokens. To merge is to overwrite: each token of a group is
 replaced by the mean of the group. Every op that follows (a convolution on the grid, pooling, a mean, attention with as
 many equal keys as a merged token has parts) then does by itself what merging has to arrive at with fewer tokens. Only
-what differs between tokens of one group is averaged here: tables of one value per token, and biases for pairs of tokens.
+what differs within a group is averaged here: tables of one value per token, and biases for pairs of tokens.
 
 This suits models whose tokens return to a grid, with several stages, or with streams of shape (B, C, H, W).
 """
