@@ -20,7 +20,7 @@ from mpcompile.errors import InputError
 from mpcompile.kernels import autocast, schema
 from mpcompile.kernels.nm_linear import checks, reference
 from mpcompile.kernels.nm_linear import operators as native
-from mpcompile.kernels.token_merge import fused
+from mpcompile.kernels.token_merge import fused, pairs
 from mpcompile.kernels.token_merge import reference as merging
 
 NAMESPACE = "mpcompile"
@@ -57,6 +57,7 @@ _IMPLEMENTATIONS: dict[type[schema.Args], Callable[..., Any]] = {
     schema.TokenMergeArgs: fused.token_merge,
     schema.TokenMeanArgs: merging.token_mean,
     schema.TokenFollowArgs: merging.token_follow,
+    schema.TokenPairsArgs: pairs.token_pairs,
     schema.TokenSpreadArgs: merging.token_spread,
     schema.TokenAttentionArgs: merging.token_attention,
 }
@@ -79,13 +80,16 @@ token_bias = torch.ops.mpcompile.token_bias.default
 token_merge = torch.ops.mpcompile.token_merge.default
 token_mean = torch.ops.mpcompile.token_mean.default
 token_follow = torch.ops.mpcompile.token_follow.default
+token_pairs = torch.ops.mpcompile.token_pairs.default
 token_spread = torch.ops.mpcompile.token_spread.default
 token_attention = torch.ops.mpcompile.token_attention.default
 
 MASKED = frozenset({masked_linear, masked_conv2d})
 NATIVE = frozenset({nm_gemm, nm_mlp, nm_conv})
 PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
-MERGING = frozenset({token_size, token_bias, token_merge, token_mean, token_follow, token_spread, token_attention})
+MERGING = frozenset(
+    {token_size, token_bias, token_merge, token_mean, token_follow, token_pairs, token_spread, token_attention}
+)
 
 
 def packed_call(

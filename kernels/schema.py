@@ -277,6 +277,20 @@ class TokenFollowArgs(Args):
 
 
 @dataclass
+class TokenPairsArgs(Args):
+    """A bias for every pair of query and key, for merged tokens."""
+
+    operator: ClassVar[str] = "token_pairs"
+    table: Tensor
+    place: Tensor
+    before: Tensor
+    size: Tensor
+    queries: int
+    keys: int
+    counted: bool
+
+
+@dataclass
 class TokenSpreadArgs(Args):
     """Values of merged tokens, one for each input token that they hold."""
 

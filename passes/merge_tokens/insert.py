@@ -25,6 +25,7 @@ from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
 from mpcompile.passes.decision import encode
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
+from mpcompile.passes.merge_tokens.biases.fixed import mark_biases
 from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.outputs import named_outputs
@@ -259,6 +260,7 @@ class MergeTokens(Pass):
         if any(node.target is ops.token_merge for node in gm.graph.nodes):
             return Merges(already=True)
         idle = idle_masks(gm, ctx.lifted)
+        mark_biases(gm, ctx.lifted)
         gm = _prepared(gm, idle)
         found, reasons = find_streams(gm)
         if not found:
@@ -332,6 +334,7 @@ class MergeTokens(Pass):
             return False
         nodes = {node.name: node for node in gm.graph.nodes}
         idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
+        mark_biases(gm, ctx.lifted)
         drop(gm, idle)
         turn(gm)
         blocks = [_sites_of(gm, stream) for stream in streams]

@@ -33,6 +33,8 @@ SIGNATURES = {
     "token_merge": "(Tensor x, Tensor keys, Tensor size, int r, int prefix, int suffix=0) -> (Tensor, Tensor, Tensor)",
     "token_mean": "(Tensor x, Tensor size, int start, int dim, bool keepdim) -> Tensor",
     "token_follow": "(Tensor table, Tensor place, Tensor before, Tensor size, int start, int dim, int rank) -> Tensor",
+    "token_pairs": "(Tensor table, Tensor place, Tensor before, Tensor size, int queries, int keys, bool counted) "
+    "-> Tensor",
     "token_spread": "(Tensor x, Tensor place, int start, int dim) -> Tensor",
     "token_attention": "(Tensor query, Tensor key, Tensor value, Tensor size, int start, float dropout_p, "
     "float? scale, bool enable_gqa) -> Tensor",
