@@ -55,6 +55,7 @@ _IMPLEMENTATIONS: dict[type[schema.Args], Callable[..., Any]] = {
     schema.TokenSizeArgs: merging.token_size,
     schema.TokenBiasArgs: merging.token_bias,
     schema.TokenMergeArgs: fused.token_merge,
+    schema.TokenSaliencyArgs: merging.token_saliency,
     schema.TokenMeanArgs: merging.token_mean,
     schema.TokenFollowArgs: merging.token_follow,
     schema.TokenSpreadArgs: merging.token_spread,
@@ -77,6 +78,7 @@ nm_conv = torch.ops.mpcompile.nm_conv.default
 token_size = torch.ops.mpcompile.token_size.default
 token_bias = torch.ops.mpcompile.token_bias.default
 token_merge = torch.ops.mpcompile.token_merge.default
+token_saliency = torch.ops.mpcompile.token_saliency.default
 token_mean = torch.ops.mpcompile.token_mean.default
 token_follow = torch.ops.mpcompile.token_follow.default
 token_spread = torch.ops.mpcompile.token_spread.default
@@ -85,7 +87,8 @@ token_attention = torch.ops.mpcompile.token_attention.default
 MASKED = frozenset({masked_linear, masked_conv2d})
 NATIVE = frozenset({nm_gemm, nm_mlp, nm_conv})
 PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
-MERGING = frozenset({token_size, token_bias, token_merge, token_mean, token_follow, token_spread, token_attention})
+MATCHING = frozenset({token_merge, token_saliency, token_follow})  # their MACs are the cost of matching tokens
+MERGING = MATCHING | {token_size, token_bias, token_mean, token_spread, token_attention}
 
 
 def packed_call(

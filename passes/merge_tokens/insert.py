@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
+from mpcompile.config import Config
 from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
@@ -27,28 +27,21 @@ from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
 from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.outputs import named_outputs
+from mpcompile.passes.merge_tokens.saliency import METHODS, Pairs, metric, weigh
 from mpcompile.passes.merge_tokens.schedule import Stream, merges, solve
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
 from mpcompile.plan import Plan, is_lowered
 
 
-def _keys(graph: fx.Graph, site: Site) -> fx.Node:
-    """Concatenate the keys of all attentions of a block as (B, heads, N, D), at the graph's insertion point."""
-    keys = []
-    for attention in site.attentions:
-        node = attention.keys
-        keys.append(graph.call_method("transpose", (node, -2, -1)) if attention.transposed else node)
-    return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
-
-
-def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool) -> TokenAxis:
+def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool, pairs: Pairs) -> TokenAxis:
     """Insert the merges of one stream into a graph, and rewrite the nodes after them.
 
     Args:
         sites: the blocks of the stream.
         stream: how many tokens merge in each; a block that merges nothing is skipped.
         proportional: True to add log(size) to attention logits.
+        pairs: how pairs of tokens are chosen and merged.
 
     Raises:
         GraphError: an op after a merge cannot be followed.
@@ -64,6 +57,7 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
             found="False",
         )
     levels: dict[fx.Node, Level] = {}
+    merges: dict[fx.Node, Site] = {}
     first: fx.Node | None = None
     level: Level | None = None
     for block, site in enumerate(sites):
@@ -74,11 +68,18 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
             if first is None:
                 first = graph.call_function(ops.token_size, tuple(schema.TokenSizeArgs(site.residual, mask)))
             size = first if level is None else level.size
-            keys = _keys(graph, site)
-            merge_args = tuple(
-                schema.TokenMergeArgs(site.residual, keys, size, stream.r[block], stream.prefix, stream.suffix)
+            args = schema.TokenMergeArgs(
+                x=site.residual,
+                keys=metric(graph, site, pairs),
+                size=size,
+                r=stream.r[block],
+                prefix=stream.prefix,
+                suffix=stream.suffix,
+                size_weight=pairs.size,
+                keep_norm=pairs.keep_norm,
             )
-            merge = graph.call_function(ops.token_merge, merge_args if stream.suffix else merge_args[:-1])
+            merge = graph.call_function(ops.token_merge, args.shortest())
+            merges[merge] = site
             tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
         tokens.meta["mpcompile.original"] = site.residual
         for user in users:
@@ -88,6 +89,9 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
     assert first is not None  # callers merge in at least one block
     axis = TokenAxis(gm, levels, first, numbers[0], stream.prefix, stream.suffix, mask, proportional)
     axis.follow(original)
+    rows = axis.picked_after(sites[-1].residual)
+    if rows and pairs.saliency:
+        weigh(graph, merges, rows, pairs, proportional)
     for node in [level.step for level in levels.values() if not level.step.users]:
         graph.erase_node(node)
     return axis
@@ -123,7 +127,7 @@ def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> Calla
         A function of one list per stream: its tokens before the first block and after each.
     """
     trial, copies = _trial(gm)
-    axes = [_tried(trial, stream, ctx.config.tome_proportional) for stream in streams]
+    axes = [_tried(trial, stream, ctx.config) for stream in streams]
     terms = []
     for node in copies.values():
         macs = node.meta.get("macs", 0)
@@ -144,12 +148,16 @@ def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> Calla
     return cost
 
 
-def _tried(trial: IRModule, stream: Stream, proportional: bool) -> TokenAxis:
+def _tried(trial: IRModule, stream: Stream, config: Config) -> TokenAxis:
     """Merge one token in each block of a stream, in a copy of the graph; level ``i`` holds the tokens after block i."""
     sites = _sites_of(trial, stream)
     one = [1] * len(sites)
     numbers = [stream.tokens[0] - i for i in range(len(sites) + 1)]
-    return insert_merges(trial, sites, replace(stream, r=one, tokens=numbers), proportional)
+    return _inserted(trial, sites, replace(stream, r=one, tokens=numbers), config)
+
+
+def _inserted(gm: IRModule, sites: Sequence[Site], stream: Stream, config: Config) -> TokenAxis:
+    return insert_merges(gm, sites, stream, config.tome_proportional, METHODS[config.tome_method])
 
 
 def _sites_of(gm: IRModule, stream: Stream) -> list[Site]:
@@ -269,7 +277,7 @@ class MergeTokens(Pass):
                     raise GraphError("more prefix tokens than tokens", expected=f"at most {most}", found=prefix)
                 stream = Stream([site.name for site in sites], [], prefix, suffix, [tokens])
                 if len(found) > 1:
-                    _tried(_trial(gm)[0], stream, ctx.config.tome_proportional)
+                    _tried(_trial(gm)[0], stream, ctx.config)
                 streams.append(stream)
             except GraphError as error:
                 errors.append(error)
@@ -309,7 +317,10 @@ class MergeTokens(Pass):
         blocks = [_sites_of(gm, stream) for stream in streams]
         names, spread = {node: name for name, node in named_outputs(gm).items()}, list[fx.Node]()
         for sites, stream in zip(blocks, streams, strict=True):
-            spread += insert_merges(gm, sites, stream, ctx.config.tome_proportional).spread
+            axis = _inserted(gm, sites, stream, ctx.config)
+            spread += axis.spread
+            if METHODS[ctx.config.tome_method].saliency and not axis.picked_after(sites[-1].residual):
+                ctx.plan.note("tokens merge without regard to attention: the output reads no class token on its own")
         if spread:
             told = ", ".join(dict.fromkeys(names.get(node, node.name) for node in spread))
             ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {told}")
