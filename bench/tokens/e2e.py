@@ -44,7 +44,7 @@ from bench.cpu.e2e import Built, create, dense_builds, keep, title
 from mpcompile.kernels import ops
 from mpcompile.kernels.token_merge import reference
 from mpcompile.passes.merge_tokens.insert import MergeTokens
-from mpcompile.passes.merge_tokens.schedule import counts
+from mpcompile.passes.merge_tokens.schedules.stream import counts
 
 NAME, PARTS = "tome_e2e", "tome_parts"
 BLOCKS = 12  # the models whose linear layers --parts times

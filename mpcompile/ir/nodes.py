@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpcompile.ir.module import Lifted
@@ -18,6 +18,19 @@ LINEAR = frozenset({F.linear, torch.ops.aten.linear.default})
 CONV2D = frozenset({F.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding})
 MATMUL = frozenset({torch.matmul, torch.bmm, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.einsum})
 ATTENTION = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
+CASTS = ("alias", "to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "maybe_add_mask")
+_ARITHMETIC = ("add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "div", "div_", "truediv", "addcmul")
+_ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", "leaky_relu", "dropout", "DropPath")
+_UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
+ELEMENTWISE = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + CASTS)
+"""Names of operations that compute each value from those at the same place, with broadcasting."""
+ELEMENTWISE_MODULES = (
+    *(nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Mish),
+    *(nn.LeakyReLU, nn.ELU, nn.Softplus),
+)
+ALONG_LAST = frozenset(("linear", "masked_linear", "layer_norm", "rms_norm"))
+"""Names of operations that read and write the last axis as a whole."""
+LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 _FQN = re.compile(r"_(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]")
 
 

@@ -10,24 +10,26 @@ import torch
 from torch import fx, nn
 
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.nodes import ATTENTION, argument, fake_value, target_name
+from mpcompile.ir.nodes import (
+    ALONG_LAST,
+    ATTENTION,
+    ELEMENTWISE,
+    ELEMENTWISE_MODULES,
+    LAST_AXIS_MODULES,
+    argument,
+    fake_value,
+    target_name,
+)
 from mpcompile.kernels import ops, schema
 from mpcompile.layers import ByMode, MaskedLinear
 from mpcompile.passes.merge_tokens.joined import rows_per_sample
 from mpcompile.passes.merge_tokens.moves import Level, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
-from mpcompile.passes.merge_tokens.weights import CASTS, AttentionWeights
+from mpcompile.passes.merge_tokens.weights import AttentionWeights
 
-_LAST_AXIS = (nn.Linear, MaskedLinear, nn.LayerNorm, nn.RMSNorm)
-_POINTWISE = (
-    *(nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Mish),
-    *(nn.LeakyReLU, nn.ELU, nn.Softplus, ByMode),
-)
-_ARITHMETIC = ("add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "div", "div_", "truediv", "addcmul")
-_ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", "leaky_relu", "dropout", "DropPath")
-_UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
-_ALONG_LAST = ("linear", "masked_linear", "layer_norm", "rms_norm")
-_POINTWISE_NAMES = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + CASTS + _ALONG_LAST)
+_LAST_AXIS = (*LAST_AXIS_MODULES, MaskedLinear)
+_POINTWISE = (*ELEMENTWISE_MODULES, ByMode)
+_POINTWISE_NAMES = ELEMENTWISE | ALONG_LAST
 _ASSERTS = "_assert_tensor_metadata"
 _SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
 
@@ -227,7 +229,7 @@ class TokenAxis(AttentionWeights):
     def _pointwise(self, node: fx.Node, carriers: list[fx.Node]) -> State:
         """Follow an op that is elementwise or runs along the last axis: counted from the end, the token axis stays."""
         rank = len(self._shape(node))
-        along = node.op == "call_module" or target_name(self.gm, node) in _ALONG_LAST
+        along = node.op == "call_module" or target_name(self.gm, node) in ALONG_LAST
         tensors = carriers[:1] if along else [n for n in node.all_input_nodes if self._shape(n)]
         state = self._join(node, tensors, rank)
         known = node.op == "call_module" and not isinstance(self.gm.get_submodule(str(node.target)), _LAST_AXIS)

@@ -28,7 +28,8 @@ from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.outputs import named_outputs
 from mpcompile.passes.merge_tokens.saliency import METHODS, Pairs, metric, weigh
-from mpcompile.passes.merge_tokens.schedule import Stream, merges, solve
+from mpcompile.passes.merge_tokens.schedules.solve import merges, solve
+from mpcompile.passes.merge_tokens.schedules.stream import Stream
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
 from mpcompile.plan import Plan, is_lowered

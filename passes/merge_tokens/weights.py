@@ -12,13 +12,12 @@ import torch
 from torch import fx, nn
 
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.nodes import argument, target_name
+from mpcompile.ir.nodes import CASTS, argument, target_name
 from mpcompile.kernels import ops, schema
 from mpcompile.layers import MaskedLinear
 from mpcompile.passes.merge_tokens.moves import REGROUPS, SIZED, AxisMoves, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
 
-CASTS = ("alias", "to", "type", "type_as", "float", "half", "bfloat16", "_to_copy", "maybe_add_mask")
 _SAME = frozenset((*CASTS, "contiguous", "clone", "detach", "neg", "dropout", "Dropout", "Identity"))
 _PRODUCTS, _QUOTIENTS = frozenset(("mul", "imul", "mul_")), frozenset(("div", "div_", "truediv", "itruediv"))
 _SUMS = frozenset(("add", "iadd", "add_", "sub", "isub", "sub_"))

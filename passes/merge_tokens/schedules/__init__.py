@@ -1,0 +1,1 @@
+"""Schedules of merging: how many tokens merge in each block."""
