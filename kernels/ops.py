@@ -20,7 +20,7 @@ from mpcompile.errors import InputError
 from mpcompile.kernels import autocast, schema
 from mpcompile.kernels.nm_linear import checks, reference
 from mpcompile.kernels.nm_linear import operators as native
-from mpcompile.kernels.token_merge import fused
+from mpcompile.kernels.token_merge import attention, fused
 from mpcompile.kernels.token_merge import reference as merging
 
 NAMESPACE = "mpcompile"
@@ -53,13 +53,13 @@ _IMPLEMENTATIONS: dict[type[schema.Args], Callable[..., Any]] = {
     schema.NmLinearArgs: reference.nm_linear,
     schema.NmConv2dArgs: reference.nm_conv2d,
     schema.TokenSizeArgs: merging.token_size,
-    schema.TokenBiasArgs: merging.token_bias,
+    schema.TokenBiasArgs: attention.token_bias,
     schema.TokenMergeArgs: fused.token_merge,
-    schema.TokenSaliencyArgs: merging.token_saliency,
+    schema.TokenSaliencyArgs: attention.token_saliency,
     schema.TokenMeanArgs: merging.token_mean,
     schema.TokenFollowArgs: merging.token_follow,
     schema.TokenSpreadArgs: merging.token_spread,
-    schema.TokenAttentionArgs: merging.token_attention,
+    schema.TokenAttentionArgs: attention.token_attention,
 }
 for _args, _implementation in _IMPLEMENTATIONS.items():
     _LIBRARY.define(_args.operator + _args.signature())
