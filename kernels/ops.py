@@ -20,7 +20,7 @@ from mpcompile.errors import InputError
 from mpcompile.kernels import autocast, schema
 from mpcompile.kernels.nm_linear import checks, reference
 from mpcompile.kernels.nm_linear import operators as native
-from mpcompile.kernels.token_merge import attention, fused
+from mpcompile.kernels.token_merge import attention, fused, pairs
 from mpcompile.kernels.token_merge import reference as merging
 
 NAMESPACE = "mpcompile"
@@ -58,6 +58,7 @@ _IMPLEMENTATIONS: dict[type[schema.Args], Callable[..., Any]] = {
     schema.TokenSaliencyArgs: attention.token_saliency,
     schema.TokenMeanArgs: merging.token_mean,
     schema.TokenFollowArgs: merging.token_follow,
+    schema.TokenPairsArgs: pairs.token_pairs,
     schema.TokenSpreadArgs: merging.token_spread,
     schema.TokenAttentionArgs: attention.token_attention,
 }
@@ -81,13 +82,14 @@ token_merge = torch.ops.mpcompile.token_merge.default
 token_saliency = torch.ops.mpcompile.token_saliency.default
 token_mean = torch.ops.mpcompile.token_mean.default
 token_follow = torch.ops.mpcompile.token_follow.default
+token_pairs = torch.ops.mpcompile.token_pairs.default
 token_spread = torch.ops.mpcompile.token_spread.default
 token_attention = torch.ops.mpcompile.token_attention.default
 
 MASKED = frozenset({masked_linear, masked_conv2d})
 NATIVE = frozenset({nm_gemm, nm_mlp, nm_conv})
 PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
-MATCHING = frozenset({token_merge, token_saliency, token_follow})  # their MACs are the cost of matching tokens
+MATCHING = frozenset({token_merge, token_saliency, token_follow, token_pairs})  # their MACs are the cost of matching
 MERGING = MATCHING | {token_size, token_bias, token_mean, token_spread, token_attention}
 
 

@@ -276,6 +276,7 @@ class TokenSaliencyArgs(Args):
     size: OptionalTensor
     rows: Ints
     scale: float | None = None
+    bias: OptionalTensor = None
 
 
 @dataclass
@@ -302,6 +303,20 @@ class TokenFollowArgs(Args):
     start: int
     dim: int
     rank: int
+
+
+@dataclass
+class TokenPairsArgs(Args):
+    """A bias for every pair of query and key, for merged tokens."""
+
+    operator: ClassVar[str] = "token_pairs"
+    table: Tensor
+    place: Tensor
+    before: Tensor
+    size: Tensor
+    queries: int
+    keys: int
+    counted: bool
 
 
 @dataclass

@@ -20,7 +20,7 @@ _WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alo
 CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
-SCHEDULES = ("constant", "linear")
+SCHEDULES = ("auto", "constant", "linear")
 METHODS = ("tome", "saliency")
 ROLES = ("stem", "head", "depthwise")
 
@@ -82,6 +82,8 @@ class Config:
             ``"saliency"`` by the similarity of the tokens, spares those that the class token attends to and those that
             represent many input tokens, and keeps the norms of tokens (docs/token_merging.md).
         tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
+            ``"auto"`` is constant for a number. With ``tome_r="auto"`` and at least 32 calibration images, it is the
+            schedule whose outputs diverge least from those of the dense model.
         tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by merging alone, between 0
             and 1.
         tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,
@@ -125,7 +127,7 @@ class Config:
     patterns: tuple[str, ...] = ()
     tome_r: int | str | tuple[int, ...] = 0
     tome_method: str = "tome"
-    tome_schedule: str = "constant"
+    tome_schedule: str = "auto"
     tome_reduction: float | None = None
     tome_proportional: bool = True
     score: str = "obs"
@@ -206,15 +208,20 @@ class Config:
                 found=f"{reduction} with tome_r={r!r}",
                 hint="Config(tome_r='auto', tome_reduction=0.25) saves a quarter of the multiply-accumulates",
             )
-        if isinstance(r, tuple) and self.tome_schedule != "constant":
+        if isinstance(r, tuple) and self.tome_schedule == "linear":
             raise ConfigError(
-                "a list of tome_r is a schedule already", expected="tome_schedule='constant'", found=self.tome_schedule
+                "a list of tome_r is a schedule already", expected="tome_schedule='auto'", found=self.tome_schedule
             )
 
     @property
     def needs_data(self) -> bool:
         """True if the score uses calibration data; without any it falls back to magnitude."""
         return self.score not in _WITHOUT_DATA
+
+    @property
+    def reads_again(self) -> bool:
+        """True if choices are compared on the calibration data, which is then read more often than by the score."""
+        return self.mac_reduction is not None or (self.tome_r == "auto" and self.tome_schedule == "auto")
 
     def choices(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:
         """Return the patterns that a layer may get on ``device`` in ``dtype``, best first; none for ``"dense"``."""

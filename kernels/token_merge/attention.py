@@ -23,7 +23,12 @@ def token_bias(size: Tensor, logits: Tensor, start: int, dim: int, rows: int = 1
 
 @without_autocast
 def token_saliency(
-    query: Tensor, key: Tensor | None, size: Tensor | None, rows: list[int], scale: float | None = None
+    query: Tensor,
+    key: Tensor | None,
+    size: Tensor | None,
+    rows: list[int],
+    scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return how much attention some tokens pay to each token, relative to an average token.
 
@@ -33,25 +38,40 @@ def token_saliency(
     Args:
         query: (B, heads, T, D); or, with no key, attention weights (B, heads, T, T).
         key: (B, heads, T, D), or as many heads as divide those of the query; None if the weights are given.
-        size: (B, T, 1), whose logarithm attention adds to its logits; None if it does not.
+        size: (B, T, 1), the input tokens that each represents; None if attention counts every token once.
         rows: numbers of the tokens that attend.
         scale: of the products; None for D ** -0.5.
+        bias: (..., T or 1, T), broadcast to the logits and added to them. It holds log(size), which is added without.
 
     Returns:
         (B, T) in float32; hidden tokens (of size 0) have 0.
     """
-    chosen = torch.cat([query.detach()[:, :, row : row + 1] for row in rows], 2).float()
-    if key is None:
-        weights = chosen
-    else:
-        batch, heads, _, depth = key.shape
-        chosen = chosen.reshape(batch, heads, -1, depth) * (depth**-0.5 if scale is None else scale)
-        logits = chosen @ key.detach().float().transpose(-1, -2)
-        weights = (logits if size is None else logits + size.float().log().transpose(-1, -2).unsqueeze(1)).softmax(-1)
+    weights = _rows(query, rows)
+    if key is not None:
+        weights = _logits(weights * (key.shape[-1] ** -0.5 if scale is None else scale), key.detach())
+        if bias is not None:
+            weights = weights + (bias.detach().float() if bias.shape[-2] == 1 else _rows(bias, rows))
+        elif size is not None:
+            weights = weights + size.float().log().transpose(-1, -2).unsqueeze(1)
+        weights = weights.softmax(-1)
     share = weights.mean((1, 2))
     if size is not None:
         share = share / size.float().squeeze(-1).clamp(min=TINY)
     return share * share.shape[1]
+
+
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Return some rows of x (..., T, C) in float32; slices cannot reach outside of a tensor."""
+    return torch.cat([x.detach()[..., row : row + 1, :] for row in rows], -2).float()
+
+
+def _logits(query: Tensor, key: Tensor) -> Tensor:
+    """Return the products of a few rows (B, heads, rows, D) with all keys, of which several heads may share one."""
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    if query.is_cuda:  # Inductor reads keys in half precision once; a product would be of a copy in fp32
+        return (query.unsqueeze(-2) * key.unsqueeze(-3)).sum(-1)
+    return query @ key.float().transpose(-1, -2)
 
 
 def _attention_by_channel(

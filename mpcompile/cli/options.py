@@ -251,7 +251,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     },
     "tome_schedule": {
         "choices": SCHEDULES,
-        "help": "merge the same number in every block, or a number that falls linearly to 0",
+        "help": "constant: the same number in every block; linear: a number that falls to 0; auto: constant for one "
+        "number, and with --tome-r auto what images show to be best",
     },
     "tome_reduction": {
         "type": float,

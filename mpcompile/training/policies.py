@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from mpcompile._moved import renamed
 from mpcompile.data import ranks
 from mpcompile.errors import InputError
-from mpcompile.ir.view import layers
+from mpcompile.ir.view import stored_layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.pruning.scores import magnitude_mask
@@ -29,7 +29,7 @@ def masked_weights(student: nn.Module) -> dict[str, tuple[Tensor, Tensor, Patter
         if isinstance(module, (MaskedLinear, MaskedConv2d)):
             masks[name] = (module.weight, module.mask, module.pattern)
     if isinstance(student, fx.GraphModule):  # layers that are function calls in the graph
-        for layer in layers(student):
+        for layer in stored_layers(student):
             if layer.pattern is not None and layer.mask is not None:
                 masks.setdefault(layer.name, (layer.weight.tensor, layer.mask.tensor, layer.pattern))
     return masks

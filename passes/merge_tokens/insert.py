@@ -9,9 +9,8 @@ that merged, and an op that cannot be followed is refused by name.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,26 +22,31 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
 from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
+from mpcompile.passes.decision import encode
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
+from mpcompile.passes.merge_tokens.biases.fixed import mark_biases
 from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.outputs import named_outputs
-from mpcompile.passes.merge_tokens.saliency import METHODS, Pairs, metric, weigh
-from mpcompile.passes.merge_tokens.schedules.solve import merges, solve
+from mpcompile.passes.merge_tokens.saliency import METHODS, Method, metric, weigh
+from mpcompile.passes.merge_tokens.schedules.choose import choose
+from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
+from mpcompile.passes.merge_tokens.schedules.search import Search
+from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
 from mpcompile.plan import Plan, is_lowered
 
 
-def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool, pairs: Pairs) -> TokenAxis:
+def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool, method: Method) -> TokenAxis:
     """Insert the merges of one stream into a graph, and rewrite the nodes after them.
 
     Args:
         sites: the blocks of the stream.
         stream: how many tokens merge in each; a block that merges nothing is skipped.
         proportional: True to add log(size) to attention logits.
-        pairs: how pairs of tokens are chosen and merged.
+        method: how pairs of tokens are chosen and merged.
 
     Raises:
         GraphError: an op after a merge cannot be followed.
@@ -71,13 +75,13 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
             size = first if level is None else level.size
             args = schema.TokenMergeArgs(
                 x=site.residual,
-                keys=metric(graph, site, pairs),
+                keys=metric(graph, site, method),
                 size=size,
                 r=stream.r[block],
                 prefix=stream.prefix,
                 suffix=stream.suffix,
-                size_weight=pairs.size,
-                keep_norm=pairs.keep_norm,
+                size_weight=method.size,
+                keep_norm=method.keep_norm,
             )
             merge = graph.call_function(ops.token_merge, args.shortest())
             merges[merge] = site
@@ -91,8 +95,8 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
     axis = TokenAxis(gm, levels, first, numbers[0], stream.prefix, stream.suffix, mask, proportional)
     axis.follow(original)
     rows = axis.picked_after(sites[-1].residual)
-    if rows and pairs.saliency:
-        weigh(graph, merges, rows, pairs, proportional)
+    if rows and method.saliency:
+        weigh(graph, merges, rows, method, proportional)
     for node in [level.step for level in levels.values() if not level.step.users]:
         graph.erase_node(node)
     return axis
@@ -103,6 +107,7 @@ def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
+    graph.set_codegen(gm.graph._codegen)
     return IRModule(gm, graph), copies
 
 
@@ -116,37 +121,48 @@ def _prepared(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
     return trial
 
 
-def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> Callable[[Sequence[Sequence[int]]], float]:
+def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream], spared: Spared | None = None) -> Cost:
     """Return the multiply-accumulates of a graph as a function of the tokens of each stream.
 
     N:M masks are not counted. The nodes must carry ``macs`` (see :func:`mpcompile.ir.shapes.propagate`).
 
     Args:
         streams: the streams that merge, with their ``sites``, ``prefix``, ``suffix`` and first number of ``tokens``.
-
-    Returns:
-        A function of one list per stream: its tokens before the first block and after each.
+        spared: what is not computed since nothing reads it; None if all is.
     """
     trial, copies = _trial(gm)
     axes = [_tried(trial, stream, ctx.config) for stream in streams]
-    terms = []
-    for node in copies.values():
-        macs = node.meta.get("macs", 0)
-        if macs:
-            places = [
-                (number, stream.tokens[0] - level.count, start)
-                for number, (stream, axis) in enumerate(zip(streams, axes, strict=True))
-                for level, start in axis.extents.get(node, [])
-            ]
-            terms.append((macs, places))
+    found: list[Term] = []
+    for node, copied in copies.items():
+        extents = [
+            ((number, stream.tokens[0] - level.count, start), axis)
+            for number, (stream, walk) in enumerate(zip(streams, axes, strict=True))
+            for level, start, axis in walk.extents.get(copied, [])
+        ]
+        if node.meta.get("macs", 0):
+            places, along = [place for place, _ in extents], [axis for _, axis in extents]
+            found += terms(node.meta["macs"], (spared or Spared()).of(node), places, along)
+    return Cost(tuple(found))
 
-    def cost(numbers: Sequence[Sequence[int]]) -> float:
-        return sum(
-            macs * math.prod((numbers[i][block] - start) / (numbers[i][0] - start) for i, block, start in places)
-            for macs, places in terms
-        )
 
-    return cost
+def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Schedule, str, Search | None]:
+    """Return the schedule, and for ``tome_r="auto"`` how it was chosen, and the search for it."""
+    if ctx.config.tome_r != "auto":
+        return merges(ctx.config, [len(stream.sites) for stream in streams]), "", None
+    cost = merging_cost(gm, ctx, streams)
+    dense = cost([[stream.tokens[0]] * (len(stream.sites) + 1) for stream in streams])
+    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams)
+
+    def inserted(schedule: Schedule) -> IRModule:
+        trial = _trial(gm)[0]
+        for stream, r in zip(streams, schedule, strict=True):
+            if any(r):
+                _inserted(trial, _sites_of(trial, stream), stream.merging(r), ctx.config)
+        trial.recompile()
+        return trial
+
+    whole = ctx.imported(inserted([[0] * len(stream.sites) for stream in streams]))
+    return choose(ctx.config, budget, whole, ctx.calibration, inserted, ctx.seed)
 
 
 def _tried(trial: IRModule, stream: Stream, config: Config) -> TokenAxis:
@@ -184,6 +200,14 @@ def unmerged(plan: Plan) -> list[str]:
     return [decision["reason"] for decision in last if decision.get("reason")]
 
 
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that say how tokens merge; ``"auto"`` as the schedule of a number is constant."""
+    options = {key: value for key, value in config.items() if key.startswith(("tome_", "prefix_"))}
+    if options["tome_schedule"] == "auto" and options["tome_r"] != "auto":
+        options["tome_schedule"] = "constant"
+    return options
+
+
 @dataclass(frozen=True, eq=False)
 class Merges(Decision):
     """The blocks in which tokens merge, and how many merge there.
@@ -194,6 +218,8 @@ class Merges(Decision):
         reason: why nothing merges although merging was requested.
         left: for each stream that does not merge although another does, its blocks and the reason.
         idle: masking step without effect -> the logits that replace it; attention whose mask is removed -> None.
+        choice: how the schedule of ``tome_r="auto"`` was chosen.
+        search: the search for it on calibration data.
     """
 
     streams: tuple[Stream, ...] = ()
@@ -201,12 +227,15 @@ class Merges(Decision):
     reason: str | None = None
     left: tuple[str, ...] = ()
     idle: Mapping[str, str | None] = field(default_factory=dict, metadata=UNRECORDED)
+    choice: str = ""
+    search: Search | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the one stream's fields side by side, or the list ``streams`` if several merge."""
         first = [stream.record() for stream in self.streams or (Stream(),)]
         values: dict[str, Any] = first[0] if len(first) == 1 else {"streams": first}
-        optional = {"already": self.already, "reason": self.reason, "left": list(self.left)}
+        optional = {"already": self.already, "reason": self.reason, "left": list(self.left), "choice": self.choice}
+        optional["search"] = None if self.search is None else encode(self.search)
         return {**values, **{key: value for key, value in optional.items() if value}}
 
 
@@ -222,8 +251,7 @@ class MergeTokens(Pass):
         asked, known = ctx.config.to_dict(), ctx.plan.config
         if ctx.config.tome_r == 0 or not (is_lowered(gm, ctx.plan) or ctx.plan.tokens):
             return
-        options = [key for key in asked if key.startswith(("tome_", "prefix_"))]
-        if ctx.plan.tokens and all(asked[key] == known.get(key) for key in options):
+        if ctx.plan.tokens and _options(asked) == _options({**Config().to_dict(), **known}):
             return
         why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
         raise GraphError(
@@ -239,6 +267,7 @@ class MergeTokens(Pass):
         if any(node.target is ops.token_merge for node in gm.graph.nodes):
             return Merges(already=True)
         idle = idle_masks(gm, ctx.lifted)
+        mark_biases(gm, ctx.lifted)
         gm = _prepared(gm, idle)
         found, reasons = find_streams(gm)
         if not found:
@@ -249,15 +278,13 @@ class MergeTokens(Pass):
         if ctx.tolerant and 0 in (shape_of(found[0][0].residual) or ()):
             return Merges()  # a graph for an empty batch: there is nothing to save
         streams, left = self._mergeable(gm, found, ctx)
-        if ctx.config.tome_r == "auto":
-            cost = merging_cost(gm, ctx, streams)
-            r = solve(ctx.config.tome_reduction or 0.0, streams, ctx.config.tome_schedule, cost)
-        else:
-            r = merges(ctx.config, [len(stream.sites) for stream in streams])
+        r, choice, result = _chosen(gm, ctx, streams)
         return Merges(
             streams=tuple(stream.merging(each) for stream, each in zip(streams, r, strict=True)),
             left=tuple(left),
             idle={node.name: None if source is None else source.name for node, source in idle.items()},
+            choice=choice,
+            search=result,
         )
 
     @staticmethod
@@ -303,7 +330,8 @@ class MergeTokens(Pass):
     def summary(self, decision: Merges) -> str:
         if not decision.streams:
             return "already merged" if decision.already else decision.reason or "off"
-        return "; ".join(str(stream) for stream in decision.streams)
+        text = "; ".join(str(stream) for stream in decision.streams)
+        return f"{text}; {decision.choice}" if decision.choice else text
 
     def apply(self, gm: IRModule, decision: Merges, ctx: Context) -> bool:
         for text in (*([f"nothing merged: {decision.reason}"] if decision.reason else ()), *decision.left):
@@ -313,6 +341,7 @@ class MergeTokens(Pass):
             return False
         nodes = {node.name: node for node in gm.graph.nodes}
         idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
+        mark_biases(gm, ctx.lifted)
         drop(gm, idle)
         turn(gm)
         blocks = [_sites_of(gm, stream) for stream in streams]

@@ -20,11 +20,11 @@ from torch import fx
 
 from mpcompile.ir.nodes import argument
 from mpcompile.kernels import ops, schema
-from mpcompile.passes.merge_tokens.sites import Attention, Site
+from mpcompile.passes.merge_tokens.sites import Attention, Site, has_bias
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Method:
     """How pairs are scored and merged. The defaults are ToMe's.
 
     Attributes:
@@ -40,17 +40,17 @@ class Pairs:
     keep_norm: bool = False
 
 
-METHODS: dict[str, Pairs] = {
-    "tome": Pairs(),
+METHODS: dict[str, Method] = {
+    "tome": Method(),
     # The terms and their weights lose least on held-out images: see "Which pairs" in docs/token_merging.md.
-    "saliency": Pairs(tokens=True, saliency=0.2, size=0.05, keep_norm=True),
+    "saliency": Method(tokens=True, saliency=0.2, size=0.05, keep_norm=True),
 }
 """Value of ``tome_method`` -> how pairs are scored and merged."""
 
 
-def metric(graph: fx.Graph, site: Site, pairs: Pairs) -> fx.Node:
+def metric(graph: fx.Graph, site: Site, method: Method) -> fx.Node:
     """Return what the tokens of a block are compared by, (B, heads, N, D), at the graph's insertion point."""
-    if pairs.tokens:
+    if method.tokens:
         return graph.call_function(torch.unsqueeze, (site.residual, 1))
     keys = [_keys(graph, attention) for attention in site.attentions]
     return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
@@ -62,7 +62,7 @@ def _keys(graph: fx.Graph, attention: Attention) -> fx.Node:
 
 
 def weigh(
-    graph: fx.Graph, merges: Mapping[fx.Node, Site], rows: Sequence[int], pairs: Pairs, proportional: bool
+    graph: fx.Graph, merges: Mapping[fx.Node, Site], rows: Sequence[int], method: Method, proportional: bool
 ) -> None:
     """Let merges spare the tokens that some tokens attend to.
 
@@ -79,16 +79,18 @@ def weigh(
             mean = (
                 each[0] if len(each) == 1 else graph.call_method("mean", (graph.call_function(torch.stack, (each,)), 0))
             )
-        merge.args = replace(args, saliency=mean, saliency_weight=pairs.saliency).shortest()
+        merge.args = replace(args, saliency=mean, saliency_weight=method.saliency).shortest()
 
 
 def _saliency(graph: fx.Graph, attention: Attention, size: fx.Node | None, rows: Sequence[int]) -> fx.Node:
     """Return the attention of some tokens to every token, (B, N): of a fused attention, computed for these alone."""
-    anchor, scale, key = attention.anchor, None, None
-    if not attention.transposed:
-        key = attention.keys
-        fused = anchor.target is ops.token_attention
-        scale = schema.TokenAttentionArgs.bind(anchor).scale if fused else argument(anchor, 6, "scale")
-    query = anchor if key is None else attention.query
-    args = schema.TokenSaliencyArgs(query, key, size, list(rows), scale)
+    anchor = attention.anchor
+    if attention.transposed:
+        return graph.call_function(ops.token_saliency, (anchor, None, size, list(rows)))
+    args = schema.TokenSaliencyArgs(attention.query, attention.keys, size, list(rows))
+    if anchor.target is ops.token_attention:
+        args.scale = schema.TokenAttentionArgs.bind(anchor).scale
+    else:
+        args.scale = argument(anchor, 6, "scale")
+        args.bias = argument(anchor, 3, "attn_mask") if has_bias(attention) else None
     return graph.call_function(ops.token_saliency, args.shortest())

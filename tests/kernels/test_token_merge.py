@@ -169,6 +169,7 @@ def test_operators_pass_opcheck():
         (ops.token_mean, (x, size, 0, 1, False)),
         (ops.token_bias, (size, torch.randn(2, 2, 9, 9), 0, 3)),
         (ops.token_follow, (table, place, size, torch.ones(2, 7, 1), 0, -2, 4)),
+        (ops.token_pairs, (torch.randn(2, 9, 9, requires_grad=True), place, size, torch.ones(2, 7, 1), 0, 0, True)),
         (ops.token_attention, (heads, heads, heads, size, 0, 0.0, None, False)),
     ]
     for operator, args in calls:

@@ -6,15 +6,15 @@ from timm.layers import set_fused_attn
 
 from mpcompile.kernels import ops, schema
 from mpcompile.passes.merge_tokens import saliency
-from mpcompile.passes.merge_tokens.saliency import Pairs
+from mpcompile.passes.merge_tokens.saliency import Method
 from tests.support import merging_reference
 from tests.support.helpers import images, relative, tiny_vit, transformer
 from tests.support.merging import decision, merged
 from tests.support.merging_reference import Terms
 
 R = [4, 2]
-ALL = Pairs(tokens=True, saliency=0.2, size=0.5, keep_norm=True)
-TERMS = [Pairs(tokens=True), Pairs(saliency=1.0), Pairs(size=0.5), Pairs(keep_norm=True), ALL]
+ALL = Method(tokens=True, saliency=0.2, size=0.5, keep_norm=True)
+TERMS = [Method(tokens=True), Method(saliency=1.0), Method(size=0.5), Method(keep_norm=True), ALL]
 FAMILIES = {  # name, image size, prefix, tokens that the output reads by themselves
     "distilled": ("deit_tiny_distilled_patch16_224", 64, 2, (0, 1)),
     "registers": ("vit_small_patch14_reg4_dinov2", 56, 5, (0,)),
