@@ -21,6 +21,7 @@ CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument 
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
 SCHEDULES = ("auto", "constant", "linear")
+METHODS = ("tome", "saliency")
 ROLES = ("stem", "head", "depthwise")
 
 _WORDS = (str,)
@@ -29,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "mac_reduction": (float, type(None)),
     "patterns": (tuple,),
     "tome_r": (int, str, tuple),
+    "tome_method": _WORDS,
     "tome_schedule": _WORDS,
     "tome_reduction": (float, type(None)),
     "tome_proportional": (bool,),
@@ -76,6 +78,9 @@ class Config:
             layer's inputs; on CUDA 2:4), or dense.
         tome_r: number of tokens merged per attention block (ToMe); 0 merges none. A list gives one number per block.
             ``"auto"`` finds the numbers that save ``tome_reduction``.
+        tome_method: which tokens merge: ``"tome"`` pairs them by the similarity of their keys alone (Bolya et al.);
+            ``"saliency"`` by the similarity of the tokens, spares those that the class token attends to and those that
+            represent many input tokens, and keeps the norms of tokens (docs/token_merging.md).
         tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
             ``"auto"`` is constant for a number. With ``tome_r="auto"`` and at least 32 calibration images, it is the
             schedule whose outputs diverge least from those of the dense model.
@@ -121,6 +126,7 @@ class Config:
     mac_reduction: float | None = None
     patterns: tuple[str, ...] = ()
     tome_r: int | str | tuple[int, ...] = 0
+    tome_method: str = "tome"
     tome_schedule: str = "auto"
     tome_reduction: float | None = None
     tome_proportional: bool = True
@@ -150,7 +156,7 @@ class Config:
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
         if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
-        named = {"score": SCORES, "engine": ENGINES, "tome_schedule": SCHEDULES}
+        named = {"score": SCORES, "engine": ENGINES, "tome_method": METHODS, "tome_schedule": SCHEDULES}
         for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(

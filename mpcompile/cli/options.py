@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from mpcompile.cli.destinations import FILE, declare
-from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
+from mpcompile.config import ENGINES, METHODS, SCHEDULES, SCORES, Config
 from mpcompile.errors import ConfigError, printable_lines
 from mpcompile.io.reading import read_text
 from mpcompile.io.writing import write_atomically
@@ -244,6 +244,10 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "type": tome_r,
         "metavar": "R",
         "help": "tokens merged per block: one number, such as 8; one per block, such as 16,12,8; or auto",
+    },
+    "tome_method": {
+        "choices": METHODS,
+        "help": "merge tokens by their keys alone (tome), or spare those that the class token attends to (saliency)",
     },
     "tome_schedule": {
         "choices": SCHEDULES,

@@ -103,7 +103,7 @@ class TokenAxis(PairBiases):
                 self.states[node] = state
                 if keys is not None:
                     self.weights[node] = keys
-                    if self._is_linear(node, target_name(self.gm, node)):
+                    if self.proportional and self._is_linear(node, target_name(self.gm, node)):
                         self._count_bias(node, state, keys)
                 self.extents.setdefault(node, [(state.level, start, axis) for axis, start in state.axes.items()])
 

@@ -235,7 +235,7 @@ def _tokens(site: Site) -> int:
     return (shape_of(site.residual) or (0, 0))[1]
 
 
-def _has_bias(attention: Attention) -> bool:
+def has_bias(attention: Attention) -> bool:
     """Return True if a fused attention adds a fixed bias for every pair of tokens, which can follow a merge."""
     return attention.mask is not None and PAIR_BIAS in attention.mask.meta
 
@@ -259,7 +259,7 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
         GraphError: a mask differs between queries, heads or blocks; causal attention.
     """
     _refuse_causal(sites)
-    masks = {attention.mask: attention for site in sites for attention in site.attentions if not _has_bias(attention)}
+    masks = {attention.mask: attention for site in sites for attention in site.attentions if not has_bias(attention)}
     if not masks.keys() - {None}:
         return None
     mask, attention = next((m, a) for m, a in masks.items() if m is not None)
