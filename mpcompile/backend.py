@@ -38,6 +38,7 @@ from mpcompile.ir.shapes import propagate
 from mpcompile.ir.view import layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
+from mpcompile.passes.accounts import join_rows
 from mpcompile.passes.base import Context, Results, run_pass
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
@@ -101,8 +102,7 @@ class CompiledGraph:
         for slot in slots:
             if slot.weight is None or slot.weight.op != "placeholder":
                 continue  # the graph owns this weight: nothing else can change it
-            is_input = slot.mask is not None and slot.mask.op == "placeholder"
-            place = order.index(slot.mask.name) if is_input and slot.mask is not None else None
+            place = order.index(slot.mask.name) if slot.mask is not None and slot.mask.op == "placeholder" else None
             self.places.append((slot, order.index(slot.weight.name), place))
             self.stamps.append(self._stamp_of(imported.lifted.tensors[slot.weight.name], slot.chosen))
         self.generation = _STATE.generation
@@ -130,7 +130,7 @@ class CompiledGraph:
             if everything or not same or known[2]() is not mask or known[3] != _stamp(mask):
                 slot.fill(weight, mask)
                 self.stamps[index] = self._stamp_of(weight, mask)
-                if mask_place is None:
+                if mask_place is None and slot.weight_rows == slot.mask_rows:
                     self._keep_mask(weight, mask, slot)
 
     def _keep_mask(self, weight: Tensor, mask: Tensor, slot: Slot) -> None:
@@ -321,6 +321,7 @@ def mpsparse(
             for step in [FoldNorm(), FoldScale(), Lower(), Fuse()] if config.frozen else [Lower(), Fuse()]:
                 run_pass(step, imported.gm, context)
             spec.check(imported.gm, spec.Stage.FUSED, lifted=imported.lifted, plan=plan)
+        join_rows(plan)
         lowered = context.results.get(Slots)
         slots = [] if lowered is None else lowered.slots
         _STATE.watch_optimizers()

@@ -20,7 +20,8 @@ _WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alo
 CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
-SCHEDULES = ("constant", "linear")
+SCHEDULES = ("auto", "constant", "linear")
+METHODS = ("tome", "saliency")
 ROLES = ("stem", "head", "depthwise")
 
 _WORDS = (str,)
@@ -29,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "mac_reduction": (float, type(None)),
     "patterns": (tuple,),
     "tome_r": (int, str, tuple),
+    "tome_method": _WORDS,
     "tome_schedule": _WORDS,
     "tome_reduction": (float, type(None)),
     "tome_proportional": (bool,),
@@ -77,7 +79,12 @@ class Config:
             layer's inputs; on CUDA 2:4), or dense.
         tome_r: number of tokens merged per attention block (ToMe); 0 merges none. A list gives one number per block.
             ``"auto"`` finds the numbers that save ``tome_reduction``.
+        tome_method: which tokens merge: ``"tome"`` pairs them by the similarity of their keys alone (Bolya et al.);
+            ``"saliency"`` by the similarity of the tokens, spares those that the class token attends to and those that
+            represent many input tokens, and keeps the norms of tokens (docs/token_merging.md).
         tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
+            ``"auto"`` is constant for a number. With ``tome_r="auto"`` and at least 32 calibration images, it is the
+            schedule whose outputs diverge least from those of the dense model.
         tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by merging alone, between 0
             and 1.
         tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,
@@ -122,7 +129,8 @@ class Config:
     mac_reduction: float | None = None
     patterns: tuple[str, ...] = ()
     tome_r: int | str | tuple[int, ...] = 0
-    tome_schedule: str = "constant"
+    tome_method: str = "tome"
+    tome_schedule: str = "auto"
     tome_reduction: float | None = None
     tome_proportional: bool = True
     score: str = "obs"
@@ -152,7 +160,7 @@ class Config:
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
         if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
-        named = {"score": SCORES, "engine": ENGINES, "tome_schedule": SCHEDULES}
+        named = {"score": SCORES, "engine": ENGINES, "tome_method": METHODS, "tome_schedule": SCHEDULES}
         for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
@@ -204,15 +212,20 @@ class Config:
                 found=f"{reduction} with tome_r={r!r}",
                 hint="Config(tome_r='auto', tome_reduction=0.25) saves a quarter of the multiply-accumulates",
             )
-        if isinstance(r, tuple) and self.tome_schedule != "constant":
+        if isinstance(r, tuple) and self.tome_schedule == "linear":
             raise ConfigError(
-                "a list of tome_r is a schedule already", expected="tome_schedule='constant'", found=self.tome_schedule
+                "a list of tome_r is a schedule already", expected="tome_schedule='auto'", found=self.tome_schedule
             )
 
     @property
     def needs_data(self) -> bool:
         """True if the score uses calibration data; without any it falls back to magnitude."""
         return self.score not in _WITHOUT_DATA
+
+    @property
+    def reads_again(self) -> bool:
+        """True if choices are compared on the calibration data, which is then read more often than by the score."""
+        return self.mac_reduction is not None or (self.tome_r == "auto" and self.tome_schedule == "auto")
 
     def choices(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Pattern, ...]:
         """Return the patterns that a layer may get on ``device`` in ``dtype``, best first; none for ``"dense"``."""

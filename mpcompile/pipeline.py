@@ -25,7 +25,7 @@ from mpcompile.ir.effects import explicit
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.ir.numerics import exact, with_ordinary_tensors
 from mpcompile.ir.shapes import propagate
-from mpcompile.ir.view import layers
+from mpcompile.ir.view import as_stored, layers
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.accounts import Accounts
@@ -280,11 +280,11 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
     plan.notes = list(dict.fromkeys([*plan.notes, *imported.notes]))
     plan.captured = plan.captured or imported.captured
     plan.figures = {}  # the old ones were measured on the module before this run
-    for layer in layers(imported.gm, imported.lifted):
-        if layer.pattern is not None:
-            fresh = LayerPlan(layer.kind, tuple(layer.weight.tensor.shape))
-            entry = plan.layers.setdefault(layer.name, fresh)
-            entry.pattern, entry.density, entry.reason = str(layer.pattern), layer.pattern.density, None
+    for use in layers(imported.gm, imported.lifted):
+        for layer in (as_stored(imported.gm, use, imported.lifted), use) if use.pattern is not None else ():
+            entry = plan.layers.setdefault(layer.name, LayerPlan(layer.kind, tuple(layer.weight.tensor.shape)))
+            entry.pattern, entry.reason = str(use.pattern), None
+            entry.density = use.pattern.density
     return plan
 
 
@@ -321,7 +321,7 @@ def run_pipeline(
     data: Calibration | None = None
     if calibration is not None:
         rereadable = iter(as_batches(calibration)) is not calibration
-        if not rereadable and (calibrate != "dense" or config.mac_reduction is not None):
+        if not rereadable and (calibrate != "dense" or config.reads_again):
             calibration, rereadable = list(calibration), True  # held between layers anyway, or read more than once
         data = Calibration(calibration, rereadable, memory, statistics, calibrate)
     ctx = Context(

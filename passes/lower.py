@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from mpcompile.errors import GraphError, first_line
 from mpcompile.ir.effects import erase_orphans, storage, written_tensors
-from mpcompile.ir.module import IRModule
+from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, element_count, shape_of
-from mpcompile.ir.parts import keep, set_attribute
-from mpcompile.ir.view import LayerOp, layers
+from mpcompile.ir.parts import attribute, keep, set_attribute
+from mpcompile.ir.view import LayerOp, layers, parameter_read
 from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose_all, engine_named
 from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
@@ -37,6 +37,7 @@ class Slot:
         weight, mask: the nodes that held the dense weight and its mask; None inside a module.
         chosen: the mask that the weight is packed under.
         buffers: the packed tensors, by their names in the engine.
+        weight_rows, mask_rows: the rows that the layer takes of the weight and of the mask; None for all.
     """
 
     name: str
@@ -46,15 +47,22 @@ class Slot:
     spec: LayerSpec
     engine: Engine
     buffers: dict[str, Tensor]
+    weight_rows: slice | None = None
+    mask_rows: slice | None = None
 
     @torch.no_grad()
     def fill(self, weight: Tensor, mask: Tensor) -> None:
-        """Pack ``weight`` under ``mask`` into the buffers, in place.
+        """Pack a weight under a mask into the buffers, in place.
+
+        Args:
+            weight, mask: the whole tensors, also where the layer takes rows of them.
 
         Raises:
             GraphError: the packed form is larger than the buffers.
         """
-        for key, value in self.engine.pack(weight.detach(), mask, self.spec).items():
+        weight = weight.detach() if self.weight_rows is None else weight.detach()[self.weight_rows]
+        mask = mask if self.mask_rows is None else mask[self.mask_rows]
+        for key, value in self.engine.pack(weight, mask, self.spec).items():
             buffer = self.buffers[key]
             if value.numel() > buffer.numel():
                 raise GraphError(
@@ -181,7 +189,7 @@ class Lower(Pass):
     @torch.no_grad()
     def apply(self, gm: IRModule, decision: Lowering, ctx: Context) -> bool:
         slots: dict[str, Slot] = {}
-        functional: set[str] = set()
+        functional: set[str] = set()  # paths of dense tensors that the graph reads
         for layer in layers(gm, ctx.lifted):
             choice = decision.engines.get(layer.name)
             if choice is None or layer.mask is None:
@@ -190,20 +198,20 @@ class Lower(Pass):
             functional |= {str(node.target) for node in readers if node is not None and node.op == "get_attr"}
             slot = slots.get(layer.name)
             if slot is None:
-                slot = slots[layer.name] = _pack(gm, layer, engine_named(choice.engine))
+                slot = slots[layer.name] = _pack(gm, layer, engine_named(choice.engine), ctx.lifted)
                 entry = LayerPlan(layer.kind, slot.spec.shape, str(layer.pattern), None, slot.spec.pattern.density)
                 notes = ctx.plan.layers.setdefault(layer.name, entry).notes
                 notes["lower"] = {**asdict(choice), "bytes": slot.nbytes}
             _replace(gm, layer, slot)
-        _fold_reads(gm, slots)
-        _strip(gm, slots)
+        _fold_reads(gm, {*functional, *(f"{name}.weight" for name in slots)})
+        _strip(gm, {*slots, *(path.removesuffix(".weight") for path in functional)})
         _drop_unread(gm, functional)
         gm.delete_all_unused_submodules()
         ctx.results.put(Slots(list(slots.values())))
         return bool(slots)
 
 
-def _pack(gm: IRModule, layer: LayerOp, engine: Engine) -> Slot:
+def _pack(gm: IRModule, layer: LayerOp, engine: Engine, lifted: Lifted) -> Slot:
     """Pack a layer's weight into buffers of the graph.
 
     Raises:
@@ -225,8 +233,11 @@ def _pack(gm: IRModule, layer: LayerOp, engine: Engine) -> Slot:
             hint="leave the layer dense (exclude=...), or give the process more memory",
         ) from error
     keep(gm, f"{PACKED}.{layer.name}", packed)
-    mask = layer.mask
-    return Slot(layer.name, layer.weight.node, mask.node, mask.tensor, spec, engine, packed)
+    weight, mask = layer.weight, layer.mask
+    chosen = parameter_read(gm, mask.whole, lifted) if mask.whole is not None else mask
+    assert chosen is not None  # the layer's mask is rows of it
+    nodes = (weight.whole or weight.node, mask.whole or mask.node)
+    return Slot(layer.name, *nodes, chosen.tensor, spec, engine, packed, weight.rows, mask.rows)
 
 
 def _replace(gm: IRModule, layer: LayerOp, slot: Slot) -> None:
@@ -246,13 +257,13 @@ def _replace(gm: IRModule, layer: LayerOp, slot: Slot) -> None:
     erase_orphans(graph, (ref.node for ref in (layer.weight, layer.mask) if ref is not None))
 
 
-def _fold_reads(gm: IRModule, slots: Mapping[str, Slot]) -> None:
+def _fold_reads(gm: IRModule, paths: Collection[str]) -> None:
     """Replace reads of a packed weight's dtype or shape by constants: they need no dense copy of the weight."""
     for node in list(gm.graph.nodes):
-        slot = slots.get(str(node.target).removesuffix(".weight")) if node.op == "get_attr" else None
-        if slot is None:
+        if node.op != "get_attr" or str(node.target) not in paths:
             continue
-        constants = {"dtype": slot.spec.dtype, "shape": slot.spec.shape, "ndim": len(slot.spec.shape)}
+        tensor = attribute(gm, str(node.target))
+        constants = {"dtype": tensor.dtype, "shape": tuple(tensor.shape), "ndim": tensor.dim()}
         for read in [u for u in node.users if u.target is getattr and u.args[1] in constants]:
             _fold_read(read, constants[str(read.args[1])])
             gm.graph.erase_node(read)
@@ -280,7 +291,9 @@ def _strip(gm: IRModule, names: Iterable[str]) -> None:
             read.setdefault(owner, set()).add(leaf)
     for name in names:
         module = gm.get_submodule(name) if name in read and name not in called else None
-        if not isinstance(module, (MaskedLinear, MaskedConv2d)):
+        if not isinstance(
+            module, (MaskedLinear, MaskedConv2d, nn.Linear)
+        ):  # nn.Linear: its rows have masks of their own
             continue
         holder = nn.Module()
         for leaf in sorted(read[name]):

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from mpcompile.ir.effects import erase_orphans
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument
-from mpcompile.ir.parts import FOLDED, attribute, keep
-from mpcompile.ir.view import LayerOp
+from mpcompile.ir.parts import FOLDED, keep
+from mpcompile.ir.view import LayerOp, parameter_read
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import ByMode
@@ -25,11 +25,10 @@ _DROPOUT_MODULES = {"torch.nn.modules.dropout.Dropout": "p", "timm.layers.drop.D
 
 
 def parameter(gm: fx.GraphModule, value: Any, lifted: Lifted) -> Tensor | None:
-    """Return the parameter or buffer that a node reads, or that a module holds; None for anything computed."""
-    if isinstance(value, fx.Node) and value.op == "get_attr":
-        value = attribute(gm, str(value.target))
-    elif isinstance(value, fx.Node):
-        value = lifted.tensors.get(value.name) if value.op == "placeholder" else None
+    """Return the parameter, buffer or rows of one that a node reads or a module holds; None for anything computed."""
+    if isinstance(value, fx.Node):
+        ref = parameter_read(gm, value, lifted)
+        return None if ref is None else ref.tensor
     return value if isinstance(value, Tensor) else None
 
 

@@ -155,12 +155,26 @@ def divergence(
             wanted = outputs(call_graph(dense, own_copies(dense, batch)))
             actual = outputs(call_graph(pruned, own_copies(pruned, other)))
             count += len(wanted[0])
-            if is_logits(wanted):
-                p, q = (y[0].double().log_softmax(-1) for y in (wanted, actual))
-                total += float((p.exp() * (p - q)).sum())
-            else:
-                pairs = [(a.double().flatten(1), b.double().flatten(1)) for a, b in zip(wanted, actual, strict=True)]
-                total += float(
-                    sum(((a - b).square().sum(1) / a.square().sum(1).clamp(min=1e-30)).sum() for a, b in pairs)
-                )
+            total += float(divergences(wanted, actual, is_logits(wanted)).sum())
     return total / max(1, count)
+
+
+def divergences(wanted: Sequence[Tensor], actual: Sequence[Tensor], logits: bool) -> Tensor:
+    """Return KL(wanted‖actual) in nats for logits, or the relative squared error summed over outputs, of every sample.
+
+    Args:
+        wanted, actual: outputs, each with the samples on axis 0.
+        logits: True if they are a single table of class scores.
+
+    Returns:
+        (samples,) in float64.
+
+    Example:
+        >>> divergences([torch.tensor([[3.0, 4.0]])], [torch.tensor([[3.0, 3.0]])], logits=False)
+        tensor([0.0400], dtype=torch.float64)
+    """
+    if logits:
+        p, q = (y[0].double().log_softmax(-1) for y in (wanted, actual))
+        return (p.exp() * (p - q)).sum(-1)
+    pairs = [(a.double().flatten(1), b.double().flatten(1)) for a, b in zip(wanted, actual, strict=True)]
+    return torch.stack([(a - b).square().sum(1) / a.square().sum(1).clamp(min=1e-30) for a, b in pairs]).sum(0)

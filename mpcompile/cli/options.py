@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from mpcompile.cli.destinations import FILE, declare
-from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
+from mpcompile.config import ENGINES, METHODS, SCHEDULES, SCORES, Config
 from mpcompile.errors import ConfigError, printable_lines
 from mpcompile.io.reading import read_text
 from mpcompile.io.writing import write_atomically
@@ -245,9 +245,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "metavar": "R",
         "help": "tokens merged per block: one number, such as 8; one per block, such as 16,12,8; or auto",
     },
+    "tome_method": {
+        "choices": METHODS,
+        "help": "merge tokens by their keys alone (tome), or spare those that the class token attends to (saliency)",
+    },
     "tome_schedule": {
         "choices": SCHEDULES,
-        "help": "merge the same number in every block, or a number that falls linearly to 0",
+        "help": "constant: the same number in every block; linear: a number that falls to 0; auto: constant for one "
+        "number, and with --tome-r auto what images show to be best",
     },
     "tome_reduction": {
         "type": float,

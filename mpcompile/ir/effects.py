@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, dynamo_name, fake_value, target_name
-from mpcompile.ir.parts import attribute, rows_source
+from mpcompile.ir.parts import attribute, whole_of
 
 AUGMENTED = {  # in-place operator (``h += 1`` writes into a tensor) -> the operator that returns a new result
     operator.iadd: operator.add,
@@ -184,18 +184,16 @@ def storage(tensor: Tensor) -> int:
 
 
 def erase_orphans(graph: fx.Graph, nodes: Iterable[fx.Node | None]) -> None:
-    """Erase those of the given nodes that read an attribute, or take rows of one, and have no user left.
+    """Erase those of the given nodes that read an attribute, or take rows of a parameter, and have no user left.
 
     All other nodes stay: a node without users may be a statement.
     """
-    for node in dict.fromkeys(nodes):
-        if node is None or node.users:
-            continue
-        whole = node if node.op == "get_attr" else rows_source(node)
-        if whole is not None and whole.op == "get_attr":
-            for part in dict.fromkeys([node, *node.all_input_nodes, whole]):
-                if not part.users:
-                    graph.erase_node(part)
+    stack = [node for node in dict.fromkeys(nodes) if node is not None and whole_of(node) is not None]
+    while stack:
+        node = stack.pop()
+        if not node._erased and not node.users and node.op != "placeholder":
+            stack += node.all_input_nodes  # the whole that it takes rows of
+            graph.erase_node(node)
 
 
 def erase_unread(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:

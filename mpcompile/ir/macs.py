@@ -31,7 +31,7 @@ def executed_density(layer: LayerOp) -> float:
     if layer.pattern is None:
         return 1.0
     weight = layer.weight.tensor.detach()
-    if layer.weight.node is not None and layer.weight.node.op == "placeholder" and layer.mask is not None:
+    if not layer.weight.owned and layer.mask is not None:
         weight = weight * layer.mask.tensor  # a lifted weight is the user's dense one; the graph masks it when it runs
     return layer.pattern.density if check_nm(weight, *layer.pattern) == 0 else 1.0
 
@@ -46,7 +46,10 @@ def node_macs(gm: fx.GraphModule, lifted: Lifted | None = None) -> dict[str, int
 
 
 def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
-    """Return tokens before / tokens after for the nodes between a token merge and the next residual addition."""
+    """Return tokens before / tokens after for the nodes between a token merge and the next residual addition.
+
+    Nodes that compute fewer tokens than are left, since nothing reads the others, are charged as they run.
+    """
     charges: dict[fx.Node, float] = {}
     order = list(gm.graph.nodes)
     for start, merge in enumerate(order):
@@ -57,14 +60,16 @@ def _merge_charges(gm: fx.GraphModule) -> dict[fx.Node, float]:
         if before is None or after is None:
             continue
         reached = {x}
+        stream = {x} | {user for user in x.users if user.target is operator.getitem}  # its tokens, or some of them
         for node in order[start + 1 :]:
             inputs = node.all_input_nodes
             if not reached.intersection(inputs):
                 continue
-            if is_add(node) and x in inputs:
+            if is_add(node) and not stream.isdisjoint(inputs):
                 break
             reached.add(node)
-            charges[node] = before[1] / after[1]
+            if any(after[1] in (shape_of(source) or ())[1:-1] for source in inputs):
+                charges[node] = before[1] / after[1]
     return charges
 
 

@@ -25,7 +25,7 @@ from torch.fx.graph import CodeGen, PythonCode
 
 from mpcompile.errors import GraphError
 from mpcompile.ir.isolation import tensors_of
-from mpcompile.ir.parts import FOLDED, attribute, read_tensor
+from mpcompile.ir.parts import FOLDED, attribute, read_tensor, rows_within, whole_of
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
@@ -99,8 +99,9 @@ class IRModule(fx.GraphModule):
         """Load a state dict. That of the dense model has no masks, and leaves the masks of functional weights as is."""
         for node in self.graph.nodes:
             masked_args = schema.try_bind(node) if node.target in ops.MASKED else None
-            mask = None if masked_args is None else masked_args.mask
-            if isinstance(mask, fx.Node) and mask.op == "get_attr":
+            source = None if masked_args is None else masked_args.mask
+            mask = whole_of(source) if isinstance(source, fx.Node) else None
+            if mask is not None and mask.op == "get_attr":
                 path = str(mask.target)
                 state_dict.setdefault(prefix + path, attribute(self, path))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -270,6 +271,20 @@ def _unpickled(name: str, token: str, state: dict[str, Any], records: list[_Node
     return gm
 
 
+def _whole_pair(gm: fx.GraphModule, weight: Any, mask: Any) -> tuple[Any, Any]:
+    """Return the nodes that read a weight and its mask as wholes if both operands are the same rows of them."""
+    wholes = [whole_of(node) if isinstance(node, fx.Node) else None for node in (weight, mask)]
+    tensors = [read_tensor(gm, whole) for whole in wholes]
+    if any(tensor is None for tensor in tensors) or len({len(tensor) for tensor in tensors if tensor is not None}) > 1:
+        return weight, mask
+    rows = [
+        rows_within(node, len(tensor))
+        for node, tensor in zip((weight, mask), tensors, strict=True)
+        if tensor is not None
+    ]
+    return (wholes[0], wholes[1]) if rows[0] is not None and rows[0] == rows[1] else (weight, mask)
+
+
 def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
     """Return True if any of these parameters belongs to a module with a plan.
 
@@ -282,7 +297,8 @@ def owned_by_transformed(tensors: Iterable[Tensor]) -> bool:
 def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
     """Yield (weight, mask, pattern) of every masked layer and every call of a masked operator.
 
-    A weight may be rows of a parameter, which share its memory.
+    Calls on the same rows of a weight and of its mask yield both as a whole. Where rows have a mask of their own, the
+    weight is these rows, which share the memory of the parameter.
     """
     for module in gm.modules():
         if isinstance(module, (MaskedLinear, MaskedConv2d)):
@@ -290,6 +306,6 @@ def masked(gm: IRModule) -> Iterator[tuple[Tensor, Tensor, Pattern]]:
     for node in gm.graph.nodes:
         args = schema.try_bind(node) if node.target in ops.MASKED else None
         if args is not None:
-            weight, mask = (read_tensor(gm, source) for source in (args.weight, args.mask))
+            weight, mask = (read_tensor(gm, source) for source in _whole_pair(gm, args.weight, args.mask))
             if weight is not None and mask is not None:
                 yield weight, mask, Pattern(args.n, args.m)

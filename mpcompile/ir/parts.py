@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,13 +72,47 @@ def rows_of(node: fx.Node, count: int) -> slice | None:
     return slice(start, start + sizes[index])
 
 
+def whole_of(node: fx.Node) -> fx.Node | None:
+    """Return the node that reads the parameter which ``node`` reads, or takes rows of, also rows of rows; else None."""
+    source: fx.Node | None = node
+    while source is not None and source.op not in ("get_attr", "placeholder"):
+        source = rows_source(source)
+    return source
+
+
+def rows_within(node: fx.Node, count: int) -> slice | None:
+    """Return which rows ``node`` takes of the whole parameter of ``count`` rows behind it; None if unknown."""
+    if node.op in ("get_attr", "placeholder"):
+        return slice(0, count)
+    source = rows_source(node)
+    outer = None if source is None else rows_within(source, count)
+    inner = None if outer is None else rows_of(node, outer.stop - outer.start)
+    return None if outer is None or inner is None else slice(outer.start + inner.start, outer.start + inner.stop)
+
+
+def rows_name(name: str, rows: slice) -> str:
+    """Return the name of rows of a parameter: that of the whole with ``_rows_START_STOP`` behind it."""
+    return f"{name}_rows_{rows.start}_{rows.stop}"
+
+
+def split_name(name: str) -> tuple[str, slice] | None:
+    """Return the parameter and the rows that a name of :func:`rows_name` stands for, or None for any other name.
+
+    Example:
+        >>> split_name(rows_name("attn.qkv.weight", slice(0, 192)))
+        ('attn.qkv.weight', slice(0, 192, None))
+    """
+    match = re.fullmatch(r"(.+)_rows_(\d+)_(\d+)", name)
+    return None if match is None else (match.group(1), slice(int(match.group(2)), int(match.group(3))))
+
+
 def read_tensor(gm: nn.Module, node: Any) -> Tensor | None:
     """Return the parameter or buffer that a node reads, or the rows of it that it takes (which share its memory)."""
-    whole = node if not isinstance(node, fx.Node) or node.op == "get_attr" else rows_source(node)
-    value = attribute(gm, str(whole.target)) if isinstance(whole, fx.Node) and whole.op == "get_attr" else None
+    whole = whole_of(node) if isinstance(node, fx.Node) else None
+    value = attribute(gm, str(whole.target)) if whole is not None and whole.op == "get_attr" else None
     if not isinstance(value, Tensor) or whole is node:
         return value if isinstance(value, Tensor) else None
-    rows = rows_of(node, len(value)) if value.dim() else None
+    rows = rows_within(node, len(value)) if value.dim() else None
     with torch.no_grad():
         return None if rows is None else value[rows]
 

@@ -7,7 +7,7 @@ aten operator, or as one of our masked operators. :func:`layers` returns one typ
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from mpcompile.ir.effects import known
 from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import ATTENTION, CONV2D, LINEAR, argument, reads_form, target_name
-from mpcompile.ir.parts import FOLDED, attribute, rows_of, rows_source
+from mpcompile.ir.parts import FOLDED, attribute, rows_name, rows_within, whole_of
 from mpcompile.ir.regions import opaque
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
@@ -34,12 +34,14 @@ class ParamRef:
         tensor: the values; rows share the memory of the whole.
         node: the node that yields them (None inside a module).
         whole: the node that reads the whole parameter, if ``node`` takes rows of it.
+        rows: the rows that ``node`` takes of it.
     """
 
     name: str
     tensor: Tensor
     node: fx.Node | None
     whole: fx.Node | None = None
+    rows: slice | None = None
 
     @property
     def owned(self) -> bool:
@@ -96,12 +98,12 @@ def parameter_read(gm: fx.GraphModule, node: Any, lifted: Lifted) -> ParamRef | 
     if node.op == "placeholder":
         known = node.name in lifted.tensors
         return ParamRef(lifted.names[node.name], lifted.tensors[node.name], node) if known else None
-    whole = rows_source(node)
-    ref = parameter_read(gm, whole, lifted) if whole is not None and whole.op in ("get_attr", "placeholder") else None
-    rows = rows_of(node, len(ref.tensor)) if ref is not None and ref.tensor.dim() else None
+    whole = whole_of(node)
+    ref = None if whole is None else parameter_read(gm, whole, lifted)
+    rows = rows_within(node, len(ref.tensor)) if ref is not None and ref.tensor.dim() else None
     if ref is None or rows is None:
         return None
-    return ParamRef(f"{ref.name}_rows_{rows.start}_{rows.stop}", ref.tensor.detach()[rows], node, whole)
+    return ParamRef(rows_name(ref.name, rows), ref.tensor.detach()[rows], node, whole, rows)
 
 
 def _ints(value: Any) -> list[int] | None:
@@ -180,8 +182,8 @@ def _function_layer(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> LayerO
     bias = argument(node, 2 + shift, "bias")
     if linear:
         obstacle = None if weight.tensor.dim() == 2 else f"its weight has {weight.tensor.dim()} axes"
-        if weight.whole is not None and not weight.owned:
-            obstacle = "its weight is a part of a graph input"
+        if weight.whole is not None and not weight.owned and pattern is None:
+            obstacle = "its weight is a part of a graph input"  # no graph could share the mask of a part with another
         return LayerOp(node, name, "linear", source, weight, bias, None, pattern, mask, obstacle)
     raw = [argument(node, i + shift, key, d) for i, key, d in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))]
     axes = [_ints(value) for value in raw]
@@ -205,6 +207,26 @@ def layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
         if layer is not None:
             uses.append(layer)
     return uses
+
+
+def as_stored(gm: fx.GraphModule, layer: LayerOp, lifted: Lifted | None = None) -> LayerOp:
+    """Return the layer on all rows of its weight and mask if it is the same rows of both; any other as it is."""
+    lifted, weight, mask = lifted or Lifted(), layer.weight, layer.mask
+    if weight.whole is None or mask is None or weight.rows != mask.rows:
+        return layer
+    whole, its = parameter_read(gm, weight.whole, lifted), parameter_read(gm, mask.whole, lifted)
+    if whole is None or its is None or whole.tensor.shape != its.tensor.shape:
+        return layer
+    return replace(layer, name=_layer_name(whole.name), weight=whole, mask=its, bias=None)
+
+
+def stored_layers(gm: fx.GraphModule, lifted: Lifted | None = None) -> list[LayerOp]:
+    """Return one use of each layer, in graph order; parts of one weight and one mask are one layer, on all rows."""
+    stored: dict[str, LayerOp] = {}
+    for layer in layers(gm, lifted):
+        whole = as_stored(gm, layer, lifted)
+        stored.setdefault(whole.name, whole)
+    return list(stored.values())
 
 
 # Names of products. "convert" and "upsample_bilinear" are none.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpcompile.ir.view import layers
+from mpcompile.ir.view import stored_layers
 from mpcompile.kernels.nm_format import to_rows
 from mpcompile.measure.report import BARS, COMPILED
 from mpcompile.page import spectra
@@ -224,7 +224,7 @@ def density(sources: Sources) -> str | None:
     if sources.artifact is None:
         return None
     figures: dict[str, str] = {}
-    for layer in layers(sources.artifact):
+    for layer in stored_layers(sources.artifact):
         if layer.mask is None or layer.pattern is None or layer.name in figures:
             continue
         kept = to_rows(layer.mask.tensor).float()

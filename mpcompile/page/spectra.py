@@ -12,7 +12,7 @@ import torch
 
 from mpcompile import rmt
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.view import layers
+from mpcompile.ir.view import stored_layers
 from mpcompile.page.charts import escape, histogram
 from mpcompile.page.sources import Sources, number, numbers, records
 
@@ -89,7 +89,7 @@ def _from_json(name: str, entry: Mapping[str, Any]) -> Spectrum:
 def _computed(gm: IRModule) -> list[Spectrum]:
     """Return the spectra of the masked layers of an artifact."""
     drawn: dict[str, Spectrum] = {}
-    for layer in layers(gm):
+    for layer in stored_layers(gm):
         weight = layer.weight.tensor.detach().float()
         if layer.pattern is None or layer.name in drawn or min(weight.flatten(1).shape) < SMALLEST:
             continue

@@ -9,47 +9,44 @@ that merged, and an op that cannot be followed is refused by name.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
+from mpcompile.config import Config
 from mpcompile.errors import GraphError, NotEligibleError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
 from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
+from mpcompile.passes.decision import encode
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
+from mpcompile.passes.merge_tokens.biases.fixed import mark_biases
 from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.outputs import named_outputs
-from mpcompile.passes.merge_tokens.schedules.solve import merges, solve
+from mpcompile.passes.merge_tokens.saliency import METHODS, Method, metric, weigh
+from mpcompile.passes.merge_tokens.schedules.choose import choose
+from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
+from mpcompile.passes.merge_tokens.schedules.search import Search
+from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
 from mpcompile.plan import Plan, is_lowered
 
 
-def _keys(graph: fx.Graph, site: Site) -> fx.Node:
-    """Concatenate the keys of all attentions of a block as (B, heads, N, D), at the graph's insertion point."""
-    keys = []
-    for attention in site.attentions:
-        node = attention.keys
-        keys.append(graph.call_method("transpose", (node, -2, -1)) if attention.transposed else node)
-    return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
-
-
-def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool) -> TokenAxis:
+def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool, method: Method) -> TokenAxis:
     """Insert the merges of one stream into a graph, and rewrite the nodes after them.
 
     Args:
         sites: the blocks of the stream.
         stream: how many tokens merge in each; a block that merges nothing is skipped.
         proportional: True to add log(size) to attention logits.
+        method: how pairs of tokens are chosen and merged.
 
     Raises:
         GraphError: an op after a merge cannot be followed.
@@ -65,6 +62,7 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
             found="False",
         )
     levels: dict[fx.Node, Level] = {}
+    merges: dict[fx.Node, Site] = {}
     first: fx.Node | None = None
     level: Level | None = None
     for block, site in enumerate(sites):
@@ -75,11 +73,18 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
             if first is None:
                 first = graph.call_function(ops.token_size, tuple(schema.TokenSizeArgs(site.residual, mask)))
             size = first if level is None else level.size
-            keys = _keys(graph, site)
-            merge_args = tuple(
-                schema.TokenMergeArgs(site.residual, keys, size, stream.r[block], stream.prefix, stream.suffix)
+            args = schema.TokenMergeArgs(
+                x=site.residual,
+                keys=metric(graph, site, method),
+                size=size,
+                r=stream.r[block],
+                prefix=stream.prefix,
+                suffix=stream.suffix,
+                size_weight=method.size,
+                keep_norm=method.keep_norm,
             )
-            merge = graph.call_function(ops.token_merge, merge_args if stream.suffix else merge_args[:-1])
+            merge = graph.call_function(ops.token_merge, args.shortest())
+            merges[merge] = site
             tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
         tokens.meta["mpcompile.original"] = site.residual
         for user in users:
@@ -89,6 +94,9 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
     assert first is not None  # callers merge in at least one block
     axis = TokenAxis(gm, levels, first, numbers[0], stream.prefix, stream.suffix, mask, proportional)
     axis.follow(original)
+    rows = axis.picked_after(sites[-1].residual)
+    if rows and method.saliency:
+        weigh(graph, merges, rows, method, proportional)
     for node in [level.step for level in levels.values() if not level.step.users]:
         graph.erase_node(node)
     return axis
@@ -99,6 +107,7 @@ def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
+    graph.set_codegen(gm.graph._codegen)
     return IRModule(gm, graph), copies
 
 
@@ -112,45 +121,60 @@ def _prepared(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
     return trial
 
 
-def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> Callable[[Sequence[Sequence[int]]], float]:
+def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream], spared: Spared | None = None) -> Cost:
     """Return the multiply-accumulates of a graph as a function of the tokens of each stream.
 
     N:M masks are not counted. The nodes must carry ``macs`` (see :func:`mpcompile.ir.shapes.propagate`).
 
     Args:
         streams: the streams that merge, with their ``sites``, ``prefix``, ``suffix`` and first number of ``tokens``.
-
-    Returns:
-        A function of one list per stream: its tokens before the first block and after each.
+        spared: what is not computed since nothing reads it; None if all is.
     """
     trial, copies = _trial(gm)
-    axes = [_tried(trial, stream, ctx.config.tome_proportional) for stream in streams]
-    terms = []
-    for node in copies.values():
-        macs = node.meta.get("macs", 0)
-        if macs:
-            places = [
-                (number, stream.tokens[0] - level.count, start)
-                for number, (stream, axis) in enumerate(zip(streams, axes, strict=True))
-                for level, start in axis.extents.get(node, [])
-            ]
-            terms.append((macs, places))
-
-    def cost(numbers: Sequence[Sequence[int]]) -> float:
-        return sum(
-            macs * math.prod((numbers[i][block] - start) / (numbers[i][0] - start) for i, block, start in places)
-            for macs, places in terms
-        )
-
-    return cost
+    axes = [_tried(trial, stream, ctx.config) for stream in streams]
+    found: list[Term] = []
+    for node, copied in copies.items():
+        extents = [
+            ((number, stream.tokens[0] - level.count, start), axis)
+            for number, (stream, walk) in enumerate(zip(streams, axes, strict=True))
+            for level, start, axis in walk.extents.get(copied, [])
+        ]
+        if node.meta.get("macs", 0):
+            places, along = [place for place, _ in extents], [axis for _, axis in extents]
+            found += terms(node.meta["macs"], (spared or Spared()).of(node), places, along)
+    return Cost(tuple(found))
 
 
-def _tried(trial: IRModule, stream: Stream, proportional: bool) -> TokenAxis:
+def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Schedule, str, Search | None]:
+    """Return the schedule, and for ``tome_r="auto"`` how it was chosen, and the search for it."""
+    if ctx.config.tome_r != "auto":
+        return merges(ctx.config, [len(stream.sites) for stream in streams]), "", None
+    cost = merging_cost(gm, ctx, streams)
+    dense = cost([[stream.tokens[0]] * (len(stream.sites) + 1) for stream in streams])
+    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams)
+
+    def inserted(schedule: Schedule) -> IRModule:
+        trial = _trial(gm)[0]
+        for stream, r in zip(streams, schedule, strict=True):
+            if any(r):
+                _inserted(trial, _sites_of(trial, stream), stream.merging(r), ctx.config)
+        trial.recompile()
+        return trial
+
+    whole = ctx.imported(inserted([[0] * len(stream.sites) for stream in streams]))
+    return choose(ctx.config, budget, whole, ctx.calibration, inserted, ctx.seed)
+
+
+def _tried(trial: IRModule, stream: Stream, config: Config) -> TokenAxis:
     """Merge one token in each block of a stream, in a copy of the graph; level ``i`` holds the tokens after block i."""
     sites = _sites_of(trial, stream)
     one = [1] * len(sites)
     numbers = [stream.tokens[0] - i for i in range(len(sites) + 1)]
-    return insert_merges(trial, sites, replace(stream, r=one, tokens=numbers), proportional)
+    return _inserted(trial, sites, replace(stream, r=one, tokens=numbers), config)
+
+
+def _inserted(gm: IRModule, sites: Sequence[Site], stream: Stream, config: Config) -> TokenAxis:
+    return insert_merges(gm, sites, stream, config.tome_proportional, METHODS[config.tome_method])
 
 
 def _sites_of(gm: IRModule, stream: Stream) -> list[Site]:
@@ -176,6 +200,14 @@ def unmerged(plan: Plan) -> list[str]:
     return [decision["reason"] for decision in last if decision.get("reason")]
 
 
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that say how tokens merge; ``"auto"`` as the schedule of a number is constant."""
+    options = {key: value for key, value in config.items() if key.startswith(("tome_", "prefix_"))}
+    if options["tome_schedule"] == "auto" and options["tome_r"] != "auto":
+        options["tome_schedule"] = "constant"
+    return options
+
+
 @dataclass(frozen=True, eq=False)
 class Merges(Decision):
     """The blocks in which tokens merge, and how many merge there.
@@ -186,6 +218,8 @@ class Merges(Decision):
         reason: why nothing merges although merging was requested.
         left: for each stream that does not merge although another does, its blocks and the reason.
         idle: masking step without effect -> the logits that replace it; attention whose mask is removed -> None.
+        choice: how the schedule of ``tome_r="auto"`` was chosen.
+        search: the search for it on calibration data.
     """
 
     streams: tuple[Stream, ...] = ()
@@ -193,12 +227,15 @@ class Merges(Decision):
     reason: str | None = None
     left: tuple[str, ...] = ()
     idle: Mapping[str, str | None] = field(default_factory=dict, metadata=UNRECORDED)
+    choice: str = ""
+    search: Search | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the one stream's fields side by side, or the list ``streams`` if several merge."""
         first = [stream.record() for stream in self.streams or (Stream(),)]
         values: dict[str, Any] = first[0] if len(first) == 1 else {"streams": first}
-        optional = {"already": self.already, "reason": self.reason, "left": list(self.left)}
+        optional = {"already": self.already, "reason": self.reason, "left": list(self.left), "choice": self.choice}
+        optional["search"] = None if self.search is None else encode(self.search)
         return {**values, **{key: value for key, value in optional.items() if value}}
 
 
@@ -214,8 +251,7 @@ class MergeTokens(Pass):
         asked, known = ctx.config.to_dict(), ctx.plan.config
         if ctx.config.tome_r == 0 or not (is_lowered(gm, ctx.plan) or ctx.plan.tokens):
             return
-        options = [key for key in asked if key.startswith(("tome_", "prefix_"))]
-        if ctx.plan.tokens and all(asked[key] == known.get(key) for key in options):
+        if ctx.plan.tokens and _options(asked) == _options({**Config().to_dict(), **known}):
             return
         why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
         raise GraphError(
@@ -231,6 +267,7 @@ class MergeTokens(Pass):
         if any(node.target is ops.token_merge for node in gm.graph.nodes):
             return Merges(already=True)
         idle = idle_masks(gm, ctx.lifted)
+        mark_biases(gm, ctx.lifted)
         gm = _prepared(gm, idle)
         found, reasons = find_streams(gm)
         if not found:
@@ -241,15 +278,13 @@ class MergeTokens(Pass):
         if ctx.tolerant and 0 in (shape_of(found[0][0].residual) or ()):
             return Merges()  # a graph for an empty batch: there is nothing to save
         streams, left = self._mergeable(gm, found, ctx)
-        if ctx.config.tome_r == "auto":
-            cost = merging_cost(gm, ctx, streams)
-            r = solve(ctx.config.tome_reduction or 0.0, streams, ctx.config.tome_schedule, cost)
-        else:
-            r = merges(ctx.config, [len(stream.sites) for stream in streams])
+        r, choice, result = _chosen(gm, ctx, streams)
         return Merges(
             streams=tuple(stream.merging(each) for stream, each in zip(streams, r, strict=True)),
             left=tuple(left),
             idle={node.name: None if source is None else source.name for node, source in idle.items()},
+            choice=choice,
+            search=result,
         )
 
     @staticmethod
@@ -270,7 +305,7 @@ class MergeTokens(Pass):
                     raise GraphError("more prefix tokens than tokens", expected=f"at most {most}", found=prefix)
                 stream = Stream([site.name for site in sites], [], prefix, suffix, [tokens])
                 if len(found) > 1:
-                    _tried(_trial(gm)[0], stream, ctx.config.tome_proportional)
+                    _tried(_trial(gm)[0], stream, ctx.config)
                 streams.append(stream)
             except GraphError as error:
                 errors.append(error)
@@ -295,7 +330,8 @@ class MergeTokens(Pass):
     def summary(self, decision: Merges) -> str:
         if not decision.streams:
             return "already merged" if decision.already else decision.reason or "off"
-        return "; ".join(str(stream) for stream in decision.streams)
+        text = "; ".join(str(stream) for stream in decision.streams)
+        return f"{text}; {decision.choice}" if decision.choice else text
 
     def apply(self, gm: IRModule, decision: Merges, ctx: Context) -> bool:
         for text in (*([f"nothing merged: {decision.reason}"] if decision.reason else ()), *decision.left):
@@ -305,12 +341,16 @@ class MergeTokens(Pass):
             return False
         nodes = {node.name: node for node in gm.graph.nodes}
         idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
+        mark_biases(gm, ctx.lifted)
         drop(gm, idle)
         turn(gm)
         blocks = [_sites_of(gm, stream) for stream in streams]
         names, spread = {node: name for name, node in named_outputs(gm).items()}, list[fx.Node]()
         for sites, stream in zip(blocks, streams, strict=True):
-            spread += insert_merges(gm, sites, stream, ctx.config.tome_proportional).spread
+            axis = _inserted(gm, sites, stream, ctx.config)
+            spread += axis.spread
+            if METHODS[ctx.config.tome_method].saliency and not axis.picked_after(sites[-1].residual):
+                ctx.plan.note("tokens merge without regard to attention: the output reads no class token on its own")
         if spread:
             told = ", ".join(dict.fromkeys(names.get(node, node.name) for node in spread))
             ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {told}")

@@ -1,78 +1,130 @@
-"""Schedules of merging: constant, linearly decreasing, listed block by block, or solved for a MAC budget."""
+"""Numbers of merges: given by the user, or the fewest that save a share of the multiply-accumulates."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
+from dataclasses import dataclass
 from typing import Any
 
 from mpcompile.config import Config
 from mpcompile.errors import ConfigError
+from mpcompile.passes.merge_tokens.schedules.curves import NAMED, Curve, Shape, spread
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 
+Schedule = tuple[tuple[int, ...], ...]  # for each stream, the tokens to merge in each block
 
-def spread(total: int, blocks: int, schedule: str) -> list[int]:
-    """Distribute ``total`` merges over ``blocks``: evenly, or decreasing linearly to 0 in the last one.
 
-    Example:
-        >>> spread(16, 4, "constant"), spread(16, 4, "linear")
-        ([4, 4, 4, 4], [8, 5, 3, 0])
+@dataclass(frozen=True)
+class Budget:
+    """Multiply-accumulates as a function of the tokens of each stream, and the share of them to save.
+
+    Attributes:
+        reduction: share of ``dense`` to save, between 0 and 1.
+        dense: multiply-accumulates of the model before any token is spared.
+        cost: for each stream, the tokens before the first block and after each one -> multiply-accumulates.
+        streams: the streams, unmerged.
+        idle: for each stream, the numbers of blocks in which a merge would spare nothing.
     """
-    weights = (
-        [Fraction(1)] * blocks
-        if schedule == "constant" or blocks == 1
-        else [Fraction(blocks - 1 - block) for block in range(blocks)]
-    )
-    reached = [math.floor(total * part / sum(weights)) for part in itertools.accumulate(weights)]
-    return [after - before for before, after in itertools.pairwise([0, *reached])]
+
+    reduction: float
+    dense: float
+    cost: Callable[[Sequence[Sequence[int]]], float]
+    streams: Sequence[Stream]
+    idle: Sequence[frozenset[int]] = ()
+
+    def tokens(self, schedule: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the number of tokens of each stream before the first block and after each one."""
+        return [stream.merging(r).tokens for stream, r in zip(self.streams, schedule, strict=True)]
+
+    def saved(self, schedule: Sequence[Sequence[int]]) -> float:
+        """Return the share of multiply-accumulates that a schedule saves."""
+        return 1 - self.cost(self.tokens(schedule)) / self.dense
+
+    def meets(self, schedule: Sequence[Sequence[int]]) -> bool:
+        """Return True if a schedule saves at least :attr:`reduction`."""
+        return self.saved(schedule) >= self.reduction
+
+    def weights(self, shape: Shape) -> list[list[int]]:
+        """Return the weight of each block of each stream under a shape: 0 in idle blocks."""
+        idle = self.idle or [frozenset[int]()] * len(self.streams)
+        counts = [len(stream.sites) for stream in self.streams]
+        return [
+            [0 if block in skipped else weight for block, weight in enumerate(shape.weights(count))]
+            for count, skipped in zip(counts, idle, strict=True)
+        ]
+
+    def exchange(self, schedule: Schedule, source: int, target: int, count: int) -> Schedule | None:
+        """Merge up to ``count`` tokens less in one block, and as many more in another as meets the budget again.
+
+        Args:
+            source: number of the block that merges less, over all streams.
+            target: number of the block that merges more.
+
+        Returns:
+            The schedule; None if the block has nothing to give, or the other cannot merge that many.
+        """
+        flat = [r for stream in schedule for r in stream]
+        if flat[source] == 0:
+            return None
+        flat[source] -= min(count, flat[source])
+        first = flat[target]
+        low, high = first, first + max(stream.tokens[0] for stream in self.streams)
+
+        def with_target(r: int) -> list[list[int]]:
+            numbers = iter([*flat[:target], r, *flat[target + 1 :]])
+            return [list(itertools.islice(numbers, len(stream))) for stream in schedule]
+
+        if not self.meets(with_target(high)):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.meets(with_target(middle)) else (middle + 1, high)
+        return self.merged(with_target(low))
+
+    def merged(self, schedule: Sequence[Sequence[int]]) -> Schedule:
+        """Return a schedule with the numbers that merge in fact, without what exceeds half of a block's tokens."""
+        return tuple(tuple(a - b for a, b in itertools.pairwise(numbers)) for numbers in self.tokens(schedule))
 
 
-def solve(
-    reduction: float, streams: Sequence[Stream], schedule: str, cost: Callable[[Sequence[Sequence[int]]], float]
-) -> list[list[int]]:
-    """Return the schedules with the fewest merges that save ``reduction`` of the cost.
+def solve(budget: Budget, shape: Shape) -> Schedule:
+    """Return the schedule of a shape with the fewest merges that meets the budget.
 
     Several streams merge in proportion to their tokens.
 
-    Args:
-        reduction: share of the cost of the unmerged model, between 0 and 1.
-        streams: the streams, unmerged.
-        cost: for each stream, the tokens before the first block and after each one -> cost of all.
-
-    Returns:
-        For each stream, the tokens to merge in each block.
-
     Raises:
-        ConfigError: even merging half of all tokens in every block saves less.
+        ConfigError: even merging half of all tokens in every block that has a weight saves less.
     """
-    everything = [stream.tokens[0] * len(stream.sites) * (2 if schedule == "linear" else 1) for stream in streams]
-    high = widest = max(everything)
+    weights = budget.weights(shape)
+    # With this many, every block that has a weight merges half of its tokens.
+    most = [
+        stream.tokens[0] * -(-sum(each) // min((w for w in each if w), default=1))
+        for stream, each in zip(budget.streams, weights, strict=True)
+    ]
+    widest = max(most)
 
     def chosen(total: int) -> list[list[int]]:
-        shares = (total * most // widest for most in everything)
-        return [spread(share, len(stream.sites), schedule) for share, stream in zip(shares, streams, strict=True)]
+        return [spread(total * own // widest if widest else 0, each) for own, each in zip(most, weights, strict=True)]
 
-    dense = cost([[stream.tokens[0]] * (len(stream.sites) + 1) for stream in streams])
-
-    def saved(total: int) -> float:
-        return 1 - cost([s.merging(r).tokens for s, r in zip(streams, chosen(total), strict=True)]) / dense
-
-    if saved(high) < reduction:
-        raise ConfigError(
-            f"merging tokens cannot save {reduction:.1%} of the multiply-accumulates of this model",
-            expected=f"tome_reduction of at most {math.floor(saved(high) * 1000) / 1000}",
-            found=reduction,
-        )
-    low = 0
+    if not budget.meets(chosen(widest)):
+        raise _unreachable(budget, budget.saved(chosen(widest)))
+    low, high = 0, widest
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if saved(middle) >= reduction else (middle + 1, high)
-    return chosen(low)
+        low, high = (low, middle) if budget.meets(chosen(middle)) else (middle + 1, high)
+    return budget.merged(chosen(low))
 
 
-def merges(config: Config, blocks: Sequence[int]) -> list[list[int]]:
+def _unreachable(budget: Budget, most: float) -> ConfigError:
+    return ConfigError(
+        f"merging tokens cannot save {budget.reduction:.1%} of the multiply-accumulates of this model",
+        expected=f"tome_reduction of at most {max(0, math.floor(most * 1000)) / 1000}",
+        found=budget.reduction,
+    )
+
+
+def merges(config: Config, blocks: Sequence[int]) -> Schedule:
     """Return the tokens to merge in each block of each stream, from a number or a list in the config.
 
     Args:
@@ -84,7 +136,8 @@ def merges(config: Config, blocks: Sequence[int]) -> list[list[int]]:
     """
     r: Any = config.tome_r
     if isinstance(r, int):
-        return [spread(r * count, count, config.tome_schedule) for count in blocks]
+        shape = NAMED.get(config.tome_schedule, Curve())
+        return tuple(tuple(spread(r * count, shape.weights(count))) for count in blocks)
     if len(r) != sum(blocks):
         raise ConfigError(
             "tome_r has the wrong length",
@@ -92,5 +145,5 @@ def merges(config: Config, blocks: Sequence[int]) -> list[list[int]]:
             found=f"{len(r)}",
             hint="give one number for all blocks, or one for each",
         )
-    given = iter(r)
-    return [list(itertools.islice(given, count)) for count in blocks]
+    numbers = iter(r)
+    return tuple(tuple(itertools.islice(numbers, count)) for count in blocks)

@@ -1,0 +1,54 @@
+"""The choice of a schedule: what the user gave, a shape solved for a target, or the result of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mpcompile.config import Config
+from mpcompile.ir.module import Imported, IRModule
+from mpcompile.passes.context import Calibration
+from mpcompile.passes.merge_tokens.schedules.curves import NAMED
+from mpcompile.passes.merge_tokens.schedules.search import Search, search
+from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, solve
+from mpcompile.passes.merge_tokens.schedules.trials import LEAST, Trials, divide
+
+WITHOUT_DATA = "constant"  # the schedule of tome_r="auto" without calibration data
+
+
+def choose(
+    config: Config,
+    budget: Budget,
+    model: Imported,
+    calibration: Calibration | None,
+    insert: Callable[[Schedule], IRModule],
+    seed: int,
+) -> tuple[Schedule, str, Search | None]:
+    """Return the schedule that meets a budget, how it was chosen, and the search for it.
+
+    Args:
+        config: its ``tome_r`` is ``"auto"``.
+        budget: the budget.
+        model: the graph, without merges.
+        calibration: calibration data, or None.
+        insert: a schedule -> a copy of the graph with its merges.
+        seed: seeds the division of the images, and the search.
+
+    Raises:
+        ConfigError: the target cannot be met; the message gives the largest that can.
+    """
+    if config.tome_schedule in NAMED:
+        return solve(budget, NAMED[config.tome_schedule]), f"{config.tome_schedule} schedule, as requested", None
+    fallback = solve(budget, NAMED[WITHOUT_DATA])
+    if budget.meets([[0] * len(stream.sites) for stream in budget.streams]):
+        return fallback, "nothing has to merge for this target", None
+    if calibration is None:
+        return fallback, f"{WITHOUT_DATA} schedule: there is no calibration data to search on", None
+    memory = calibration.memory // 2
+    parts, first, second = divide(model, calibration.batches(model), memory, seed)
+    if not parts:
+        why = f"the calibration data has no {LEAST} images that can be divided into a search and a check"
+        return fallback, f"{WITHOUT_DATA} schedule: {why}", None
+    trials = Trials(model, insert, parts, memory)
+    with trials.bar:
+        result = search(budget, trials, first, second, trials.measure, seed)
+    return result.best.r, str(result), result
