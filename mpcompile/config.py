@@ -43,6 +43,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "prefix_tokens": (int, type(None)),
     "frozen": (bool,),
     "outputs": (tuple,),
+    "skip_dead_tokens": (bool,),
 }
 
 
@@ -113,6 +114,8 @@ class Config:
             folds constants and prepacks dense weights, and no call checks for changed weights.
         outputs: names or globs of the outputs that are needed, such as ``"logits"`` or ``"*_embeds"``. The others are
             None in what the model returns, and nothing is computed for them. Empty: all.
+        skip_dead_tokens: compute only the tokens that something reads: behind the last attention, usually the class
+            token alone. The outputs are the same.
 
     Raises:
         ConfigError: an unknown option, or a value that an option does not accept.
@@ -139,6 +142,7 @@ class Config:
     prefix_tokens: int | None = None
     frozen: bool = False
     outputs: tuple[str, ...] = ()
+    skip_dead_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name in ("exclude", "include", "patterns", "outputs"):

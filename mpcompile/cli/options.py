@@ -279,6 +279,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "metavar": "NAME",
         "help": "names or glob patterns of the outputs that are needed; the others become None (default: all)",
     },
+    "skip_dead_tokens": {"action": "store_false", "help": "compute all tokens, also those that nothing reads"},
     "frozen": {
         "action": "store_true",
         "help": "weights will not change: fold constants, prepack, and compare with dense builds that do the same",
