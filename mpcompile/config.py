@@ -20,7 +20,7 @@ _WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alo
 CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
-SCHEDULES = ("auto", "constant", "linear")
+SCHEDULES = ("auto", "constant", "linear", "parabolic")
 ROLES = ("stem", "head", "depthwise")
 
 _WORDS = (str,)
@@ -76,9 +76,10 @@ class Config:
             layer's inputs; on CUDA 2:4), or dense.
         tome_r: number of tokens merged per attention block (ToMe); 0 merges none. A list gives one number per block.
             ``"auto"`` finds the numbers that save ``tome_reduction``.
-        tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
-            ``"auto"`` is constant for a number. With ``tome_r="auto"`` and at least 32 calibration images, it is the
-            schedule whose outputs diverge least from those of the dense model.
+        tome_schedule: ``"constant"``; ``"linear"``, from 2 * tome_r in the first block down to 0 in the last; or
+            ``"parabolic"``, most in the middle blocks and 0 in the last. ``"auto"`` is constant for a number. With
+            ``tome_r="auto"``, it is the schedule whose outputs diverge least from those of the dense model, if there
+            are at least 32 calibration images, and else parabolic.
         tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by merging alone, between 0
             and 1.
         tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,

@@ -55,7 +55,7 @@ def test_a_linear_schedule():
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224"])
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("schedule", ["auto", "linear"])
 @pytest.mark.parametrize("reduction", [0.05, 0.2])
 def test_auto_merges_the_fewest_tokens_that_meet_the_reduction(name, schedule, reduction):
     model, x = transformer(name), images(1, 128)
