@@ -44,12 +44,18 @@ sys.path.insert(0, str(ROOT))
 
 from bench import common  # noqa: E402
 from tests.support import helpers, merging_reference  # noqa: E402
+from tests.support.tokens import full_size_reference  # noqa: E402
 
 NAME = "tome_sweep"
 DOC = ROOT / "docs" / "token_merging_models.md"
 R = 8
 TOLERANCE = 1e-4
 ATTENTION = re.compile(r"attention|attn|mla$|[mhsp]sa$", re.IGNORECASE)  # class names
+# Families for which the reference drops the merged tokens; the others are compared with one that keeps all tokens.
+SHRINKING = (
+    *("Cait", "Eva", "Gemma4VitClassifier", "NaFlexVit", "Twins"),
+    *("VisionTransformer", "VisionTransformerDistilled"),
+)
 SMALL = 8  # patches per side of the images whose outputs are compared
 
 
@@ -90,12 +96,26 @@ def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
         return transform(exported, None, config, pipeline=pipeline), "export"
 
 
-def blocks(model: nn.Module, sites: int) -> list[nn.Module]:
-    """The last ``sites`` modules that add attention to their input (earlier ones attend within windows)."""
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that may add attention to their input."""
     found = list(getattr(model, "blocks", []))
     if not found or isinstance(found[0], (nn.ModuleList, nn.Sequential)):  # stages of blocks
         found = [m for m in model.modules() if any(ATTENTION.search(type(child).__name__) for child in m.children())]
-    return found[-sites:]
+    return found
+
+
+def reference(model: nn.Module, images: torch.Tensor, gm: IRModule) -> torch.Tensor:
+    """The output of the eager reference that knows the model's layout: without its tokens, or on all of them."""
+    decision = gm.plan.passes[-1].decision
+    streams = decision.get("streams") or [decision]
+    stream_of = {site: number for number, stream in enumerate(streams) for site in stream["sites"]}
+    found = blocks(model)
+    if len(streams) == 1 and type(model).__name__ in SHRINKING:
+        last = found[-len(decision["sites"]) :]  # earlier ones attend within windows
+        return merging_reference.forward(model, images, R, decision["prefix"], last)
+    order = [stream_of[node.name] for node in gm.graph.nodes if node.name in stream_of]
+    prefixes = [stream["prefix"] for stream in streams]
+    return full_size_reference.forward(model, images, R, order, prefixes, found)
 
 
 def small_side(model: nn.Module) -> int:
@@ -123,16 +143,18 @@ def compare(name: str, model: nn.Module) -> dict[str, Any]:
     gm, traced = merge(model, images)
     decision = gm.plan.passes[-1].decision
     with torch.no_grad():
-        merging = blocks(model, len(decision["sites"]))
         while True:
             try:
-                expected = merging_reference.forward(model, images, R, decision["prefix"], merging)
+                expected = reference(model, images, gm)
                 break
             except merging_reference.Undecided:
                 images = torch.randn(2, 3, size, size)
         error = common.relative_rms(gm(images), expected)
         change = common.relative_rms(model(images), expected)
-    facts = {"traced": traced, "prefix": decision["prefix"], "tokens": decision["tokens"]}
+    streams = decision.get("streams") or [decision]
+    prefix, tokens = ([stream[key] for stream in streams] for key in ("prefix", "tokens"))
+    facts = {"traced": traced, "prefix": prefix, "tokens": tokens} if len(streams) > 1 else {}
+    facts = facts or {"traced": traced, "prefix": prefix[0], "tokens": tokens[0]}
     return {"relative_rms": error, "change": change, "size": size, **facts}
 
 

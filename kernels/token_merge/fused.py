@@ -85,12 +85,22 @@ def runs(x: Tensor, keys: Tensor, size: Tensor) -> bool:
 
 
 def token_merge(
-    x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, suffix: int = 0
+    x: Tensor,
+    keys: Tensor,
+    size: Tensor,
+    r: int,
+    prefix: int,
+    suffix: int = 0,
+    saliency: Tensor | None = None,
+    saliency_weight: float = 0.0,
+    size_weight: float = 0.0,
+    keep_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` tokens of x by the kernels if they support it, else in plain torch; see ``reference.token_merge``."""
+    pairs = (saliency_weight, size_weight, keep_norm)
     if suffix:
-        return reference.with_suffix(token_merge, x, keys, size, r, prefix, suffix)
-    if runs(x, keys, size):
+        return reference.with_suffix(token_merge, x, keys, size, r, prefix, suffix, saliency, *pairs)
+    if runs(x, keys, size) and saliency is None and not any(pairs):
         merged: tuple[Tensor, Tensor, Tensor] = torch.ops.mpcompile.token_merge_fused.default(x, keys, size, r, prefix)
         return merged
-    return reference.token_merge(x, keys, size, r, prefix)
+    return reference.token_merge(x, keys, size, r, prefix, 0, saliency, *pairs)

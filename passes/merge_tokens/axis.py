@@ -22,10 +22,10 @@ from mpcompile.ir.nodes import (
 )
 from mpcompile.kernels import ops, schema
 from mpcompile.layers import ByMode, MaskedLinear
+from mpcompile.passes.merge_tokens.biases.pairs import PairBiases
 from mpcompile.passes.merge_tokens.joined import rows_per_sample
 from mpcompile.passes.merge_tokens.moves import Level, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
-from mpcompile.passes.merge_tokens.weights import AttentionWeights
 
 _LAST_AXIS = (*LAST_AXIS_MODULES, MaskedLinear)
 _POINTWISE = (*ELEMENTWISE_MODULES, ByMode)
@@ -34,7 +34,7 @@ _ASSERTS = "_assert_tensor_metadata"
 _SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
 
 
-class TokenAxis(AttentionWeights):
+class TokenAxis(PairBiases):
     """One walk over the graph, in order.
 
     Args:
@@ -63,8 +63,8 @@ class TokenAxis(AttentionWeights):
         mask: fx.Node | None = None,
         proportional: bool = True,
     ) -> None:
-        super().__init__(gm, prefix, suffix, mask, proportional)
-        self.levels, self.size, self.count = levels, size, count
+        super().__init__(gm, prefix, suffix, mask, proportional, size, count)
+        self.levels = levels
         self.extents: dict[fx.Node, list[tuple[Level, int, int | None]]] = {}
         self.spread: list[fx.Node] = []
         self._followed: dict[tuple[fx.Node, Level, int, int], fx.Node] = {}
@@ -103,7 +103,7 @@ class TokenAxis(AttentionWeights):
                 self.states[node] = state
                 if keys is not None:
                     self.weights[node] = keys
-                    if self._is_linear(node, target_name(self.gm, node)):
+                    if self.proportional and self._is_linear(node, target_name(self.gm, node)):
                         self._count_bias(node, state, keys)
                 self.extents.setdefault(node, [(state.level, start, axis) for axis, start in state.axes.items()])
 
@@ -219,7 +219,7 @@ class TokenAxis(AttentionWeights):
             shift = rank - len(shape)
             own = {a + shift for a in self.states[operand].axes} if operand in self.states else set()
             full = [a for a in axes if a not in own and a >= shift and shape[a - shift] != 1]
-            if not full:
+            if not full or self._added_bias(node, operand, level, axes):
                 continue
             if operand in self.states or len(axes) > 1:
                 why = "a value for each of the unmerged tokens (a relative position bias, or an attention mask)"
@@ -344,10 +344,10 @@ class TokenAxis(AttentionWeights):
         mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
         if causal is not False:
             raise self._refusal(node, "it is causal, and merging moves tokens")
-        if mask is not None and mask is not self.mask:
-            raise self._refusal(node, "it has an attention mask or bias of its own")
         start = keys.axes[2]
-        if self.proportional:
+        if mask is not None and mask is not self.mask:
+            self._fused_bias(node, mask, keys.level, None if state is None else state.axes.get(2), start)
+        elif self.proportional:
             args = schema.TokenAttentionArgs(
                 query=query,
                 key=key,

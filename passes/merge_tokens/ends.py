@@ -23,7 +23,7 @@ _SPLITS = frozenset({"split", "split_with_sizes", "chunk", "tensor_split"})
 _REGROUPS = frozenset({"reshape", "view", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"})
 
 
-def _from_data(gm: fx.GraphModule, lifted: Lifted) -> set[fx.Node]:
+def from_data(gm: fx.GraphModule, lifted: Lifted) -> set[fx.Node]:
     """Return the nodes that depend on the model's input, and not on parameters and shapes alone."""
     data: set[fx.Node] = set()
     for node in gm.graph.nodes:
@@ -46,7 +46,7 @@ class _Walk:
 
     def __init__(self, gm: fx.GraphModule, lifted: Lifted) -> None:
         self.gm = gm
-        self.data = _from_data(gm, lifted)
+        self.data = from_data(gm, lifted)
         self.mixed: dict[fx.Node, dict[int, _Origins]] = {}
 
     def enter(self, node: fx.Node) -> None:

@@ -26,7 +26,7 @@ _FILLED = {"ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0}
 _MISSING = object()
 
 
-class _Constants:
+class Constants:
     """Evaluates nodes that depend on shapes alone, for the shapes of the graph's example inputs."""
 
     def __init__(self, gm: IRModule, lifted: Lifted) -> None:
@@ -118,13 +118,13 @@ def _is_all(value: Tensor | None, true: bool) -> bool:
     return bool(value.all()) if true else not bool(value.any())
 
 
-def hides_nothing(constants: _Constants, mask: Any) -> bool:
+def hides_nothing(constants: Constants, mask: Any) -> bool:
     """Return True if an attention mask (boolean, or added to the logits) lets every token see every other."""
     value = constants.fixed(mask) if isinstance(mask, fx.Node) else None
     return value is not None and _is_all(value, value.dtype is torch.bool)
 
 
-def _idle_step(constants: _Constants, node: fx.Node) -> fx.Node | None:
+def _idle_step(constants: Constants, node: fx.Node) -> fx.Node | None:
     """Return the logits that a masking node yields unchanged; None if it changes them, or masks nothing."""
     name = target_name(constants.gm, node)
     source: Any = None
@@ -146,7 +146,7 @@ def _idle_step(constants: _Constants, node: fx.Node) -> fx.Node | None:
 
 def idle_masks(gm: IRModule, lifted: Lifted) -> Mapping[fx.Node, fx.Node | None]:
     """Return fused attention with an idle mask -> None, and idle masking of written-out logits -> these logits."""
-    constants, idle = _Constants(gm, lifted), dict[fx.Node, fx.Node | None]()
+    constants, idle = Constants(gm, lifted), dict[fx.Node, fx.Node | None]()
     for attention in find_attentions(gm):
         if attention.anchor.target in ATTENTION:
             if hides_nothing(constants, argument(attention.anchor, 3, "attn_mask")):

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from mpcompile.config import Config
@@ -25,35 +24,30 @@ from mpcompile.kernels import ops, schema
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
 from mpcompile.passes.decision import encode
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
+from mpcompile.passes.merge_tokens.biases.fixed import mark_biases
 from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.outputs import named_outputs
+from mpcompile.passes.merge_tokens.saliency import METHODS, Method, metric, weigh
 from mpcompile.passes.merge_tokens.schedules.choose import choose
 from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
 from mpcompile.passes.merge_tokens.schedules.search import Search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
+from mpcompile.passes.merge_tokens.schedules.spared import find_spared
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
 from mpcompile.plan import Plan, is_lowered
 
 
-def _keys(graph: fx.Graph, site: Site) -> fx.Node:
-    """Concatenate the keys of all attentions of a block as (B, heads, N, D), at the graph's insertion point."""
-    keys = []
-    for attention in site.attentions:
-        node = attention.keys
-        keys.append(graph.call_method("transpose", (node, -2, -1)) if attention.transposed else node)
-    return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
-
-
-def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool) -> TokenAxis:
+def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool, method: Method) -> TokenAxis:
     """Insert the merges of one stream into a graph, and rewrite the nodes after them.
 
     Args:
         sites: the blocks of the stream.
         stream: how many tokens merge in each; a block that merges nothing is skipped.
         proportional: True to add log(size) to attention logits.
+        method: how pairs of tokens are chosen and merged.
 
     Raises:
         GraphError: an op after a merge cannot be followed.
@@ -69,6 +63,7 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
             found="False",
         )
     levels: dict[fx.Node, Level] = {}
+    merges: dict[fx.Node, Site] = {}
     first: fx.Node | None = None
     level: Level | None = None
     for block, site in enumerate(sites):
@@ -79,11 +74,18 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
             if first is None:
                 first = graph.call_function(ops.token_size, tuple(schema.TokenSizeArgs(site.residual, mask)))
             size = first if level is None else level.size
-            keys = _keys(graph, site)
-            merge_args = tuple(
-                schema.TokenMergeArgs(site.residual, keys, size, stream.r[block], stream.prefix, stream.suffix)
+            args = schema.TokenMergeArgs(
+                x=site.residual,
+                keys=metric(graph, site, method),
+                size=size,
+                r=stream.r[block],
+                prefix=stream.prefix,
+                suffix=stream.suffix,
+                size_weight=method.size,
+                keep_norm=method.keep_norm,
             )
-            merge = graph.call_function(ops.token_merge, merge_args if stream.suffix else merge_args[:-1])
+            merge = graph.call_function(ops.token_merge, args.shortest())
+            merges[merge] = site
             tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
         tokens.meta["mpcompile.original"] = site.residual
         for user in users:
@@ -93,6 +95,9 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
     assert first is not None  # callers merge in at least one block
     axis = TokenAxis(gm, levels, first, numbers[0], stream.prefix, stream.suffix, mask, proportional)
     axis.follow(original)
+    rows = axis.picked_after(sites[-1].residual)
+    if rows and method.saliency:
+        weigh(graph, merges, rows, method, proportional)
     for node in [level.step for level in levels.values() if not level.step.users]:
         graph.erase_node(node)
     return axis
@@ -127,7 +132,7 @@ def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream], spared: 
         spared: what is not computed since nothing reads it; None if all is.
     """
     trial, copies = _trial(gm)
-    axes = [_tried(trial, stream, ctx.config.tome_proportional) for stream in streams]
+    axes = [_tried(trial, stream, ctx.config) for stream in streams]
     found: list[Term] = []
     for node, copied in copies.items():
         extents = [
@@ -145,15 +150,16 @@ def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Sche
     """Return the schedule, and for ``tome_r="auto"`` how it was chosen, and the search for it."""
     if ctx.config.tome_r != "auto":
         return merges(ctx.config, [len(stream.sites) for stream in streams]), "", None
-    cost = merging_cost(gm, ctx, streams)
-    dense = cost([[stream.tokens[0]] * (len(stream.sites) + 1) for stream in streams])
-    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams)
+    spared = find_spared(gm, ctx, streams, [[site.residual for site in _sites_of(gm, stream)] for stream in streams])
+    dense = float(sum(node.meta.get("macs", 0) for node in gm.graph.nodes))
+    cost = merging_cost(gm, ctx, streams, spared)
+    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams, spared.idle)
 
     def inserted(schedule: Schedule) -> IRModule:
         trial = _trial(gm)[0]
         for stream, r in zip(streams, schedule, strict=True):
             if any(r):
-                insert_merges(trial, _sites_of(trial, stream), stream.merging(r), ctx.config.tome_proportional)
+                _inserted(trial, _sites_of(trial, stream), stream.merging(r), ctx.config)
         trial.recompile()
         return trial
 
@@ -161,12 +167,16 @@ def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Sche
     return choose(ctx.config, budget, whole, ctx.calibration, inserted, ctx.seed)
 
 
-def _tried(trial: IRModule, stream: Stream, proportional: bool) -> TokenAxis:
+def _tried(trial: IRModule, stream: Stream, config: Config) -> TokenAxis:
     """Merge one token in each block of a stream, in a copy of the graph; level ``i`` holds the tokens after block i."""
     sites = _sites_of(trial, stream)
     one = [1] * len(sites)
     numbers = [stream.tokens[0] - i for i in range(len(sites) + 1)]
-    return insert_merges(trial, sites, replace(stream, r=one, tokens=numbers), proportional)
+    return _inserted(trial, sites, replace(stream, r=one, tokens=numbers), config)
+
+
+def _inserted(gm: IRModule, sites: Sequence[Site], stream: Stream, config: Config) -> TokenAxis:
+    return insert_merges(gm, sites, stream, config.tome_proportional, METHODS[config.tome_method])
 
 
 def _sites_of(gm: IRModule, stream: Stream) -> list[Site]:
@@ -259,6 +269,7 @@ class MergeTokens(Pass):
         if any(node.target is ops.token_merge for node in gm.graph.nodes):
             return Merges(already=True)
         idle = idle_masks(gm, ctx.lifted)
+        mark_biases(gm, ctx.lifted)
         gm = _prepared(gm, idle)
         found, reasons = find_streams(gm)
         if not found:
@@ -296,7 +307,7 @@ class MergeTokens(Pass):
                     raise GraphError("more prefix tokens than tokens", expected=f"at most {most}", found=prefix)
                 stream = Stream([site.name for site in sites], [], prefix, suffix, [tokens])
                 if len(found) > 1:
-                    _tried(_trial(gm)[0], stream, ctx.config.tome_proportional)
+                    _tried(_trial(gm)[0], stream, ctx.config)
                 streams.append(stream)
             except GraphError as error:
                 errors.append(error)
@@ -332,12 +343,16 @@ class MergeTokens(Pass):
             return False
         nodes = {node.name: node for node in gm.graph.nodes}
         idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
+        mark_biases(gm, ctx.lifted)
         drop(gm, idle)
         turn(gm)
         blocks = [_sites_of(gm, stream) for stream in streams]
         names, spread = {node: name for name, node in named_outputs(gm).items()}, list[fx.Node]()
         for sites, stream in zip(blocks, streams, strict=True):
-            spread += insert_merges(gm, sites, stream, ctx.config.tome_proportional).spread
+            axis = _inserted(gm, sites, stream, ctx.config)
+            spread += axis.spread
+            if METHODS[ctx.config.tome_method].saliency and not axis.picked_after(sites[-1].residual):
+                ctx.plan.note("tokens merge without regard to attention: the output reads no class token on its own")
         if spread:
             told = ", ".join(dict.fromkeys(names.get(node, node.name) for node in spread))
             ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {told}")

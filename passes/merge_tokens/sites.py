@@ -17,6 +17,7 @@ from mpcompile.ir.view import LEFT_WHOLE
 
 __getattr__ = _moved.renamed(__name__, {"count_prefix": "passes.merge_tokens.ends.count_ends"})
 TURNED = "mpcompile.turned"  # key in the meta of a stream (N, B, C) that is seen as (B, N, C)
+PAIR_BIAS = "mpcompile.pair_bias"  # key in the meta of a fixed attention bias for every pair of tokens
 CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default})
 _MATMUL = (MATMUL - {torch.einsum}) | {operator.matmul, operator.imatmul}
@@ -234,6 +235,11 @@ def _tokens(site: Site) -> int:
     return (shape_of(site.residual) or (0, 0))[1]
 
 
+def has_bias(attention: Attention) -> bool:
+    """Return True if a fused attention adds a fixed bias for every pair of tokens, which can follow a merge."""
+    return attention.mask is not None and PAIR_BIAS in attention.mask.meta
+
+
 def _refuse_causal(sites: list[Site]) -> None:
     for attention in (attention for site in sites for attention in site.attentions):
         if not attention.transposed and argument(attention.anchor, 5, "is_causal", False) is not False:
@@ -253,7 +259,7 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
         GraphError: a mask differs between queries, heads or blocks; causal attention.
     """
     _refuse_causal(sites)
-    masks = {attention.mask: attention for site in sites for attention in site.attentions}
+    masks = {attention.mask: attention for site in sites for attention in site.attentions if not has_bias(attention)}
     if not masks.keys() - {None}:
         return None
     mask, attention = next((m, a) for m, a in masks.items() if m is not None)
@@ -262,7 +268,7 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
     if len(masks) > 1 or len(shape) != 4 or shape[1:] != (1, 1, tokens):
         plain = len(shape) >= 2 and shape[-2:] == (tokens, tokens)
         raise GraphError(
-            "a relative position bias or a mask for every query cannot follow merged tokens"
+            "a mask for every query cannot follow merged tokens"
             if plain
             else "its attention mask cannot follow merged tokens",
             layer=attention.anchor.name,

@@ -6,6 +6,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from mpcompile.kernels import ops
+from mpcompile.kernels.token_merge import attention as attention_in_torch
 from mpcompile.kernels.token_merge import reference
 from mpcompile.kernels.token_merge.reference import merged_count, token_merge
 from tests.support.helpers import an_ulp_off, relative, tied_keys
@@ -168,6 +169,7 @@ def test_operators_pass_opcheck():
         (ops.token_mean, (x, size, 0, 1, False)),
         (ops.token_bias, (size, torch.randn(2, 2, 9, 9), 0, 3)),
         (ops.token_follow, (table, place, size, torch.ones(2, 7, 1), 0, -2, 4)),
+        (ops.token_pairs, (torch.randn(2, 9, 9, requires_grad=True), place, size, torch.ones(2, 7, 1), 0, 0, True)),
         (ops.token_attention, (heads, heads, heads, size, 0, 0.0, None, False)),
     ]
     for operator, args in calls:
@@ -210,7 +212,7 @@ def test_proportional_attention(dtype, start):
     assert relative(ops.token_attention(query, key, value, size, start, 0.0, None, False), expected) < tolerance
     bias = size.clamp(min=1) if start == 0 else None
     if bias is not None:
-        by_channel = reference._attention_by_channel(
+        by_channel = attention_in_torch._attention_by_channel(
             query, key, value, size.log().transpose(-1, -2).unsqueeze(1), 0.0, 0.25
         )
         assert relative(by_channel, expected) < tolerance

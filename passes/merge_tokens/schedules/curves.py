@@ -45,7 +45,8 @@ class Curve:
                 yield Curve(self.rise, self.fall + change)
 
     def __str__(self) -> str:
-        return next((name for name, curve in NAMED.items() if curve == self), f"t^{self.rise:g} (1 - t)^{self.fall:g}")
+        factors = [f"{base}^{power:g}" for base, power in (("t", self.rise), ("(1 - t)", self.fall)) if power]
+        return next((name for name, curve in NAMED.items() if curve == self), " ".join(factors))
 
 
 NAMED = {"constant": Curve(), "linear": Curve(fall=1), "parabolic": Curve(1, 1)}

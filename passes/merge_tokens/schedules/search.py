@@ -150,12 +150,11 @@ def search(
     solve(budget, NAMED["constant"])  # raises if it can't meet the budget
     curves, losses = _Curves(budget), _Losses(loss)
     grid = [*NAMED.values(), *(Curve(*numbers) for numbers in itertools.product(_RISES, _FALLS))]
-    named = {curves[curve]: name for name, curve in NAMED.items() if curves[curve] is not None}
     best = _halve(curves.distinct(grid), losses, search_parts)
     best = _step(best, curves, losses, search_parts)
     schedule, curve = best
     exchanged, count = _exchange(schedule, budget, losses, search_parts, seed)
-    entries: dict[Schedule, str] = {key: name for key, name in named.items() if key is not None}
+    entries = {key: str(named) for key, named in curves.distinct(list(NAMED.values())).items()}
     entries.setdefault(schedule, str(curve))
     entries.setdefault(exchanged, f"{entries[schedule]} with {count} exchange{'s' if count != 1 else ''}")
     candidates = tuple(

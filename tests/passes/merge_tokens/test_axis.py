@@ -223,8 +223,6 @@ def test_refusals_name_the_op(kind, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("beit_base_patch16_224", "relative position bias"),
-        ("vit_relpos_small_patch16_224", "relative position bias"),
         ("swin_tiny_patch4_window7_224", r"its stream is \(1, 56, 56, 96\)"),
         ("xcit_nano_12_p16_224", "are not the tokens"),
     ],

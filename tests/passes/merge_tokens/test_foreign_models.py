@@ -209,12 +209,6 @@ def test_the_class_token_behind_a_dict_does_not_merge():
         assert torch.equal(found, merged(net.model, x, 2)(x))
 
 
-def test_relative_position_biases_are_refused():
-    model = transformers.BeitModel(transformers.BeitConfig(**PLAIN, use_relative_position_bias=True)).eval()
-    with pytest.raises(GraphError, match="a relative position bias or a mask for every query"):
-        captured(model, torch.randn(2, 3, 32, 32), "static")
-
-
 def test_gathered_tokens_are_refused():
     options = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     config = transformers.ViTMAEConfig(**PLAIN, **options, decoder_intermediate_size=64)

@@ -9,8 +9,8 @@ import torch
 import mpcompile
 from mpcompile import Config, backend
 from mpcompile.artifact.verify import verify
+from tests.passes.dead_tokens.split_by_hand import split
 from tests.support.helpers import images, relative, tiny_vit
-from tests.support.split_rows import split
 
 QKV = "blocks.1.attn.qkv"
 PARTS = [f"{QKV}.weight_rows_0_32", f"{QKV}.weight_rows_32_96"]
