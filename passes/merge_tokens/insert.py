@@ -253,13 +253,16 @@ class MergeTokens(Pass):
         asked, known = ctx.config.to_dict(), ctx.plan.config
         if ctx.config.tome_r == 0 or not (is_lowered(gm, ctx.plan) or ctx.plan.tokens):
             return
-        if ctx.plan.tokens and _options(asked) == _options({**Config().to_dict(), **known}):
+        wanted, made = _options(asked), _options({**Config().to_dict(), **known})
+        if ctx.plan.tokens and wanted == made:
             return
+        changed = [key for key in wanted if wanted[key] != made[key]] if ctx.plan.tokens else ["tome_r"]
         why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
         raise GraphError(
             f"this module cannot merge tokens as requested: {why}",
             expected="tome_r=0, which leaves the module's merges as they are",
-            found=f"tome_r={ctx.config.tome_r!r}" + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
+            found=", ".join(f"{key}={asked[key]!r}" for key in changed)
+            + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
             hint="transform the model that it was made from, with this tome_r",
         )
 
