@@ -161,8 +161,8 @@ def search(
         Candidate(name, r, losses.mean(r, search_parts), losses.mean(r, check_parts)) for r, name in entries.items()
     )
     chosen = min(candidates, key=lambda candidate: candidate.check)  # the first of equals: constant before others
-    sizes = [len(losses.of(chosen.r, parts)) for parts in (search_parts, check_parts)]
-    return Search(measure, *sizes, losses.tried, chosen.name, candidates)
+    seen, unseen = (len(losses.of(chosen.r, parts)) for parts in (search_parts, check_parts))
+    return Search(measure, seen, unseen, losses.tried, chosen.name, candidates)
 
 
 def _share(parts: Sequence[int], divisor: int) -> Sequence[int]:
