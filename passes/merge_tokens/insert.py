@@ -33,6 +33,7 @@ from mpcompile.passes.merge_tokens.schedules.choose import choose
 from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
 from mpcompile.passes.merge_tokens.schedules.search import Search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
+from mpcompile.passes.merge_tokens.schedules.spared import find_spared
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
@@ -149,9 +150,10 @@ def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Sche
     """Return the schedule, and for ``tome_r="auto"`` how it was chosen, and the search for it."""
     if ctx.config.tome_r != "auto":
         return merges(ctx.config, [len(stream.sites) for stream in streams]), "", None
-    cost = merging_cost(gm, ctx, streams)
-    dense = cost([[stream.tokens[0]] * (len(stream.sites) + 1) for stream in streams])
-    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams)
+    spared = find_spared(gm, ctx, streams, [[site.residual for site in _sites_of(gm, stream)] for stream in streams])
+    dense = float(sum(node.meta.get("macs", 0) for node in gm.graph.nodes))
+    cost = merging_cost(gm, ctx, streams, spared)
+    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams, spared.idle)
 
     def inserted(schedule: Schedule) -> IRModule:
         trial = _trial(gm)[0]
@@ -161,7 +163,7 @@ def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Sche
         trial.recompile()
         return trial
 
-    whole = ctx.imported(inserted([[0] * len(stream.sites) for stream in streams]))
+    whole = ctx.imported(inserted(tuple((0,) * len(stream.sites) for stream in streams)))
     return choose(ctx.config, budget, whole, ctx.calibration, inserted, ctx.seed)
 
 
@@ -251,13 +253,16 @@ class MergeTokens(Pass):
         asked, known = ctx.config.to_dict(), ctx.plan.config
         if ctx.config.tome_r == 0 or not (is_lowered(gm, ctx.plan) or ctx.plan.tokens):
             return
-        if ctx.plan.tokens and _options(asked) == _options({**Config().to_dict(), **known}):
+        wanted, made = _options(asked), _options({**Config().to_dict(), **known})
+        if ctx.plan.tokens and wanted == made:
             return
+        changed = [key for key in wanted if wanted[key] != made[key]] if ctx.plan.tokens else ["tome_r"]
         why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
         raise GraphError(
             f"this module cannot merge tokens as requested: {why}",
             expected="tome_r=0, which leaves the module's merges as they are",
-            found=f"tome_r={ctx.config.tome_r!r}" + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
+            found=", ".join(f"{key}={asked[key]!r}" for key in changed)
+            + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
             hint="transform the model that it was made from, with this tome_r",
         )
 

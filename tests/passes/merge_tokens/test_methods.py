@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import transformers
 from timm.layers import set_fused_attn
 
+from mpcompile.errors import GraphError
 from mpcompile.kernels import ops, schema
 from mpcompile.passes.merge_tokens import saliency
 from mpcompile.passes.merge_tokens.saliency import Method
 from tests.support import merging_reference
-from tests.support.helpers import images, relative, tiny_vit, transformer
+from tests.support.helpers import images, randomise, relative, tiny_vit, transformer
 from tests.support.merging import decision, merged
 from tests.support.merging_reference import Terms
 
@@ -110,3 +112,29 @@ def test_export_with_a_dynamic_batch():
     with torch.no_grad():
         for size in (1, 6):
             assert relative(gm(images(size)), merging_reference.forward(model, images(size), 3, 1, terms=terms)) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_exported_model_of_transformers(attention, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = transformers.ViTConfig(**sizes, intermediate_size=64)
+    model = transformers.ViTForImageClassification._from_config(config, attn_implementation=attention).eval()
+    randomise(model)
+    x = images(2)
+    exported = torch.export.export(model, (x,)).module(check_guards=False)
+    gm = by(monkeypatch, exported, None, ALL)
+    assert rows_read(gm) == (0,)
+    with torch.no_grad():
+        blocks = model.vit.get_submodule("layers")
+        expected = merging_reference.forward(model, x, R, 1, blocks, terms=terms_of(ALL, (0,))).logits
+        assert relative(gm(x)[0], expected) < 1e-5
+
+
+def test_merges_already_made_keep_their_method():
+    model, x = tiny_vit(), images()
+    gm = merged(model, x, 3, tome_method="saliency")
+    again = merged(gm, x, 3, tome_method="saliency")
+    assert again.plan.config["tome_method"] == "saliency"
+    with pytest.raises(GraphError, match="found tome_method='tome'"):
+        merged(gm, x, 3, tome_method="tome")
