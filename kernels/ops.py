@@ -20,7 +20,7 @@ from mpcompile.errors import InputError
 from mpcompile.kernels import autocast, schema
 from mpcompile.kernels.nm_linear import checks, reference
 from mpcompile.kernels.nm_linear import operators as native
-from mpcompile.kernels.token_merge import fused, pairs
+from mpcompile.kernels.token_merge import attention, fused, pairs
 from mpcompile.kernels.token_merge import reference as merging
 
 NAMESPACE = "mpcompile"
@@ -53,13 +53,14 @@ _IMPLEMENTATIONS: dict[type[schema.Args], Callable[..., Any]] = {
     schema.NmLinearArgs: reference.nm_linear,
     schema.NmConv2dArgs: reference.nm_conv2d,
     schema.TokenSizeArgs: merging.token_size,
-    schema.TokenBiasArgs: merging.token_bias,
+    schema.TokenBiasArgs: attention.token_bias,
     schema.TokenMergeArgs: fused.token_merge,
+    schema.TokenSaliencyArgs: attention.token_saliency,
     schema.TokenMeanArgs: merging.token_mean,
     schema.TokenFollowArgs: merging.token_follow,
     schema.TokenPairsArgs: pairs.token_pairs,
     schema.TokenSpreadArgs: merging.token_spread,
-    schema.TokenAttentionArgs: merging.token_attention,
+    schema.TokenAttentionArgs: attention.token_attention,
 }
 for _args, _implementation in _IMPLEMENTATIONS.items():
     _LIBRARY.define(_args.operator + _args.signature())
@@ -78,6 +79,7 @@ nm_conv = torch.ops.mpcompile.nm_conv.default
 token_size = torch.ops.mpcompile.token_size.default
 token_bias = torch.ops.mpcompile.token_bias.default
 token_merge = torch.ops.mpcompile.token_merge.default
+token_saliency = torch.ops.mpcompile.token_saliency.default
 token_mean = torch.ops.mpcompile.token_mean.default
 token_follow = torch.ops.mpcompile.token_follow.default
 token_pairs = torch.ops.mpcompile.token_pairs.default
@@ -87,9 +89,8 @@ token_attention = torch.ops.mpcompile.token_attention.default
 MASKED = frozenset({masked_linear, masked_conv2d})
 NATIVE = frozenset({nm_gemm, nm_mlp, nm_conv})
 PACKED = frozenset({nm_linear, nm_conv2d}) | NATIVE
-MERGING = frozenset(
-    {token_size, token_bias, token_merge, token_mean, token_follow, token_pairs, token_spread, token_attention}
-)
+MATCHING = frozenset({token_merge, token_saliency, token_follow, token_pairs})  # their MACs are the cost of matching
+MERGING = MATCHING | {token_size, token_bias, token_mean, token_spread, token_attention}
 
 
 def packed_call(

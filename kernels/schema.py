@@ -9,8 +9,10 @@ Example:
     3
     >>> TokenSizeArgs.signature()
     '(Tensor x, Tensor? mask=None) -> Tensor'
-    >>> print(*TokenMergeArgs(x="x", keys="keys", size="size", r=8, prefix=1))
-    x keys size 8 1 0
+    >>> print(*TokenSizeArgs(x="x"))
+    x None
+    >>> TokenSizeArgs(x="x").shortest()
+    ('x',)
 """
 
 from __future__ import annotations
@@ -53,6 +55,15 @@ class Args:
         """Iterate over the arguments, in the operator's order."""
         return (getattr(self, name) for name in self.names())
 
+    def shortest(self) -> tuple[Any, ...]:
+        """Return the arguments in order, without trailing ones that have their default."""
+        args = list(self)
+        for field in reversed(dataclasses.fields(self)):  # type: ignore[arg-type]
+            if field.default is dataclasses.MISSING or args[-1] != field.default:
+                break
+            args.pop()
+        return tuple(args)
+
     @classmethod
     @functools.cache  # one entry per class
     def names(cls) -> tuple[str, ...]:
@@ -79,6 +90,7 @@ class Args:
             hint = hints[field.name]
             kind = hint.__metadata__[0] if typing.get_origin(hint) is Annotated else _TYPES[hint]
             default = "" if field.default is dataclasses.MISSING else f"={field.default}"
+            default = default.removesuffix("0") if type(field.default) is float else default  # torch writes 0.0 as 0.
             parts.append(f"{kind} {field.name}{default}")
         return f"({', '.join(parts)}) -> {cls.returns}"
 
@@ -248,6 +260,23 @@ class TokenMergeArgs(Args):
     r: int
     prefix: int
     suffix: int = 0
+    saliency: OptionalTensor = None
+    saliency_weight: float = 0.0
+    size_weight: float = 0.0
+    keep_norm: bool = False
+
+
+@dataclass
+class TokenSaliencyArgs(Args):
+    """Attention that the tokens ``rows`` pay to every token; without a key, ``query`` holds attention weights."""
+
+    operator: ClassVar[str] = "token_saliency"
+    query: Tensor
+    key: OptionalTensor
+    size: OptionalTensor
+    rows: Ints
+    scale: float | None = None
+    bias: OptionalTensor = None
 
 
 @dataclass

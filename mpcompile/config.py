@@ -20,7 +20,8 @@ _WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alo
 CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
-SCHEDULES = ("auto", "constant", "linear")
+SCHEDULES = ("auto", "constant", "linear", "parabolic")
+METHODS = ("tome", "saliency")
 ROLES = ("stem", "head", "depthwise")
 
 _WORDS = (str,)
@@ -29,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "mac_reduction": (float, type(None)),
     "patterns": (tuple,),
     "tome_r": (int, str, tuple),
+    "tome_method": _WORDS,
     "tome_schedule": _WORDS,
     "tome_reduction": (float, type(None)),
     "tome_proportional": (bool,),
@@ -41,6 +43,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "prefix_tokens": (int, type(None)),
     "frozen": (bool,),
     "outputs": (tuple,),
+    "skip_dead_tokens": (bool,),
 }
 
 
@@ -76,11 +79,15 @@ class Config:
             layer's inputs; on CUDA 2:4), or dense.
         tome_r: number of tokens merged per attention block (ToMe); 0 merges none. A list gives one number per block.
             ``"auto"`` finds the numbers that save ``tome_reduction``.
-        tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
-            ``"auto"`` is constant for a number. With ``tome_r="auto"`` and at least 32 calibration images, it is the
-            schedule whose outputs diverge least from those of the dense model.
-        tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by merging alone, between 0
-            and 1.
+        tome_method: which tokens merge: ``"tome"`` pairs them by the similarity of their keys alone (Bolya et al.);
+            ``"saliency"`` by the similarity of the tokens, spares those that the class token attends to and those that
+            represent many input tokens, and keeps the norms of tokens (docs/token_merging.md).
+        tome_schedule: ``"constant"``; ``"linear"``, from 2 * tome_r in the first block down to 0 in the last; or
+            ``"parabolic"``, most in the middle blocks and 0 in the last. ``"auto"`` is constant for a number. With
+            ``tome_r="auto"``, it is the schedule whose outputs diverge least from those of the dense model, if there
+            are at least 32 calibration images, and else parabolic.
+        tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by tokens alone, dead ones
+            included, between 0 and 1.
         tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,
             some models (those pretrained as masked autoencoders) keep more accuracy if this is off.
         score: which values a group keeps: ``"magnitude"`` the largest; ``"wanda"`` the largest products of value and
@@ -108,6 +115,8 @@ class Config:
             folds constants and prepacks dense weights, and no call checks for changed weights.
         outputs: names or globs of the outputs that are needed, such as ``"logits"`` or ``"*_embeds"``. The others are
             None in what the model returns, and nothing is computed for them. Empty: all.
+        skip_dead_tokens: compute only the tokens that something reads: behind the last attention, usually the class
+            token alone. The outputs are the same.
 
     Raises:
         ConfigError: an unknown option, or a value that an option does not accept.
@@ -121,6 +130,7 @@ class Config:
     mac_reduction: float | None = None
     patterns: tuple[str, ...] = ()
     tome_r: int | str | tuple[int, ...] = 0
+    tome_method: str = "tome"
     tome_schedule: str = "auto"
     tome_reduction: float | None = None
     tome_proportional: bool = True
@@ -133,6 +143,7 @@ class Config:
     prefix_tokens: int | None = None
     frozen: bool = False
     outputs: tuple[str, ...] = ()
+    skip_dead_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name in ("exclude", "include", "patterns", "outputs"):
@@ -150,7 +161,7 @@ class Config:
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
         if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
-        named = {"score": SCORES, "engine": ENGINES, "tome_schedule": SCHEDULES}
+        named = {"score": SCORES, "engine": ENGINES, "tome_method": METHODS, "tome_schedule": SCHEDULES}
         for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(

@@ -34,6 +34,7 @@ from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Calibration, Context, Pass, Results, run_pass
 from mpcompile.passes.consistency import Consistency, output_shapes
 from mpcompile.passes.context import Observer
+from mpcompile.passes.dead_tokens import SkipDeadTokens
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
@@ -58,21 +59,20 @@ class Pipeline:
 
     Example:
         >>> [p.name for p in Pipeline()]
-        ['analyze', 'allocate', 'permute', 'merge_tokens', 'mask', 'restore']
+        ['analyze', 'allocate', 'permute', 'merge_tokens', 'mask', 'restore', 'skip_dead_tokens']
         >>> [p.name for p in Pipeline([Mask(), MergeTokens()])]
         ['mask', 'merge_tokens']
     """
 
     def __init__(self, passes: Sequence[Pass] | None = None, *, after_each: Observer | None = None) -> None:
-        chosen = (
-            [Analyze(), Allocate(), Permute(), MergeTokens(), Mask(), Restore()] if passes is None else list(passes)
-        )
+        default = (Analyze, Allocate, Permute, MergeTokens, Mask, Restore, SkipDeadTokens)
+        chosen: list[Pass] = [step() for step in default] if passes is None else list(passes)
         for step in chosen:
             if not isinstance(step, Pass):
                 raise ConfigError(
                     "this is not a pass", expected="an instance of mpcompile.passes.base.Pass", found=repr(step)
                 )
-        self.passes: list[Pass] = chosen
+        self.passes = chosen
         self.after_each = after_each
 
     def __iter__(self) -> Iterator[Pass]:
@@ -136,7 +136,8 @@ def transform(
             received. Not needed if the graph carries shapes, or if there is calibration data.
         config: the options; see :class:`mpcompile.Config`.
         calibration: an iterable of batches (a tensor, a tuple whose first item is the input, or a dict of keyword
-            inputs), for a score that needs data. Without it, the score falls back to magnitude, and the Plan says so.
+            inputs), for a score that needs data and for ``tome_r="auto"``. Without it, the score falls back to
+            magnitude and the schedule to one that is not searched, and the Plan says so.
         pipeline: passes to run instead of the default ones.
         statistics: a folder for the moments of every layer, from which an interrupted run on the same weights, data
             and options resumes.
@@ -258,7 +259,7 @@ def complete(
     dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
     """Run the default passes unless the graph was transformed before, then ``passes``."""
-    first: list[Pass] = [] if transformed(imported) else list(Pipeline())
+    first: list[Pass] = [SkipDeadTokens()] if transformed(imported) else list(Pipeline())
     return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True, dump=dump)
 
 

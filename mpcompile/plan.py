@@ -296,7 +296,10 @@ class Plan:
         try:
             data = parse_json(text)
             check(data, _Plan)
-            _check_config(data.get("config", {}))
+            config = data.get("config", {})
+            _check_config(config)
+            if "tome_r" in config:  # plans saved before there was a choice merge tokens as ToMe does
+                config.setdefault("tome_method", "tome")
             layers = {k: LayerPlan(**{**v, "shape": tuple(v["shape"])}) for k, v in data.pop("layers").items()}
             passes = [PassRecord(**record) for record in data.pop("passes")]
             return cls(layers=layers, passes=passes, macs=Macs(**data.pop("macs")), **data)

@@ -1,4 +1,4 @@
-"""Token merging (ToMe) in plain torch: bipartite matching on the keys, size-weighted averages, proportional attention.
+"""Token merging (ToMe) in plain torch: bipartite matching and size-weighted averages.
 
 Conventions: the first ``prefix`` tokens (class, distillation, registers) stay first, in order, and take no part in
 merging; the last ``suffix`` tokens (detection) likewise stay last. The others are split by their index in the whole
@@ -6,17 +6,19 @@ sequence: even indices form set A, odd indices set B. The ``r`` tokens of A that
 averaged into it. New order: prefix, the rest of A, B, suffix, each in ascending order. Source: Bolya et al., "Token
 Merging: Your ViT But Faster", section 3.
 
-Similarities are cosines of keys summed over heads. Equal keys have similarities that differ in the last bits, depending
+Pairs have scores. The score of a token ``a`` of A with a token ``b`` of B is the cosine of their keys, summed over
+heads, less two penalties that are off by default: ``saliency_weight`` times the saliency of ``a``, the token that would
+go, and ``size_weight`` times ``log(size_a * size_b)``. Equal keys have scores that differ in the last bits, depending
 on the order in which a processor adds products. To break ties by index alone on every processor and in every engine,
-similarities that differ by at most ``TIE`` count as equal:
+scores that differ by at most ``TIE`` count as equal:
 
-- A token of A is matched with the first token of B whose similarity is within ``TIE`` of its highest.
-- The r-th highest of these highest similarities is the cut. Tokens of A above it by more than ``TIE`` merge; of those
-  within ``TIE`` of it, the first ones merge, until r have merged.
+- A token of A is matched with the first token of B whose score is within ``TIE`` of its highest.
+- The r-th highest of these highest scores is the cut. Tokens of A above it by more than ``TIE`` merge; of those within
+  ``TIE`` of it, the first ones merge, until r have merged.
 
 Both rules measure from one value that does not depend on the order of comparisons, so "equal" need not be transitive.
-Rounding similarities to a grid would not help: two that differ in the last bit can be on either side of a grid's edge.
-A key with NaN or infinity has similarity 0 to every token.
+Rounding scores to a grid would not help: two that differ in the last bit can be on either side of a grid's edge.
+A key with NaN or infinity has similarity 0 to every token, and such a saliency counts as 0.
 
 Tokens that take no part are unchanged, bit for bit. Sums use no atomics, so that two runs agree.
 """
@@ -34,13 +36,13 @@ from torch import Tensor
 # In fp32, the order of addition changes a cosine over D channels by at most 4 D 2^-24: 2^-14 for 256 channels, 2^-12
 # for 1024. Keys in bf16 only resolve about 2^-9: the tolerance loses nothing that a model relies on.
 TIE = 2.0**-12
-CHANNELS = 8  # channels added to keys that carry log(size): flash attention reads multiples of 8
+TINY = torch.finfo(torch.float32).tiny
 
 
 _Operator = TypeVar("_Operator", bound=Callable[..., Any])
 
 
-def _without_autocast(operator: _Operator) -> _Operator:
+def without_autocast(operator: _Operator) -> _Operator:
     """Run an operator without autocast, whose products in half precision differ by more than ``TIE``."""
 
     @functools.wraps(operator)
@@ -71,19 +73,9 @@ def token_size(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return weight[:, 0, 0, :, None].expand(x.shape[0], -1, -1)
 
 
-def _from(size: Tensor, start: int) -> Tensor:
+def sizes_from(size: Tensor, start: int) -> Tensor:
     """Return the sizes (B, N, 1) of the tokens from number ``start``; a negative start prepends tokens of size 1."""
     return F.pad(size, (0, 0, -start, 0), value=1.0) if start < 0 else size[:, start:]
-
-
-def token_bias(size: Tensor, logits: Tensor, start: int, dim: int, rows: int = 1) -> Tensor:
-    """Return log(size), shaped to be added to attention logits (B * rows, ..., T, ...) whose keys are along ``dim``."""
-    shape = [1] * logits.dim()
-    shape[0], shape[dim] = size.shape[0] * rows, -1
-    log = _from(size, start).log()
-    if rows > 1:
-        log = log.unsqueeze(1).expand(-1, rows, -1, -1)
-    return log.reshape(shape).to(logits.dtype)
 
 
 def merged_count(tokens: int, r: int, prefix: int) -> int:
@@ -91,30 +83,44 @@ def merged_count(tokens: int, r: int, prefix: int) -> int:
     return tokens - max(0, min(r, (tokens - prefix) // 2))
 
 
-@_without_autocast
+@without_autocast
 def token_merge(
-    x: Tensor, keys: Tensor, size: Tensor, r: int, prefix: int, suffix: int = 0
+    x: Tensor,
+    keys: Tensor,
+    size: Tensor,
+    r: int,
+    prefix: int,
+    suffix: int = 0,
+    saliency: Tensor | None = None,
+    saliency_weight: float = 0.0,
+    size_weight: float = 0.0,
+    keep_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``r`` tokens of x.
 
     Args:
         x: (B, N, C) tokens.
-        keys: (B, heads, N, D), as attention used them.
+        keys: (B, heads, N, D), whose cosines pair the tokens: keys as attention used them, or x as one head.
         size: (B, N, 1) number of input tokens that each token represents.
         r: tokens to merge away, clamped to half of those that take part.
         prefix, suffix: tokens at the front and at the end that take no part.
+        saliency: (B, N), see :func:`token_saliency`; None for none.
+        saliency_weight: penalty for the saliency of a token that goes.
+        size_weight: penalty for the log of the two sizes' product; sizes below 1 (hidden tokens) count as 1.
+        keep_norm: scale a merged token to the mean norm of its parts, weighted by their sizes.
 
     Returns:
         x (B, N - r, C), size (B, N - r, 1), and (B, N) int64: the position of each old token in the new sequence.
     """
     if suffix:
-        return with_suffix(token_merge, x, keys, size, r, prefix, suffix)
+        pairs = (saliency_weight, size_weight, keep_norm)
+        return with_suffix(token_merge, x, keys, size, r, prefix, suffix, saliency, *pairs)
     batch, tokens, _ = x.shape
     r = tokens - merged_count(tokens, r, prefix)
     if r <= 0:
         return x.clone(), size.clone(), torch.arange(tokens, device=x.device).expand(batch, -1).clone()
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
-    best, target = _match(keys, even, odd)
+    best, target = _match(keys, even, odd, *penalties(size, even, odd, saliency, saliency_weight, size_weight))
     of_a, listed = _split(best, r)
     sources, rest = even + 2 * listed[:, -r:, None], even + 2 * listed[:, :-r, None]
 
@@ -125,8 +131,13 @@ def token_merge(
     grown = size[:, odd::2] + received
     # The weighted average as a step from the target's value, so that a target that receives nothing is unchanged.
     into, arriving = x[:, odd::2].float(), _rows(x, sources).float()
-    step = (share @ arriving - received * into) / grown.clamp(min=torch.finfo(torch.float32).tiny)
-    merged = torch.cat([x[:, :prefix], _rows(x, rest), (into + step).to(x.dtype)], 1)
+    total = grown.clamp(min=TINY)
+    average = into + (share @ arriving - received * into) / total
+    if keep_norm:
+        norm = _norm(into)
+        norm = norm + (share @ _norm(arriving) - received * norm) / total
+        average = torch.where(received > 0, average * (norm / _norm(average).clamp(min=TINY)), average)
+    merged = torch.cat([x[:, :prefix], _rows(x, rest), average.to(x.dtype)], 1)
     sizes = torch.cat([size[:, :prefix], size.gather(1, rest), grown], 1)
     of_a = torch.where(of_a < rest.shape[1], of_a, rest.shape[1] + target)
     return merged, sizes, places(of_a, rest.shape[1], prefix, tokens)
@@ -140,10 +151,13 @@ def with_suffix(
     r: int,
     prefix: int,
     suffix: int,
+    saliency: Tensor | None = None,
+    *pairs: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge all tokens but the last ``suffix`` by ``merge``, which takes the other arguments; the last ones stay."""
     inner = x.shape[1] - suffix
-    merged, sizes, place = merge(x[:, :inner], keys[:, :, :inner], size[:, :inner], r, prefix)
+    saliency = None if saliency is None else saliency[:, :inner]
+    merged, sizes, place = merge(x[:, :inner], keys[:, :, :inner], size[:, :inner], r, prefix, 0, saliency, *pairs)
     behind = torch.arange(merged.shape[1], merged.shape[1] + suffix, device=x.device).expand(len(x), -1)
     ends = (torch.cat([merged, x[:, inner:]], 1), torch.cat([sizes, size[:, inner:]], 1))
     return *ends, torch.cat([place, behind], 1)
@@ -155,17 +169,47 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape[:2])
 
 
-def _match(keys: Tensor, even: int, odd: int) -> tuple[Tensor, Tensor]:
-    """Return the highest similarity of each token of A, and the token of B that it is matched with; both (B, A)."""
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def penalties(
+    size: Tensor, even: int, odd: int, saliency: Tensor | None, saliency_weight: float, size_weight: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what the scores of the tokens of A (B, A) and of those of B (B, B) lose; None for nothing."""
+    of_a = of_b = None
+    if size_weight:
+        lost = size_weight * size.detach().squeeze(-1).float().clamp(min=1).log()
+        of_a, of_b = lost[:, even::2], lost[:, odd::2]
+    if saliency is not None and saliency_weight:
+        known = saliency.detach()[:, even::2].float()
+        known = torch.where(known.abs() < torch.inf, known, 0.0)  # false for NaN
+        of_a = saliency_weight * known if of_a is None else of_a + saliency_weight * known
+    return of_a, of_b
+
+
+def _match(
+    keys: Tensor, even: int, odd: int, of_a: Tensor | None = None, of_b: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the highest score of each token of A, and the token of B that it is matched with; both (B, A).
+
+    Args:
+        keys: (B, heads, N, D).
+        even, odd: the first tokens of A and of B.
+        of_a, of_b: what their scores lose, see :func:`penalties`.
+    """
     # Head by head: Tensor.sum adds some columns in another order, so equal keys would differ where heads cancel.
     total = functools.reduce(torch.add, keys.float().unbind(1))
     metric = F.normalize(total, dim=-1)
     metric = torch.where(metric == metric, metric, 0.0)  # false for NaN
     scores = metric[:, even::2] @ metric[:, odd::2].transpose(-1, -2)
+    if of_b is not None:
+        scores = scores - of_b.unsqueeze(1)
     best = scores.amax(-1, keepdim=True)
     index = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float32)
     first = torch.where(scores >= best - TIE, index, scores.shape[-1]).amin(-1)
-    return best.squeeze(-1), first.long()
+    best = best.squeeze(-1)
+    return best if of_a is None else best - of_a, first.long()
 
 
 def _split(best: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -213,12 +257,12 @@ def token_mean(x: Tensor, size: Tensor, start: int, dim: int, keepdim: bool) -> 
     """
     shape = [1] * x.dim()
     shape[0], shape[dim] = x.shape[0], x.shape[dim]
-    weight = _from(size, start).reshape(shape)
+    weight = sizes_from(size, start).reshape(shape)
     mean = (x.float() * weight).sum(dim, keepdim=keepdim) / weight.sum(dim, keepdim=keepdim)
     return mean.to(x.dtype)
 
 
-@_without_autocast
+@without_autocast
 def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, start: int, dim: int, rank: int) -> Tensor:
     """Average a value per input token (a position embedding, a rotary table) over the tokens that merged.
 
@@ -240,7 +284,7 @@ def token_follow(table: Tensor, place: Tensor, before: Tensor, size: Tensor, sta
     count = size.shape[1] - start
     rows = torch.arange(start, start + count, device=place.device).view(1, -1, 1)
     mean = (place[:, start:].unsqueeze(1) == rows) * before[:, start:].transpose(-1, -2)
-    mean = mean / size[:, start:].clamp(min=torch.finfo(torch.float32).tiny)  # (B, N - start, T)
+    mean = mean / size[:, start:].clamp(min=TINY)  # (B, N - start, T)
     table = table.reshape((1,) * (rank - table.dim()) + tuple(table.shape))
     values = table.unsqueeze(-1) if dim == -1 else table.movedim(dim, -2)
     mean = mean.reshape(mean.shape[:1] + (1,) * (values.dim() - 3) + mean.shape[1:])
@@ -267,53 +311,3 @@ def token_spread(x: Tensor, place: Tensor, start: int, dim: int) -> Tensor:
     shape[0], shape[dim] = index.shape
     sizes = [*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :]]
     return x.gather(dim, index.reshape(shape).expand(sizes))
-
-
-def _attention_by_channel(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, scale: float
-) -> Tensor:
-    """Attention with a bias per key (B, 1, 1, T), carried by two extra key channels: a high part and a low part.
-
-    A mask would rule out flash attention on CUDA. Queries are one in both channels. The low part is the rounding error
-    of the high part in half precision.
-    """
-    bias = (bias.float() / scale).transpose(-1, -2).expand(-1, key.shape[1], -1, -1)
-    high = bias.to(key.dtype)
-    low = (bias - high.float()).to(key.dtype)
-    pad = (0, CHANNELS - 2)
-    key = torch.cat([key, F.pad(torch.cat([high, low], -1), pad)], -1)
-    query = torch.cat([query, F.pad(torch.ones_like(query[..., :2]), pad)], -1)
-    size = value.shape[-1]
-    result = F.scaled_dot_product_attention(query, key, F.pad(value, (0, CHANNELS)), dropout_p=dropout, scale=scale)
-    return result[..., :size]
-
-
-def token_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    size: Tensor,
-    start: int,
-    dropout_p: float,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """Proportional attention: log(size) is added to the logits of merged keys.
-
-    Args:
-        query: (B, heads, L, D).
-        key, value: (B, heads, T, D), of the tokens from number ``start``.
-        size: (B, N, 1).
-        start: as in :func:`token_mean`.
-        dropout_p, scale, enable_gqa: as in ``scaled_dot_product_attention``.
-
-    Source: Bolya et al., section 3, equation 1.
-    """
-    bias = _from(size, start).log().transpose(-1, -2).unsqueeze(1)  # (B, 1, 1, T)
-    flash = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not enable_gqa
-    if flash and query.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 - CHANNELS:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _attention_by_channel(query, key, value, bias, dropout_p, scale)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
-    )

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from mpcompile.cli.destinations import FILE, declare
-from mpcompile.config import ENGINES, SCHEDULES, SCORES, Config
+from mpcompile.config import ENGINES, METHODS, SCHEDULES, SCORES, Config
 from mpcompile.errors import ConfigError, printable_lines
 from mpcompile.io.reading import read_text
 from mpcompile.io.writing import write_atomically
@@ -245,10 +245,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "metavar": "R",
         "help": "tokens merged per block: one number, such as 8; one per block, such as 16,12,8; or auto",
     },
+    "tome_method": {
+        "choices": METHODS,
+        "help": "merge tokens by their keys alone (tome), or spare those that the class token attends to (saliency)",
+    },
     "tome_schedule": {
         "choices": SCHEDULES,
-        "help": "constant: the same number in every block; linear: a number that falls to 0; auto: constant for one "
-        "number, and with --tome-r auto what images show to be best",
+        "help": "constant: the same number in every block; linear: falls to 0; parabolic: most in the middle; "
+        "auto: constant for one number, and with --tome-r auto what images show to be best, or parabolic without",
     },
     "tome_reduction": {
         "type": float,
@@ -275,6 +279,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "metavar": "NAME",
         "help": "names or glob patterns of the outputs that are needed; the others become None (default: all)",
     },
+    "skip_dead_tokens": {"action": "store_false", "help": "compute all tokens, also those that nothing reads"},
     "frozen": {
         "action": "store_true",
         "help": "weights will not change: fold constants, prepack, and compare with dense builds that do the same",

@@ -89,8 +89,7 @@ def _rows() -> Iterator[Operator]:
     for op in ops.MASKED:
         yield Operator(op, "masked", Stage.TRANSFORMED, literal=_PATTERN)
     for op in ops.MERGING:
-        matching = op in (ops.token_merge, ops.token_follow, ops.token_pairs)
-        yield Operator(op, "merging", Stage.TRANSFORMED, matching=matching)
+        yield Operator(op, "merging", Stage.TRANSFORMED, matching=op in ops.MATCHING)
     for op in ops.PACKED:
         yield Operator(
             op,

@@ -2,13 +2,15 @@
 
 A block is the repeating unit of a network: a module path up to its last number, such as ``blocks.3``, ``layer2.0`` or
 ``stages.1.blocks.0``. Its output is the output of its last module, followed through the residual addition. The Plan
-records which channels mpcompile reordered; the teacher's channels are compared in that order.
+records which channels mpcompile reordered; the teacher's channels are compared in that order. Of a block in which the
+student computes only some tokens, since nothing reads the others, these tokens are compared.
 """
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +38,13 @@ class Feature:
         block: module path of the block.
         node: output of the block in the graph, (batch, tokens, channels) or (batch, channels, height, width).
         size: if tokens were merged, the node that counts the tokens merged into each, (batch, tokens, 1); else None.
+        tokens: slices of tokens by which it, or a stream before it, became shorter; see :func:`_selections`.
     """
 
     block: str
     node: fx.Node
     size: fx.Node | None = None
+    tokens: tuple[slice, ...] = ()
 
 
 def _path(node: fx.Node) -> str | None:
@@ -64,6 +68,28 @@ def _same_axes(node: fx.Node, before: fx.Node) -> bool:
     return old is not None and new is not None and len(old) == len(new) and sorted(old) == sorted(new)
 
 
+def _selections(node: fx.Node) -> tuple[slice, ...]:
+    """Return the slices of tokens by which a block's output, (batch, tokens, channels), became shorter than a stream.
+
+    They are searched upwards along tensors of as many tokens, such as the branches of residual additions.
+    """
+    tokens, stack, seen = (shape_of(node) or ())[1], [node], {node}
+    found: list[slice] = []
+    while stack:
+        current = stack.pop()
+        for source in current.all_input_nodes:
+            shape = shape_of(source) or ()
+            index = current.args[1] if current.target is operator.getitem else None
+            if len(shape) != 3 or source in seen:
+                continue
+            if shape[1] == tokens:
+                seen.add(source)
+                stack.append(source)
+            elif isinstance(index, tuple) and len(index) > 1 and isinstance(index[1], slice) and index[1] not in found:
+                found.append(index[1])
+    return tuple(found)
+
+
 def block_outputs(gm: fx.GraphModule) -> list[Feature]:
     """Return the output of every block, in graph order. The graph has to carry shapes."""
     last: dict[str, fx.Node] = {}
@@ -84,7 +110,8 @@ def block_outputs(gm: fx.GraphModule) -> list[Feature]:
         if len(shape_of(node) or ()) in (3, 4):
             upstream = ancestors(node)  # other streams of tokens have merges of their own
             before = [m for m in merges if m in upstream]
-            outputs.append(Feature(block, node, sizes.get(before[-1]) if before else None))
+            parts = _selections(node) if len(shape_of(node) or ()) == 3 else ()
+            outputs.append(Feature(block, node, sizes.get(before[-1]) if before else None, parts))
     return outputs
 
 
@@ -147,21 +174,28 @@ def feature_loss(
     teacher: Sequence[tuple[Tensor, Tensor | None]],
     orders: Sequence[Tensor | None],
     prefix: int = 0,
+    tokens: Sequence[slice | None] | None = None,
 ) -> Tensor:
     """Return the mean over the blocks of ||student - teacher||^2 / ||teacher||^2, a scalar.
 
     If the student merged tokens, the prefix tokens and the mean over the others are compared instead of every token.
+    If it does not compute all tokens, those that it computes are compared.
 
     Args:
         student, teacher: (feature, size or None) of each block.
         orders: for each block, the index of each student channel in the teacher's feature, or None.
         prefix: tokens at the start that are never merged, such as the class token.
+        tokens: for each block, the tokens that the student computes, or None for all.
     """
     losses = []
-    for (feature, size), (target, _), order in zip(student, teacher, orders, strict=True):
-        target = _in_order(target, order)
+    parts = tokens or [None] * len(student)
+    for (feature, size), (target, _), order, part in zip(student, teacher, orders, parts, strict=True):
+        target, first = _in_order(target, order), prefix
+        if part is not None:
+            target, size = target[:, part], None if size is None else size[:, part]
+            first = max(0, prefix - (part.start or 0))
         if feature.shape != target.shape:
-            feature, target = _summary(feature, size, prefix), _summary(target, None, prefix)
+            feature, target = _summary(feature, size, first), _summary(target, None, first)
         feature, target = feature.float(), target.float()
         losses.append((feature - target).square().sum() / target.square().sum().clamp(min=1e-30))
     return torch.stack(losses).mean()
@@ -176,10 +210,11 @@ class FeaturePair:
     blocks: list[str]
     orders: list[Tensor | None]
     prefix: int
+    tokens: list[slice | None]
 
     def loss(self, student: Any, teacher: Any) -> Tensor:
         """Return the :func:`feature_loss` of the block outputs that the two modules returned."""
-        return feature_loss(student, teacher, self.orders, self.prefix)
+        return feature_loss(student, teacher, self.orders, self.prefix, self.tokens)
 
 
 def _merged_prefix(student: nn.Module) -> int:
@@ -208,8 +243,12 @@ def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> Featu
     propagate(student, inputs)
     other = import_model(teacher, tuple(inputs)).gm
     propagate(other, inputs)
-    ours, theirs = (_widths(block_outputs(gm)) for gm in (student, other))
-    blocks = [block for block, width in ours.items() if theirs.get(block) == width]
+    features, references = ({f.block: f for f in block_outputs(gm)} for gm in (student, other))
+    ours, theirs = _widths(features.values()), _widths(references.values())
+    tokens = {
+        block: _computed(features[block], references[block]) for block in ours if theirs.get(block) == ours[block]
+    }
+    blocks = [block for block, part in tokens.items() if part]
     if not blocks:
         raise InputError(
             "student and teacher share no block of the same width",
@@ -224,10 +263,18 @@ def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> Featu
         blocks,
         [orders.get(block) for block in blocks],
         _merged_prefix(student),
+        [tokens[block][0] for block in blocks],
     )
 
 
-def _widths(features: Sequence[Feature]) -> Mapping[str, int]:
+def _computed(feature: Feature, reference: Feature) -> list[slice | None]:
+    """Return a list of the tokens of a teacher's block that the student computes, None for all; [] if unknown."""
+    if feature.tokens == reference.tokens:
+        return [None]
+    return list(feature.tokens) if len(feature.tokens) == 1 and not reference.tokens else []
+
+
+def _widths(features: Iterable[Feature]) -> Mapping[str, int]:
     """Return the number of channels of each block: the last axis of tokens, axis 1 of images."""
     shapes = {f.block: shape_of(f.node) or () for f in features}
     return {block: shape[1] if len(shape) == 4 else shape[-1] for block, shape in shapes.items()}

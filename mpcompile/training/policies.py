@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mpcompile._moved import renamed
 from mpcompile.data import ranks
 from mpcompile.errors import InputError
 from mpcompile.ir.view import stored_layers
+from mpcompile.kernels import ops
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.pruning.scores import magnitude_mask
@@ -125,31 +127,53 @@ def _update_masks(student: nn.Module) -> None:
         layer.mask.copy_(magnitude_mask(layer.weight, layer.pattern))
 
 
-class Moving(Frozen):
-    """Masks follow the magnitude of dense weights; subclasses define how removed weights still contribute."""
+def _retarget(gm: fx.GraphModule, before: Any, after: Any) -> None:
+    """Let calls of one function in a graph call another: parts of a layer that is split by rows call no module."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is before]
+    for node in calls:
+        node.target = after
+    if calls:
+        gm.recompile()
 
-    def __init__(self, student: nn.Module) -> None:
+
+class Moving(Frozen):
+    """Masks follow the magnitude of dense weights; subclasses define how removed weights still contribute.
+
+    Args:
+        student: the module whose masks move.
+        copies: other graphs that run on the student's layers.
+    """
+
+    def __init__(self, student: nn.Module, copies: Sequence[fx.GraphModule] = ()) -> None:
         super().__init__(student)
-        layers = _masked_layers(student)
-        if len(layers) != len(masked_weights(student)):
+        own = _masked_layers(student)
+        if len(own) != len(masked_weights(student)):
             raise InputError(
                 "moving masks need masked layers that are modules",
                 expected="a student that mpcompile.transform made from a module",
                 found="masked layers that are function calls in the graph",
                 hint="use method='frozen'",
             )
-        for layer in layers:
+        for layer in own:
             layer.forward = types.MethodType(self._forward, layer)  # type: ignore[method-assign]
 
-    def weight(self, layer: MaskedLinear | MaskedConv2d) -> Tensor:
-        """Return the weight that the layer multiplies by."""
+        def rows_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+            return F.linear(x, self.weight(weight, mask), bias)
+
+        self._rows_linear = rows_linear
+        for graph in (student, *copies):
+            if isinstance(graph, fx.GraphModule):
+                _retarget(graph, ops.masked_linear, rows_linear)
+
+    def weight(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """Return what a layer multiplies by in place of its weight, or of some rows of it."""
         raise NotImplementedError
 
     def _forward(self, layer: MaskedLinear | MaskedConv2d, x: Tensor) -> Tensor:
+        weight = self.weight(layer.weight, layer.mask)
         if isinstance(layer, MaskedLinear):
-            return F.linear(x, self.weight(layer), layer.bias)
-        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return F.conv2d(x, self.weight(layer), layer.bias, *geometry)
+            return F.linear(x, weight, layer.bias)
+        return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def before_step(self, progress: float) -> None:
         _update_masks(self.student)
@@ -167,26 +191,28 @@ class Moving(Frozen):
     def _settle(self, model: nn.Module) -> None:
         for layer in _masked_layers(model):
             vars(layer).pop("forward", None)
+        if isinstance(model, fx.GraphModule):
+            _retarget(model, self._rows_linear, ops.masked_linear)
         apply_masks(model)
 
 
 class SrSte(Moving):
     """Sparse-refined straight-through estimator. Source: Zhou et al. 2021, arXiv 2102.04010."""
 
-    def __init__(self, student: nn.Module, decay: float) -> None:
-        super().__init__(student)
+    def __init__(self, student: nn.Module, decay: float, copies: Sequence[fx.GraphModule] = ()) -> None:
+        super().__init__(student, copies)
         self.decay = decay
 
-    def weight(self, layer: MaskedLinear | MaskedConv2d) -> Tensor:
-        result: Tensor = _StraightThrough.apply(layer.weight, layer.mask, self.decay)
+    def weight(self, weight: Tensor, mask: Tensor) -> Tensor:
+        result: Tensor = _StraightThrough.apply(weight, mask, self.decay)
         return result
 
 
 class Gradual(Moving):
     """Removed weights fade out over the first half of training. Source: Kao et al. 2022."""
 
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__(student)
+    def __init__(self, student: nn.Module, copies: Sequence[fx.GraphModule] = ()) -> None:
+        super().__init__(student, copies)
         self.factor = 1.0
 
     def before_step(self, progress: float) -> None:
@@ -194,15 +220,19 @@ class Gradual(Moving):
         if self.factor:
             _update_masks(self.student)
 
-    def weight(self, layer: MaskedLinear | MaskedConv2d) -> Tensor:
-        return layer.weight * torch.where(layer.mask, 1.0, self.factor)
+    def weight(self, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * torch.where(mask, 1.0, self.factor)
 
     def finish(self, model: nn.Module) -> None:
         self._settle(model)
 
 
-def policy(method: str, student: nn.Module, sr_ste_decay: float) -> Frozen:
-    """Return the policy for a method, one of :data:`mpcompile.training.options.METHODS`."""
+def policy(method: str, student: nn.Module, sr_ste_decay: float, copies: Sequence[fx.GraphModule] = ()) -> Frozen:
+    """Return the policy for a method, one of :data:`mpcompile.training.options.METHODS`.
+
+    Args:
+        copies: other graphs that run on the student's layers.
+    """
     if method == "sr-ste":
-        return SrSte(student, sr_ste_decay)
-    return Gradual(student) if method == "gradual" else Frozen(student)
+        return SrSte(student, sr_ste_decay, copies)
+    return Gradual(student, copies) if method == "gradual" else Frozen(student)

@@ -81,7 +81,8 @@ def set_up(
         wrapped = nn.parallel.DistributedDataParallel(module, device_ids=ids)
     optimizer = _optimizer(trained, training)
     scheduler = _scheduler(optimizer, training, steps)
-    policy = policies.policy(training.method, trained, training.sr_ste_decay)
+    copies = () if pair is None else (pair.student.gm,)
+    policy = policies.policy(training.method, trained, training.sr_ste_decay, copies)
     outputs = data.Teacher(target, training.cache)
     return Setup(student, trained, wrapped, outputs, pair, ema, optimizer, scheduler, policy, sharded)
 

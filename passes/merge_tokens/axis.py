@@ -109,7 +109,7 @@ class TokenAxis(GridAxes):
                 self.states[node] = state
                 if keys is not None:
                     self.weights[node] = keys
-                    if self._is_linear(node, target_name(self.gm, node)):
+                    if self.proportional and self._is_linear(node, target_name(self.gm, node)):
                         self._count_bias(node, state, keys)
                 self.extents.setdefault(node, [(state.level, start, axis) for axis, start in state.axes.items()])
 
@@ -349,7 +349,7 @@ class TokenAxis(GridAxes):
             raise self._refusal(node, "its operands hold different tokens")
         axes = {**ours, **theirs}
         summed = [(level, start, None) for start in inner[:1] if start is not None]
-        self.extents[node] = [(level, start, axis) for axis, start in axes.items()] + summed
+        self.extents[node] = [*((level, start, axis) for axis, start in axes.items()), *summed]
         return State(level, axes) if axes else None
 
     def _attention(self, node: fx.Node) -> State | None:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from mpcompile.config import Config
@@ -32,23 +31,16 @@ from mpcompile.passes.merge_tokens.grids.turned import part_rows, rows_of_norms,
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.moves import State
 from mpcompile.passes.merge_tokens.outputs import named_outputs
+from mpcompile.passes.merge_tokens.saliency import METHODS, Method, metric, weigh
 from mpcompile.passes.merge_tokens.schedules.choose import choose
 from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
 from mpcompile.passes.merge_tokens.schedules.search import Search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
+from mpcompile.passes.merge_tokens.schedules.spared import find_spared
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, key_mask, opaque_attentions
-from mpcompile.passes.merge_tokens.streams import NOTHING_SAVED, group, useful
+from mpcompile.passes.merge_tokens.streams import NOTHING_SAVED, Unmerged, group, useful
 from mpcompile.plan import Plan, is_lowered
-
-
-def _keys(graph: fx.Graph, site: Site) -> fx.Node:
-    """Concatenate the keys of all attentions of a block as (B, heads, N, D), at the graph's insertion point."""
-    keys = []
-    for attention in site.attentions:
-        node = attention.keys
-        keys.append(graph.call_method("transpose", (node, -2, -1)) if attention.transposed else node)
-    return keys[0] if len(keys) == 1 else graph.call_function(torch.cat, (keys, 1))
 
 
 def insert_merges(
@@ -56,6 +48,7 @@ def insert_merges(
     sites: Sequence[Site],
     stream: Stream,
     proportional: bool,
+    method: Method,
     states: dict[fx.Node, State] | None = None,
 ) -> TokenAxis:
     """Insert the merges of one stream into a graph, and rewrite the nodes after them.
@@ -64,6 +57,7 @@ def insert_merges(
         sites: the blocks of the stream.
         stream: how many tokens merge in each; a block that merges nothing is skipped.
         proportional: True to add log(size) to attention logits.
+        method: how pairs of tokens are chosen and merged.
         states: filled with the tokens that each node carries, also if a later op cannot be followed.
 
     Raises:
@@ -80,6 +74,7 @@ def insert_merges(
             found="False",
         )
     levels: dict[fx.Node, Level] = {}
+    merges: dict[fx.Node, Site] = {}
     first: fx.Node | None = None
     level: Level | None = None
     for block, site in enumerate(sites):
@@ -90,11 +85,18 @@ def insert_merges(
             if first is None:
                 first = graph.call_function(ops.token_size, tuple(schema.TokenSizeArgs(site.residual, mask)))
             size = first if level is None else level.size
-            keys = _keys(graph, site)
-            merge_args = tuple(
-                schema.TokenMergeArgs(site.residual, keys, size, stream.r[block], stream.prefix, stream.suffix)
+            args = schema.TokenMergeArgs(
+                x=site.residual,
+                keys=metric(graph, site, method),
+                size=size,
+                r=stream.r[block],
+                prefix=stream.prefix,
+                suffix=stream.suffix,
+                size_weight=method.size,
+                keep_norm=method.keep_norm,
             )
-            merge = graph.call_function(ops.token_merge, merge_args if stream.suffix else merge_args[:-1])
+            merge = graph.call_function(ops.token_merge, args.shortest())
+            merges[merge] = site
             tokens, after, step = (graph.call_function(operator.getitem, (merge, i)) for i in range(3))
         tokens.meta["mpcompile.original"] = site.residual
         for user in users:
@@ -105,6 +107,9 @@ def insert_merges(
     axis = TokenAxis(gm, levels, first, numbers[0], stream.prefix, stream.suffix, mask, proportional)
     axis.states = axis.states if states is None else states
     axis.follow(original)
+    rows = axis.picked_after(sites[-1].residual)
+    if rows and method.saliency:
+        weigh(graph, merges, rows, method, proportional)
     for node in [level.step for level in levels.values() if not level.step.users]:
         graph.erase_node(node)
     return axis
@@ -139,7 +144,9 @@ def _grouped(gm: IRModule, sites: Sequence[Site], ctx: Context) -> list[list[Sit
         tokens = (shape_of(site.residual) or (0, 0))[1]
         with contextlib.suppress(GraphError):  # the reason to refuse it is found again, for the whole stream
             stream = Stream([site.name], [1], *_ends(gm, site, ctx), [tokens, tokens - 1])
-            insert_merges(trial, _sites_of(trial, stream), stream, ctx.config.tome_proportional, carried)
+            insert_merges(
+                trial, _sites_of(trial, stream), stream, ctx.config.tome_proportional, METHODS["tome"], carried
+            )
         return {node: carried[copied] for node, copied in copies.items() if copied in carried}
 
     return group(sites, states)
@@ -155,7 +162,7 @@ def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream], spared: 
         spared: what is not computed since nothing reads it; None if all is.
     """
     trial, copies = _trial(gm)
-    axes = [_tried(trial, stream, ctx.config.tome_proportional) for stream in streams]
+    axes = [_tried(trial, stream, ctx.config) for stream in streams]
     found: list[Term] = []
     for node, copied in copies.items():
         extents = [
@@ -173,28 +180,33 @@ def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Sche
     """Return the schedule, and for ``tome_r="auto"`` how it was chosen, and the search for it."""
     if ctx.config.tome_r != "auto":
         return merges(ctx.config, [len(stream.sites) for stream in streams]), "", None
-    cost = merging_cost(gm, ctx, streams)
-    dense = cost([[stream.tokens[0]] * (len(stream.sites) + 1) for stream in streams])
-    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams)
+    spared = find_spared(gm, ctx, streams, [[site.residual for site in _sites_of(gm, stream)] for stream in streams])
+    dense = float(sum(node.meta.get("macs", 0) for node in gm.graph.nodes))
+    cost = merging_cost(gm, ctx, streams, spared)
+    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams, spared.idle)
 
     def inserted(schedule: Schedule) -> IRModule:
         trial = _trial(gm)[0]
         for stream, r in zip(streams, schedule, strict=True):
             if any(r):
-                insert_merges(trial, _sites_of(trial, stream), stream.merging(r), ctx.config.tome_proportional)
+                _inserted(trial, _sites_of(trial, stream), stream.merging(r), ctx.config)
         trial.recompile()
         return trial
 
-    whole = ctx.imported(inserted([[0] * len(stream.sites) for stream in streams]))
+    whole = ctx.imported(inserted(tuple((0,) * len(stream.sites) for stream in streams)))
     return choose(ctx.config, budget, whole, ctx.calibration, inserted, ctx.seed)
 
 
-def _tried(trial: IRModule, stream: Stream, proportional: bool) -> TokenAxis:
+def _tried(trial: IRModule, stream: Stream, config: Config) -> TokenAxis:
     """Merge one token in each block of a stream, in a copy of the graph; level ``i`` holds the tokens after block i."""
     sites = _sites_of(trial, stream)
     one = [1] * len(sites)
     numbers = [stream.tokens[0] - i for i in range(len(sites) + 1)]
-    return insert_merges(trial, sites, replace(stream, r=one, tokens=numbers), proportional)
+    return _inserted(trial, sites, replace(stream, r=one, tokens=numbers), config)
+
+
+def _inserted(gm: IRModule, sites: Sequence[Site], stream: Stream, config: Config) -> TokenAxis:
+    return insert_merges(gm, sites, stream, config.tome_proportional, METHODS[config.tome_method])
 
 
 def _sites_of(gm: IRModule, stream: Stream) -> list[Site]:
@@ -271,13 +283,16 @@ class MergeTokens(Pass):
         asked, known = ctx.config.to_dict(), ctx.plan.config
         if ctx.config.tome_r == 0 or not (is_lowered(gm, ctx.plan) or ctx.plan.tokens):
             return
-        if ctx.plan.tokens and _options(asked) == _options({**Config().to_dict(), **known}):
+        wanted, made = _options(asked), _options({**Config().to_dict(), **known})
+        if ctx.plan.tokens and wanted == made:
             return
+        changed = [key for key in wanted if wanted[key] != made[key]] if ctx.plan.tokens else ["tome_r"]
         why = "tokens merge in it already" if ctx.plan.tokens else "it is lowered"
         raise GraphError(
             f"this module cannot merge tokens as requested: {why}",
             expected="tome_r=0, which leaves the module's merges as they are",
-            found=f"tome_r={ctx.config.tome_r!r}" + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
+            found=", ".join(f"{key}={asked[key]!r}" for key in changed)
+            + (f", tokens {ctx.plan.tokens}" if ctx.plan.tokens else ""),
             hint="transform the model that it was made from, with this tome_r",
         )
 
@@ -320,8 +335,7 @@ class MergeTokens(Pass):
         Raises:
             GraphError: they can't in any.
         """
-        streams, errors = list[Stream](), list[GraphError]()
-        left: dict[str, tuple[int, str]] = {}  # reason -> number of blocks, and the reason with the place
+        streams, errors, left = list[Stream](), list[GraphError](), Unmerged()
         for sites in found:
             try:
                 key_mask(list(sites))
@@ -331,21 +345,16 @@ class MergeTokens(Pass):
                     most = tokens - suffix
                     raise GraphError("more prefix tokens than tokens", expected=f"at most {most}", found=prefix)
                 stream = Stream([site.name for site in sites], [], prefix, suffix, [tokens])
-                kept = useful(sites, _tried(_trial(gm)[0], stream, ctx.config.tome_proportional))
+                kept = useful(sites, _tried(_trial(gm)[0], stream, ctx.config))
                 if kept:
                     streams.append(replace(stream, sites=[site.name for site in kept]))
-                if len(kept) < len(sites):
-                    count, _ = left.get(NOTHING_SAVED, (0, ""))
-                    left[NOTHING_SAVED] = (count + len(sites) - len(kept), NOTHING_SAVED)
+                left.add(len(sites) - len(kept))
             except GraphError as error:
                 errors.append(error)
-                where = f"{error.layer}: " if error.layer else ""
-                reason = f"{where}{error.message}; expected {error.expected}, found {error.found}"
-                count, reason = left.get(error.message, (0, reason))
-                left[error.message] = (count + len(sites), reason)
+                left.add(len(sites), error)
         if errors and not streams:
             raise errors[0]
-        return streams, [f"tokens do not merge in {count} blocks: {reason}" for count, reason in left.values()]
+        return streams, left.notes()
 
     @staticmethod
     def _not_eligible(gm: IRModule, reasons: Mapping[str, str], ctx: Context) -> NotEligibleError:
@@ -379,7 +388,10 @@ class MergeTokens(Pass):
         blocks = [_sites_of(gm, stream) for stream in streams]
         names, spread = {node: name for name, node in named_outputs(gm).items()}, list[fx.Node]()
         for sites, stream in zip(blocks, streams, strict=True):
-            spread += insert_merges(gm, sites, stream, ctx.config.tome_proportional).spread
+            axis = _inserted(gm, sites, stream, ctx.config)
+            spread += axis.spread
+            if METHODS[ctx.config.tome_method].saliency and not axis.picked_after(sites[-1].residual):
+                ctx.plan.note("tokens merge without regard to attention: the output reads no class token on its own")
         if spread:
             told = ", ".join(dict.fromkeys(names.get(node, node.name) for node in spread))
             ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {told}")

@@ -95,11 +95,13 @@ class AxisMoves:
     Attributes:
         moves: name of an op -> its rule.
         numbers: node that reads a number from a shape -> the tokens whose shape that is.
+        picked: node that takes prefix tokens out of a sequence -> the numbers of these tokens.
     """
 
     def __init__(self, gm: IRModule, prefix: int, suffix: int) -> None:
         self.gm, self.prefix, self.suffix = gm, prefix, suffix
         self.numbers: dict[fx.Node, Level] = {}
+        self.picked: dict[fx.Node, range] = {}
         self.moves: dict[str, Callable[[fx.Node, State], State | None]] = {
             **dict.fromkeys(SIZED, self._reshape),
             **dict.fromkeys(REGROUPS, self._regroup),
@@ -215,6 +217,7 @@ class AxisMoves:
         sizes = argument(node, 1, "split_size_or_sections")
         if not isinstance(sizes, (tuple, list)) or last > self.prefix or first < 0:
             raise self._refusal(node, "it splits the tokens")
+        self.picked[node] = range(first, last)
         length: Any = state.level.count - last
         if isinstance(sizes[-1], fx.Node):  # the number of tokens varies from call to call
             graph = self.gm.graph
@@ -260,7 +263,10 @@ class AxisMoves:
         if index == slice(None):
             return first
         ahead, behind = self.prefix - first, self.suffix
-        if isinstance(index, int) and (0 <= index < ahead or 0 < -index <= behind):
+        if isinstance(index, int) and 0 <= index < ahead:
+            self.picked[node] = range(first + index, first + index + 1)
+            return None
+        if isinstance(index, int) and 0 < -index <= behind:
             return None
         if isinstance(index, slice) and index.step in (None, 1):
             start, stop = fixed(index.start) or 0, fixed(index.stop)
@@ -271,8 +277,15 @@ class AxisMoves:
             if isinstance(start, int) and 0 < -start <= behind and (stop is None or stop in range(start, 0)):
                 return None
             if isinstance(stop, int) and isinstance(start, int) and 0 <= start <= stop <= ahead:
+                self.picked[node] = range(first + start, first + stop)
                 return None
         raise self._refusal(node, "it picks tokens by position, and merging moves them")
+
+    def picked_after(self, residual: fx.Node) -> list[int]:
+        """Return the prefix tokens that are taken out of the sequence after a node: those that the output reads."""
+        order = {node: place for place, node in enumerate(self.gm.graph.nodes)}
+        taken = (tokens for node, tokens in self.picked.items() if order.get(node, -1) > order[residual])
+        return sorted({token for tokens in taken for token in tokens if token >= 0})
 
     def _index_axis(self, node: fx.Node, state: State, dim: int, index: Any, gone: bool) -> State | None:
         """Index one axis, which is ``gone`` afterwards if ``index`` is a number."""

@@ -219,7 +219,7 @@ def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
     return [Site(tuple(attentions), residual) for residual, attentions in grouped.items()], reasons
 
 
-def _has_bias(attention: Attention) -> bool:
+def has_bias(attention: Attention) -> bool:
     """Return True if a fused attention adds a fixed bias for every pair of tokens, which can follow a merge."""
     return attention.mask is not None and PAIR_BIAS in attention.mask.meta
 
@@ -243,7 +243,7 @@ def key_mask(sites: list[Site]) -> fx.Node | None:
         GraphError: a mask differs between queries, heads or blocks; causal attention.
     """
     _refuse_causal(sites)
-    masks = {attention.mask: attention for site in sites for attention in site.attentions if not _has_bias(attention)}
+    masks = {attention.mask: attention for site in sites for attention in site.attentions if not has_bias(attention)}
     if not masks.keys() - {None}:
         return None
     mask, attention = next((m, a) for m, a in masks.items() if m is not None)

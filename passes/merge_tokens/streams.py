@@ -19,6 +19,27 @@ from mpcompile.passes.merge_tokens.sites import Site
 NOTHING_SAVED = "merging saves nothing there: its tokens go back to a grid before any layer has worked on fewer of them"
 
 
+class Unmerged:
+    """The blocks in which tokens do not merge, counted by reason."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, tuple[int, str]] = {}
+
+    def add(self, blocks: int, error: GraphError | None = None) -> None:
+        """Count blocks that an error concerns, or that would gain nothing."""
+        key = reason = NOTHING_SAVED
+        if error is not None:
+            where = f"{error.layer}: " if error.layer else ""
+            key, reason = error.message, f"{where}{error.message}; expected {error.expected}, found {error.found}"
+        count, reason = self.reasons.get(key, (0, reason))
+        if blocks:
+            self.reasons[key] = (count + blocks, reason)
+
+    def notes(self) -> list[str]:
+        """Return one sentence for each reason, with the place of the first block."""
+        return [f"tokens do not merge in {count} blocks: {reason}" for count, reason in self.reasons.values()]
+
+
 def _tokens(site: Site) -> int:
     return (shape_of(site.residual) or (0, 0))[1]
 

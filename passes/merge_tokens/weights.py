@@ -50,7 +50,7 @@ class AttentionWeights(AxisMoves):
             GraphError: the op is not linear in the weights.
         """
         held = [n for n in carriers if n in self.weights]
-        if not held or not self.proportional or is_matmul(node) or node.op == "output":
+        if not held or is_matmul(node) or node.op == "output":
             return None
         name, source = target_name(self.gm, node), held[0]
         keys, state = self.weights[source], self.states[source]
@@ -72,6 +72,8 @@ class AttentionWeights(AxisMoves):
             return place
         if name in ("mean", "sum"):
             return self._reduced(node, keys)
+        if not self.proportional:  # every token has the weight of one, whatever is computed from it
+            return place
         why = "it is not linear in the attention weights, where a merged key has the weight of all tokens it stands for"
         raise self._refusal(node, why)
 

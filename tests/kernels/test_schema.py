@@ -30,7 +30,10 @@ SIGNATURES = {
     "int[] dilation, int n, int m, int[] shape, int layout, str activation) -> Tensor",
     "token_size": "(Tensor x, Tensor? mask=None) -> Tensor",
     "token_bias": "(Tensor size, Tensor logits, int start, int dim, int rows=1) -> Tensor",
-    "token_merge": "(Tensor x, Tensor keys, Tensor size, int r, int prefix, int suffix=0) -> (Tensor, Tensor, Tensor)",
+    "token_merge": "(Tensor x, Tensor keys, Tensor size, int r, int prefix, int suffix=0, Tensor? saliency=None, "
+    "float saliency_weight=0., float size_weight=0., bool keep_norm=False) -> (Tensor, Tensor, Tensor)",
+    "token_saliency": "(Tensor query, Tensor? key, Tensor? size, int[] rows, float? scale=None, "
+    "Tensor? bias=None) -> Tensor",
     "token_mean": "(Tensor x, Tensor size, int start, int dim, bool keepdim) -> Tensor",
     "token_follow": "(Tensor table, Tensor place, Tensor before, Tensor size, int start, int dim, int rank) -> Tensor",
     "token_pairs": "(Tensor table, Tensor place, Tensor before, Tensor size, int queries, int keys, bool counted) "

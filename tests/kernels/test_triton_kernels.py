@@ -44,11 +44,15 @@ EXPAND = {"X": "*{}", "V": "*{}", "W": "*u8", "B": "*{}", "Y": "*{}"} | dict.fro
     ("M", "N", "K", "kept", "words", "ldx"), "i32"
 )
 TIE = {"TIE": reference.TIE}
+MATCH = {"target": "*i32"} | dict.fromkeys(("S", "of_a", "of_b", "best"), "*fp32")
+MERGE = {"target": "*i32", "place": "*i32", "norms": "*fp32"} | dict.fromkeys(("X", "size", "Y", "new_size"), "*{}")
 MERGING = {
     "metric": ({"K": "*{}", "U": "*fp32"}, {"D": 64, "BD": 64, "BN": 32}),
-    "match": ({"S": "*fp32", "best": "*fp32", "target": "*i32"}, TIE | {"D": 64, "BD": 64, "BA": 32, "BB": 32}),
+    "match": (MATCH, TIE | {"LESS_A": False, "LESS_B": False, "D": 64, "BD": 64, "BA": 32, "BB": 32}),
+    "match, wide": (MATCH, TIE | {"LESS_A": True, "LESS_B": True, "D": 768, "BD": 256, "BA": 32, "BB": 32}),
     "rank": ({"best": "*fp32", "target": "*i32", "place": "*i32"}, TIE | {"BA": 128}),
-    "merge": ({"target": "*i32", "place": "*i32"} | dict.fromkeys(("X", "size", "Y", "new_size"), "*{}"), {"BC": 1024}),
+    "merge": (MERGE, {"KEEP": False, "BC": 1024}),
+    "merge, wide": (MERGE, {"KEEP": True, "BC": 2048}),
 }
 
 
@@ -78,7 +82,7 @@ def test_token_merging_compiles(name):
 
     signature, constants = MERGING[name]
     types = {k: v.format("bf16") for k, v in signature.items()}
-    assert len(cubin(getattr(merge_kernels, name), types, constants, 90)) > 1000
+    assert len(cubin(getattr(merge_kernels, name.partition(",")[0]), types, constants, 90)) > 1000
 
 
 def test_on_a_cpu_the_operators_run_the_reference():

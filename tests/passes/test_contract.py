@@ -19,6 +19,7 @@ from mpcompile.ir.shapes import propagate
 from mpcompile.passes.allocate import Allocate
 from mpcompile.passes.analyze import Analyze
 from mpcompile.passes.base import Calibration, Context, Pass, Request
+from mpcompile.passes.dead_tokens import SkipDeadTokens
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
@@ -87,7 +88,7 @@ CASES = {
     "permute heads": Case(Permute, tiny_vit, Config(permute=True)),
     "permute, off": Case(Permute, changes=False),
     "merge_tokens": Case(MergeTokens, tiny_vit, Config(tome_r=2)),
-    "merge_tokens to a target": Case(MergeTokens, tiny_vit, Config(tome_r="auto", tome_reduction=0.2)),
+    "merge_tokens to a target": Case(MergeTokens, tiny_vit, Config(tome_r="auto", tome_reduction=0.45)),
     "merge_tokens, off": Case(MergeTokens, changes=False),
     "mask": Case(Mask, requests=frozenset()),
     "mask and refit": Case(Mask, policy="pruned_to_dense"),
@@ -99,6 +100,8 @@ CASES = {
     "restore, off": Case(Restore, before=(Mask,), changes=False),
     "fold_norm": Case(FoldNorm, before=(Mask,)),
     "fold_scale": Case(FoldScale, scaled, before=(Mask,)),
+    "skip_dead_tokens": Case(SkipDeadTokens, tiny_vit, Config(tome_r=2), before=(MergeTokens, Mask)),
+    "skip_dead_tokens, none": Case(SkipDeadTokens, changes=False),
     "lower": Case(Lower, before=(Mask,)),
     "fuse": Case(Fuse, tiny_vit, Config(engine="cpu"), before=(Mask, Lower)),
 }
@@ -168,7 +171,7 @@ def test_plan_is_pure_and_its_decision_is_all_that_apply_needs(name):
     assert read == decision and read.record() == decision.record() == json.loads(json.dumps(decision.record()))
     assert step.summary(read) == step.summary(decision)
 
-    twin = copy.deepcopy(gm)
+    gm, twin = copy.deepcopy(gm), copy.deepcopy(gm)  # names that earlier passes used are free in both
     fresh = Context(ctx.config, ctx.inputs, ctx.lifted, plan=copy.deepcopy(ctx.plan))
     changed = step.apply(gm, decision, ctx)
     assert case.step().apply(twin, read, fresh) == changed

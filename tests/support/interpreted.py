@@ -54,6 +54,8 @@ def merged() -> dict[str, dict[str, float]]:
         (70, 13, 5, 2, torch.float16),
         (31, 6, 1, 2, torch.float32),
         (9, 0, 1, 1, torch.float32),
+        (37, 5, 1, 1, torch.float32),
+        (33, 7, 2, 3, torch.float32),
     ):
         torch.manual_seed(tokens + r)
         x = torch.randn(2, tokens, 24).to(dtype)
@@ -62,8 +64,15 @@ def merged() -> dict[str, dict[str, float]]:
         keys = {8: tied_keys(2, heads, tokens, 20, 1), 11: tied_keys(2, heads, tokens, 20, 3)}.get(r, keys)
         if r == 6:
             keys[0, 1, 4, 5], keys[1, 0, 7, 3] = torch.nan, torch.inf
-        y, new, place = fused.launch(x, an_ulp_off(keys) if r in (8, 11) else keys, size, r, prefix, plain)
-        want, sizes, places = reference.token_merge(x.float(), keys, size, r, prefix)
+        pairs: tuple[Any, ...] = (None, 0.0, 0.0, False)
+        if r in (5, 7):
+            saliency = torch.rand(2, tokens) * 3
+            saliency[0, 8], saliency[1, 6] = torch.nan, torch.inf
+            pairs = (saliency, 0.2, 0.05, True)
+            size[0, 9:12] = 0.0  # hidden tokens
+            keys = x.unsqueeze(1) if r == 5 else keys
+        y, new, place = fused.launch(x, an_ulp_off(keys) if r in (8, 11) else keys, size, r, prefix, plain, *pairs)
+        want, sizes, places = reference.token_merge(x.float(), keys, size, r, prefix, 0, *pairs)
         same = y.shape == want.shape and new.shape == sizes.shape and torch.equal(place, places)
         found[f"{tokens} {r} {prefix}"] = {
             "shape": float(not same),

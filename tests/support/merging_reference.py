@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,25 @@ EQUAL = 1 / 4096
 ROUNDING = 2e-6  # larger than the change of a similarity by fp32 rounding of the keys of a few blocks
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What the score of a pair takes into account besides cosines; the defaults are ToMe's.
+
+    ``tokens``: compare the tokens, not their keys. ``saliency``: weight of the attention of the tokens ``rows`` to the
+    token that goes, times the number of tokens. ``size``: weight of the log of both sizes. ``norm``: a merged token has
+    the mean norm of its parts.
+    """
+
+    tokens: bool = False
+    saliency: float = 0.0
+    rows: tuple[int, ...] = ()
+    size: float = 0.0
+    norm: bool = False
+
+
+TOME = Terms()
+
+
 class Undecided(Exception):
     """Rounding decides which tokens merge."""
 
@@ -38,11 +58,18 @@ def _decided(differences: Iterable[float]) -> None:
 
 
 def merge_one(
-    x: Tensor, members: Members, weights: Sequence[float], metric: Tensor, r: int, prefix: int
+    x: Tensor,
+    members: Members,
+    weights: Sequence[float],
+    metric: Tensor,
+    r: int,
+    prefix: int,
+    terms: Terms = TOME,
+    saliency: Sequence[float] | None = None,
 ) -> tuple[Tensor, Members]:
     """Merge x (N, C) of one sample by its metric (N, D); return it and the input tokens that each token represents.
 
-    ``weights``: weights of the input tokens.
+    ``weights``: weights of the input tokens. ``saliency``: of each token, relative to the average token's.
     """
     count = len(x)
     r = min(r, (count - prefix) // 2)
@@ -52,6 +79,11 @@ def merge_one(
     scores = (unit @ unit.T).tolist()
     sources = [i for i in range(prefix, count) if i % 2 == 0]
     targets = [i for i in range(prefix, count) if i % 2 == 1]
+    log = [math.log(max(1.0, sum(weights[m] for m in group))) for group in members]
+    for a in sources:
+        spared = 0.0 if saliency is None else terms.saliency * saliency[a]
+        for t in targets:
+            scores[a][t] -= spared + terms.size * (log[a] + log[t])
     edges = []
     for a in sources:
         best = max(scores[a][t] for t in targets)
@@ -68,7 +100,11 @@ def merge_one(
         group = [token, *[a for a, b in chosen.items() if b == token]]
         sizes = [sum(weights[m] for m in members[i]) for i in group]
         total = sum(x[i].double() * size for i, size in zip(group, sizes, strict=True))
-        rows.append(total / sum(sizes) if sum(sizes) > 0 else x[token].double())
+        mean = total / sum(sizes) if sum(sizes) > 0 else x[token].double()
+        if terms.norm and sum(sizes) > sizes[0]:
+            norm = sum(float(x[i].double().norm()) * size for i, size in zip(group, sizes, strict=True)) / sum(sizes)
+            mean = mean * (norm / float(mean.norm()))
+        rows.append(mean)
         stand_for.append([m for i in group for m in members[i]])
     return torch.stack(rows).to(x.dtype), stand_for
 
@@ -77,9 +113,17 @@ class Merging(TorchFunctionMode):
     """Merges ``r[i]`` tokens in block ``i`` of the model that runs inside."""
 
     def __init__(
-        self, blocks: Sequence[nn.Module], r: Sequence[int], prefix: int, proportional: bool = True, suffix: int = 0
+        self,
+        blocks: Sequence[nn.Module],
+        r: Sequence[int],
+        prefix: int,
+        proportional: bool = True,
+        suffix: int = 0,
+        terms: Terms = TOME,
     ) -> None:
         super().__init__()
+        self.terms = terms
+        self.attended: list[list[list[float]]] = []  # attention of the block -> sample -> saliency of each token
         self.r, self.prefix, self.proportional, self.suffix = list(r), prefix, proportional, suffix
         self.by_count: dict[int, Members] = {}  # number of merged tokens -> what they represented
         self.members: list[Members] | None = None
@@ -90,7 +134,7 @@ class Merging(TorchFunctionMode):
         self.handles = [block.register_forward_pre_hook(self._enter) for block in blocks]
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self.block, self.entered, self.keys = self.block + 1, args[0], []
+        self.block, self.entered, self.keys, self.attended = self.block + 1, args[0], [], []
 
     def __exit__(self, *args: Any) -> None:
         for handle in self.handles:
@@ -129,12 +173,21 @@ class Merging(TorchFunctionMode):
             self.inputs = x.shape[1]
             self.members = [[[i] for i in range(x.shape[1])] for _ in x]
             self.weights = self.weights or [[1.0] * x.shape[1] for _ in x]
-        metric = torch.cat([k.detach().float() for k in self.keys], 1).mean(1)
-        self.entered, self.keys = None, []
+        metric = x.detach() if self.terms.tokens else torch.cat([k.detach().float() for k in self.keys], 1).mean(1)
+        salient = (
+            [None] * len(x)
+            if not self.attended
+            else [
+                [sum(each) / len(each) for each in zip(*heads, strict=True)]
+                for heads in zip(*self.attended, strict=True)
+            ]
+        )
+        self.entered, self.keys, self.attended = None, [], []
         merged = []
-        for sample, members, weights, m in zip(x, self.members, self.weights, metric, strict=True):
+        for sample, members, weights, m, s in zip(x, self.members, self.weights, metric, salient, strict=True):
             end = len(sample) - self.suffix  # of the tokens that may merge
-            inner = merge_one(sample[:end], members[:end], weights, m[:end], self.r[self.block], self.prefix)
+            r = self.r[self.block]
+            inner = merge_one(sample[:end], members[:end], weights, m[:end], r, self.prefix, self.terms, s)
             merged.append((torch.cat([inner[0], sample[end:]]), [*inner[1], *members[end:]]))
         self.members = [members for _, members in merged]
         self.by_count[len(self.members[0])] = self.members
@@ -166,7 +219,24 @@ class Merging(TorchFunctionMode):
         size = self.sizes(logits.shape[-1]) if self.proportional else None
         if size is not None:
             logits = logits + size.log().to(logits.dtype)[:, None, None, :]
+        if self.terms.rows and logits.shape[-1] == logits.shape[-2]:
+            self._attend(logits.detach().double(), size)
         return logits.softmax(-1)
+
+    def _attend(self, logits: Tensor, size: Tensor | None) -> None:
+        """Note the attention to each token of one attention of the block, by the number of tokens."""
+        rows, heads, count = self.terms.rows, logits.shape[1], logits.shape[-1]
+        samples = []
+        for number, sample in enumerate(logits):
+            total = [0.0] * count
+            for head in sample:
+                for row in rows:
+                    for token, weight in enumerate(head[row].softmax(0).tolist()):
+                        total[token] += weight / (heads * len(rows))
+            if size is not None:
+                total = [t / s if s > 0 else 0.0 for t, s in zip(total, size[number].tolist(), strict=True)]
+            samples.append([count * t for t in total])
+        self.attended.append(samples)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -178,6 +248,10 @@ class Merging(TorchFunctionMode):
             mask = kwargs.get("attn_mask")
             if mask is not None and self.members is None:
                 self.weights = mask[:, 0, 0].float().tolist()
+                if self.terms.rows:
+                    logits = q.detach().double() @ k.detach().double().transpose(-1, -2) / math.sqrt(q.shape[-1])
+                    shown = mask[:, 0, 0].double()
+                    self._attend(logits + shown.log()[:, None, None], shown)
                 return func(*args, **kwargs)
             return self.attention(q, k, v, kwargs.get("scale"))
         if func is F.multi_head_attention_forward:
@@ -215,6 +289,7 @@ def forward(
     blocks: Iterable[nn.Module] | None = None,
     proportional: bool = True,
     suffix: int = 0,
+    terms: Terms = TOME,
     **inputs: Any,
 ) -> Any:
     """Return the output of a transformer, timm's unless ``blocks`` are given, with ``r`` tokens merged in every block.
@@ -223,6 +298,6 @@ def forward(
     """
     blocks = list(model.blocks if blocks is None else blocks)
     r = [r] * len(blocks) if isinstance(r, int) else r
-    with Merging(blocks, r, prefix, proportional, suffix) as mode:
+    with Merging(blocks, r, prefix, proportional, suffix, terms) as mode:
         output = model(images, **inputs)
     return output if isinstance(output, Tensor) and output.dim() < 3 else tree_map(mode.spread, output)

@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
         "--out", type=as_path_text, default="merged.png", metavar="FILE", help="PNG file (default merged.png)"
     )
     declare(job, out=FILE)
-    merging = ("tome_r", "tome_schedule", "tome_reduction", "tome_proportional", "prefix_tokens")
+    merging = ("tome_r", "tome_method", "tome_schedule", "tome_reduction", "tome_proportional", "prefix_tokens")
     seed_option(job)
     config_options(job, *merging, tome_r=8)
     job.set_defaults(run=run)

@@ -1,0 +1,262 @@
+"""Rules: how an operation computes a part of its value from parts of its operands.
+
+A rule serves twice: with :class:`mpcompile.passes.dead_tokens.demand.Asked` it only says which parts it needs, and with
+:class:`mpcompile.passes.dead_tokens.rewrite.Rewriter` it adds the nodes that compute them. An operation without a rule
+is computed in full.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpcompile.ir.effects import written
+from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.nodes import (
+    ALONG_LAST,
+    ATTENTION,
+    ELEMENTWISE,
+    ELEMENTWISE_MODULES,
+    LAST_AXIS_MODULES,
+    argument,
+    fake_value,
+    shape_of,
+    target_name,
+)
+from mpcompile.ir.view import LayerOp, layers
+from mpcompile.kernels import ops, schema
+from mpcompile.passes.dead_tokens.boxes import FULL, Box, box, without
+from mpcompile.passes.dead_tokens.selections import Whole, Wider
+from mpcompile.passes.dead_tokens.views import VIEWS
+
+__all__ = ["Builder", "Rules", "Whole"]
+
+_NORMALISED = {"softmax": 1, "_softmax": 1, "log_softmax": 1, "normalize": 2}  # op -> position of dim
+_REDUCTIONS = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "norm": 2}  # op -> position of dim
+
+
+class Builder(Protocol):
+    """What rules ask for parts of operands, and what they build their results with."""
+
+    def tensor(self, node: fx.Node, part: Box = FULL) -> Any:
+        """Return a part of a node's value."""
+
+    def number(self, value: Any) -> Any:
+        """Return a number, or another argument that holds no tensor, for use in a new node."""
+
+    def form(self, node: fx.Node) -> Any:
+        """Return any part of a node's value, for an operation that reads nothing but its dtype, device and rank."""
+
+    def size(self, value: Any, axis: int) -> Any:
+        """Return one length of a shape that a node yields."""
+
+    def read(self, path: str, part: Box) -> Any:
+        """Return a part of the parameter or buffer at ``path``."""
+
+    def call(self, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+        """Return the result of a function, or of a method if ``target`` is a name."""
+
+    def again(self, node: fx.Node, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+        """Return the result of a node's own operation on other arguments."""
+
+
+def _check_whole(part: Box, axes: Iterable[int]) -> None:
+    """Refuse a part that is not whole along some axes."""
+    cut = {axis for axis, _ in part}.intersection(axes)
+    if cut:
+        raise Wider(cut)
+
+
+Rule = Callable[[Builder, fx.Node, Box], Any]
+
+
+class Rules:
+    """The rules of a graph's operations.
+
+    Args:
+        gm: a graph whose nodes carry shapes.
+        lifted: parameters that are graph inputs.
+    """
+
+    def __init__(self, gm: IRModule, lifted: Lifted) -> None:
+        self.gm, self.lifted = gm, lifted
+        self.layers = {layer.node: layer for layer in layers(gm, lifted) if layer.kind == "linear"}
+        self.named: dict[str, Rule] = {
+            **dict.fromkeys(ALONG_LAST, self._along_last),
+            **dict.fromkeys(_NORMALISED, self._normalised),
+            **dict.fromkeys(_REDUCTIONS, self._reduced),
+            **dict.fromkeys(("matmul", "bmm", "__matmul__", "imatmul"), self._matmul),
+            "Softmax": self._normalised,
+        }
+
+    def apply(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        """Compute a part of a node's value.
+
+        Raises:
+            Whole: only all of it can be computed, from all of its operands.
+            Wider: some axes have to be whole.
+        """
+        rule = self.rule_of(node)
+        if rule is None or written(self.gm, node):
+            raise Whole
+        return rule(builder, node, part)
+
+    def rule_of(self, node: fx.Node) -> Rule | None:
+        """Return the rule of a node's operation, or None if it has none."""
+        if node in self.layers:
+            return self._linear
+        if node.target in ATTENTION or node.target is ops.token_attention:
+            return self._attention
+        if node.target is ops.token_bias:
+            return self._bias
+        name = node.args[1] if node.target is getattr else target_name(self.gm, node)
+        if name in VIEWS and node.op != "call_module":
+            return functools.partial(VIEWS[name], self.gm)
+        if name in self.named:
+            return self.named[name]
+        if node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+                return None
+            if isinstance(module, LAST_AXIS_MODULES):
+                return self._along_last
+            return self._elementwise if isinstance(module, ELEMENTWISE_MODULES) or name in ELEMENTWISE else None
+        return self._elementwise if name in ELEMENTWISE else None
+
+    def _elementwise(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        rank = len(shape_of(node) or ())
+
+        def operand(source: fx.Node) -> Any:
+            shape = shape_of(source)
+            if shape is None:
+                return builder.number(source)
+            shift = rank - len(shape)
+            own = {axis - shift: runs for axis, runs in part if axis >= shift and shape[axis - shift] != 1}
+            return builder.tensor(source, box(own))
+
+        if target_name(self.gm, node) in ("type_as", "expand_as"):
+            source, like = node.all_input_nodes
+            return builder.again(node, (operand(source), builder.form(like)))
+        return builder.again(node, fx.node.map_arg(node.args, operand), fx.node.map_arg(node.kwargs, operand))
+
+    def _others(self, builder: Builder, node: fx.Node, first: Any) -> Any:
+        """Repeat a call with another first operand; the other operands are read in full."""
+        source = argument(node, 0, "input")
+
+        def operand(other: fx.Node) -> Any:
+            if other is source:
+                return first
+            return builder.tensor(other) if isinstance(fake_value(other), Tensor) else builder.number(other)
+
+        return builder.again(node, fx.node.map_arg(node.args, operand), fx.node.map_arg(node.kwargs, operand))
+
+    def _along_last(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        """Follow a norm, or a product whose weight is computed: the last axes stay whole."""
+        rank, many = len(shape_of(node) or ()), 1
+        if target_name(self.gm, node) in ("layer_norm", "rms_norm"):
+            many = len(argument(node, 1, "normalized_shape"))
+        elif node.op == "call_module":
+            many = len(getattr(self.gm.get_submodule(str(node.target)), "normalized_shape", (0,)))
+        return self._first(builder, node, part, range(rank - many, rank))
+
+    def _first(self, builder: Builder, node: fx.Node, part: Box, whole: Iterable[int]) -> Any:
+        """Follow the first operand, axis by axis; some axes have to be whole."""
+        _check_whole(part, whole)
+        source: Any = argument(node, 0, "input")
+        return self._others(builder, node, builder.tensor(source, part))
+
+    def _linear(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        layer = self.layers[node]
+        last = len(shape_of(node) or ()) - 1
+        rows = dict(part).get(last)
+        if rows is None or len(rows) != 1 or layer.obstacle is not None or not self._reads_rows(layer):
+            return self._first(builder, node, part, [last])
+        needed = without(part, [last])
+        x = builder.tensor(layer.input, needed)
+        along: Box = ((0, rows),)
+        if node.op == "call_module":
+            tensors = [builder.read(f"{layer.name}.weight", along)]
+            tensors += [] if layer.mask is None else [builder.read(f"{layer.name}.mask", along)]
+            bias = None if layer.bias is None else builder.read(f"{layer.name}.bias", along)
+        else:
+            sources: list[Any] = [argument(node, 1, "weight")]
+            sources += [] if layer.mask is None else [schema.bind(node).mask]
+            tensors = [builder.tensor(source, along) for source in sources]
+            bias = builder.tensor(layer.bias, along) if isinstance(layer.bias, fx.Node) else layer.bias
+        if layer.pattern is None:
+            return builder.call(torch.nn.functional.linear, (x, tensors[0], bias))
+        return builder.call(ops.masked_linear, (x, *tensors, bias, *layer.pattern))
+
+    @staticmethod
+    def _reads_rows(layer: LayerOp) -> bool:
+        """Return True if a layer's tensors are whole parameters, of which rows can be taken."""
+        return layer.weight.whole is None and (layer.mask is None or layer.mask.whole is None)
+
+    def _normalised(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        """Follow an operation that reads a whole axis to compute any value along it."""
+        rank = len(shape_of(node) or ())
+        if node.op == "call_module":
+            dim = getattr(self.gm.get_submodule(str(node.target)), "dim", None)
+        else:
+            name = target_name(self.gm, node)
+            dim = argument(node, _NORMALISED[name], "dim", 1 if name == "normalize" else None)
+        if not isinstance(dim, int):
+            raise Whole
+        return self._first(builder, node, part, [dim % rank])
+
+    def _reduced(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        name, source = target_name(self.gm, node), argument(node, 0, "input")
+        rank = len(shape_of(source) or ())
+        dim = argument(node, _REDUCTIONS[name], "dim")
+        keep = argument(node, _REDUCTIONS[name] + 1, "keepdim", False)
+        over = [dim] if isinstance(dim, int) else dim
+        if not isinstance(over, (tuple, list)) or not all(isinstance(d, int) for d in over) or not over:
+            raise Whole
+        gone = {d % rank for d in over}
+        axes = list(range(rank)) if keep else [axis for axis in range(rank) if axis not in gone]
+        own = box({axes[axis]: runs for axis, runs in part if axes[axis] not in gone})
+        return self._others(builder, node, builder.tensor(source, own))
+
+    def _matmul(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        left, right = argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other"))
+        rank, ranks = len(shape_of(node) or ()), [len(shape_of(n) or ()) for n in (left, right)]
+        if min(ranks) < 2:
+            raise Whole
+        operands = []
+        for source, own_rank, contracted in ((left, ranks[0], rank - 1), (right, ranks[1], rank - 2)):
+            shift, shape = rank - own_rank, shape_of(source) or ()
+            own = {a - shift: runs for a, runs in part if a != contracted and a >= shift and shape[a - shift] != 1}
+            operands.append(builder.tensor(source, box(own)))
+        return builder.again(node, tuple(operands))
+
+    def _attention(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        """Compute the results of some queries: keys and values stay whole."""
+        rank = len(shape_of(node) or ())
+        fused = node.target in ATTENTION
+        causal = argument(node, 5, "is_causal", False) if fused else False
+        _check_whole(part, [axis for axis in range(rank) if axis != rank - 2 or causal is not False])
+        query, mask = argument(node, 0, "query"), argument(node, 3, "attn_mask") if fused else None
+
+        def operand(source: fx.Node) -> Any:
+            shape = shape_of(source)
+            if shape is None:
+                return builder.number(source)
+            if source is mask and len(shape) > 1 and shape[-2] != 1:
+                return builder.tensor(source, box({len(shape) - 2: runs for _, runs in part}))
+            return builder.tensor(source)
+
+        queries = builder.tensor(query, part)
+        args = fx.node.map_arg(node.args[1:], operand)
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "query"}
+        return builder.again(node, (queries, *args), fx.node.map_arg(kwargs, operand))
+
+    def _bias(self, builder: Builder, node: fx.Node, part: Box) -> Any:
+        """Compute log(size) for logits, of which only dtype and rank are read."""
+        args = schema.TokenBiasArgs.bind(node)
+        if args.rows != 1 or any(axis in (0, args.dim) for axis, _ in part):
+            raise Whole
+        return builder.again(node, (builder.tensor(args.size), builder.form(args.logits), *node.args[2:]))

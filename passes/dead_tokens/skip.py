@@ -1,0 +1,178 @@
+"""Skip dead tokens: an exact pass that computes for each node only the tokens that something reads.
+
+The head of a vision transformer usually reads the class token alone. Behind the last attention, no other token is ever
+read: the query, the output projection and the MLP of the last block are needed for one token. Keys and values are
+needed for all. :mod:`mpcompile.passes.dead_tokens.demand` finds which parts of which tensors are read, backwards from
+the output and through everything that works token by token; :mod:`mpcompile.passes.dead_tokens.rewrite` computes those.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from mpcompile.ir import spec
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.nodes import ATTENTION, argument, shape_of, target_name
+from mpcompile.kernels import ops, schema
+from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass, Request
+from mpcompile.passes.dead_tokens.boxes import FULL, Box, count
+from mpcompile.passes.dead_tokens.demand import Demand, find_demand, is_tensor, saved_macs
+from mpcompile.passes.dead_tokens.rewrite import Rewriter
+from mpcompile.passes.dead_tokens.rules import Rules
+from mpcompile.passes.merge_tokens.sites import find_attentions
+
+_MIXES = frozenset(("mean", "sum", "amax", "amin", "max", "min", "norm"))
+
+
+@dataclass(frozen=True, eq=False)
+class Skipped(Decision):
+    """The parts that are computed.
+
+    Attributes:
+        queries: attention of which not all queries are needed -> how many are, and how many there are.
+        merges: token merges that nothing reads, which are removed.
+        macs: multiply-accumulates of dense weights that are not executed, of the whole batch.
+        share: the same, as a share of what the graph executes otherwise.
+        reason: why nothing is skipped; None if something is.
+        parts: node -> the parts of it that are computed, none if nothing reads it. Other nodes are computed in full.
+    """
+
+    queries: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    merges: tuple[str, ...] = ()
+    macs: int = 0
+    share: float = 0.0
+    reason: str | None = None
+    parts: Mapping[str, tuple[Box, ...]] = field(default_factory=dict, metadata=UNRECORDED)
+
+
+class SkipDeadTokens(Pass):
+    """Compute only the tokens that something reads; results and gradients stay the same.
+
+    A layer of which some rows are needed for fewer tokens than others (queries, in a fused product of queries, keys and
+    values) becomes several layers, each of them on rows of the same parameters.
+
+    Example:
+        >>> import timm, torch, mpcompile
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2).eval()
+        >>> gm = mpcompile.transform(model, torch.randn(2, 3, 64, 64), mpcompile.Config(pattern="dense"))
+        >>> gm.plan.passes[-1].name, gm.plan.passes[-1].summary
+        ('skip_dead_tokens', '1 of 17 queries in scaled_dot_product_attention_1; 33.7% fewer multiply-accumulates')
+    """
+
+    name = "skip_dead_tokens"
+    decision_type = Skipped
+    requests = frozenset({Request.SPARED})
+
+    def plan(self, gm: IRModule, ctx: Context) -> Skipped:
+        if not ctx.plan.config.get("skip_dead_tokens", ctx.config.skip_dead_tokens):
+            return Skipped(reason="off")
+        demand = find_demand(gm, ctx.lifted)
+        matching = {target: row for target, row in spec.OPERATORS.items() if row.matching}
+        total = sum(n.meta.get("macs", 0) for n in gm.graph.nodes if n.target not in matching)
+        saved = saved_macs(gm, demand, matching)
+        if saved <= 0:
+            return Skipped(reason=_reason(gm, ctx))
+        parts = {node.name: demand.parts.get(node, ()) for node in gm.graph.nodes if is_tensor(node)}
+        unread = [n.name for n in gm.graph.nodes if n.target is ops.token_merge and _is_unread(n, demand)]
+        return Skipped(
+            queries=_queries(gm, demand),
+            merges=tuple(unread),
+            macs=saved,
+            share=saved / total,
+            parts={name: boxes for name, boxes in parts.items() if boxes != (FULL,)},
+        )
+
+    def summary(self, decision: Skipped) -> str:
+        if decision.reason is not None:
+            return decision.reason
+        parts = [f"{some} of {all_} queries in {name}" for name, (some, all_) in decision.queries.items()]
+        parts += [f"no merge in {name}" for name in decision.merges]
+        return "; ".join([*parts, f"{decision.share:.1%} fewer multiply-accumulates"])
+
+    def apply(self, gm: IRModule, decision: Skipped, ctx: Context) -> bool:
+        if decision.reason is not None:
+            return False
+        nodes = {node.name: node for node in gm.graph.nodes}
+        chains = _chains(gm)
+        Rewriter(gm, ctx.lifted, {nodes[name]: parts for name, parts in decision.parts.items()}).run()
+        if decision.merges and ctx.plan.tokens:
+            ctx.plan.tokens = _without(ctx.plan.tokens, chains, {nodes[name] for name in decision.merges})
+        return True
+
+
+def _is_unread(merge: fx.Node, demand: Demand) -> bool:
+    """Return True if no user of a merge is computed from what it yields."""
+    return not any(user in demand.parts and demand.parts[user] == (FULL,) for user in merge.users)
+
+
+def _queries(gm: IRModule, demand: Demand) -> dict[str, tuple[int, int]]:
+    """Return the attentions of which only some queries are needed -> how many, and of how many."""
+    found = {}
+    for node in gm.graph.nodes:
+        fused = node.target in ATTENTION or node.target is ops.token_attention
+        shape, parts = shape_of(node) or (), demand.parts.get(node, ())
+        if len(parts) == 1 and (fused or "softmax" in target_name(gm, node).lower()):
+            runs = dict(parts[0]).get(len(shape) - 2)
+            if runs is not None:
+                found[node.name] = (count(runs), shape[-2])
+    return found
+
+
+def _reason(gm: IRModule, ctx: Context) -> str:
+    """Return why no token is dead: what reads all tokens behind the last attention."""
+    anchors = [a.anchor for a in find_attentions(gm)] + [n for n in gm.graph.nodes if n.target is ops.token_attention]
+    among = [node for node in gm.graph.nodes if node in anchors]
+    last = next((node for node in reversed(among) if _queries_are_keys(node)), None)
+    if last is None:
+        return "no attention among tokens: nothing to skip"
+    rules, reached = Rules(gm, ctx.lifted), {last}
+    for node in gm.graph.nodes:
+        if not reached.intersection(node.all_input_nodes):
+            continue
+        if node.op == "output":
+            return "nothing to skip: the model returns all tokens"
+        name = target_name(gm, node)
+        mixes = name in _MIXES or node in anchors or node.target is ops.token_mean
+        if mixes or (is_tensor(node) and rules.rule_of(node) is None):
+            return f"nothing to skip: all tokens are read by {name} ({node.name})"
+        reached.add(node)
+    return "nothing to skip: all tokens are read"
+
+
+def _queries_are_keys(anchor: fx.Node) -> bool:
+    """Return True if an attention has as many queries as keys."""
+    if anchor.target in ATTENTION or anchor.target is ops.token_attention:
+        query, key = (shape_of(argument(anchor, i, name)) or () for i, name in enumerate(("query", "key")))
+        return query[-2:-1] == key[-2:-1]
+    shape = shape_of(anchor) or ()  # of the softmax
+    return shape[-1:] == shape[-2:-1]
+
+
+def _chains(gm: IRModule) -> list[list[fx.Node]]:
+    """Return the merges of each stream of tokens, in graph order."""
+    chains: dict[fx.Node, list[fx.Node]] = {}
+    origin: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.target is ops.token_merge:
+            size = schema.bind(node).size
+            source = size.args[0] if target_name(gm, size) == "getitem" else size
+            origin[node] = origin.get(source, source)
+            chains.setdefault(origin[node], []).append(node)
+    return list(chains.values())
+
+
+def _without(tokens: list, chains: Sequence[Sequence[fx.Node]], gone: set[fx.Node]) -> list:
+    """Return the token counts of a plan without the merges in ``gone``."""
+    if tokens and isinstance(tokens[0], list):
+        several = zip(tokens, chains, strict=True) if len(tokens) == len(chains) else ()
+        return [_without(counts, [chain], gone) for counts, chain in several] or tokens
+    merges, result, ahead = iter(chains[0] if chains else ()), [tokens[0]], 0
+    for before, after in itertools.pairwise(tokens):
+        if after != before and next(merges, None) in gone:
+            ahead += before - after
+        result.append(after + ahead)
+    return result
