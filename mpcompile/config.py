@@ -20,7 +20,7 @@ _WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alo
 CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
-SCHEDULES = ("auto", "constant", "linear")
+SCHEDULES = ("auto", "constant", "linear", "parabolic")
 METHODS = ("tome", "saliency")
 ROLES = ("stem", "head", "depthwise")
 
@@ -82,11 +82,12 @@ class Config:
         tome_method: which tokens merge: ``"tome"`` pairs them by the similarity of their keys alone (Bolya et al.);
             ``"saliency"`` by the similarity of the tokens, spares those that the class token attends to and those that
             represent many input tokens, and keeps the norms of tokens (docs/token_merging.md).
-        tome_schedule: ``"constant"``, or ``"linear"``: from 2 * tome_r in the first block down to 0 in the last.
-            ``"auto"`` is constant for a number. With ``tome_r="auto"`` and at least 32 calibration images, it is the
-            schedule whose outputs diverge least from those of the dense model.
-        tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by merging alone, between 0
-            and 1.
+        tome_schedule: ``"constant"``; ``"linear"``, from 2 * tome_r in the first block down to 0 in the last; or
+            ``"parabolic"``, most in the middle blocks and 0 in the last. ``"auto"`` is constant for a number. With
+            ``tome_r="auto"``, it is the schedule whose outputs diverge least from those of the dense model, if there
+            are at least 32 calibration images, and else parabolic.
+        tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by tokens alone, dead ones
+            included, between 0 and 1.
         tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,
             some models (those pretrained as masked autoencoders) keep more accuracy if this is off.
         score: which values a group keeps: ``"magnitude"`` the largest; ``"wanda"`` the largest products of value and

@@ -31,6 +31,7 @@ class Request(enum.Enum):
 
     REFIT = "refitted values of masked weights"
     NORMS = "BatchNorm statistics of the pruned network"
+    SPARED = "schedules of merging that count on dead tokens not being computed"
 
 
 @dataclass(frozen=True)

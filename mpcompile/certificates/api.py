@@ -50,7 +50,8 @@ def certify(
 
     For every sample, each tier gives a bound eta on the change of any logit, and a verdict: the label is proven to stay
     if z_p - z_j falls by less than the dense model's margin for every class j. If channels were reordered
-    (``permute``), those of the dense model are reordered first. Everything runs on the CPU in float64 copies; the
+    (``permute``), those of the dense model are reordered first; tokens that the sparse model skips because nothing
+    reads them are skipped in both. Everything runs on the CPU in float64 copies; the
     models are not changed. Samples are read once, one batch at a time.
 
     Args:

@@ -20,7 +20,7 @@ from mpcompile.certificates.enclosures.rules import operator_name
 from mpcompile.data.outputs import class_scores
 from mpcompile.errors import GraphError, InputError, first_line
 from mpcompile.ir.numerics import training_flags
-from mpcompile.ir.parts import rows_of, rows_source
+from mpcompile.ir.parts import rows_name, rows_within, whole_of
 from mpcompile.ir.spec import family_of
 from mpcompile.kernels import schema
 
@@ -146,6 +146,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor]) -> Network:
         graph, {n: state[k].detach() for n, k in parameters.items()}, parameters, placeholders[len(state) :]
     )
     _functionalise(graph)
+    _read_rows(network)
     _multiply_masks(network)
     return network
 
@@ -170,6 +171,22 @@ def _functionalise(graph: fx.Graph) -> None:
     graph.lint()
 
 
+def _read_rows(network: Network) -> None:
+    """Replace rows of a tensor, which a part of a layer reads, by a placeholder of their own."""
+    graph, known = network.graph, dict(network.tensors)
+    for node in list(graph.nodes):
+        whole = whole_of(node) if node.op == "call_function" else None
+        rows = rows_within(node, len(known[whole])) if whole in known and known[whole].dim() else None
+        if whole is None or rows is None:
+            continue
+        with graph.inserting_before(whole):
+            part = graph.placeholder(node.name)
+        part.meta = dict(node.meta)
+        network.tensors[part], network.names[part] = known[whole][rows], rows_name(network.names[whole], rows)
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+
+
 def _multiply_masks(network: Network) -> None:
     """Replace masked operators by dense ones on weight * mask."""
     for node in network.graph.nodes:
@@ -184,11 +201,7 @@ def _multiply_masks(network: Network) -> None:
         if family != "masked":
             continue
         args = schema.bind(node)
-        whole: Any = args.weight if args.weight in network.tensors else rows_source(args.weight)
-        values = network.tensors[whole].clone()
-        rows = slice(None) if whole is args.weight else rows_of(args.weight, len(values))
-        values[rows] *= network.tensors[args.mask]
-        network.tensors[whole] = values
+        network.tensors[args.weight] = network.tensors[args.weight] * network.tensors[args.mask]
         if isinstance(args, schema.MaskedLinearArgs):
             node.target, node.args = torch.ops.aten.linear.default, (args.x, args.weight, args.bias)
         else:

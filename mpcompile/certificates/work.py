@@ -14,6 +14,7 @@ from mpcompile.certificates import bounds
 from mpcompile.certificates.orders import replay_orders
 from mpcompile.certificates.pair import NetworkPair, StructureChange, check_values, double, match, trace
 from mpcompile.certificates.steps import ENCLOSED, JACOBIAN, MEASURED, PAPER, Change, run_steps
+from mpcompile.certificates.tokens import skip_tokens
 from mpcompile.data.labels import check_range
 from mpcompile.data.outputs import class_scores, described
 from mpcompile.errors import GraphError, InputError, first_line
@@ -58,7 +59,7 @@ class Work:
 
     Attributes:
         given: the models as the caller passed them.
-        modules: float64 copies, the dense one with its channels in the sparse model's order.
+        modules: float64 copies, the dense one with the sparse model's order of channels, and skipping the same tokens.
         pairs: shapes of the inputs -> the two models on one graph.
         structure: how the models differ in more than weights, or None.
         moved: number of channel classes that were reordered in the dense model.
@@ -93,7 +94,8 @@ class Work:
         if self.structure is None and key not in self.pairs:
             if not self.pairs:
                 dense, sparse = self.modules
-                self.modules[0], self.moved = replay_orders(dense, sparse, inputs)
+                dense, self.moved = replay_orders(dense, sparse, inputs)
+                self.modules[0] = skip_tokens(dense, sparse, inputs)
             networks = [trace(module, inputs) for module in self.modules]
             try:
                 pair = match(*networks)

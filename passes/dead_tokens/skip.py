@@ -18,7 +18,7 @@ from mpcompile.ir import spec
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import ATTENTION, argument, shape_of, target_name
 from mpcompile.kernels import ops, schema
-from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass
+from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass, Request
 from mpcompile.passes.dead_tokens.boxes import FULL, Box, count
 from mpcompile.passes.dead_tokens.demand import Demand, find_demand, is_tensor, saved_macs
 from mpcompile.passes.dead_tokens.rewrite import Rewriter
@@ -65,6 +65,7 @@ class SkipDeadTokens(Pass):
 
     name = "skip_dead_tokens"
     decision_type = Skipped
+    requests = frozenset({Request.SPARED})
 
     def plan(self, gm: IRModule, ctx: Context) -> Skipped:
         if not ctx.plan.config.get("skip_dead_tokens", ctx.config.skip_dead_tokens):

@@ -33,6 +33,7 @@ from mpcompile.passes.merge_tokens.schedules.choose import choose
 from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
 from mpcompile.passes.merge_tokens.schedules.search import Search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
+from mpcompile.passes.merge_tokens.schedules.spared import find_spared
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
 from mpcompile.passes.merge_tokens.turned import sequence_first, turn
@@ -149,9 +150,10 @@ def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Sche
     """Return the schedule, and for ``tome_r="auto"`` how it was chosen, and the search for it."""
     if ctx.config.tome_r != "auto":
         return merges(ctx.config, [len(stream.sites) for stream in streams]), "", None
-    cost = merging_cost(gm, ctx, streams)
-    dense = cost([[stream.tokens[0]] * (len(stream.sites) + 1) for stream in streams])
-    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams)
+    spared = find_spared(gm, ctx, streams, [[site.residual for site in _sites_of(gm, stream)] for stream in streams])
+    dense = float(sum(node.meta.get("macs", 0) for node in gm.graph.nodes))
+    cost = merging_cost(gm, ctx, streams, spared)
+    budget = Budget(ctx.config.tome_reduction or 0.0, dense, cost, streams, spared.idle)
 
     def inserted(schedule: Schedule) -> IRModule:
         trial = _trial(gm)[0]
@@ -161,7 +163,7 @@ def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Sche
         trial.recompile()
         return trial
 
-    whole = ctx.imported(inserted([[0] * len(stream.sites) for stream in streams]))
+    whole = ctx.imported(inserted(tuple((0,) * len(stream.sites) for stream in streams)))
     return choose(ctx.config, budget, whole, ctx.calibration, inserted, ctx.seed)
 
 

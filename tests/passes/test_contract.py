@@ -88,7 +88,7 @@ CASES = {
     "permute heads": Case(Permute, tiny_vit, Config(permute=True)),
     "permute, off": Case(Permute, changes=False),
     "merge_tokens": Case(MergeTokens, tiny_vit, Config(tome_r=2)),
-    "merge_tokens to a target": Case(MergeTokens, tiny_vit, Config(tome_r="auto", tome_reduction=0.2)),
+    "merge_tokens to a target": Case(MergeTokens, tiny_vit, Config(tome_r="auto", tome_reduction=0.45)),
     "merge_tokens, off": Case(MergeTokens, changes=False),
     "mask": Case(Mask, requests=frozenset()),
     "mask and refit": Case(Mask, policy="pruned_to_dense"),

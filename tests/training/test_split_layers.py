@@ -9,7 +9,6 @@ from mpcompile import Config, transform
 from mpcompile.training.distill import distill
 from mpcompile.training.features import pair
 from mpcompile.training.policies import masked_weights, masks_digest
-from tests.passes.dead_tokens.split_by_hand import split
 from tests.support.helpers import images, relative, tiny_vit
 
 QKV = "blocks.1.attn.qkv"
@@ -19,7 +18,8 @@ METHODS = {"frozen": {}, "sr-ste": {"sr_ste_decay": 1e-2}, "gradual": {}}
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_steps(method):
     model, x = tiny_vit(), images(2)
-    whole, parts = transform(model, x, Config("2:4", score="magnitude", tome_r=2)), split(model, x, tome_r=2)
+    options = {"pattern": "2:4", "score": "magnitude", "tome_r": 2}
+    whole, parts = (transform(model, x, Config(skip_dead_tokens=skip, **options)) for skip in (False, True))
     batches = [images(4) for _ in range(3)]
     for student in (whole, parts):
         assert set(masked_weights(student)) == set(student.plan.masked)
@@ -38,7 +38,7 @@ def test_equal_steps(method):
 @pytest.mark.parametrize("r", [0, 2])
 def test_features_of_the_tokens_that_the_student_computes(r):
     model, x = tiny_vit(), images(2)
-    student = split(model, x, tome_r=r)
+    student = transform(model, x, Config("2:4", score="magnitude", tome_r=r))
     matched = pair(student, model, (x,))
     assert matched.blocks == ["blocks.0", "blocks.1"] and matched.tokens == [None, slice(0, 1)]
     ours, theirs = matched.student(x)[1], matched.teacher(x)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mpcompile.config import Config
+from mpcompile.errors import ConfigError
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.passes.context import Calibration
 from mpcompile.passes.merge_tokens.schedules.curves import NAMED
@@ -12,7 +13,7 @@ from mpcompile.passes.merge_tokens.schedules.search import Search, search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, solve
 from mpcompile.passes.merge_tokens.schedules.trials import LEAST, Trials, divide
 
-WITHOUT_DATA = "constant"  # the schedule of tome_r="auto" without calibration data
+WITHOUT_DATA = "parabolic"  # best without data over the models measured; see docs/token_merging.md
 
 
 def choose(
@@ -38,17 +39,25 @@ def choose(
     """
     if config.tome_schedule in NAMED:
         return solve(budget, NAMED[config.tome_schedule]), f"{config.tome_schedule} schedule, as requested", None
-    fallback = solve(budget, NAMED[WITHOUT_DATA])
+    fallback, name = _without_data(budget)
     if budget.meets([[0] * len(stream.sites) for stream in budget.streams]):
         return fallback, "nothing has to merge for this target", None
     if calibration is None:
-        return fallback, f"{WITHOUT_DATA} schedule: there is no calibration data to search on", None
+        return fallback, f"{name} schedule: there is no calibration data to search on", None
     memory = calibration.memory // 2
     parts, first, second = divide(model, calibration.batches(model), memory, seed)
     if not parts:
-        why = f"the calibration data has no {LEAST} images that can be divided into a search and a check"
-        return fallback, f"{WITHOUT_DATA} schedule: {why}", None
+        why = f"a search needs {LEAST} images, in more than one batch and within half of the memory allowed"
+        return fallback, f"{name} schedule: {why}", None
     trials = Trials(model, insert, parts, memory)
     with trials.bar:
         result = search(budget, trials, first, second, trials.measure, seed)
     return result.best.r, str(result), result
+
+
+def _without_data(budget: Budget) -> tuple[Schedule, str]:
+    """Return the schedule to use without data, and its name: a constant one where no other meets the budget."""
+    try:
+        return solve(budget, NAMED[WITHOUT_DATA]), WITHOUT_DATA
+    except ConfigError:
+        return solve(budget, NAMED["constant"]), "constant"

@@ -8,59 +8,48 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-_UNIT = 1 << 12  # weight of the block that merges most
+_UNIT = 1 << 12  # weight of the block that merges most, for curves whose weights are no integers
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Merges per block in the ratio exp(slope x + bend x²), x going from -1 in the first block to 1 in the last.
+    """Merges per block in the ratio t^rise (1 - t)^fall, t going from 1 / blocks in the first block to 1 in the last.
 
     Attributes:
-        slope: positive to merge more in late blocks.
-        bend: positive to merge more at both ends, negative to merge more in the middle.
+        rise: 0 or more; how steeply the numbers rise in early blocks.
+        fall: 0 or more; how steeply they fall in late blocks. Above 0, none merge in the last one.
 
     Example:
-        >>> Curve().weights(3), Curve(slope=-0.7).weights(3), Curve(bend=-1.5).weights(3)
-        ([4096, 4096, 4096], [4096, 2034, 1010], [914, 4096, 914])
+        >>> Curve().weights(5), Curve(fall=1).weights(5), Curve(1, 1).weights(5)
+        ([1, 1, 1, 1, 1], [4, 3, 2, 1, 0], [4, 6, 6, 4, 0])
     """
 
-    slope: float = 0.0
-    bend: float = 0.0
-
-    def weights(self, blocks: int) -> list[int]:
-        """Return the weight of each block, an integer of at least 1."""
-        places = [2 * block / max(1, blocks - 1) - 1 for block in range(blocks)]
-        powers = [self.slope * x + self.bend * x * x for x in places]
-        return [max(1, round(_UNIT * math.exp(power - max(powers)))) for power in powers]
-
-    def around(self, slope: float, bend: float) -> Iterator[Curve]:
-        """Yield the four curves that differ by a step in one number."""
-        for sign in (-1, 1):
-            yield Curve(self.slope + sign * slope, self.bend)
-            yield Curve(self.slope, self.bend + sign * bend)
-
-    def __str__(self) -> str:
-        return f"curve of slope {self.slope:g} and bend {self.bend:g}" if self.slope or self.bend else "constant"
-
-
-class Linear:
-    """Merges per block that fall linearly to 0 in the last one.
-
-    Example:
-        >>> Linear().weights(4)
-        [3, 2, 1, 0]
-    """
+    rise: float = 0
+    fall: float = 0
 
     def weights(self, blocks: int) -> list[int]:
         """Return the weight of each block."""
-        return list(range(blocks - 1, -1, -1)) if blocks > 1 else [1]
+        if blocks == 1:
+            return [1]
+        values = [(block + 1) ** self.rise * (blocks - 1 - block) ** self.fall for block in range(blocks)]
+        if all(isinstance(value, int) for value in values):
+            return [int(value) for value in values]
+        return [round(_UNIT * value / max(values)) for value in values]
+
+    def around(self, step: float) -> Iterator[Curve]:
+        """Yield the curves that differ by a step in one number."""
+        for change in (-step, step):
+            if self.rise + change >= 0:
+                yield Curve(self.rise + change, self.fall)
+            if self.fall + change >= 0:
+                yield Curve(self.rise, self.fall + change)
 
     def __str__(self) -> str:
-        return "linear"
+        factors = [f"{base}^{power:g}" for base, power in (("t", self.rise), ("(1 - t)", self.fall)) if power]
+        return next((name for name, curve in NAMED.items() if curve == self), " ".join(factors))
 
 
-Shape = Curve | Linear
-NAMED: dict[str, Shape] = {"constant": Curve(), "linear": Linear()}
+NAMED = {"constant": Curve(), "linear": Curve(fall=1), "parabolic": Curve(1, 1)}
 
 
 def spread(total: int, weights: Sequence[int]) -> list[int]:

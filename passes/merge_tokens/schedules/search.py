@@ -3,8 +3,8 @@
 Damage is not additive over blocks, and single images are noisy: a free search over the numbers of all blocks overfits.
 So the search has few degrees of freedom. It looks for the best :class:`Curve` (two numbers) by successive halving and a
 few steps around the best one, and then tries a few exchanges between neighbouring blocks, each accepted only if the
-paired differences of all search images show a gain well above their noise. At last, the constant and the linear
-schedule and what was found compete on images that the search has not seen; the best one there is chosen.
+paired differences of all search images show a gain well above their noise. At last, the named
+schedules and what was found compete on images that the search has not seen; the best one there is chosen.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import ConfigError
-from mpcompile.passes.merge_tokens.schedules.curves import NAMED, Curve, Shape
+from mpcompile.passes.merge_tokens.schedules.curves import NAMED, Curve
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, solve
 
 Loss = Callable[[Schedule, int], Tensor]  # a schedule and the number of a part of the images -> loss of each image
 
-_SLOPES, _BENDS = (-1.6, -0.8, 0.0, 0.8, 1.6), (-1.0, 0.0, 1.0)
+_RISES, _FALLS = (0, 0.5, 1, 1.5, 2), (0, 0.5, 1)
 _ROUNDS = ((8, 6), (2, 3), (1, 1))  # successive halving: one of so many search images, and how many curves remain
-_STEPS = ((0.4, 0.5), (0.2, 0.25))  # of slope and bend around the best curve
+_STEPS = (0.25, 0.125)  # of rise and fall around the best curve
 _EXCHANGES = 12
 _MARGIN = 2.0  # standard errors by which an exchange has to win
 _LOST = 1e30  # loss in place of NaN and infinity
@@ -38,7 +38,7 @@ class Candidate:
     """A schedule, and its mean divergence from the dense model.
 
     Attributes:
-        name: ``"constant"``, ``"linear"``, the curve, or the curve with exchanges.
+        name: of the schedule or curve, and how many exchanges were made in it.
         r: for each stream, the tokens to merge in each block.
         search: divergence on the images of the search.
         check: divergence on the images of the check.
@@ -110,24 +110,24 @@ class _Curves:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.solved: dict[Shape, Schedule | None] = {}
+        self.solved: dict[Curve, Schedule | None] = {}
 
-    def __getitem__(self, shape: Shape) -> Schedule | None:
+    def __getitem__(self, curve: Curve) -> Schedule | None:
         """Return the schedule of a curve, or None if no number of merges in its ratio meets the budget."""
-        if shape not in self.solved:
+        if curve not in self.solved:
             try:
-                self.solved[shape] = solve(self.budget, shape)
+                self.solved[curve] = solve(self.budget, curve)
             except ConfigError:
-                self.solved[shape] = None
-        return self.solved[shape]
+                self.solved[curve] = None
+        return self.solved[curve]
 
-    def distinct(self, shapes: Sequence[Shape]) -> dict[Schedule, Shape]:
+    def distinct(self, some: Sequence[Curve]) -> dict[Schedule, Curve]:
         """Return the schedules of curves; of curves with the same schedule, only the first."""
-        found: dict[Schedule, Shape] = {}
-        for shape in shapes:
-            schedule = self[shape]
+        found: dict[Schedule, Curve] = {}
+        for curve in some:
+            schedule = self[curve]
             if schedule is not None:
-                found.setdefault(schedule, shape)
+                found.setdefault(schedule, curve)
         return found
 
 
@@ -140,7 +140,7 @@ def search(
         budget: the constant schedule must be able to meet it.
         loss: per image, of a schedule on a part of the images.
         search_parts: parts on which schedules are searched.
-        check_parts: parts on which the best one is compared with the constant and the linear schedule.
+        check_parts: parts on which the best one is compared with the schedules in :data:`NAMED`.
         measure: what the loss is, in words.
         seed: of the order in which exchanges are tried.
 
@@ -149,28 +149,27 @@ def search(
     """
     solve(budget, NAMED["constant"])  # raises if it can't meet the budget
     curves, losses = _Curves(budget), _Losses(loss)
-    grid = [NAMED["constant"], NAMED["linear"], *(Curve(s, b) for s, b in itertools.product(_SLOPES, _BENDS))]
-    named = {curves[shape]: name for name, shape in NAMED.items() if curves[shape] is not None}
+    grid = [*NAMED.values(), *(Curve(*numbers) for numbers in itertools.product(_RISES, _FALLS))]
     best = _halve(curves.distinct(grid), losses, search_parts)
     best = _step(best, curves, losses, search_parts)
-    schedule, shape = best
+    schedule, curve = best
     exchanged, count = _exchange(schedule, budget, losses, search_parts, seed)
-    entries: dict[Schedule, str] = {key: name for key, name in named.items() if key is not None}
-    entries.setdefault(schedule, str(shape))
+    entries = {key: str(named) for key, named in curves.distinct(list(NAMED.values())).items()}
+    entries.setdefault(schedule, str(curve))
     entries.setdefault(exchanged, f"{entries[schedule]} with {count} exchange{'s' if count != 1 else ''}")
     candidates = tuple(
         Candidate(name, r, losses.mean(r, search_parts), losses.mean(r, check_parts)) for r, name in entries.items()
     )
-    chosen = min(candidates, key=lambda candidate: candidate.check)  # the first of equals: constant before linear
-    sizes = [len(losses.of(chosen.r, parts)) for parts in (search_parts, check_parts)]
-    return Search(measure, *sizes, losses.tried, chosen.name, candidates)
+    chosen = min(candidates, key=lambda candidate: candidate.check)  # the first of equals: constant before others
+    seen, unseen = (len(losses.of(chosen.r, parts)) for parts in (search_parts, check_parts))
+    return Search(measure, seen, unseen, losses.tried, chosen.name, candidates)
 
 
 def _share(parts: Sequence[int], divisor: int) -> Sequence[int]:
     return parts[: math.ceil(len(parts) / divisor)]
 
 
-def _halve(schedules: dict[Schedule, Shape], losses: _Losses, parts: Sequence[int]) -> tuple[Schedule, Shape]:
+def _halve(schedules: dict[Schedule, Curve], losses: _Losses, parts: Sequence[int]) -> tuple[Schedule, Curve]:
     """Return the best of many schedules: all on few images, fewer on more, the last ones on all."""
     left = list(schedules)
     for divisor, kept in _ROUNDS:
@@ -180,22 +179,19 @@ def _halve(schedules: dict[Schedule, Shape], losses: _Losses, parts: Sequence[in
 
 
 def _step(
-    best: tuple[Schedule, Shape], curves: _Curves, losses: _Losses, parts: Sequence[int]
-) -> tuple[Schedule, Shape]:
+    best: tuple[Schedule, Curve], curves: _Curves, losses: _Losses, parts: Sequence[int]
+) -> tuple[Schedule, Curve]:
     """Take steps of falling size around the best curve, judged on half of the images, then on all."""
-    schedule, shape = best
+    schedule, curve = best
     half = _share(parts, 2)
-    for slope, bend in _STEPS if isinstance(shape, Curve) else ():
-        assert isinstance(shape, Curve)
-        around = curves.distinct(list(shape.around(slope, bend)))
-        if not around:
-            continue
-        nearest = min(around, key=lambda other: losses.mean(other, half))
+    for step in _STEPS:
+        around = curves.distinct(list(curve.around(step)))
+        nearest = min(around, key=lambda other: losses.mean(other, half), default=schedule)
         if losses.mean(nearest, half) < losses.mean(schedule, half) and (
             losses.mean(nearest, parts) < losses.mean(schedule, parts)
         ):
-            schedule, shape = nearest, around[nearest]
-    return schedule, shape
+            schedule, curve = nearest, around[nearest]
+    return schedule, curve
 
 
 def _exchange(

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpcompile.config import Config
 from mpcompile.errors import ConfigError
-from mpcompile.passes.merge_tokens.schedules.curves import NAMED, Curve, Shape, spread
+from mpcompile.passes.merge_tokens.schedules.curves import NAMED, Curve, spread
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 
 Schedule = tuple[tuple[int, ...], ...]  # for each stream, the tokens to merge in each block
@@ -46,12 +46,12 @@ class Budget:
         """Return True if a schedule saves at least :attr:`reduction`."""
         return self.saved(schedule) >= self.reduction
 
-    def weights(self, shape: Shape) -> list[list[int]]:
-        """Return the weight of each block of each stream under a shape: 0 in idle blocks."""
+    def weights(self, curve: Curve) -> list[list[int]]:
+        """Return the weight of each block of each stream under a curve: 0 in idle blocks."""
         idle = self.idle or [frozenset[int]()] * len(self.streams)
         counts = [len(stream.sites) for stream in self.streams]
         return [
-            [0 if block in skipped else weight for block, weight in enumerate(shape.weights(count))]
+            [0 if block in skipped else weight for block, weight in enumerate(curve.weights(count))]
             for count, skipped in zip(counts, idle, strict=True)
         ]
 
@@ -88,15 +88,15 @@ class Budget:
         return tuple(tuple(a - b for a, b in itertools.pairwise(numbers)) for numbers in self.tokens(schedule))
 
 
-def solve(budget: Budget, shape: Shape) -> Schedule:
-    """Return the schedule of a shape with the fewest merges that meets the budget.
+def solve(budget: Budget, curve: Curve) -> Schedule:
+    """Return the schedule of a curve with the fewest merges that meets the budget.
 
     Several streams merge in proportion to their tokens.
 
     Raises:
         ConfigError: even merging half of all tokens in every block that has a weight saves less.
     """
-    weights = budget.weights(shape)
+    weights = budget.weights(curve)
     # With this many, every block that has a weight merges half of its tokens.
     most = [
         stream.tokens[0] * -(-sum(each) // min((w for w in each if w), default=1))
@@ -136,8 +136,8 @@ def merges(config: Config, blocks: Sequence[int]) -> Schedule:
     """
     r: Any = config.tome_r
     if isinstance(r, int):
-        shape = NAMED.get(config.tome_schedule, Curve())
-        return tuple(tuple(spread(r * count, shape.weights(count))) for count in blocks)
+        curve = NAMED.get(config.tome_schedule, Curve())
+        return tuple(tuple(spread(r * count, curve.weights(count))) for count in blocks)
     if len(r) != sum(blocks):
         raise ConfigError(
             "tome_r has the wrong length",

@@ -9,12 +9,16 @@ import torch
 import mpcompile
 from mpcompile import Config, backend
 from mpcompile.artifact.verify import verify
-from tests.passes.dead_tokens.split_by_hand import split
 from tests.support.helpers import images, relative, tiny_vit
 
 QKV = "blocks.1.attn.qkv"
 PARTS = [f"{QKV}.weight_rows_0_32", f"{QKV}.weight_rows_32_96"]
 MASKED = 8
+
+
+def split(model, x, pattern="2:4", **options):
+    """Transform a model: the rows of its last qkv that make queries become a layer apart."""
+    return mpcompile.transform(model, x, Config(pattern, score="magnitude", **options))
 
 
 def source(exported, **kwargs):
@@ -100,3 +104,15 @@ def test_masked_after_it_was_split(tmp_path):
     assert torch.equal(mpcompile.load(tmp_path / "m.mpc")(x), gm(x))
     again = mpcompile.transform(gm, x, Config("8:16", tome_r=2, score="magnitude"))
     assert again.plan.macs == gm.plan.macs and torch.equal(again(x), gm(x))
+
+
+def test_a_certificate_bounds_each_part():
+    """The dense model skips the same tokens, so that the two differ in weights alone."""
+    model, x = tiny_vit(), images(6)
+    whole, parts = (split(model, x, "12:16", skip_dead_tokens=skip) for skip in (False, True))
+    measured = [mpcompile.certify(model, sparse, x, progress=False) for sparse in (whole, parts)]
+    names = [[layer.name for layer in report.layers] for report in measured]
+    assert len(names[0]) == MASKED and len(names[1]) == MASKED + 1
+    assert [name for name in names[1] if QKV in name] == PARTS
+    assert measured[0]["0"].certified == measured[1]["0"].certified and measured[1].violations == 0
+    assert {tier.name for tier in measured[1].tiers} == {tier.name for tier in measured[0].tiers}

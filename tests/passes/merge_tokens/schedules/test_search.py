@@ -47,7 +47,7 @@ def test_nothing_worse_than_constant_or_linear_is_chosen(seed, reduction):
 
 def test_finds_a_curve_that_is_better_on_every_image():
     mine = budget()
-    planted = solve(mine, Curve(-0.5, -0.6))[0]
+    planted = solve(mine, Curve(1.7, 0.6))[0]
     calls = []
 
     def loss(schedule, part):
@@ -83,7 +83,7 @@ def test_losses_that_are_not_numbers_lose():
 # --- On a model ---
 
 
-AUTO = Config(pattern="dense", tome_r="auto", tome_reduction=0.2)
+AUTO = Config(pattern="dense", tome_r="auto", tome_reduction=0.4)
 
 
 def photos(count, seed=0):
@@ -93,7 +93,7 @@ def photos(count, seed=0):
 
 @pytest.fixture(scope="module")
 def planned():
-    model = tiny_vit(depth=3)
+    model = tiny_vit(depth=3, patch_size=4)
     imported = import_model(model, photos(2))
     propagate(imported.gm, imported.inputs)
     state = {name: value.clone() for name, value in imported.gm.state_dict().items()}
@@ -119,24 +119,24 @@ def test_a_model_is_searched_and_plans_the_same_twice(planned):
 
 
 def test_the_plan_tells_the_choice_and_the_images():
-    gm = transform(tiny_vit(depth=3), photos(2), AUTO, iter(photos(48).split(10)), calibrate="dense")
+    gm = transform(tiny_vit(depth=3, patch_size=4), photos(2), AUTO, iter(photos(48).split(10)), calibrate="dense")
     record = next(record for record in gm.plan.passes if record.name == "merge_tokens")
     assert "24 check images (on 24 search images)" in record.summary and "constant 0." in record.summary
-    assert gm.plan.macs.reduction >= 0.2
+    assert gm.plan.macs.reduction >= 0.4
     assert Plan.from_json(gm.plan.to_json()) == gm.plan
 
 
 @pytest.mark.parametrize(
     ("data", "schedule", "said"),
     [
-        (None, "auto", "constant schedule: there is no calibration data"),
-        ([photos(20)], "auto", "no 32 images"),
+        (None, "auto", "parabolic schedule: there is no calibration data"),
+        ([photos(20)], "auto", "needs 32 images"),
         ([photos(48)], "linear", "linear schedule, as requested"),
     ],
 )
 def test_without_a_search_the_plan_says_why(data, schedule, said):
     config = Config(pattern="dense", tome_r="auto", tome_reduction=0.2, tome_schedule=schedule)
-    gm = transform(tiny_vit(depth=3), photos(2), config, data, pipeline=Pipeline([MergeTokens()]))
+    gm = transform(tiny_vit(depth=3, patch_size=4), photos(2), config, data, pipeline=Pipeline([MergeTokens()]))
     assert said in gm.plan.passes[-1].summary
 
 

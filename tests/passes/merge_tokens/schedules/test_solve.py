@@ -5,8 +5,10 @@ import timm
 import torch
 
 import mpcompile
-from mpcompile import Config
+from mpcompile import Config, Pipeline, transform
 from mpcompile.errors import ConfigError, GraphError
+from mpcompile.passes.dead_tokens import SkipDeadTokens
+from mpcompile.passes.merge_tokens import MergeTokens
 from tests.support import merging_reference
 from tests.support.helpers import images, relative, tiny_vit, transformer
 from tests.support.merging import decision, merged
@@ -55,7 +57,7 @@ def test_a_linear_schedule():
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224"])
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("schedule", ["auto", "linear"])
 @pytest.mark.parametrize("reduction", [0.05, 0.2])
 def test_auto_merges_the_fewest_tokens_that_meet_the_reduction(name, schedule, reduction):
     model, x = transformer(name), images(1, 128)
@@ -64,6 +66,29 @@ def test_auto_merges_the_fewest_tokens_that_meet_the_reduction(name, schedule, r
     fewer = list(decision(gm)["r"])
     fewer[fewer.index(max(fewer))] -= 1
     assert merged(model, x, fewer).plan.macs.reduction < reduction
+
+
+@pytest.mark.parametrize("schedule", ["constant", "parabolic"])
+def test_dead_tokens_count_towards_the_reduction(schedule):
+    """The target is met by what both passes save, and no merge stands where nothing reads merged tokens."""
+    config = Config(pattern="dense", tome_r="auto", tome_reduction=0.4, tome_schedule=schedule)
+    pipeline = Pipeline([MergeTokens(), SkipDeadTokens()])
+    saved = {}
+    for fewer in (0, 1):
+        gm = transform(tiny_vit(depth=3), images(), config, pipeline=pipeline)
+        r = gm.plan.passes[0].decision["r"]
+        saved[fewer] = gm.plan.macs.reduction
+        assert r[-1] == 0 and len(set(gm.plan.tokens[-2:])) == 1
+        r[r.index(max(r))] -= 1
+        config = Config(pattern="dense", tome_r=r)
+    assert saved[1] < 0.4 <= saved[0]
+
+
+def test_a_target_that_dead_tokens_meet_needs_no_merge():
+    config = Config(pattern="dense", tome_r="auto", tome_reduction=0.1)
+    gm = transform(tiny_vit(), images(), config)
+    assert gm.plan.tokens == [] and gm.plan.macs.reduction >= 0.1
+    assert "nothing has to merge" in gm.plan.passes[3].summary
 
 
 def test_auto_reports_the_largest_reduction():
