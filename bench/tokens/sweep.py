@@ -101,7 +101,7 @@ def attention_layers(model: nn.Module) -> list[str]:
 
 def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
     """The transformed model, and the way it was traced."""
-    config, pipeline = Config(pattern="dense", tome_r=R), Pipeline([MergeTokens()])
+    config, pipeline = Config(pattern="dense", tome_r=R, tome_method="tome"), Pipeline([MergeTokens()])
     try:
         return transform(model, images, config, pipeline=pipeline), "symbolic"
     except TraceError:

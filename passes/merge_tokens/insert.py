@@ -1,4 +1,4 @@
-"""Merge tokens: insert ToMe after the attention residual of every block (Bolya et al., arXiv 2210.09461).
+"""Merge tokens after the attention residual of every block (ToMe: Bolya et al., arXiv 2210.09461).
 
 Sites are anchored on attention, fused or written out. From there the graph leads to the attention residual, the first
 addition whose other operand is an ancestor of the query. The merge follows it, and ``log(size)`` is added to the logits

@@ -92,7 +92,7 @@ def made(name):
 
 def captured(model, x, kind, r=2, **options):
     """A function of images that runs the model with merged tokens."""
-    config = Config(pattern="dense", tome_r=r, **options)
+    config = Config(pattern="dense", tome_r=r, tome_method="tome", **options)
     if kind == "dynamo":
 
         def backend(gm, inputs):
