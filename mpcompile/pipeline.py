@@ -282,10 +282,11 @@ def _begun(imported: Imported, config: Config, pipeline: Pipeline) -> Plan:
     plan.captured = plan.captured or imported.captured
     plan.figures = {}  # the old ones were measured on the module before this run
     for use in layers(imported.gm, imported.lifted):
-        for layer in (as_stored(imported.gm, use, imported.lifted), use) if use.pattern is not None else ():
-            entry = plan.layers.setdefault(layer.name, LayerPlan(layer.kind, tuple(layer.weight.tensor.shape)))
-            entry.pattern, entry.reason = str(use.pattern), None
-            entry.density = use.pattern.density
+        if use.pattern is not None:
+            for layer in (as_stored(imported.gm, use, imported.lifted), use):
+                fresh = LayerPlan(layer.kind, tuple(layer.weight.tensor.shape))
+                entry = plan.layers.setdefault(layer.name, fresh)
+                entry.pattern, entry.density, entry.reason = str(use.pattern), use.pattern.density, None
     return plan
 
 

@@ -104,8 +104,8 @@ class Mask(Pass):
         for name, projection in decision.projections.items():
             self._mask_layer(gm, uses[name], projection, Pattern.parse(decision.patterns[name]), ctx)
         for name in uses:  # graph order, regardless of the order in which earlier passes added the layers
-            for entry in filter(None, (owner_of(name, ctx.plan.layers), name)):
-                ctx.plan.layers[entry] = ctx.plan.layers.pop(entry)
+            for moved in filter(None, (owner_of(name, ctx.plan.layers), name)):
+                ctx.plan.layers[moved] = ctx.plan.layers.pop(moved)
         ctx.results.put(Masked(decision.projections, decision.norms))
         return bool(decision.masked)
 
