@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import ConfigError
-from mpcompile.passes.merge_tokens.schedules.curves import NAMED, WITHOUT_DATA, Curve
+from mpcompile.passes.merge_tokens.schedules.curves import NAMED, Curve
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, solve
 
 Loss = Callable[[Schedule, int], Tensor]  # a schedule and the number of a part of the images -> loss of each image
@@ -27,6 +27,8 @@ Loss = Callable[[Schedule, int], Tensor]  # a schedule and the number of a part 
 _RISES, _FALLS = (0, 0.5, 1, 2, 3), (0, 0.5, 1)
 _ROUNDS = ((8, 6), (2, 3), (1, 1))  # successive halving: one of so many search images, and how many curves remain
 _STEPS = (0.5, 0.25)  # of rise and fall around the best curve
+_STEEP = (Curve(2, 1), Curve(1.5, 1), Curve(1, 1))  # for schedules without data; the first that is gentle enough
+_GENTLE = 0.25  # share of its tokens that a block may merge in those
 _EXCHANGES = 12
 _MARGIN = 2.0  # standard errors by which an exchange has to win
 _LOST = 1e30  # loss in place of NaN and infinity
@@ -149,7 +151,7 @@ def search(
     """
     solve(budget, NAMED["constant"])  # raises if it can't meet the budget
     curves, losses = _Curves(budget), _Losses(loss)
-    fixed = [*NAMED.values(), WITHOUT_DATA]
+    fixed = [*NAMED.values(), *_STEEP]
     grid = [*fixed, *(Curve(*numbers) for numbers in itertools.product(_RISES, _FALLS))]
     best = _halve(curves.distinct(grid), losses, search_parts)
     best = _step(best, curves, losses, search_parts)
@@ -164,6 +166,26 @@ def search(
     chosen = min(candidates, key=lambda candidate: candidate.check)  # the first of equals: constant before others
     seen, unseen = (len(losses.of(chosen.r, parts)) for parts in (search_parts, check_parts))
     return Search(measure, seen, unseen, losses.tried, chosen.name, candidates)
+
+
+def without_data(budget: Budget) -> tuple[Schedule, str]:
+    """Return the schedule to use without data, and its name.
+
+    Late blocks lose least by merging as long as no block merges a large share of its tokens: of three curves, it is the
+    steepest under which none merges more than a quarter; if there is none, the flattest; and if that does not meet the
+    budget, the constant schedule. Chosen on one model; see docs/token_merging.md.
+
+    Raises:
+        ConfigError: the constant schedule cannot meet the budget, either.
+    """
+    curves = _Curves(budget).distinct(_STEEP)
+    for schedule, curve in curves.items():
+        tokens = budget.tokens(schedule)
+        if all(a - b <= _GENTLE * a for numbers in tokens for a, b in itertools.pairwise(numbers)):
+            return schedule, str(curve)
+    if (flattest := _Curves(budget)[_STEEP[-1]]) is not None:
+        return flattest, str(_STEEP[-1])
+    return solve(budget, NAMED["constant"]), "constant"
 
 
 def _share(parts: Sequence[int], divisor: int) -> Sequence[int]:
