@@ -136,7 +136,8 @@ def transform(
             received. Not needed if the graph carries shapes, or if there is calibration data.
         config: the options; see :class:`mpcompile.Config`.
         calibration: an iterable of batches (a tensor, a tuple whose first item is the input, or a dict of keyword
-            inputs), for a score that needs data. Without it, the score falls back to magnitude, and the Plan says so.
+            inputs), for a score that needs data and for ``tome_r="auto"``. Without it, the score falls back to
+            magnitude and the schedule to one that is not searched, and the Plan says so.
         pipeline: passes to run instead of the default ones.
         statistics: a folder for the moments of every layer, from which an interrupted run on the same weights, data
             and options resumes.

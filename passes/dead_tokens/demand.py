@@ -13,7 +13,8 @@ from mpcompile.ir.effects import writes
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, fake_value, reads_form, shape_of, target_name
 from mpcompile.passes.dead_tokens.boxes import FULL, Box, count, pieces, share, without
-from mpcompile.passes.dead_tokens.rules import Rules, Whole
+from mpcompile.passes.dead_tokens.rules import Rules
+from mpcompile.passes.dead_tokens.selections import Whole, Wider
 
 CHECKS = frozenset({"_assert_tensor_metadata"})  # read a tensor's form, and yield nothing
 
@@ -62,12 +63,13 @@ class Asked:
     def again(self, node: fx.Node, args: tuple[Any, ...], kwargs: Any = None) -> Any:
         return None
 
-    def cut(self, value: Any, part: Box) -> Any:
-        return None
-
 
 def asked(rules: Rules, node: fx.Node, part: Box) -> Asked | None:
-    """Return what a node needs so that ``part`` of its value can be computed; None if only all of it can."""
+    """Return what a node needs so that ``part`` of its value can be computed; None if only all of it can.
+
+    Raises:
+        Wider: some axes have to be whole.
+    """
     found = Asked()
     try:
         rules.apply(found, node, part)
@@ -190,16 +192,28 @@ class _Walk:
         parts = self._rounded(node, parts, shape)
         if node in self.whole or node.op in ("placeholder", "get_attr") or (lengths and self._cuts(parts, lengths)):
             parts = (FULL,)
-        needs = [asked(self.rules, node, part) for part in parts]
-        if any(need is None for need in needs):
-            if parts != (FULL,):
-                self.demand.barriers.append(node)
-            parts = (FULL,)
-            needs = [asked(self.rules, node, FULL) or _everything(node)]
+        parts, needs = self._needs(node, parts, shape)
         self.demand.parts[node] = parts
         for need in needs:
-            assert need is not None
             self._ask(node, need)
+
+    def _needs(
+        self, node: fx.Node, parts: tuple[Box, ...], shape: tuple[int, ...]
+    ) -> tuple[tuple[Box, ...], list[Asked]]:
+        """Return the parts that can be computed and hold the given ones, and what they need."""
+        while True:
+            try:
+                needs = [asked(self.rules, node, part) for part in parts]
+            except Wider as wider:
+                parts = pieces([without(part, wider.axes) for part in parts], shape)
+                continue
+            known = [need for need in needs if need is not None]
+            if len(known) == len(parts):
+                return parts, known
+            if parts == (FULL,):
+                return parts, [_everything(node)]
+            self.demand.barriers.append(node)
+            parts = (FULL,)
 
     @staticmethod
     def _cuts(parts: Iterable[Box], lengths: Iterable[int | None]) -> bool:

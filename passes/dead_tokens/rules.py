@@ -7,7 +7,8 @@ is computed in full.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +30,8 @@ from mpcompile.ir.nodes import (
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels import ops, schema
 from mpcompile.passes.dead_tokens.boxes import FULL, Box, box, without
-from mpcompile.passes.dead_tokens.selections import Whole
-from mpcompile.passes.dead_tokens.views import VIEWS, view_rule
+from mpcompile.passes.dead_tokens.selections import Whole, Wider
+from mpcompile.passes.dead_tokens.views import VIEWS
 
 __all__ = ["Builder", "Rules", "Whole"]
 
@@ -62,8 +63,12 @@ class Builder(Protocol):
     def again(self, node: fx.Node, args: tuple[Any, ...], kwargs: Any = None) -> Any:
         """Return the result of a node's own operation on other arguments."""
 
-    def cut(self, value: Any, part: Box) -> Any:
-        """Return a part of a result."""
+
+def _check_whole(part: Box, axes: Iterable[int]) -> None:
+    """Refuse a part that is not whole along some axes."""
+    cut = {axis for axis, _ in part}.intersection(axes)
+    if cut:
+        raise Wider(cut)
 
 
 Rule = Callable[[Builder, fx.Node, Box], Any]
@@ -93,6 +98,7 @@ class Rules:
 
         Raises:
             Whole: only all of it can be computed, from all of its operands.
+            Wider: some axes have to be whole.
         """
         rule = self.rule_of(node)
         if rule is None or written(self.gm, node):
@@ -107,9 +113,9 @@ class Rules:
             return self._attention
         if node.target is ops.token_bias:
             return self._bias
-        name = target_name(self.gm, node)
+        name = node.args[1] if node.target is getattr else target_name(self.gm, node)
         if name in VIEWS and node.op != "call_module":
-            return lambda builder, node, part: view_rule(self.gm, builder, node, part)
+            return functools.partial(VIEWS[name], self.gm)
         if name in self.named:
             return self.named[name]
         if node.op == "call_module":
@@ -155,24 +161,21 @@ class Rules:
             many = len(argument(node, 1, "normalized_shape"))
         elif node.op == "call_module":
             many = len(getattr(self.gm.get_submodule(str(node.target)), "normalized_shape", (0,)))
-        source: Any = argument(node, 0, "input")
-        needed = without(part, range(rank - many, rank))
-        return self._narrowed(builder, self._others(builder, node, builder.tensor(source, needed)), needed, part)
+        return self._first(builder, node, part, range(rank - many, rank))
 
-    @staticmethod
-    def _narrowed(builder: Builder, value: Any, computed: Box, part: Box) -> Any:
-        """Cut a part out of a box that contains it: along axes that are whole in the one and not in the other."""
-        rest = tuple(entry for entry in part if entry not in computed)
-        return builder.cut(value, rest) if rest else value
+    def _first(self, builder: Builder, node: fx.Node, part: Box, whole: Iterable[int]) -> Any:
+        """Follow the first operand, axis by axis; some axes have to be whole."""
+        _check_whole(part, whole)
+        source: Any = argument(node, 0, "input")
+        return self._others(builder, node, builder.tensor(source, part))
 
     def _linear(self, builder: Builder, node: fx.Node, part: Box) -> Any:
         layer = self.layers[node]
         last = len(shape_of(node) or ()) - 1
-        needed = without(part, [last])
         rows = dict(part).get(last)
         if rows is None or len(rows) != 1 or layer.obstacle is not None or not self._reads_rows(layer):
-            source: Any = argument(node, 0, "input")
-            return self._narrowed(builder, self._others(builder, node, builder.tensor(source, needed)), needed, part)
+            return self._first(builder, node, part, [last])
+        needed = without(part, [last])
         x = builder.tensor(layer.input, needed)
         along: Box = ((0, rows),)
         if node.op == "call_module":
@@ -203,9 +206,7 @@ class Rules:
             dim = argument(node, _NORMALISED[name], "dim", 1 if name == "normalize" else None)
         if not isinstance(dim, int):
             raise Whole
-        source: Any = argument(node, 0, "input")
-        needed = without(part, [dim % rank])
-        return self._narrowed(builder, self._others(builder, node, builder.tensor(source, needed)), needed, part)
+        return self._first(builder, node, part, [dim % rank])
 
     def _reduced(self, builder: Builder, node: fx.Node, part: Box) -> Any:
         name, source = target_name(self.gm, node), argument(node, 0, "input")
@@ -237,7 +238,7 @@ class Rules:
         rank = len(shape_of(node) or ())
         fused = node.target in ATTENTION
         causal = argument(node, 5, "is_causal", False) if fused else False
-        needed = box({axis: runs for axis, runs in part if axis == rank - 2 and causal is False})
+        _check_whole(part, [axis for axis in range(rank) if axis != rank - 2 or causal is not False])
         query, mask = argument(node, 0, "query"), argument(node, 3, "attn_mask") if fused else None
 
         def operand(source: fx.Node) -> Any:
@@ -245,14 +246,13 @@ class Rules:
             if shape is None:
                 return builder.number(source)
             if source is mask and len(shape) > 1 and shape[-2] != 1:
-                return builder.tensor(source, box({len(shape) - 2: runs for _, runs in needed}))
+                return builder.tensor(source, box({len(shape) - 2: runs for _, runs in part}))
             return builder.tensor(source)
 
-        queries = builder.tensor(query, needed)
+        queries = builder.tensor(query, part)
         args = fx.node.map_arg(node.args[1:], operand)
         kwargs = {k: v for k, v in node.kwargs.items() if k != "query"}
-        value = builder.again(node, (queries, *args), fx.node.map_arg(kwargs, operand))
-        return self._narrowed(builder, value, needed, part)
+        return builder.again(node, (queries, *args), fx.node.map_arg(kwargs, operand))
 
     def _bias(self, builder: Builder, node: fx.Node, part: Box) -> Any:
         """Compute log(size) for logits, of which only dtype and rank are read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
@@ -22,6 +22,18 @@ _SPLITS = ("unbind", "chunk", "split", "split_with_sizes")
 
 class Whole(Exception):
     """Only all of a value can be computed, from all of its operands."""
+
+
+class Wider(Exception):
+    """A value can only be computed whole along some axes.
+
+    Attributes:
+        axes: these axes.
+    """
+
+    def __init__(self, axes: Iterable[int]) -> None:
+        super().__init__()
+        self.axes = frozenset(axes)
 
 
 def sized(node: fx.Node) -> tuple[int, ...]:

@@ -112,12 +112,13 @@ def _is_unread(merge: fx.Node, demand: Demand) -> bool:
 def _queries(gm: IRModule, demand: Demand) -> dict[str, tuple[int, int]]:
     """Return the attentions of which only some queries are needed -> how many, and of how many."""
     found = {}
-    for attention in [*find_attentions(gm), *(n for n in gm.graph.nodes if n.target is ops.token_attention)]:
-        node = attention if isinstance(attention, fx.Node) else attention.anchor
+    for node in gm.graph.nodes:
+        fused = node.target in ATTENTION or node.target is ops.token_attention
         shape, parts = shape_of(node) or (), demand.parts.get(node, ())
-        runs = dict(parts[0]).get(len(shape) - 2) if len(parts) == 1 else None
-        if runs is not None:
-            found[node.name] = (count(runs), shape[-2])
+        if len(parts) == 1 and (fused or "softmax" in target_name(gm, node).lower()):
+            runs = dict(parts[0]).get(len(shape) - 2)
+            if runs is not None:
+                found[node.name] = (count(runs), shape[-2])
     return found
 
 

@@ -119,7 +119,7 @@ def _permute(gm: IRModule, b: Builder, node: fx.Node, part: Box) -> Any:
         if len(given) != rank or not all(isinstance(d, int) for d in given):
             raise Whole
         order = [d % rank for d in given]
-    elif name in ("t", "mT"):
+    elif name in ("t", "mT", "getattr"):
         order[-2:] = reversed(order[-2:])
     else:
         i, j = (argument(node, place, key) for place, key in ((1, "dim0"), (2, "dim1")))
@@ -202,18 +202,9 @@ VIEWS: dict[str, ViewRule] = {
     **SELECTIONS,
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(("unsqueeze", "squeeze"), _inserted),
-    **dict.fromkeys(("permute", "transpose", "swapaxes", "t"), _permute),
+    **dict.fromkeys(("permute", "transpose", "swapaxes", "t", "mT"), _permute),
     "expand": _expand,
     **dict.fromkeys(("cat", "concat"), _cat),
     "stack": _stack,
 }
 """Name of an operation -> its rule."""
-
-
-def view_rule(gm: IRModule, builder: Builder, node: fx.Node, part: Box) -> Any:
-    """Compute a part of the value of one of the operations in :data:`VIEWS`.
-
-    Raises:
-        Whole: only all of it can be computed.
-    """
-    return VIEWS[target_name(gm, node)](gm, builder, node, part)

@@ -328,7 +328,7 @@ class TokenAxis(PairBiases):
             raise self._refusal(node, "its operands hold different tokens")
         axes = {**ours, **theirs}
         summed = [(level, start, None) for start in inner[:1] if start is not None]
-        self.extents[node] = [(level, start, axis) for axis, start in axes.items()] + summed
+        self.extents[node] = [*((level, start, axis) for axis, start in axes.items()), *summed]
         return State(level, axes) if axes else None
 
     def _attention(self, node: fx.Node) -> State | None:

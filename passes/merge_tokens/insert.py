@@ -163,7 +163,7 @@ def _chosen(gm: IRModule, ctx: Context, streams: Sequence[Stream]) -> tuple[Sche
         trial.recompile()
         return trial
 
-    whole = ctx.imported(inserted([[0] * len(stream.sites) for stream in streams]))
+    whole = ctx.imported(inserted(tuple((0,) * len(stream.sites) for stream in streams)))
     return choose(ctx.config, budget, whole, ctx.calibration, inserted, ctx.seed)
 
 

@@ -47,7 +47,7 @@ def choose(
     memory = calibration.memory // 2
     parts, first, second = divide(model, calibration.batches(model), memory, seed)
     if not parts:
-        why = f"the calibration data has no {LEAST} images that can be divided into a search and a check"
+        why = f"a search needs {LEAST} images, in more than one batch and within half of the memory allowed"
         return fallback, f"{name} schedule: {why}", None
     trials = Trials(model, insert, parts, memory)
     with trials.bar:

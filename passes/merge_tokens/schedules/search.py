@@ -30,7 +30,7 @@ _STEPS = (0.25, 0.125)  # of rise and fall around the best curve
 _EXCHANGES = 12
 _MARGIN = 2.0  # standard errors by which an exchange has to win
 _LOST = 1e30  # loss in place of NaN and infinity
-PASSES = 14  # runs of a schedule per image at most: 24 on an image of the search, and four on one of the check
+PASSES = 15  # runs of a schedule per image at most, on average: 25 on images of the search, five on the others
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def search(
         Candidate(name, r, losses.mean(r, search_parts), losses.mean(r, check_parts)) for r, name in entries.items()
     )
     chosen = min(candidates, key=lambda candidate: candidate.check)  # the first of equals: constant before others
-    sizes = [len(losses.of(chosen.r, parts)) for parts in (search_parts, check_parts)]
-    return Search(measure, *sizes, losses.tried, chosen.name, candidates)
+    seen, unseen = (len(losses.of(chosen.r, parts)) for parts in (search_parts, check_parts))
+    return Search(measure, seen, unseen, losses.tried, chosen.name, candidates)
 
 
 def _share(parts: Sequence[int], divisor: int) -> Sequence[int]:

@@ -41,7 +41,7 @@ def divide(
 
     Returns:
         The parts, and the numbers of those for the search and for the check. Both are empty if there are fewer than
-        :data:`LEAST` samples, or only one batch that cannot be divided.
+        :data:`LEAST` samples that fit into memory, or only one batch that cannot be divided.
     """
     own = [n.name not in model.lifted.tensors for n in model.gm.graph.nodes if n.op == "placeholder"]
     units: list[Batch] = []

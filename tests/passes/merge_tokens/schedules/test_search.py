@@ -130,7 +130,7 @@ def test_the_plan_tells_the_choice_and_the_images():
     ("data", "schedule", "said"),
     [
         (None, "auto", "parabolic schedule: there is no calibration data"),
-        ([photos(20)], "auto", "no 32 images"),
+        ([photos(20)], "auto", "needs 32 images"),
         ([photos(48)], "linear", "linear schedule, as requested"),
     ],
 )
