@@ -130,7 +130,7 @@ class Config:
     mac_reduction: float | None = None
     patterns: tuple[str, ...] = ()
     tome_r: int | str | tuple[int, ...] = 0
-    tome_method: str = "tome"
+    tome_method: str = "saliency"
     tome_schedule: str = "auto"
     tome_reduction: float | None = None
     tome_proportional: bool = True

@@ -49,7 +49,7 @@ class Accounts:
         plan.macs = self.macs
         executed: dict[str, int] = {}
         for name, macs in self.executed.items():
-            owner = name if name in plan.layers else _owner(name, plan.layers) or name
+            owner = name if name in plan.layers else owner_of(name, plan.layers) or name
             executed[owner] = executed.get(owner, 0) + macs
         for name, entry in plan.layers.items():
             entry.macs_dense = self.layers.get(name, 0)
@@ -65,11 +65,11 @@ def _has_fewer_tokens(gm: IRModule, plan: Plan) -> bool:
     return bool(skipped) or any(spec.family_of(node) not in (None, "masked") for node in gm.graph.nodes)
 
 
-def _owner(name: str, layers: Mapping[str, LayerPlan]) -> str | None:
+def owner_of(name: str, layers: Mapping[str, LayerPlan]) -> str | None:
     """Return the layer in the table that a layer is some rows of, or None.
 
     Example:
-        >>> _owner("qkv.weight_rows_0_4", {"qkv": LayerPlan("linear", (12, 4))})
+        >>> owner_of("qkv.weight_rows_0_4", {"qkv": LayerPlan("linear", (12, 4))})
         'qkv'
     """
     part = split_name(name)
@@ -92,23 +92,18 @@ def join_rows(plan: Plan) -> None:
     """
     parts: dict[str, list[str]] = {}
     for name in plan.layers:
-        owner = _owner(name, plan.layers)
+        owner = owner_of(name, plan.layers)
         if owner is not None:
             parts.setdefault(owner, []).append(name)
-    joined: dict[str, LayerPlan] = {}
-    for name, entry in plan.layers.items():
-        owner = next((owner for owner, names in parts.items() if name in names), name)
-        its = [plan.layers[part] for part in parts.get(owner, ())]
-        if len({part.pattern for part in its}) > 1:
-            joined |= {name: entry} if name != owner else {}
-        elif name != owner:
-            joined.setdefault(owner, plan.layers[owner])
-        elif not its:
-            joined[name] = entry
+    gone: set[str] = set()
     for owner, names in parts.items():
-        if owner in joined:
-            _join(joined[owner], {name: plan.layers[name] for name in names})
-    plan.layers = joined
+        its = {name: plan.layers[name] for name in names}
+        if len({part.pattern for part in its.values()}) > 1:
+            gone.add(owner)
+        else:
+            gone.update(names)
+            _join(plan.layers[owner], its)
+    plan.layers = {name: entry for name, entry in plan.layers.items() if name not in gone}
 
 
 def _join(whole: LayerPlan, parts: Mapping[str, LayerPlan]) -> None:

@@ -170,7 +170,7 @@ class Trial:
 
     def merge(self) -> dict[str, Any]:
         """Merge tokens on top of the masks, and compare with the eager reference of the tests where it applies."""
-        merged = mpcompile.transform(self.gm, self.example, Config(pattern="dense", tome_r=R))
+        merged = mpcompile.transform(self.gm, self.example, Config(pattern="dense", tome_r=R, tome_method="tome"))
         streams = merged.plan.tokens
         streams = [streams] if streams and isinstance(streams[0], int) else streams
         if not streams:

@@ -64,7 +64,7 @@ def randomised(gm: IRModule) -> IRModule:
 
 
 def merged(model: nn.Module, r: int, way: str) -> IRModule:
-    config = Config(pattern="dense", tome_r=r, tome_proportional=way != "not proportional")
+    config = Config(pattern="dense", tome_r=r, tome_method="tome", tome_proportional=way != "not proportional")
     gm = transform(model, torch.zeros(1, 3, 224, 224), config, pipeline=Pipeline([MergeTokens()]))
     return randomised(gm) if way == "random" else gm
 

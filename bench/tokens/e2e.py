@@ -3,7 +3,7 @@
     python -m bench.tokens.e2e --model vit_base_patch16_224 --batch 8 --dtype fp32 bf16
 
 The model is a timm model with random weights. Dense builds are eager, ``torch.compile`` and ``torch.compile`` with
-freezing; merged ones are ``mpcompile.transform(model, x, Config(pattern="dense", tome_r=r))`` in the same three forms.
+freezing; merged ones have ``Config(pattern="dense", tome_r=r, tome_method="tome")`` and the same three forms.
 All builds of a (batch, dtype) are interleaved in one run under ``torch.no_grad()``. The ratio of an r is the fastest
 dense median divided by the fastest merged median of the same dtype. Beside it is the ratio of multiply-accumulates
 (dense / executed), which it would equal if time were proportional to arithmetic; "of MACs" is the quotient of the two.
@@ -53,7 +53,7 @@ FORMS = ("eager", "compile", "compile freezing")
 
 def merged_builds(model: nn.Module, x: Tensor, dtype: str, r: int, forms: list[str]) -> Built:
     """One transformed model in the given forms, of ``FORMS``."""
-    config = mpcompile.Config(pattern="dense", tome_r=r)
+    config = mpcompile.Config(pattern="dense", tome_r=r, tome_method="tome")
     pipeline = mpcompile.Pipeline([MergeTokens()])
     gm = mpcompile.transform(model, x, config, pipeline=pipeline)
     macs = gm.plan.macs

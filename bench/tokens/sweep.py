@@ -37,6 +37,7 @@ from torch import nn
 from mpcompile import Config, MPCompileError, Pipeline, transform
 from mpcompile.errors import TraceError
 from mpcompile.ir.module import IRModule
+from mpcompile.kernels import ops
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,12 @@ SHRINKING = (
     *("Cait", "Eva", "Gemma4VitClassifier", "NaFlexVit", "Twins"),
     *("VisionTransformer", "VisionTransformerDistilled"),
 )
+# Families with stages: the arguments for two blocks in each.
+STAGES: dict[str, dict[str, Any]] = {
+    **{family: {"depth": (2, 2, 2)} for family in ("Levit", "LevitDistilled", "PoolingVisionTransformer", "Visformer")},
+    **{family: {"depths": (2, 2, 2, 2)} for family in ("MetaFormer", "MaxxVit", "Twins")},
+    "VOLO": {"layers": (1, 2, 2, 2)},
+}
 SMALL = 8  # patches per side of the images whose outputs are compared
 
 
@@ -66,6 +73,16 @@ def build(name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
         try:
             return timm.create_model(name, **extra).eval(), extra
         except Exception:  # families reject a depth or a size with different exceptions
+            continue
+    return timm.create_model(name).eval(), {}
+
+
+def shallow(name: str, family: str) -> tuple[nn.Module, dict[str, Any]]:
+    """An architecture with stages, two blocks deep in each, for images of 128 pixels if its family accepts a size."""
+    for extra in ({**STAGES[family], "img_size": 128}, STAGES[family]):
+        try:
+            return timm.create_model(name, **extra).eval(), extra
+        except Exception:
             continue
     return timm.create_model(name).eval(), {}
 
@@ -84,7 +101,7 @@ def attention_layers(model: nn.Module) -> list[str]:
 
 def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
     """The transformed model, and the way it was traced."""
-    config, pipeline = Config(pattern="dense", tome_r=R), Pipeline([MergeTokens()])
+    config, pipeline = Config(pattern="dense", tome_r=R, tome_method="tome"), Pipeline([MergeTokens()])
     try:
         return transform(model, images, config, pipeline=pipeline), "symbolic"
     except TraceError:
@@ -98,10 +115,7 @@ def merge(model: nn.Module, images: torch.Tensor) -> tuple[IRModule, str]:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that may add attention to their input."""
-    found = list(getattr(model, "blocks", []))
-    if not found or isinstance(found[0], (nn.ModuleList, nn.Sequential)):  # stages of blocks
-        found = [m for m in model.modules() if any(ATTENTION.search(type(child).__name__) for child in m.children())]
-    return found
+    return [m for m in model.modules() if any(ATTENTION.search(type(child).__name__) for child in m.children())]
 
 
 def reference(model: nn.Module, images: torch.Tensor, gm: IRModule) -> torch.Tensor:
@@ -109,13 +123,16 @@ def reference(model: nn.Module, images: torch.Tensor, gm: IRModule) -> torch.Ten
     decision = gm.plan.passes[-1].decision
     streams = decision.get("streams") or [decision]
     stream_of = {site: number for number, stream in enumerate(streams) for site in stream["sites"]}
-    found = blocks(model)
-    if len(streams) == 1 and type(model).__name__ in SHRINKING:
+    found = list(getattr(model, "blocks", []))
+    if not found or isinstance(found[0], (nn.ModuleList, nn.Sequential)):  # stages of blocks
+        found = blocks(model)
+    spread = any(node.target is ops.token_spread for node in gm.graph.nodes)
+    if len(streams) == 1 and type(model).__name__ in SHRINKING and not spread:
         last = found[-len(decision["sites"]) :]  # earlier ones attend within windows
         return merging_reference.forward(model, images, R, decision["prefix"], last)
     order = [stream_of[node.name] for node in gm.graph.nodes if node.name in stream_of]
     prefixes = [stream["prefix"] for stream in streams]
-    return full_size_reference.forward(model, images, R, order, prefixes, found)
+    return full_size_reference.forward(model, images, R, order, prefixes, blocks(model))
 
 
 def small_side(model: nn.Module) -> int:
@@ -136,19 +153,28 @@ def compare(name: str, model: nn.Module) -> dict[str, Any]:
     """Transform an architecture, given on the meta device, with weights on small images; compare with the reference."""
     side = small_side(model)
     torch.manual_seed(0)
-    model, used = build(name, img_size=side)
-    size = side if "img_size" in used else model.default_cfg["input_size"][-1]
-    helpers.randomise(model)
-    images = torch.randn(2, 3, size, size)
+    family = type(model).__name__
+    model, used = shallow(name, family) if family in STAGES else build(name, img_size=side)
+    deep = not used.keys() - {"img_size"}
+    size = used["img_size"] if "img_size" in used else model.default_cfg["input_size"][-1]
+    if family != "MetaFormer":  # its squared activations make a deep model with such weights chaotic
+        helpers.randomise(model)
+    for key, parameter in model.named_parameters():
+        if re.search("bias_table|attention_biases", key):  # zero, or nearly so, in a new model
+            nn.init.normal_(parameter)
+    model = model.double() if deep else model  # rounding in a deep model would choose other pairs
+    images = torch.randn(2, 3, size, size, dtype=torch.float64 if deep else torch.float32)
     gm, traced = merge(model, images)
     decision = gm.plan.passes[-1].decision
     with torch.no_grad():
-        while True:
+        for attempt in itertools.count():
             try:
                 expected = reference(model, images, gm)
                 break
             except merging_reference.Undecided:
-                images = torch.randn(2, 3, size, size)
+                if attempt == 20:
+                    raise
+                images = torch.randn_like(images)
         error = common.relative_rms(gm(images), expected)
         change = common.relative_rms(model(images), expected)
     streams = decision.get("streams") or [decision]
@@ -168,7 +194,7 @@ def examine(name: str) -> dict[str, Any]:
         record |= {"family": type(model).__name__, "kwargs": kwargs, "attention": attention_layers(model)}
         if not record["attention"]:
             return {**record, "outcome": "no attention"}
-        if not kwargs:
+        if not kwargs or record["family"] in STAGES:
             merge(model, torch.empty(2, *model.default_cfg["input_size"], device="meta"))
         record |= compare(name, model)
         equal = record["relative_rms"] < min(TOLERANCE, record["change"] / 10)

@@ -25,11 +25,12 @@ def token_pairs(
         place: (B, N0): the current place of each input token.
         before: (B, N0, 1) sizes of the input tokens.
         size: (B, N, 1) sizes of the merged tokens.
-        queries, keys: number of the first token among the rows and among the columns.
+        queries, keys: number of the first token among the rows and among the columns; ``queries`` is -1 if the rows
+            are other tokens, none of which merge.
         counted: True to add log(size) of the keys, which proportional attention needs.
 
     Returns:
-        (B, heads or 1, N - queries or 1, N - keys), in the dtype of the table.
+        (B, heads or 1, rows, N - keys) with N - queries rows unless they stay, in the dtype of the table.
     """
     prior = table.float().softmax(-1)
     prior = prior.reshape((1,) * (4 - prior.dim()) + tuple(prior.shape))
@@ -37,7 +38,7 @@ def token_pairs(
     share = weight / size[:, :, 0].gather(1, place).clamp(min=tiny)  # of its merged token, (B, N0)
     columns = prior.transpose(-1, -2) * (weight if counted else share)[:, None, keys:, None]
     prior = _summed(columns, place[:, keys:] - keys, size.shape[1] - keys).transpose(-1, -2)
-    if prior.shape[-2] > 1:
+    if prior.shape[-2] > 1 and queries >= 0:
         prior = _summed(prior * share[:, None, queries:, None], place[:, queries:] - queries, size.shape[1] - queries)
     return prior.clamp(min=tiny).log().to(table.dtype)
 

@@ -171,11 +171,11 @@ class Stream:
             pruned.pop(source, None)
 
     def _paired(self, node: fx.Node, dense: Env, pruned: Env) -> Env:
-        """Return the dense side's environment; a token merge gets the pruned side's keys, to merge the same tokens."""
+        """Return the dense side's environment; a token merge gets what chooses its pairs from the pruned side."""
         if node.target is not ops.token_merge:
             return dense
-        keys = schema.TokenMergeArgs.bind(node).keys
-        return {**dense, keys: pruned[keys]}
+        args = schema.TokenMergeArgs.bind(node)
+        return {**dense, **{source: pruned[source] for source in (args.keys, args.saliency) if source is not None}}
 
     @staticmethod
     def _part(source: fx.Node, dense: Env, pruned: Env) -> None:

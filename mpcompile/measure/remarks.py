@@ -29,7 +29,11 @@ def add_remarks(report: Report, compiled: Any, graphs: Sequence[CompiledGraph], 
     row = report.rows[-1]
     if row.speedup is not None and row.speedup < 1:
         engines = {layer.notes.get("lower", {}).get("engine") for g in graphs for layer in g.plan.layers.values()}
-        why = ": the reference engine unpacks the weights at every call" if "reference" in engines else ""
+        why = (
+            ": the reference engine unpacks the weights at every call"
+            if any("reference" in str(name) for name in engines)
+            else ""
+        )
         report.notes.append(f"slower than the best dense build ({row.speedup:.2f}x){why}")
     _compare_prediction(report, graphs)
     _compare_bf16(report)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 
 
 def shard(student: nn.Module) -> nn.Module:
-    """Shard parameters over all ranks, layer by layer, and return the student."""
+    """Shard parameters over all ranks, layer by layer, and return the student.
+
+    The weights of a layer that is split by rows are gathered with those of the whole student: nothing calls its module.
+    """
     from torch.distributed.fsdp import fully_shard
 
+    calls = (
+        [node for node in student.graph.nodes if node.op == "call_module"]
+        if isinstance(student, fx.GraphModule)
+        else []
+    )
+    called = {id(student.get_submodule(str(node.target))) for node in calls}
     for module in list(student.modules()):
-        if isinstance(module, (MaskedLinear, MaskedConv2d)):
+        if isinstance(module, (MaskedLinear, MaskedConv2d)) and (id(module) in called or not calls):
             fully_shard(module)
     fully_shard(student)
     return student

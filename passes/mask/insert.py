@@ -20,6 +20,7 @@ from mpcompile.ir.roles import roles
 from mpcompile.ir.view import LayerOp, layers, unsupported
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
+from mpcompile.passes.accounts import owner_of
 from mpcompile.passes.base import Allocated, Context, Pass
 from mpcompile.passes.mask.choice import ALREADY, Masked, Masks, choose
 from mpcompile.passes.mask.eligibility import pattern_words, reason
@@ -103,7 +104,8 @@ class Mask(Pass):
         for name, projection in decision.projections.items():
             self._mask_layer(gm, uses[name], projection, Pattern.parse(decision.patterns[name]), ctx)
         for name in uses:  # graph order, regardless of the order in which earlier passes added the layers
-            ctx.plan.layers[name] = ctx.plan.layers.pop(name)
+            for entry in filter(None, (owner_of(name, ctx.plan.layers), name)):
+                ctx.plan.layers[entry] = ctx.plan.layers.pop(entry)
         ctx.results.put(Masked(decision.projections, decision.norms))
         return bool(decision.masked)
 

@@ -1,4 +1,4 @@
-"""Merge tokens: ToMe inserted after the attention residual of every block, and the token axis followed from there."""
+"""Merge tokens: inserted after the attention residual of every block; the token axis is followed from there."""
 
 from mpcompile import _moved
 from mpcompile.passes.merge_tokens.insert import MergeTokens

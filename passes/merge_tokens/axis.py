@@ -22,9 +22,9 @@ from mpcompile.ir.nodes import (
 )
 from mpcompile.kernels import ops, schema
 from mpcompile.layers import ByMode, MaskedLinear
-from mpcompile.passes.merge_tokens.biases.pairs import PairBiases
+from mpcompile.passes.merge_tokens.grids.axes import GridAxes
 from mpcompile.passes.merge_tokens.joined import rows_per_sample
-from mpcompile.passes.merge_tokens.moves import Level, State
+from mpcompile.passes.merge_tokens.moves import GridError, Level, State
 from mpcompile.passes.merge_tokens.sites import is_matmul
 
 _LAST_AXIS = (*LAST_AXIS_MODULES, MaskedLinear)
@@ -34,7 +34,7 @@ _ASSERTS = "_assert_tensor_metadata"
 _SHAPE_QUERIES = frozenset({"size", "sym_size", "dim", "numel"})
 
 
-class TokenAxis(PairBiases):
+class TokenAxis(GridAxes):
     """One walk over the graph, in order.
 
     Args:
@@ -73,6 +73,7 @@ class TokenAxis(PairBiases):
             **dict.fromkeys(("mean", "sum", "var", "std", "norm", "max", "amax", "min", "amin"), self._reduce),
             **dict.fromkeys(("cat", "concat"), self._cat),
             **dict.fromkeys(("softmax", "Softmax", "_softmax"), self._softmax),
+            **dict.fromkeys(("BatchNorm1d", "batch_norm"), self._channel_norm),
             "stack": self._stack,
             "normalize": self._along_another,
             "repeat_interleave": self._along_another,
@@ -92,13 +93,18 @@ class TokenAxis(PairBiases):
                 self._forget_sizes(node)
                 continue
             if not carriers or self._is_number(node):
-                self._note_number(node, carriers)
+                if not carriers and any(n in self.numbers for n in node.all_input_nodes):
+                    self._restore(node)
+                if carriers and self.states[carriers[0]].grid is not None:
+                    self._fix_sides(node)
+                else:
+                    self._note_number(node, carriers)
                 continue
             if node.op == "output":
                 self._spread_over(node, carriers)
                 continue
             keys = self._keys_axis(node, carriers)
-            state = self._next(node, carriers)
+            state = self._step(node, carriers)
             if state is not None:
                 self.states[node] = state
                 if keys is not None:
@@ -117,6 +123,10 @@ class TokenAxis(PairBiases):
         graph = self.gm.graph
         for source in carriers:
             state = self.states[source]
+            if state.grid is not None:
+                output.replace_input_with(source, self._for_all_tokens(output, source))
+                self.spread.append(source)
+                continue
             if source in self.weights or len(state.axes) > 1 or state.many:
                 raise self._refusal(output, f"the model returns {source.name}, with a weight for each unmerged key")
             ((axis, start),) = state.axes.items()
@@ -125,6 +135,17 @@ class TokenAxis(PairBiases):
             with graph.inserting_before(output):
                 output.replace_input_with(source, graph.call_function(ops.token_spread, tuple(args)))
             self.spread.append(source)
+
+    def _step(self, node: fx.Node, carriers: list[fx.Node]) -> State | None:
+        """Follow an op; one that needs a grid gets all input tokens, and its result counts as unmerged."""
+        on_grid = any(self.states[n].grid is not None for n in carriers)
+        try:
+            return self._on_grid(node, carriers) if on_grid else self._next(node, carriers)
+        except GridError:
+            state = None if on_grid else self._to_grid(node, self.states[carriers[0]])
+            if state is None:
+                self._leave(node, carriers)
+            return state
 
     def _next(self, node: fx.Node, carriers: list[fx.Node]) -> State | None:
         name = target_name(self.gm, node)

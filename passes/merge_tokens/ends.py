@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from mpcompile.errors import GraphError
 from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import argument, element_count, fake_value, shape_of, target_name
+from mpcompile.passes.merge_tokens.moves import fixed
 from mpcompile.passes.merge_tokens.sites import CAT, Site, ancestors, asks_shape
 
 _Origins = tuple[bool, ...]  # for every token along an axis, True if it comes from the model's input
@@ -143,6 +144,7 @@ class _Walk:
 
 def _sliced(origins: _Origins, cut: slice) -> _Origins | None:
     """Return a slice of the origins; None if its bounds are not known before the model runs."""
+    cut = slice(fixed(cut.start), fixed(cut.stop), cut.step)
     return origins[cut] if all(part is None or type(part) is int for part in (cut.start, cut.stop, cut.step)) else None
 
 

@@ -1,4 +1,4 @@
-"""Merge tokens: insert ToMe after the attention residual of every block (Bolya et al., arXiv 2210.09461).
+"""Merge tokens after the attention residual of every block (ToMe: Bolya et al., arXiv 2210.09461).
 
 Sites are anchored on attention, fused or written out. From there the graph leads to the attention residual, the first
 addition whose other operand is an ancestor of the query. The merge follows it, and ``log(size)`` is added to the logits
@@ -9,6 +9,7 @@ that merged, and an op that cannot be followed is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,9 @@ from mpcompile.passes.decision import encode
 from mpcompile.passes.merge_tokens.axis import Level, TokenAxis
 from mpcompile.passes.merge_tokens.biases.fixed import mark_biases
 from mpcompile.passes.merge_tokens.ends import count_ends
+from mpcompile.passes.merge_tokens.grids.turned import part_rows, rows_of_norms, turn, turnable
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
+from mpcompile.passes.merge_tokens.moves import State
 from mpcompile.passes.merge_tokens.outputs import named_outputs
 from mpcompile.passes.merge_tokens.saliency import METHODS, Method, metric, weigh
 from mpcompile.passes.merge_tokens.schedules.choose import choose
@@ -35,12 +38,19 @@ from mpcompile.passes.merge_tokens.schedules.search import Search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
 from mpcompile.passes.merge_tokens.schedules.spared import find_spared
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
-from mpcompile.passes.merge_tokens.sites import Site, find_sites, find_streams, key_mask, opaque_attentions
-from mpcompile.passes.merge_tokens.turned import sequence_first, turn
+from mpcompile.passes.merge_tokens.sites import Site, find_sites, key_mask, opaque_attentions
+from mpcompile.passes.merge_tokens.streams import NOTHING_SAVED, Unmerged, group, useful
 from mpcompile.plan import Plan, is_lowered
 
 
-def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportional: bool, method: Method) -> TokenAxis:
+def insert_merges(
+    gm: IRModule,
+    sites: Sequence[Site],
+    stream: Stream,
+    proportional: bool,
+    method: Method,
+    states: dict[fx.Node, State] | None = None,
+) -> TokenAxis:
     """Insert the merges of one stream into a graph, and rewrite the nodes after them.
 
     Args:
@@ -48,6 +58,7 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
         stream: how many tokens merge in each; a block that merges nothing is skipped.
         proportional: True to add log(size) to attention logits.
         method: how pairs of tokens are chosen and merged.
+        states: filled with the tokens that each node carries, also if a later op cannot be followed.
 
     Raises:
         GraphError: an op after a merge cannot be followed.
@@ -94,6 +105,7 @@ def insert_merges(gm: IRModule, sites: Sequence[Site], stream: Stream, proportio
         levels[tokens] = level
     assert first is not None  # callers merge in at least one block
     axis = TokenAxis(gm, levels, first, numbers[0], stream.prefix, stream.suffix, mask, proportional)
+    axis.states = axis.states if states is None else states
     axis.follow(original)
     rows = axis.picked_after(sites[-1].residual)
     if rows and method.saliency:
@@ -114,12 +126,30 @@ def _trial(gm: IRModule) -> tuple[IRModule, dict[fx.Node, fx.Node]]:
 
 def _prepared(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
     """Return the graph, or a copy without idle masks and with streams that :func:`turn` has turned if it has any."""
-    if not idle and not sequence_first(gm):
+    if not idle and not turnable(gm) and not rows_of_norms(gm):
         return gm
     trial, copies = _trial(gm)
     drop(trial, {copies[node]: None if source is None else copies[source] for node, source in idle.items()})
+    part_rows(trial)
     turn(trial)
     return trial
+
+
+def _grouped(gm: IRModule, sites: Sequence[Site], ctx: Context) -> list[list[Site]]:
+    """Group blocks by the stream that they work on: those to which the tokens can be followed from the first."""
+
+    def states(site: Site) -> dict[fx.Node, State]:
+        trial, copies = _trial(gm)
+        carried: dict[fx.Node, State] = {}
+        tokens = (shape_of(site.residual) or (0, 0))[1]
+        with contextlib.suppress(GraphError):  # the reason to refuse it is found again, for the whole stream
+            stream = Stream([site.name], [1], *_ends(gm, site, ctx), [tokens, tokens - 1])
+            insert_merges(
+                trial, _sites_of(trial, stream), stream, ctx.config.tome_proportional, METHODS["tome"], carried
+            )
+        return {node: carried[copied] for node, copied in copies.items() if copied in carried}
+
+    return group(sites, states)
 
 
 def merging_cost(gm: IRModule, ctx: Context, streams: Sequence[Stream], spared: Spared | None = None) -> Cost:
@@ -274,7 +304,8 @@ class MergeTokens(Pass):
         idle = idle_masks(gm, ctx.lifted)
         mark_biases(gm, ctx.lifted)
         gm = _prepared(gm, idle)
-        found, reasons = find_streams(gm)
+        sites, reasons = find_sites(gm)
+        found = _grouped(gm, sites, ctx)
         if not found:
             error = self._not_eligible(gm, reasons, ctx)
             if ctx.tolerant:
@@ -283,6 +314,11 @@ class MergeTokens(Pass):
         if ctx.tolerant and 0 in (shape_of(found[0][0].residual) or ()):
             return Merges()  # a graph for an empty batch: there is nothing to save
         streams, left = self._mergeable(gm, found, ctx)
+        if not streams:
+            error = self._not_eligible(gm, {found[0][0].name: NOTHING_SAVED}, ctx)
+            if ctx.tolerant:
+                return Merges(reason=str(error))
+            raise error
         r, choice, result = _chosen(gm, ctx, streams)
         return Merges(
             streams=tuple(stream.merging(each) for stream, each in zip(streams, r, strict=True)),
@@ -299,7 +335,7 @@ class MergeTokens(Pass):
         Raises:
             GraphError: they can't in any.
         """
-        streams, left, errors = [], [], []
+        streams, errors, left = list[Stream](), list[GraphError](), Unmerged()
         for sites in found:
             try:
                 key_mask(list(sites))
@@ -309,17 +345,16 @@ class MergeTokens(Pass):
                     most = tokens - suffix
                     raise GraphError("more prefix tokens than tokens", expected=f"at most {most}", found=prefix)
                 stream = Stream([site.name for site in sites], [], prefix, suffix, [tokens])
-                if len(found) > 1:
-                    _tried(_trial(gm)[0], stream, ctx.config)
-                streams.append(stream)
+                kept = useful(sites, _tried(_trial(gm)[0], stream, ctx.config))
+                if kept:
+                    streams.append(replace(stream, sites=[site.name for site in kept]))
+                left.add(len(sites) - len(kept))
             except GraphError as error:
                 errors.append(error)
-                where = f"{error.layer}: " if error.layer else ""
-                why = f"; expected {error.expected}, found {error.found}"
-                left.append(f"tokens do not merge in {len(sites)} blocks: {where}{error.message}{why}")
-        if not streams:
+                left.add(len(sites), error)
+        if errors and not streams:
             raise errors[0]
-        return streams, left
+        return streams, left.notes()
 
     @staticmethod
     def _not_eligible(gm: IRModule, reasons: Mapping[str, str], ctx: Context) -> NotEligibleError:
@@ -348,6 +383,7 @@ class MergeTokens(Pass):
         idle = {nodes[name]: None if source is None else nodes[source] for name, source in decision.idle.items()}
         mark_biases(gm, ctx.lifted)
         drop(gm, idle)
+        part_rows(gm)
         turn(gm)
         blocks = [_sites_of(gm, stream) for stream in streams]
         names, spread = {node: name for name, node in named_outputs(gm).items()}, list[fx.Node]()

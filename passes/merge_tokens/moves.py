@@ -21,6 +21,10 @@ REGROUPS = ("flatten", "unflatten", "unsqueeze", "squeeze")
 _SPLITS = ("unbind", "chunk", "split", "split_with_sizes", "tensor_split")
 
 
+class GridError(GraphError):
+    """An op needs tokens on a grid, or another axis that merged tokens have no place on."""
+
+
 @dataclass(eq=False)
 class Level:
     """The tokens after one or more merges.
@@ -60,6 +64,8 @@ class State:
         axes: axis, counted from the front -> number of its first token in the whole sequence: positive after a slice,
             negative where other tokens were put in front.
         many: True if the node yields a tuple of such tensors.
+        grid: the axis of widths if the tokens lie on a grid, whose height is the one token axis. Merged tokens have the
+            length of that axis there, and a width of 1.
         parts: the state of each part of a tuple whose parts hold different tokens; None for prefix tokens alone.
     """
 
@@ -67,6 +73,13 @@ class State:
     axes: Mapping[int, int]
     many: bool = False
     parts: tuple[State | None, ...] = ()
+    grid: int | None = None
+
+
+def fixed(number: Any) -> Any:
+    """Return the number that a node yields if it is the same in each call; anything else unchanged."""
+    value = fake_value(number) if isinstance(number, fx.Node) else number
+    return value if isinstance(number, fx.Node) and type(value) is int else number
 
 
 class AxisMoves:
@@ -101,9 +114,9 @@ class AxisMoves:
             "slice": self._slice,
         }
 
-    def _refusal(self, node: fx.Node, why: str) -> GraphError:
+    def _refusal(self, node: fx.Node, why: str, kind: type[GraphError] = GraphError) -> GraphError:
         name = target_name(self.gm, node)
-        return GraphError(
+        return kind(
             f"token merging cannot follow the tokens through {name!r}: {why}",
             layer=str(node.target) if node.op == "call_module" else node.name,
             expected="tokens on an axis of their own from block to block",
@@ -128,7 +141,8 @@ class AxisMoves:
                     places[axis] = place
                     break
             else:
-                raise self._refusal(node, "it joins the token axis with another, or splits it (windows, a grid)")
+                why = "it joins the token axis with another, or splits it (windows, a grid)"
+                raise self._refusal(node, why, GridError)
         return places
 
     def _regroup(self, node: fx.Node, state: State) -> State:
@@ -138,26 +152,32 @@ class AxisMoves:
         if target_name(self.gm, node) in RESHAPES:
             for axis in state.axes:
                 unjoin(self.gm, node, axis, self._shape)
-        source, places = node.args[0], self._places(node, state)
+        places = self._places(node, state)
         result = replace(state, axes={place: state.axes[axis] for axis, place in places.items()})
+        self._resize(node, result.axes, state.level)
+        return result
+
+    def _resize(self, node: fx.Node, axes: Mapping[int, int], level: Level, width: int | None = None) -> None:
+        """Give the axes of a reshape the lengths of merged tokens, and the axis ``width`` of a grid the length 1."""
         if len(node.args) == 2 and isinstance(node.args[1], fx.Node):
-            if self.numbers.get(node.args[1]) is not state.level:
+            if self.numbers.get(node.args[1]) is not level:
                 raise self._refusal(node, "it takes its whole shape from unmerged tokens")
-            return result
-        packed = isinstance(node.args[1], (tuple, list))
+            return
+        source, packed = node.args[0], isinstance(node.args[1], (tuple, list))
         sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
-        for place, start in result.axes.items():
-            fresh = isinstance(sizes[place], fx.Node) and self.numbers.get(sizes[place]) is state.level
-            if sizes[place] == -1 or fresh:
+        if width is not None:
+            sizes[width] = 1
+        for place, start in axes.items():
+            fresh = isinstance(sizes[place], fx.Node) and self.numbers.get(sizes[place]) is level
+            if sizes[place] == -1 or (fresh and width is None):
                 continue
             if -1 not in sizes or target_name(self.gm, node) == "expand":
                 sizes[place] = -1
             elif isinstance(sizes[place], fx.Node):
                 self._exchange(node, sizes, place)
             else:
-                sizes[place] = state.level.count - start
+                sizes[place] = level.count - start
         node.args = (source, sizes) if packed else (source, *sizes)
-        return result
 
     def _exchange(self, node: fx.Node, sizes: list[Any], place: int) -> None:
         """Move the -1 of a reshape from another axis to the token axis; the other axis gets its fixed length."""
@@ -249,7 +269,7 @@ class AxisMoves:
         if isinstance(index, int) and 0 < -index <= behind:
             return None
         if isinstance(index, slice) and index.step in (None, 1):
-            start, stop = index.start or 0, index.stop
+            start, stop = fixed(index.start) or 0, fixed(index.stop)
             if isinstance(stop, int) and stop >= length:
                 stop = None
             if isinstance(start, int) and 0 <= start <= ahead and stop is None:

@@ -21,6 +21,7 @@ PAIR_BIAS = "mpcompile.pair_bias"  # key in the meta of a fixed attention bias f
 CAT = frozenset({torch.cat, torch.concat, torch.ops.aten.cat.default})
 _SOFTMAX = frozenset({F.softmax, torch.softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default})
 _MATMUL = (MATMUL - {torch.einsum}) | {operator.matmul, operator.imatmul}
+_PRODUCTS = (operator.mul, torch.mul, torch.ops.aten.mul.Tensor, "mul")
 _SHAPE_ATTRIBUTES = ("shape", "dtype", "device", "ndim")
 
 
@@ -150,7 +151,7 @@ def attention_residual(attention: Attention) -> fx.Node | None:
         reached.add(node)
         if residual is None:
             returns = is_add(node) and any(
-                s in upstream and shape_of(s) == shape_of(node) for s in node.all_input_nodes
+                _scaled(s) in upstream and shape_of(s) == shape_of(node) for s in node.all_input_nodes
             )
             if returns:
                 residual, reached = node, {node}
@@ -158,7 +159,23 @@ def attention_residual(attention: Attention) -> fx.Node | None:
             residual, reached = node, {node}
         else:
             break
-    return None if residual is None else next((u for u in residual.users if TURNED in u.meta), residual)
+    if residual is None:
+        return None
+    views = [residual, *residual.users, *(view for user in residual.users for view in user.users)]
+    return next((view for view in views if TURNED in view.meta), residual)
+
+
+def _scaled(node: fx.Node) -> fx.Node:
+    """Return what a node passes on, or multiplies by a parameter as a scaled residual; the node itself if neither."""
+    while True:
+        same = [source for source in node.all_input_nodes if shape_of(source) == shape_of(node)]
+        scales = node.target in _PRODUCTS and len(node.all_input_nodes) == 2
+        owner = node.graph.owning_module
+        passes = node.op == "call_module" and isinstance(owner, nn.Module)
+        passes = passes and isinstance(owner.get_submodule(str(node.target)), nn.Identity)
+        if len(same) != 1 or not (scales or passes):
+            return node
+        node = same[0]
 
 
 def _adds_branch(node: fx.Node, total: fx.Node) -> bool:
@@ -188,14 +205,8 @@ def _obstacle(attention: Attention, residual: fx.Node | None) -> str | None:
     return None
 
 
-def find_streams(gm: fx.GraphModule) -> tuple[list[list[Site]], dict[str, str]]:
-    """Return the self-attention blocks on each (B, N, C) stream, and why other attentions cannot merge.
-
-    Streams do not depend on each other, like the towers of CLIP. Both they and their blocks are in graph order.
-
-    Raises:
-        GraphError: a block continues a stream with another number of tokens, or joins two streams.
-    """
+def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
+    """Return the self-attention blocks on (B, N, C) streams in graph order, and why other attentions cannot merge."""
     grouped: dict[fx.Node, list[Attention]] = {}
     reasons: dict[str, str] = {}
     for attention in find_attentions(gm):
@@ -205,34 +216,7 @@ def find_streams(gm: fx.GraphModule) -> tuple[list[list[Site]], dict[str, str]]:
             grouped.setdefault(residual, []).append(attention)
         else:
             reasons[attention.anchor.name] = why or ""
-    streams: list[list[Site]] = []
-    for residual, attentions in grouped.items():
-        site, upstream = Site(tuple(attentions), residual), ancestors(residual)
-        before = [stream for stream in streams if any(other.residual in upstream for other in stream)]
-        if not before:
-            streams.append([site])
-            continue
-        last, tokens = before[0][-1], [_tokens(other) for other in (before[0][-1], site)]
-        if len(before) > 1 or tokens[0] != tokens[1] or last.residual not in upstream:
-            raise GraphError(
-                "attention runs on more than one token axis",
-                layer=site.name,
-                expected=f"the {tokens[0]} tokens of {last.name}, one stream through all blocks",
-                found=f"{tokens[1]} tokens" + ("" if tokens[0] != tokens[1] else " of another branch"),
-                hint="use tome_r=0 for this model",
-            )
-        before[0].append(site)
-    return streams, reasons
-
-
-def find_sites(gm: fx.GraphModule) -> tuple[list[Site], dict[str, str]]:
-    """Return the blocks of all streams of :func:`find_streams`, and why other attentions cannot merge."""
-    streams, reasons = find_streams(gm)
-    return [site for stream in streams for site in stream], reasons
-
-
-def _tokens(site: Site) -> int:
-    return (shape_of(site.residual) or (0, 0))[1]
+    return [Site(tuple(attentions), residual) for residual, attentions in grouped.items()], reasons
 
 
 def has_bias(attention: Attention) -> bool:

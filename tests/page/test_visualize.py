@@ -14,7 +14,7 @@ from mpcompile.passes.merge_tokens.insert import MergeTokens
 from tests.support import merging_reference
 from tests.support.helpers import images, tiny_vit
 
-CONFIG = Config(pattern="dense", tome_r=3)
+CONFIG = Config(pattern="dense", tome_r=3, tome_method="tome")
 
 
 def test_patches_are_grouped_as_the_reference_merges_them():

@@ -11,9 +11,9 @@ from mpcompile.ir.module import IRModule
 from mpcompile.passes.merge_tokens import MergeTokens
 
 
-def merged(model: nn.Module, x: Any, r: Any, **options: Any) -> IRModule:
-    """Return a model with ``r`` tokens merged per block, and nothing masked."""
-    config = Config(pattern="dense", tome_r=r, **options)
+def merged(model: nn.Module, x: Any, r: Any, tome_method: str = "tome", **options: Any) -> IRModule:
+    """Return a model with ``r`` tokens merged per block, as ToMe does unless told otherwise, and nothing masked."""
+    config = Config(pattern="dense", tome_r=r, tome_method=tome_method, **options)
     return transform(model, x, config, pipeline=Pipeline([MergeTokens()]))
 
 

@@ -102,8 +102,8 @@ def merge_one(
         total = sum(x[i].double() * size for i, size in zip(group, sizes, strict=True))
         mean = total / sum(sizes) if sum(sizes) > 0 else x[token].double()
         if terms.norm and sum(sizes) > sizes[0]:
-            norm = sum(float(x[i].double().norm()) * size for i, size in zip(group, sizes, strict=True)) / sum(sizes)
-            mean = mean * (norm / float(mean.norm()))
+            norm = sum(x[i].double().norm() * size for i, size in zip(group, sizes, strict=True)) / sum(sizes)
+            mean = mean * (norm / mean.norm())
         rows.append(mean)
         stand_for.append([m for i in group for m in members[i]])
     return torch.stack(rows).to(x.dtype), stand_for

@@ -42,9 +42,10 @@ class PairBiases(AttentionWeights):
 
     def _fused_bias(self, node: fx.Node, mask: fx.Node, level: Level, queries: int | None, keys: int) -> None:
         """Let fused attention read the bias of merged tokens, with log(size) if attention is proportional."""
-        if PAIR_BIAS not in mask.meta or self.mask is not None or queries is None:
+        if PAIR_BIAS not in mask.meta or self.mask is not None:
             raise self._refusal(node, "it has an attention mask or bias of its own")
-        bias = self._merged_bias(node, mask, level, (queries, keys), self.proportional)
+        starts = (-1 if queries is None else queries, keys)
+        bias = self._merged_bias(node, mask, level, starts, self.proportional)
         node.replace_input_with(mask, bias)
 
     def _added_bias(self, node: fx.Node, table: fx.Node, level: Level, axes: dict[int, int]) -> bool:
@@ -54,7 +55,7 @@ class PairBiases(AttentionWeights):
         """
         rank = len(self._shape(node))
         plain = len(node.args) == 2 and not node.kwargs and target_name(self.gm, node) in _ADDITIONS
-        if PAIR_BIAS not in table.meta or not plain or axes.keys() != {rank - 1, rank - 2}:
+        if PAIR_BIAS not in table.meta or not plain or axes.keys() not in ({rank - 1, rank - 2}, {rank - 1}):
             return False
         if rank != 4 or self._shape(node)[0] != self._shape(level.tokens)[0] or not self._feeds_softmax(node):
             return False
@@ -69,7 +70,7 @@ class PairBiases(AttentionWeights):
             node.replace_input_with(earlier, logits)
             self._drop(earlier)
         self._biased[node] = (logits, whole)
-        bias = self._merged_bias(node, whole, level, (axes[rank - 2], axes[rank - 1]), False)
+        bias = self._merged_bias(node, whole, level, (axes.get(rank - 2, -1), axes[rank - 1]), False)
         node.replace_input_with(table, bias)
         return True
 
@@ -101,7 +102,8 @@ class PairBiases(AttentionWeights):
         """Return the node of a bias of merged tokens, which ``node`` is about to read."""
         shape, wanted = self._shape(table), tuple(self.count - start for start in starts)
         rows = shape[-2] if len(shape) > 1 else 1
-        if min(starts) < 0 or shape[-1] != wanted[1] or rows not in (1, wanted[0]):
+        fits = starts[0] == -1 or (starts[0] >= 0 and rows in (1, wanted[0]))
+        if starts[1] < 0 or shape[-1] != wanted[1] or not fits:
             raise self._refusal(node, f"the bias {table.name} of shape {shape} is not one of {wanted} tokens")
         key = (table, level, *starts, counted)
         if key not in self._pairs:

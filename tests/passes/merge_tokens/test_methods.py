@@ -138,3 +138,43 @@ def test_merges_already_made_keep_their_method():
     assert again.plan.config["tome_method"] == "saliency"
     with pytest.raises(GraphError, match="found tome_method='tome'"):
         merged(gm, x, 3, tome_method="tome")
+
+
+def test_fixed_biases_are_part_of_the_attention(monkeypatch):
+    """Fused attention has them as a mask, of which one row is read; written-out attention has them in its weights."""
+    x, outputs = images(2, 64), []
+    for fused in (True, False):
+        set_fused_attn(fused)
+        try:
+            model = transformer("beit_base_patch16_224", 64, global_pool="token", use_rel_pos_bias=True)
+        finally:
+            set_fused_attn(True)
+        gm = by(monkeypatch, model, x, ALL)
+        saliencies = [schema.bind(n) for n in gm.graph.nodes if n.target is ops.token_saliency]
+        assert len(saliencies) == 2 and all((s.bias is not None) == fused for s in saliencies)
+        with torch.no_grad():
+            outputs.append(gm(x))
+    assert relative(*outputs) < 1e-5
+
+
+def test_gradients_equal_the_reference(monkeypatch):
+    model, x = tiny_vit(), images(2)
+    gm = by(monkeypatch, model, x, ALL)
+    gm.train()
+    output = gm(x)
+    direction = torch.randn_like(output)
+    (output * direction).sum().backward()
+    (merging_reference.forward(model, x, R, 1, terms=terms_of(ALL, (0,))) * direction).sum().backward()
+    for path, parameter in gm.named_parameters():
+        wanted = model.get_parameter(path).grad
+        assert float((parameter.grad - wanted).norm()) < 1e-4 * max(float(wanted.norm()), 1.0), path
+
+
+def test_half_precision(monkeypatch):
+    model, x = tiny_vit().bfloat16(), images().bfloat16()
+    gm = by(monkeypatch, model, x, ALL, 3)
+    with torch.no_grad():
+        output = gm(x)
+        assert output.dtype is torch.bfloat16
+        expected = merging_reference.forward(model, x, 3, 1, terms=terms_of(ALL, (0,)))
+    assert relative(output, expected) < 2e-2

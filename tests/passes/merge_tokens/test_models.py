@@ -211,7 +211,7 @@ def test_dynamo_graphs_with_and_without_dynamic_batch(pool):
 
     def backend(gm, inputs):
         imported = import_model(gm, inputs, share=True)
-        config = Config(pattern="dense", tome_r=3)
+        config = Config(pattern="dense", tome_r=3, tome_method="tome")
         ir = run_pipeline(imported, config, Pipeline([MergeTokens()]), owned=False)
         seen.append(decision(ir))
         return ir

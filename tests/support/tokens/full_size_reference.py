@@ -71,6 +71,7 @@ class Merging(TorchFunctionMode):
         self.entered: list[torch.Size] = []
         self.keys: list[Tensor] = []
         self.product: Tensor | None = None  # of queries and keys, scaled, in attention that is written out
+        self.weights: Tensor | None = None  # its result
         self.handles = [block.register_forward_pre_hook(self._enter) for block in blocks]
 
     def __exit__(self, *args: Any) -> None:
@@ -78,26 +79,9 @@ class Merging(TorchFunctionMode):
             handle.remove()
         super().__exit__(*args)
 
-    def current(self, count: int) -> list[Members] | None:
-        """Return the groups of the stream whose site comes next, if it has ``count`` tokens and some have merged."""
-        stream = self.streams[self.site] if self.site < len(self.streams) else None
-        groups = None if stream is None else self.groups.get(stream)
-        return groups if groups and sum(map(len, groups[0])) == count else None
-
-    def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self.keys = []
         self.entered = [x.shape for x in args if isinstance(x, Tensor)]
-        return tuple(self._even(x) if isinstance(x, Tensor) else x for x in args)
-
-    def _even(self, x: Tensor) -> Tensor:
-        """Average what has been added to the tokens of a stream, such as a value per token."""
-        if x.dim() not in (3, 4):
-            return x
-        for count in {x.shape[1], math.prod(x.shape[2:]), math.prod(x.shape[1:3])}:
-            groups = self.current(count)
-            if groups and len(groups) == len(x) and _count(x, [count]):
-                return _like(_grouped(_as_tokens(x, count), groups, 1), x)
-        return x
 
     def merge(self, x: Tensor) -> Tensor:
         keys = torch.cat(self.keys, 1)
@@ -117,17 +101,43 @@ class Merging(TorchFunctionMode):
             self.groups[stream].append(groups)
         return _like(result, x)
 
-    def bias(self, table: Tensor, like: Tensor) -> Tensor:
-        """Return a bias (B, heads, N, N) whose values are equal over the tokens of a group, on both axes.
+    def known(self, count: int) -> Iterable[list[Members]]:
+        """Yield the groups of every stream of ``count`` tokens, with or without its tokens in front."""
+        for stream, groups in self.groups.items():
+            start = sum(map(len, groups[0])) - count
+            if start in (0, self.prefixes[stream]):
+                yield [[[m - start for m in group] for group in sample[start:]] for sample in groups]
+
+    def equal(self, x: Tensor, axis: int) -> list[Members] | None:
+        """Return the groups over whose tokens x is equal along an axis; None if there are none."""
+        for groups in self.known(x.shape[axis]):
+            same = len(groups) == len(x) and (_grouped(x, groups, axis) - x).abs().max() <= 1e-4 * x.abs().max()
+            if bool(same):
+                return groups
+        return None
+
+    def added(self, result: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        """Average over groups a value per token that has been added to merged tokens."""
+        for count in {result.shape[1], math.prod(result.shape[2:]), math.prod(result.shape[1:3])}:
+            if _count(result, [count]):
+                tokens = [_as_tokens(x, count) for x in operands]
+                groups = [self.equal(x, 1) for x in tokens]
+                if sum(g is None for g in groups) == 1:
+                    held = next(g for g in groups if g is not None)
+                    return _like(_grouped(_as_tokens(result, count), held, 1), result)
+        return result
+
+    def bias(self, table: Tensor, product: Tensor) -> Tensor:
+        """Return a bias (B, heads, Q, N) whose values are equal where queries and keys are, as ``product`` has them.
 
         Softmax makes priors of a row. A merged key has the sum of its parts', a merged query the mean of them.
         """
-        groups = self.current(like.shape[-1])
-        if groups is None or len(groups) != len(like) or table.shape[-2] != table.shape[-1]:
-            return table
         table = table.reshape((1,) * (4 - table.dim()) + tuple(table.shape))
         prior = table.double().softmax(-1)
-        return _grouped(_grouped(prior, groups, 3), groups, 2).log().to(like.dtype)
+        for axis in (3, 2):
+            groups = self.equal(product, axis)
+            prior = _grouped(prior, groups, axis) if groups else prior
+        return prior.log().to(product.dtype)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         if q.shape[-2] == k.shape[-2]:
@@ -139,15 +149,18 @@ class Merging(TorchFunctionMode):
 
     def written_out(self, logits: Tensor) -> Tensor:
         product, self.product = self.product, None
-        if product is None or product is logits or product.shape != logits.shape:
-            return logits.softmax(-1)
-        return (product + self.bias(logits - product, logits)).softmax(-1)
+        if product is not None and product is not logits and product.shape == logits.shape:
+            logits = product + self.bias(logits - product, product)
+        self.weights = logits.softmax(-1)
+        return self.weights
 
     def table(self, x: Tensor, table: Tensor) -> Tensor:
         """Average a table of one row per input token, (..., N, D), that multiplies x (B, ..., N, D)."""
-        groups = self.current(x.shape[-2])
         rows = table.shape[-2] if table.dim() > 1 else 1
-        if groups is None or rows != x.shape[-2] or not 2 <= table.dim() <= x.dim() or table.shape == x.shape:
+        if rows != x.shape[-2] or not 2 <= table.dim() <= x.dim() or table.shape == x.shape:
+            return table
+        groups = self.equal(x, x.dim() - 2)
+        if groups is None:
             return table
         table = table.reshape((1,) * (x.dim() - table.dim()) + tuple(table.shape))
         return _grouped(table, groups, x.dim() - 2)
@@ -165,21 +178,15 @@ class Merging(TorchFunctionMode):
             args = (args[0], self.table(*args))
         result = func(*args, **kwargs)
         if name in ("matmul", "__matmul__") and result.dim() == 4 and result.shape[-1] == result.shape[-2]:
-            if args[0].shape[-1] != result.shape[-1]:
+            if self.weights is None or self.weights.data_ptr() not in [t.data_ptr() for t in tensors]:
                 self.keys.append(args[1].transpose(-1, -2))
                 self.product = result
         elif name in MUL and any(a is self.product for a in tensors):
             self.product = result
-        elif name in ("cat", "concat"):
-            return self._even(result)
-        elif (
-            name in ADD
-            and self.keys
-            and [t.shape for t in tensors] == [result.shape] * 2
-            and result.shape in self.entered
-            and _count(result, [self.keys[-1].shape[2]])
-        ):
-            return self.merge(result)
+        elif name in ADD and [t.shape for t in tensors] == [result.shape] * 2 and result.dim() in (3, 4):
+            if self.keys and result.shape in self.entered and _count(result, [self.keys[-1].shape[2]]):
+                return self.merge(result)
+            return self.added(result, tensors)
         return result
 
 
