@@ -4,9 +4,9 @@
     python -m bench.tokens.pairs --tables                  # the tables of docs/token_merging.md, from the JSON file
 
 FOLDER holds the weights and image files that ``bench.tokens.accuracy`` reads. For every method (``tome_method``),
-schedule (``tome_schedule``) and share of multiply-accumulates to save, tokens are merged in as many blocks as saves the
-share; what dead tokens save is counted in it. Per set of images: images classified correctly, images whose class differs
-from the dense model's, and the Kullback-Leibler divergence of the dense model's probabilities from the merged ones', in
+schedule (``tome_schedule``) and share of multiply-accumulates to save, tokens are merged until the share is saved; what
+dead tokens save is counted in it. Per set of images: images classified correctly, images whose class differs from the
+dense model's, and the Kullback-Leibler divergence of the dense model's probabilities from the merged ones', in
 nats, with its standard error. The divergence uses no labels and is less noisy than counts. Each choice is compared with
 ToMe at a constant number of tokens per block: images that only one of both classifies correctly, and the mean
 difference of the divergences with its standard error, image by image.

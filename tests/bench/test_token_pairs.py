@@ -15,7 +15,7 @@ def test_the_page_quotes_the_last_measurement():
     tables = pairs.tables(data)
     assert list(tables) == [pairs.CHOSEN_ON, pairs.REPORTED_ON]
     for name, table in tables.items():
-        assert table in page, f"docs/token_merging.md has another table of {name}: python -m bench.tokens.pairs --tables"
+        assert table in page, f"another table of {name}: python -m bench.tokens.pairs --tables"
 
 
 def test_answers_are_compared_image_by_image():
