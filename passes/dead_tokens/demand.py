@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from mpcompile.ir.effects import writes
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, fake_value, reads_form, shape_of, target_name
 from mpcompile.passes.dead_tokens.boxes import FULL, Box, count, pieces, share, without
@@ -129,7 +128,9 @@ class _Walk:
         for node in reversed(self.gm.graph.nodes):
             if target_name(self.gm, node) in CHECKS:
                 continue
-            if node.op == "output" or (node.op.startswith("call") and (node.is_impure(False) or writes(self.gm, node))):
+            if node.op == "output" or (
+                node.op.startswith("call") and (node.is_impure(False) or self.rules.writes(node))
+            ):
                 self._ask(node, _everything(node))
                 if is_tensor(node):
                     self.demand.parts[node] = (FULL,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,11 +45,20 @@ class Rewriter:
         for node in nodes:
             if target_name(self.gm, node) in CHECKS and self._reads_parts(node):
                 self.graph.erase_node(node)  # a check of a form that only the whole tensor has
-        erase_unread(self.gm, reversed(nodes))
+        self._erase(nodes)
         for node in [node for node in nodes if not node._erased and not reads_form(node)]:
             self._redirect(node)
-        erase_unread(self.gm, [node for node in reversed(nodes) if not node._erased])
+        self._erase(nodes)
         assert all(node._erased or self.parts[node] == (FULL,) for node in changed), "a part was left unread"
+
+    def _erase(self, nodes: Sequence[fx.Node]) -> None:
+        """Erase what nothing reads; parts stand for a node also if it overwrites its input."""
+        for node in reversed(nodes):
+            if not node._erased and not node.users:
+                if self._is_partial(node):
+                    self.graph.erase_node(node)
+                else:
+                    erase_unread(self.gm, [node])
 
     def _reads_parts(self, node: fx.Node) -> bool:
         return any(self.parts.get(source, (FULL,)) != (FULL,) for source in node.all_input_nodes)

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.ir.effects import written
+from mpcompile.ir.effects import writes, written
+from mpcompile.ir.macs import is_add
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import (
     ALONG_LAST,
@@ -101,9 +102,31 @@ class Rules:
             Wider: some axes have to be whole.
         """
         rule = self.rule_of(node)
-        if rule is None or written(self.gm, node):
+        if rule is None or self.writes(node):
             raise Whole
         return rule(builder, node, part)
+
+    def writes(self, node: fx.Node) -> bool:
+        """Return True if a node writes into a tensor that something else may read, or may do so.
+
+        An activation or dropout that overwrites the result of a layer or of an addition is no statement for others.
+        """
+        if not writes(self.gm, node):
+            return False
+        return not self._elementwise_call(node) or not all(map(self._is_private, written(self.gm, node)))
+
+    def _elementwise_call(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.gm.get_submodule(str(node.target)), ELEMENTWISE_MODULES)
+        return target_name(self.gm, node) in ELEMENTWISE
+
+    def _is_private(self, node: fx.Node) -> bool:
+        """Return True if one node alone reads a tensor, directly or as another name of a layer's result."""
+        if len(node.users) != 1:
+            return False
+        inputs = node.all_input_nodes
+        named = self._elementwise_call(node) and bool(inputs) and all(map(self._is_private, inputs))
+        return node in self.layers or is_add(node) or named
 
     def rule_of(self, node: fx.Node) -> Rule | None:
         """Return the rule of a node's operation, or None if it has none."""

@@ -169,7 +169,7 @@ class Mixed(nn.Module):
     ("head", "why"),
     [
         (lambda x: x[:, 0] + x.mean(1), "mean"),
-        (lambda x: x.flatten(1), "returns all tokens"),
+        (lambda x: x.flatten(1), "returns values of all tokens"),
         (lambda x: torch.cumsum(x, 1)[:, 0], "cumsum"),
         (lambda x: x[:, 1:].mean(1), "mean"),
         (lambda x: x.roll(1, 1)[:, 0], "roll"),
@@ -203,6 +203,19 @@ def test_causal_queries_stay_whole():
     decision = gm.plan.passes[-1].decision
     assert not decision["queries"] and decision["macs"]  # the projection and the MLP shrink
     torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_are_overwritten():
+    """An activation in place overwrites nothing but the layer before it: it is computed in parts, like others."""
+    model, x = Block().eval(), torch.randn(2, N, C)
+    model.mlp[1], model.mlp[2] = nn.ReLU(inplace=True), nn.Dropout(0.0, inplace=True)
+    gm = transformed(model, x)
+    assert gm.plan.passes[-1].decision["queries"] and saved_share(gm) > 0.3
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def saved_share(gm):
+    return gm.plan.passes[-1].decision["share"]
 
 
 def test_a_written_tensor_is_not_computed_in_parts():
