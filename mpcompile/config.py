@@ -79,13 +79,10 @@ class Config:
             layer's inputs; on CUDA 2:4), or dense.
         tome_r: number of tokens merged per attention block (ToMe); 0 merges none. A list gives one number per block.
             ``"auto"`` finds the numbers that save ``tome_reduction``.
-        tome_method: which tokens merge: ``"tome"`` pairs them by the similarity of their keys alone (Bolya et al.);
-            ``"saliency"`` by the similarity of the tokens, spares those that the class token attends to and those that
-            represent many input tokens, and keeps the norms of tokens (docs/token_merging.md).
         tome_schedule: ``"constant"``; ``"linear"``, from 2 * tome_r in the first block down to 0 in the last; or
             ``"parabolic"``, most in the middle blocks and 0 in the last. ``"auto"`` is constant for a number. With
             ``tome_r="auto"``, it is the schedule whose outputs diverge least from those of the dense model, if there
-            are at least 32 calibration images, and else parabolic.
+            are at least 32 calibration images, and else in the ratio t^1.5 (1 - t) over the depth t.
         tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by tokens alone, dead ones
             included, between 0 and 1.
         tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,
@@ -117,6 +114,9 @@ class Config:
             None in what the model returns, and nothing is computed for them. Empty: all.
         skip_dead_tokens: compute only the tokens that something reads: behind the last attention, usually the class
             token alone. The outputs are the same.
+        tome_method: which tokens merge: ``"tome"`` pairs them by the similarity of their keys alone (Bolya et al.);
+            ``"saliency"`` by the similarity of the tokens, spares those that the class token attends to and those that
+            represent many input tokens, and keeps the norms of tokens (docs/token_merging.md).
 
     Raises:
         ConfigError: an unknown option, or a value that an option does not accept.
@@ -130,7 +130,6 @@ class Config:
     mac_reduction: float | None = None
     patterns: tuple[str, ...] = ()
     tome_r: int | str | tuple[int, ...] = 0
-    tome_method: str = "saliency"
     tome_schedule: str = "auto"
     tome_reduction: float | None = None
     tome_proportional: bool = True
@@ -144,6 +143,7 @@ class Config:
     frozen: bool = False
     outputs: tuple[str, ...] = ()
     skip_dead_tokens: bool = True
+    tome_method: str = "saliency"
 
     def __post_init__(self) -> None:
         for name in ("exclude", "include", "patterns", "outputs"):

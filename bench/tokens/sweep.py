@@ -250,6 +250,20 @@ def why(record: dict[str, Any]) -> str:
     return short(found.group(1) if found else text).replace("|", "/")
 
 
+def reasons(records: list[dict[str, Any]]) -> str:
+    """The table of what each reason to refuse costs."""
+    families: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for record in records:
+        if record["outcome"] == "refused":
+            families[why(record)][record.get("family", "?")] += 1
+    order = sorted(families.items(), key=lambda item: -item[1].total())
+    return tabulate(
+        [[why, of.total(), ", ".join(f"{name} {n}" for name, n in of.most_common())] for why, of in order],
+        headers=["refused because", "architectures", "of"],
+        tablefmt="github",
+    )
+
+
 def report(args: argparse.Namespace) -> int:
     """Collect the shards into one file and write the table; return 1 if an architecture failed."""
     records = load(args.out)
@@ -269,13 +283,12 @@ def report(args: argparse.Namespace) -> int:
         headers=["timm class", "architectures", "merging", "why not", "such as"],
         tablefmt="github",
     )
-    text = DOC.read_text(encoding="utf-8") if DOC.exists() else HEAD
-    head = text.split(MARK)[0]
+    head = HEAD
     line = f"timm {timm.__version__}: {len(with_attention)} architectures with an attention layer, " + ", ".join(
         f"{counts[outcome]} {outcome}" for outcome in ("supported", "refused", "failed")
     )
     DOC.parent.mkdir(exist_ok=True)
-    DOC.write_text(f"{head}{MARK}\n\n{line}.\n\n{table}\n", encoding="utf-8")
+    DOC.write_text(f"{head}{MARK}\n\n{line}.\n\n{reasons(with_attention)}\n\n{table}\n", encoding="utf-8")
     print(line + (f"; {len(missing)} not examined yet" if missing else ""))
     for record in with_attention:
         if record["outcome"] == "failed":
@@ -292,8 +305,9 @@ Every architecture of timm with an attention layer was built (two blocks deep if
 and transformed with `Config(pattern="dense", tome_r=8)`. "Supported" means more than that it ran: with random weights,
 its output equals that of an independent eager reference, which shares no code with the pass. The relative RMS
 difference is below 1e-4, and below a tenth of the change that merging makes. "Refused" means that an error named the
-layer and the reason before anything was changed. Models with windows or relative position biases are refused because a
-merged token has no place in a window and no row in such a bias.
+layer and the reason before anything was changed. Families with stages were transformed at their own depth and size too,
+and compared with two blocks in each stage where the family accepts that. Models with windows are refused because a
+merged token has no place in a window.
 ''')
 }
 

@@ -38,7 +38,7 @@ from mpcompile.passes.merge_tokens.schedules.search import Search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, merges
 from mpcompile.passes.merge_tokens.schedules.spared import find_spared
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
-from mpcompile.passes.merge_tokens.sites import Site, find_sites, key_mask, opaque_attentions
+from mpcompile.passes.merge_tokens.sites import Site, find_sites, key_mask, opaque_attentions, other_softmax
 from mpcompile.passes.merge_tokens.streams import NOTHING_SAVED, Unmerged, group, useful
 from mpcompile.plan import Plan, is_lowered
 
@@ -362,8 +362,8 @@ class MergeTokens(Pass):
         return NotEligibleError(
             f"tome_r={ctx.config.tome_r}, but there is no attention block to merge in",
             layer=name,
-            expected="attention with a residual addition, on (batch, tokens, channels)",
-            found=why or "no attention",
+            expected="attention over all tokens with a residual addition, on (batch, tokens, channels) or a grid",
+            found=why or other_softmax(gm) or "no attention",
             hint="use tome_r=0 for this model",
         )
 

@@ -130,6 +130,13 @@ def find_attentions(gm: fx.GraphModule) -> list[Attention]:
     return attentions
 
 
+def other_softmax(gm: fx.GraphModule) -> str | None:
+    """Return what the first softmax weighs in a model without attention over tokens; None if it has no softmax."""
+    found = (node for node in gm.graph.nodes if _is_softmax(gm, node) and len(shape_of(node) or ()) > 2)
+    node = next(found, None)
+    return None if node is None else f"a softmax of shape {shape_of(node)}, which does not weigh tokens in heads"
+
+
 def opaque_attentions(gm: fx.GraphModule) -> dict[str, str]:
     """Return the calls that hide an attention and could not be rewritten, each with the reason."""
     return {str(node.target): str(node.meta[LEFT_WHOLE]) for node in gm.graph.nodes if LEFT_WHOLE in node.meta}
@@ -194,12 +201,13 @@ def _obstacle(attention: Attention, residual: fx.Node | None) -> str | None:
     if residual is None:
         return "no addition brings its result back to where its query came from"
     stream, keys = shape_of(residual) or (), attention.key_shape
-    if len(stream) != 3:
-        return f"its stream is {stream}, not (batch, tokens, channels)"
     if not keys:
         return f"its keys are {shape_of(attention.keys)}, not (batch, heads, tokens, channels)"
-    if stream[0] != keys[0] or stream[1] != keys[2]:
-        return f"its keys {keys} are not the tokens of its stream {stream}: windows, or fewer tokens"
+    if len(stream) not in (3, 4):
+        return f"its stream is {stream}, not (batch, tokens, channels) or a grid"
+    if len(stream) == 4 or stream[0] != keys[0] or stream[1] != keys[2]:
+        why = "windows" if stream[0] != keys[0] else "fewer tokens, or channels"
+        return f"its keys {keys} are not the tokens of its stream {stream}: {why}"
     if (shape_of(attention.query) or (0, 0, 0))[-2] != keys[2]:
         return f"its queries {shape_of(attention.query)} are not the tokens of its keys {keys}"
     return None

@@ -204,9 +204,9 @@ def test_every_field_has_an_option():
     arguments = ["--tome-schedule", "linear", "--no-proportional", "--include", "a", "b", "--mac-reduction", "0.3"]
     arguments += ["--exclude", "--prefix-tokens", "2", "--engine", "cpu", "--permute", "--frozen", "--patterns", "1:4"]
     arguments += ["--pattern", "1:4", "--tome-r", "2", "--score", "obs", "--no-restore"]
-    arguments += ["--outputs", "logits", "pooler*"]
+    arguments += ["--outputs", "logits", "pooler*", "--no-skip-dead-tokens", "--tome-method", "tome"]
     values = ("1:4", 0.3, ("1:4",), 2, "linear", None, False, "obs", True, False, "cpu", (), ("a", "b"), 2, True)
-    values += (("logits", "pooler*"),)
+    values += (("logits", "pooler*"), False, "tome")
     assert len(values) == len(dataclasses.fields(Config))
     expected = Config(*values)
     assert expected.outputs == ("logits", "pooler*")
