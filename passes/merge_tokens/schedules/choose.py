@@ -8,12 +8,10 @@ from mpcompile.config import Config
 from mpcompile.errors import ConfigError
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.passes.context import Calibration
-from mpcompile.passes.merge_tokens.schedules.curves import NAMED
+from mpcompile.passes.merge_tokens.schedules.curves import NAMED, WITHOUT_DATA
 from mpcompile.passes.merge_tokens.schedules.search import Search, search
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, solve
 from mpcompile.passes.merge_tokens.schedules.trials import LEAST, Trials, divide
-
-WITHOUT_DATA = "parabolic"  # best without data over the models measured; see docs/token_merging.md
 
 
 def choose(
@@ -58,6 +56,6 @@ def choose(
 def _without_data(budget: Budget) -> tuple[Schedule, str]:
     """Return the schedule to use without data, and its name: a constant one where no other meets the budget."""
     try:
-        return solve(budget, NAMED[WITHOUT_DATA]), WITHOUT_DATA
+        return solve(budget, WITHOUT_DATA), str(WITHOUT_DATA)
     except ConfigError:
         return solve(budget, NAMED["constant"]), "constant"

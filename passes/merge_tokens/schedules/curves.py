@@ -50,6 +50,7 @@ class Curve:
 
 
 NAMED = {"constant": Curve(), "linear": Curve(fall=1), "parabolic": Curve(1, 1)}
+WITHOUT_DATA = Curve(1.5, 1)  # best without data on the model measured; see docs/token_merging.md
 
 
 def spread(total: int, weights: Sequence[int]) -> list[int]:

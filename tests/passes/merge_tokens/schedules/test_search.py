@@ -129,7 +129,7 @@ def test_the_plan_tells_the_choice_and_the_images():
 @pytest.mark.parametrize(
     ("data", "schedule", "said"),
     [
-        (None, "auto", "parabolic schedule: there is no calibration data"),
+        (None, "auto", "t^1.5 (1 - t)^1 schedule: there is no calibration data"),
         ([photos(20)], "auto", "needs 32 images"),
         ([photos(48)], "linear", "linear schedule, as requested"),
     ],
