@@ -107,7 +107,7 @@ def test_every_section_is_there(whole):
         assert (
             f'<section id="{section.anchor}"><h2>{section.title}</h2>' in whole and f'href="#{section.anchor}"' in whole
         )
-    for text in ("−62.5%", "88.0%", "-2.0 points", "1.60x", "4:8", "after merge 2", "random weights", "tiny_vit",
+    for text in ("−62.5%", "88.0%", "-2.0 points", "1.60x", "4:8", "after merge 1", "random weights", "tiny_vit",
                  "90.0%: 45 of 50", "45 labels stay.", "AVX2"):  # fmt: skip
         assert text in whole, text
 
