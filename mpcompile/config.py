@@ -82,7 +82,7 @@ class Config:
         tome_schedule: ``"constant"``; ``"linear"``, from 2 * tome_r in the first block down to 0 in the last; or
             ``"parabolic"``, most in the middle blocks and 0 in the last. ``"auto"`` is constant for a number. With
             ``tome_r="auto"``, it is the schedule whose outputs diverge least from those of the dense model, if there
-            are at least 32 calibration images, and else parabolic.
+            are at least 32 calibration images, and else one that merges most behind the middle.
         tome_reduction: with ``tome_r="auto"``, the share of multiply-accumulates to save by tokens alone, dead ones
             included, between 0 and 1.
         tome_proportional: weight a merged token in attention by the number of tokens it represents. Without training,

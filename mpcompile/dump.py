@@ -77,7 +77,7 @@ class Dump:
     Example:
         >>> import mpcompile
         >>> mpcompile.Pipeline(after_each=Dump("graphs"))
-        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore])
+        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, skip_dead_tokens])
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

@@ -287,9 +287,10 @@ def report(args: argparse.Namespace) -> int:
     line = f"timm {timm.__version__}: {len(with_attention)} architectures with an attention layer, " + ", ".join(
         f"{counts[outcome]} {outcome}" for outcome in ("supported", "refused", "failed")
     )
+    line += f", {len(missing)} of timm's names not examined" if missing else ""
     DOC.parent.mkdir(exist_ok=True)
     DOC.write_text(f"{head}{MARK}\n\n{line}.\n\n{reasons(with_attention)}\n\n{table}\n", encoding="utf-8")
-    print(line + (f"; {len(missing)} not examined yet" if missing else ""))
+    print(line)
     for record in with_attention:
         if record["outcome"] == "failed":
             print("failed:", record["name"], record["reason"])

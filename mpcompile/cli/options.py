@@ -252,7 +252,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "tome_schedule": {
         "choices": SCHEDULES,
         "help": "constant: the same number in every block; linear: falls to 0; parabolic: most in the middle; "
-        "auto: constant for one number, and with --tome-r auto what images show to be best, or parabolic without",
+        "auto: constant for one number, and with --tome-r auto what images show to be best",
     },
     "tome_reduction": {
         "type": float,

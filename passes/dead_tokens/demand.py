@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from mpcompile.ir.effects import writes
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument, fake_value, reads_form, shape_of, target_name
 from mpcompile.passes.dead_tokens.boxes import FULL, Box, count, pieces, share, without
@@ -128,9 +129,7 @@ class _Walk:
         for node in reversed(self.gm.graph.nodes):
             if target_name(self.gm, node) in CHECKS:
                 continue
-            if node.op == "output" or (
-                node.op.startswith("call") and (node.is_impure(False) or self.rules.writes(node))
-            ):
+            if node.op == "output" or self._is_statement(node):
                 self._ask(node, _everything(node))
                 if is_tensor(node):
                     self.demand.parts[node] = (FULL,)
@@ -141,6 +140,12 @@ class _Walk:
             elif self.boxes.get(node):  # a tuple of tensors that is read as a whole
                 self._ask(node, _everything(node))
         return self.demand
+
+    def _is_statement(self, node: fx.Node) -> bool:
+        """Return True if a node does more than yield a value."""
+        if not node.op.startswith("call"):
+            return False
+        return self.rules.writes(node) if writes(self.gm, node) else node.is_impure(False)
 
     def _ask(self, reader: fx.Node, found: Asked) -> None:
         for node, boxes in found.tensors.items():

@@ -118,13 +118,13 @@ class Rules:
     def _elementwise_call(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.gm.get_submodule(str(node.target)), ELEMENTWISE_MODULES)
-        return target_name(self.gm, node) in ELEMENTWISE
+        return target_name(self.gm, node).removesuffix("_") in ELEMENTWISE
 
     def _is_private(self, node: fx.Node) -> bool:
         """Return True if one node alone reads a tensor, directly or as another name of a layer's result."""
         if len(node.users) != 1:
             return False
-        inputs = node.all_input_nodes
+        inputs = [source for source in node.all_input_nodes if isinstance(fake_value(source), Tensor)]
         named = self._elementwise_call(node) and bool(inputs) and all(map(self._is_private, inputs))
         return node in self.layers or is_add(node) or named
 
@@ -148,7 +148,7 @@ class Rules:
             if isinstance(module, LAST_AXIS_MODULES):
                 return self._along_last
             return self._elementwise if isinstance(module, ELEMENTWISE_MODULES) or name in ELEMENTWISE else None
-        return self._elementwise if name in ELEMENTWISE else None
+        return self._elementwise if name.removesuffix("_") in ELEMENTWISE else None
 
     def _elementwise(self, builder: Builder, node: fx.Node, part: Box) -> Any:
         rank = len(shape_of(node) or ())

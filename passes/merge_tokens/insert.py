@@ -138,16 +138,16 @@ def _prepared(gm: IRModule, idle: Mapping[fx.Node, fx.Node | None]) -> IRModule:
 def _grouped(gm: IRModule, sites: Sequence[Site], ctx: Context) -> list[list[Site]]:
     """Group blocks by the stream that they work on: those to which the tokens can be followed from the first."""
 
-    def states(site: Site) -> dict[fx.Node, State]:
+    def states(site: Site) -> tuple[dict[fx.Node, State], bool]:
         trial, copies = _trial(gm)
         carried: dict[fx.Node, State] = {}
-        tokens = (shape_of(site.residual) or (0, 0))[1]
+        tokens, complete = (shape_of(site.residual) or (0, 0))[1], False
         with contextlib.suppress(GraphError):  # the reason to refuse it is found again, for the whole stream
             stream = Stream([site.name], [1], *_ends(gm, site, ctx), [tokens, tokens - 1])
-            insert_merges(
-                trial, _sites_of(trial, stream), stream, ctx.config.tome_proportional, METHODS["tome"], carried
-            )
-        return {node: carried[copied] for node, copied in copies.items() if copied in carried}
+            proportional, method = ctx.config.tome_proportional, METHODS["tome"]
+            insert_merges(trial, _sites_of(trial, stream), stream, proportional, method, carried)
+            complete = True
+        return {node: carried[copied] for node, copied in copies.items() if copied in carried}, complete
 
     return group(sites, states)
 

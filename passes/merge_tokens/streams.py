@@ -14,7 +14,7 @@ from mpcompile.errors import GraphError
 from mpcompile.ir.nodes import shape_of
 from mpcompile.passes.merge_tokens.axis import TokenAxis
 from mpcompile.passes.merge_tokens.moves import State
-from mpcompile.passes.merge_tokens.sites import Site
+from mpcompile.passes.merge_tokens.sites import Site, ancestors
 
 NOTHING_SAVED = "merging saves nothing there: its tokens go back to a grid before any layer has worked on fewer of them"
 
@@ -44,12 +44,16 @@ def _tokens(site: Site) -> int:
     return (shape_of(site.residual) or (0, 0))[1]
 
 
-def group(sites: Sequence[Site], states: Callable[[Site], Mapping[fx.Node, State]]) -> list[list[Site]]:
+def group(sites: Sequence[Site], states: Callable[[Site], tuple[Mapping[fx.Node, State], bool]]) -> list[list[Site]]:
     """Group blocks by the stream of tokens that they work on. Streams and their blocks are in graph order.
+
+    If the tokens of a block cannot be followed to the end, later blocks on as many tokens that depend on it count as
+    its stream: an op that is refused there is refused for all of them.
 
     Args:
         sites: all blocks, in graph order.
-        states: block -> the tokens that each node carries if tokens merge in this block alone.
+        states: block -> the tokens that each node carries if tokens merge in this block alone, and whether they can be
+            followed to the end.
 
     Raises:
         GraphError: a block works on merged tokens among others.
@@ -57,11 +61,14 @@ def group(sites: Sequence[Site], states: Callable[[Site], Mapping[fx.Node, State
     streams, remaining = [], list(sites)
     while remaining:
         first, *rest = remaining
-        carried = states(first) if rest else {}
+        carried, complete = states(first) if rest else ({}, True)
         stream = [first]
         for site in rest:
             state = carried.get(site.residual)
-            if state is not None and state.axes == {1: 0} and _tokens(site) == _tokens(first):
+            same = _tokens(site) == _tokens(first)
+            if (state is not None and state.axes == {1: 0} and same) or (
+                state is None and not complete and same and first.residual in ancestors(site.residual)
+            ):
                 stream.append(site)
             elif state is not None:
                 raise GraphError(

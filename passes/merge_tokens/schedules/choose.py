@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mpcompile.config import Config
-from mpcompile.errors import ConfigError
 from mpcompile.ir.module import Imported, IRModule
 from mpcompile.passes.context import Calibration
 from mpcompile.passes.merge_tokens.schedules.curves import NAMED
-from mpcompile.passes.merge_tokens.schedules.search import Search, search
+from mpcompile.passes.merge_tokens.schedules.search import Search, search, without_data
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, solve
 from mpcompile.passes.merge_tokens.schedules.trials import LEAST, Trials, divide
-
-WITHOUT_DATA = "parabolic"  # best without data over the models measured; see docs/token_merging.md
 
 
 def choose(
@@ -39,7 +36,7 @@ def choose(
     """
     if config.tome_schedule in NAMED:
         return solve(budget, NAMED[config.tome_schedule]), f"{config.tome_schedule} schedule, as requested", None
-    fallback, name = _without_data(budget)
+    fallback, name = without_data(budget)
     if budget.meets([[0] * len(stream.sites) for stream in budget.streams]):
         return fallback, "nothing has to merge for this target", None
     if calibration is None:
@@ -53,11 +50,3 @@ def choose(
     with trials.bar:
         result = search(budget, trials, first, second, trials.measure, seed)
     return result.best.r, str(result), result
-
-
-def _without_data(budget: Budget) -> tuple[Schedule, str]:
-    """Return the schedule to use without data, and its name: a constant one where no other meets the budget."""
-    try:
-        return solve(budget, NAMED[WITHOUT_DATA]), WITHOUT_DATA
-    except ConfigError:
-        return solve(budget, NAMED["constant"]), "constant"

@@ -3,8 +3,8 @@
 Damage is not additive over blocks, and single images are noisy: a free search over the numbers of all blocks overfits.
 So the search has few degrees of freedom. It looks for the best :class:`Curve` (two numbers) by successive halving and a
 few steps around the best one, and then tries a few exchanges between neighbouring blocks, each accepted only if the
-paired differences of all search images show a gain well above their noise. At last, the named
-schedules and what was found compete on images that the search has not seen; the best one there is chosen.
+paired differences of all search images show a gain well above their noise. At last, the named schedules, the one
+without data and what was found compete on images that the search has not seen; the best one there is chosen.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from mpcompile.passes.merge_tokens.schedules.solve import Budget, Schedule, solv
 
 Loss = Callable[[Schedule, int], Tensor]  # a schedule and the number of a part of the images -> loss of each image
 
-_RISES, _FALLS = (0, 0.5, 1, 1.5, 2), (0, 0.5, 1)
+_RISES, _FALLS = (0, 0.5, 1, 2, 3), (0, 0.5, 1)
 _ROUNDS = ((8, 6), (2, 3), (1, 1))  # successive halving: one of so many search images, and how many curves remain
-_STEPS = (0.25, 0.125)  # of rise and fall around the best curve
+_STEPS = (0.5, 0.25)  # of rise and fall around the best curve
+_STEEP = (Curve(2, 1), Curve(1.5, 1), Curve(1, 1))  # for schedules without data; the first that is gentle enough
+_GENTLE = 0.25  # share of its tokens that a block may merge in those
 _EXCHANGES = 12
 _MARGIN = 2.0  # standard errors by which an exchange has to win
 _LOST = 1e30  # loss in place of NaN and infinity
@@ -140,7 +142,7 @@ def search(
         budget: the constant schedule must be able to meet it.
         loss: per image, of a schedule on a part of the images.
         search_parts: parts on which schedules are searched.
-        check_parts: parts on which the best one is compared with the schedules in :data:`NAMED`.
+        check_parts: parts on which the best one is compared with the named schedules and that without data.
         measure: what the loss is, in words.
         seed: of the order in which exchanges are tried.
 
@@ -149,12 +151,13 @@ def search(
     """
     solve(budget, NAMED["constant"])  # raises if it can't meet the budget
     curves, losses = _Curves(budget), _Losses(loss)
-    grid = [*NAMED.values(), *(Curve(*numbers) for numbers in itertools.product(_RISES, _FALLS))]
+    fixed = [*NAMED.values(), *_STEEP]
+    grid = [*fixed, *(Curve(*numbers) for numbers in itertools.product(_RISES, _FALLS))]
     best = _halve(curves.distinct(grid), losses, search_parts)
     best = _step(best, curves, losses, search_parts)
     schedule, curve = best
     exchanged, count = _exchange(schedule, budget, losses, search_parts, seed)
-    entries = {key: str(named) for key, named in curves.distinct(list(NAMED.values())).items()}
+    entries = {key: str(named) for key, named in curves.distinct(fixed).items()}
     entries.setdefault(schedule, str(curve))
     entries.setdefault(exchanged, f"{entries[schedule]} with {count} exchange{'s' if count != 1 else ''}")
     candidates = tuple(
@@ -163,6 +166,26 @@ def search(
     chosen = min(candidates, key=lambda candidate: candidate.check)  # the first of equals: constant before others
     seen, unseen = (len(losses.of(chosen.r, parts)) for parts in (search_parts, check_parts))
     return Search(measure, seen, unseen, losses.tried, chosen.name, candidates)
+
+
+def without_data(budget: Budget) -> tuple[Schedule, str]:
+    """Return the schedule to use without data, and its name.
+
+    Late blocks lose least by merging as long as no block merges a large share of its tokens: of three curves, it is the
+    steepest under which none merges more than a quarter; if there is none, the flattest; and if that does not meet the
+    budget, the constant schedule. Chosen on one model; see docs/token_merging.md.
+
+    Raises:
+        ConfigError: the constant schedule cannot meet the budget, either.
+    """
+    curves = _Curves(budget).distinct(_STEEP)
+    for schedule, curve in curves.items():
+        tokens = budget.tokens(schedule)
+        if all(a - b <= _GENTLE * a for numbers in tokens for a, b in itertools.pairwise(numbers)):
+            return schedule, str(curve)
+    if (flattest := _Curves(budget)[_STEEP[-1]]) is not None:
+        return flattest, str(_STEEP[-1])
+    return solve(budget, NAMED["constant"]), "constant"
 
 
 def _share(parts: Sequence[int], divisor: int) -> Sequence[int]:

@@ -1,5 +1,6 @@
 """The search for a schedule: what it accepts, what it never does, and that it repeats itself."""
 
+import itertools
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from mpcompile.ir.shapes import propagate
 from mpcompile.passes.base import Calibration, Context
 from mpcompile.passes.merge_tokens.insert import Merges, MergeTokens
 from mpcompile.passes.merge_tokens.schedules.curves import Curve
-from mpcompile.passes.merge_tokens.schedules.search import search
+from mpcompile.passes.merge_tokens.schedules.search import search, without_data
 from mpcompile.passes.merge_tokens.schedules.solve import Budget, solve
 from mpcompile.passes.merge_tokens.schedules.stream import Stream
 from tests.support.helpers import tiny_vit
@@ -129,7 +130,7 @@ def test_the_plan_tells_the_choice_and_the_images():
 @pytest.mark.parametrize(
     ("data", "schedule", "said"),
     [
-        (None, "auto", "parabolic schedule: there is no calibration data"),
+        (None, "auto", " schedule: there is no calibration data"),
         ([photos(20)], "auto", "needs 32 images"),
         ([photos(48)], "linear", "linear schedule, as requested"),
     ],
@@ -143,3 +144,11 @@ def test_without_a_search_the_plan_says_why(data, schedule, said):
 def test_a_target_out_of_reach_is_refused_with_the_reachable_range():
     with pytest.raises(ConfigError, match=r"cannot save 90.0%.*of at most 0\.\d+"):
         transform(tiny_vit(), photos(2), Config(tome_r="auto", tome_reduction=0.9), [photos(40)])
+
+
+def test_without_data_no_block_merges_many_of_its_tokens_if_that_can_be_avoided():
+    names = [without_data(budget(reduction, blocks=12))[1] for reduction in (0.1, 0.4, 0.75)]
+    assert names == ["t^2 (1 - t)^1", "t^1.5 (1 - t)^1", "parabolic"]
+    for reduction in (0.1, 0.4):
+        tokens = budget(reduction, 12).tokens(without_data(budget(reduction, 12))[0])[0]
+        assert all(a - b <= a / 4 for a, b in itertools.pairwise(tokens))
