@@ -20,6 +20,7 @@ from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import (
     ALONG_LAST,
     ATTENTION,
+    CASTS,
     ELEMENTWISE,
     ELEMENTWISE_MODULES,
     LAST_AXIS_MODULES,
@@ -33,6 +34,7 @@ from mpcompile.kernels import ops, schema
 from mpcompile.passes.dead_tokens.boxes import FULL, Box, box, without
 from mpcompile.passes.dead_tokens.selections import Whole, Wider
 from mpcompile.passes.dead_tokens.views import VIEWS
+from mpcompile.passes.rewriting import exact_class
 
 __all__ = ["Builder", "Rules", "Whole"]
 
@@ -91,7 +93,6 @@ class Rules:
             **dict.fromkeys(_NORMALISED, self._normalised),
             **dict.fromkeys(_REDUCTIONS, self._reduced),
             **dict.fromkeys(("matmul", "bmm", "__matmul__", "imatmul"), self._matmul),
-            "Softmax": self._normalised,
         }
 
     def apply(self, builder: Builder, node: fx.Node, part: Box) -> Any:
@@ -117,7 +118,7 @@ class Rules:
 
     def _elementwise_call(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self.gm.get_submodule(str(node.target)), ELEMENTWISE_MODULES)
+            return self._module_rule(node) == self._elementwise
         return target_name(self.gm, node).removesuffix("_") in ELEMENTWISE
 
     def _is_private(self, node: fx.Node) -> bool:
@@ -130,6 +131,8 @@ class Rules:
 
     def rule_of(self, node: fx.Node) -> Rule | None:
         """Return the rule of a node's operation, or None if it has none."""
+        if node.op == "call_module":
+            return self._module_rule(node)
         if node in self.layers:
             return self._linear
         if node.target in ATTENTION or node.target is ops.token_attention:
@@ -137,18 +140,29 @@ class Rules:
         if node.target is ops.token_bias:
             return self._bias
         name = node.args[1] if node.target is getattr else target_name(self.gm, node)
-        if name in VIEWS and node.op != "call_module":
+        if name in VIEWS:
             return functools.partial(VIEWS[name], self.gm)
         if name in self.named:
             return self.named[name]
-        if node.op == "call_module":
-            module = self.gm.get_submodule(str(node.target))
-            if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-                return None
-            if isinstance(module, LAST_AXIS_MODULES):
-                return self._along_last
-            return self._elementwise if isinstance(module, ELEMENTWISE_MODULES) or name in ELEMENTWISE else None
         return self._elementwise if name.removesuffix("_") in ELEMENTWISE else None
+
+    def _module_rule(self, node: fx.Node) -> Rule | None:
+        """Return the rule of a module: of torch's own forward, without hooks, which would see other tensors."""
+        module = self.gm.get_submodule(str(node.target))
+        kind = type(module)
+        base = next((k for k in kind.__mro__ if k.__module__.startswith(("torch.nn.", "mpcompile."))), None)
+        own = base is not None and kind.forward is base.forward and "forward" not in vars(module)
+        drops = kind.__name__ == "DropPath" and kind.__module__.startswith("timm.")
+        if not (own or drops) or exact_class(module) is None or module._backward_hooks or module._backward_pre_hooks:
+            return None
+        if node in self.layers:
+            return self._linear if self.layers[node].obstacle is None else None
+        if isinstance(module, nn.Softmax):
+            return self._normalised
+        if isinstance(module, LAST_AXIS_MODULES):
+            single = not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) == 1
+            return self._along_last if single else None
+        return self._elementwise if drops or isinstance(module, ELEMENTWISE_MODULES) else None
 
     def _elementwise(self, builder: Builder, node: fx.Node, part: Box) -> Any:
         rank = len(shape_of(node) or ())
@@ -161,9 +175,14 @@ class Rules:
             own = {axis - shift: runs for axis, runs in part if axis >= shift and shape[axis - shift] != 1}
             return builder.tensor(source, box(own))
 
-        if target_name(self.gm, node) in ("type_as", "expand_as"):
-            source, like = node.all_input_nodes
-            return builder.again(node, (operand(source), builder.form(like)))
+        first, *others = node.args
+        if target_name(self.gm, node) in CASTS and isinstance(first, fx.Node):  # to(tensor) reads the tensor's form
+
+            def form(source: fx.Node) -> Any:
+                return builder.number(source) if shape_of(source) is None else builder.form(source)
+
+            rest = fx.node.map_arg(tuple(others), form)
+            return builder.again(node, (operand(first), *rest), fx.node.map_arg(node.kwargs, form))
         return builder.again(node, fx.node.map_arg(node.args, operand), fx.node.map_arg(node.kwargs, operand))
 
     def _others(self, builder: Builder, node: fx.Node, first: Any) -> Any:
