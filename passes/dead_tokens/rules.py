@@ -139,7 +139,7 @@ class Rules:
             return self._attention
         if node.target is ops.token_bias:
             return self._bias
-        name = node.args[1] if node.target is getattr else target_name(self.gm, node)
+        name = str(node.args[1]) if node.target is getattr else target_name(self.gm, node)
         if name in VIEWS:
             return functools.partial(VIEWS[name], self.gm)
         if name in self.named:
@@ -149,8 +149,8 @@ class Rules:
     def _module_rule(self, node: fx.Node) -> Rule | None:
         """Return the rule of a module: of torch's own forward, without hooks, which would see other tensors."""
         module = self.gm.get_submodule(str(node.target))
-        kind = type(module)
-        base = next((k for k in kind.__mro__ if k.__module__.startswith(("torch.nn.", "mpcompile."))), None)
+        kind: Any = type(module)
+        base: Any = next((k for k in kind.__mro__ if k.__module__.startswith(("torch.nn.", "mpcompile."))), None)
         own = base is not None and kind.forward is base.forward and "forward" not in vars(module)
         drops = kind.__name__ == "DropPath" and kind.__module__.startswith("timm.")
         if not (own or drops) or exact_class(module) is None or module._backward_hooks or module._backward_pre_hooks:
