@@ -149,7 +149,7 @@ class Lower(Pass):
     Example:
         >>> from mpcompile import Pipeline
         >>> Pipeline([*Pipeline(), Lower()])
-        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, lower])
+        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, skip_dead_tokens, lower])
     """
 
     name = "lower"

@@ -74,6 +74,14 @@ def _check_whole(part: Box, axes: Iterable[int]) -> None:
         raise Wider(cut)
 
 
+def _operand(node: fx.Node, name: str = "input") -> fx.Node:
+    """Return the first operand."""
+    source = argument(node, 0, name)
+    if not isinstance(source, fx.Node):
+        raise Whole
+    return source
+
+
 Rule = Callable[[Builder, fx.Node, Box], Any]
 
 
@@ -187,7 +195,7 @@ class Rules:
 
     def _others(self, builder: Builder, node: fx.Node, first: Any) -> Any:
         """Repeat a call with another first operand; the other operands are read in full."""
-        source = argument(node, 0, "input")
+        source = _operand(node)
 
         def operand(other: fx.Node) -> Any:
             if other is source:
@@ -208,8 +216,7 @@ class Rules:
     def _first(self, builder: Builder, node: fx.Node, part: Box, whole: Iterable[int]) -> Any:
         """Follow the first operand, axis by axis; some axes have to be whole."""
         _check_whole(part, whole)
-        source: Any = argument(node, 0, "input")
-        return self._others(builder, node, builder.tensor(source, part))
+        return self._others(builder, node, builder.tensor(_operand(node), part))
 
     def _linear(self, builder: Builder, node: fx.Node, part: Box) -> Any:
         layer = self.layers[node]
@@ -251,7 +258,7 @@ class Rules:
         return self._first(builder, node, part, [dim % rank])
 
     def _reduced(self, builder: Builder, node: fx.Node, part: Box) -> Any:
-        name, source = target_name(self.gm, node), argument(node, 0, "input")
+        name, source = target_name(self.gm, node), _operand(node)
         rank = len(shape_of(source) or ())
         dim = argument(node, _REDUCTIONS[name], "dim")
         keep = argument(node, _REDUCTIONS[name] + 1, "keepdim", False)
@@ -264,7 +271,9 @@ class Rules:
         return self._others(builder, node, builder.tensor(source, own))
 
     def _matmul(self, builder: Builder, node: fx.Node, part: Box) -> Any:
-        left, right = argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other"))
+        left, right = _operand(node), argument(node, 1, "mat2", node.kwargs.get("other"))
+        if not isinstance(right, fx.Node):
+            raise Whole
         rank, ranks = len(shape_of(node) or ()), [len(shape_of(n) or ()) for n in (left, right)]
         if min(ranks) < 2:
             raise Whole
@@ -281,7 +290,7 @@ class Rules:
         fused = node.target in ATTENTION
         causal = argument(node, 5, "is_causal", False) if fused else False
         _check_whole(part, [axis for axis in range(rank) if axis != rank - 2 or causal is not False])
-        query, mask = argument(node, 0, "query"), argument(node, 3, "attn_mask") if fused else None
+        query, mask = _operand(node, "query"), argument(node, 3, "attn_mask") if fused else None
 
         def operand(source: fx.Node) -> Any:
             shape = shape_of(source)
