@@ -22,7 +22,21 @@ CASTS = ("alias", "to", "type", "type_as", "float", "half", "bfloat16", "_to_cop
 _ARITHMETIC = ("add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "div", "div_", "truediv", "addcmul")
 _ACTIVATIONS = ("gelu", "relu", "silu", "sigmoid", "tanh", "hardswish", "mish", "leaky_relu", "dropout", "DropPath")
 _UNARY = ("neg", "pow", "sqrt", "rsqrt", "exp", "square", "abs", "clamp", "contiguous", "clone", "detach", "softplus")
-_FUNCTIONS = ("log", "erf", "sin", "cos", "reciprocal", "elu", "selu", "relu6", "hardsigmoid", "hardtanh", "softsign")
+_FUNCTIONS = (
+    "log",
+    "log1p",
+    "expm1",
+    "erf",
+    "sin",
+    "cos",
+    "reciprocal",
+    "elu",
+    "selu",
+    "relu6",
+    "hardsigmoid",
+    "hardtanh",
+    "softsign",
+)
 ELEMENTWISE = frozenset(_ARITHMETIC + _ACTIVATIONS + _UNARY + _FUNCTIONS + CASTS)
 """Names of operations that compute each value from those at the same place, with broadcasting."""
 ELEMENTWISE_MODULES = (
