@@ -81,7 +81,8 @@ class Last(nn.Module):
         y = self.mlp(x)
         if self.conv is not None:
             y = self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + y
+        x += y
+        return x
 
 
 class Net(nn.Module):
