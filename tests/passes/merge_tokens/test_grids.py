@@ -109,12 +109,27 @@ def test_blocks_that_gain_nothing_are_left():
         merged(model, torch.randn(2, 8, 4, 6), 4)
 
 
-def test_norms_that_take_their_mean_from_the_batch_get_all_tokens():
-    """In training, a batch norm sees every input token, and merged tokens do not shift its statistics."""
+def normed(**options):
+    """A model whose second block has a batch norm on the grid in front of its attention."""
     block = Last(False)
-    block.norm = nn.Sequential(Permuted(0, 3, 1, 2), nn.BatchNorm2d(8), Permuted(0, 2, 3, 1))
-    gm = merged(Net(Last(False), block).train(), torch.randn(2, 8, 4, 6), 4)
-    assert any(node.target is ops.token_spread for node in gm.graph.nodes)
+    block.norm = nn.Sequential(Permuted(0, 3, 1, 2), nn.BatchNorm2d(8, **options), Permuted(0, 2, 3, 1))
+    return Net(Last(False), block)
+
+
+def test_norms_that_take_their_mean_from_the_batch_get_all_tokens():
+    """They see every input token, and merged tokens do not shift their statistics."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 6)
+    trained = merged(normed().train(), x, 4)
+    for gm in (trained, compared(normed(track_running_stats=False).eval(), x, 4)):
+        assert any(node.target is ops.token_spread for node in gm.graph.nodes)
+        assert not any("statistics" in note for note in gm.plan.notes)
+
+
+def test_a_norm_of_merged_tokens_is_named_since_training_would_change_its_statistics():
+    gm = merged(normed().eval(), torch.randn(2, 8, 4, 6), 4)
+    (note,) = [note for note in gm.plan.notes if "statistics" in note]
+    assert note == "after .train(), batch statistics are those of merged tokens, each counted once: blocks.1.norm.1"
 
 
 class Permuted(nn.Module):
