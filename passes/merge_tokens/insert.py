@@ -31,7 +31,7 @@ from mpcompile.passes.merge_tokens.grids.turned import part_rows, rows_of_norms,
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.moves import State
 from mpcompile.passes.merge_tokens.outputs import named_outputs, notes
-from mpcompile.passes.merge_tokens.saliency import METHODS, Method, metric, weigh
+from mpcompile.passes.merge_tokens.saliency import METHODS, Method, follow_keys, metric, weigh
 from mpcompile.passes.merge_tokens.schedules.choose import choose
 from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
 from mpcompile.passes.merge_tokens.schedules.search import Search
@@ -108,6 +108,7 @@ def insert_merges(
     axis.states = axis.states if states is None else states
     axis.follow(original)
     rows = axis.picked_after(sites[-1].residual)
+    follow_keys(axis, merges, bool(rows and method.saliency))
     if rows and method.saliency:
         weigh(graph, merges, rows, method, proportional)
     for node in [level.step for level in levels.values() if not level.step.users]:

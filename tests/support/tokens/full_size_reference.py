@@ -94,6 +94,7 @@ class Merging(TorchFunctionMode):
             return x
         tokens, metric = _as_tokens(x, count), keys.float().mean(1)
         before = self.groups.get(stream) or [[[i] for i in range(count)] for _ in tokens]
+        tokens, metric = _grouped(tokens, before, 1), _grouped(metric, before, 1)
         result, self.groups[stream] = tokens.clone(), []
         for out, sample, members, m in zip(result, tokens, before, metric, strict=True):
             first = [group[0] for group in members]
