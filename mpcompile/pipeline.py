@@ -258,8 +258,11 @@ def complete(
     passes: Sequence[Pass] = (),
     dump: str | os.PathLike[str] | None = None,
 ) -> IRModule:
-    """Run the default passes unless the graph was transformed before, then ``passes``."""
-    first: list[Pass] = [SkipDeadTokens()] if transformed(imported) else list(Pipeline())
+    """Run the default passes, of a graph that was transformed before those that it has not seen, then ``passes``."""
+    plan = plan_of(imported.gm)
+    known = plan is not None and any(record.name == SkipDeadTokens.name for record in plan.passes)
+    again: list[Pass] = [] if known else [SkipDeadTokens()]
+    first = again if transformed(imported) else list(Pipeline())
     return run_pipeline(imported, config, Pipeline([*first, *passes]), tolerant=True, dump=dump)
 
 

@@ -89,7 +89,7 @@ class FoldNorm(Pass):
         >>> from mpcompile import Pipeline
         >>> from mpcompile.passes.lower import Lower
         >>> Pipeline([*Pipeline(), FoldNorm(), Lower()])
-        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, fold_norm, lower])
+        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, skip_dead_tokens, fold_norm, lower])
     """
 
     name = "fold_norm"

@@ -82,7 +82,7 @@ class FoldScale(Pass):
         >>> from mpcompile import Pipeline
         >>> from mpcompile.passes.lower import Lower
         >>> Pipeline([*Pipeline(), FoldScale(), Lower()])
-        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, fold_scale, lower])
+        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, skip_dead_tokens, fold_scale, lower])
     """
 
     name = "fold_scale"

@@ -220,7 +220,7 @@ class Fuse(Pass):
         >>> from mpcompile import Pipeline
         >>> from mpcompile.passes.lower import Lower
         >>> Pipeline([*Pipeline(), Lower(), Fuse()])
-        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, lower, fuse])
+        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, skip_dead_tokens, lower, fuse])
     """
 
     name = "fuse"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +19,7 @@ from mpcompile.kernels.nm_format import from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Context, Decision, Pass
+from mpcompile.passes.rewriting import fold_read
 from mpcompile.plan import LayerPlan
 
 PACKED = "packed"
@@ -149,7 +149,7 @@ class Lower(Pass):
     Example:
         >>> from mpcompile import Pipeline
         >>> Pipeline([*Pipeline(), Lower()])
-        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, lower])
+        Pipeline([analyze, allocate, permute, merge_tokens, mask, restore, skip_dead_tokens, lower])
     """
 
     name = "lower"
@@ -265,20 +265,9 @@ def _fold_reads(gm: IRModule, paths: Collection[str]) -> None:
         tensor = attribute(gm, str(node.target))
         constants = {"dtype": tensor.dtype, "shape": tuple(tensor.shape), "ndim": tensor.dim()}
         for read in [u for u in node.users if u.target is getattr and u.args[1] in constants]:
-            _fold_read(read, constants[str(read.args[1])])
+            fold_read(read, constants[str(read.args[1])])
             gm.graph.erase_node(read)
         erase_orphans(gm.graph, [node])
-
-
-def _fold_read(read: fx.Node, constant: Any) -> None:
-    """Replace a node by a constant in the arguments of its users."""
-
-    def fold(node: fx.Node) -> Any:
-        return constant if node is read else node
-
-    for user in list(read.users):
-        user.args = fx.node.map_arg(user.args, fold)
-        user.kwargs = fx.node.map_arg(user.kwargs, fold)
 
 
 def _strip(gm: IRModule, names: Iterable[str]) -> None:

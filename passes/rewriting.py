@@ -90,6 +90,17 @@ def supersede(graph: fx.Graph, chain: Sequence[fx.Node], new: fx.Node) -> None:
     erase_orphans(graph, sources)
 
 
+def fold_read(read: fx.Node, constant: Any) -> None:
+    """Replace a node by a constant in the arguments of its users."""
+
+    def fold(node: fx.Node) -> Any:
+        return constant if node is read else node
+
+    for user in list(read.users):
+        user.args = fx.node.map_arg(user.args, fold)
+        user.kwargs = fx.node.map_arg(user.kwargs, fold)
+
+
 @dataclass(frozen=True, eq=False)
 class Folded(Decision):
     """Names of the masked layers that another call is folded into; and layers left as they are -> why."""

@@ -163,7 +163,7 @@ def test_a_transformed_module_is_not_transformed_again():
     (graph,) = graphs()
     assert {slot.spec.pattern for slot in graph.slots} == {(1, 4)}
     merges = [n for n in graph.run.graph.nodes if n.target is ops.token_merge]
-    assert [schema.TokenMergeArgs.bind(n).r for n in merges] == [2, 2]
+    assert [schema.TokenMergeArgs.bind(n).r for n in merges] == [2]  # the head reads one token of the last block
 
 
 def test_nothing_eligible_is_inductor_and_logged_once(caplog):

@@ -16,7 +16,7 @@ from mpcompile.passes.mask import Mask
 from mpcompile.sources import timm_models
 from tests.support.helpers import images, mlp, tiny_created, tiny_vit
 
-DEFAULT = ["01-analyze", "02-allocate", "03-permute", "04-merge_tokens", "05-mask", "06-restore"]
+DEFAULT = ["01-analyze", "02-allocate", "03-permute", "04-merge_tokens", "05-mask", "06-restore", "07-skip_dead_tokens"]
 
 
 def names(folder):
@@ -52,8 +52,8 @@ def test_numbers_continue_and_nothing_is_replaced(tmp_path):
     assert names(tmp_path)[:2] == ["01-analyze", "02-analyze"]
     assert (tmp_path / "01-analyze" / "before.py").read_text() == "mine"
     lower(gm, torch.randn(2, 32), Config(engine="reference"), dump=tmp_path)
-    assert names(tmp_path)[-5:] == ["08-fold_norm", "09-fold_scale", "10-lower", "11-fuse", "notes.txt"]
-    assert "self.packed" in (tmp_path / "10-lower" / "after.py").read_text()
+    assert names(tmp_path)[-5:] == ["09-fold_norm", "10-fold_scale", "11-lower", "12-fuse", "notes.txt"]
+    assert "self.packed" in (tmp_path / "11-lower" / "after.py").read_text()
 
 
 def test_the_environment_asks_for_dumps_in_transform_and_in_the_backend(tmp_path, monkeypatch):
@@ -62,10 +62,10 @@ def test_the_environment_asks_for_dumps_in_transform_and_in_the_backend(tmp_path
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     with torch.no_grad():
         torch.compile(model, backend="mpsparse", options={"engine": "reference"})(torch.randn(2, 64))
-    assert names(tmp_path) == [*DEFAULT, "07-lower", "08-fuse"]
+    assert names(tmp_path) == [*DEFAULT, "08-lower", "09-fuse"]
     monkeypatch.setenv("MPCOMPILE_DUMP", "")
     transform(mlp(), torch.randn(2, 32))
-    assert len(names(tmp_path)) == 8
+    assert len(names(tmp_path)) == 9
 
 
 def test_names_of_passes_are_not_paths(tmp_path):

@@ -38,7 +38,7 @@ from mpcompile import Config, transform
 NAME = "token_pairs"
 CHOSEN_ON, REPORTED_ON = "imagenet_sample_500_dev", "nips2017_ccby_500_dev"
 METHODS = ("tome", "saliency")
-SCHEDULES = ("constant", "parabolic")
+SCHEDULES = ("constant", "parabolic", "auto")  # the last without data
 REFERENCE = ("tome", "constant")
 
 

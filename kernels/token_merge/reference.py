@@ -33,6 +33,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpcompile import _moved
+
+__getattr__ = _moved.renamed(
+    __name__,
+    {name: f"kernels.token_merge.attention.{name}" for name in ("token_bias", "token_attention")},
+)
 # In fp32, the order of addition changes a cosine over D channels by at most 4 D 2^-24: 2^-14 for 256 channels, 2^-12
 # for 1024. Keys in bf16 only resolve about 2^-9: the tolerance loses nothing that a model relies on.
 TIE = 2.0**-12

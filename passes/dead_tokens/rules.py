@@ -20,6 +20,7 @@ from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import (
     ALONG_LAST,
     ATTENTION,
+    CASTS,
     ELEMENTWISE,
     ELEMENTWISE_MODULES,
     LAST_AXIS_MODULES,
@@ -33,6 +34,7 @@ from mpcompile.kernels import ops, schema
 from mpcompile.passes.dead_tokens.boxes import FULL, Box, box, without
 from mpcompile.passes.dead_tokens.selections import Whole, Wider
 from mpcompile.passes.dead_tokens.views import VIEWS
+from mpcompile.passes.rewriting import exact_class
 
 __all__ = ["Builder", "Rules", "Whole"]
 
@@ -72,6 +74,14 @@ def _check_whole(part: Box, axes: Iterable[int]) -> None:
         raise Wider(cut)
 
 
+def _operand(node: fx.Node, name: str = "input") -> fx.Node:
+    """Return the first operand."""
+    source = argument(node, 0, name)
+    if not isinstance(source, fx.Node):
+        raise Whole
+    return source
+
+
 Rule = Callable[[Builder, fx.Node, Box], Any]
 
 
@@ -91,7 +101,6 @@ class Rules:
             **dict.fromkeys(_NORMALISED, self._normalised),
             **dict.fromkeys(_REDUCTIONS, self._reduced),
             **dict.fromkeys(("matmul", "bmm", "__matmul__", "imatmul"), self._matmul),
-            "Softmax": self._normalised,
         }
 
     def apply(self, builder: Builder, node: fx.Node, part: Box) -> Any:
@@ -117,7 +126,7 @@ class Rules:
 
     def _elementwise_call(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self.gm.get_submodule(str(node.target)), ELEMENTWISE_MODULES)
+            return self._module_rule(node) == self._elementwise
         return target_name(self.gm, node).removesuffix("_") in ELEMENTWISE
 
     def _is_private(self, node: fx.Node) -> bool:
@@ -130,25 +139,38 @@ class Rules:
 
     def rule_of(self, node: fx.Node) -> Rule | None:
         """Return the rule of a node's operation, or None if it has none."""
+        if node.op == "call_module":
+            return self._module_rule(node)
         if node in self.layers:
             return self._linear
         if node.target in ATTENTION or node.target is ops.token_attention:
             return self._attention
         if node.target is ops.token_bias:
             return self._bias
-        name = node.args[1] if node.target is getattr else target_name(self.gm, node)
-        if name in VIEWS and node.op != "call_module":
+        name = str(node.args[1]) if node.target is getattr else target_name(self.gm, node)
+        if name in VIEWS:
             return functools.partial(VIEWS[name], self.gm)
         if name in self.named:
             return self.named[name]
-        if node.op == "call_module":
-            module = self.gm.get_submodule(str(node.target))
-            if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-                return None
-            if isinstance(module, LAST_AXIS_MODULES):
-                return self._along_last
-            return self._elementwise if isinstance(module, ELEMENTWISE_MODULES) or name in ELEMENTWISE else None
         return self._elementwise if name.removesuffix("_") in ELEMENTWISE else None
+
+    def _module_rule(self, node: fx.Node) -> Rule | None:
+        """Return the rule of a module: of torch's own forward, without hooks, which would see other tensors."""
+        module = self.gm.get_submodule(str(node.target))
+        kind: Any = type(module)
+        base: Any = next((k for k in kind.__mro__ if k.__module__.startswith(("torch.nn.", "mpcompile."))), None)
+        own = base is not None and kind.forward is base.forward and "forward" not in vars(module)
+        drops = kind.__name__ == "DropPath" and kind.__module__.startswith("timm.")
+        if not (own or drops) or exact_class(module) is None or module._backward_hooks or module._backward_pre_hooks:
+            return None
+        if node in self.layers:
+            return self._linear if self.layers[node].obstacle is None else None
+        if isinstance(module, nn.Softmax):
+            return self._normalised
+        if isinstance(module, LAST_AXIS_MODULES):
+            single = not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) == 1
+            return self._along_last if single else None
+        return self._elementwise if drops or isinstance(module, ELEMENTWISE_MODULES) else None
 
     def _elementwise(self, builder: Builder, node: fx.Node, part: Box) -> Any:
         rank = len(shape_of(node) or ())
@@ -161,14 +183,19 @@ class Rules:
             own = {axis - shift: runs for axis, runs in part if axis >= shift and shape[axis - shift] != 1}
             return builder.tensor(source, box(own))
 
-        if target_name(self.gm, node) in ("type_as", "expand_as"):
-            source, like = node.all_input_nodes
-            return builder.again(node, (operand(source), builder.form(like)))
+        first, *others = node.args
+        if target_name(self.gm, node) in CASTS and isinstance(first, fx.Node):  # to(tensor) reads the tensor's form
+
+            def form(source: fx.Node) -> Any:
+                return builder.number(source) if shape_of(source) is None else builder.form(source)
+
+            rest = fx.node.map_arg(tuple(others), form)
+            return builder.again(node, (operand(first), *rest), fx.node.map_arg(node.kwargs, form))
         return builder.again(node, fx.node.map_arg(node.args, operand), fx.node.map_arg(node.kwargs, operand))
 
     def _others(self, builder: Builder, node: fx.Node, first: Any) -> Any:
         """Repeat a call with another first operand; the other operands are read in full."""
-        source = argument(node, 0, "input")
+        source = _operand(node)
 
         def operand(other: fx.Node) -> Any:
             if other is source:
@@ -189,8 +216,7 @@ class Rules:
     def _first(self, builder: Builder, node: fx.Node, part: Box, whole: Iterable[int]) -> Any:
         """Follow the first operand, axis by axis; some axes have to be whole."""
         _check_whole(part, whole)
-        source: Any = argument(node, 0, "input")
-        return self._others(builder, node, builder.tensor(source, part))
+        return self._others(builder, node, builder.tensor(_operand(node), part))
 
     def _linear(self, builder: Builder, node: fx.Node, part: Box) -> Any:
         layer = self.layers[node]
@@ -232,7 +258,7 @@ class Rules:
         return self._first(builder, node, part, [dim % rank])
 
     def _reduced(self, builder: Builder, node: fx.Node, part: Box) -> Any:
-        name, source = target_name(self.gm, node), argument(node, 0, "input")
+        name, source = target_name(self.gm, node), _operand(node)
         rank = len(shape_of(source) or ())
         dim = argument(node, _REDUCTIONS[name], "dim")
         keep = argument(node, _REDUCTIONS[name] + 1, "keepdim", False)
@@ -245,7 +271,9 @@ class Rules:
         return self._others(builder, node, builder.tensor(source, own))
 
     def _matmul(self, builder: Builder, node: fx.Node, part: Box) -> Any:
-        left, right = argument(node, 0, "input"), argument(node, 1, "mat2", node.kwargs.get("other"))
+        left, right = _operand(node), argument(node, 1, "mat2", node.kwargs.get("other"))
+        if not isinstance(right, fx.Node):
+            raise Whole
         rank, ranks = len(shape_of(node) or ()), [len(shape_of(n) or ()) for n in (left, right)]
         if min(ranks) < 2:
             raise Whole
@@ -262,7 +290,7 @@ class Rules:
         fused = node.target in ATTENTION
         causal = argument(node, 5, "is_causal", False) if fused else False
         _check_whole(part, [axis for axis in range(rank) if axis != rank - 2 or causal is not False])
-        query, mask = argument(node, 0, "query"), argument(node, 3, "attn_mask") if fused else None
+        query, mask = _operand(node, "query"), argument(node, 3, "attn_mask") if fused else None
 
         def operand(source: fx.Node) -> Any:
             shape = shape_of(source)

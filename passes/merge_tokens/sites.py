@@ -178,8 +178,8 @@ def _scaled(node: fx.Node) -> fx.Node:
         same = [source for source in node.all_input_nodes if shape_of(source) == shape_of(node)]
         scales = node.target in _PRODUCTS and len(node.all_input_nodes) == 2
         owner = node.graph.owning_module
-        passes = node.op == "call_module" and isinstance(owner, nn.Module)
-        passes = passes and isinstance(owner.get_submodule(str(node.target)), nn.Identity)
+        passes = node.op == "call_module" and owner is not None
+        passes = passes and isinstance(owner.get_submodule(str(node.target)), nn.Identity)  # type: ignore[union-attr]
         if len(same) != 1 or not (scales or passes):
             return node
         node = same[0]

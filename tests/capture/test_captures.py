@@ -19,7 +19,7 @@ from mpcompile.capture.inputs import arguments, call_for
 from mpcompile.errors import GraphError, InputError, TraceError
 from tests.support.helpers import mlp, relative
 
-DENSE, HALF = Config(pattern="dense"), Config(pattern="2:4")
+DENSE, HALF = Config(pattern="dense", skip_dead_tokens=False), Config(pattern="2:4")  # DENSE: the same operations
 X = torch.randn(4, 32)
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 

@@ -29,13 +29,14 @@ def test_explains_a_transformer():
     model = tiny_vit()
     found = mpcompile.explain(model, images(), Config(tome_r=3, exclude=("head",)))
     rows = {layer.name: layer for layer in found.layers}
-    assert len(rows) == 8 and "patch_embed.proj" not in rows  # 3 input channels
+    assert len(rows) == 9 and "patch_embed.proj" not in rows  # 3 input channels
     assert rows["blocks.0.attn.qkv"].tokens == 3 * 17
-    assert rows["blocks.1.attn.qkv"].tokens == 3 * 14
+    queries, others = (rows[f"blocks.1.attn.qkv.weight_rows_{part}"] for part in ("0_32", "32_96"))
+    assert queries.tokens == 3 and others.tokens == 3 * 14 and rows["blocks.1.mlp.fc1"].tokens == 3
     assert all(layer.engine == "reference" and layer.us == 5.0 and layer.dense_us == 10.0 for layer in found.layers)
-    assert (found.us, found.dense_us, found.speedup) == (40.0, 80.0, 2.0)
+    assert (found.us, found.dense_us, found.speedup) == (45.0, 90.0, 2.0)
     text = str(found)
-    assert "blocks.1.mlp.fc2" in text and "12.5%" in text and "2.00x" in text and "threads" in text
+    assert "blocks.1.mlp.fc2" in text and "11.1%" in text and "2.00x" in text and "threads" in text
     data = json.loads(found.to_json())
     assert data["speedup"] == 2 and data["layers"][0]["candidates"] == {"reference": 5.0, "dense": 10.0}
 

@@ -32,7 +32,8 @@ def mark_biases(gm: IRModule, lifted: Lifted) -> None:
     data, constants = from_data(gm, lifted), Constants(gm, lifted)
     for attention in find_attentions(gm):
         fused = not attention.transposed
-        candidates = {attention.mask} - {None} if fused else _written_out(attention)
+        masks = set() if attention.mask is None else {attention.mask}
+        candidates = masks if fused else _written_out(attention)
         keys = attention.key_shape[2:3]
         for node in candidates - data:
             value, shape = fake_value(node), shape_of(node) or ()

@@ -30,6 +30,7 @@ from mpcompile.layers import ByMode, MaskedConv2d
 from mpcompile.passes.merge_tokens.biases.pairs import PairBiases
 from mpcompile.passes.merge_tokens.joined import RESHAPES
 from mpcompile.passes.merge_tokens.moves import GridError, Level, State
+from mpcompile.passes.rewriting import fold_read
 
 _WIDTH = -1 << 40  # stands for the number of the first token on the axis of widths, in rules that only move axes
 _MOVES = ("permute", "transpose", "swapaxes", "unbind", "chunk", "split", "split_with_sizes")
@@ -220,8 +221,7 @@ class GridAxes(PairBiases):
             value = fake_value(read)
             first = read is not node and read.args[1] == 0  # the batch
             if type(value) is int and not first:
-                for user in list(read.users):
-                    user.args = fx.node.map_arg(user.args, lambda n, read=read, value=value: value if n is read else n)
+                fold_read(read, value)
 
     def _leave(self, node: fx.Node, carriers: list[fx.Node]) -> None:
         """Let an op that needs a grid read a value for every input token."""

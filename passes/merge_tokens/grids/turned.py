@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import argument, fake_value, shape_of, target_name
 from mpcompile.passes.merge_tokens.sites import TURNED, Attention, attention_residual, find_attentions
 
-_Step = tuple[str, tuple[object, ...]]  # a method of tensors and its arguments
+_Step = tuple[str, tuple[Any, ...]]  # a method of tensors and its arguments
 
 
 def _steps(residual: fx.Node, attention: Attention) -> tuple[list[_Step], list[_Step]] | None:

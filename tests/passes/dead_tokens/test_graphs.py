@@ -242,3 +242,39 @@ def test_the_demand_counts_what_is_saved():
     (attention,) = (node for node in gm.graph.nodes if "attention" in node.name)
     assert demand.share(attention) == pytest.approx(1 / N)
     assert skipping.plan.passes[-1].name == SkipDeadTokens.name
+
+
+class Flipped(nn.Linear):
+    """A linear layer by name, which mixes tokens."""
+
+    def forward(self, x):
+        return super().forward(x.flip(1))
+
+
+def test_modules_with_a_forward_of_their_own_or_hooks_stay_whole():
+    x, seen = torch.randn(2, N, C), []
+    flipped, hooked = Block().eval(), Block().eval()
+    flipped.mlp[3] = Flipped(2 * C, C)
+    hooked.proj.register_forward_hook(lambda module, args, result: seen.append(result.shape[1]))
+    for model in (flipped, hooked):
+        gm = transformed(model, x)
+        torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
+    assert set(seen) == {N}
+
+
+class CastsLike(nn.Module):
+    """``to`` takes the dtype of a tensor whose shape has nothing to do with its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.like = Block(head=nn.Identity()), nn.Parameter(torch.ones(2, 3, 4, 5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.block(x).to(self.like)[:, 0]
+
+
+def test_casts_to_the_dtype_of_another_tensor():
+    model, x = CastsLike().eval(), torch.randn(2, N, C)
+    gm = transformed(model, x)
+    assert gm.plan.passes[-1].decision["queries"]
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-6)
