@@ -57,11 +57,12 @@ SHRINKING = (
     *("Cait", "Eva", "Gemma4VitClassifier", "NaFlexVit", "Twins"),
     *("VisionTransformer", "VisionTransformerDistilled"),
 )
-# Families with stages: the arguments for two blocks in each.
+# Families with stages or branches: the arguments for two blocks in each, and a size of images if it is not 128.
 STAGES: dict[str, dict[str, Any]] = {
     **{family: {"depth": (2, 2, 2)} for family in ("Levit", "LevitDistilled", "PoolingVisionTransformer", "Visformer")},
     **{family: {"depths": (2, 2, 2, 2)} for family in ("MetaFormer", "MaxxVit", "Twins")},
     "VOLO": {"layers": (1, 2, 2, 2)},
+    "CrossVit": {"depth": ((1, 2, 0),), "img_size": 120},
 }
 SMALL = 8  # patches per side of the images whose outputs are compared
 
@@ -78,8 +79,8 @@ def build(name: str, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def shallow(name: str, family: str) -> tuple[nn.Module, dict[str, Any]]:
-    """An architecture with stages, two blocks deep in each, for images of 128 pixels if its family accepts a size."""
-    for extra in ({**STAGES[family], "img_size": 128}, STAGES[family]):
+    """An architecture with stages, two blocks deep in each, on small images if its family accepts a size."""
+    for extra in ({"img_size": 128, **STAGES[family]}, STAGES[family]):
         try:
             return timm.create_model(name, **extra).eval(), extra
         except Exception:

@@ -30,8 +30,8 @@ from mpcompile.passes.merge_tokens.ends import count_ends
 from mpcompile.passes.merge_tokens.grids.turned import part_rows, rows_of_norms, turn, turnable
 from mpcompile.passes.merge_tokens.idle_masks import drop, idle_masks
 from mpcompile.passes.merge_tokens.moves import State
-from mpcompile.passes.merge_tokens.outputs import named_outputs
-from mpcompile.passes.merge_tokens.saliency import METHODS, Method, metric, weigh
+from mpcompile.passes.merge_tokens.outputs import named_outputs, notes
+from mpcompile.passes.merge_tokens.saliency import METHODS, Method, follow_keys, metric, weigh
 from mpcompile.passes.merge_tokens.schedules.choose import choose
 from mpcompile.passes.merge_tokens.schedules.cost import Cost, Spared, Term, terms
 from mpcompile.passes.merge_tokens.schedules.search import Search
@@ -108,6 +108,7 @@ def insert_merges(
     axis.states = axis.states if states is None else states
     axis.follow(original)
     rows = axis.picked_after(sites[-1].residual)
+    follow_keys(axis, merges, bool(rows and method.saliency))
     if rows and method.saliency:
         weigh(graph, merges, rows, method, proportional)
     for node in [level.step for level in levels.values() if not level.step.users]:
@@ -386,14 +387,14 @@ class MergeTokens(Pass):
         part_rows(gm)
         turn(gm)
         blocks = [_sites_of(gm, stream) for stream in streams]
-        names, spread = {node: name for name, node in named_outputs(gm).items()}, list[fx.Node]()
+        names = {node: name for name, node in named_outputs(gm).items()}
+        spread, norms = list[fx.Node](), list[str]()
         for sites, stream in zip(blocks, streams, strict=True):
             axis = _inserted(gm, sites, stream, ctx.config)
-            spread += axis.spread
+            spread, norms = spread + axis.spread, norms + axis.norms_of_merged()
             if METHODS[ctx.config.tome_method].saliency and not axis.picked_after(sites[-1].residual):
                 ctx.plan.note("tokens merge without regard to attention: the output reads no class token on its own")
-        if spread:
-            told = ", ".join(dict.fromkeys(names.get(node, node.name) for node in spread))
-            ctx.plan.note(f"returned for every input token, with the value of the merged token that holds it: {told}")
+        for text in notes(names, spread, norms):
+            ctx.plan.note(text)
         ctx.plan.tokens = list(streams[0].tokens) if len(streams) == 1 else [list(s.tokens) for s in streams]
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,6 +24,24 @@ def named_outputs(gm: fx.GraphModule) -> dict[str, Any]:
     if not any(node.op == "placeholder" and dynamo_name(node) for node in gm.graph.nodes):
         return found
     return {value.name if isinstance(value, fx.Node) else name: value for name, value in found.items()}
+
+
+def notes(names: Mapping[Any, str], spread: Sequence[fx.Node], norms: Sequence[str]) -> list[str]:
+    """Return what a user of a model with merged tokens has to know, one sentence each.
+
+    Args:
+        names: output -> its name.
+        spread: outputs that hold a value for each token.
+        norms: names of norms that work on merged tokens.
+    """
+    found = []
+    if spread:
+        told = ", ".join(dict.fromkeys(names.get(node, node.name) for node in spread))
+        found.append(f"returned for every input token, with the value of the merged token that holds it: {told}")
+    if norms:
+        told = ", ".join(dict.fromkeys(norms))
+        found.append(f"after .train(), batch statistics are those of merged tokens, each counted once: {told}")
+    return found
 
 
 def select_outputs(imported: Imported, wanted: Sequence[str]) -> None:

@@ -18,8 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from mpcompile.errors import GraphError
 from mpcompile.ir.nodes import argument
 from mpcompile.kernels import ops, schema
+from mpcompile.passes.merge_tokens.axis import TokenAxis
 from mpcompile.passes.merge_tokens.sites import Attention, Site, has_bias
 
 
@@ -59,6 +61,41 @@ def metric(graph: fx.Graph, site: Site, method: Method) -> fx.Node:
 def _keys(graph: fx.Graph, attention: Attention) -> fx.Node:
     keys = attention.keys
     return graph.call_method("transpose", (keys, -2, -1)) if attention.transposed else keys
+
+
+def follow_keys(axis: TokenAxis, merges: Mapping[fx.Node, Site], weighed: bool) -> None:
+    """Average keys over the tokens that merged before, where attention got every input token (a grid in front of it).
+
+    Args:
+        axis: the walk over the graph that holds the merges.
+        merges: node of each merge -> its block.
+        weighed: True if merges spare tokens that others attend to.
+
+    Raises:
+        GraphError: a block attends to every input token, and the merge needs more than its keys.
+    """
+    for level in axis.levels.values():
+        merge = level.tokens.args[0]
+        site, before = merges[merge], level.before  # type: ignore[index]
+        merged = [attention.keys in axis.states for attention in site.attentions]
+        if before is None or all(merged):
+            continue
+        if weighed or any(merged):
+            raise GraphError(
+                "attention runs over every input token in a block whose stream has merged",
+                layer=site.name,
+                expected="attention over merged tokens",
+                found="a grid of all tokens in front of it",
+                hint="use tome_method='tome', or tome_r=0 for this model",
+            )
+        args = schema.TokenMergeArgs.bind(merge)  # type: ignore[arg-type]
+        if args.keys.target is torch.unsqueeze:
+            continue  # tokens are compared themselves
+        places = before.places()
+        with axis.gm.graph.inserting_before(merge):  # type: ignore[arg-type]
+            follow = schema.TokenFollowArgs(args.keys, places, axis.size, before.size, start=0, dim=-2, rank=4)
+            mean = axis.gm.graph.call_function(ops.token_follow, tuple(follow))
+        merge.replace_input_with(args.keys, mean)  # type: ignore[union-attr]
 
 
 def weigh(

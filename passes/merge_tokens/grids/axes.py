@@ -126,7 +126,8 @@ class GridAxes(PairBiases):
         """Return True for convolutions of size 1, and norms that shift and scale channels."""
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, _NORMS):
-            return not module.training and self._channels_apart(node)
+            fixed = not module.training and module.running_mean is not None
+            return fixed and self._channels_apart(node)
         if isinstance(module, (nn.Conv2d, MaskedConv2d)):
             return self._reads_points(node, module.kernel_size, module.stride, module.padding)
         if node.target in CONV2D:
@@ -136,6 +137,11 @@ class GridAxes(PairBiases):
             args = schema.MaskedConv2dArgs.bind(node)
             return self._reads_points(node, self._shape(args.weight)[2:], args.stride, args.padding)
         return name == "batch_norm" and argument(node, 5, "training", False) is False and self._channels_apart(node)
+
+    def norms_of_merged(self) -> list[str]:
+        """Return the names of the norms that, in training mode, would take their statistics from merged tokens."""
+        names = [str(node.target) for node in self.states if node.op == "call_module"]
+        return [name for name in names if isinstance(self.gm.get_submodule(name), _NORMS)]
 
     def _channels_apart(self, node: fx.Node) -> bool:
         state = self.states[node.all_input_nodes[0]]

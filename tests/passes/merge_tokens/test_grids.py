@@ -53,6 +53,11 @@ def test_stages_equal_the_reference_that_keeps_all_tokens(family):
     gm = compared(model, images(2, kwargs["img_size"], seed=1), 2)
     assert any(node.target is ops.token_spread for node in gm.graph.nodes)
     assert len(gm.plan.tokens) > 1
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d)
+    notes = [note for note in gm.plan.notes if note.startswith("after .train(), batch statistics are those of merged")]
+    assert len(notes) == any(isinstance(module, norms) for module in model.modules())
+    for names in (note.partition(": ")[2].split(", ") for note in notes):
+        assert all(isinstance(model.get_submodule(layer), norms) for layer in names)
 
 
 class Attention(nn.Module):
@@ -81,7 +86,8 @@ class Last(nn.Module):
         y = self.mlp(x)
         if self.conv is not None:
             y = self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + y
+        x += y
+        return x
 
 
 class Net(nn.Module):
@@ -108,11 +114,25 @@ def test_blocks_that_gain_nothing_are_left():
         merged(model, torch.randn(2, 8, 4, 6), 4)
 
 
+def with_front(front):
+    """A model whose second block has an op on the grid in front of its attention."""
+    block = Last(False)
+    block.norm = nn.Sequential(Permuted(0, 3, 1, 2), front, Permuted(0, 2, 3, 1))
+    return Net(Last(False), block)
+
+
+def test_attention_over_all_tokens_in_a_stream_that_has_merged():
+    """Norms of the batch and convolutions get every input token; the next merge compares the means of their keys."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 6)
+    for front in (nn.BatchNorm2d(8, track_running_stats=False), nn.Conv2d(8, 8, 3, padding=1)):
+        gm = compared(with_front(front).eval(), x, 4)
+        assert any(node.target is ops.token_spread for node in gm.graph.nodes)
+
+
 def test_norms_that_take_their_mean_from_the_batch_get_all_tokens():
     """In training, a batch norm sees every input token, and merged tokens do not shift its statistics."""
-    block = Last(False)
-    block.norm = nn.Sequential(Permuted(0, 3, 1, 2), nn.BatchNorm2d(8), Permuted(0, 2, 3, 1))
-    gm = merged(Net(Last(False), block).train(), torch.randn(2, 8, 4, 6), 4)
+    gm = merged(with_front(nn.BatchNorm2d(8)).train(), torch.randn(2, 8, 4, 6), 4)
     assert any(node.target is ops.token_spread for node in gm.graph.nodes)
 
 

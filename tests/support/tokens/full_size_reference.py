@@ -23,6 +23,8 @@ from tests.support.merging_reference import ADD, MUL, Members, Undecided, merge_
 
 __all__ = ["Undecided", "forward"]
 
+IN_PLACE = {name: torch.add if name in ADD else torch.mul for name in ("add_", "__iadd__", "mul_", "__imul__")}
+
 
 def _as_tokens(x: Tensor, count: int) -> Tensor:
     """Return (B, N, C), (B, C, H, W) or (B, H, W, C) as (B, N, C)."""
@@ -92,6 +94,7 @@ class Merging(TorchFunctionMode):
             return x
         tokens, metric = _as_tokens(x, count), keys.float().mean(1)
         before = self.groups.get(stream) or [[[i] for i in range(count)] for _ in tokens]
+        tokens, metric = _grouped(tokens, before, 1), _grouped(metric, before, 1)
         result, self.groups[stream] = tokens.clone(), []
         for out, sample, members, m in zip(result, tokens, before, metric, strict=True):
             first = [group[0] for group in members]
@@ -154,6 +157,17 @@ class Merging(TorchFunctionMode):
         self.weights = logits.softmax(-1)
         return self.weights
 
+    def written(self, x: Tensor, func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
+        """Add to or multiply ``x`` in place, once the sum or product of both operands as they were is known."""
+        scores = x is self.product
+        before = x.clone() if scores else x
+        self.product = before if scores else self.product
+        result = self.__torch_function__(func, (), (before, *args), kwargs)
+        x.copy_(result)
+        if scores and self.product is result:
+            self.product = x
+        return x
+
     def table(self, x: Tensor, table: Tensor) -> Tensor:
         """Average a table of one row per input token, (..., N, D), that multiplies x (B, ..., N, D)."""
         rows = table.shape[-2] if table.dim() > 1 else 1
@@ -176,6 +190,8 @@ class Merging(TorchFunctionMode):
             return self.written_out(args[0])
         if name in MUL and len(tensors) == 2 and tensors[0].dim() > 2:
             args = (args[0], self.table(*args))
+        if name in IN_PLACE and isinstance(args[0], Tensor):
+            return self.written(args[0], IN_PLACE[name], args[1:], kwargs)
         result = func(*args, **kwargs)
         if name in ("matmul", "__matmul__") and result.dim() == 4 and result.shape[-1] == result.shape[-2]:
             if self.weights is None or self.weights.data_ptr() not in [t.data_ptr() for t in tensors]:
