@@ -8,8 +8,7 @@ the output and through everything that works token by token; :mod:`mpcompile.pas
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -17,7 +16,7 @@ from torch import fx
 from mpcompile.ir import spec
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import ATTENTION, argument, shape_of, target_name
-from mpcompile.kernels import ops, schema
+from mpcompile.kernels import ops
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass, Request
 from mpcompile.passes.dead_tokens.boxes import FULL, Box, count
 from mpcompile.passes.dead_tokens.demand import Demand, find_demand, is_tensor, saved_macs
@@ -34,7 +33,7 @@ class Skipped(Decision):
 
     Attributes:
         queries: attention of which not all queries are needed -> how many are, and how many there are.
-        merges: token merges that nothing reads, which are removed.
+        merges: token merges that nothing reads, which are removed. The Plan's ``tokens`` are those of the schedule.
         macs: multiply-accumulates of dense weights that are not executed, of the whole batch.
         share: the same, as a share of what the graph executes otherwise.
         reason: why nothing is skipped; None if something is.
@@ -97,10 +96,7 @@ class SkipDeadTokens(Pass):
         if decision.reason is not None:
             return False
         nodes = {node.name: node for node in gm.graph.nodes}
-        chains = _chains(gm)
         Rewriter(gm, ctx.lifted, {nodes[name]: parts for name, parts in decision.parts.items()}).run()
-        if decision.merges and ctx.plan.tokens:
-            ctx.plan.tokens = _without(ctx.plan.tokens, chains, {nodes[name] for name in decision.merges})
         return True
 
 
@@ -150,29 +146,3 @@ def _queries_are_keys(anchor: fx.Node) -> bool:
         return query[-2:-1] == key[-2:-1]
     shape = shape_of(anchor) or ()  # of the softmax
     return shape[-1:] == shape[-2:-1]
-
-
-def _chains(gm: IRModule) -> list[list[fx.Node]]:
-    """Return the merges of each stream of tokens, in graph order."""
-    chains: dict[fx.Node, list[fx.Node]] = {}
-    origin: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.target is ops.token_merge:
-            size = schema.bind(node).size
-            source = size.args[0] if target_name(gm, size) == "getitem" else size
-            origin[node] = origin.get(source, source)
-            chains.setdefault(origin[node], []).append(node)
-    return list(chains.values())
-
-
-def _without(tokens: list, chains: Sequence[Sequence[fx.Node]], gone: set[fx.Node]) -> list:
-    """Return the token counts of a plan without the merges in ``gone``."""
-    if tokens and isinstance(tokens[0], list):
-        several = zip(tokens, chains, strict=True) if len(tokens) == len(chains) else ()
-        return [_without(counts, [chain], gone) for counts, chain in several] or tokens
-    merges, result, ahead = iter(chains[0] if chains else ()), [tokens[0]], 0
-    for before, after in itertools.pairwise(tokens):
-        if after != before and next(merges, None) in gone:
-            ahead += before - after
-        result.append(after + ahead)
-    return result
