@@ -11,7 +11,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import element_count
 from mpcompile.ir.parts import split_name
 from mpcompile.passes.base import Context
-from mpcompile.passes.dead_tokens import SkipDeadTokens
+from mpcompile.passes.dead_tokens import skips_tokens
 from mpcompile.plan import LayerPlan, Macs, Plan, is_lowered
 
 ROWS = "rows"  # key in the notes of a layer that is split by rows: name of each part -> what was done to it
@@ -59,10 +59,7 @@ class Accounts:
 
 def _has_fewer_tokens(gm: IRModule, plan: Plan) -> bool:
     """Return True if a graph merges tokens, or computes only those that its outputs read."""
-    skipped = [
-        record for record in plan.passes if record.name == SkipDeadTokens.name and record.decision["reason"] is None
-    ]
-    return bool(skipped) or any(spec.family_of(node) not in (None, "masked") for node in gm.graph.nodes)
+    return skips_tokens(plan) or any(spec.family_of(node) not in (None, "masked") for node in gm.graph.nodes)
 
 
 def owner_of(name: str, layers: Mapping[str, LayerPlan]) -> str | None:

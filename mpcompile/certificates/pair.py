@@ -333,13 +333,26 @@ def check_values(
     Raises:
         GraphError: they differ by more than float64 rounding.
     """
-    logits = run(pair, tensors, inputs)
+    check_same(
+        run(pair, tensors, inputs),
+        expected,
+        f"the traced graph does not compute the outputs of the {which} model",
+        "the model may write into memory that it reads elsewhere",
+    )
+
+
+def check_same(found: Tensor, expected: Tensor, complaint: str, hint: str) -> None:
+    """Check that two float64 runs of the same function agree.
+
+    Raises:
+        GraphError: they differ by more than rounding. The message is ``complaint``.
+    """
     scale = float(expected.abs().max().clamp(min=1e-30))
-    difference = float((logits - expected).abs().max()) / scale if logits.shape == expected.shape else float("inf")
+    difference = float((found - expected).abs().max()) / scale if found.shape == expected.shape else float("inf")
     if not difference <= SAME:
         raise GraphError(
-            f"the traced graph does not compute the outputs of the {which} model",
+            complaint,
             expected=f"a relative difference of at most {SAME:.0e}",
             found=f"{difference:.1e}",
-            hint="the model may write into memory that it reads elsewhere",
+            hint=hint,
         )

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from mpcompile.capture.importers import import_model
 from mpcompile.capture.signature import call_graph
-from mpcompile.certificates.pair import SAME
+from mpcompile.certificates.pair import check_same
 from mpcompile.config import Config
 from mpcompile.data.outputs import numbers_of
-from mpcompile.errors import GraphError, MPCompileError
+from mpcompile.errors import MPCompileError
 from mpcompile.ir.module import IRModule
-from mpcompile.passes.dead_tokens import SkipDeadTokens
+from mpcompile.passes.dead_tokens import SkipDeadTokens, skips_tokens
 from mpcompile.pipeline import Pipeline, plan_of, run_pipeline
 
 
@@ -39,18 +39,11 @@ def skip_tokens(dense: nn.Module, sparse: nn.Module, inputs: Sequence[Tensor]) -
         return dense
     with torch.no_grad():
         before, after = numbers_of(dense(*inputs)), numbers_of(call_graph(gm, inputs))
-    difference = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
-    if not difference <= SAME:
-        raise GraphError(
-            "the dense model's outputs change if it skips the tokens that nothing reads",
-            expected=f"a relative difference of at most {SAME:.0e}",
-            found=f"{difference:.1e}",
-            hint="make the sparse model with skip_dead_tokens=False",
-        )
+    complaint = "the dense model's outputs change if it skips the tokens that nothing reads"
+    check_same(after, before, complaint, "make the sparse model with skip_dead_tokens=False")
     return gm
 
 
 def _skips(model: nn.Module) -> bool:
     plan = plan_of(model) if isinstance(model, IRModule) else None
-    records = [] if plan is None else [record for record in plan.passes if record.name == SkipDeadTokens.name]
-    return any(record.decision.get("reason") is None for record in records)
+    return plan is not None and skips_tokens(plan)

@@ -91,11 +91,9 @@ class Demand:
 
     Attributes:
         parts: node that yields a tensor -> the boxes of it to compute. Nodes that nothing reads have no entry.
-        barriers: nodes of which something reads a part although all is computed.
     """
 
     parts: dict[fx.Node, tuple[Box, ...]] = field(default_factory=dict)
-    barriers: list[fx.Node] = field(default_factory=list)
 
     @property
     def partial(self) -> dict[fx.Node, tuple[Box, ...]]:
@@ -218,7 +216,6 @@ class _Walk:
                 return parts, known
             if parts == (FULL,):
                 return parts, [_everything(node)]
-            self.demand.barriers.append(node)
             parts = (FULL,)
 
     @staticmethod
@@ -281,8 +278,8 @@ def saved_macs(gm: IRModule, demand: Demand, skipped: Mapping[Any, Any] | None =
     """
     return round(
         sum(
-            node.meta.get("macs", 0) * (1 - (demand.share(node) if node in demand.parts else 0.0))
+            node.meta.get("macs", 0) * (1 - demand.share(node))
             for node in gm.graph.nodes
-            if is_tensor(node) and node.target not in (skipped or {})
+            if node.target not in (skipped or {})
         )
     )

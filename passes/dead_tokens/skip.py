@@ -23,6 +23,7 @@ from mpcompile.passes.dead_tokens.demand import Demand, find_demand, is_tensor, 
 from mpcompile.passes.dead_tokens.rewrite import Rewriter
 from mpcompile.passes.dead_tokens.rules import Rules
 from mpcompile.passes.merge_tokens.sites import find_attentions
+from mpcompile.plan import Plan
 
 _MIXES = frozenset(("mean", "sum", "amax", "amin", "max", "min", "norm"))
 
@@ -100,6 +101,11 @@ class SkipDeadTokens(Pass):
         return True
 
 
+def skips_tokens(plan: Plan) -> bool:
+    """Return True if a pass has left tokens out of the plan's graph that nothing reads."""
+    return any(p.name == SkipDeadTokens.name and p.decision.get("reason") is None for p in plan.passes)
+
+
 def _is_unread(merge: fx.Node, demand: Demand) -> bool:
     """Return True if no user of a merge is computed from what it yields."""
     return not any(user in demand.parts and demand.parts[user] == (FULL,) for user in merge.users)
@@ -120,9 +126,8 @@ def _queries(gm: IRModule, demand: Demand) -> dict[str, tuple[int, int]]:
 
 def _reason(gm: IRModule, ctx: Context) -> str:
     """Return why no token is dead: what reads all tokens behind the last attention."""
-    anchors = [a.anchor for a in find_attentions(gm)] + [n for n in gm.graph.nodes if n.target is ops.token_attention]
-    among = [node for node in gm.graph.nodes if node in anchors]
-    last = next((node for node in reversed(among) if _queries_are_keys(node)), None)
+    anchors = {a.anchor for a in find_attentions(gm)} | {n for n in gm.graph.nodes if n.target is ops.token_attention}
+    last = next((n for n in reversed(gm.graph.nodes) if n in anchors and _queries_are_keys(n)), None)
     if last is None:
         return "no attention among tokens: nothing to skip"
     rules, reached = Rules(gm, ctx.lifted), {last}
