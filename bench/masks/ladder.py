@@ -64,28 +64,28 @@ def load_module(folder: Path) -> Any:
     return module
 
 
-def images(load: Any, name: str, norm: str) -> tuple[Tensor, Tensor]:
-    """All images of a file, normalised, and their labels."""
+def images(load: Any, name: str, norm: Any) -> tuple[Tensor, Tensor]:
+    """All images of a file, normalised by a mean and a standard deviation per channel, and their labels."""
     pixels, labels = load.images(name)
-    mean, deviation = (torch.tensor(t).view(1, 3, 1, 1) for t in load.NORM[norm])
+    mean, deviation = (torch.tensor(t).view(1, 3, 1, 1) for t in norm)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     return (x - mean) / deviation, torch.from_numpy(labels)
 
 
 def task(folder: Path, name: str) -> Task:
-    """One of ``vit_tiny``, ``resnet20`` and ``resnet44``."""
+    """One of ``vit_tiny``, ``efficientnet_lite0``, ``resnet20`` and ``resnet44``."""
     load = load_module(folder)
-    if name == "vit_tiny":
-        norm = "vit_tiny_patch16_224"
+    if name in ("vit_tiny", "efficientnet_lite0"):
+        norm = load.NORM["vit_tiny_patch16_224"] if name == "vit_tiny" else load.LITE
         return Task(
-            load.vit_tiny(),
+            load.vit_tiny() if name == "vit_tiny" else load.efficientnet_lite0(),
             images(load, "imagenet_sample_500_dev.npz", norm),
             images(load, "nips2017_ccby_500_dev.npz", norm),
         )
     return Task(
         load.cifar_resnet(int(name.removeprefix("resnet"))),
-        images(load, "cifar10_train20k_dev.npz", "cifar_resnet"),
-        images(load, "cifar10_test5k_dev.npz", "cifar_resnet"),
+        images(load, "cifar10_train20k_dev.npz", load.NORM["cifar_resnet"]),
+        images(load, "cifar10_test5k_dev.npz", load.NORM["cifar_resnet"]),
     )
 
 
