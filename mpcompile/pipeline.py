@@ -56,7 +56,7 @@ class Pipeline:
 
     Args:
         passes: instances of :class:`mpcompile.passes.base.Pass`.
-        reconstruction: options of a pass Reconstruct behind Restore, among the passes that run by default; None for none.
+        reconstruction: options of a pass Reconstruct, which then is among the default passes, behind Restore.
         after_each: called after every pass with the pass, the code of the graph before it (text), the graph after it,
             and the decision. For example, a :class:`mpcompile.dump.Dump` writes these to files.
 

@@ -11,8 +11,10 @@ from typing import Any
 from mpcompile.errors import ConfigError
 from mpcompile.reconstruction.options import Reconstruction
 
-_EPOCHS = 3  # per region, unless the time does not suffice for one round
-_MOST_VIEWS, _MOST_EPOCHS = 64, 30
+# More views help more than more epochs: two epochs of as many views as fit, then a third.
+_EPOCHS = 2
+_MOST_VIEWS, _MOST_EPOCHS = 16, 3
+_MOST_WITHOUT_VIEWS = 20  # epochs of inputs that have no views
 _MARGIN = 0.9  # share of the time that is planned for
 _PASSES = 5.5  # forward passes of a sample besides training: importance, both sides, errors
 
@@ -57,7 +59,7 @@ def lengths(options: Reconstruction, images: int, cost: Cost, views: bool, spent
 
     Example:
         >>> lengths(Reconstruction(minutes=10), 500, Cost(0.002, 0.01, 0.03), views=True)
-        (7, 3)
+        (9, 2)
     """
     assert options.minutes is not None  # options that leave a length open have a budget
     final = float(images * options.final_epochs * options.final_views)
@@ -70,13 +72,15 @@ def lengths(options: Reconstruction, images: int, cost: Cost, views: bool, spent
             found=f"minutes={options.minutes:g}",
             hint="or give fewer images",
         )
-    if options.views is not None or not views:
-        rounds = options.views if views and options.views is not None else 1
-        return rounds, _most(lambda n: cost.minutes(images * rounds, n, final) <= available, _MOST_EPOCHS)
-    wanted = [options.epochs] if options.epochs is not None else range(_EPOCHS, 0, -1)
-    epochs = next(n for n in wanted if cost.minutes(images, n, final) <= available)
-    return _most(lambda n: cost.minutes(images * n, epochs, final) <= available, _MOST_VIEWS), epochs
 
+    def most(limit: int, minutes: Callable[[int], float]) -> int:
+        return max((n for n in range(1, limit + 1) if minutes(n) <= available), default=1)
 
-def _most(fits: Callable[[int], bool], limit: int) -> int:
-    return max((n for n in range(1, limit + 1) if fits(n)), default=1)
+    rounds = options.views if views else 1
+    if rounds is None:
+        least_epochs = options.epochs or (_EPOCHS if cost.minutes(images, _EPOCHS, final) <= available else 1)
+        rounds = most(_MOST_VIEWS, lambda n: cost.minutes(images * n, least_epochs, final))
+    epochs = options.epochs or most(
+        _MOST_EPOCHS if views else _MOST_WITHOUT_VIEWS, lambda n: cost.minutes(images * rounds, n, final)
+    )
+    return rounds, epochs

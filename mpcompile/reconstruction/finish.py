@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from mpcompile.data import ranks
 from mpcompile.data.outputs import class_scores, tensors_of
 from mpcompile.errors import first_line
+from mpcompile.reconstruction.activations.walk import Walk
 from mpcompile.reconstruction.fit import Fit, Trainer
 from mpcompile.reconstruction.importance import Whole
-from mpcompile.reconstruction.activations.walk import Walk
 
 
 def output_loss(named: Mapping[str, Any], wanted: Mapping[str, Any]) -> Tensor:
@@ -38,7 +38,9 @@ def output_loss(named: Mapping[str, Any], wanted: Mapping[str, Any]) -> Tensor:
 def _relative(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the mean over pairs of the squared error over the energy."""
     parts = [
-        (a.float() - b.float()).square().mean() / b.float().square().mean().clamp(min=1e-30) for a, b in pairs if b.numel()
+        (a.float() - b.float()).square().mean() / b.float().square().mean().clamp(min=1e-30)
+        for a, b in pairs
+        if b.numel()
     ]
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
@@ -50,19 +52,17 @@ class Finish:
         walk: student and twin.
         nodes: outputs of the regions.
         shared: average over all ranks.
-        autocast: run both in bf16.
     """
 
-    def __init__(self, walk: Walk, nodes: Sequence[fx.Node], shared: bool, autocast: bool) -> None:
-        self.whole, self.device, self.shared, self.autocast = Whole(walk, nodes), walk.device, shared, autocast
+    def __init__(self, walk: Walk, nodes: Sequence[fx.Node], shared: bool) -> None:
+        self.whole, self.device, self.shared = Whole(walk, nodes), walk.device, shared
 
     def loss(self, inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Return the loss of the outputs and that of the regions' outputs."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            named, values, pairs = self.whole.student(inputs)
-            with torch.no_grad():  # also of what chooses the pairs
-                wanted, goals = self.whole.dense(inputs, pairs)
-            return output_loss(named, wanted), _relative(list(zip(values, goals, strict=True)))
+        named, values, pairs = self.whole.student(inputs)
+        with torch.no_grad():
+            wanted, goals = self.whole.dense(inputs, pairs)
+        return output_loss(named, wanted), _relative(list(zip(values, goals, strict=True)))
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Sequence[Any]]) -> float:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mpcompile.data import ranks
 from mpcompile.errors import first_line
+from mpcompile.reconstruction.activations.rows import Index, Rows
 from mpcompile.reconstruction.importance import Importance
 from mpcompile.reconstruction.options import Reconstruction
-from mpcompile.reconstruction.activations.rows import Index, Rows
 
 _WARM_UP = 0.1  # share of the steps during which the learning rate rises
 _LEAST = 128  # samples of the training set on which the error is taken
@@ -64,7 +64,7 @@ class Task:
 
     def error(self, index: Index) -> Tensor:
         """Return the weighted squared error of the samples at an index."""
-        output = self.part(*(rows.take(index, self.device) for rows in self.inputs))[0]
+        output = self.part(*(rows.take(index, self.device) for rows in self.inputs))
         difference = output.float() - self.target.take(index, self.device).float()
         return (difference.square() * self.importance.of(index, self.device)).sum()
 
@@ -97,7 +97,6 @@ def fit(
     seed: int,
     *,
     shared: bool = False,
-    autocast: bool = False,
     tick: Callable[[int], object] = lambda samples: None,
 ) -> Fit:
     """Train a region's parameters in place; they keep their values unless the error on held-out samples falls.
@@ -110,11 +109,10 @@ def fit(
         epochs: passes over the training samples.
         seed: seeds the order of the samples.
         shared: average gradients and errors over all ranks.
-        autocast: run the region in bf16.
         tick: called with the number of samples after each step.
     """
     held = torch.arange(task.train, task.count)
-    sample = torch.arange(0, task.train, max(1, task.train // max(_LEAST, len(held))))
+    sample = torch.arange(0, task.train, max(1, task.train // max(_LEAST, len(held), task.fixed or 0)))
     batch = task.fixed or max(1, options.batch // (ranks.world() if shared else 1))
 
     def errors() -> tuple[float, float | None]:
@@ -129,7 +127,7 @@ def fit(
     size = min(batch, task.train)
     places, steps = _places(task.train, size, epochs, seed), epochs * (task.train // size)
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    reason = _train(task, Trainer(parameters, masks, options.lr, steps, shared), places, shared, autocast, tick)
+    reason = _train(task, Trainer(parameters, masks, options.lr, steps, shared), places, shared, tick)
     after, held_after = errors() if reason is None else (before, held_before)
     if reason is None:
         old, new = (before, after) if held_before is None or held_after is None else (held_before, held_after)
@@ -148,7 +146,6 @@ def _train(
     trainer: Trainer,
     places: Iterable[Tensor],
     shared: bool,
-    autocast: bool,
     tick: Callable[[int], object],
 ) -> str | None:
     """Run the steps, one for each batch of places, and return why they had to stop, or None."""
@@ -157,8 +154,7 @@ def _train(
         if scale is None:
             scale = _scale(task, len(index), shared)
         try:
-            with torch.autocast(task.device.type, torch.bfloat16, enabled=autocast):
-                loss = task.error(index) * scale
+            loss = task.error(index) * scale
             loss.backward()
         except RuntimeError as error:
             return f"it cannot be trained: {first_line(error)}"

@@ -20,9 +20,9 @@ from mpcompile.data.outputs import class_scores
 from mpcompile.ir.nodes import shape_of
 from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
-from mpcompile.reconstruction.regions import Region
 from mpcompile.reconstruction.activations.rows import Index, Rows
 from mpcompile.reconstruction.activations.walk import Walk, between, extract, pairing
+from mpcompile.reconstruction.regions import Region
 
 _TEMPERATURE = 2.0
 

@@ -36,7 +36,7 @@ class Reconstruction:
         final_epochs: epochs of a last pass over the whole model, on its outputs and the outputs of all regions.
         final_lr: peak learning rate of that pass.
         final_views: rounds of new views in each epoch of that pass.
-        precision: ``"fp32"``; ``"bf16"`` for autocast; ``"auto"`` for autocast if it is faster on this processor.
+        precision: ``"fp32"``; ``"bf16"`` for autocast; ``"auto"`` for autocast where the processor multiplies bf16.
         seed: seeds every random choice.
 
     Raises:
@@ -55,11 +55,11 @@ class Reconstruction:
     halves: bool = True
     inputs: str = "pruned"
     importance: float = 0.8
-    mix: float = 0.0
+    mix: float = 0.3
     final_epochs: int = 0
     final_lr: float = 3e-5
     final_views: int = 1
-    precision: str = "fp32"
+    precision: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

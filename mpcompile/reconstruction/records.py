@@ -19,7 +19,7 @@ from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.reconstruction.fit import Fit
 from mpcompile.reconstruction.options import Reconstruction
 
-_LENGTHS = "lengths"
+_REGION, _LENGTHS = "reconstruct-{:04d}", "reconstruct-lengths"
 
 
 class Records:
@@ -41,7 +41,7 @@ class Records:
 
     def get(self, place: int, parameters: Mapping[str, nn.Parameter]) -> Fit | None:
         """Read the values of a region into its parameters, and return its errors; None if there are none."""
-        found = self._read(f"region_{place:04d}")
+        found = self._read(_REGION.format(place))
         if found is None:
             return None
         tensors, record = found
@@ -59,7 +59,7 @@ class Records:
             ArtifactError: the folder is not writable, or the disk is full.
         """
         values = {} if outcome.reason else {n: p.detach().cpu().contiguous() for n, p in parameters.items()}
-        self._write(f"region_{place:04d}", values, dataclasses.asdict(outcome))
+        self._write(_REGION.format(place), values, dataclasses.asdict(outcome))
 
     def lengths(self) -> tuple[int, int] | None:
         """Return the numbers of views and epochs of the run that wrote the folder, or None."""
@@ -91,9 +91,13 @@ class Records:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def stamp(models: Iterable[nn.Module], values: Iterable[Any], options: Reconstruction) -> str:
-    """Return a digest of the weights, the images and the options: everything that a run depends on."""
-    digest = hashlib.sha256(json.dumps(options.to_dict(), sort_keys=True).encode())
+def stamp(models: Iterable[nn.Module], values: Iterable[Any], options: Reconstruction, world: int = 1) -> str:
+    """Return a digest of the weights, the images and the options: everything that a run depends on.
+
+    Args:
+        world: number of ranks.
+    """
+    digest = hashlib.sha256(json.dumps([options.to_dict(), world], sort_keys=True).encode())
     tensors = [tensor for model in models for tensor in model.state_dict().values()]
     for tensor in [*tensors, *(value for value in values if isinstance(value, Tensor))]:
         digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())

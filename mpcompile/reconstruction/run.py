@@ -19,17 +19,19 @@ from mpcompile.data import ranks
 from mpcompile.ir.effects import storage
 from mpcompile.ir.module import IRModule, masked
 from mpcompile.ir.nodes import shape_of
-from mpcompile.ir.parts import attribute
-from mpcompile.reconstruction.budget import Cost, lengths, timed
-from mpcompile.reconstruction.finish import Finish
-from mpcompile.reconstruction.fit import Fit, Task, fit
-from mpcompile.reconstruction.importance import Importance, Weigher
-from mpcompile.reconstruction.options import Reconstruction
-from mpcompile.reconstruction.records import Records, stamp
-from mpcompile.reconstruction.regions import Region
+from mpcompile.ir.parts import attribute, device_of
+from mpcompile.kernels.machine import has_bf16
 from mpcompile.reconstruction.activations.rows import Shelf
 from mpcompile.reconstruction.activations.samples import Samples
 from mpcompile.reconstruction.activations.walk import Step, Walk
+from mpcompile.reconstruction.budget import Cost, lengths, timed
+from mpcompile.reconstruction.finish import Finish
+from mpcompile.reconstruction.fit import Fit, Task, fit
+from mpcompile.reconstruction.importance import Importance, Weigher, Whole
+from mpcompile.reconstruction.options import Reconstruction
+from mpcompile.reconstruction.records import Records, stamp
+from mpcompile.reconstruction.regions import Region
+from mpcompile.reconstruction.views import Views
 
 _BAR = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
 _KNOWN = 4  # batches of the training set on which the loss of the final pass is taken
@@ -115,11 +117,15 @@ class _Run:
         self.parameters = trainable(student, regions)
         self.records = Records(None, "")
         if folder is not None:
-            self.records = Records(folder, stamp([student, twin], self.samples.contents(), options), write=rank == 0)
+            self.records = Records(
+                folder, stamp([student, twin], self.samples.contents(), options, world), write=rank == 0
+            )
+        self.bf16 = _multiplies_bf16(student) if options.precision == "auto" else options.precision == "bf16"
+        if self.shared:
+            self.bf16 = all(ranks.gather(self.bf16))
         self.views, self.epochs = self._lengths()
         self.samples.multiply(self.views)
         self.walk = self._walk(shelf)
-        self.autocast = options.precision == "bf16"
         self.result = Result([], {}, self.samples.images, self.samples.held, self.samples.views, self.epochs)
 
     def _walk(self, shelf: Shelf) -> Walk:
@@ -127,41 +133,49 @@ class _Run:
         return Walk(self.student, self.twin, self.regions, samples, samples.count, chunk, self.fixed, shelf)
 
     def _lengths(self) -> tuple[int, int]:
-        """Return the numbers of views and epochs: those given, those of the run that is resumed, or what time allows."""
+        """Return the numbers of views and epochs: as given, as in the run that is resumed, or what time allows."""
         options = self.options
         if options.views is not None and options.epochs is not None:
             return options.views, options.epochs
         known = self.records.lengths()
         if known is None:
-            cost = self._cost()
+            example = self.samples.example()
+            cost = self._cost(example)
             spent = (time.perf_counter() - self.start) / 60
-            known = lengths(options, self.samples.train, cost, self.samples.multiplies, spent)
+            known = lengths(options, self.samples.train, cost, example.note is None, spent)
         known = ranks.broadcast(known) if self.shared else known
         self.records.put_lengths(*known)
         return known
 
-    def _cost(self) -> Cost:
+    def _cost(self, example: Views) -> Cost:
         """Time a few steps on the first images."""
-        inputs = self.samples.first()
-        size = next(len(v) for v in inputs if isinstance(v, Tensor) and v.dim())
-        finish = Finish(self._walk(self.shelf), [region.output for region in self.regions], False, self._bf16())
-        parameters = {n: p for group in self.parameters.values() for n, p in group.items()}
+        inputs = next(example.round(0))
+        size = example.images
+        whole = Whole(self._walk(self.shelf), [region.output for region in self.regions])
+        parameters = {n: p for group in self.parameters for n, p in group.items()}
+
+        def forward() -> Any:
+            return whole.student(inputs)[1]
 
         def step() -> None:
             with torch.enable_grad(), _training(parameters):
-                loss = sum(finish.loss(inputs), torch.zeros((), device=finish.device))
+                loss = torch.stack([value.float().square().mean() for value in forward()]).sum()
                 torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
-        view = timed(lambda: next(self.samples.fresh(1, 0)), size)
-        with torch.no_grad():
-            forward = timed(lambda: finish.whole.student(inputs), size)
-        return Cost(view, forward, timed(step, size))
+        with torch.no_grad(), self._autocast():
+            view = timed(lambda: next(example.round(example.rounds - 1)), size)
+            return Cost(view, timed(forward, size), timed(step, size))
 
-    def _bf16(self) -> bool:
-        return self.options.precision == "bf16"
+    def _autocast(self) -> torch.autocast:
+        # Without its cache, which would keep casts of parameters that are then trained.
+        return torch.autocast(device_of(self.student).type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def complete(self) -> Result:
         """Train all regions, then the whole model."""
+        with self._autocast():
+            return self._complete()
+
+    def _complete(self) -> Result:
         samples, epochs, options = self.samples, self.epochs, self.options
         final = samples.train // samples.views * options.final_views * options.final_epochs
         total = samples.count * len(self.regions) * (2 + 3 * epochs) + 3 * len(self.regions) * samples.count + final
@@ -193,7 +207,7 @@ class _Run:
         """Train one region, or read its values from the folder."""
         parameters = self.parameters[place]
         work = self.samples.train * self.epochs * 3
-        known = self.records.get(place, parameters)
+        known = self._recorded(place, parameters)
         if known is not None:
             self.bar.update(work)
             return known
@@ -222,11 +236,21 @@ class _Run:
                 self.epochs,
                 self.options.seed + 1_000_003 * (place + 1),
                 shared=self.shared,
-                autocast=self._bf16(),
                 tick=lambda samples: self.bar.update(3 * samples),
             )
         self.records.put(place, parameters, outcome)
         return outcome
+
+    def _recorded(self, place: int, parameters: Mapping[str, nn.Parameter]) -> Fit | None:
+        """Read a region's values from the folder, which the first rank shares; None if there are none."""
+        known = self.records.get(place, parameters)
+        if not self.shared:
+            return known
+        known, values = ranks.broadcast((known, None if known is None else {n: p.cpu() for n, p in parameters.items()}))
+        with torch.no_grad():
+            for name, value in (values or {}).items():
+                parameters[name].copy_(value)
+        return known
 
     def _finished(self) -> Result:
         """Run the pass over the whole model, if one is asked for, and collect the new values."""
@@ -235,7 +259,7 @@ class _Run:
         final = None
         if options.final_epochs:
             parameters = {n: p for n, p in student.named_parameters() if p.is_floating_point()}
-            finish = Finish(self.walk, [region.output for region in self.regions], self.shared, self._bf16())
+            finish = Finish(self.walk, [region.output for region in self.regions], self.shared)
             self.bar.set_postfix_str("whole model")
             batches = options.final_views * -(-(samples.train // samples.views) // samples.batch)
             with _training(parameters), torch.enable_grad():
@@ -252,6 +276,13 @@ class _Run:
                 )
         changed = {n: p.detach() for n, p in student.named_parameters() if not torch.equal(p, self.before[n])}
         return dataclasses.replace(result, values=changed, final=final, notes=samples.notes)
+
+
+def _multiplies_bf16(gm: nn.Module) -> bool:
+    """Return True if the processor of a model multiplies bf16 natively, and the model is in fp32."""
+    device = device_of(gm)
+    native = has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return native and all(p.dtype == torch.float32 for p in gm.parameters() if p.is_floating_point())
 
 
 def _trunk(region: Region) -> fx.Node | None:

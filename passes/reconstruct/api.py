@@ -95,11 +95,10 @@ def reconstruct(
     inputs = next(iter(batches(imported, [first])))
     results = Results()
     results.put(Dense(dense_tensors(imported, model, inputs)))
-    config = Config.from_options(plan.config)
     step = Reconstruct(chosen, shared=ranks.active())
     return run_pipeline(
         imported,
-        config,
+        Config(),
         Pipeline([step]),
         calibration=calibration,
         statistics=None if folder is None else Path(folder),

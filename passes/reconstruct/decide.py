@@ -1,7 +1,7 @@
 """Reconstruct: the kept weights, biases and norms of masked regions, trained towards the dense model's activations.
 
-Row-wise least squares fits every layer by itself; a region with a nonlinearity inside (a block, or its attention or MLP)
-reaches a smaller error with less data. The masks stay as they are. The science is in mpcompile/reconstruction/.
+Row-wise least squares fits every layer by itself; a region with a nonlinearity inside (a block, or its attention or
+MLP) reaches a smaller error with less data. The masks stay as they are. The science is in mpcompile/reconstruction/.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Reconstruct(Pass):
             data.batches(ctx.imported(gm)),
             self.options,
             fixed=fixed_batch(gm),
-            folder=None if data.statistics is None else data.statistics,
+            folder=data.statistics,
             memory=data.memory,
             shared=self.shared,
         )

@@ -40,7 +40,12 @@ class Samples:
     """
 
     def __init__(
-        self, batches: Iterable[Sequence[Any]], options: Reconstruction, fixed: int | None, rank: int = 0, world: int = 1
+        self,
+        batches: Iterable[Sequence[Any]],
+        options: Reconstruction,
+        fixed: int | None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         whole = _joined([list(batch) for batch in batches])
         self.images = next(len(v) for v in whole if _batched(v))
@@ -94,18 +99,13 @@ class Samples:
         """Yield the held-out samples."""
         return iter(self.held_views or ())
 
-    @property
-    def multiplies(self) -> bool:
-        """True if the inputs are images, so that there can be views of them."""
-        return Views(self._fitted[:1], 2, self.options.seed).note is None
+    def example(self) -> Views:
+        """Return two rounds over the first batch; one if there are no views of the inputs."""
+        return Views(self._fitted[:1], 2, self.options.seed, mix=self.options.mix)
 
     def contents(self) -> Iterator[Any]:
         """Yield all inputs, without views."""
         return (value for batch in (*self._fitted, *self._held) for value in batch)
-
-    def first(self) -> list[Any]:
-        """Return the first batch of images."""
-        return self._fitted[0]
 
 
 def _batched(value: Any) -> bool:

@@ -8,7 +8,7 @@ the student chooses, so that a token is the same on both sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 
 from mpcompile.ir.effects import own_copies, written
 from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import device_of
 from mpcompile.kernels import ops, schema
-from mpcompile.reconstruction.regions import Region
 from mpcompile.reconstruction.activations.rows import Rows, Shelf
+from mpcompile.reconstruction.regions import Region, subgraph
 
 
 def extract(gm: fx.GraphModule, nodes: Iterable[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Any:
@@ -165,7 +166,7 @@ class Walk:
         self.steps = steps(student, regions)
         self.values: dict[fx.Node, Rows] = {}  # of the student
         self.targets: dict[fx.Node, Rows] = {}  # of the twin, by the student's nodes
-        self.device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        self.device = device_of(student)
         self.inputs = [node for node in student.graph.nodes if node.op == "placeholder"]
         first = self.steps[0]
         readers = [s for s in self.steps if not {*s.sources, *s.region.inputs}.isdisjoint(self.inputs)]
@@ -193,11 +194,10 @@ class Walk:
 
     def part(self, side: fx.GraphModule, region: Region) -> Any:
         """Return the region as a graph of its own, which shares the parameters of ``side`` (student or twin)."""
-        nodes, inputs, output = region.nodes, region.inputs, region.output
         if side is self.twin:
-            nodes, inputs = ([self.twin_of[n] for n in group] for group in (nodes, inputs))
-            output = self.twin_of[output]
-        return extract(side, nodes, inputs, [output])
+            nodes, inputs = (tuple(self.twin_of[n] for n in group) for group in (region.nodes, region.inputs))
+            region = replace(region, nodes=nodes, inputs=inputs, output=self.twin_of[region.output])
+        return subgraph(side, region)
 
     def _advance(self, step: Step) -> None:
         """Compute what a region reads, on both sides."""
@@ -226,7 +226,7 @@ class Walk:
         """Compute the output of a region for all samples."""
         part = self.part(gm, region)
         for chunk in self._chunks():
-            self._store(side, [region.output], chunk, lambda c: _call(part, self._take(side, region.inputs, c)))
+            self._store(side, [region.output], chunk, lambda c: [part(*self._take(side, region.inputs, c))])
 
     def _chunks(self) -> Iterator[Chunk]:
         for start in range(0, self.count, self.chunk):
