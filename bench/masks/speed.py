@@ -1,9 +1,11 @@
 """Time, memory and legality of the mask steps on full-size models with random weights.
 
     python -m bench.masks.speed --model vit_base_patch16_224 --pattern 2:4 --threads 2
+    python -m bench.masks.speed --pattern 8:16 --score obs --no-permute --images 64 --reconstruct 8 --epochs 2
 
 Each model is pruned by :func:`mpcompile.transform`; time is split into the permutation search, the masks, the refit
-(with least squares listed separately), and the rest (forward passes and statistics). Accuracy is meaningless here.
+(with least squares listed separately), the reconstruction with ``--reconstruct VIEWS``, and the rest (forward passes and
+statistics). Accuracy is meaningless here.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import torch
 from torch import nn
 
 from bench.common import environment, save
-from mpcompile import Config, transform
+from mpcompile import Config, Reconstruction, transform
 from mpcompile.artifact.verify import verify
 from mpcompile.passes import permute
+from mpcompile.passes.reconstruct import decide
 from mpcompile.pruning import project, refit
 
 
@@ -47,6 +50,7 @@ def clocks() -> Iterator[dict[str, float]]:
         (project, "choose", "masks"),
         (project, "restore", "restore"),
         (refit, "least_squares", "restore, least squares"),
+        (decide, "run", "reconstruction"),
     ]
     kept = [getattr(module, name) for module, name, _ in places]
     for (module, name, label), function in zip(places, kept, strict=True):
@@ -80,6 +84,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reconstruct", type=int, metavar="VIEWS", help="reconstruct from so many views of the images")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs per region of the reconstruction")
     parser.add_argument("--no-permute", action="store_true")
     parser.add_argument("--no-restore", action="store_true")
     parser.add_argument("--name", help="name of the JSON file in bench/results")
@@ -89,8 +95,9 @@ def main() -> None:
     data = list(torch.randn(args.images, 3, 224, 224, generator=torch.Generator().manual_seed(0)).split(args.batch))
     config = Config(args.pattern, score=args.score, permute=not args.no_permute, restore=not args.no_restore)
     start = time.perf_counter()
+    options = None if args.reconstruct is None else Reconstruction(views=args.reconstruct, epochs=args.epochs)
     with clocks() as spent:
-        gm = transform(model, data[0][:1], config, data)
+        gm = transform(model, data[0][:1], config, data, reconstruction=options)
     total = time.perf_counter() - start
     found = verify(gm)
     result = {
