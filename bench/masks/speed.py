@@ -4,8 +4,8 @@
     python -m bench.masks.speed --pattern 8:16 --score obs --no-permute --images 64 --reconstruct 8 --epochs 2
 
 Each model is pruned by :func:`mpcompile.transform`; time is split into the permutation search, the masks, the refit
-(with least squares listed separately), the reconstruction with ``--reconstruct VIEWS``, and the rest (forward passes and
-statistics). Accuracy is meaningless here.
+(with least squares listed separately), the reconstruction with ``--reconstruct VIEWS``, and the rest (forward passes
+and statistics). Accuracy is meaningless here.
 """
 
 from __future__ import annotations
