@@ -62,7 +62,7 @@ class Student:
             ArtifactError: the folder holds a run with a different student, or a damaged file.
             InputError: the first rank failed.
         """
-        self._on_first_rank(lambda: checkpoint.remove_temporary_files(self.args.out))
+        self._on_first_rank(self._prepare)
         if not self._on_first_rank(lambda: self._left(MASKED)):
             self._on_first_rank(self._mask)
         if self.recipe.reconstruct is None:
@@ -74,6 +74,30 @@ class Student:
             )
             self._on_first_rank(lambda: self._write(student, RECONSTRUCTED))
         return self._shared(RECONSTRUCTED)
+
+    def _prepare(self) -> None:
+        """Tidy the folder up after an interrupted run.
+
+        Raises:
+            ArtifactError: the training began from a reconstructed student, and this recipe reconstructs nothing.
+        """
+        checkpoint.remove_temporary_files(self.args.out)
+        mark = (self.args.out / RECONSTRUCTED).with_suffix(".stamp")
+        if self.recipe.reconstruct is None and os.path.lexists(mark):
+            if self._trained():
+                raise self._different()
+            mark.unlink()
+
+    def _trained(self) -> bool:
+        return (self.args.out / checkpoint.NAME).exists()
+
+    def _different(self) -> ArtifactError:
+        return ArtifactError(
+            f"{self.args.out} holds a run with a different student",
+            expected="the same recipe, dense weights and training images",
+            found="different ones",
+            hint="resume that run with its own options, or choose a new folder",
+        )
 
     def _on_first_rank(self, work: Any) -> Any:
         """Return the result of a function that the first rank alone calls; an error there is raised on all ranks."""
@@ -115,13 +139,8 @@ class Student:
                 mpcompile.load(path)  # raises if the file is damaged
                 return True
             # A masked student can be made again; one that was reconstructed in limited time would be another.
-            if (path.exists() or name == RECONSTRUCTED) and (self.args.out / checkpoint.NAME).exists():
-                raise ArtifactError(
-                    f"{self.args.out} holds a run with a different student",
-                    expected="the same recipe, dense weights and training images",
-                    found="different ones",
-                    hint="resume that run with its own options, or choose a new folder",
-                )
+            if (path.exists() or name == RECONSTRUCTED) and self._trained():
+                raise self._different()
         mark.unlink(missing_ok=True)  # so that if this run is killed, no stamp vouches for a different student
         return False
 
