@@ -13,7 +13,7 @@ from mpcompile.reconstruction.options import Reconstruction
 
 # More views help more than more epochs: two epochs of as many views as fit, then a third.
 _EPOCHS = 2
-_MOST_VIEWS, _MOST_EPOCHS = 16, 3
+_MOST_VIEWS, _MOST_EPOCHS = 64, 4
 _MOST_WITHOUT_VIEWS = 20  # epochs of inputs that have no views
 _MARGIN = 0.9  # share of the time that is planned for
 _PASSES = 5.5  # forward passes of a sample besides training: importance, both sides, errors

@@ -62,10 +62,14 @@ class Task:
     fixed: int | None
     device: torch.device
 
+    def output(self, index: Index) -> Tensor:
+        """Return the region's output for the samples at an index."""
+        value: Tensor = self.part(*(rows.take(index, self.device) for rows in self.inputs))
+        return value
+
     def error(self, index: Index) -> Tensor:
         """Return the weighted squared error of the samples at an index."""
-        output = self.part(*(rows.take(index, self.device) for rows in self.inputs))
-        difference = output.float() - self.target.take(index, self.device).float()
+        difference = self.output(index).float() - self.target.take(index, self.device).float()
         return (difference.square() * self.importance.of(index, self.device)).sum()
 
     def energy(self, index: Index) -> Tensor:
@@ -86,6 +90,16 @@ def relative_error(task: Task, places: Tensor, batch: int, shared: bool) -> floa
     if shared:
         error, energy = ranks.total(error, energy, device=task.device)
     return error / max(energy, 1e-30)
+
+
+def errors(task: Task, batch: int, shared: bool) -> tuple[float, float | None]:
+    """Return the relative error on samples of the training set, and on those held out, if there are any."""
+    held = torch.arange(task.train, task.count)
+    sample = torch.arange(0, task.train, max(1, task.train // max(_LEAST, len(held), task.fixed or 0)))
+    return (
+        relative_error(task, sample, batch, shared),
+        relative_error(task, held, batch, shared) if len(held) else None,
+    )
 
 
 def fit(
@@ -111,24 +125,15 @@ def fit(
         shared: average gradients and errors over all ranks.
         tick: called with the number of samples after each step.
     """
-    held = torch.arange(task.train, task.count)
-    sample = torch.arange(0, task.train, max(1, task.train // max(_LEAST, len(held), task.fixed or 0)))
     batch = task.fixed or max(1, options.batch // (ranks.world() if shared else 1))
-
-    def errors() -> tuple[float, float | None]:
-        return (
-            relative_error(task, sample, batch, shared),
-            relative_error(task, held, batch, shared) if len(held) else None,
-        )
-
-    before, held_before = errors()
+    before, held_before = errors(task, batch, shared)
     if not math.isfinite(before) or (held_before is not None and not math.isfinite(held_before)):
         return Fit(before, before, held_before, held_before, "its error is not finite before training")
     size = min(batch, task.train)
     places, steps = _places(task.train, size, epochs, seed), epochs * (task.train // size)
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     reason = _train(task, Trainer(parameters, masks, options.lr, steps, shared), places, shared, tick)
-    after, held_after = errors() if reason is None else (before, held_before)
+    after, held_after = errors(task, batch, shared) if reason is None else (before, held_before)
     if reason is None:
         old, new = (before, after) if held_before is None or held_after is None else (held_before, held_after)
         if not new < old:  # also if it is not a number

@@ -39,7 +39,7 @@ class Records:
         if folder is not None and write:
             make_folder(folder)
 
-    def get(self, place: int, parameters: Mapping[str, nn.Parameter]) -> Fit | None:
+    def get(self, place: int, parameters: Mapping[str, Tensor]) -> Fit | None:
         """Read the values of a region into its parameters, and return its errors; None if there are none."""
         found = self._read(_REGION.format(place))
         if found is None:
@@ -52,7 +52,7 @@ class Records:
                 parameters[name].copy_(value)
         return Fit(**record)
 
-    def put(self, place: int, parameters: Mapping[str, nn.Parameter], outcome: Fit) -> None:
+    def put(self, place: int, parameters: Mapping[str, Tensor], outcome: Fit) -> None:
         """Write the values of a region; none if it kept its own.
 
         Raises:

@@ -26,8 +26,9 @@ from mpcompile.reconstruction.activations.samples import Samples
 from mpcompile.reconstruction.activations.walk import Step, Walk
 from mpcompile.reconstruction.budget import Cost, lengths, timed
 from mpcompile.reconstruction.finish import Finish
-from mpcompile.reconstruction.fit import Fit, Task, fit
+from mpcompile.reconstruction.fit import Fit, Task, errors, fit
 from mpcompile.reconstruction.importance import Importance, Weigher, Whole
+from mpcompile.reconstruction.norms import norms_of, reestimate, statistics
 from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.reconstruction.records import Records, stamp
 from mpcompile.reconstruction.regions import Region
@@ -43,7 +44,7 @@ class Result:
 
     Attributes:
         fits: errors of each region, in order.
-        values: new values of parameters, by name.
+        values: new values of parameters and statistics, by name.
         images, held: number of images, and how many of them were held out.
         views, epochs: rounds over the images, and epochs in each region.
         final: losses of the pass over the whole model, or None without one.
@@ -113,7 +114,7 @@ class _Run:
         for side in (student, twin):
             for parameter in side.parameters():
                 parameter.requires_grad_(False)
-        self.before = {name: p.detach().clone() for name, p in student.named_parameters()}
+        self.before = {name: tensor.detach().clone() for name, tensor in _floats(student).items()}
         self.parameters = trainable(student, regions)
         self.records = Records(None, "")
         if folder is not None:
@@ -205,28 +206,17 @@ class _Run:
 
     def _region(self, place: int, step: Step, importance: Importance) -> Fit:
         """Train one region, or read its values from the folder."""
-        parameters = self.parameters[place]
-        work = self.samples.train * self.epochs * 3
-        known = self._recorded(place, parameters)
+        parameters, region = self.parameters[place], step.region
+        norms = norms_of(self.student, region)
+        state = {**parameters, **statistics(self.student, norms)}
+        known = self._recorded(place, state)
         if known is not None:
-            self.bar.update(work)
+            self.bar.update(self.samples.train * self.epochs * 3)
             return known
         if not parameters:
             return Fit(float("nan"), float("nan"), reason="its weights are shared with other parts of the model")
-        region = step.region
-        side = self.walk.values if self.options.inputs == "pruned" else self.walk.targets
-        trunk = _trunk(region)
-        task = Task(
-            self.walk.part(self.student, region),
-            [side[node] for node in region.inputs],
-            self.walk.targets[region.output],
-            None if trunk is None else self.walk.targets[trunk],
-            importance,
-            self.samples.train,
-            self.samples.count,
-            self.fixed,
-            self.walk.device,
-        )
+        task = self._task(step, importance)
+        before = self._renorm(task, norms) if norms else None
         with _training(parameters), torch.enable_grad():
             outcome = fit(
                 task,
@@ -238,10 +228,41 @@ class _Run:
                 shared=self.shared,
                 tick=lambda samples: self.bar.update(3 * samples),
             )
-        self.records.put(place, parameters, outcome)
+        if before is not None:  # better statistics are new values even if training them brought nothing
+            outcome = dataclasses.replace(outcome, before=before[0], held_before=before[1], reason=None)
+        self.records.put(place, state, outcome)
         return outcome
 
-    def _recorded(self, place: int, parameters: Mapping[str, nn.Parameter]) -> Fit | None:
+    def _task(self, step: Step, importance: Importance) -> Task:
+        region, trunk = step.region, _trunk(step.region)
+        side = self.walk.values if self.options.inputs == "pruned" else self.walk.targets
+        return Task(
+            self.walk.part(self.student, region),
+            [side[node] for node in region.inputs],
+            self.walk.targets[region.output],
+            None if trunk is None else self.walk.targets[trunk],
+            importance,
+            self.samples.train,
+            self.samples.count,
+            self.fixed,
+            self.walk.device,
+        )
+
+    def _renorm(self, task: Task, norms: Sequence[str]) -> tuple[float, float | None] | None:
+        """Re-estimate BatchNorm statistics on the images themselves if that lowers the error -> the error before."""
+        batch, held = self.samples.batch, statistics(self.student, norms)
+        kept = {name: tensor.clone() for name, tensor in held.items()}
+        before = errors(task, batch, self.shared)
+        images = torch.arange(self.samples.train // self.samples.views)
+        reestimate(self.student, norms, task, images, batch, self.shared)
+        after = errors(task, batch, self.shared)
+        if (after[0] if after[1] is None else after[1]) < (before[0] if before[1] is None else before[1]):
+            return before
+        for name, tensor in held.items():
+            tensor.copy_(kept[name])
+        return None
+
+    def _recorded(self, place: int, parameters: Mapping[str, Tensor]) -> Fit | None:
         """Read a region's values from the folder, which the first rank shares; None if there are none."""
         known = self.records.get(place, parameters)
         if not self.shared:
@@ -274,8 +295,14 @@ class _Run:
                     batches,
                     self.bar.update,
                 )
-        changed = {n: p.detach() for n, p in student.named_parameters() if not torch.equal(p, self.before[n])}
+        changed = {n: t.detach() for n, t in _floats(student).items() if not torch.equal(t, self.before[n])}
         return dataclasses.replace(result, values=changed, final=final, notes=samples.notes)
+
+
+def _floats(gm: IRModule) -> dict[str, Tensor]:
+    """Return the parameters and buffers of floats, by name."""
+    tensors = itertools.chain(gm.named_parameters(), gm.named_buffers())
+    return {name: tensor for name, tensor in tensors if tensor.is_floating_point()}
 
 
 def _multiplies_bf16(gm: nn.Module) -> bool:

@@ -15,9 +15,8 @@ from mpcompile.errors import GraphError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.parts import attribute
 from mpcompile.ir.view import layers
-from mpcompile.layers import fixed_batch
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Dense, Pass, Request
-from mpcompile.passes.reconstruct.sides import sides
+from mpcompile.passes.reconstruct.sides import fixed_size, sides
 from mpcompile.reconstruction.fit import Fit
 from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.reconstruction.regions import find
@@ -56,7 +55,7 @@ class Reconstructed(Decision):
         final: losses of the pass over the whole model; None without one.
         reason: why nothing was reconstructed, or None.
         notes: remarks.
-        values: new values of parameters, by name.
+        values: new values of parameters and BatchNorm statistics, by name.
     """
 
     regions: tuple[Rebuilt, ...] = ()
@@ -103,13 +102,16 @@ class Reconstruct(Pass):
         regions = find(student, halves=self.options.halves)
         if not regions:
             return Reconstructed(reason="no region holds a masked layer")
+        notes = []
+        if all(region.kind == "layer" for region in regions):
+            notes.append("no block found: each masked layer is trained by itself")
         result = run(
             student,
             twin,
             regions,
             data.batches(ctx.imported(gm)),
             self.options,
-            fixed=fixed_batch(gm),
+            fixed=fixed_size(student, ctx.inputs),
             folder=data.statistics,
             memory=data.memory,
             shared=self.shared,
@@ -122,7 +124,7 @@ class Reconstruct(Pass):
             views=result.views,
             epochs=result.epochs,
             final=None if final is None else _entry("", "model", final),
-            notes=tuple(result.notes),
+            notes=(*notes, *result.notes),
             values=result.values,
         )
 

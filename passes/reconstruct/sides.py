@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcompile.errors import GraphError
+from mpcompile.capture.signature import call_graph
+from mpcompile.errors import GraphError, MPCompileError
 from mpcompile.ir.effects import switches
 from mpcompile.ir.module import IRModule, masked
+from mpcompile.ir.nodes import hint
+from mpcompile.ir.parts import device_of
+from mpcompile.layers import fixed_batch
 
 
 def sides(gm: IRModule, dense: Mapping[str, Tensor]) -> tuple[IRModule, IRModule]:
@@ -45,6 +50,27 @@ def sides(gm: IRModule, dense: Mapping[str, Tensor]) -> tuple[IRModule, IRModule
         for _, mask, _ in masked(twin):
             mask.fill_(True)
     return student, twin
+
+
+def fixed_size(gm: IRModule, inputs: Sequence[Any]) -> int | None:
+    """Return the one batch size that a graph takes, that of its example inputs; None if it takes another, too."""
+    known = fixed_batch(gm)
+    sizes = [int(hint(v.shape[0])) for v in inputs if isinstance(v, Tensor) and v.dim()]
+    if known is not None or not sizes:
+        return known
+
+    def larger(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or int(hint(value.shape[0])) != sizes[0]:
+            return value
+        shape = [int(hint(size)) for size in value.shape]
+        return torch.zeros([shape[0] + 1, *shape[1:]], dtype=value.dtype, device=device_of(gm))
+
+    try:
+        with torch.no_grad():
+            call_graph(gm, [larger(value) for value in inputs])
+    except (RuntimeError, MPCompileError):
+        return sizes[0]
+    return None
 
 
 def _without_switches(gm: IRModule) -> None:
