@@ -88,10 +88,10 @@ def test_compile_reconstructs_and_resumes(command, tmp_path, capsys):
     assert any(region["reason"] is None for region in found["regions"])
     weights = mpcompile.load(tmp_path / "out.mpc").state_dict()
     assert main(["verify", str(tmp_path / "out.mpc"), "--quiet"]) == 0
-    times = {path: path.stat().st_mtime_ns for path in work.glob("region*")}
+    times = {path: path.stat().st_mtime_ns for path in work.glob("reconstruct-0*")}
     assert len(times) == 2
     assert main(line) == 0
-    assert {path: path.stat().st_mtime_ns for path in work.glob("region*")} == times
+    assert {path: path.stat().st_mtime_ns for path in work.glob("reconstruct-0*")} == times
     again = mpcompile.load(tmp_path / "out.mpc").state_dict()
     assert all(torch.equal(weights[key], again[key]) for key in weights)
 
