@@ -150,8 +150,7 @@ class _Run:
 
     def _cost(self, example: Views) -> Cost:
         """Time a few steps on the first images."""
-        inputs = next(example.round(0))
-        size = example.images
+        inputs, size = next(example.round(0)), example.images
         whole = Whole(self._walk(self.shelf), [region.output for region in self.regions])
         parameters = {n: p for group in self.parameters for n, p in group.items()}
 
@@ -213,9 +212,10 @@ class _Run:
         if known is not None:
             self.bar.update(self.samples.train * self.epochs * 3)
             return known
-        if not parameters:
-            return Fit(float("nan"), float("nan"), reason="its weights are shared with other parts of the model")
         task = self._task(step, importance)
+        if not parameters:
+            now, held = errors(task, self.samples.batch, self.shared)
+            return Fit(now, now, held, held, "its weights are shared with other parts of the model")
         before = self._renorm(task, norms) if norms else None
         with _training(parameters), torch.enable_grad():
             outcome = fit(
