@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.isa import BY_FILE
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MOST = 4  # processes: each may need 4 GB
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported, here and in the processes that tests start
@@ -31,7 +31,7 @@ def pytest_configure():
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads these options
 def pytest_cmdline_main(config):
     option = config.option
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    whole = {Path(arg).resolve() for arg in config.args} <= {HERE, HERE.parent} and not hasattr(config, "workerinput")
     if whole and getattr(option, "numprocesses", 0) is None and not option.usepdb and option.capture != "no":
         option.numprocesses, option.dist = min(CORES, MOST), "loadfile"  # fixtures of a module are made once
 
@@ -52,6 +52,17 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
     monkeypatch.setenv("MPCOMPILE_TIMING", "off")
+
+
+@pytest.fixture
+def no_inductor(monkeypatch):
+    """Lowered graphs run as they are: code generation is tested with the backend (test_backend.py)."""
+    import torch
+
+    from mpcompile import backend
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend, "_inductor", lambda gm, *_: gm)
 
 
 @pytest.fixture(scope="session")
