@@ -16,6 +16,7 @@ FORBIDDEN = {
     "mpcompile/rmt": ("passes", "pipeline", "training", "cli"),
     "mpcompile/pruning": ("passes", "pipeline", "training", "cli"),
     "mpcompile/calibration": ("passes", "pipeline", "training", "cli"),
+    "mpcompile/reconstruction": ("passes", "pipeline", "training", "cli"),
     "mpcompile/ir": ("passes", "pipeline", "training", "cli", "backend"),
     "mpcompile/data": ("passes", "pipeline", "training", "measure", "calibration", "cli"),
     "mpcompile/io": ("passes", "pipeline", "training", "cli", "kernels", "ir"),
