@@ -17,8 +17,10 @@ from mpcompile.errors import MPCompileError
 from mpcompile.measure.audit import Report, audit
 from mpcompile.measure.explain import Explanation, explain
 from mpcompile.page.merged import visualize_merging
+from mpcompile.passes.reconstruct.api import reconstruct
 from mpcompile.pipeline import Pipeline, lower, transform
 from mpcompile.plan import Plan
+from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.rmt.analysis import Analysis, analyze
 from mpcompile.sources.loaded import LoadedModel
 from mpcompile.sources.loading import load_model
@@ -36,6 +38,7 @@ __all__ = [
     "MPCompileError",
     "Pipeline",
     "Plan",
+    "Reconstruction",
     "Report",
     "Training",
     "analyze",
@@ -46,6 +49,7 @@ __all__ = [
     "load",
     "load_model",
     "lower",
+    "reconstruct",
     "refresh",
     "save",
     "transform",

@@ -43,8 +43,10 @@ from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens, unmerged
 from mpcompile.passes.merge_tokens.outputs import select_outputs
 from mpcompile.passes.permute import Permute
+from mpcompile.passes.reconstruct.decide import Reconstruct
 from mpcompile.passes.restore import Restore
 from mpcompile.plan import LayerPlan, Plan
+from mpcompile.reconstruction.options import Reconstruction
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Pipeline:
 
     Args:
         passes: instances of :class:`mpcompile.passes.base.Pass`.
+        reconstruction: options of a pass Reconstruct, which then is among the default passes, behind Restore.
         after_each: called after every pass with the pass, the code of the graph before it (text), the graph after it,
             and the decision. For example, a :class:`mpcompile.dump.Dump` writes these to files.
 
@@ -64,9 +67,18 @@ class Pipeline:
         ['mask', 'merge_tokens']
     """
 
-    def __init__(self, passes: Sequence[Pass] | None = None, *, after_each: Observer | None = None) -> None:
-        default = (Analyze, Allocate, Permute, MergeTokens, Mask, Restore, SkipDeadTokens)
-        chosen: list[Pass] = [step() for step in default] if passes is None else list(passes)
+    def __init__(
+        self,
+        passes: Sequence[Pass] | None = None,
+        *,
+        reconstruction: Reconstruction | None = None,
+        after_each: Observer | None = None,
+    ) -> None:
+        chosen: list[Pass] = list(passes or ())
+        if passes is None:
+            chosen = [step() for step in (Analyze, Allocate, Permute, MergeTokens, Mask, Restore)]
+            chosen += [] if reconstruction is None else [Reconstruct(reconstruction)]
+            chosen += [SkipDeadTokens()]
         for step in chosen:
             if not isinstance(step, Pass):
                 raise ConfigError(
@@ -118,6 +130,7 @@ def transform(
     prior: Mapping[str, torch.Tensor] | None = None,
     prior_weight: float = 0.1,
     calibrate: str = "pruned_to_dense",
+    reconstruction: Reconstruction | None = None,
     seed: int = 0,
     dump: str | os.PathLike[str] | None = None,
     dynamic_shapes: Any = None,
@@ -150,6 +163,8 @@ def transform(
             statistics are then re-estimated, else a quarter of the way; ``"pruned"`` fits each layer to the outputs of
             its own weights on pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which
             is faster and less accurate.
+        reconstruction: options of the pass that trains masked blocks towards the dense model's activations, which needs
+            calibration data; None for none. See :func:`mpcompile.reconstruct`. Not with ``pipeline``.
         seed: seeds every random choice.
         dump: a folder for the graph before and after every pass, as readable Python with a diff; see
             :class:`mpcompile.dump.Dump`. Setting the environment variable ``MPCOMPILE_DUMP`` to a folder does the same.
@@ -177,13 +192,15 @@ def transform(
         first, calibration = peek(calibration)
         if example_inputs is None and not isinstance(model, torch.fx.GraphModule):
             example_inputs = first if isinstance(first, (torch.Tensor, Mapping)) else (first[0],)
+    if pipeline is not None and reconstruction is not None:
+        raise ConfigError("reconstruction and pipeline exclude each other", expected="Reconstruct() in the pipeline")
     imported = import_model(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if pipeline is None:
         check_values(imported.gm)
     return run_pipeline(
         imported,
         config,
-        pipeline or Pipeline(),
+        pipeline or Pipeline(reconstruction=reconstruction),
         calibration=calibration,
         statistics=None if statistics is None else Path(statistics),
         memory=memory,

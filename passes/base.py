@@ -10,11 +10,22 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mpcompile.dump import readable
 from mpcompile.ir.module import IRModule
-from mpcompile.passes.context import Allocated, Calibration, Context, Inputs, Request, Results
+from mpcompile.passes.context import Allocated, Calibration, Context, Dense, Inputs, Request, Results
 from mpcompile.passes.decision import UNRECORDED, Decision
 from mpcompile.plan import PassRecord
 
-__all__ = ["UNRECORDED", "Allocated", "Calibration", "Context", "Decision", "Inputs", "Pass", "Request", "Results"]
+__all__ = [
+    "UNRECORDED",
+    "Allocated",
+    "Calibration",
+    "Context",
+    "Decision",
+    "Dense",
+    "Inputs",
+    "Pass",
+    "Request",
+    "Results",
+]
 
 
 class Pass(PassBase):

@@ -31,6 +31,7 @@ class Request(enum.Enum):
 
     REFIT = "refitted values of masked weights"
     NORMS = "BatchNorm statistics of the pruned network"
+    DENSE = "tensors of the dense model that masks or statistics replace"
     SPARED = "schedules of merging that count on dead tokens not being computed"
 
 
@@ -40,6 +41,13 @@ class Allocated:
 
     provider: ClassVar[str] = "Allocate"  # the pass that provides it, for error messages
     patterns: Mapping[str, Pattern | None]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Tensors of the dense model, channels in the graph's order: those that differ from the graph's, by name."""
+
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

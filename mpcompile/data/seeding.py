@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,3 +42,14 @@ def seed_everything(seed: int, epoch: int, rank: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, epoch: int, part: int) -> Iterator[None]:
+    """Seed all generators for the duration of a block, and leave them as they were before it."""
+    before = random_state()
+    try:
+        seed_everything(seed, epoch, part)
+        yield
+    finally:
+        set_random_state(before)

@@ -7,11 +7,14 @@ requests that. With ``calibrate="dense"``, all masks come from one pass over the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpcompile.calibration.stream import batch_norms
 from mpcompile.errors import GraphError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import argument
@@ -21,7 +24,7 @@ from mpcompile.ir.view import LayerOp, layers, unsupported
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.accounts import owner_of
-from mpcompile.passes.base import Allocated, Context, Pass
+from mpcompile.passes.base import Allocated, Context, Dense, Pass, Request
 from mpcompile.passes.mask.choice import ALREADY, Masked, Masks, choose
 from mpcompile.passes.mask.eligibility import pattern_words, reason
 from mpcompile.passes.mask.projector import Projector, uses_by_name
@@ -101,6 +104,8 @@ class Mask(Pass):
             entry = ctx.plan.layers.setdefault(name, LayerPlan(layer.kind, tuple(layer.weight.tensor.shape)))
             if why != ALREADY:
                 entry.reason = why
+        if Request.DENSE in ctx.requests:
+            ctx.results.put(_dense(gm, [uses[name][0] for name in decision.projections]))
         for name, projection in decision.projections.items():
             self._mask_layer(gm, uses[name], projection, Pattern.parse(decision.patterns[name]), ctx)
         for name in uses:  # graph order, regardless of the order in which earlier passes added the layers
@@ -157,3 +162,12 @@ class Mask(Pass):
         gm.graph.erase_node(node)
         if ctx.writable(use):
             use.weight.tensor.masked_fill_(~mask, 0)
+
+
+def _dense(gm: IRModule, masked: Sequence[LayerOp]) -> Dense:
+    """Return copies of what masks and re-estimated statistics are about to replace."""
+    tensors = {use.weight.name: use.weight.tensor.detach().clone() for use in masked}
+    for node in batch_norms(gm):
+        module: Any = gm.get_submodule(str(node.target))
+        tensors |= {f"{node.target}.{key}": getattr(module, key).clone() for key in ("running_mean", "running_var")}
+    return Dense(tensors)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mpcompile.passes
-from mpcompile import Config, Pipeline
+from mpcompile import Config, Pipeline, Reconstruction
 from mpcompile.capture.importers import import_model
 from mpcompile.ir.effects import explicit
 from mpcompile.ir.shapes import propagate
@@ -27,6 +27,7 @@ from mpcompile.passes.lower import Lower
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.passes.permute import Permute
+from mpcompile.passes.reconstruct import Reconstruct
 from mpcompile.passes.restore import Restore
 from tests.support.helpers import images, randomise, tiny_vit
 
@@ -66,6 +67,7 @@ class Case:
         policy: calibration policy; None for a run without data.
         requests: requests of later passes.
         changes: False if the pass leaves graph and tensors as they are.
+        options: arguments of the pass that plans.
     """
 
     step: type[Pass]
@@ -75,6 +77,7 @@ class Case:
     policy: str | None = None
     requests: frozenset = EVERYTHING
     changes: bool = True
+    options: tuple = ()
 
 
 SER = Config(score="ser", exclude=("stem", "head"))
@@ -98,6 +101,10 @@ CASES = {
     "restore in sequence": Case(Restore, before=(Mask,), policy="pruned_to_dense"),
     "restore afterwards": Case(Restore, before=(Mask,), policy="dense"),
     "restore, off": Case(Restore, before=(Mask,), changes=False),
+    "reconstruct": Case(
+        Reconstruct, before=(Mask, Restore), policy="pruned", options=(Reconstruction(views=2, epochs=2, batch=4),)
+    ),
+    "reconstruct, none": Case(Reconstruct, before=(Mask,), changes=False),
     "fold_norm": Case(FoldNorm, before=(Mask,)),
     "fold_scale": Case(FoldScale, scaled, before=(Mask,)),
     "skip_dead_tokens": Case(SkipDeadTokens, tiny_vit, Config(tome_r=2), before=(MergeTokens, Mask)),
@@ -157,7 +164,7 @@ def result_of(gm, x):
 def test_plan_is_pure_and_its_decision_is_all_that_apply_needs(name):
     case = CASES[name]
     gm, ctx = begun(case)
-    step = case.step()
+    step = case.step(*case.options)
     before, plan, results, attributes = snapshot(gm), ctx.plan.to_json(), dict(vars(ctx.results)), dict(vars(step))
     random = torch.random.get_rng_state()
     decision = step.plan(gm, ctx)

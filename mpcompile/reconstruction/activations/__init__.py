@@ -1,0 +1,1 @@
+"""Activations of all samples in student and twin: where they come from, where they are held, how they move on."""

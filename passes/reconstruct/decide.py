@@ -1,0 +1,173 @@
+"""Reconstruct: the kept weights, biases and norms of masked regions, trained towards the dense model's activations.
+
+Row-wise least squares fits every layer by itself; a region with a nonlinearity inside (a block, or its attention or
+MLP) reaches a smaller error with less data. The masks stay as they are. The science is in mpcompile/reconstruction/.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import GraphError
+from mpcompile.ir.module import IRModule
+from mpcompile.ir.parts import attribute
+from mpcompile.ir.view import layers
+from mpcompile.passes.base import UNRECORDED, Context, Decision, Dense, Pass, Request
+from mpcompile.passes.reconstruct.sides import fixed_size, sides
+from mpcompile.reconstruction.fit import Fit
+from mpcompile.reconstruction.options import Reconstruction
+from mpcompile.reconstruction.regions import find
+from mpcompile.reconstruction.run import run
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A region, and its relative squared error: over the energy of what the dense region adds to its input.
+
+    Attributes:
+        name: module path of the region.
+        kind: ``"block"``, ``"half"`` or ``"layer"``.
+        before, after: error on images that it was trained on; None if it is not finite.
+        held_before, held_after: error on held-out images; None if there are none, too.
+        reason: why it keeps the values that it had; None if it has new ones.
+    """
+
+    name: str
+    kind: str
+    before: float | None
+    after: float | None
+    held_before: float | None = None
+    held_after: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstructed(Decision):
+    """The result of a reconstruction.
+
+    Attributes:
+        regions: the regions, in order.
+        images, held: number of calibration images, and how many of them were held out.
+        views, epochs: rounds over the images, and epochs in each region.
+        final: losses of the pass over the whole model; None without one.
+        reason: why nothing was reconstructed, or None.
+        notes: remarks.
+        values: new values of parameters and BatchNorm statistics, by name.
+    """
+
+    regions: tuple[Rebuilt, ...] = ()
+    images: int = 0
+    held: int = 0
+    views: int = 0
+    epochs: int = 0
+    final: Rebuilt | None = None
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    values: dict[str, Tensor] = field(default_factory=dict, metadata=UNRECORDED)
+
+
+class Reconstruct(Pass):
+    """Train masked regions towards the dense model's activations; needs calibration data, behind Mask and Restore.
+
+    Args:
+        options: lengths, learning rates, and so on.
+        shared: share the images with the other ranks, each of which has to run this pass.
+    """
+
+    name = "reconstruct"
+    decision_type = Reconstructed
+    requests = frozenset({Request.DENSE})
+
+    def __init__(self, options: Reconstruction | None = None, *, shared: bool = False) -> None:
+        super().__init__()
+        self.options, self.shared = options or Reconstruction(), shared
+
+    def plan(self, gm: IRModule, ctx: Context) -> Reconstructed:
+        reason = self._obstacle(gm, ctx)
+        if reason is not None:
+            return Reconstructed(reason=reason)
+        dense, data = ctx.results.get(Dense), ctx.calibration
+        if dense is None:
+            raise GraphError(
+                "the weights of the dense model are not known",
+                expected="the pass Mask before Reconstruct",
+                found="a graph that was masked before",
+                hint="call mpcompile.reconstruct(gm, model, calibration) with the dense model",
+            )
+        assert data is not None  # checked by _obstacle()
+        student, twin = sides(gm, dense.tensors)
+        regions = find(student, halves=self.options.halves)
+        if not regions:
+            return Reconstructed(reason="no region holds a masked layer")
+        notes = []
+        if all(region.kind == "layer" for region in regions):
+            notes.append("no block found: each masked layer is trained by itself")
+        result = run(
+            student,
+            twin,
+            regions,
+            data.batches(ctx.imported(gm)),
+            self.options,
+            fixed=fixed_size(student, ctx.inputs),
+            folder=data.statistics,
+            memory=data.memory,
+            shared=self.shared,
+        )
+        final = result.final
+        return Reconstructed(
+            regions=tuple(_entry(region.name, region.kind, fit) for region, fit in result.fits),
+            images=result.images,
+            held=result.held,
+            views=result.views,
+            epochs=result.epochs,
+            final=None if final is None else _entry("", "model", final),
+            notes=(*notes, *result.notes),
+            values=result.values,
+        )
+
+    @staticmethod
+    def _obstacle(gm: IRModule, ctx: Context) -> str | None:
+        """Return why nothing can be reconstructed, or None."""
+        if not ctx.owned or ctx.lifted.tensors:
+            return "the graph does not own its weights"
+        if ctx.calibration is None:
+            return "no calibration data"
+        if all(layer.pattern is None for layer in layers(gm, ctx.lifted)):
+            return "no layer is masked"
+        return None
+
+    def summary(self, decision: Reconstructed) -> str:
+        if decision.reason is not None:
+            return f"none: {decision.reason}"
+        better = [region for region in decision.regions if region.reason is None]
+        text = f"{len(better)} of {len(decision.regions)} regions trained on {decision.views} views of "
+        text += f"{decision.images} images for {decision.epochs} epochs"
+        if better:
+            before, after = (sum(pair) / len(better) for pair in zip(*map(_held, better), strict=True))
+            text += f", mean relative error {before:.3g} -> {after:.3g}"
+        if decision.final is not None and decision.final.reason is None:
+            before, after = _held(decision.final)
+            text += f"; then as a whole, loss {before:.3g} -> {after:.3g}"
+        return "; ".join([text, *decision.notes])
+
+    @torch.no_grad()
+    def apply(self, gm: IRModule, decision: Reconstructed, ctx: Context) -> bool:
+        for name, values in decision.values.items():
+            attribute(gm, name).copy_(values)
+        return bool(decision.values)
+
+
+def _entry(name: str, kind: str, fit: Fit) -> Rebuilt:
+    errors = (fit.before, fit.after, fit.held_before, fit.held_after)
+    return Rebuilt(name, kind, *(e if e is not None and math.isfinite(e) else None for e in errors), fit.reason)
+
+
+def _held(region: Rebuilt) -> tuple[float, float]:
+    """Return the errors of a trained region before and after, on held-out images if there are any."""
+    held = region.held_before is not None and region.held_after is not None
+    before, after = (region.held_before, region.held_after) if held else (region.before, region.after)
+    return before or 0.0, after or 0.0
