@@ -192,6 +192,8 @@ def transform(
         first, calibration = peek(calibration)
         if example_inputs is None and not isinstance(model, torch.fx.GraphModule):
             example_inputs = first if isinstance(first, (torch.Tensor, Mapping)) else (first[0],)
+    if pipeline is not None and reconstruction is not None:
+        raise ConfigError("reconstruction and pipeline exclude each other", expected="Reconstruct() in the pipeline")
     imported = import_model(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if pipeline is None:
         check_values(imported.gm)

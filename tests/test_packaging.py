@@ -15,7 +15,7 @@ from setuptools import Distribution
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"mpcompile": "mpcompile", "passes": "mpcompile.passes", "kernels": "mpcompile.kernels"}
 IS_SDIST = (ROOT / "PKG-INFO").is_file()  # a source archive carries no links
-NOT_PACKAGED = {".pyc", ".md", ".so", ".o"}  # all other files in the rooms are part of the package
+NOT_PACKAGED = {".md", ".so", ".o"}  # all other files in the rooms are part of the package, but for caches of Python
 
 
 def package_files() -> dict[str, Path]:
@@ -25,7 +25,9 @@ def package_files() -> dict[str, Path]:
         for path in sorted((ROOT / folder).rglob("*")):  # rglob enters no links
             inner = path.relative_to(ROOT / folder)
             linked = folder == "mpcompile" and inner.parts[0] in ROOMS
-            if path.is_file() and not linked and path.suffix not in NOT_PACKAGED and not path.name.startswith("."):
+            cached = "__pycache__" in inner.parts  # another process may be writing there
+            passed_over = linked or cached or path.suffix in NOT_PACKAGED or path.name.startswith(".")
+            if path.is_file() and not passed_over:
                 found[f"{package.replace('.', '/')}/{inner.as_posix()}"] = path
     return found
 

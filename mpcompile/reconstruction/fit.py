@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mpcompile.data import ranks
 from mpcompile.errors import first_line
+from mpcompile.ir.effects import storage
+from mpcompile.ir.module import IRModule, masked
+from mpcompile.ir.parts import attribute
 from mpcompile.reconstruction.activations.rows import Index, Rows
 from mpcompile.reconstruction.importance import Importance
 from mpcompile.reconstruction.options import Reconstruction
+from mpcompile.reconstruction.regions import Region
 
 _WARM_UP = 0.1  # share of the steps during which the learning rate rises
 _LEAST = 128  # samples of the training set on which the error is taken
@@ -239,3 +243,39 @@ class Trainer:
         ranks.average(flat)
         for parameter, part in zip(held, flat.split([p.numel() for p in held]), strict=True):
             parameter.grad = part.reshape(parameter.shape)
+
+
+def trainable(gm: IRModule, regions: Sequence[Region]) -> list[dict[str, nn.Parameter]]:
+    """Return the parameters that each region may train, by name: those that nothing outside it reads."""
+    inside = [set(region.nodes) for region in regions]
+    names: dict[int, str] = {}
+    for name, parameter in gm.named_parameters():
+        names.setdefault(id(parameter), name)
+    readers: dict[int, set[int]] = {}
+    for node in gm.graph.nodes:
+        places = {place for place, nodes in enumerate(inside) if node in nodes} or {-1}
+        for parameter in _read(gm, node):
+            readers.setdefault(id(parameter), set()).update(places)
+    groups: list[dict[str, nn.Parameter]] = [{} for _ in regions]
+    for parameter in gm.parameters():
+        places = readers.get(id(parameter), set())
+        if len(places) == 1 and (place := next(iter(places))) >= 0 and parameter.is_floating_point():
+            groups[place][names[id(parameter)]] = parameter
+    masked_storages = {storage(weight) for weight, _, _ in masked(gm)}
+    return [group if any(storage(p) in masked_storages for p in group.values()) else {} for group in groups]
+
+
+def _read(gm: fx.GraphModule, node: fx.Node) -> Iterable[nn.Parameter]:
+    """Return the parameters that a node reads."""
+    if node.op == "call_module":
+        return gm.get_submodule(str(node.target)).parameters()
+    if node.op == "get_attr":
+        value = attribute(gm, str(node.target))
+        return [value] if isinstance(value, nn.Parameter) else []
+    return []
+
+
+def masks_of(gm: IRModule, parameters: Mapping[str, nn.Parameter]) -> list[tuple[Tensor, Tensor]]:
+    """Return the weights among some parameters that have masks, or the rows of them that have, and their masks."""
+    wanted = {storage(parameter) for parameter in parameters.values()}
+    return [(weight.detach(), mask) for weight, mask, _ in masked(gm) if storage(weight) in wanted]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +17,18 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from mpcompile.data import ranks
+from mpcompile.errors import GraphError, first_line
 from mpcompile.ir.effects import storage
 from mpcompile.ir.module import IRModule, masked
 from mpcompile.ir.nodes import shape_of
-from mpcompile.ir.parts import attribute, device_of
+from mpcompile.ir.parts import device_of
 from mpcompile.kernels.machine import has_bf16
 from mpcompile.reconstruction.activations.rows import Shelf
 from mpcompile.reconstruction.activations.samples import Samples
 from mpcompile.reconstruction.activations.walk import Step, Walk
 from mpcompile.reconstruction.budget import Cost, lengths, timed
 from mpcompile.reconstruction.finish import Finish
-from mpcompile.reconstruction.fit import Fit, Task, errors, fit
+from mpcompile.reconstruction.fit import Fit, Task, errors, fit, masks_of, trainable
 from mpcompile.reconstruction.importance import Importance, Weigher, Whole
 from mpcompile.reconstruction.norms import norms_of, reestimate, statistics
 from mpcompile.reconstruction.options import Reconstruction
@@ -150,8 +152,7 @@ class _Run:
 
     def _cost(self, example: Views) -> Cost:
         """Time a few steps on the first images."""
-        inputs = next(example.round(0))
-        size = example.images
+        inputs, size = next(example.round(0)), example.images
         whole = Whole(self._walk(self.shelf), [region.output for region in self.regions])
         parameters = {n: p for group in self.parameters for n, p in group.items()}
 
@@ -185,20 +186,32 @@ class _Run:
             weights = self._importance()
             for place, (step, importance) in enumerate(zip(self.walk.steps, weights, strict=True)):
                 bar.set_postfix_str(step.region.name, refresh=False)
-                self.walk.enter(step)
-                outcome = self._region(place, step, importance)
-                self.walk.leave(step)
+                try:
+                    self.walk.enter(step)
+                    outcome = self._region(place, step, importance)
+                    self.result.fits.append((step.region, outcome))
+                    self.walk.leave(step)
+                except (RuntimeError, GraphError) as error:
+                    if self.shared:  # the other ranks would wait for this one
+                        raise
+                    why = f"its values could not be computed: {first_line(error)}"
+                    rest = self.walk.steps[len(self.result.fits) :]
+                    self.result.fits.extend((step.region, Fit(math.nan, math.nan, reason=why)) for step in rest)
+                    break
                 bar.update(samples.count * 2)
                 bar.set_postfix_str(f"{step.region.name} {outcome.before:.3g} -> {outcome.after:.3g}")
-                self.result.fits.append((step.region, outcome))
-        return self._finished()
+            return self._finished()
 
     def _importance(self) -> list[Importance]:
         if not self.options.importance:
             return [Importance() for _ in self.regions]
         weigher, start = Weigher(self.walk, self.regions, self.options.importance, self.options.seed), 0
         for inputs in self.samples:
-            weigher.add(start, inputs)
+            try:
+                weigher.add(start, inputs)
+            except RuntimeError as error:
+                self.samples.notes.append(f"all errors have the same weight: {first_line(error)}")
+                return [Importance() for _ in self.regions]
             size = next(len(v) for v in inputs if isinstance(v, Tensor) and v.dim())
             start += size
             self.bar.update(3 * len(self.regions) * size)
@@ -213,9 +226,10 @@ class _Run:
         if known is not None:
             self.bar.update(self.samples.train * self.epochs * 3)
             return known
-        if not parameters:
-            return Fit(float("nan"), float("nan"), reason="its weights are shared with other parts of the model")
         task = self._task(step, importance)
+        if not parameters:
+            now, held = errors(task, self.samples.batch, self.shared)
+            return Fit(now, now, held, held, "its weights are shared with other parts of the model")
         before = self._renorm(task, norms) if norms else None
         with _training(parameters), torch.enable_grad():
             outcome = fit(
@@ -273,6 +287,17 @@ class _Run:
                 parameters[name].copy_(value)
         return known
 
+    def _check_masks(self) -> None:
+        """Check that masked weights are zero, as they were.
+
+        Raises:
+            GraphError: one is not.
+        """
+        for weight, mask, pattern in masked(self.student):
+            if bool(weight[~mask].any()):
+                names = (n for n, p in self.student.named_parameters() if storage(p) == storage(weight))
+                raise GraphError("a masked weight is not zero", layer=next(names, None), expected=f"its {pattern} mask")
+
     def _finished(self) -> Result:
         """Run the pass over the whole model, if one is asked for, and collect the new values."""
         options, samples = self.options, self.samples
@@ -295,6 +320,7 @@ class _Run:
                     batches,
                     self.bar.update,
                 )
+        self._check_masks()
         changed = {n: t.detach() for n, t in _floats(student).items() if not torch.equal(t, self.before[n])}
         return dataclasses.replace(result, values=changed, final=final, notes=samples.notes)
 
@@ -330,39 +356,3 @@ def _training(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-def trainable(gm: IRModule, regions: Sequence[Region]) -> list[dict[str, nn.Parameter]]:
-    """Return the parameters that each region may train, by name: those that nothing outside it reads."""
-    inside = [set(region.nodes) for region in regions]
-    names: dict[int, str] = {}
-    for name, parameter in gm.named_parameters():
-        names.setdefault(id(parameter), name)
-    readers: dict[int, set[int]] = {}
-    for node in gm.graph.nodes:
-        places = {place for place, nodes in enumerate(inside) if node in nodes} or {-1}
-        for parameter in _read(gm, node):
-            readers.setdefault(id(parameter), set()).update(places)
-    groups: list[dict[str, nn.Parameter]] = [{} for _ in regions]
-    for parameter in gm.parameters():
-        places = readers.get(id(parameter), set())
-        if len(places) == 1 and (place := next(iter(places))) >= 0 and parameter.is_floating_point():
-            groups[place][names[id(parameter)]] = parameter
-    masked_storages = {storage(weight) for weight, _, _ in masked(gm)}
-    return [group if any(storage(p) in masked_storages for p in group.values()) else {} for group in groups]
-
-
-def _read(gm: fx.GraphModule, node: fx.Node) -> Iterable[nn.Parameter]:
-    """Return the parameters that a node reads."""
-    if node.op == "call_module":
-        return gm.get_submodule(str(node.target)).parameters()
-    if node.op == "get_attr":
-        value = attribute(gm, str(node.target))
-        return [value] if isinstance(value, nn.Parameter) else []
-    return []
-
-
-def masks_of(gm: IRModule, parameters: Mapping[str, nn.Parameter]) -> list[tuple[Tensor, Tensor]]:
-    """Return the weights among some parameters that have masks, or the rows of them that have, and their masks."""
-    wanted = {storage(parameter) for parameter in parameters.values()}
-    return [(weight.detach(), mask) for weight, mask, _ in masked(gm) if storage(weight) in wanted]

@@ -84,11 +84,11 @@ def reconstruct(
     chosen = replace(chosen, minutes=minutes) if minutes is not None else chosen
     chosen = replace(chosen, seed=seed) if seed is not None else chosen
     plan = plan_of(gm) if isinstance(gm, fx.GraphModule) else None
-    if not isinstance(gm, IRModule) or plan is None or is_lowered(gm, plan) or not any(True for _ in masked(gm)):
+    if not isinstance(gm, IRModule) or plan is None or is_lowered(gm, plan) or next(masked(gm), None) is None:
         raise GraphError(
             "only a masked graph can be reconstructed",
-            expected="the result of mpcompile.transform, before it is lowered",
-            found=type(gm).__name__ if plan is None else "a lowered graph" if is_lowered(gm, plan) else "no masks",
+            expected="the result of mpcompile.transform, with masks, before it is lowered",
+            found=type(gm).__name__ if plan is None else "a graph that is lowered, or has no masks",
         )
     first, calibration = peek(calibration)
     imported = import_model(gm, first if isinstance(first, (Tensor, dict)) else (first[0],))

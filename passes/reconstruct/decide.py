@@ -6,6 +6,7 @@ MLP) reaches a smaller error with less data. The masks stay as they are. The sci
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -30,15 +31,15 @@ class Rebuilt:
     Attributes:
         name: module path of the region.
         kind: ``"block"``, ``"half"`` or ``"layer"``.
-        before, after: error on images that it was trained on.
-        held_before, held_after: error on held-out images; None if there are none.
+        before, after: error on images that it was trained on; None if it is not finite.
+        held_before, held_after: error on held-out images; None if there are none, too.
         reason: why it keeps the values that it had; None if it has new ones.
     """
 
     name: str
     kind: str
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     held_before: float | None = None
     held_after: float | None = None
     reason: str | None = None
@@ -161,11 +162,15 @@ class Reconstruct(Pass):
 
 
 def _entry(name: str, kind: str, fit: Fit) -> Rebuilt:
-    return Rebuilt(name, kind, fit.before, fit.after, fit.held_before, fit.held_after, fit.reason)
+    def finite(error: float | None) -> float | None:
+        return error if error is not None and math.isfinite(error) else None
+
+    before, after, held_before, held_after = map(finite, (fit.before, fit.after, fit.held_before, fit.held_after))
+    return Rebuilt(name, kind, before, after, held_before, held_after, fit.reason)
 
 
 def _held(region: Rebuilt) -> tuple[float, float]:
-    """Return a region's errors before and after, on held-out images if there are any."""
-    if region.held_before is None or region.held_after is None:
-        return region.before, region.after
-    return region.held_before, region.held_after
+    """Return the errors of a trained region before and after, on held-out images if there are any."""
+    held = region.held_before is not None and region.held_after is not None
+    before, after = (region.held_before, region.held_after) if held else (region.before, region.after)
+    return before or 0.0, after or 0.0

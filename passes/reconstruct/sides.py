@@ -47,6 +47,8 @@ def sides(gm: IRModule, dense: Mapping[str, Tensor]) -> tuple[IRModule, IRModule
                     hint="pass the model that the graph was made from",
                 )
             own[name].copy_(tensor)
+        for weight, mask, _ in masked(student):
+            weight.masked_fill_(~mask, 0)
         for _, mask, _ in masked(twin):
             mask.fill_(True)
     return student, twin

@@ -4,8 +4,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -111,25 +109,45 @@ def test_files_that_have_to_survive_a_power_failure_are_flushed(durable, tmp_pat
     assert calls == ["flush", "rename", "flush"]
 
 
-WRITERS = {
-    "stream": "with writing.replacing(path) as file: file.write(b'x' * 10**6); end()",
-    "named stream": "writing._unnamed = lambda *_: None\nwith writing.replacing(path) as file: end()",
-    "path": "with writing.temporary_path(path) as file: file.write_bytes(b'x' * 10**6); end()",
-    "nested": "with writing.temporary_path(path), writing.temporary_path(path + '2'): end()",
-}
+def _stream(path, end):
+    with replacing(path) as file:
+        file.write(b"x" * 10**6)
+        end()
 
 
-ENDS = [*((writer, signal.SIGTERM) for writer in WRITERS), ("stream", signal.SIGKILL)]
+def _named_stream(path, end):
+    writing._unnamed = lambda *_: None
+    _stream(path, end)
+
+
+def _path(path, end):
+    with temporary_path(path) as file:
+        file.write_bytes(b"x" * 10**6)
+        end()
+
+
+def _nested(path, end):
+    with temporary_path(path), temporary_path(f"{path}2"):
+        end()
+
+
+WRITERS = [_stream, _named_stream, _path, _nested]
+ENDS = [*((writer, signal.SIGTERM) for writer in WRITERS), (_stream, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize(("writer", "number"), ENDS)
 def test_an_ended_process_leaves_the_old_file_and_no_other(writer, number, tmp_path):
     """After SIGKILL nothing can be removed; only a stream, whose file has no name yet, leaves nothing."""
-    code = "import os, sys; from mpcompile.io import writing\npath = sys.argv[1]\n"
-    code += f"def end(): os.kill(os.getpid(), {int(number)}); print('alive')\n{WRITERS[writer]}"
     (tmp_path / "a").write_text("old")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, check=False)
-    assert done.returncode == -number and not done.stdout
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            writer(tmp_path / "a", lambda: os.kill(os.getpid(), number))
+        finally:
+            os._exit(0)  # not reached by a process that ends as it has to
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
 
 

@@ -86,7 +86,7 @@ def test_an_interrupted_run_resumes_with_the_same_bits(dense, masked, tmp_path, 
     assert len(places) == 5 + 4 and not equal(other, whole)  # other images: nothing in the folder fits
 
 
-def test_a_region_that_training_does_not_improve_keeps_its_values(dense, masked, monkeypatch):
+def test_a_region_that_training_does_not_improve_keeps_its_values(dense, masked, tmp_path):
     wild = mpcompile.reconstruct(masked, dense, BATCHES[:2], options=Reconstruction(views=1, epochs=2, lr=1e3))
     reasons = [region["reason"] for region in decision(wild)["regions"]]
     assert all("did not fall" in reason or "not finite" in reason for reason in reasons)
@@ -95,9 +95,25 @@ def test_a_region_that_training_does_not_improve_keeps_its_values(dense, masked,
     broken = copy.deepcopy(masked)
     with torch.no_grad():
         broken.get_parameter("blocks.1.norm2.weight").fill_(3e38)
-    record = decision(mpcompile.reconstruct(broken, dense, BATCHES, options=SHORT))
+    kept = mpcompile.reconstruct(broken, dense, BATCHES, options=SHORT)
+    mpcompile.save(kept, tmp_path / "kept.mpc")
+    record = decision(mpcompile.load(tmp_path / "kept.mpc"))
     assert [region["reason"] is None for region in record["regions"]] == [True, True, True, False]
     assert "not finite" in record["regions"][-1]["reason"]
+
+
+def test_what_cannot_be_computed_ends_a_run_without_losing_it(dense, masked, monkeypatch):
+    enter = run.Walk.enter
+
+    def failing(walk, step):
+        if step is walk.steps[2]:
+            raise RuntimeError("no memory")
+        enter(walk, step)
+
+    monkeypatch.setattr(run.Walk, "enter", failing)
+    record = decision(mpcompile.reconstruct(masked, dense, BATCHES, options=SHORT))
+    reasons = [region["reason"] for region in record["regions"]]
+    assert reasons[:2] == [None, None] and all("no memory" in reason for reason in reasons[2:]) and len(reasons) == 4
 
 
 def test_one_image_and_one_batch_size(dense, masked):

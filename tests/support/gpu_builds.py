@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -43,10 +46,22 @@ BUILDS = [*covering(), *EXTRA, *CONVOLUTIONS]
 
 @functools.cache
 def compiled(folder: Path) -> dict[Build, dict[str, Any]]:
-    """Compile :data:`BUILDS`; return their records (build.record_of), with the PTX itself in place of its path."""
+    """Compile :data:`BUILDS`; return their records (build.record_of), with the PTX itself in place of its path.
+
+    Processes that share the suite share the folder: the first one compiles, and the others wait for it.
+    """
+    made = folder / "compiled.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            made.write_text(json.dumps([(dataclasses.asdict(b), record) for b, record in _compile(folder)]))
+    found = {Build(**fields): record for fields, record in json.loads(made.read_text())}
+    return {b: r | ({"ptx": Path(r["ptx"]).read_text()} if "ptx" in r else {}) for b, r in found.items()}
+
+
+def _compile(folder: Path) -> list[tuple[Build, dict[str, Any]]]:
     triton = None if os.environ.get("MPCOMPILE_TRITON") else ROOT / ".triton"
     try:
-        found = dict(compile_all(BUILDS, folder, triton))
+        return list(compile_all(BUILDS, folder, triton))
     except InputError as error:  # not a skip: without a compiler, nothing here would be tested
         pytest.fail(f"{error}; `make test` installs it", pytrace=False)
-    return {b: r | ({"ptx": Path(r["ptx"]).read_text()} if "ptx" in r else {}) for b, r in found.items()}

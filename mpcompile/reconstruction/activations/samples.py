@@ -14,6 +14,7 @@ from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.reconstruction.views import Views
 
 _HELD_OUT = 0.1  # share of the images
+_EXAMPLES = 8  # images that a few timed steps run on
 _HELD_VIEWS = 3  # rounds over the held-out images, at most
 
 
@@ -59,9 +60,10 @@ class Samples:
         fitted = fitted[: len(fitted) // world * world][rank::world]
         held = held[rank::world] if len(held) >= world else held
         self.notes = [] if self.held else ["one image: nothing is held out, the error on its views decides"]
+        self._full = fixed is not None
         self.batch = size = fixed or max(1, options.batch // world)
-        self._fitted = _batches(whole, fitted, size, fixed is not None)
-        self._held = _batches(whole, held, size, fixed is not None)
+        self._fitted = _batches(whole, fitted, size, self._full)
+        self._held = _batches(whole, held, size, self._full)
         self.options, self.views = options, 1
         self._rounds(1)
 
@@ -100,8 +102,10 @@ class Samples:
         return iter(self.held_views or ())
 
     def example(self) -> Views:
-        """Return two rounds over the first batch; one if there are no views of the inputs."""
-        return Views(self._fitted[:1], 2, self.options.seed, mix=self.options.mix)
+        """Return two rounds over a few images; one if there are no views of the inputs."""
+        few = slice(None if self._full else _EXAMPLES)
+        batch = [value[few] if _batched(value) else value for value in self._fitted[0]]
+        return Views([batch], 2, self.options.seed, mix=self.options.mix)
 
     def contents(self) -> Iterator[Any]:
         """Yield all inputs, without views."""
