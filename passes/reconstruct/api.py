@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mpcompile.plan import is_lowered
 from mpcompile.reconstruction.options import Reconstruction
 
 _SAME = 1e-3  # relative difference of the outputs of the same function, in two graphs
+_ALIKE = 0.3  # cosine of kept and dense weights; refitted ones have .8 and more, unrelated ones about 0
 _HINT = "pass the dense model that the graph was made from, with its weights as they were"
 
 
@@ -120,10 +122,12 @@ def dense_tensors(imported: Imported, model: nn.Module, inputs: Sequence[Any]) -
     # The order is checked in float64, and values come back from there bit for bit.
     dense, _ = replay_orders(copy.deepcopy(whole).double(), gm, wide)
     theirs, own = _tensors(dense), _tensors(gm)
-    for weight, _, _ in masked(gm):
-        name = next((name for name, tensor in own.items() if storage(tensor) == storage(weight)), None)
-        if name is not None and name not in theirs:
+    names = {storage(tensor): name for name, tensor in own.items()}
+    weights = [names[storage(weight)] for weight, _, _ in masked(gm) if storage(weight) in names]
+    for name in weights:
+        if name not in theirs:
             raise GraphError("the dense model lacks a masked weight", layer=name, hint=_HINT)
+    _check_alike({name: (own[name], theirs[name]) for name in weights})
     floats = {n: t for n, t in theirs.items() if t.is_floating_point() and n in own and own[n].is_floating_point()}
     found = {name: tensor.detach().to(own[name].dtype, copy=True) for name, tensor in floats.items()}
     _, twin = sides(gm, found)
@@ -134,6 +138,27 @@ def dense_tensors(imported: Imported, model: nn.Module, inputs: Sequence[Any]) -
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters(remove_duplicate=False)), **module.state_dict(keep_vars=True)}
+
+
+def _check_alike(weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Refuse a model of the same form whose weights have nothing to do with those kept in the graph.
+
+    Refits and distillation change what is kept, but not beyond recognition; weights of another training are unrelated.
+    """
+    cosines = {}
+    for name, (own, dense) in weights.items():
+        if own.shape == dense.shape:
+            kept = own != 0
+            cosines[name] = float(torch.cosine_similarity(own[kept].double(), dense[kept].double(), dim=0))
+    if cosines and statistics.median(cosines.values()) < _ALIKE:
+        name = min(cosines, key=cosines.__getitem__)
+        raise GraphError(
+            "the weights kept in the graph are not those of this model",
+            layer=name,
+            expected=f"a cosine of {_ALIKE:g} or more between kept and dense weights in most layers",
+            found=f"{cosines[name]:.2g}",
+            hint=_HINT,
+        )
 
 
 def _check_same(twin: fx.GraphModule, model: fx.GraphModule, inputs: Sequence[Any]) -> None:

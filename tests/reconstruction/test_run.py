@@ -150,6 +150,12 @@ def test_what_cannot_be_reconstructed_is_refused(dense, masked):
         mpcompile.reconstruct(dense, dense, BATCHES, options=ONCE)
     with pytest.raises(GraphError, match=r"the model that the (graph|sparse one) was made from"):
         mpcompile.reconstruct(masked, tiny_vit(mlp_ratio=2), BATCHES, options=ONCE)
+    other = copy.deepcopy(dense)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in other.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    with pytest.raises(GraphError, match="kept in the graph are not those of this model"):
+        mpcompile.reconstruct(masked, other, BATCHES, options=ONCE)
     gm = mpcompile.transform(dense, images(2), reconstruction=ONCE)
     assert "no calibration data" in next(p.summary for p in gm.plan.passes if p.name == "reconstruct")
 
