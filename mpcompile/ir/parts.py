@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -104,6 +104,27 @@ def split_name(name: str) -> tuple[str, slice] | None:
     """
     match = re.fullmatch(r"(.+)_rows_(\d+)_(\d+)", name)
     return None if match is None else (match.group(1), slice(int(match.group(2)), int(match.group(3))))
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """Return the longest module path that all of the given paths begin with.
+
+    Example:
+        >>> common_path(["blocks.3.attn.qkv", "blocks.3.attn.proj"])
+        'blocks.3.attn'
+    """
+    split = [path.split(".") for path in paths]
+    same = []
+    for atoms in zip(*split, strict=False):
+        if len(set(atoms)) > 1:
+            break
+        same.append(atoms[0])
+    return ".".join(same)
+
+
+def within(path: str | None, parent: str | None) -> bool:
+    """Return True if ``path`` is that of a module, or of a part of it."""
+    return path is not None and parent is not None and f"{path}.".startswith(f"{parent}.")
 
 
 def read_tensor(gm: nn.Module, node: Any) -> Tensor | None:

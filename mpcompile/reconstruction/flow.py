@@ -29,7 +29,7 @@ class Level(enum.IntEnum):
     VALUE = 2
 
 
-_VIEW = re.compile(
+VIEW = re.compile(
     r"getitem|getattr|_*(unsafe_)?view(_as)?|_*reshape(_as)?|(un)?flatten|permute|(m|adjo)?[tT]|transpose|(move|swap)(axis|dim|axes|dims)|"
     r"(un)?squeeze|expand(_as)?|chunk|(tensor_)?split\w*|unbind|narrow|select|slice|diagonal|unfold|as_strided|rearrange|"
     r"contiguous|detach|alias|to|type|type_as|float|half|bfloat16|identity|dropout",
@@ -39,7 +39,7 @@ _VIEW = re.compile(
 
 def memory(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Return the first node of the chain of views and in-place operations by which a node shares memory."""
-    while node.all_input_nodes and (_VIEW.fullmatch(target_name(gm, node)) or written(gm, node)):
+    while node.all_input_nodes and (VIEW.fullmatch(target_name(gm, node)) or written(gm, node)):
         node = (written(gm, node) or node.all_input_nodes)[0]
     return node
 
@@ -47,7 +47,7 @@ def memory(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
 class Flow:
     """Levels, sources and paths of the nodes of a graph. Sets of nodes are bits of an int, by their place in the graph.
 
-    Statements (``h[0] = 1``) count as sources of everything that reads their tensor later.
+    Statements (``h[0] = 1``) count as sources of what reads their tensor later.
 
     Args:
         gm: the graph.
@@ -73,15 +73,18 @@ class Flow:
         self.everything_above = self._reach(self.nodes, lambda node: self.sources[node])
 
     def _sources(self) -> dict[fx.Node, list[fx.Node]]:
-        """Return the inputs of every node, and the statements that wrote into them before."""
+        """Return the inputs of every node, and the statements that write into one of them in between."""
         statements: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         sources = {}
         for node in self.nodes:
             inputs = [source for source in node.all_input_nodes if source in self.place]
-            earlier = (
-                [w for source in inputs for w in statements.get(memory(self.gm, source), ())] if statements else []
-            )
-            sources[node] = list(dict.fromkeys([*inputs, *earlier]))
+            between = [
+                statement
+                for source in (inputs if statements else ())
+                for statement in statements.get(memory(self.gm, source), ())
+                if self.place[statement] > self.place[source]
+            ]
+            sources[node] = list(dict.fromkeys([*inputs, *between]))
             for source in written(self.gm, node):
                 statements[memory(self.gm, source)].append(node)
         return sources

@@ -17,9 +17,10 @@ from torch import fx
 from mpcompile.errors import GraphError
 from mpcompile.ir.effects import switches, written
 from mpcompile.ir.module import IRModule, Lifted
+from mpcompile.ir.parts import common_path
 from mpcompile.ir.view import as_stored
 from mpcompile.reconstruction.flow import memory
-from mpcompile.reconstruction.search import Part, Search, common_path
+from mpcompile.reconstruction.search import Part, Search
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Region:
 def find(gm: fx.GraphModule, halves: bool = True, lifted: Lifted | None = None) -> list[Region]:
     """Return the regions of a graph that hold masked layers, in graph order.
 
-    No value is in two of them. Token merges are in none.
+    No value is in two of them. Token merges are in none, nor are layers that compute from constants and sizes alone and
+    outside every region, such as the projection of position embeddings.
 
     Args:
         gm: a graph from :func:`mpcompile.transform`.

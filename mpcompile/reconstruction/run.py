@@ -196,7 +196,7 @@ class _Run:
                         raise
                     why = f"its values could not be computed: {first_line(error)}"
                     rest = self.walk.steps[len(self.result.fits) :]
-                    self.result.fits += [(step.region, Fit(math.nan, math.nan, reason=why)) for step in rest]
+                    self.result.fits.extend((step.region, Fit(math.nan, math.nan, reason=why)) for step in rest)
                     break
                 bar.update(samples.count * 2)
                 bar.set_postfix_str(f"{step.region.name} {outcome.before:.3g} -> {outcome.after:.3g}")

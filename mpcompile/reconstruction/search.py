@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from mpcompile.ir.effects import written
 from mpcompile.ir.macs import is_add
 from mpcompile.ir.module import Lifted
 from mpcompile.ir.nodes import ELEMENTWISE, ELEMENTWISE_MODULES, target_name
-from mpcompile.ir.parts import FOLDED, split_name, whole_of
+from mpcompile.ir.parts import FOLDED, common_path, split_name, whole_of, within
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels import ops
-from mpcompile.reconstruction.flow import Flow, Level
+from mpcompile.reconstruction.flow import VIEW, Flow, Level
 
 MOST = 24  # masked layers of a residual region: the output of a larger one says little about its first layers
 MOST_GROUPED = 8  # the same for layers that only a module path holds together
@@ -42,27 +43,6 @@ class Part:
     output: fx.Node
     block: str | None
     kind: str = "block"
-
-
-def common_path(paths: Iterable[str]) -> str:
-    """Return the longest module path that all of the given paths begin with.
-
-    Example:
-        >>> common_path(["blocks.3.attn.qkv", "blocks.3.attn.proj"])
-        'blocks.3.attn'
-    """
-    split = [path.split(".") for path in paths]
-    same = []
-    for atoms in zip(*split, strict=False):
-        if len(set(atoms)) > 1:
-            break
-        same.append(atoms[0])
-    return ".".join(same)
-
-
-def within(path: str | None, parent: str | None) -> bool:
-    """Return True if ``path`` is that of a module, or of a part of it."""
-    return path is not None and parent is not None and f"{path}.".startswith(f"{parent}.")
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -90,8 +70,9 @@ class Search:
 
     def run(self, halves: bool) -> list[Part]:
         """Return disjoint parts in graph order, which hold every masked layer that works on values."""
-        chosen = self._joined(self._choose(self._residuals()), halves)
-        parts = [part for part in chosen if part.bits & self.masked]
+        chosen = self._choose(self._residuals())
+        chosen = chosen if halves else self._joined(chosen)
+        parts = self._halved([part for part in chosen if part.bits & self.masked])
         parts = self._absorbed(parts)
         for anywhere in (False, True):  # stems and heads form groups only beside blocks
             if not anywhere or parts:
@@ -160,16 +141,29 @@ class Search:
     def _with_tail(self, part: Part) -> Part:
         """Return a part with the activations, and norms of the same block, that alone read its output."""
         node, bits = part.output, part.bits
-        while (reader := self._only_reader(node)) is not None and self._is_tail(reader, part.block):
-            node, bits = reader, bits | self.flow.bits([reader])
+        while (step := self._only_reader(node)) is not None and self._is_tail(step[0], part.block):
+            node, bits = step[0], bits | step[1]
         return replace(part, bits=bits, output=node)
 
-    def _only_reader(self, node: fx.Node) -> fx.Node | None:
-        """Return the one node whose value depends on ``node``, if it depends on no other value; else None."""
-        readers = [reader for reader in self.flow.onward(node) if reader not in self.flow.idle]
-        if len(readers) != 1 or readers[0].op == "output" or self.flow.values(readers[0]) != [node]:
+    def _only_reader(self, node: fx.Node) -> tuple[fx.Node, int] | None:
+        """Return the one node that depends on ``node`` and on no other value, and what leads to it as bits; or None.
+
+        Statements on a tensor lead to the node that reads it after them.
+        """
+        flow = self.flow
+        readers = [reader for reader in flow.onward(node) if reader not in flow.idle]
+        if not readers or readers[-1].op == "output":
             return None
-        return readers[0]
+        last = max(readers, key=flow.place.__getitem__)
+        bits = flow.below[flow.place[node]] & flow.above[flow.place[last]] & ~flow.bits([node])
+        members = flow.members(bits)
+        if not all(self._holds(bits, reader) for reader in readers):
+            return None
+        for member in members:
+            statement = member is last or bool(VIEW.fullmatch(target_name(self.gm, member)) or written(self.gm, member))
+            if not statement or any(s is not node and not self._holds(bits, s) for s in flow.values(member)):
+                return None
+        return last, bits
 
     def _is_tail(self, node: fx.Node, block: str | None) -> bool:
         name = target_name(self.gm, node)
@@ -177,7 +171,7 @@ class Search:
             return block is None or within(self.owners.get(node, block), block)
         if node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), ELEMENTWISE_MODULES):
             return True
-        return name in ELEMENTWISE
+        return name in ELEMENTWISE or name.removesuffix("_") in ELEMENTWISE
 
     def _stands_alone(self, part: Part) -> bool:
         """Return True if nothing but the output is read outside, no tokens merge inside, and the inputs come before."""
@@ -187,10 +181,8 @@ class Search:
         for node in flow.members(bits):
             if node is not part.output and self._leaves(bits, node):
                 return False
-            statements = [s for s in flow.sources[node] if s not in node.all_input_nodes and not self._holds(bits, s)]
-            for statement in statements:  # in between, something outside writes into a tensor that the node reads
-                if any(flow.place[s] < flow.place[statement] for s in node.all_input_nodes if s in flow.place):
-                    return False
+            if any(not self._holds(bits, s) for s in flow.values(node) if s not in node.all_input_nodes):
+                return False  # a statement outside writes into a tensor that the node reads
         _, inputs = self.enclosed(bits)
         return not any(flow.everything_above[flow.place[source]] & bits for source in inputs)
 
@@ -252,33 +244,38 @@ class Search:
                 chosen = [other for other in chosen if other not in inner] + [part]
         return sorted(chosen, key=lambda part: self.flow.place[part.output])
 
-    def _joined(self, parts: list[Part], halves: bool) -> list[Part]:
-        """Return the parts with those in a row of one block joined, or marked as halves."""
+    def _joined(self, parts: list[Part]) -> list[Part]:
+        """Return the parts with those in a row of one block joined."""
         result: list[Part] = []
         for part in parts:
-            before = result[-1] if result else None
-            joined = None if before is None else self._join(before, part, halves)
-            if joined is None:
-                result.append(part)
-            elif halves:
-                result[-1:] = [replace(before or part, kind="half"), replace(part, kind="half")]
-            else:
-                result[-1] = joined
+            joined = self._join(result[-1], part) if result else None
+            result[-1 if joined else len(result) :] = [joined or part]
         return result
 
-    def _join(self, first: Part, second: Part, halves: bool) -> Part | None:
+    def _join(self, first: Part, second: Part) -> Part | None:
         """Return two parts as one if they follow each other in one block and share no layer; else None."""
-        if first.block is None or first.block != second.block:
+        if not self._same_block(first, second):
             return None
         bits, node = first.bits | second.bits, first.output
         while node is not second.start:
-            reader = self._only_reader(node)
-            if reader is None or self._holds(second.bits, reader):
+            step = self._only_reader(node)
+            if step is None or step[1] & second.bits:
                 return None
-            node, bits = reader, bits | self.flow.bits([reader])
-        names = [{self.uses[n].name for n in self.flow.members(p.bits) if n in self.uses} for p in (first, second)]
+            node, bits = step[0], bits | step[1]
         joined = Part(bits, first.start, second.output, first.block)
-        return joined if names[0].isdisjoint(names[1]) and self._stands_alone(joined) else None
+        return joined if self._stands_alone(joined) else None
+
+    def _same_block(self, first: Part, second: Part) -> bool:
+        """Return True if two parts belong to one run of one block: a block that runs again has the same layers."""
+        names = [{self.uses[n].name for n in self.flow.members(p.bits) if n in self.uses} for p in (first, second)]
+        return first.block is not None and first.block == second.block and names[0].isdisjoint(names[1])
+
+    def _halved(self, parts: list[Part]) -> list[Part]:
+        """Return the parts with a note on those that share their block with another one."""
+        return [
+            replace(part, kind="half") if any(p is not part and self._same_block(p, part) for p in parts) else part
+            for part in parts
+        ]
 
     # Layers outside residual additions
 
@@ -340,15 +337,15 @@ class Search:
         return False
 
     def _group(self, path: str, parts: list[Part]) -> Part | None:
-        """Return the layers and norms of a module with all that is between them, or None if they are no region."""
+        """Return the layers and norms of a module with all that is between them, or None if that is no region."""
         flow, taken = self.flow, self._taken(parts)
-        inside = (
-            flow.bits(n for n, owner in self.owners.items() if within(owner, path) and flow.level[n] is Level.VALUE)
-            & ~taken
+        inside = flow.bits(
+            n for n, owner in self.owners.items() if within(owner, path) and flow.level[n] is Level.VALUE
         )
-        layers_left = (inside & self.masked).bit_count()
-        if not 1 < layers_left <= MOST_GROUPED:
+        held = inside & self.masked
+        if held & taken or held.bit_count() > MOST_GROUPED or inside.bit_count() < 2:
             return None
+        inside &= ~taken
         above = below = 0
         for node in flow.members(inside):
             above, below = above | flow.above[flow.place[node]], below | flow.below[flow.place[node]]
@@ -365,7 +362,8 @@ class Search:
         ends = [n for n in flow.members(bits) if self._leaves(bits, n)]
         if len(ends) != 1 or bits & taken:
             return None
-        part = self._with_tail(Part(bits, None, ends[0], path))
+        kind = "block" if held.bit_count() > 1 else "layer"
+        part = self._with_tail(Part(bits, None, ends[0], path, kind))
         return part if not part.bits & taken and self._stands_alone(part) else None
 
     def _leaves(self, bits: int, node: fx.Node) -> bool:

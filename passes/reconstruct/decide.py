@@ -162,8 +162,11 @@ class Reconstruct(Pass):
 
 
 def _entry(name: str, kind: str, fit: Fit) -> Rebuilt:
-    errors = (fit.before, fit.after, fit.held_before, fit.held_after)
-    return Rebuilt(name, kind, *(e if e is not None and math.isfinite(e) else None for e in errors), fit.reason)
+    def finite(error: float | None) -> float | None:
+        return error if error is not None and math.isfinite(error) else None
+
+    before, after, held_before, held_after = map(finite, (fit.before, fit.after, fit.held_before, fit.held_after))
+    return Rebuilt(name, kind, before, after, held_before, held_after, fit.reason)
 
 
 def _held(region: Rebuilt) -> tuple[float, float]:

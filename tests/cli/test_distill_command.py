@@ -141,6 +141,25 @@ def test_files_of_another_run_are_left_alone(command, folder, tmp_path, capsys):
         assert (out / "student.mpc").read_bytes() == before
 
 
+def test_a_student_is_reconstructed_once(command, tmp_path, capsys):
+    out = tmp_path / "run"
+    command += ["--out", str(out), "--val-split", "none", "--set", "train.epochs=1", "--set", "reconstruct.views=2"]
+    assert main([*command, "--set", "reconstruct.epochs=1"]) == 0
+    files = [out / name for name in ("student.mpc", "reconstructed.mpc", "distilled.mpc")]
+    plans = [[record.name for record in mpcompile.load(file).plan.passes] for file in files]
+    assert ["reconstruct" in names for names in plans] == [False, True, True]
+    assert mpcompile.load(files[1]).plan.provenance["recipe"] == "small"
+    assert list((out / "reconstruction").glob("reconstruct-0*"))
+    before = [file.stat().st_mtime_ns for file in files[:2]]
+    assert main([*command, "--set", "reconstruct.epochs=1", "--resume", "auto"]) == 0
+    assert [file.stat().st_mtime_ns for file in files[:2]] == before
+    for changes in (["--set", "reconstruct.epochs=2"], ["--set", "reconstruct=null"]):
+        capsys.readouterr()
+        assert main([*command, *changes, "--resume", "auto"]) == 2
+        assert "holds a run with a different student" in capsys.readouterr().err
+    assert [file.stat().st_mtime_ns for file in files[:2]] == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -214,6 +233,7 @@ def test_two_processes_do_what_one_does(broken, folder, tmp_path, capfd):
         "model: vit_tiny_patch16_224\n"
         "compile: {pattern: 2:4, score: magnitude, permute: false, restore: false}\n"
         "calibration: {images: 3}\n"
+        "reconstruct: {views: 1, epochs: 1, lr: 0}\n"  # AdamW would make whole steps of rounding errors
         "train: {epochs: 2, optimizer: sgd, lr: 1e-3, accumulate: 2}\n"
         "data: {batch: 8, size: 32, workers: 0, augment: false}\n"
     )
@@ -243,7 +263,9 @@ def test_two_processes_do_what_one_does(broken, folder, tmp_path, capfd):
     assert one["steps"] == two["steps"] == 6 and one["images"] == two["images"] == 48
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-4) and one["accuracy"] == two["accuracy"]
     left = {path.name for path in (tmp_path / "two").iterdir()}
-    assert left == {"student.mpc", "student.stamp", "distilled.mpc", "result.json", "log.jsonl", "checkpoint.pt"}
+    students = {f"{name}.{end}" for name in ("student", "reconstructed") for end in ("mpc", "stamp")}
+    files = {"distilled.mpc", "result.json", "log.jsonl", "checkpoint.pt"}
+    assert left == students | files | {"reconstruction"}
 
 
 @pytest.mark.parametrize("quiet", [False, True])

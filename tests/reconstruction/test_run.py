@@ -102,6 +102,20 @@ def test_a_region_that_training_does_not_improve_keeps_its_values(dense, masked,
     assert "not finite" in record["regions"][-1]["reason"]
 
 
+def test_what_cannot_be_computed_ends_a_run_without_losing_it(dense, masked, monkeypatch):
+    enter = run.Walk.enter
+
+    def failing(walk, step):
+        if step is walk.steps[2]:
+            raise RuntimeError("no memory")
+        enter(walk, step)
+
+    monkeypatch.setattr(run.Walk, "enter", failing)
+    record = decision(mpcompile.reconstruct(masked, dense, BATCHES, options=SHORT))
+    reasons = [region["reason"] for region in record["regions"]]
+    assert reasons[:2] == [None, None] and all("no memory" in reason for reason in reasons[2:]) and len(reasons) == 4
+
+
 def test_one_image_and_one_batch_size(dense, masked):
     record = decision(mpcompile.reconstruct(masked, dense, [images(1)], options=SHORT))
     assert record["held"] == 0 and any("nothing is held out" in note for note in record["notes"])

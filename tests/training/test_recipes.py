@@ -89,11 +89,21 @@ def test_a_recipe_can_be_changed():
         (["train.epochs=09x"], "'epochs' has the wrong type"),
         (["train.seed=-1"], "'seed' is out of range"),
         (["train.cache=true"], "augment=false with train.cache=true"),
+        (["reconstruct.view=4"], "reconstruction has no option 'view'"),
+        (["reconstruct=4"], "reconstruct has the wrong type"),
     ],
 )
 def test_wrong_recipes_are_refused(changes, match):
     with pytest.raises(ConfigError, match=match):
         Recipe.load("resnet50_2of4", changes)
+
+
+def test_a_recipe_may_reconstruct():
+    assert Recipe.load("resnet50_2of4").reconstruct is None
+    found = Recipe.load("resnet50_2of4", ["reconstruct.views=4", "train.seed=3"])
+    assert found.reconstruct is not None and (found.reconstruct.views, found.reconstruct.seed) == (4, 3)
+    assert Recipe.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert Recipe.from_dict(found.to_dict(), ["reconstruct=null"]).reconstruct is None
 
 
 def test_other_files_are_not_recipes(tmp_path):

@@ -27,8 +27,10 @@ from mpcompile.cli.options import (
 from mpcompile.cli.streams import digests
 from mpcompile.config import CALIBRATIONS
 from mpcompile.data.images import folder
+from mpcompile.errors import ConfigError
 from mpcompile.export import FORMATS, save_dense
 from mpcompile.export.examples import describe_inputs
+from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.sources.loaded import Batches
 
 
@@ -41,6 +43,8 @@ def add(commands: Commands) -> None:
         description="Mask the weights of a model, calibrated on a few hundred unlabelled images, merge its "
         "tokens, and save the result with its plan. It can then be distilled, measured, exported and served.",
         example="mpcompile compile vit_small_patch16_224 --pretrained --images train --pattern 8:16 --out pruned.mpc\n"
+        "mpcompile compile vit_small_patch16_224 --pretrained --images train --samples 500 --pattern 8:16 \\\n"
+        "    --reconstruct --minutes 20 --statistics work --out pruned.mpc\n"
         "mpcompile compile resnet50 --checkpoint r50.safetensors --config recipe.yaml --images train --out r50/",
     )
     weights_options(job)
@@ -56,20 +60,47 @@ def add(commands: Commands) -> None:
     job.add_argument("--out", type=as_path_text, required=True, metavar="FILE", help=out)
     graphs = "write the graph before and after every pass into FOLDER, as readable Python with a diff"
     job.add_argument("--dump", type=as_path_text, metavar="FOLDER", help=graphs)
-    declare(job, out=lambda args: ARTIFACT if args.format == "mpc" else FILE, dump=FOLDER)
+    declare(job, out=lambda args: ARTIFACT if args.format == "mpc" else FILE, dump=FOLDER, statistics=FOLDER)
     kinds = "mpc: packed, with graph and plan (default); dense-masked: a state dict for timm, with zeros"
     job.add_argument("--format", choices=FORMATS, default="mpc", help=kinds)
     seed_option(job)
     how = "source of a layer's calibration statistics, as in mpcompile.transform (default pruned_to_dense)"
     job.add_argument("--calibrate", choices=CALIBRATIONS, default="pruned_to_dense", help=how)
+    _reconstruction_options(job)
     json_option(job)
     config_options(job)
     job.set_defaults(run=run)
 
 
+def _reconstruction_options(job: argparse.ArgumentParser) -> None:
+    """Declare ``--reconstruct``, its time budget, and the folder from which an interrupted run resumes."""
+    text = "then train the masked blocks on --images, without labels, towards the dense model's activations"
+    job.add_argument("--reconstruct", action="store_true", help=text)
+    budget = f"with --reconstruct: its time budget in minutes (default {Reconstruction().minutes:g})"
+    job.add_argument("--minutes", type=float, metavar="M", help=budget)
+    text = "keep statistics and reconstructed blocks in FOLDER: the same command resumes an interrupted run"
+    job.add_argument("--statistics", type=as_path_text, metavar="FOLDER", help=text)
+
+
+def _reconstruction_of(args: argparse.Namespace) -> Reconstruction | None:
+    """Return the options of the reconstruction, or None if there is to be none.
+
+    Raises:
+        ConfigError: there are no images for it, or the budget is not one.
+    """
+    if not args.reconstruct:
+        if args.minutes is not None:
+            raise ConfigError("--minutes is the time budget of --reconstruct", expected="--reconstruct with it")
+        return None
+    if args.images is None:
+        raise ConfigError("--reconstruct needs images", expected="--images FOLDER", found="none")
+    budget = {} if args.minutes is None else {"minutes": args.minutes}
+    return Reconstruction.from_options({**budget, "seed": args.seed})
+
+
 def run(args: argparse.Namespace) -> int:
     """Return 0 once the artifact is written."""
-    config = config_of(args)
+    config, reconstruction = config_of(args), _reconstruction_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -80,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
         batch = loaded.fixed_batch or args.batch
         images = folder(args.images, loaded.data, samples=args.samples, batch=batch, seed=args.seed)
         calibration = loaded.batches(images)
-    how = {"calibrate": args.calibrate, "seed": args.seed, "dump": args.dump}
+    how = {"calibrate": args.calibrate, "seed": args.seed, "dump": args.dump, "statistics": args.statistics}
+    how["reconstruction"] = reconstruction
     gm = mpcompile.transform(loaded.model, example, config, calibration, **how).eval().cpu()
     used = 0 if calibration is None else calibration.count
     gm.plan.provenance = {**provenance(loaded, used, args.seed), "inputs": describe_inputs(gm)}

@@ -7,10 +7,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +14,7 @@ from torch import nn
 
 import mpcompile
 from mpcompile.cli.destinations import declare
-from mpcompile.cli.models import announce, provenance
+from mpcompile.cli.models import announce
 from mpcompile.cli.options import (
     Commands,
     as_path,
@@ -31,12 +27,8 @@ from mpcompile.cli.options import (
     source_options,
     threads_option,
 )
-from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.export.examples import describe_inputs
-from mpcompile.io.reading import read_text
+from mpcompile.errors import ConfigError, InputError
 from mpcompile.io.writing import make_folder, write_atomically
-from mpcompile.ir.parts import device_of
-from mpcompile.sources.loaded import LoadedModel
 from mpcompile.sources.loading import load_model
 from mpcompile.training.events import TRACKERS, check_trackers
 
@@ -50,9 +42,9 @@ def add(commands: Commands) -> None:
         "distill",
         help="mask a model, merge its tokens and distil it, as a recipe describes",
         description="Prune a model as a recipe says (a recipe of the paper, or a YAML file whose `model` is any MODEL "
-        "of the other commands) and distil the dense "
-        "model into the pruned one. Under torchrun, the same command runs on many GPUs. The --out folder receives the "
-        "student, checkpoints, a log and the result, distilled.mpc.",
+        "of the other commands), reconstruct its blocks if the recipe has a section `reconstruct`, and distil the "
+        "dense model into the pruned one. Under torchrun, the same command runs on many GPUs. The --out folder "
+        "receives the student, checkpoints, a log and the result, distilled.mpc.",
         example="mpcompile distill vit_base_2of4_tome8 --data imagenet --out run --pretrained --resume auto\n"
         "torchrun --nproc-per-node 8 -m mpcompile distill resnet50_8of16 --data imagenet --out run --device cuda\n"
         "mpcompile distill mine.yaml --data photos --out run --set train.lr=3e-4 --set data.batch=16",
@@ -72,7 +64,7 @@ def add(commands: Commands) -> None:
         help="split to evaluate on; none: no evaluation (default validation)",
     )
     job.add_argument("--out", type=as_path, metavar="FOLDER", help="folder for all files of the run")
-    declare(job, out=("student.mpc", "log.jsonl", "result.json", "distilled.mpc"))
+    declare(job, out=("student.mpc", "reconstructed.mpc", "log.jsonl", "result.json", "distilled.mpc"))
     job.add_argument(
         "--set",
         action="append",
@@ -135,6 +127,7 @@ def _distill(args: argparse.Namespace, recipe: Any, device: torch.device) -> int
 
 def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device) -> int:
     """Distil, while no other process writes into the folder."""
+    from mpcompile.cli.students import Student
     from mpcompile.data import datasets, ranks
     from mpcompile.data import loader as images
     from mpcompile.training import checkpoint
@@ -175,7 +168,7 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
     batches = images.loader(train, teacher, recipe.data, True, recipe.train.accumulate, seed)
     val = None if held_out is None else images.loader(held_out, teacher, recipe.data, training=False)
     data_digest = datasets.fingerprint(train)
-    student = _student(args, recipe, source, train, data_digest).to(device)
+    student = Student(args, recipe, source, train, data_digest).make().to(device)
     result = mpcompile.distill(
         student,
         teacher,
@@ -204,102 +197,6 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
             text += "".join(f"\nnote: {note}" for note in notes)
         show(args, text, data)
     return 0
-
-
-def _student(args: argparse.Namespace, recipe: Any, source: LoadedModel, train: Any, data_digest: str) -> Any:
-    """Return the student. The first rank makes it, or reads it from an earlier run, and sends it to the others."""
-    from mpcompile.data import ranks
-
-    path = args.out / "student.mpc"
-    failed: Exception | None = None
-    if ranks.rank() == 0:
-        try:
-            _make_student(args, recipe, source, train, data_digest, path)
-        except Exception as error:  # the other ranks are waiting
-            failed = error
-    problem = ranks.broadcast(None if failed is None else str(failed))
-    if failed is not None:
-        raise failed
-    if problem is not None:
-        raise InputError(f"the first rank failed: {problem}")
-    content = ranks.broadcast(path.read_bytes() if ranks.rank() == 0 and ranks.active() else None)
-    if ranks.rank() == 0:
-        return mpcompile.load(path)
-    with tempfile.TemporaryDirectory(prefix="mpcompile-") as folder:
-        copy = Path(folder, path.name)
-        write_atomically(copy, content)
-        return mpcompile.load(copy)
-
-
-def _make_student(
-    args: argparse.Namespace, recipe: Any, source: LoadedModel, train: Any, data_digest: str, path: Path
-) -> None:
-    """Write the student of this recipe to ``path``, and a stamp next to it, unless an earlier run left the same one.
-
-    Raises:
-        ArtifactError: the folder holds a run with a different student.
-    """
-    from mpcompile.data import datasets
-    from mpcompile.data import loader as images
-    from mpcompile.training import checkpoint
-
-    make_folder(args.out)
-    teacher = source.model
-    mark, stamp = path.with_suffix(".stamp"), _stamp(args, recipe, teacher, data_digest)
-    checkpoint.remove_temporary_files(args.out)
-    if args.resume == "auto" and path.exists():
-        if os.path.lexists(mark) and _read_stamp(mark) == stamp:
-            mpcompile.load(path)  # raises if the file is damaged
-            return
-        if (args.out / checkpoint.NAME).exists():
-            raise ArtifactError(
-                f"{args.out} holds a run with a different student",
-                expected="the same recipe, dense weights and training images",
-                found="different ones",
-                hint="resume that run with its own options, or choose a new folder",
-            )
-    mark.unlink(missing_ok=True)  # so that if this run is killed, no stamp vouches for a different student
-    calibration, seed = recipe.calibration, recipe.train.seed
-    drawn = images.calibration(train, teacher, recipe.data, calibration.images, calibration.batch, seed)
-    student = recipe.student(teacher, [part.to(device_of(teacher)) for part in drawn])
-    origin = provenance(source, calibration.images, seed)
-    numbers = datasets.class_names(train)
-    student.plan.provenance = {
-        **origin,
-        "recipe": recipe.name,
-        "class_names": sorted(numbers, key=lambda n: numbers[n]),
-        "inputs": describe_inputs(student),
-    }
-    mpcompile.save(student.eval(), path)
-    write_atomically(mark, stamp)
-
-
-def _read_stamp(mark: Path) -> str:
-    """Return the stamp of the student of an earlier run.
-
-    Raises:
-        ArtifactError: the file is damaged.
-    """
-    problem = None
-    try:
-        stamp = read_text(mark, 1000)
-    except OSError as error:
-        problem = error.strerror or str(error)
-    else:
-        if re.fullmatch("[0-9a-f]{64}", stamp):
-            return stamp
-    hint = f"remove it and {mark.with_suffix('.mpc').name} to make the student again"
-    raise ArtifactError(f"{mark} is damaged", expected="a SHA-256 digest", found=problem or "other text", hint=hint)
-
-
-def _stamp(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_digest: str) -> str:
-    """Return a digest of everything that the student depends on."""
-    from mpcompile.training import checkpoint
-
-    parts = ("model", "compile", "calibration", "prior_weight")
-    made = {key: value for key, value in recipe.to_dict().items() if key in parts}
-    text = json.dumps([made, recipe.data.size, recipe.train.seed, args.reader, args.train_split], sort_keys=True)
-    return hashlib.sha256(f"{text} {data_digest} {checkpoint.weights_digest(teacher)}".encode()).hexdigest()
 
 
 def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_digest: str) -> str:

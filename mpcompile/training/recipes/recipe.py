@@ -19,11 +19,13 @@ from mpcompile.io.reading import read_text
 from mpcompile.io.schema import Mismatch, check
 from mpcompile.io.yaml_options import LARGEST, parse
 from mpcompile.ir.module import IRModule
+from mpcompile.passes.reconstruct.api import reconstruct
 from mpcompile.pipeline import transform
+from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.training.options import Training
 
 FOLDER = Path(__file__).parent
-_PARTS = ("compile", "train", "data", "calibration")
+_PARTS = ("compile", "train", "data", "calibration", "reconstruct")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Recipe:
         compile: options of :func:`mpcompile.transform`.
         train: options of :func:`mpcompile.distill`.
         data: options for reading and augmenting images.
-        calibration: calibration of masks and channel orders.
+        calibration: calibration of masks and channel orders, and the images of a reconstruction.
+        reconstruct: options of :func:`mpcompile.reconstruct`, which runs before the training, with the seed of
+            ``train`` unless another one is given; None for none.
         prior_weight: weight of the source mask with ``score="ser"``.
         macs: expected multiply-accumulates: ``dense`` in G, ``executed`` and ``paper`` as percent saved.
         source: origin of the recipe, and the choices made where sources disagree.
@@ -88,6 +92,7 @@ class Recipe:
     train: Training = field(default_factory=Training)
     data: ImageOptions = field(default_factory=ImageOptions)
     calibration: Calibration = field(default_factory=Calibration)
+    reconstruct: Reconstruction | None = None
     prior_weight: float = 0.1
     macs: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
@@ -153,15 +158,20 @@ class Recipe:
         for key in ("name", "model"):
             if not isinstance(values.get(key), str):
                 raise ConfigError(f"the recipe names no {key}", expected=f"{key}: NAME", found=values.get(key))
+        values = {key: value for key, value in values.items() if key != "reconstruct" or value is not None}
         for part in _PARTS:
             if not isinstance(values.get(part, {}), Mapping):
                 raise ConfigError(f"{part} has the wrong type", expected="options by name", found=values[part])
         only_fields(Calibration, values.get("calibration", {}), "calibration has no option")
+        train = Training.from_options(values.get("train"))
+        if "reconstruct" in values:
+            options = {"seed": train.seed, **values["reconstruct"]}
+            values["reconstruct"] = Reconstruction.from_options(options)
         return cls(
             **{
                 **values,
                 "compile": Config.from_options(values.get("compile")),
-                "train": Training.from_options(values.get("train")),
+                "train": train,
                 "data": ImageOptions.from_options(values.get("data")),
                 "calibration": Calibration(**values.get("calibration", {})),
             }
@@ -180,9 +190,28 @@ class Recipe:
         how = {"prior_weight": self.prior_weight, "calibrate": self.calibration.calibrate, "seed": self.train.seed}
         return transform(teacher, None, self.compile, calibration, **how)  # type: ignore[arg-type]
 
+    def reconstructed(
+        self, student: IRModule, teacher: nn.Module, calibration: Iterable[Tensor], folder: Path | None = None
+    ) -> IRModule:
+        """Return the student with its blocks reconstructed, if the recipe says so, else the student itself.
+
+        Args:
+            student: from :meth:`student`, or loaded.
+            teacher: the dense model.
+            calibration: batches of images, the same on every rank.
+            folder: keeps finished blocks, so that an interrupted reconstruction can resume.
+
+        Raises:
+            MPCompileError: as :func:`mpcompile.reconstruct`.
+        """
+        if self.reconstruct is None:
+            return student
+        return reconstruct(student, teacher, calibration, options=self.reconstruct, folder=folder)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, from which :meth:`from_dict` restores the recipe."""
-        return {**dataclasses.asdict(self), "compile": self.compile.to_dict(), "macs": dict(self.macs)}
+        values = {**dataclasses.asdict(self), "compile": self.compile.to_dict(), "macs": dict(self.macs)}
+        return {key: value for key, value in values.items() if key != "reconstruct" or value is not None}
 
 
 def _change(values: dict[str, Any], change: str) -> None:
