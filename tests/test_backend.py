@@ -10,7 +10,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mpcompile
 from mpcompile import Config, audit, transform
-from mpcompile import backend as module
 from mpcompile.backend import compiled_graphs, mpsparse
 from mpcompile.io import messages
 from mpcompile.kernels import ops, schema
@@ -22,12 +21,6 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def no_inductor(monkeypatch):
-    """Run lowered graphs without code generation, for tests that are not about it."""
-    monkeypatch.setattr(module, "_inductor", lambda gm, *_: gm)
 
 
 def graphs():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -116,7 +117,8 @@ def subgraph(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
     for source in inputs:
         if source in overwritten:
             copies[source] = graph.call_function(torch.clone, (copies[source],))
-    computed, entered = set(inside), []
+    computed = set(inside)
+    entered: list[Any] = []
     for node in gm.graph.nodes:
         name = getattr(node.target, "__name__", "") if switches(node) else ""
         if node in computed or "autocast" in name:

@@ -120,7 +120,8 @@ class Search:
 
     def _residuals(self) -> list[Part]:
         """Return a part for every sum of values that have a source in common, if nothing else reads its inside."""
-        flow, starts = self.flow, {}
+        flow = self.flow
+        starts: dict[fx.Node, fx.Node] = {}
         for node in flow.nodes:
             operands = flow.values(node)
             if self._is_sum(node) and len(operands) > 1:

@@ -90,9 +90,9 @@ def test_layers_left_out_can_be_masked_later_and_channels_stay():
 CONV = (nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 8))
 
 
+@pytest.mark.usefixtures("no_inductor")
 def test_masks_stay_if_nothing_can_merge(caplog):
     model, x = nn.Sequential(*copy.deepcopy(CONV)).eval(), torch.randn(2, 3, 8, 8)
-    torch._dynamo.reset()
     before = set(compiled_graphs())
     with torch.no_grad():
         torch.compile(model, backend=mpsparse, options={"tome_r": 2, "engine": "reference"})(x)

@@ -145,13 +145,6 @@ def test_structure_is_not_removed_as_noise():
 # The pass
 
 
-@pytest.fixture
-def no_inductor(monkeypatch):
-    """Graphs run as they are: code generation is tested with the backend."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(backend, "_inductor", lambda gm, *_: gm)
-
-
 def data(batch=8, size=32):
     return [images(batch, size, seed=s) for s in range(4)]
 

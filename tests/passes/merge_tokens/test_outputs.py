@@ -81,9 +81,9 @@ def test_stays_through_lowering_and_files(tmp_path):
     assert lowered(x)["features"] is None and lowered.plan.config["outputs"] == ["logits"]
 
 
+@pytest.mark.usefixtures("no_inductor")
 def test_torch_compile():
     model, x = Net(dict).eval(), torch.randn(3, 16)
-    torch._dynamo.reset()
     with torch.no_grad():
         found = torch.compile(model, backend=mpsparse, options={"pattern": "dense", "outputs": ["logits"]})(x)
         assert found["features"] is None and torch.allclose(found["logits"], model(x)["logits"], atol=1e-5)
