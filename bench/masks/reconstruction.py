@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +70,17 @@ def clocked(call: Any) -> tuple[Any, dict[str, float]]:
     return result, spent
 
 
-def masked(job: Task, args: argparse.Namespace, pattern: str, r: int, seed: int) -> tuple[IRModule, list[Tensor], Any]:
-    """Return the masked student, the batches that it was calibrated on, and the time it took."""
-    x, labels = job.calibration
-    count = min(args.images or IMAGES[args.model], len(x))
-    batches = list(x[draw(labels.tolist(), count, seed)].split(50))
-    key = f"{args.model}-{pattern.replace(':', 'of')}-{r}-{seed}-{count}-{args.holdout}.mpc"
-    if args.work is not None and (args.work / key).exists():
-        return mpcompile.load(args.work / key), batches, {"seconds": None, "cpu seconds": None}
-    config = Config(pattern=pattern, tome_r=r)
-    gm, spent = clocked(lambda: mpcompile.transform(job.model, x[:2], config, batches, seed=seed))
-    if args.work is not None:
-        args.work.mkdir(parents=True, exist_ok=True)
-        mpcompile.save(gm, args.work / key)
-    return gm, batches, spent
+def kept(folder: Path | None, name: str, make: Callable[[], IRModule]) -> tuple[IRModule, dict[str, float]]:
+    """Return a student, and the time it took: made, or loaded from the folder that keeps students."""
+    if folder is None:
+        return clocked(make)
+    path, times = folder / f"{name}.mpc", folder / f"{name}.json"
+    if not path.exists():
+        gm, spent = clocked(make)
+        folder.mkdir(parents=True, exist_ok=True)
+        mpcompile.save(gm, path)
+        times.write_text(json.dumps(spent))
+    return mpcompile.load(path), json.loads(times.read_text())
 
 
 def distilled(job: Task, args: argparse.Namespace, gm: IRModule, seed: int) -> dict[str, Any]:
@@ -98,14 +97,20 @@ def distilled(job: Task, args: argparse.Namespace, gm: IRModule, seed: int) -> d
 
 def measure(job: Task, args: argparse.Namespace, key: dict[str, Any], options: Reconstruction) -> dict[str, Any]:
     """Measure one row: the masked student, the reconstructed one, and the distilled one."""
-    counter, seed = Counter(job), key["seed"]
-    gm, batches, spent = masked(job, args, key["pattern"], key["tome_r"], seed)
+    counter, seed, pattern, r = Counter(job), key["seed"], key["pattern"], key["tome_r"]
+    x, labels = job.calibration
+    count = min(args.images or IMAGES[args.model], len(x))
+    batches = list(x[draw(labels.tolist(), count, seed)].split(50))
+    name, config = f"{args.model}-{pattern}-{r}-{seed}-{count}-{args.holdout}", Config(pattern=pattern, tome_r=r)
+    gm, spent = kept(args.work, name, lambda: mpcompile.transform(job.model, x[:2], config, batches, seed=seed))
     first, hits = counter.row(gm.eval())
     row = {**key, "dense": int(counter.right.sum()), "of": len(counter.right), "masked": {**first, **spent}}
     print(f"masked: {first['right']} of {row['of']}, divergence {first['divergence']}", flush=True)
     if not args.masks_only:
         options = dataclasses.replace(options, seed=seed)
-        gm, spent = clocked(lambda: mpcompile.reconstruct(gm, job.model, batches, options=options))
+        changed = [f"{field}={value}" for field, value in key["options"].items()]
+        student, name = gm, "-".join([name, *changed])
+        gm, spent = kept(args.work, name, lambda: mpcompile.reconstruct(student, job.model, batches, options=options))
         figures, hits = counter.row(gm.eval(), hits)
         record = next(r for r in reversed(gm.plan.passes) if r.name == "reconstruct")
         row["reconstructed"] = {**figures, **spent, "record": record.decision}

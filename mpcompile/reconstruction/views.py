@@ -128,8 +128,10 @@ class Views:
         """Return one view of each image; ``before`` is the batch before, for mixes with a single image."""
         views = self._augmented(images, images.shape[-2:])
         if self.mix:
-            alone = len(images) == 1 and before is not None
-            views = _mixed(views, self._augmented(before[-1:], images.shape[-2:]) if alone else None, self.mix)
+            other = None
+            if len(images) == 1 and before is not None:
+                other = self._augmented(before[-1:], images.shape[-2:])
+            views = _mixed(views, other, self.mix)
         low, span = (part.to(views) for part in self._scale)
         views = (views * span + low).to(images.dtype)
         last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
