@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.isa import BY_FILE
+from tests.isa import BY_FILE
 
 HERE = Path(__file__).resolve().parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -25,7 +25,7 @@ def pytest_configure():
         text = (HERE / path).read_text(encoding="utf-8") if (HERE / path).is_file() else ""
         missing = [name for name in names if f"def {name.partition('[')[0]}(" not in text]
         if missing or not text:
-            raise pytest.UsageError(f"tests/support/isa.py: {path} does not have {', '.join(missing) or 'any test'}")
+            raise pytest.UsageError(f"tests/isa.py: {path} does not have {', '.join(missing) or 'any test'}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads these options

@@ -75,7 +75,8 @@ def test_every_option_that_names_a_file_is_declared():
                 assert action.dest in declared, (name, action.dest)
                 named.add(f"{name} --{action.dest}")
         assert set(declared) <= {action.dest for action in job._actions}
-    folders = {"distill --out", "compile --dump"}  # tests/training and tests/test_dump.py
+    # tests/training, tests/test_dump.py and tests/cli/test_reconstruct_command.py
+    folders = {"distill --out", "compile --dump", "compile --statistics"}
     assert named - folders == set(COMMANDS)
 
 

@@ -21,7 +21,7 @@ _HELD_VIEWS = 3  # rounds over the held-out images, at most
 class Samples:
     """Images to train on and images held out, a tenth, each with its views on its own side.
 
-    With several ranks, each takes its share of both.
+    With several ranks, each takes its share of both; of fewer images than ranks, each takes all.
 
     Args:
         batches: lists of graph inputs; read once, and held.
@@ -37,7 +37,7 @@ class Samples:
         notes: remarks for the Plan.
 
     Raises:
-        InputError: there is no image, or too few for the ranks.
+        InputError: there is no image.
     """
 
     def __init__(
@@ -53,12 +53,8 @@ class Samples:
         order = torch.randperm(self.images, generator=torch.Generator().manual_seed(options.seed)).tolist()
         self.held = max(1, round(self.images * _HELD_OUT)) if self.images > 1 else 0
         held, fitted = sorted(order[: self.held]), sorted(order[self.held :])
-        if len(fitted) < world:
-            raise InputError(
-                "there are fewer images than processes", expected=f"at least {world + 1} images", found=self.images
-            )
-        fitted = fitted[: len(fitted) // world * world][rank::world]
-        held = held[rank::world] if len(held) >= world else held
+        whole_shares = max(len(fitted) // world, 1) * world  # ranks take equally many steps
+        fitted, held = (part[rank::world] if len(part) >= world else part for part in (fitted[:whole_shares], held))
         self.notes = [] if self.held else ["one image: nothing is held out, the error on its views decides"]
         self._full = fixed is not None
         self.batch = size = fixed or max(1, options.batch // world)
