@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
         description="Mask the weights of a model, calibrated on a few hundred unlabelled images, merge its "
         "tokens, and save the result with its plan. It can then be distilled, measured, exported and served.",
         example="mpcompile compile vit_small_patch16_224 --pretrained --images train --pattern 8:16 --out pruned.mpc\n"
-        "mpcompile compile vit_small_patch16_224 --pretrained --images train --reconstruct --minutes 20 --out close.mpc\n"
+        "mpcompile compile vit_small_patch16_224 --pretrained --images train --reconstruct --minutes 9 --out near.mpc\n"
         "mpcompile compile resnet50 --checkpoint r50.safetensors --config recipe.yaml --images train --out r50/",
     )
     weights_options(job)
