@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from mpcompile.data import ranks
 from mpcompile.data.outputs import class_scores, tensors_of
 from mpcompile.errors import first_line
+from mpcompile.reconstruction.activations.rows import count_of
 from mpcompile.reconstruction.activations.walk import Walk
 from mpcompile.reconstruction.fit import Fit, Trainer
 from mpcompile.reconstruction.importance import Whole
@@ -69,7 +70,7 @@ class Finish:
         """Return the mean loss of some samples, over all ranks."""
         total = count = 0.0
         for inputs in batches:
-            size = next(len(v) for v in inputs if isinstance(v, Tensor) and v.dim())
+            size = count_of(inputs)
             total += float(sum(self.loss(inputs))) * size
             count += size
         if self.shared:
@@ -134,5 +135,5 @@ class Finish:
                 if not math.isfinite(value):
                     return "the loss is not finite"
                 trainer.step()
-                tick(next(len(v) for v in inputs if isinstance(v, Tensor) and v.dim()))
+                tick(count_of(inputs))
         return None

@@ -96,6 +96,11 @@ def relative_error(task: Task, places: Tensor, batch: int, shared: bool) -> floa
     return error / max(energy, 1e-30)
 
 
+def decisive(error: float, held: float | None) -> float:
+    """Return the error that decides whether new values are kept: on held-out samples, if there are any."""
+    return error if held is None else held
+
+
 def errors(task: Task, batch: int, shared: bool) -> tuple[float, float | None]:
     """Return the relative error on samples of the training set, and on those held out, if there are any."""
     held = torch.arange(task.train, task.count)
@@ -139,7 +144,7 @@ def fit(
     reason = _train(task, Trainer(parameters, masks, options.lr, steps, shared), places, shared, tick)
     after, held_after = errors(task, batch, shared) if reason is None else (before, held_before)
     if reason is None:
-        old, new = (before, after) if held_before is None or held_after is None else (held_before, held_after)
+        old, new = decisive(before, held_before), decisive(after, held_after)
         if not new < old:  # also if it is not a number
             where = "training" if held_before is None else "held-out"
             reason = f"the error on {where} samples did not fall: {old:.3g} -> {new:.3g}"

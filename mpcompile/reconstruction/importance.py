@@ -20,7 +20,7 @@ from mpcompile.data.outputs import class_scores
 from mpcompile.ir.nodes import shape_of
 from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
-from mpcompile.reconstruction.activations.rows import Index, Rows
+from mpcompile.reconstruction.activations.rows import Index, Rows, count_of
 from mpcompile.reconstruction.activations.walk import Walk, between, extract, pairing
 from mpcompile.reconstruction.regions import Region
 
@@ -135,7 +135,7 @@ class Weigher:
 
     def _room(self, place: int, weights: Tensor, inputs: Sequence[Any]) -> Rows:
         """Return room for the weights of one region, from the sizes that its output has for fewer samples."""
-        samples = next(len(v) for v in inputs if isinstance(v, Tensor) and v.dim())
+        samples = count_of(inputs)
         fewer = samples if self.walk.fixed is not None or samples == 1 else samples - 1
         other = weights
         if fewer != samples:

@@ -23,12 +23,12 @@ from mpcompile.ir.module import IRModule, masked
 from mpcompile.ir.nodes import shape_of
 from mpcompile.ir.parts import device_of
 from mpcompile.kernels.machine import has_bf16
-from mpcompile.reconstruction.activations.rows import Shelf
+from mpcompile.reconstruction.activations.rows import Shelf, count_of
 from mpcompile.reconstruction.activations.samples import Samples
 from mpcompile.reconstruction.activations.walk import Step, Walk
 from mpcompile.reconstruction.budget import Cost, lengths, timed
 from mpcompile.reconstruction.finish import Finish
-from mpcompile.reconstruction.fit import Fit, Task, errors, fit, masks_of, trainable
+from mpcompile.reconstruction.fit import Fit, Task, decisive, errors, fit, masks_of, trainable
 from mpcompile.reconstruction.importance import Importance, Weigher, Whole
 from mpcompile.reconstruction.norms import norms_of, reestimate, statistics
 from mpcompile.reconstruction.options import Reconstruction
@@ -212,7 +212,7 @@ class _Run:
             except RuntimeError as error:
                 self.samples.notes.append(f"all errors have the same weight: {first_line(error)}")
                 return [Importance() for _ in self.regions]
-            size = next(len(v) for v in inputs if isinstance(v, Tensor) and v.dim())
+            size = count_of(inputs)
             start += size
             self.bar.update(3 * len(self.regions) * size)
         return weigher.result()
@@ -270,7 +270,7 @@ class _Run:
         images = torch.arange(self.samples.train // self.samples.views)
         reestimate(self.student, norms, task, images, batch, self.shared)
         after = errors(task, batch, self.shared)
-        if (after[0] if after[1] is None else after[1]) < (before[0] if before[1] is None else before[1]):
+        if decisive(*after) < decisive(*before):
             return before
         for name, tensor in held.items():
             tensor.copy_(kept[name])

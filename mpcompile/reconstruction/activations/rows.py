@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,11 @@ class Rows:
             if isinstance(own, Tensor) and layout.factor:
                 self.shelf.release(own)
         self.leaves = []
+
+
+def count_of(values: Iterable[Any]) -> int:
+    """Return the number of samples in the inputs of a graph: the length of the first tensor that has axes."""
+    return next(len(value) for value in values if isinstance(value, Tensor) and value.dim())
 
 
 def by_sample(value: Tensor, layout: Layout) -> Tensor:

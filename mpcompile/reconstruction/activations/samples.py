@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import InputError
+from mpcompile.reconstruction.activations.rows import count_of
 from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.reconstruction.views import Views
 
@@ -49,7 +50,7 @@ class Samples:
         world: int = 1,
     ) -> None:
         whole = _joined([list(batch) for batch in batches])
-        self.images = next(len(v) for v in whole if _batched(v))
+        self.images = count_of(whole)
         order = torch.randperm(self.images, generator=torch.Generator().manual_seed(options.seed)).tolist()
         self.held = max(1, round(self.images * _HELD_OUT)) if self.images > 1 else 0
         held, fitted = sorted(order[: self.held]), sorted(order[self.held :])

@@ -18,7 +18,7 @@ from mpcompile.ir.effects import own_copies, written
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.parts import device_of
 from mpcompile.kernels import ops, schema
-from mpcompile.reconstruction.activations.rows import Rows, Shelf
+from mpcompile.reconstruction.activations.rows import Rows, Shelf, count_of
 from mpcompile.reconstruction.regions import Region, subgraph
 
 
@@ -235,7 +235,7 @@ class Walk:
     def _streamed(self) -> Iterator[Chunk]:
         start = 0
         for batch in self.samples:
-            size = next(len(value) for value in batch if isinstance(value, Tensor) and value.dim())
+            size = count_of(batch)
             yield Chunk(start, size, dict(zip(self.inputs, batch, strict=True)))
             start += size
 
