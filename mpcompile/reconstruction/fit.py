@@ -66,9 +66,13 @@ class Task:
     fixed: int | None
     device: torch.device
 
+    def values(self, index: Index) -> list[Any]:
+        """Return what the region reads for the samples at an index."""
+        return [rows.take(index, self.device) for rows in self.inputs]
+
     def output(self, index: Index) -> Tensor:
         """Return the region's output for the samples at an index."""
-        value: Tensor = self.part(*(rows.take(index, self.device) for rows in self.inputs))
+        value: Tensor = self.part(*self.values(index))
         return value
 
     def error(self, index: Index) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from mpcompile.calibration.norms import BatchNorm, own_statistics, write
 from mpcompile.data import ranks
 from mpcompile.errors import GraphError, first_line
 from mpcompile.ir.effects import storage
@@ -30,7 +31,7 @@ from mpcompile.reconstruction.budget import Cost, lengths, timed
 from mpcompile.reconstruction.finish import Finish
 from mpcompile.reconstruction.fit import Fit, Task, decisive, errors, fit, masks_of, trainable
 from mpcompile.reconstruction.importance import Importance, Weigher, Whole
-from mpcompile.reconstruction.norms import norms_of, reestimate, statistics
+from mpcompile.reconstruction.norms import norms_of, reestimate
 from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.reconstruction.records import Records, stamp
 from mpcompile.reconstruction.regions import Region
@@ -221,7 +222,7 @@ class _Run:
         """Train one region, or read its values from the folder."""
         parameters, region = self.parameters[place], step.region
         norms = norms_of(self.student, region)
-        state = {**parameters, **statistics(self.student, norms)}
+        state = {**parameters, **self._statistics(norms)}
         known = self._recorded(place, state)
         if known is not None:
             self.bar.update(self.samples.train * self.epochs * 3)
@@ -230,7 +231,7 @@ class _Run:
         if not parameters:
             now, held = errors(task, self.samples.batch, self.shared)
             return Fit(now, now, held, held, "its weights are shared with other parts of the model")
-        before = self._renorm(task, norms) if norms else None
+        before = self._renorm(region, task, norms) if norms else None
         with _training(parameters), torch.enable_grad():
             outcome = fit(
                 task,
@@ -262,18 +263,20 @@ class _Run:
             self.walk.device,
         )
 
-    def _renorm(self, task: Task, norms: Sequence[str]) -> tuple[float, float | None] | None:
+    def _statistics(self, norms: Iterable[BatchNorm]) -> dict[str, Tensor]:
+        return {path: value for norm in norms for path, value in own_statistics(self.student, norm).items()}
+
+    def _renorm(self, region: Region, task: Task, norms: Sequence[BatchNorm]) -> tuple[float, float | None] | None:
         """Re-estimate BatchNorm statistics on the images themselves if that lowers the error -> the error before."""
-        batch, held = self.samples.batch, statistics(self.student, norms)
-        kept = {name: tensor.clone() for name, tensor in held.items()}
+        batch = self.samples.batch
+        kept = {path: value.clone() for path, value in self._statistics(norms).items()}
         before = errors(task, batch, self.shared)
         images = torch.arange(self.samples.train // self.samples.views)
-        reestimate(self.student, norms, task, images, batch, self.shared)
+        reestimate(self.student, region, norms, task, images, batch, self.shared)
         after = errors(task, batch, self.shared)
         if decisive(*after) < decisive(*before):
             return before
-        for name, tensor in held.items():
-            tensor.copy_(kept[name])
+        write(self.student, kept)
         return None
 
     def _recorded(self, place: int, parameters: Mapping[str, Tensor]) -> Fit | None:
