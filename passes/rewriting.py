@@ -79,6 +79,9 @@ def supersede(graph: fx.Graph, chain: Sequence[fx.Node], new: fx.Node) -> None:
     chain[-1].replace_all_uses_with(new)
     for node in reversed(chain):
         graph.erase_node(node)
+    for node in sources:  # a ByMode, such as the training flag of a BatchNorm
+        if node.op == "call_module" and not node.all_input_nodes and not node.users and not node._erased:
+            graph.erase_node(node)
     erase_orphans(graph, sources)
 
 

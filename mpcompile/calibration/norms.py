@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def _as_module(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
 def _as_call(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
     call = call_of(gm, node)
     source = argument(node, 0, "input")
-    if call is None or not isinstance(source, fx.Node) or len(shape_of(source) or ()) != 4:
+    if call is None or not isinstance(source, fx.Node) or len(shape_of(source) or (None,) * 4) != 4:
         return None
     training = argument(node, 5, "training", False)
     if training is not False and not isinstance(training, fx.Node):
@@ -110,6 +111,35 @@ def _as_call(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
 def _off_in_evaluation(gm: fx.GraphModule, node: fx.Node) -> bool:
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     return isinstance(module, ByMode) and module.when_evaluating in (False, 0)
+
+
+@contextlib.contextmanager
+def gathering(gm: fx.GraphModule, norms: Sequence[BatchNorm]) -> Iterator[Callable[[int], None]]:
+    """Let BatchNorms that are calls of functions normalise by batch, and gather running statistics meanwhile.
+
+    Yields:
+        A function to call before each batch with its number: statistics become the plain average over batches.
+    """
+    calls = [norm.node for norm in norms]
+    given = [(node.args, node.kwargs) for node in calls]
+
+    def start(batch: int) -> None:
+        for node in calls:
+            for place, key, value in ((5, "training", True), (6, "momentum", 1 / (batch + 1))):
+                if len(node.args) > place:
+                    node.update_arg(place, value)
+                else:
+                    node.update_kwarg(key, value)
+        if calls:
+            gm.recompile()
+
+    try:
+        yield start
+    finally:
+        for node, (args, kwargs) in zip(calls, given, strict=True):
+            node.args, node.kwargs = args, kwargs
+        if calls:
+            gm.recompile()
 
 
 def own_statistics(gm: nn.Module, norm: BatchNorm) -> Statistics:

@@ -35,7 +35,6 @@ from mpcompile.pruning.scores import DAMPING
 TOWARDS_DENSE = 0.25
 
 
-
 @dataclass(frozen=True)
 class Projection:
     """The result of projecting a layer.

@@ -28,7 +28,7 @@ from mpcompile.reconstruction.activations.rows import Shelf, count_of
 from mpcompile.reconstruction.activations.samples import Samples
 from mpcompile.reconstruction.activations.walk import Step, Walk
 from mpcompile.reconstruction.budget import Cost, lengths, timed
-from mpcompile.reconstruction.finish import Finish
+from mpcompile.reconstruction.finish import Finish, Outputs
 from mpcompile.reconstruction.fit import Fit, Task, decisive, errors, fit, masks_of, trainable
 from mpcompile.reconstruction.importance import Importance, Weigher, Whole
 from mpcompile.reconstruction.norms import norms_of, reestimate
@@ -51,6 +51,7 @@ class Result:
         images, held: number of images, and how many of them were held out.
         views, epochs: rounds over the images, and epochs in each region.
         final: losses of the pass over the whole model, or None without one.
+        outputs: losses of the model's outputs, or None if they could not be computed.
         notes: remarks.
     """
 
@@ -61,6 +62,7 @@ class Result:
     views: int
     epochs: int
     final: Fit | None = None
+    outputs: Outputs | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -302,13 +304,12 @@ class _Run:
                 raise GraphError("a masked weight is not zero", layer=next(names, None), expected=f"its {pattern} mask")
 
     def _finished(self) -> Result:
-        """Run the pass over the whole model, if one is asked for, and collect the new values."""
+        """Run the pass over the whole model, if one is asked for, check its outputs, and collect the new values."""
         options, samples = self.options, self.samples
         result, student = self.result, self.student
-        final = None
+        final, finish = None, Finish(self.walk, [region.output for region in self.regions], self.shared)
         if options.final_epochs:
             parameters = {n: p for n, p in student.named_parameters() if p.is_floating_point()}
-            finish = Finish(self.walk, [region.output for region in self.regions], self.shared)
             self.bar.set_postfix_str("whole model")
             batches = options.final_views * -(-(samples.train // samples.views) // samples.batch)
             with _training(parameters), torch.enable_grad():
@@ -323,9 +324,28 @@ class _Run:
                     batches,
                     self.bar.update,
                 )
+        outputs = self._settled(finish)
         self._check_masks()
         changed = {n: t.detach() for n, t in _floats(student).items() if not torch.equal(t, self.before[n])}
-        return dataclasses.replace(result, values=changed, final=final, notes=samples.notes)
+        return dataclasses.replace(result, values=changed, final=final, outputs=outputs, notes=samples.notes)
+
+    def _settled(self, finish: Finish) -> Outputs | None:
+        """Check the outputs of the whole model; they may not get worse."""
+        floats, samples = _floats(self.student), self.samples
+        values = {name: value for name, value in floats.items() if not torch.equal(value, self.before[name])}
+        if not values:
+            return None
+        few = None if samples.held else list(itertools.islice(samples, _KNOWN))
+        try:
+            outputs = finish.settle(values, self.before, samples.held_out if few is None else lambda: few)
+            if outputs is None:
+                samples.notes.append("the outputs of the whole model are not finite")
+            return outputs
+        except RuntimeError as error:
+            if self.shared:  # the other ranks would wait for this one
+                raise
+            samples.notes.append(f"the outputs of the whole model were not compared: {first_line(error)}")
+            return None
 
 
 def _floats(gm: IRModule) -> dict[str, Tensor]:
