@@ -21,6 +21,7 @@ Statistics = dict[str, Tensor]  # paths of running means and variances -> their 
 STATISTICS = ("running_mean", "running_var")
 TENSORS = (*STATISTICS, "weight", "bias")
 _TORCH_ORDER = frozenset({torch.batch_norm, torch.ops.aten.batch_norm.default})
+_CONSTANT = 1e-6  # of the running variance: a variance below that is none
 _POSITIONS, _TORCH_POSITIONS = (1, 2, 3, 4), (3, 4, 1, 2)  # in F.batch_norm and torch.batch_norm
 
 
@@ -32,6 +33,7 @@ class BatchNorm:
         node: the node that computes it.
         source: its input, (B, C, H, W).
         mean, variance: paths of its running statistics.
+        eps: what is added to the variance.
         reads: the nodes that read them; None if ``node`` calls a module, which holds them.
     """
 
@@ -39,6 +41,7 @@ class BatchNorm:
     source: fx.Node
     mean: str
     variance: str
+    eps: float
     reads: tuple[fx.Node, fx.Node] | None = None
 
 
@@ -88,7 +91,7 @@ def _as_module(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
     if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None:
         return None
     mean, variance = (f"{node.target}.{key}" for key in STATISTICS)
-    return BatchNorm(node, node.all_input_nodes[0], mean, variance)
+    return BatchNorm(node, node.all_input_nodes[0], mean, variance, module.eps)
 
 
 def _as_call(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
@@ -105,7 +108,9 @@ def _as_call(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
     for read in (mean, variance):
         if not isinstance(read, fx.Node) or read.op != "get_attr" or list(read.users) != [node]:
             return None
-    return BatchNorm(node, source, str(mean.target), str(variance.target), (mean, variance))
+    if not isinstance(call.eps, (int, float)):
+        return None
+    return BatchNorm(node, source, str(mean.target), str(variance.target), call.eps, (mean, variance))
 
 
 def _off_in_evaluation(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -155,7 +160,15 @@ def write(gm: nn.Module, statistics: Statistics) -> None:
 
 
 class Sums:
-    """Mean and unbiased variance of the channels of (B, C, ...) tensors, over all that were added, in float64."""
+    """Mean and unbiased variance of the channels of (B, C, ...) tensors, over all that were added, in float64.
+
+    Example:
+        >>> gm = fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(1)))
+        >>> (norm,), sums = batch_norms(gm), Sums()
+        >>> sums.add(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1))
+        >>> sums.statistics(norm)
+        {'0.running_mean': tensor([2.]), '0.running_var': tensor([2.])}
+    """
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
@@ -166,10 +179,35 @@ class Sums:
         part = torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
         self.sums = part if self.sums is None else self.sums + part
 
-    def statistics(self, norm: BatchNorm) -> Statistics:
-        """Return them as the running statistics of a BatchNorm."""
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each channel."""
         assert self.sums is not None
         count, total, square = self.sums
         mean = total / count
-        variance = (square / count - mean.square()).clamp(min=0) * (count / (count - 1).clamp(min=1))
+        return mean, (square / count - mean.square()).clamp(min=0) * (count / (count - 1).clamp(min=1))
+
+    def statistics(self, norm: BatchNorm) -> Statistics:
+        """Return them as the running statistics of a BatchNorm."""
+        mean, variance = self.moments()
         return {norm.mean: mean.float(), norm.variance: variance.float()}
+
+
+def matched(norm: BatchNorm, pruned: Sums, dense: Sums, running: tuple[Tensor, Tensor]) -> Statistics:
+    """Return statistics with which a BatchNorm's outputs have the means and variances of the dense model's outputs.
+
+    A dense model's running statistics come from other images than the calibration's, and more of them: plain averages
+    over the calibration images would move its outputs even if nothing were pruned, and these would not.
+
+    Args:
+        norm: the BatchNorm.
+        pruned, dense: sums over its inputs in both models, on the same images.
+        running: running mean and variance of the dense model's BatchNorm.
+    """
+    (mean, variance), (dense_mean, dense_variance) = pruned.moments(), dense.moments()
+    running_mean, running_variance = (value.double() for value in running)
+    # A channel that is constant in the dense model says nothing about the scale.
+    constant = dense_variance <= _CONSTANT * (running_variance + norm.eps)
+    scale = torch.where(constant, 1.0, variance / dense_variance.clamp(min=1e-300))
+    wanted = ((running_variance + norm.eps) * scale - norm.eps).clamp(min=0)
+    shift = (dense_mean - running_mean) * ((wanted + norm.eps) / (running_variance + norm.eps)).sqrt()
+    return {norm.mean: (mean - shift).float(), norm.variance: wanted.float()}

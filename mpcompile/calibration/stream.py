@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from mpcompile.calibration.data import batches
 from mpcompile.calibration.moments import FULL, Accumulator, Moments, kind_for
-from mpcompile.calibration.norms import BatchNorm, Statistics, Sums
+from mpcompile.calibration.norms import BatchNorm, Statistics, Sums, matched, own_statistics
 from mpcompile.errors import InputError, first_line
 from mpcompile.ir.effects import own_copies, storage, switches, written
 from mpcompile.ir.module import Imported
@@ -238,17 +238,24 @@ class Stream:
 
     @torch.no_grad()
     def channel_statistics(self, norm: BatchNorm, changed_only: bool = True) -> Statistics | None:
-        """Return the statistics of a BatchNorm's input on the pruned side, over batch and positions.
+        """Return statistics for a BatchNorm of the pruned side.
 
-        None if ``changed_only`` and no layer before it was replaced.
+        With a dense side, its outputs get means and variances of the dense outputs; without one, it gets the means and
+        variances of its inputs. None if ``changed_only`` and no layer before it was replaced.
         """
         self.advance(norm.node)
         if changed_only and norm.source not in self.changed:
             return None
-        sums = Sums()
+        ours, theirs = Sums(), Sums()
         for index in range(len(self.shelf)):
-            sums.add(self.shelf[index][1][norm.source])
-        return sums.statistics(norm)
+            dense, pruned = self.shelf[index]
+            ours.add(pruned[norm.source])
+            if self.two_sided:
+                theirs.add(dense[norm.source])
+        if not self.two_sided:
+            return ours.statistics(norm)
+        mean, variance = own_statistics(self.gm, norm).values()
+        return matched(norm, ours, theirs, (mean, variance))
 
 
 def _apply(layer: LayerOp, x: Tensor, weight: Tensor) -> Tensor:

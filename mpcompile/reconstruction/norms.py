@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from mpcompile.calibration.norms import BatchNorm, Sums, batch_norms, write
+from mpcompile.calibration.norms import BatchNorm, Sums, batch_norms, matched, own_statistics, write
 from mpcompile.data import ranks
-from mpcompile.reconstruction.activations.walk import between, extract, run_part
-from mpcompile.reconstruction.fit import Task
+from mpcompile.reconstruction.activations.walk import Walk, between, extract, run_part
 from mpcompile.reconstruction.regions import Region
 
 
@@ -21,26 +20,34 @@ def norms_of(gm: fx.GraphModule, region: Region) -> list[BatchNorm]:
 
 
 @torch.no_grad()
-def reestimate(
-    gm: fx.GraphModule, region: Region, norms: Sequence[BatchNorm], task: Task, places: Tensor, batch: int, shared: bool
-) -> None:
-    """Set mean and variance of BatchNorms to those of their inputs on some samples, one BatchNorm after the other.
+def match(walk: Walk, region: Region, norms: Sequence[BatchNorm], places: Tensor, batch: int, shared: bool) -> None:
+    """Give the outputs of BatchNorms the means and variances of the dense model's, one BatchNorm after the other.
 
     Args:
-        gm: the student.
+        walk: student and twin, at the region.
         region: the region.
         norms: from :func:`norms_of`.
-        task: the values that the region reads.
-        places: the samples.
+        places: samples on which means and variances are taken.
         batch: samples that run at a time.
         shared: use the samples of all ranks.
     """
     for norm in norms:
-        nodes, _ = between(gm, [norm.source], region.inputs)
-        part = extract(gm, nodes, region.inputs, [norm.source])
-        sums = Sums()
-        for index in places.split(batch):
-            sums.add(run_part(part, task.values(index))[0])
-        if shared and sums.sums is not None:
-            ranks.average(sums.sums)
-        write(gm, sums.statistics(norm))
+        ours = _sums(walk, region, norm, places, batch, shared, dense=False)
+        theirs = _sums(walk, region, norm, places, batch, shared, dense=True)
+        mean, variance = own_statistics(walk.twin, norm).values()
+        write(walk.student, matched(norm, ours, theirs, (mean, variance)))
+
+
+def _sums(walk: Walk, region: Region, norm: BatchNorm, places: Tensor, batch: int, shared: bool, dense: bool) -> Sums:
+    """Return the sums over a BatchNorm's inputs in one of the models."""
+    gm, side = (walk.twin, walk.targets) if dense else (walk.student, walk.values)
+    nodes, _ = between(walk.student, [norm.source], region.inputs)
+    groups: list[list[fx.Node]] = [nodes, list(region.inputs), [norm.source]]
+    if dense:
+        groups = [[walk.twin_of[node] for node in group] for group in groups]
+    part, sums = extract(gm, *groups), Sums()
+    for index in places.split(batch):
+        sums.add(run_part(part, [side[node].take(index, walk.device) for node in region.inputs])[0])
+    if shared and sums.sums is not None:
+        ranks.average(sums.sums)
+    return sums

@@ -31,7 +31,7 @@ from mpcompile.reconstruction.budget import Cost, lengths, timed
 from mpcompile.reconstruction.finish import Finish, Outputs
 from mpcompile.reconstruction.fit import Fit, Task, decisive, errors, fit, masks_of, trainable
 from mpcompile.reconstruction.importance import Importance, Weigher, Whole
-from mpcompile.reconstruction.norms import norms_of, reestimate
+from mpcompile.reconstruction.norms import match, norms_of
 from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.reconstruction.records import Records, stamp
 from mpcompile.reconstruction.regions import Region
@@ -274,7 +274,7 @@ class _Run:
         kept = {path: value.clone() for path, value in self._statistics(norms).items()}
         before = errors(task, batch, self.shared)
         images = torch.arange(self.samples.train // self.samples.views)
-        reestimate(self.student, region, norms, task, images, batch, self.shared)
+        match(self.walk, region, norms, images, batch, self.shared)
         after = errors(task, batch, self.shared)
         if decisive(*after) < decisive(*before):
             return before
