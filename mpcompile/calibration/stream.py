@@ -237,12 +237,13 @@ class Stream:
         return ([self.shelf[i][0][n] for n in placeholders] for i in range(len(self.shelf)))
 
     @torch.no_grad()
-    def channel_statistics(self, norm: BatchNorm, changed_only: bool = True) -> Statistics | None:
+    def channel_statistics(self, norm: BatchNorm, changed_only: bool = True, match: bool = True) -> Statistics | None:
         """Return statistics for a BatchNorm of the pruned side.
 
-        With a dense side, its outputs get means and variances of the dense outputs; without one, it gets the means and
-        variances of its inputs. None if ``changed_only`` and no layer before it was replaced.
+        With ``match`` and a dense side, its outputs get means and variances of the dense outputs; else, it gets the
+        means and variances of its inputs. None if ``changed_only`` and no layer before it was replaced.
         """
+        match = match and self.two_sided
         self.advance(norm.node)
         if changed_only and norm.source not in self.changed:
             return None
@@ -250,9 +251,9 @@ class Stream:
         for index in range(len(self.shelf)):
             dense, pruned = self.shelf[index]
             ours.add(pruned[norm.source])
-            if self.two_sided:
+            if match:
                 theirs.add(dense[norm.source])
-        if not self.two_sided:
+        if not match:
             return ours.statistics(norm)
         mean, variance = own_statistics(self.gm, norm).values()
         return matched(norm, ours, theirs, (mean, variance))

@@ -29,9 +29,8 @@ from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.pruning import refit, scores
 from mpcompile.pruning.scores import DAMPING
 
-# A fit to dense outputs from pruned inputs shrinks the components that it cannot predict. Re-estimated BatchNorm
-# statistics undo that; without them, fitting fully to the dense outputs overfits: of 0, 1/4, 1/2 and 1, 1/4 was best on
-# held-out images.
+# A fit to dense outputs from pruned inputs shrinks the components that it cannot predict, and fitting fully to the
+# dense outputs overfits: of 0, 1/4, 1/2 and 1, 1/4 was best on held-out images.
 TOWARDS_DENSE = 0.25
 
 
@@ -221,7 +220,7 @@ def in_sequence(
     *,
     memory: int,
     towards_dense: bool,
-    renorm: bool,
+    renorm: str | None,
     statistics: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Projection], Statistics]:
@@ -233,9 +232,10 @@ def in_sequence(
         decide: name and moments -> projection of the layer.
         calibration: batches; read once.
         memory: bytes that moments may take, and as many again for the activations held between layers.
-        towards_dense: fit layers towards the outputs of the dense model: all the way in models with BatchNorms that are
-            re-estimated, :data:`TOWARDS_DENSE` of the way in others.
-        renorm: re-estimate the statistics of BatchNorms after projected layers.
+        towards_dense: fit layers towards the outputs of the dense model: all the way in models whose BatchNorms are
+            adapted, :data:`TOWARDS_DENSE` of the way in others.
+        renorm: how the statistics of BatchNorms after projected layers follow: ``"match"``, ``"adapt"``, or None if
+            they stay (see :class:`mpcompile.Config`).
         statistics: a folder that keeps the moments of layers, so that an interrupted run resumes.
         options: everything else that the moments depend on; moments of other options are gathered again.
 
@@ -245,7 +245,7 @@ def in_sequence(
     norm_at = {norm.node: norm for norm in batch_norms(model.gm)} if renorm else {}
     towards = 0.0
     if towards_dense:
-        towards = 1.0 if norm_at else TOWARDS_DENSE
+        towards = 1.0 if norm_at and renorm == "adapt" else TOWARDS_DENSE
     stream = Stream(model, calibration, memory, towards)
     records = Records(statistics, "")
     if statistics is not None:
@@ -260,7 +260,7 @@ def in_sequence(
     stops = [n for n in model.gm.graph.nodes if n in layer_at or n in norm_at]
     for node in tqdm(stops, desc="prune", unit="layer", disable=None):
         if node in norm_at:
-            _renorm(stream, norm_at[node], norms)
+            _renorm(stream, norm_at[node], norms, match=renorm == "match")
             continue
         name = layer_at[node]
         layer = uses[name][0]
@@ -296,8 +296,8 @@ def reestimate(model: Imported, calibration: Iterable[Any], memory: int) -> Stat
     return norms
 
 
-def _renorm(stream: Stream, norm: BatchNorm, norms: Statistics, changed_only: bool = True) -> None:
-    statistics = stream.channel_statistics(norm, changed_only)
+def _renorm(stream: Stream, norm: BatchNorm, norms: Statistics, changed_only: bool = True, match: bool = False) -> None:
+    statistics = stream.channel_statistics(norm, changed_only, match)
     if statistics is not None:
         norms |= statistics
         stream.renorm(norm, statistics)

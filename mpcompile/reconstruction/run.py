@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from mpcompile.calibration.norms import BatchNorm, own_statistics, write
+from mpcompile.calibration.norms import own_statistics, write
 from mpcompile.data import ranks
 from mpcompile.errors import GraphError, first_line
 from mpcompile.ir.effects import storage
@@ -224,7 +224,8 @@ class _Run:
         """Train one region, or read its values from the folder."""
         parameters, region = self.parameters[place], step.region
         norms = norms_of(self.student, region)
-        state = {**parameters, **self._statistics(norms)}
+        running = {path: value for norm in norms for path, value in own_statistics(self.student, norm).items()}
+        state = {**parameters, **running}
         known = self._recorded(place, state)
         if known is not None:
             self.bar.update(self.samples.train * self.epochs * 3)
@@ -233,7 +234,13 @@ class _Run:
         if not parameters:
             now, held = errors(task, self.samples.batch, self.shared)
             return Fit(now, now, held, held, "its weights are shared with other parts of the model")
-        before = self._renorm(region, task, norms) if norms else None
+        images = torch.arange(self.samples.train // self.samples.views)
+
+        def settle() -> None:
+            if norms:
+                match(self.walk, region, norms, images, self.samples.batch, self.shared)
+
+        before = self._matched(task, running, settle) if norms else None
         with _training(parameters), torch.enable_grad():
             outcome = fit(
                 task,
@@ -244,6 +251,8 @@ class _Run:
                 self.options.seed + 1_000_003 * (place + 1),
                 shared=self.shared,
                 tick=lambda samples: self.bar.update(3 * samples),
+                statistics=running,
+                settle=settle,
             )
         if before is not None:  # better statistics are new values even if training them brought nothing
             outcome = dataclasses.replace(outcome, before=before[0], held_before=before[1], reason=None)
@@ -265,18 +274,14 @@ class _Run:
             self.walk.device,
         )
 
-    def _statistics(self, norms: Iterable[BatchNorm]) -> dict[str, Tensor]:
-        return {path: value for norm in norms for path, value in own_statistics(self.student, norm).items()}
-
-    def _renorm(self, region: Region, task: Task, norms: Sequence[BatchNorm]) -> tuple[float, float | None] | None:
-        """Re-estimate BatchNorm statistics on the images themselves if that lowers the error -> the error before."""
-        batch = self.samples.batch
-        kept = {path: value.clone() for path, value in self._statistics(norms).items()}
-        before = errors(task, batch, self.shared)
-        images = torch.arange(self.samples.train // self.samples.views)
-        match(self.walk, region, norms, images, batch, self.shared)
-        after = errors(task, batch, self.shared)
-        if decisive(*after) < decisive(*before):
+    def _matched(
+        self, task: Task, running: Mapping[str, Tensor], match: Callable[[], object]
+    ) -> tuple[float, float | None] | None:
+        """Match BatchNorm statistics to the dense model if that lowers the error -> the error before."""
+        kept = {path: value.clone() for path, value in running.items()}
+        before = errors(task, self.samples.batch, self.shared)
+        match()
+        if decisive(*errors(task, self.samples.batch, self.shared)) < decisive(*before):
             return before
         write(self.student, kept)
         return None

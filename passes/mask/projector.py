@@ -98,7 +98,7 @@ class Projector:
             calibration,
             memory=calibration.memory,
             towards_dense=calibration.policy == "pruned_to_dense",
-            renorm=ctx.renorm,
+            renorm=ctx.config.batch_norm if ctx.renorm else None,
             statistics=calibration.statistics,
             options={**ctx.config.to_dict(), "seed": ctx.seed},
         )

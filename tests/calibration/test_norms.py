@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import fx, nn
 
 import mpcompile
 from mpcompile import Config
-from mpcompile.calibration.norms import Sums, batch_norms, gathering
+from mpcompile.calibration.norms import Sums, batch_norms, gathering, matched
 from mpcompile.layers import ByMode
 from tests.support.helpers import images
 
@@ -132,3 +134,23 @@ def test_sums_are_mean_and_unbiased_variance():
     mean, variance = sums.statistics(norm).values()
     torch.testing.assert_close(mean, values.mean(1))
     torch.testing.assert_close(variance, values.var(1))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 3))
+def test_matched_statistics_undo_any_scale_and_shift(seed, parts):
+    """Of x * a + b a BatchNorm yields what the dense one yields of x; of x itself its statistics are the dense ones."""
+    generator = torch.Generator().manual_seed(seed)
+    x = [torch.randn(4, 5, 3, 3, generator=generator) * 2 + 1 for _ in range(parts)]
+    x = [part.index_fill(1, torch.tensor([4]), 0.5) for part in x]  # a constant channel
+    a, b = (torch.rand(1, 5, 1, 1, generator=generator) + 0.5 for _ in range(2))
+    running = torch.randn(5, generator=generator), torch.rand(5, generator=generator) + 0.5
+    (norm,) = batch_norms(fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(5, eps=1e-3))))
+    dense, same, moved = Sums(), Sums(), Sums()
+    for part in x:
+        dense.add(part), same.add(part), moved.add(part * a + b)
+    for value, wanted in zip(matched(norm, same, dense, running).values(), running, strict=True):
+        torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
+    mean, variance = matched(norm, moved, dense, running).values()
+    for part in x:
+        ours, theirs = part * a + b, F.batch_norm(part, *running, eps=1e-3)
+        torch.testing.assert_close(F.batch_norm(ours, mean, variance, eps=1e-3), theirs, atol=1e-4, rtol=1e-4)
