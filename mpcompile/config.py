@@ -17,12 +17,12 @@ from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "wanda", "covariance", "obs", "ser")
 _WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alone
-CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
+# Values of the argument calibrate of mpcompile.transform.
+CALIBRATIONS = ("pruned_to_dense", "adapted", "pruned", "dense")
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
 SCHEDULES = ("auto", "constant", "linear", "parabolic")
 METHODS = ("tome", "saliency")
-BATCH_NORM = ("match", "adapt")
 ROLES = ("stem", "head", "depthwise")
 
 _WORDS = (str,)
@@ -38,7 +38,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "score": _WORDS,
     "permute": (bool, type(None)),
     "restore": (bool,),
-    "batch_norm": _WORDS,
     "engine": _WORDS,
     "exclude": (tuple,),
     "include": (tuple,),
@@ -99,9 +98,6 @@ class Config:
             there is calibration data.
         restore: with calibration data, refit kept values by least squares, and swap kept for removed ones where that
             lowers the error. (BatchNorm statistics are re-estimated in any case.)
-        batch_norm: how BatchNorm statistics follow the masks, with calibration data. ``"match"``: the BatchNorm's
-            outputs get the means and variances of the dense model's. ``"adapt"``: the statistics become those of the
-            calibration images, which also adapts the model to them if they differ from the images of its training.
         engine: the engine of masked layers: ``"cpu"`` (native kernels on packed weights); on CUDA
             ``"gluon_wgmma_sp"``, ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and
             ``"triton_expand"`` (any N:M, expanded in registers); ``"reference"`` (packed values + bitmask, plain
@@ -141,7 +137,6 @@ class Config:
     score: str = "obs"
     permute: bool | None = None
     restore: bool = True
-    batch_norm: str = "match"
     engine: str = "auto"
     exclude: tuple[str, ...] = ROLES
     include: tuple[str, ...] = ()
@@ -168,7 +163,6 @@ class Config:
         if self.pattern not in ("dense", "auto"):
             Pattern.parse(self.pattern)
         named = {"score": SCORES, "engine": ENGINES, "tome_method": METHODS, "tome_schedule": SCHEDULES}
-        named |= {"batch_norm": BATCH_NORM}
         for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(

@@ -39,7 +39,7 @@ DISTILLATION: dict[str, dict[str, Any]] = {
     "resnet20": {"lr": 1e-4, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0, "bn_batches": 20},
     "resnet44": {"lr": 1e-4, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0, "bn_batches": 20},
 }
-KEY = ("model", "pattern", "tome_r", "seed", "holdout", "batch_norm", "distill", "options")
+KEY = ("model", "pattern", "tome_r", "seed", "holdout", "calibrate", "distill", "options")
 
 
 class Counter:
@@ -102,8 +102,9 @@ def measure(job: Task, args: argparse.Namespace, key: dict[str, Any], options: R
     count = min(args.images or IMAGES[args.model], len(x))
     batches = list(x[draw(labels.tolist(), count, seed)].split(50))
     name = f"{args.model}-{pattern}-{r}-{seed}-{count}-{args.holdout}"
-    config = Config(pattern=pattern, tome_r=r, batch_norm=args.batch_norm)
-    gm, spent = kept(args.work, name, lambda: mpcompile.transform(job.model, x[:2], config, batches, seed=seed))
+    how = {"calibrate": args.calibrate, "seed": seed}
+    config = Config(pattern=pattern, tome_r=r)
+    gm, spent = kept(args.work, name, lambda: mpcompile.transform(job.model, x[:2], config, batches, **how))
     first, hits = counter.row(gm.eval())
     row = {**key, "dense": int(counter.right.sum()), "of": len(counter.right), "masked": {**first, **spent}}
     print(f"masked: {first['right']} of {row['of']}, divergence {first['divergence']}", flush=True)
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, help="rounds over the images, in place of a time budget")
     parser.add_argument("--epochs", type=int, help="epochs per region, in place of a time budget")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="other options of Reconstruction")
-    parser.add_argument("--batch-norm", default="match", choices=["match", "adapt"])
+    parser.add_argument("--calibrate", default="pruned_to_dense", choices=["pruned_to_dense", "adapted"])
     parser.add_argument("--masks-only", action="store_true", help="no reconstruction")
     parser.add_argument("--distill", type=int, default=0, metavar="EPOCHS", help="epochs of distillation at the end")
     parser.add_argument("--distill-lr", type=float)
@@ -161,8 +162,8 @@ def main() -> None:
     for pattern, r, seed in itertools.product(args.patterns, args.tome_r, args.seeds):
         kinds = {"distill": [args.distill, args.distill_lr], "options": None if args.masks_only else given}
         key = {"model": args.model, "pattern": pattern, "tome_r": r, "seed": seed, "holdout": args.holdout}
-        key |= {"batch_norm": args.batch_norm, **kinds}
-        if any(all(row.get(k, "match") == key[k] for k in KEY) for row in result["rows"]):
+        key |= {"calibrate": args.calibrate, **kinds}
+        if any(all(row.get(k, "pruned_to_dense") == key[k] for k in KEY) for row in result["rows"]):
             continue
         result["rows"].append({**measure(job, args, key, options), "environment": environment()})
         save(args.name, result, args.out)

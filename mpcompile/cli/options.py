@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from mpcompile.cli.destinations import FILE, declare
-from mpcompile.config import BATCH_NORM, ENGINES, METHODS, SCHEDULES, SCORES, Config
+from mpcompile.config import ENGINES, METHODS, SCHEDULES, SCORES, Config
 from mpcompile.errors import ConfigError, printable_lines
 from mpcompile.io.reading import read_text
 from mpcompile.io.writing import write_atomically
@@ -266,7 +266,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "help": "reorder channels before masking (default: if there is calibration data)",
     },
     "restore": {"action": "store_false", "help": "do not refit the kept weights"},
-    "batch_norm": {"choices": BATCH_NORM, "help": "match BatchNorm to the dense outputs, or adapt it to the images"},
     "engine": {"choices": ENGINES, "help": "kernels that run masked layers"},
     "exclude": {"nargs": "*", "metavar": "NAME", "help": "roles, names or glob patterns of layers that stay dense"},
     "include": {

@@ -219,8 +219,8 @@ def in_sequence(
     calibration: Iterable[Any],
     *,
     memory: int,
-    towards_dense: bool,
-    renorm: str | None,
+    policy: str,
+    renorm: bool,
     statistics: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Projection], Statistics]:
@@ -232,10 +232,10 @@ def in_sequence(
         decide: name and moments -> projection of the layer.
         calibration: batches; read once.
         memory: bytes that moments may take, and as many again for the activations held between layers.
-        towards_dense: fit layers towards the outputs of the dense model: all the way in models whose BatchNorms are
-            adapted, :data:`TOWARDS_DENSE` of the way in others.
-        renorm: how the statistics of BatchNorms after projected layers follow: ``"match"``, ``"adapt"``, or None if
-            they stay (see :class:`mpcompile.Config`).
+        policy: ``calibrate`` of :func:`mpcompile.transform`. ``"pruned_to_dense"`` fits layers towards the outputs of
+            the dense model, :data:`TOWARDS_DENSE` of the way, and ``"adapted"`` all the way if there are BatchNorms.
+        renorm: re-estimate the statistics of BatchNorms after projected layers: matched to the outputs of the dense
+            model, or, if ``policy`` is not ``"pruned_to_dense"``, those of the calibration data.
         statistics: a folder that keeps the moments of layers, so that an interrupted run resumes.
         options: everything else that the moments depend on; moments of other options are gathered again.
 
@@ -243,9 +243,9 @@ def in_sequence(
         The projections by layer name, and the running statistics of each re-estimated BatchNorm by their paths.
     """
     norm_at = {norm.node: norm for norm in batch_norms(model.gm)} if renorm else {}
-    towards = 0.0
-    if towards_dense:
-        towards = 1.0 if norm_at and renorm == "adapt" else TOWARDS_DENSE
+    towards = 0.0 if policy == "pruned" else TOWARDS_DENSE
+    if policy == "adapted" and norm_at:
+        towards = 1.0
     stream = Stream(model, calibration, memory, towards)
     records = Records(statistics, "")
     if statistics is not None:
@@ -260,7 +260,7 @@ def in_sequence(
     stops = [n for n in model.gm.graph.nodes if n in layer_at or n in norm_at]
     for node in tqdm(stops, desc="prune", unit="layer", disable=None):
         if node in norm_at:
-            _renorm(stream, norm_at[node], norms, match=renorm == "match")
+            _renorm(stream, norm_at[node], norms, match=policy == "pruned_to_dense")
             continue
         name = layer_at[node]
         layer = uses[name][0]

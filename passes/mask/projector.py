@@ -97,8 +97,8 @@ class Projector:
             decide,
             calibration,
             memory=calibration.memory,
-            towards_dense=calibration.policy == "pruned_to_dense",
-            renorm=ctx.config.batch_norm if ctx.renorm else None,
+            policy=calibration.policy,
+            renorm=ctx.renorm,
             statistics=calibration.statistics,
             options={**ctx.config.to_dict(), "seed": ctx.seed},
         )

@@ -7,6 +7,7 @@ MLP) reaches a smaller error with less data. The masks stay as they are. The sci
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,7 @@ from mpcompile.passes.reconstruct.sides import fixed_size, sides
 from mpcompile.reconstruction.finish import Outputs
 from mpcompile.reconstruction.fit import Fit
 from mpcompile.reconstruction.options import Reconstruction
-from mpcompile.reconstruction.regions import find
+from mpcompile.reconstruction.regions import Region, find
 from mpcompile.reconstruction.run import run
 
 
@@ -111,6 +112,9 @@ class Reconstruct(Pass):
         notes = []
         if all(region.kind == "layer" for region in regions):
             notes.append("no block found: each masked layer is trained by itself")
+        outside = _outside(student, regions)
+        if outside:
+            notes.append(f"in no region, and left as they are: {', '.join(outside)}")
         result = run(
             student,
             twin,
@@ -167,6 +171,12 @@ class Reconstruct(Pass):
         for name, values in decision.values.items():
             attribute(gm, name).copy_(values)
         return bool(decision.values)
+
+
+def _outside(gm: IRModule, regions: Sequence[Region]) -> list[str]:
+    """Return the names of masked layers that no region holds."""
+    inside = {node for region in regions for node in region.nodes}
+    return sorted({layer.name for layer in layers(gm) if layer.pattern is not None and layer.node not in inside})
 
 
 def _told(outputs: Outputs) -> str:

@@ -225,7 +225,7 @@ def test_vit_with_merging_is_calibrated_on_the_merged_graph():
     assert not any(verify(gm).values())
 
 
-@pytest.mark.parametrize("calibrate", ["pruned_to_dense", "pruned", "dense"])
+@pytest.mark.parametrize("calibrate", ["pruned_to_dense", "adapted", "pruned", "dense"])
 @pytest.mark.parametrize("options", [{}, {"restore": False}, {"restore": False, "score": "magnitude"}], ids=str)
 def test_batch_norms_are_re_estimated(calibrate, options):
     torch.manual_seed(0)
