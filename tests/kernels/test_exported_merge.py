@@ -44,8 +44,9 @@ def test_hidden_tokens_stay_hidden():
     torch.manual_seed(0)
     x, keys, size = torch.randn(2, 21, 6), torch.randn(2, 1, 21, 5), torch.ones(2, 21, 1)
     size[:, 14:] = 0
-    merged, sizes, _ = exported.token_merge(x, keys, size, 5, 1, size_weight=0.05, keep_norm=True)
-    expected = reference.token_merge(x, keys, size, 5, 1, size_weight=0.05, keep_norm=True)
+    args = (x, keys, size, 5, 1, 0, None, 0.0, 0.05, True)
+    merged, sizes, _ = exported.token_merge(*args)
+    expected = reference.token_merge(*args)
     assert torch.equal(sizes, expected[1]) and bool((sizes == 0).any())
     torch.testing.assert_close(merged * (sizes > 0), expected[0] * (sizes > 0), rtol=1e-5, atol=1e-6)
     assert merged.isfinite().all()
