@@ -105,7 +105,7 @@ def audit(
     builds = _dense_builds(model, first, dense_compiled, dense_bf16, rounds)
     rows = [_dense_row(name, first) for name in builds]
     builds |= {**(others or {}), COMPILED: compiled}
-    rivals, ours = _in_runtimes(model, compiled, first, runtimes, calibration)
+    rivals, ours = _in_runtimes(model, compiled, first, runtimes, calibration, progress)
     builds |= {row.name: build for row, build in (*rivals, *ours) if build is not None}
     rows += [row for row, _ in rivals] + [Row(name) for name in others or ()] + [row for row, _ in ours]
     report = Report([*rows, Row(COMPILED, precision=precision_of(first))], conditions(first))
@@ -145,7 +145,12 @@ def _dense_row(name: str, batch: Any) -> Row:
 
 
 def _in_runtimes(
-    model: nn.Module, compiled: Build, batch: Any, runtimes: Sequence[Runtime], calibration: Iterable[Any] | None
+    model: nn.Module,
+    compiled: Build,
+    batch: Any,
+    runtimes: Sequence[Runtime],
+    calibration: Iterable[Any] | None,
+    progress: bool,
 ) -> tuple[list[Entry], list[Entry]]:
     """Return the rows of other runtimes: for the dense model, and for the transformed graph if there is one."""
     if not runtimes:
@@ -153,8 +158,8 @@ def _in_runtimes(
     check_device(batch)
     data = None if calibration is None else list(calibration)
     graph = module_of(compiled)
-    rivals = rival_rows(model, batch, runtimes, data, dense=True)
-    return rivals, rival_rows(graph, batch, runtimes, data, dense=False) if isinstance(graph, IRModule) else []
+    rivals = rival_rows(model, batch, runtimes, data, True, progress)
+    return rivals, rival_rows(graph, batch, runtimes, data, False, progress) if isinstance(graph, IRModule) else []
 
 
 def _sample_count(batch: Any) -> int:

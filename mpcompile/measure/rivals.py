@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mpcompile.data.calls import call_form
 from mpcompile.data.outputs import numbers_of
@@ -46,7 +47,12 @@ def check_device(batch: Any) -> None:
 
 
 def rival_rows(
-    model: nn.Module, batch: Any, runtimes: Sequence[Runtime], calibration: Iterable[Any] | None, dense: bool
+    model: nn.Module,
+    batch: Any,
+    runtimes: Sequence[Runtime],
+    calibration: Iterable[Any] | None,
+    dense: bool,
+    progress: bool = False,
 ) -> list[Entry]:
     """Return one row for a model in every runtime and precision, with its build or the reason why there is none.
 
@@ -56,6 +62,7 @@ def rival_rows(
         runtimes: the runtimes, which are installed.
         calibration: batches from which the ranges of int8 are taken.
         dense: True for the dense model.
+        progress: show a progress bar (on a terminal): quantisation takes a while.
     """
     args, kwargs = in_fp32(call_form(model, batch))
     whole, label = fp32_copy(model), "dense" if dense else graph_label(model)
@@ -72,8 +79,9 @@ def rival_rows(
         with exported(whole, kwargs or args) as path, torch.no_grad():
             expected = numbers_of(whole(*args, **kwargs))
             data = [call_form(model, part) for part in calibration or ()]
+            bar = tqdm(rows, desc="convert", unit="build", disable=None if progress else True)
             by_title = {runtime.title: runtime for runtime in runtimes}
-            return [_entry(row, by_title[row.runtime], model, path, (args, kwargs), data, expected) for row in rows]
+            return [_entry(row, by_title[row.runtime], model, path, (args, kwargs), data, expected) for row in bar]
     except Exception as error:
         for row in rows:
             row.reason = _reason(error)
