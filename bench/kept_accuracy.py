@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,8 @@ from bench.common import (
 from bench.masks.ladder import right, task
 from mpcompile import Config, transform
 from mpcompile.backend import mpsparse
+from mpcompile.runtimes.catalogue import RUNTIMES
+from mpcompile.runtimes.catalogue import build as runtime_build
 
 NAME = "kept_accuracy"
 BUILDS: dict[str, dict[str, Any]] = {
@@ -55,23 +55,9 @@ def dense_builds(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
     builds: dict[str, Callable[[], Any]] = {"torch eager": functools.partial(model, x)}
     for name, freezing in (("torch compile", False), ("torch compile, frozen", True)):
         builds[name] = functools.partial(compiled_dense(model, x, freezing=freezing)[0], x)
-    exported = io.BytesIO()
-    torch.onnx.export(model, (x,), exported, dynamo=False)
-    threads = torch.get_num_threads()
-    if importlib.util.find_spec("onnxruntime"):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(exported.getvalue(), options, ["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: x.numpy()}
-        builds["ONNX Runtime"] = lambda: torch.from_numpy(session.run(None, feed)[0])
-    if importlib.util.find_spec("openvino"):
-        import openvino
-
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        request = openvino.compile_model(openvino.Core().read_model(exported.getvalue()), "CPU", settings)
-        builds["OpenVINO"] = lambda: torch.from_numpy(request(x.numpy())[0])
+    for name, runtime in RUNTIMES.items():
+        if runtime.installed:
+            builds[runtime.title] = functools.partial(runtime_build(model, x, name), x)
     return builds
 
 

@@ -136,14 +136,14 @@ def token_merge(
     received = share.sum(-1, keepdim=True)
     grown = size[:, odd::2] + received
     # The weighted average as a step from the target's value, so that a target that receives nothing is unchanged.
-    into, arriving = x[:, odd::2].float(), _rows(x, sources).float()
+    into, arriving = x[:, odd::2].float(), gathered_rows(x, sources).float()
     total = grown.clamp(min=TINY)
     average = into + (share @ arriving - received * into) / total
     if keep_norm:
         norm = _norm(into)
         norm = norm + (share @ _norm(arriving) - received * norm) / total
         average = torch.where(received > 0, average * (norm / _norm(average).clamp(min=TINY)), average)
-    merged = torch.cat([x[:, :prefix], _rows(x, rest), average.to(x.dtype)], 1)
+    merged = torch.cat([x[:, :prefix], gathered_rows(x, rest), average.to(x.dtype)], 1)
     sizes = torch.cat([size[:, :prefix], size.gather(1, rest), grown], 1)
     of_a = torch.where(of_a < rest.shape[1], of_a, rest.shape[1] + target)
     return merged, sizes, places(of_a, rest.shape[1], prefix, tokens)
@@ -169,7 +169,7 @@ def with_suffix(
     return *ends, torch.cat([place, behind], 1)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
     """Gather rows: x (B, N, C), index (B, n, 1) -> (B, n, C)."""
     first = x.shape[1] * torch.arange(x.shape[0], device=x.device).view(-1, 1, 1)
     return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape[:2])

@@ -9,7 +9,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.ir.module import IRModule
 from mpcompile.kernels.store import cache_folder
 from mpcompile.measure.audit import audit
-from mpcompile.measure.report import BARS, COMPILED, DENSE_EAGER, Report
+from mpcompile.measure.report import COMPILED, DENSE_EAGER, Report
 from mpcompile.pipeline import transform
 from mpcompile.plan import Plan
 from mpcompile.rmt.analysis import analyze
@@ -257,7 +256,7 @@ def summary(out: Path, dense: nn.Module, report: Report, plan: Plan) -> str:
     """
     was: Any = report[DENSE_EAGER]
     now: Any = report[COMPILED]
-    best: Any = min((row for row in report.rows if row.name in BARS), key=lambda row: row.latency_ms or math.inf)
+    best: Any = report.best_dense
     weights = sum(parameter.numel() for parameter in dense.parameters())
     patterns = ", ".join(sorted({layer.pattern for layer in plan.layers.values()} - {"dense"}))
     points = 100 * (now.correct - was.correct) / was.samples

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,12 @@ from torch.utils import _pytree as pytree
 from mpcompile.capture.signature import input_names, output_names
 from mpcompile.config import Config
 from mpcompile.errors import ConfigError, GraphError, first_line
-from mpcompile.export.pt2 import export_lowered, finish
+from mpcompile.export.pt2 import call_arguments, export_lowered, finish
 from mpcompile.io.ownership import write_signed
+from mpcompile.kernels import ops
+from mpcompile.kernels.token_merge.exported import token_merge
 from mpcompile.pipeline import lower
+from mpcompile.runtimes.onnxruntime import OnnxRuntime
 
 
 def save_onnx(gm: nn.Module, example: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = False) -> None:
@@ -49,24 +51,45 @@ def save_onnx(gm: nn.Module, example: Any, path: str | os.PathLike[str], *, dyna
         >>> mpcompile.export.run_exported("model.onnx", "onnx", {"input": torch.randn(3, 16)}).shape
         torch.Size([3, 4])
     """
+    converted = _converted(gm, example, Config(engine="dense"), dynamic_batch)
+    write_signed(path, lambda temporary: converted.save(temporary, include_initializers=True), suffix=".onnx")
+
+
+def write_onnx(model: nn.Module, example: Any, path: Path) -> None:
+    """Write an ONNX file of a model as it is, for a runtime: a dense model stays dense and computes all of its tokens.
+
+    Args:
+        model: a dense model, or one from :func:`mpcompile.transform`.
+        example: as in :func:`save_onnx`.
+        path: the file, which is overwritten.
+
+    Raises:
+        MPCompileError: as :func:`save_onnx`.
+    """
+    as_it_is = Config(pattern="dense", engine="dense", skip_dead_tokens=False)
+    _converted(model, example, as_it_is, dynamic_batch=False).save(path, include_initializers=True)
+
+
+def _converted(model: nn.Module, example: Any, config: Config, dynamic_batch: bool) -> torch.onnx.ONNXProgram:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"ONNX needs the package {' and '.join(missing)}", hint="pip install 'mpcompile[onnx]'")
-    lowered = lower(gm, example, Config(engine="dense"))
+    lowered = lower(model, example, config)
     outputs = _return_tensors(lowered)
-    exported = export_lowered(lowered, example, "dense", dynamic_batch)
+    exported = export_lowered(lowered, example, "dense", dynamic_batch, {ops.token_merge: token_merge})
     inputs = _tensor_inputs(exported)
     outputs = [f"output.{name}" if name in inputs else name for name in outputs]
     try:
-        converted = torch.onnx.export(
-            exported, (), dynamo=True, verbose=False, input_names=inputs, output_names=outputs
-        )
+        with torch.no_grad():  # attention with a bias that needs gradients has another layout
+            converted = torch.onnx.export(
+                exported, (), dynamo=True, verbose=False, input_names=inputs, output_names=outputs
+            )
     except Exception as error:
         raise GraphError(
             f"the graph cannot be converted to ONNX: {first_line(_cause(error)):.200}", hint="export pt2 or aoti"
         ) from error
     assert converted is not None  # with dynamo=True
-    write_signed(path, lambda temporary: converted.save(temporary, include_initializers=True), suffix=".onnx")
+    return converted
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -97,31 +120,8 @@ def _tensor_inputs(exported: torch.export.ExportedProgram) -> list[str]:
 
 def run(path: Path, example: Any) -> Any:
     """Return the output of an ONNX file, or a dict of several by name; None if onnxruntime is not installed."""
-    if importlib.util.find_spec("onnxruntime") is None:
+    runtime = OnnxRuntime()
+    if not runtime.installed:
         return None
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feed = _feed([node.name for node in session.get_inputs()], example)
-    names = [node.name for node in session.get_outputs()]
-    found = dict(zip(names, map(torch.from_numpy, session.run(names, feed)), strict=True))
-    return next(iter(found.values())) if len(found) == 1 else found
-
-
-def _feed(names: list[str], example: Any) -> dict[str, Any]:
-    """Return the arrays of an example by the names of the inputs: by keyword for a mapping, else in their order."""
-    if not isinstance(example, Mapping):
-        given = example if isinstance(example, (tuple, list)) else (example,)
-        given = [value for value in given if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))]
-        example = dict(zip(dict.fromkeys(name.partition(".")[0] for name in names), given, strict=True))
-    owners = {name.partition(".")[0] for name in names}
-    if len(owners) == 1 and not owners & example.keys():  # the mapping is the one input
-        example = {owners.pop(): example}
-    leaves = {}
-    for keys, leaf in pytree.tree_leaves_with_path(_plain(example)):
-        leaves[".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)] = leaf
-    return {name: leaves[name].numpy() for name in names}
-
-
-def _plain(value: Any) -> Any:
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    args, kwargs = call_arguments(example)
+    return runtime.load(path)(*args, **kwargs)

@@ -81,9 +81,17 @@ def finish(gm: fx.GraphModule, function: Callable[[Any], Any]) -> None:
 
 
 def export_lowered(
-    lowered: fx.GraphModule, example: Any, engine: str, dynamic_batch: bool
+    lowered: fx.GraphModule,
+    example: Any,
+    engine: str,
+    dynamic_batch: bool,
+    rules: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> torch.export.ExportedProgram:
-    """Export a graph that is lowered already; see :func:`program`."""
+    """Export a graph that is lowered already; see :func:`program`.
+
+    Args:
+        rules: for the engine ``"dense"``, decompositions of our operators that replace the usual ones.
+    """
     leaves, spec = pytree.tree_flatten(call_like(lowered, example))
     batched = _batched(leaves) if dynamic_batch else set()
     # torch.export merges two inputs that are the same tensor, and makes a batch of 1 a constant.
@@ -93,7 +101,11 @@ def export_lowered(
         with torch.no_grad():
             shapes = _free_axes(lowered, spec, len(leaves), batched) if dynamic_batch else None
             exported = torch.export.export(lowered, args, kwargs, dynamic_shapes=shapes)
-            return exported.run_decompositions(_own_decompositions()) if engine == "dense" else exported
+            return (
+                exported.run_decompositions(_own_decompositions() | dict(rules or {}))
+                if engine == "dense"
+                else exported
+            )
     except Exception as error:
         if not dynamic_batch:
             hint = "run it through torch.compile instead"

@@ -22,6 +22,7 @@ from mpcompile.data.batches import read
 from mpcompile.data.labels import Labels
 from mpcompile.data.outputs import numbers_of
 from mpcompile.errors import InputError
+from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.builds import Frozen, bf16_build, module_of, run
@@ -30,6 +31,9 @@ from mpcompile.measure.environment import conditions, first_tensor
 from mpcompile.measure.latency import fill_in_latency, time_builds
 from mpcompile.measure.remarks import add_remarks
 from mpcompile.measure.report import COMPILED, DENSE_BF16, DENSE_COMPILED, DENSE_EAGER, DENSE_FROZEN, Report, Row
+from mpcompile.measure.rivals import PAUSE, Entry, check_device, precision_of, rival_rows
+from mpcompile.runtimes.base import Runtime
+from mpcompile.runtimes.catalogue import named
 
 Build = Callable[..., Any]
 __getattr__ = renamed(__name__, {"environment": "measure.environment.conditions"})
@@ -44,6 +48,8 @@ def audit(
     others: Mapping[str, Build] | None = None,
     dense_compiled: Build | None = None,
     dense_bf16: bool | Build | None = None,
+    against: str | Sequence[str] = (),
+    calibration: Iterable[Any] | None = None,
     rounds: int = 20,
     progress: bool = True,
 ) -> Report:
@@ -66,6 +72,11 @@ def audit(
         dense_bf16: show the dense model in bf16: True compiles it with ``torch.compile``, a callable is used as it is
             (called with the unchanged inputs), False shows no such row. None shows it when latency is measured, inputs
             are fp32 and the CPU has native bf16. ``speedup`` is not measured against it.
+        against: other runtimes, of ``"onnxruntime"`` and ``"openvino"``. The dense model joins the comparison in each
+            of them and in every precision that they have here, with as many threads as torch; so does the transformed
+            graph itself, if ``compiled`` is one. The best of torch's and theirs at the audited precision is the
+            baseline of ``speedup``. A row that cannot be measured has a ``reason``.
+        calibration: batches from which these runtimes take the ranges of int8; without it, there is no int8.
         rounds: timings of each build; 0 measures no latency.
         progress: show progress bars (on a terminal).
 
@@ -74,6 +85,8 @@ def audit(
         note says so, and the row's MACs are those of the code that ran.
 
     Raises:
+        ConfigError: a runtime is not installed (the message names the extra that it needs), is not known, or the inputs
+            are not on the CPU.
         InputError: there are no inputs, labels do not match the inputs or the model's classes, or builds return
             outputs of different shapes.
 
@@ -83,23 +96,30 @@ def audit(
         >>> report["compiled sparse"].agree
         1.0
     """
+    runtimes = named(against)
     batches = _non_empty(inputs)
     first = next(batches, None)
     if first is None:
         raise InputError("there are no inputs", expected="at least one sample", found="none")
     known = Labels(labels)
-    builds = _dense_builds(model, first, dense_compiled, dense_bf16, rounds) | dict(others or {})
-    builds[COMPILED] = compiled
-    report = Report([Row(name) for name in builds], conditions(first))
+    builds = _dense_builds(model, first, dense_compiled, dense_bf16, rounds)
+    rows = [_dense_row(name, first) for name in builds]
+    builds |= {**(others or {}), COMPILED: compiled}
+    rivals, ours = _in_runtimes(model, compiled, first, runtimes, calibration, progress)
+    builds |= {row.name: build for row, build in (*rivals, *ours) if build is not None}
+    rows += [row for row, _ in rivals] + [Row(name) for name in others or ()] + [row for row, _ in ours]
+    report = Report([*rows, Row(COMPILED, precision=precision_of(first))], conditions(first))
+    report.environment |= {runtime.name: runtime.version for runtime in runtimes}
+    measured = [row for row in report.rows if row.reason is None]
     modules = {id(m): m for m in map(module_of, builds.values()) if isinstance(m, nn.Module)}
     with training_flags(nn.ModuleList(modules.values()), False), torch.no_grad():
         bar = tqdm(itertools.chain([first], batches), desc="compare", unit="batch", disable=None if progress else True)
-        graphs = _compare(bar, known, builds, report.rows)
+        graphs = _compare(bar, known, builds, measured)
         report.fell_back = not graphs and hasattr(compiled, "_orig_mod")
-        for row in report.rows:
+        for row in measured:
             fill_in_cost(row, builds[row.name], first, graphs, report.fell_back)
         if rounds:
-            fill_in_latency(report.rows, time_builds(builds, first, rounds, progress))
+            fill_in_latency(measured, time_builds(builds, first, rounds, progress, PAUSE if runtimes else 0.0))
     add_remarks(report, compiled, graphs, bool(known.labelled))
     return report
 
@@ -115,6 +135,31 @@ def _dense_builds(
     if in_bf16 is not None:
         builds[DENSE_BF16] = in_bf16
     return builds
+
+
+def _dense_row(name: str, batch: Any) -> Row:
+    """Return the row of a dense build of torch."""
+    if name == DENSE_BF16:
+        return Row(name, precision="bf16", dense=True)
+    return Row(name, precision=precision_of(batch), dense=True, baseline=True)
+
+
+def _in_runtimes(
+    model: nn.Module,
+    compiled: Build,
+    batch: Any,
+    runtimes: Sequence[Runtime],
+    calibration: Iterable[Any] | None,
+    progress: bool,
+) -> tuple[list[Entry], list[Entry]]:
+    """Return the rows of other runtimes: for the dense model, and for the transformed graph if there is one."""
+    if not runtimes:
+        return [], []
+    check_device(batch)
+    data = None if calibration is None else list(calibration)
+    graph = module_of(compiled)
+    rivals = rival_rows(model, batch, runtimes, data, True, progress)
+    return rivals, rival_rows(graph, batch, runtimes, data, False, progress) if isinstance(graph, IRModule) else []
 
 
 def _sample_count(batch: Any) -> int:

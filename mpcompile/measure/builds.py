@@ -1,4 +1,4 @@
-"""Builds of the dense model that an audit compares with: compiled with freezing, and in bf16."""
+"""Builds that an audit compares with: compiled with freezing, in bf16, and in other runtimes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 from mpcompile.data.calls import call_form
 from mpcompile.kernels.machine import has_bf16
 from mpcompile.measure.environment import first_tensor
+from mpcompile.runtimes.base import Build
+from mpcompile.runtimes.catalogue import in_fp32
 
 
 class Frozen:
@@ -51,6 +53,24 @@ class InBf16:
         if isinstance(value, (tuple, list)):
             return [self.cast(part) for part in value]
         return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class InRuntime:
+    """A model in another runtime, with the inputs of the model itself."""
+
+    def __init__(self, model: nn.Module, build: Build) -> None:
+        self._orig_mod = model  # the name that torch.compile uses; MACs are counted from it
+        self.build = build
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.build(*in_fp32(args), **in_fp32(kwargs))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as the runtime stores them."""
+        if self.build.weight_bytes is not None:
+            return self.build.weight_bytes
+        return sum(p.numel() for p in self._orig_mod.parameters()) * (2 if self.build.precision == "bf16" else 4)
 
 
 def bf16_build(model: nn.Module, batch: Any, choice: bool | Callable[..., Any] | None, rounds: int) -> Any:

@@ -15,7 +15,7 @@ from mpcompile.data.calls import call_form, graph_inputs
 from mpcompile.ir.macs import count, flop_counter
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.shapes import propagate
-from mpcompile.measure.builds import InBf16, module_of
+from mpcompile.measure.builds import InBf16, InRuntime, module_of
 from mpcompile.measure.environment import first_tensor
 from mpcompile.measure.report import COMPILED, Row
 
@@ -38,6 +38,8 @@ def fill_in_cost(row: Row, build: Any, batch: Any, graphs: Sequence[CompiledGrap
         row.macs, row.paper_macs = _graph_macs(module, batch)
     else:
         row.macs = row.paper_macs = dense_macs(module, build.cast(batch) if isinstance(build, InBf16) else batch)
+    if isinstance(build, InRuntime):
+        row.weight_bytes = build.weight_bytes
     if row.name != COMPILED or module is build:
         return
     if fell_back:

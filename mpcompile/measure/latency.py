@@ -13,13 +13,22 @@ from tqdm import tqdm
 
 from mpcompile.measure.builds import run
 from mpcompile.measure.environment import first_tensor
-from mpcompile.measure.report import BARS, Row
+from mpcompile.measure.report import Row
 
 
 def time_builds(
-    builds: Mapping[str, Callable[..., Any]], batch: Any, rounds: int, progress: bool
+    builds: Mapping[str, Callable[..., Any]], batch: Any, rounds: int, progress: bool, pause: float = 0.0
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of every call, per build. Each round times every build once, in a random order."""
+    """Return the milliseconds of every call, per build. Each round times every build once, in a random order.
+
+    Args:
+        builds: by name.
+        batch: what each is called with.
+        rounds: timings per build.
+        progress: show a progress bar.
+        pause: seconds before each call. Runtimes keep threads of their own, which spin for a few milliseconds behind a
+            call and would take a core from the next build.
+    """
     times: dict[str, list[float]] = {name: [] for name in builds}
     names, order = list(builds), random.Random(0)
     cuda = first_tensor(batch).is_cuda
@@ -27,6 +36,7 @@ def time_builds(
         for name in order.sample(names, len(names)):
             if cuda:
                 torch.cuda.synchronize()
+            time.sleep(pause)
             start = time.perf_counter()
             run(builds[name], batch)
             if cuda:
@@ -36,9 +46,11 @@ def time_builds(
 
 
 def fill_in_latency(rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> None:
-    """Set the median, the quartiles and the speed-up over the fastest of :data:`BARS` in every row."""
-    best = min(statistics.median(times[name]) for name in BARS if name in times)
+    """Set the median, the quartiles and the speed-up over the fastest baseline in every row that has times."""
+    best = min(statistics.median(times[row.name]) for row in rows if row.baseline and row.name in times)
     for row in rows:
+        if row.name not in times:
+            continue
         samples = times[row.name]
         row.latency_ms = statistics.median(samples)
         low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (row.latency_ms,) * 3

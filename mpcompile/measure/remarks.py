@@ -9,7 +9,7 @@ from typing import Any
 from mpcompile.backend import CompiledGraph
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.builds import module_of
-from mpcompile.measure.report import DENSE_BF16, Report
+from mpcompile.measure.report import COMPILED, DENSE_BF16, Report, Row
 
 
 def add_remarks(report: Report, compiled: Any, graphs: Sequence[CompiledGraph], labelled: bool) -> None:
@@ -36,7 +36,8 @@ def add_remarks(report: Report, compiled: Any, graphs: Sequence[CompiledGraph], 
         )
         report.notes.append(f"slower than the best dense build ({row.speedup:.2f}x){why}")
     _compare_prediction(report, graphs)
-    _compare_bf16(report)
+    _compare_precisions(report)
+    _compare_runtimes(report)
     if not labelled:
         report.notes.append("no labels: accuracy was not measured")
     elif row.correct is None:
@@ -93,14 +94,47 @@ def _compare_prediction(report: Report, graphs: Sequence[CompiledGraph]) -> None
         )
 
 
-def _compare_bf16(report: Report) -> None:
-    """Point out a faster bf16 build: it is not part of the baseline, but a user who wants speed should know of it."""
+def _compare_precisions(report: Report) -> None:
+    """Point out the fastest dense build of another precision that beats this one.
+
+    It is not part of the baseline, but a user who wants speed should know of it.
+    """
     row = report.rows[-1]
-    other = next((r for r in report.rows if r.name == DENSE_BF16), None)
-    if other is None or other.latency_ms is None or row.latency_ms is None or other.latency_ms >= row.latency_ms:
+    if row.latency_ms is None:
         return
-    ratio = row.latency_ms / other.latency_ms
-    report.notes.append(
-        f"dense bf16 takes {other.latency_ms:.2f} ms, {ratio:.2f}x as fast as this fp32 build "
-        f"(relative difference of outputs {other.difference:.1e}): run the model in bf16 and audit it there"
-    )
+    others = [r for r in report.rows if r.dense and not r.baseline and (r.latency_ms or math.inf) < row.latency_ms]
+    for other in sorted(others, key=lambda r: r.latency_ms or 0.0)[:1]:
+        assert other.latency_ms is not None
+        ratio = row.latency_ms / other.latency_ms
+        advice = "run the model in bf16 and audit it there" if other.name == DENSE_BF16 else "it may suit you better"
+        report.notes.append(
+            f"{other.name} takes {other.latency_ms:.2f} ms, {ratio:.2f}x as fast as this {row.precision} build "
+            f"({_kept(other)}): {advice}"
+        )
+
+
+def _kept(row: Row) -> str:
+    """Return what a build keeps of the dense model's results."""
+    if row.lost is not None and row.won is not None:
+        return f"top-1 {100 * (row.won - row.lost) / row.samples:+.1f} points"
+    return f"relative difference of outputs {row.difference:.1e}"
+
+
+def _compare_runtimes(report: Report) -> None:
+    """Say which dense build is the best, and where this build runs fastest, if other runtimes were compared."""
+    report.notes += [f"{row.name} was not run: {row.reason}" for row in report.rows if row.reason is not None]
+    if all(row.runtime == "torch" for row in report.rows):
+        return
+    best, own = report.best_dense, report.rows[-1]
+    if best is None or own.latency_ms is None:
+        return
+    report.notes.append(f"the best dense build is {best.name}: {best.latency_ms:.2f} ms")
+    ours = [row for row in report.rows if not row.dense and row.precision == own.precision and row.latency_ms]
+    ours = sorted((row for row in ours if row is own or row.runtime != "torch"), key=lambda row: row.latency_ms or 0.0)
+    places = [f"{_place(row)} {row.latency_ms:.2f} ms" for row in ours]
+    if len(places) > 1:
+        report.notes.append(f"this build runs fastest in {places[0]}; {', '.join(places[1:])}")
+
+
+def _place(row: Row) -> str:
+    return "torch.compile" if row.name == COMPILED else row.runtime

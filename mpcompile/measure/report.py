@@ -14,8 +14,7 @@ from mpcompile.plan import Plan
 
 DENSE_EAGER, DENSE_COMPILED, COMPILED = "dense eager", "dense compiled", "compiled sparse"
 DENSE_FROZEN = "dense frozen"  # compiled, with constants folded and weights prepacked
-BARS = (DENSE_EAGER, DENSE_COMPILED, DENSE_FROZEN)  # speed-ups are measured against the fastest of them
-DENSE_BF16 = "dense bf16"  # another dtype than the rest: shown in the table, but never one of the BARS
+DENSE_BF16 = "dense bf16"  # another dtype than the rest: shown in the table, but never a baseline
 
 
 def finite(value: Any) -> Any:
@@ -41,6 +40,12 @@ class Row:
         weight_bytes: bytes of the parameters as this build stores them.
         latency_ms, quartiles_ms: median and quartiles of the time of one batch.
         speedup: median latency of the best dense build over that of this one.
+        runtime: what runs the build.
+        precision: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``; None if it is not known.
+        dense: True for the dense model, untransformed.
+        baseline: True if speed-ups are measured against this build when it is the fastest such: the dense model at the
+            audited precision.
+        reason: why the build was not measured.
     """
 
     name: str
@@ -57,6 +62,11 @@ class Row:
     latency_ms: float | None = None
     quartiles_ms: tuple[float, float] | None = None
     speedup: float | None = None
+    runtime: str = "torch"
+    precision: str | None = None
+    dense: bool = False
+    baseline: bool = False
+    reason: str | None = None
 
     @property
     def top1(self) -> float | None:
@@ -93,6 +103,12 @@ class Report:
     def __getitem__(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
+    @property
+    def best_dense(self) -> Row | None:
+        """The fastest dense build at the audited precision, in whatever runtime; None without latencies."""
+        timed = [row for row in self.rows if row.baseline and row.latency_ms is not None]
+        return min(timed, key=lambda row: row.latency_ms or math.inf, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; numbers that are not finite are None."""
         rows = [{**asdict(row), "top1": row.top1} for row in self.rows]
@@ -125,9 +141,10 @@ class Report:
             line.append(f"{row.difference:.1e}" if row.difference is not None and row is not dense else "")
             share = f" (-{1 - row.macs / dense.macs:.2%})" if row.macs and dense.macs and row.macs != dense.macs else ""
             line.append(f"{row.macs / 1e6:,.2f}{share}" if row.macs else "")
-            line.append(f"{row.weight_bytes / 2**20:,.3f}")
+            line.append(f"{row.weight_bytes / 2**20:,.3f}" if row.weight_bytes else "")
             low, high = row.quartiles_ms or (0, 0)
-            line.append("" if row.latency_ms is None else f"{row.latency_ms:.2f} [{low:.2f}, {high:.2f}]")
+            unmeasured = "" if row.reason is None else "not run"
+            line.append(unmeasured if row.latency_ms is None else f"{row.latency_ms:.2f} [{low:.2f}, {high:.2f}]")
             line.append("" if row.speedup is None else f"{row.speedup:.2f}x")
             lines.append(line)
         head = ["build", *(["top-1 [95 %]"] if labelled else []), "agree (lost, won)", "rel. diff"]

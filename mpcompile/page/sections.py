@@ -12,7 +12,7 @@ import torch
 
 from mpcompile.ir.view import stored_layers
 from mpcompile.kernels.nm_format import to_rows
-from mpcompile.measure.report import BARS, COMPILED
+from mpcompile.measure.report import COMPILED
 from mpcompile.page import spectra
 from mpcompile.page.charts import Bar, bars, data_uri, escape, heat
 from mpcompile.page.sources import Sources, number, records
@@ -103,10 +103,12 @@ def headline(sources: Sources) -> str | None:
         "MMAC",
         "weights MiB",
         "latency ms [quartiles]",
+        "vs best dense",
     ]
     body = []
     for name, row in rows:
-        macs, size, latency = (number(row.get(key)) for key in ("macs", "weight_bytes", "latency_ms"))
+        macs, size, latency, speed = (number(row.get(key)) for key in ("macs", "weight_bytes", "latency_ms", "speedup"))
+        unmeasured = "" if row.get("reason") is None else f"not run: {row['reason']}"
         body.append(
             [
                 name,
@@ -115,8 +117,11 @@ def headline(sources: Sources) -> str | None:
                 "" if row.get("lost") is None else row["lost"],
                 "" if row.get("won") is None else row["won"],
                 "" if macs is None else f"{macs / 1e6:,.1f}",
-                "" if size is None else f"{size / 2**20:,.2f}",
-                ("" if latency is None else f"{latency:.2f}") + _pair(row.get("quartiles_ms"), lambda v: f"{v:.2f}"),
+                f"{size / 2**20:,.2f}" if size else "",
+                unmeasured
+                if latency is None
+                else f"{latency:.2f}" + _pair(row.get("quartiles_ms"), lambda v: f"{v:.2f}"),
+                "" if speed is None else f"{speed:.2f}x",
             ]
         )
     remarks = sources.figures().get("notes")
@@ -185,7 +190,8 @@ def against_dense(sources: Sources) -> str | None:
                 continue
             pair = row.get(ends) if ends else None
             low, high = pair if pair is not None and _pair(pair, str) else (None, None)
-            kind = "dense" if name in BARS or name.startswith("dense") else "sparse" if name == COMPILED else "other"
+            untransformed = row.get("dense", name.startswith("dense"))  # absent from files of earlier versions
+            kind = "dense" if untransformed else "sparse" if name == COMPILED else "other"
             whisker = (None, None) if low is None or high is None else (low * scale, high * scale)
             drawn.append(Bar(name, value * scale, form(value * scale), kind, *whisker))
         if not drawn:

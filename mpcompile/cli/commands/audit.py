@@ -19,6 +19,8 @@ from mpcompile.data.images import Images, images_at
 from mpcompile.errors import ConfigError
 from mpcompile.ir.module import IRModule
 from mpcompile.measure.report import Report
+from mpcompile.runtimes.catalogue import RUNTIMES, named
+from mpcompile.runtimes.openvino import SUBSET
 from mpcompile.sources.loaded import LoadedModel
 
 CALIBRATED = 256  # maximum number of images that calibrate a new transform, as in `compile`
@@ -34,7 +36,7 @@ def add(commands: Commands) -> None:
         "MODEL may be left out: the artifact names the one that it was made from.",
         example="mpcompile audit vit_small_patch16_224 --pattern 2:4 --tome-r 8 --batch 8 --json audit.json\n"
         "mpcompile audit vit_small_patch16_224 --pretrained --artifact pruned.mpc --images val --record\n"
-        "mpcompile audit --artifact pruned.mpc --images val",
+        "mpcompile audit --artifact pruned.mpc --images val --against onnxruntime openvino",
     )
     model_options(job, optional=True)
     job.add_argument(
@@ -49,6 +51,14 @@ def add(commands: Commands) -> None:
     job.add_argument(
         "--samples", type=at_least(1), default=500, help="images drawn from --images by the seed (default 500)"
     )
+    job.add_argument(
+        "--against",
+        nargs="+",
+        choices=RUNTIMES,
+        default=[],
+        help="also run the dense model, and this build, in other runtimes, in every precision that they have here; "
+        "int8 is calibrated on the audited images",
+    )
     job.add_argument("--record", action="store_true", help="also store the figures in the --artifact")
     job.set_defaults(run=run)
 
@@ -59,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--record needs --artifact", hint="the figures are stored in that artifact")
     if args.model is None and args.artifact is None:
         raise ConfigError("there is nothing to audit", expected="MODEL, or --artifact FILE", found="neither")
+    named(args.against)  # a missing package is reported before the work
     saved = None if args.artifact is None else mpcompile.load(args.artifact)
     origin = {} if saved is None else saved.plan.provenance
     loaded, noise, config = prepare(args, origin)
@@ -79,7 +90,16 @@ def run(args: argparse.Namespace) -> int:
         gm = mpcompile.transform(model, noise, config, calibration, seed=args.seed)
     compiled = torch.compile(gm, backend=mpsparse, options={"engine": config.engine, "frozen": config.frozen})
     batches: Any = noise if files is None else DeviceBatches(files, like, input_name=loaded.input_name)
-    report = mpcompile.audit(model, compiled, batches, rounds=args.rounds, progress=not args.quiet)
+    ranges: Any = [noise] if files is None else DeviceBatches(files, like, SUBSET, loaded.input_name)
+    report = mpcompile.audit(
+        model,
+        compiled,
+        batches,
+        against=args.against,
+        calibration=ranges if args.against else None,
+        rounds=args.rounds,
+        progress=not args.quiet,
+    )
     if files is not None:
         report.notes += filter(None, (*files.notes, seen_before(files, origin)))
     if isinstance(calibration, DeviceBatches):
@@ -87,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
             f"calibrated on {calibration.count} of the audited images, which flatters accuracy; for a reliable figure, "
             "compile on other images and audit that --artifact"
         )
+    if files is not None and any(row.precision == "int8" for row in report.rows):
+        report.notes.append(f"int8 is calibrated on {ranges.count} of the audited images")
     _remark(report, random=loaded.random, noise=files is None)
     if report.plan is None:
         report.plan = gm.plan
