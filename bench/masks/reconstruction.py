@@ -103,7 +103,11 @@ def measure(job: Task, args: argparse.Namespace, key: dict[str, Any], options: R
     batches = list(x[draw(labels.tolist(), count, seed)].split(50))
     name = f"{args.model}-{pattern}-{r}-{seed}-{count}-{args.holdout}"
     how = {"calibrate": args.calibrate, "seed": seed}
-    config = Config(pattern=pattern, tome_r=r)
+    config = (
+        Config(mac_reduction=float(pattern[:-1]) / 100, tome_r=r)
+        if pattern.endswith("%")
+        else Config(pattern, tome_r=r)
+    )
     gm, spent = kept(args.work, name, lambda: mpcompile.transform(job.model, x[:2], config, batches, **how))
     first, hits = counter.row(gm.eval())
     row = {**key, "dense": int(counter.right.sum()), "of": len(counter.right), "masked": {**first, **spent}}
@@ -132,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="vit_tiny", choices=list(IMAGES))
-    parser.add_argument("--patterns", nargs="+", default=["8:16", "2:4"])
+    parser.add_argument("--patterns", nargs="+", default=["8:16", "2:4"], help="N:M, or 30%% of MACs to save by a plan")
     parser.add_argument("--tome-r", nargs="+", type=int, default=[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, metavar="N", help="images of masks and reconstruction")
