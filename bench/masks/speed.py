@@ -25,7 +25,7 @@ from torch import nn
 from bench.common import environment, save
 from mpcompile import Config, Reconstruction, transform
 from mpcompile.artifact.verify import verify
-from mpcompile.passes import permute
+from mpcompile.passes.permute import decide as permute
 from mpcompile.passes.reconstruct import decide
 from mpcompile.pruning import project, refit
 
@@ -46,7 +46,7 @@ def clocks() -> Iterator[dict[str, float]]:
         return call
 
     places: list[tuple[Any, str, str]] = [
-        (permute, "search", "permutation"),
+        (permute, "best_order", "permutation"),
         (project, "choose", "masks"),
         (project, "restore", "restore"),
         (refit, "least_squares", "restore, least squares"),

@@ -23,6 +23,7 @@ from mpcompile.errors import InputError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import shape_of
 from mpcompile.ir.shapes import propagate
+from mpcompile.ir.view import layers
 from mpcompile.kernels import ops
 from mpcompile.passes.merge_tokens.sites import ancestors
 
@@ -136,22 +137,39 @@ class WithFeatures(nn.Module):
         return self.gm(*inputs)
 
 
-def channel_orders(student: nn.Module) -> dict[str, Tensor]:
-    """Return block -> the index of each of its channels in the original model, for blocks with reordered channels."""
-    orders: dict[str, Tensor] = {}
+def channel_orders(student: fx.GraphModule, features: Iterable[Feature]) -> dict[str, Tensor]:
+    """Return block -> the index of each channel of its output in the original model, for blocks with reordered outputs.
+
+    Channels are those of the layers that write the output: the nearest upstream, with as many outputs. Channels inside
+    of a block have orders of their own.
+    """
     plan = student.plan if isinstance(student, IRModule) else None
+    orders: dict[str, list[int]] = {}
     for record in plan.passes if plan is not None else ():
-        if record.name == "permute":
-            for entry in record.decision.get("classes", ()):
-                for writer in entry.get("writers", ()):
-                    block = _block(f"{writer}.")
-                    if block is not None:
-                        orders[block] = torch.tensor(entry["order"][0])
-    return orders
+        for entry in record.decision.get("classes", ()) if record.name == "permute" else ():
+            orders |= dict.fromkeys(entry.get("writers", ()), entry["order"][0])
+    order_at = {layer.node: orders.get(layer.name) for layer in layers(student)} if orders else {}
+    found = {feature.block: _order(feature.node, order_at) for feature in features}
+    return {block: torch.tensor(order) for block, order in found.items() if order is not None}
+
+
+def _order(output: fx.Node, order_at: Mapping[fx.Node, list[int] | None]) -> list[int] | None:
+    """Return the order of a tensor's channels, from the nearest layers before it; None if they are as they were."""
+    queue, seen = [output], {output}
+    for node in queue:  # grows meanwhile
+        if node in order_at:
+            order = order_at[node]
+            if order is not None and len(order) in (shape_of(output) or ()):
+                return order
+            continue
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        queue += new
+    return None
 
 
 def _in_order(feature: Tensor, order: Tensor | None) -> Tensor:
-    """Return a teacher's feature with its channels in the student's order."""
+    """Return a teacher's feature with its channels, on axis 1 of images or on the last one, in the student's order."""
     if order is None:
         return feature
     axis = 1 if feature.dim() == 4 and feature.shape[1] == len(order) else -1
@@ -256,7 +274,7 @@ def pair(student: nn.Module, teacher: nn.Module, inputs: Sequence[Any]) -> Featu
             found=", ".join(list(theirs)[:4]) or "none",
             hint="distil without feature matching (features=0)",
         )
-    orders = channel_orders(student)
+    orders = channel_orders(student, features.values())
     return FeaturePair(
         WithFeatures(student, blocks),
         WithFeatures(other, blocks).requires_grad_(False).eval(),

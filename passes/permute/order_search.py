@@ -31,8 +31,8 @@ class Reordered:
         pattern: pattern of these layers.
         order: (orders, channels) indices.
         lost_before, lost_after: share of the weights' energy that magnitude masks remove, mean over the layers.
-        writers: layers whose outputs are these channels, if there are several, as in a residual stream (training
-            compares its features with those of the original model); else empty.
+        writers: layers whose outputs are these channels, by which training compares features with those of the
+            original model; empty if there are several orders.
         readers: all layers that read the channels; the first one identifies the class when the decision is applied.
     """
 
@@ -66,7 +66,6 @@ def best_order(
     after = sum(float(retained(rows.gather(2, order[:, None].expand_as(rows)), pattern).sum()) for rows in each)
     if not after > before:
         return None
-    writers = _writers(candidate, analysis)
     return Reordered(
         layers=tuple(readers),
         channels=size,
@@ -75,7 +74,7 @@ def best_order(
         order=order.tolist(),
         lost_before=1 - before / len(each),
         lost_after=1 - after / len(each),
-        writers=tuple(writers) if len(writers) > 1 else (),
+        writers=tuple(_writers(candidate, analysis)),
         readers=tuple(candidate.readers),
     )
 

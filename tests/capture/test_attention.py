@@ -337,3 +337,32 @@ def test_channels_are_permuted_alike_in_both_graphs():
         again = copy.deepcopy(model)
         again.load_state_dict(state)
         assert relative(again(x), gm(x)) < 1e-6
+
+
+class Twice(nn.Module):
+    """One decoder that runs twice, the second time on what it returned."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(32, 4, 64, batch_first=True)
+        self.stem, self.decoder, self.head = nn.Conv2d(3, 32, 8, 8), nn.TransformerDecoder(layer, 2), nn.Linear(32, 16)
+
+    def forward(self, x):
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head(self.decoder(self.decoder(tokens, tokens), tokens).mean(1))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_module_that_is_called_twice(known, monkeypatch):
+    """Both calls become layers; where the second stays whole, the module keeps what it needs."""
+    if not known:  # the shapes of what the first call returned
+        monkeypatch.setattr("mpcompile.capture.attention.expansion.propagate", lambda gm, inputs: None)
+    torch.manual_seed(0)
+    model, x = stirred(Twice()), images(4)
+    gm = import_model(model, (x,)).gm
+    whole = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == "decoder"]
+    assert len(whole) == (not known)
+    torch.testing.assert_close(gm(x), model(x))
+    sparse = transform(model, x, SPARSE, [x])
+    assert len(sparse.plan.masked) >= 12
+    torch.testing.assert_close(lower(sparse)(x), sparse(x), atol=1e-4, rtol=1e-4)

@@ -31,10 +31,10 @@ def expand_attention(imported: Imported) -> None:
     calls = [node for node in gm.graph.nodes if _hides_attention(gm, node)]
     if not calls:
         return
-    if any(not isinstance(fake_value(source), Tensor) for node in calls for source in node.all_input_nodes):
-        propagate(gm, imported.inputs)
     expand = Expander(gm)
     for node in calls:
+        if any(not isinstance(fake_value(source), Tensor) for source in node.all_input_nodes):
+            propagate(gm, imported.inputs)  # also where a source is the result of a call rewritten before
         _rewrite(expand, node)
     for node in gm.graph.nodes:
         if node.op == "call_module" and str(node.target) in expand.left:
@@ -100,7 +100,9 @@ def _substitute(node: fx.Node, value: Any) -> None:
 
 def _release(gm: IRModule, paths: set[str]) -> None:
     """Replace rewritten modules, which are not called any more, by plain holders of their tensors and layers."""
-    called = {id(gm.get_submodule(str(node.target))) for node in gm.graph.nodes if node.op == "call_module"}
+    calls = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
+    # With all that is inside: another call of the same module may have stayed whole.
+    called = {id(part) for module in calls for part in module.modules()}
     holders: dict[int, nn.Module] = {}
     for path in sorted(paths):  # a module comes before those inside it
         try:
