@@ -102,7 +102,7 @@ MOVED = {
     "sensitivity": "calibration.sensitivity",
     "ser": "pruning.ser",
     "state_dicts": "io.state_dicts",
-    "stream": "calibration.stream",
+    "stream": "calibration.stream calibration.norms",
     "tracing": "capture.tracing",
     "training.batches": "data.batches",
     "training.datasets": "data.datasets",

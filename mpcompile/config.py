@@ -17,7 +17,8 @@ from mpcompile.kernels.nm_format import Pattern, group_axis
 
 SCORES = ("magnitude", "wanda", "covariance", "obs", "ser")
 _WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alone
-CALIBRATIONS = ("pruned_to_dense", "pruned", "dense")  # values of the argument calibrate of mpcompile.transform
+# Values of the argument calibrate of mpcompile.transform.
+CALIBRATIONS = ("pruned_to_dense", "adapted", "pruned", "dense")
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
 ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
 SCHEDULES = ("auto", "constant", "linear", "parabolic")

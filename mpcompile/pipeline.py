@@ -159,10 +159,10 @@ def transform(
         prior: layer name -> boolean mask of its weight, towards which ``score="covariance"`` is drawn.
         prior_weight: the weight alpha of that Hamming prior.
         calibrate: ``"pruned_to_dense"`` takes each layer's statistics from the outputs of the pruned layers before it,
-            and fits the layer towards the outputs of the dense model: all the way in models with BatchNorm, whose
-            statistics are then re-estimated, else a quarter of the way; ``"pruned"`` fits each layer to the outputs of
-            its own weights on pruned inputs; ``"dense"`` takes all statistics from one pass over the dense model, which
-            is faster and less accurate.
+            fits the layer a quarter of the way towards the dense model's outputs, and matches BatchNorms to these;
+            ``"adapted"`` gives BatchNorms the statistics of the calibration data, and fits all the way;
+            ``"pruned"`` fits each layer to its own weights' outputs on pruned inputs; ``"dense"`` takes all
+            statistics from one pass over the dense model, which is faster and less accurate.
         reconstruction: options of the pass that trains masked blocks towards the dense model's activations, which needs
             calibration data; None for none. See :func:`mpcompile.reconstruct`. Not with ``pipeline``.
         seed: seeds every random choice.

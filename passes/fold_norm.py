@@ -14,21 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mpcompile.calibration.norms import TENSORS, call_of
 from mpcompile.ir.effects import storage, written_tensors
 from mpcompile.ir.module import IRModule, Lifted
-from mpcompile.ir.nodes import argument
 from mpcompile.ir.parts import set_attribute
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.passes.base import Context, Pass
 from mpcompile.passes.rewriting import Folded, folded_call, parameter, supersede
 
 _MODULES = frozenset({"torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d"})
-_TORCH_ORDER = frozenset({torch.batch_norm, torch.ops.aten.batch_norm.default})
-_TENSORS = ("running_mean", "running_var", "weight", "bias")
-_POSITIONS, _TORCH_POSITIONS = (1, 2, 3, 4), (3, 4, 1, 2)  # in F.batch_norm and torch.batch_norm
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,11 @@ def norm_of(gm: fx.GraphModule, node: fx.Node, lifted: Lifted) -> Norm | None:
         module: Any = gm.get_submodule(str(node.target))
         if f"{type(module).__module__}.{type(module).__qualname__}" not in _MODULES:
             return None
-        operands = [getattr(module, key) for key in _TENSORS]
+        operands = [getattr(module, key) for key in TENSORS]
         training, eps = module.training, module.eps
         obstacle = "its BatchNorm has hooks" if module._forward_hooks or module._forward_pre_hooks else None
-    elif node.op == "call_function" and (node.target is F.batch_norm or node.target in _TORCH_ORDER):
-        positions = _TORCH_POSITIONS if node.target in _TORCH_ORDER else _POSITIONS
-        operands = [argument(node, place, key) for place, key in zip(positions, _TENSORS, strict=True)]
-        training, eps = argument(node, 5, "training", False), argument(node, 7, "eps", 1e-5)
-        obstacle = None
+    elif (call := call_of(gm, node)) is not None:
+        operands, training, eps, obstacle = list(call.tensors.values()), call.training, call.eps, None
     else:
         return None
     tensors = [parameter(gm, value, lifted) for value in operands]

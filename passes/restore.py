@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mpcompile.calibration.stream import batch_norms
+from mpcompile.calibration.norms import Statistics, batch_norms, write
 from mpcompile.ir.module import IRModule
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Pass, Request
 from mpcompile.passes.mask import Masked
-from mpcompile.pruning.project import reestimate, write_norms
+from mpcompile.pruning.project import reestimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +36,7 @@ class Restored(Decision):
         norms: where the BatchNorm statistics come from, or why they are left unchanged.
         norm_count: number of BatchNorms that get new statistics.
         layers: layer name -> its notes in the Plan.
-        statistics: BatchNorm module -> mean and variance.
+        statistics: running statistics of BatchNorms, by their paths.
     """
 
     requested: bool
@@ -48,7 +47,7 @@ class Restored(Decision):
     norms: str
     norm_count: int
     layers: Mapping[str, Any] = field(default_factory=dict, metadata=UNRECORDED)
-    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, metadata=UNRECORDED)
+    statistics: Statistics = field(default_factory=dict, metadata=UNRECORDED)
 
 
 class Restore(Pass):
@@ -74,7 +73,7 @@ class Restore(Pass):
             error_masked=sum(note["error_masked"] for note in refitted.values()) / max(1, len(refitted)),
             error_refitted=sum(note["error_refitted"] for note in refitted.values()) / max(1, len(refitted)),
             norms=source,
-            norm_count=len(statistics),
+            norm_count=len(statistics) // 2,
             layers=notes,
             statistics=statistics,
         )
@@ -109,5 +108,5 @@ class Restore(Pass):
         for name, notes in decision.layers.items():
             if name in ctx.plan.layers:
                 ctx.plan.layers[name].notes["restore"] = dict(notes)
-        write_norms(gm, decision.statistics)
+        write(gm, decision.statistics)
         return bool(decision.restored) or bool(decision.statistics)

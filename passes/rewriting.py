@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mpcompile.calibration.norms import number
 from mpcompile.ir.effects import erase_orphans
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument
@@ -17,7 +18,6 @@ from mpcompile.ir.parts import FOLDED, keep
 from mpcompile.ir.view import LayerOp, parameter_read
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.layers import ByMode
 from mpcompile.passes.base import Decision
 
 _DROPOUT = frozenset({F.dropout, torch.dropout, torch.ops.aten.dropout.default})
@@ -39,14 +39,6 @@ def exact_class(module: nn.Module) -> str | None:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _number(gm: fx.GraphModule, value: Any) -> Any:
-    """Return a literal, or the value that a :class:`ByMode` yields in the graph's current mode; None if unknown."""
-    if not isinstance(value, fx.Node):
-        return value
-    module = gm.get_submodule(str(value.target)) if value.op == "call_module" else None
-    return module() if isinstance(module, ByMode) else None
-
-
 def does_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Return True if a node yields its input: an identity, or dropout that is off."""
     if node.op == "call_module":
@@ -58,7 +50,7 @@ def does_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in _DROPOUT:
         return False
     p, on = argument(node, 1, "p", 0.5), argument(node, 2, "training", node.kwargs.get("train", True))
-    return _number(gm, p) == 0 or _number(gm, on) in (False, 0)
+    return number(gm, p) == 0 or number(gm, on) in (False, 0)
 
 
 def follow(gm: fx.GraphModule, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
@@ -87,6 +79,9 @@ def supersede(graph: fx.Graph, chain: Sequence[fx.Node], new: fx.Node) -> None:
     chain[-1].replace_all_uses_with(new)
     for node in reversed(chain):
         graph.erase_node(node)
+    for node in sources:  # a ByMode, such as the training flag of a BatchNorm
+        if node.op == "call_module" and not node.all_input_nodes and not node.users and not node._erased:
+            graph.erase_node(node)
     erase_orphans(graph, sources)
 
 

@@ -32,8 +32,8 @@ RUNGS: dict[str, dict[str, Any]] = {
     "obs": {"score": "obs"},
     "covariance+restore": {"score": "covariance", "restore": True},
     "obs+restore": {"score": "obs", "restore": True},
-    "obs+restore+targets": {"score": "obs", "restore": True, "calibrate": "pruned_to_dense"},
-    "obs+restore+targets+permute": {"score": "obs", "restore": True, "calibrate": "pruned_to_dense", "permute": True},
+    "obs+restore+targets": {"score": "obs", "restore": True, "calibrate": "adapted"},
+    "obs+restore+targets+permute": {"score": "obs", "restore": True, "calibrate": "adapted", "permute": True},
 }
 BELOW = {
     "wanda": "magnitude",

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import mpcompile
-from bench.common import RESULTS, environment, load, save, table
+from bench.common import RESULTS, environment, load, plotted, save, table
 from bench.masks.ladder import Task, divergence, packed, predict, task
 from bench.training.distill import AUGMENT, BATCH, Augmented, held_out, paired_drop
 from mpcompile import Config, Reconstruction, Training
 from mpcompile.data.labels import draw
+from mpcompile.data.mixing import MixedBatches
 from mpcompile.ir.module import IRModule
 
 IMAGES = {"vit_tiny": 500, "efficientnet_lite0": 500, "resnet20": 512, "resnet44": 512}
@@ -39,7 +40,7 @@ DISTILLATION: dict[str, dict[str, Any]] = {
     "resnet20": {"lr": 1e-4, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0, "bn_batches": 20},
     "resnet44": {"lr": 1e-4, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0, "bn_batches": 20},
 }
-KEY = ("model", "pattern", "tome_r", "seed", "holdout", "distill", "options")
+KEY = ("model", "pattern", "tome_r", "seed", "holdout", "calibrate", "distill", "options")
 
 
 class Counter:
@@ -90,7 +91,8 @@ def distilled(job: Task, args: argparse.Namespace, gm: IRModule, seed: int) -> d
         training = dataclasses.replace(training, lr=args.distill_lr)
     kind = "vit_tiny" if args.model == "efficientnet_lite0" else "resnet20" if "resnet" in args.model else args.model
     data = Augmented(job.calibration, AUGMENT[kind])
-    loader = DataLoader(data, BATCH[kind], shuffle=True, drop_last=len(data) % BATCH[kind] == 1)
+    collate = MixedBatches(args.distill_mix) if args.distill_mix else None
+    loader = DataLoader(data, BATCH[kind], shuffle=True, drop_last=len(data) % BATCH[kind] == 1, collate_fn=collate)
     result = mpcompile.distill(gm, job.model, loader, training=training, progress=False)
     return {"options": training.to_dict(), "losses": result.losses}
 
@@ -101,8 +103,14 @@ def measure(job: Task, args: argparse.Namespace, key: dict[str, Any], options: R
     x, labels = job.calibration
     count = min(args.images or IMAGES[args.model], len(x))
     batches = list(x[draw(labels.tolist(), count, seed)].split(50))
-    name, config = f"{args.model}-{pattern}-{r}-{seed}-{count}-{args.holdout}", Config(pattern=pattern, tome_r=r)
-    gm, spent = kept(args.work, name, lambda: mpcompile.transform(job.model, x[:2], config, batches, seed=seed))
+    name = f"{args.model}-{pattern}-{r}-{seed}-{count}-{args.holdout}"
+    how = {"calibrate": args.calibrate, "seed": seed}
+    config = (
+        Config(mac_reduction=float(pattern[:-1]) / 100, tome_r=r)
+        if pattern.endswith("%")
+        else Config(pattern, tome_r=r)
+    )
+    gm, spent = kept(args.work, name, lambda: mpcompile.transform(job.model, x[:2], config, batches, **how))
     first, hits = counter.row(gm.eval())
     row = {**key, "dense": int(counter.right.sum()), "of": len(counter.right), "masked": {**first, **spent}}
     print(f"masked: {first['right']} of {row['of']}, divergence {first['divergence']}", flush=True)
@@ -125,12 +133,39 @@ def measure(job: Task, args: argparse.Namespace, key: dict[str, Any], options: R
     return row | {"peak rss MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
 
 
+def chart(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
+    """Draw top-1 against executed multiply-accumulates, before and after reconstruction, to ``folder/NAME.png``."""
+    rows = [row for row in rows if row["model"] == "vit_tiny" and not row["seed"] and "reconstructed" in row]
+    if not rows:
+        return
+    with plotted(folder / f"{name}.png", (7.2, 4.2)) as canvas:
+        if canvas is None:
+            return
+        axes = canvas[1][0, 0]
+        for r, marker in zip(sorted({row["tome_r"] for row in rows}), "os^v", strict=False):
+            same = sorted((row for row in rows if row["tome_r"] == r), key=lambda row: row["macs saved"])
+            saved = [100 * (1 - row["macs saved"]) for row in same]
+            for stage, color in (("masked", "C7"), ("reconstructed", "C0")):
+                right = [100 * row[stage]["right"] / row["of"] for row in same]
+                merged = f", {r} tokens merged per block" if r else ""
+                axes.plot(saved, right, marker=marker, color=color, linewidth=0.8, label=f"{stage}{merged}")
+            for row, x in zip(same, saved, strict=True):
+                place = (x, 100 * row["reconstructed"]["right"] / row["of"])
+                axes.annotate(row["pattern"], place, xytext=(4, 5), textcoords="offset points", fontsize=7)
+        axes.axhline(100 * rows[0]["dense"] / rows[0]["of"], color="C7", linewidth=0.8, linestyle="--", label="dense")
+        axes.set_xlabel("executed multiply-accumulates, % of dense")
+        axes.set_ylabel(f"top-1 on {rows[0]['of']} images, %")
+        axes.set_title("ViT-Tiny/16, no labels", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize=7)
+
+
 def main() -> None:
     """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="vit_tiny", choices=list(IMAGES))
-    parser.add_argument("--patterns", nargs="+", default=["8:16", "2:4"])
+    parser.add_argument("--patterns", nargs="+", default=["8:16", "2:4"], help="N:M, or 30%% of MACs to save by a plan")
     parser.add_argument("--tome-r", nargs="+", type=int, default=[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images", type=int, metavar="N", help="images of masks and reconstruction")
@@ -138,9 +173,11 @@ def main() -> None:
     parser.add_argument("--views", type=int, help="rounds over the images, in place of a time budget")
     parser.add_argument("--epochs", type=int, help="epochs per region, in place of a time budget")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="other options of Reconstruction")
+    parser.add_argument("--calibrate", default="pruned_to_dense", choices=["pruned_to_dense", "adapted"])
     parser.add_argument("--masks-only", action="store_true", help="no reconstruction")
     parser.add_argument("--distill", type=int, default=0, metavar="EPOCHS", help="epochs of distillation at the end")
     parser.add_argument("--distill-lr", type=float)
+    parser.add_argument("--distill-mix", type=float, default=0.0, help="share of images mixed with others meanwhile")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="count on N calibration images instead")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="folder that keeps masked students")
     parser.add_argument("--threads", type=int)
@@ -157,13 +194,16 @@ def main() -> None:
         job = held_out(job, args.holdout)
     result = load(args.name, args.out) or {"rows": []}
     for pattern, r, seed in itertools.product(args.patterns, args.tome_r, args.seeds):
-        kinds = {"distill": [args.distill, args.distill_lr], "options": None if args.masks_only else given}
-        key = {"model": args.model, "pattern": pattern, "tome_r": r, "seed": seed, "holdout": args.holdout, **kinds}
-        if any(all(row[k] == key[k] for k in KEY) for row in result["rows"]):
+        distill = [args.distill, args.distill_lr, *([args.distill_mix] if args.distill_mix else [])]
+        kinds = {"distill": distill, "options": None if args.masks_only else given}
+        key = {"model": args.model, "pattern": pattern, "tome_r": r, "seed": seed, "holdout": args.holdout}
+        key |= {"calibrate": args.calibrate, **kinds}
+        if any(all(row.get(k, "pruned_to_dense") == key[k] for k in KEY) for row in result["rows"]):
             continue
         result["rows"].append({**measure(job, args, key, options), "environment": environment()})
         save(args.name, result, args.out)
     show(result["rows"])
+    chart(result["rows"], args.out, args.name)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

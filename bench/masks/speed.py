@@ -94,15 +94,15 @@ def main() -> None:
     model = shaken(args.model)
     data = list(torch.randn(args.images, 3, 224, 224, generator=torch.Generator().manual_seed(0)).split(args.batch))
     config = Config(args.pattern, score=args.score, permute=not args.no_permute, restore=not args.no_restore)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     options = None if args.reconstruct is None else Reconstruction(views=args.reconstruct, epochs=args.epochs)
     with clocks() as spent:
         gm = transform(model, data[0][:1], config, data, reconstruction=options)
-    total = time.perf_counter() - start
+    total, cpu = time.perf_counter() - start, time.process_time() - cpu
     found = verify(gm)
     result = {
         **vars(args),
-        "seconds": {**{k: round(v, 1) for k, v in spent.items()}, "total": round(total, 1)},
+        "seconds": {**{k: round(v, 1) for k, v in spent.items()}, "total": round(total, 1), "cpu": round(cpu, 1)},
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "masked": len(gm.plan.masked),
         "legal": found.ok,

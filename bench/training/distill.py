@@ -88,7 +88,7 @@ def student(job: Task, method: str, pattern: str, r: int, seed: int, images: int
     x, labels = job.calibration
     if method == "ours":
         batches = list(x[draw(labels.tolist(), min(images, len(x)), seed)].split(50))
-        return transform(job.model, x[:2], Config(pattern=pattern, tome_r=r), batches, seed=seed)
+        return transform(job.model, x[:2], Config(pattern=pattern, tome_r=r), batches, calibrate="adapted", seed=seed)
     options = {"score": "magnitude", "permute": False, "restore": False}
     gm = transform(job.model, x[:2], Config(pattern=pattern, tome_r=r, **options))
     if method != "magnitude":

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from mpcompile.calibration.data import batches
 from mpcompile.calibration.moments import FULL, Accumulator, Moments, kind_for
+from mpcompile.calibration.norms import BatchNorm, Statistics, Sums, matched, own_statistics
 from mpcompile.errors import InputError, first_line
 from mpcompile.ir.effects import own_copies, storage, switches, written
 from mpcompile.ir.module import Imported
@@ -110,7 +111,7 @@ class Stream:
         self.last_use = self.runner.user_to_last_uses
         self.place = 0
         self.layers: dict[fx.Node, tuple[LayerOp, Tensor, Any]] = {}
-        self.tensors: dict[fx.Node, dict[str, Tensor]] = {}
+        self.norms: dict[fx.Node, tuple[BatchNorm, Statistics]] = {}
         self.changed: set[fx.Node] = set()
         self.towards, self.two_sided = towards, towards > 0
         self.shelf = _Shelf(budget)
@@ -125,9 +126,9 @@ class Stream:
         """Make the pruned side compute ``layer`` with this weight and bias (a tensor, a node or None) from here on."""
         self.layers[layer.node] = (layer, weight, bias)
 
-    def renorm(self, node: fx.Node, mean: Tensor, variance: Tensor) -> None:
-        """Make the pruned side compute this BatchNorm module with these statistics from here on."""
-        self.tensors[node] = {"running_mean": mean, "running_var": variance}
+    def renorm(self, norm: BatchNorm, statistics: Statistics) -> None:
+        """Make the pruned side compute this BatchNorm with these statistics from here on."""
+        self.norms[norm.node] = (norm, statistics)
 
     @torch.no_grad()
     def advance(self, stop: fx.Node) -> None:
@@ -154,7 +155,7 @@ class Stream:
             modes[node] = self.runner.on(node, modes)
 
     def _step(self, node: fx.Node, dense: Env, pruned: Env) -> None:
-        if node in self.layers or node in self.tensors or not self.changed.isdisjoint(node.all_input_nodes):
+        if node in self.layers or node in self.norms or not self.changed.isdisjoint(node.all_input_nodes):
             self.changed.add(node)
         changed = node in self.changed
         if changed and self.two_sided:
@@ -194,11 +195,8 @@ class Stream:
             pruned[node] = tree_map_only(Tensor, moved, value)
 
     def _pruned(self, node: fx.Node, env: Env) -> Any:
-        if node in self.tensors:
-            module = self.gm.get_submodule(str(node.target))
-            self.runner.env = env
-            args, kwargs = self.runner.fetch_args_kwargs_from_env(node)
-            return torch.func.functional_call(module, self.tensors[node], args, kwargs)
+        if node in self.norms:
+            return self._normalised(*self.norms[node], env)
         if node not in self.layers:
             return self.runner.on(node, env)
         layer, weight, bias = self.layers[node]
@@ -207,6 +205,16 @@ class Stream:
             return F.linear(env[layer.input], weight, bias)
         g = layer.geometry
         return F.conv2d(env[layer.input], weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+    def _normalised(self, norm: BatchNorm, statistics: Statistics, env: Env) -> Any:
+        """Run a BatchNorm with other statistics."""
+        if norm.reads is not None:
+            return self.runner.on(norm.node, {**env, **dict(zip(norm.reads, statistics.values(), strict=True))})
+        module = self.gm.get_submodule(str(norm.node.target))
+        self.runner.env = env
+        args, kwargs = self.runner.fetch_args_kwargs_from_env(norm.node)
+        own = {path.rpartition(".")[2]: value for path, value in statistics.items()}
+        return torch.func.functional_call(module, own, args, kwargs)
 
     @torch.no_grad()
     def moments(self, layer: LayerOp, m: int, budget: float) -> Moments:
@@ -229,26 +237,26 @@ class Stream:
         return ([self.shelf[i][0][n] for n in placeholders] for i in range(len(self.shelf)))
 
     @torch.no_grad()
-    def channel_statistics(
-        self, node: fx.Node, source: fx.Node, changed_only: bool = True
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return mean and unbiased variance, over batch and positions, of the channels of ``source``'s pruned value.
+    def channel_statistics(self, norm: BatchNorm, changed_only: bool = True, match: bool = True) -> Statistics | None:
+        """Return statistics for a BatchNorm of the pruned side.
 
-        The value is (B, C, ...). None if ``changed_only`` and no layer before ``source`` was replaced.
+        With ``match`` and a dense side, its outputs get means and variances of the dense outputs; else, it gets the
+        means and variances of its inputs. None if ``changed_only`` and no layer before it was replaced.
         """
-        self.advance(node)
-        if changed_only and source not in self.changed:
+        match = match and self.two_sided
+        self.advance(norm.node)
+        if changed_only and norm.source not in self.changed:
             return None
-        total: Any = 0
-        square: Any = 0
-        count = 0
+        ours, theirs = Sums(), Sums()
         for index in range(len(self.shelf)):
-            _, pruned = self.shelf[index]
-            x = pruned[source].transpose(0, 1).flatten(1).double()
-            total, square, count = total + x.sum(1), square + x.square().sum(1), count + x.shape[1]
-        mean = total / count
-        variance = (square / count - mean.square()).clamp(min=0) * (count / max(1, count - 1))
-        return mean.float(), variance.float()
+            dense, pruned = self.shelf[index]
+            ours.add(pruned[norm.source])
+            if match:
+                theirs.add(dense[norm.source])
+        if not match:
+            return ours.statistics(norm)
+        mean, variance = own_statistics(self.gm, norm).values()
+        return matched(norm, ours, theirs, (mean, variance))
 
 
 def _apply(layer: LayerOp, x: Tensor, weight: Tensor) -> Tensor:
@@ -257,14 +265,3 @@ def _apply(layer: LayerOp, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     g = layer.geometry
     return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
-
-
-def batch_norms(gm: fx.GraphModule) -> list[fx.Node]:
-    """Return the nodes of BatchNorms over images that have running statistics and are used once."""
-    uses: dict[str, list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-                uses.setdefault(str(node.target), []).append(node)
-    return [nodes[0] for nodes in uses.values() if len(nodes) == 1]

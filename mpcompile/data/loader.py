@@ -19,6 +19,7 @@ from mpcompile.data.batches import read
 from mpcompile.data.datasets import labels_of
 from mpcompile.data.images import data_config, preprocess
 from mpcompile.data.labels import draw
+from mpcompile.data.mixing import MixedBatches
 from mpcompile.data.streamed import Streamed
 from mpcompile.errors import ConfigError, InputError
 from mpcompile.io.fields import check_fields
@@ -38,6 +39,8 @@ class ImageOptions:
         color_jitter: strength, or None; a policy replaces it.
         scale: smallest and largest share of the image area in a random crop.
         hflip: probability of a horizontal flip.
+        mix: share of the training images that are mixed with another one; labels do not apply to these, so it needs
+            ``train.alpha=1``.
         augment: False preprocesses every image as in evaluation (needed for cached logits).
         workers: processes that read images.
 
@@ -52,6 +55,7 @@ class ImageOptions:
     color_jitter: float | None = None
     scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = 0.5
+    mix: float = 0.0
     augment: bool = True
     workers: int = 2
 
@@ -63,6 +67,7 @@ class ImageOptions:
             ("reprob", 0, 1),
             ("color_jitter", 0, math.inf),
             ("hflip", 0, 1),
+            ("mix", 0, 1),
             ("workers", 0, math.inf),
         )
         object.__setattr__(self, "scale", tuple(self.scale))
@@ -179,6 +184,7 @@ def loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         drop_last=training,
+        collate_fn=MixedBatches(images.mix) if training and images.mix else None,
     )  # no persistent workers: their random numbers would depend on earlier epochs
 
 

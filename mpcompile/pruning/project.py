@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, fx, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from mpcompile.calibration.moments import DIAGONAL, FULL, Moments, collect
-from mpcompile.calibration.stream import Stream, batch_norms
+from mpcompile.calibration.norms import BatchNorm, Statistics, batch_norms
+from mpcompile.calibration.stream import Stream
 from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.ir.module import Imported
 from mpcompile.ir.view import LayerOp
@@ -28,12 +29,9 @@ from mpcompile.kernels.nm_format import Pattern, from_rows, to_rows
 from mpcompile.pruning import refit, scores
 from mpcompile.pruning.scores import DAMPING
 
-# A fit to dense outputs from pruned inputs shrinks the components that it cannot predict. Re-estimated BatchNorm
-# statistics undo that; without them, fitting fully to the dense outputs overfits: of 0, 1/4, 1/2 and 1, 1/4 was best on
-# held-out images.
+# A fit to dense outputs from pruned inputs shrinks the components that it cannot predict, and fitting fully to the
+# dense outputs overfits: of 0, 1/4, 1/2 and 1, 1/4 was best on held-out images.
 TOWARDS_DENSE = 0.25
-
-Statistics = dict[str, tuple[Tensor, Tensor]]  # BatchNorm module -> mean and variance of its inputs
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ def in_sequence(
     calibration: Iterable[Any],
     *,
     memory: int,
-    towards_dense: bool,
+    policy: str,
     renorm: bool,
     statistics: Path | None = None,
     options: Mapping[str, Any] | None = None,
@@ -234,19 +232,20 @@ def in_sequence(
         decide: name and moments -> projection of the layer.
         calibration: batches; read once.
         memory: bytes that moments may take, and as many again for the activations held between layers.
-        towards_dense: fit layers towards the outputs of the dense model: all the way in models with BatchNorms that are
-            re-estimated, :data:`TOWARDS_DENSE` of the way in others.
-        renorm: re-estimate the statistics of BatchNorms after projected layers.
+        policy: ``calibrate`` of :func:`mpcompile.transform`. ``"pruned_to_dense"`` fits layers towards the outputs of
+            the dense model, :data:`TOWARDS_DENSE` of the way, and ``"adapted"`` all the way if there are BatchNorms.
+        renorm: re-estimate the statistics of BatchNorms after projected layers: matched to the outputs of the dense
+            model, or, if ``policy`` is not ``"pruned_to_dense"``, those of the calibration data.
         statistics: a folder that keeps the moments of layers, so that an interrupted run resumes.
         options: everything else that the moments depend on; moments of other options are gathered again.
 
     Returns:
-        The projections by layer name, and the mean and variance of each re-estimated BatchNorm by module name.
+        The projections by layer name, and the running statistics of each re-estimated BatchNorm by their paths.
     """
-    norm_at = set(batch_norms(model.gm)) if renorm else set()
-    towards = 0.0
-    if towards_dense:
-        towards = 1.0 if norm_at else TOWARDS_DENSE
+    norm_at = {norm.node: norm for norm in batch_norms(model.gm)} if renorm else {}
+    towards = 0.0 if policy == "pruned" else TOWARDS_DENSE
+    if policy == "adapted" and norm_at:
+        towards = 1.0
     stream = Stream(model, calibration, memory, towards)
     records = Records(statistics, "")
     if statistics is not None:
@@ -261,7 +260,7 @@ def in_sequence(
     stops = [n for n in model.gm.graph.nodes if n in layer_at or n in norm_at]
     for node in tqdm(stops, desc="prune", unit="layer", disable=None):
         if node in norm_at:
-            _renorm(stream, node, norms)
+            _renorm(stream, norm_at[node], norms, match=policy == "pruned_to_dense")
             continue
         name = layer_at[node]
         layer = uses[name][0]
@@ -269,7 +268,7 @@ def in_sequence(
         if moments is None:
             moments = stream.moments(layer, patterns[name].m, memory)
             records.put(name, moments)
-        if len(uses[name]) == 1 and len(norm_at.intersection(node.users)) == len(node.users) == 1:
+        if len(uses[name]) == 1 and len(norm_at.keys() & node.users.keys()) == len(node.users) == 1:
             moments = moments.centred()  # only a BatchNorm reads the outputs, and it subtracts their means
         projections[name] = projection = decide(name, moments)
         weight = layer.weight.tensor.detach()
@@ -288,25 +287,17 @@ def reestimate(model: Imported, calibration: Iterable[Any], memory: int) -> Stat
         memory: bytes of activations to hold.
 
     Returns:
-        Mean and variance by module name.
+        Running statistics by their paths.
     """
     stream = Stream(model, calibration, memory)
     norms: Statistics = {}
-    for node in batch_norms(model.gm):
-        _renorm(stream, node, norms, changed_only=False)
+    for norm in batch_norms(model.gm):
+        _renorm(stream, norm, norms, changed_only=False)
     return norms
 
 
-def _renorm(stream: Stream, node: fx.Node, norms: Statistics, changed_only: bool = True) -> None:
-    statistics = stream.channel_statistics(node, node.all_input_nodes[0], changed_only)
+def _renorm(stream: Stream, norm: BatchNorm, norms: Statistics, changed_only: bool = True, match: bool = False) -> None:
+    statistics = stream.channel_statistics(norm, changed_only, match)
     if statistics is not None:
-        norms[str(node.target)] = statistics
-        stream.renorm(node, *statistics)
-
-
-def write_norms(gm: nn.Module, norms: Statistics) -> None:
-    """Write means and variances into the BatchNorm modules that they belong to, in place."""
-    for name, (mean, variance) in norms.items():
-        module: Any = gm.get_submodule(name)
-        module.running_mean.copy_(mean)
-        module.running_var.copy_(variance)
+        norms |= statistics
+        stream.renorm(norm, statistics)

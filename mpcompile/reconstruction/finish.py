@@ -1,13 +1,15 @@
-"""Finish: a gentle pass over the whole model, on its outputs and the outputs of all regions.
+"""Finish: what concerns the whole model. A gentle pass over it, and the check that its outputs came closer.
 
 Trained from a pruned model at the learning rate of the regions, a whole model overfits a few hundred images; from
-reconstructed regions and at a low rate, it removes what errors of different regions do together.
+reconstructed regions and at a low rate, it removes what errors of different regions do together. Smaller errors of the
+regions do not prove a smaller error of the outputs, so that one is measured, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,8 +48,31 @@ def _relative(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
 
+def _mix(values: Mapping[str, Tensor], old: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float) -> None:
+    """Set values between old and new ones: exactly the old ones at 0, exactly the new ones at 1."""
+    for name, value in values.items():
+        value.copy_(torch.lerp(old[name], new[name], share) if share else old[name])
+
+
+_SHARES = (1.0, 0.5, 0.25)  # of the change of all values, tried one after the other
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The loss of the whole model's outputs on held-out samples (see :func:`output_loss`).
+
+    Attributes:
+        before, after: of the model as it was, and as it is.
+        share: share of the change of all values that the model got: 1, or less where less was better, or 0.
+    """
+
+    before: float
+    after: float
+    share: float
+
+
 class Finish:
-    """The pass over the whole model.
+    """The whole model as it is trained and checked.
 
     Args:
         walk: student and twin.
@@ -66,16 +91,51 @@ class Finish:
         return output_loss(named, wanted), _relative(list(zip(values, goals, strict=True)))
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[Sequence[Any]]) -> float:
+    def measure(self, batches: Iterable[Sequence[Any]], outputs_only: bool = False) -> float:
         """Return the mean loss of some samples, over all ranks."""
         total = count = 0.0
         for inputs in batches:
             size = count_of(inputs)
-            total += float(sum(self.loss(inputs))) * size
+            losses = self.loss(inputs)
+            total += float(losses[0] if outputs_only else sum(losses)) * size
             count += size
         if self.shared:
             total, count = ranks.total(total, count, device=self.device)
         return total / max(count, 1.0)
+
+    @torch.no_grad()
+    def settle(
+        self, values: Mapping[str, Tensor], old: Mapping[str, Tensor], held: Callable[[], Iterable[Sequence[Any]]]
+    ) -> Outputs | None:
+        """Keep as much of the change of all values as lowers the loss of the outputs: all, a half, a quarter, or none.
+
+        All of it, and None is returned, if that loss was not finite before.
+
+        Args:
+            values: parameters and statistics of the student, changed in place.
+            old: their values in the beginning.
+            held: yields the samples that decide.
+        """
+        new = {name: value.clone() for name, value in values.items()}
+
+        def loss(share: float) -> float:
+            _mix(values, old, new, share)
+            return self.measure(held(), outputs_only=True)
+
+        try:
+            before = loss(0.0)
+            if not math.isfinite(before):
+                _mix(values, old, new, 1.0)
+                return None
+            for share in _SHARES:
+                after = loss(share)
+                if after < before:
+                    return Outputs(before, after, share)
+        except RuntimeError:
+            _mix(values, old, new, 1.0)
+            raise
+        _mix(values, old, new, 0.0)
+        return Outputs(before, before, 0.0)
 
     def run(
         self,

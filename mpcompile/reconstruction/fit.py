@@ -66,9 +66,13 @@ class Task:
     fixed: int | None
     device: torch.device
 
+    def values(self, index: Index) -> list[Any]:
+        """Return what the region reads for the samples at an index."""
+        return [rows.take(index, self.device) for rows in self.inputs]
+
     def output(self, index: Index) -> Tensor:
         """Return the region's output for the samples at an index."""
-        value: Tensor = self.part(*(rows.take(index, self.device) for rows in self.inputs))
+        value: Tensor = self.part(*self.values(index))
         return value
 
     def error(self, index: Index) -> Tensor:
@@ -121,6 +125,8 @@ def fit(
     *,
     shared: bool = False,
     tick: Callable[[int], object] = lambda samples: None,
+    statistics: Mapping[str, Tensor] | None = None,
+    settle: Callable[[], object] = lambda: None,
 ) -> Fit:
     """Train a region's parameters in place; they keep their values unless the error on held-out samples falls.
 
@@ -133,6 +139,8 @@ def fit(
         seed: seeds the order of the samples.
         shared: average gradients and errors over all ranks.
         tick: called with the number of samples after each step.
+        statistics: BatchNorm statistics of the region, which keep their values if the parameters do.
+        settle: called behind the last step; it may change the statistics.
     """
     batch = task.fixed or max(1, options.batch // (ranks.world() if shared else 1))
     before, held_before = errors(task, batch, shared)
@@ -140,8 +148,11 @@ def fit(
         return Fit(before, before, held_before, held_before, "its error is not finite before training")
     size = min(batch, task.train)
     places, steps = _places(task.train, size, epochs, seed), epochs * (task.train // size)
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    values: dict[str, Tensor] = {**parameters, **(statistics or {})}
+    kept = {name: value.detach().clone() for name, value in values.items()}
     reason = _train(task, Trainer(parameters, masks, options.lr, steps, shared), places, shared, tick)
+    if reason is None:
+        settle()
     after, held_after = errors(task, batch, shared) if reason is None else (before, held_before)
     if reason is None:
         old, new = decisive(before, held_before), decisive(after, held_after)
@@ -150,8 +161,8 @@ def fit(
             reason = f"the error on {where} samples did not fall: {old:.3g} -> {new:.3g}"
     if reason is not None:
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(kept[name])
+            for name, value in values.items():
+                value.copy_(kept[name])
     return Fit(before, after, held_before, held_after, reason)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from mpcompile.calibration.norms import own_statistics, write
 from mpcompile.data import ranks
 from mpcompile.errors import GraphError, first_line
 from mpcompile.ir.effects import storage
@@ -27,10 +28,10 @@ from mpcompile.reconstruction.activations.rows import Shelf, count_of
 from mpcompile.reconstruction.activations.samples import Samples
 from mpcompile.reconstruction.activations.walk import Step, Walk
 from mpcompile.reconstruction.budget import Cost, lengths, timed
-from mpcompile.reconstruction.finish import Finish
+from mpcompile.reconstruction.finish import Finish, Outputs
 from mpcompile.reconstruction.fit import Fit, Task, decisive, errors, fit, masks_of, trainable
 from mpcompile.reconstruction.importance import Importance, Weigher, Whole
-from mpcompile.reconstruction.norms import norms_of, reestimate, statistics
+from mpcompile.reconstruction.norms import match, norms_of
 from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.reconstruction.records import Records, stamp
 from mpcompile.reconstruction.regions import Region
@@ -50,6 +51,7 @@ class Result:
         images, held: number of images, and how many of them were held out.
         views, epochs: rounds over the images, and epochs in each region.
         final: losses of the pass over the whole model, or None without one.
+        outputs: losses of the model's outputs, or None if they could not be computed.
         notes: remarks.
     """
 
@@ -60,6 +62,7 @@ class Result:
     views: int
     epochs: int
     final: Fit | None = None
+    outputs: Outputs | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -221,7 +224,8 @@ class _Run:
         """Train one region, or read its values from the folder."""
         parameters, region = self.parameters[place], step.region
         norms = norms_of(self.student, region)
-        state = {**parameters, **statistics(self.student, norms)}
+        running = {path: value for norm in norms for path, value in own_statistics(self.student, norm).items()}
+        state = {**parameters, **running}
         known = self._recorded(place, state)
         if known is not None:
             self.bar.update(self.samples.train * self.epochs * 3)
@@ -230,7 +234,13 @@ class _Run:
         if not parameters:
             now, held = errors(task, self.samples.batch, self.shared)
             return Fit(now, now, held, held, "its weights are shared with other parts of the model")
-        before = self._renorm(task, norms) if norms else None
+        images = torch.arange(self.samples.train // self.samples.views)
+
+        def settle() -> None:
+            if norms:
+                match(self.walk, region, norms, images, self.samples.batch, self.shared)
+
+        before = self._matched(task, running, settle) if norms else None
         with _training(parameters), torch.enable_grad():
             outcome = fit(
                 task,
@@ -241,6 +251,8 @@ class _Run:
                 self.options.seed + 1_000_003 * (place + 1),
                 shared=self.shared,
                 tick=lambda samples: self.bar.update(3 * samples),
+                statistics=running,
+                settle=settle,
             )
         if before is not None:  # better statistics are new values even if training them brought nothing
             outcome = dataclasses.replace(outcome, before=before[0], held_before=before[1], reason=None)
@@ -262,18 +274,16 @@ class _Run:
             self.walk.device,
         )
 
-    def _renorm(self, task: Task, norms: Sequence[str]) -> tuple[float, float | None] | None:
-        """Re-estimate BatchNorm statistics on the images themselves if that lowers the error -> the error before."""
-        batch, held = self.samples.batch, statistics(self.student, norms)
-        kept = {name: tensor.clone() for name, tensor in held.items()}
-        before = errors(task, batch, self.shared)
-        images = torch.arange(self.samples.train // self.samples.views)
-        reestimate(self.student, norms, task, images, batch, self.shared)
-        after = errors(task, batch, self.shared)
-        if decisive(*after) < decisive(*before):
+    def _matched(
+        self, task: Task, running: Mapping[str, Tensor], match: Callable[[], object]
+    ) -> tuple[float, float | None] | None:
+        """Match BatchNorm statistics to the dense model if that lowers the error -> the error before."""
+        kept = {path: value.clone() for path, value in running.items()}
+        before = errors(task, self.samples.batch, self.shared)
+        match()
+        if decisive(*errors(task, self.samples.batch, self.shared)) < decisive(*before):
             return before
-        for name, tensor in held.items():
-            tensor.copy_(kept[name])
+        write(self.student, kept)
         return None
 
     def _recorded(self, place: int, parameters: Mapping[str, Tensor]) -> Fit | None:
@@ -299,13 +309,12 @@ class _Run:
                 raise GraphError("a masked weight is not zero", layer=next(names, None), expected=f"its {pattern} mask")
 
     def _finished(self) -> Result:
-        """Run the pass over the whole model, if one is asked for, and collect the new values."""
+        """Run the pass over the whole model, if one is asked for, check its outputs, and collect the new values."""
         options, samples = self.options, self.samples
         result, student = self.result, self.student
-        final = None
+        final, finish = None, Finish(self.walk, [region.output for region in self.regions], self.shared)
         if options.final_epochs:
             parameters = {n: p for n, p in student.named_parameters() if p.is_floating_point()}
-            finish = Finish(self.walk, [region.output for region in self.regions], self.shared)
             self.bar.set_postfix_str("whole model")
             batches = options.final_views * -(-(samples.train // samples.views) // samples.batch)
             with _training(parameters), torch.enable_grad():
@@ -320,9 +329,28 @@ class _Run:
                     batches,
                     self.bar.update,
                 )
+        outputs = self._settled(finish)
         self._check_masks()
         changed = {n: t.detach() for n, t in _floats(student).items() if not torch.equal(t, self.before[n])}
-        return dataclasses.replace(result, values=changed, final=final, notes=samples.notes)
+        return dataclasses.replace(result, values=changed, final=final, outputs=outputs, notes=samples.notes)
+
+    def _settled(self, finish: Finish) -> Outputs | None:
+        """Check the outputs of the whole model; they may not get worse."""
+        floats, samples = _floats(self.student), self.samples
+        values = {name: value for name, value in floats.items() if not torch.equal(value, self.before[name])}
+        if not values:
+            return None
+        few = None if samples.held else list(itertools.islice(samples, _KNOWN))
+        try:
+            outputs = finish.settle(values, self.before, samples.held_out if few is None else lambda: few)
+            if outputs is None:
+                samples.notes.append("the outputs of the whole model are not finite")
+            return outputs
+        except RuntimeError as error:
+            if self.shared:  # the other ranks would wait for this one
+                raise
+            samples.notes.append(f"the outputs of the whole model were not compared: {first_line(error)}")
+            return None
 
 
 def _floats(gm: IRModule) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mpcompile.data.mixing import mixed
 from mpcompile.data.seeding import seeded
 from mpcompile.errors import ConfigError, InputError
 
@@ -131,7 +132,7 @@ class Views:
             other = None
             if len(images) == 1 and before is not None:
                 other = self._augmented(before[-1:], images.shape[-2:])
-            views = _mixed(views, other, self.mix)
+            views = mixed(views, self.mix, other)
         low, span = (part.to(views) for part in self._scale)
         views = (views * span + low).to(images.dtype)
         last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
@@ -148,22 +149,6 @@ class Views:
         low, span = (part.to(unit) for part in self._scale)
         unit = ((unit - low) / span).clamp(0, 1)
         return torch.stack([functools.reduce(lambda image, step: step(image), steps, image) for image in unit])
-
-
-def _mixed(views: Tensor, other: Tensor | None, share: float) -> Tensor:
-    """Return the views (B, C, H, W), a share of them mixed with another one: ``other`` (1, C, H, W) if B is 1."""
-    from timm.data import Mixup
-
-    order = torch.randperm(len(views))
-    pairs = views[order]
-    if len(views) % 2:  # timm mixes the first with the last, the second with the last but one, and so on
-        if other is None and len(views) == 1:
-            return views
-        pairs = torch.cat([pairs, pairs[1:2] if other is None else other])
-    mixup = Mixup(mixup_alpha=1.0, cutmix_alpha=1.0, prob=share, switch_prob=0.5, mode="elem", num_classes=1)
-    labels = torch.zeros(len(pairs), dtype=torch.int64, device=pairs.device)
-    mixed, _ = mixup(pairs, labels)
-    return mixed[torch.argsort(order)]
 
 
 class _Survey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -10,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from mpcompile.calibration.norms import batch_norms, gathering, own_statistics
 from mpcompile.data import batches as data
 from mpcompile.data import ranks
 from mpcompile.errors import InputError
@@ -89,14 +91,23 @@ def reestimate(model: nn.Module, stream: Iterator[Any], device: torch.device) ->
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
-    with training_flags(model, False), torch.no_grad():
+    tensors = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(training_flags(model, False))
+        stack.enter_context(torch.no_grad())
+        start: Any = None
+        if isinstance(model, fx.GraphModule):
+            calls = [norm for norm in batch_norms(model) if norm.reads is not None]
+            tensors += [tensor for norm in calls for tensor in own_statistics(model, norm).values()]
+            start = stack.enter_context(gathering(model, calls))
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
-        for batch in stream:
+        for place, batch in enumerate(stream):
+            if start is not None:
+                start(place)
             data.forward(model, data.unpack(batch, need_labels=False).images.to(device), "student")
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        for tensor in (norm.running_mean, norm.running_var):
-            assert tensor is not None
-            ranks.average(tensor)
+    for tensor in tensors:
+        ranks.average(tensor)

@@ -6,15 +6,15 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mpcompile.calibration.norms import batch_norms, write
 from mpcompile.calibration.sensitivity import divergence
-from mpcompile.calibration.stream import batch_norms
 from mpcompile.ir.module import Imported, IRModule, Lifted
 from mpcompile.ir.view import layers
 from mpcompile.passes.allocate.menu import Candidate
 from mpcompile.passes.allocate.prediction import Samples
 from mpcompile.passes.base import Context
 from mpcompile.pruning import damage
-from mpcompile.pruning.project import reestimate, write_norms
+from mpcompile.pruning.project import reestimate
 
 
 def held_out_loss(
@@ -36,7 +36,7 @@ def held_out_loss(
         assert ctx.calibration is not None  # the samples come from it
         as_given = [{str(n.target): v for n, v, o in zip(places, b, own, strict=True) if o} for b in data.fit]
         model = Imported(trial, ctx.inputs, lifted, [])
-        write_norms(trial, reestimate(model, as_given, ctx.calibration.memory))
+        write(trial, reestimate(model, as_given, ctx.calibration.memory))
     values = [[lifted.tensors.get(n.name, v) for n, v in zip(places, b, strict=True)] for b in data.held_out]
     return divergence(gm, trial, data.held_out, values)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mpcompile.calibration.norms import Statistics
 from mpcompile.config import ROLES
 from mpcompile.errors import NotEligibleError
 from mpcompile.ir.module import IRModule
@@ -15,7 +16,7 @@ from mpcompile.ir.view import layers, unsupported
 from mpcompile.kernels import ops
 from mpcompile.passes.base import UNRECORDED, Context, Decision
 from mpcompile.passes.mask.eligibility import pattern_words, reason
-from mpcompile.pruning.project import Projection, Statistics
+from mpcompile.pruning.project import Projection
 
 ALREADY = "already masked"
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcompile.calibration.stream import batch_norms
+from mpcompile.calibration.norms import batch_norms, own_statistics
 from mpcompile.errors import GraphError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import argument
@@ -167,7 +166,6 @@ class Mask(Pass):
 def _dense(gm: IRModule, masked: Sequence[LayerOp]) -> Dense:
     """Return copies of what masks and re-estimated statistics are about to replace."""
     tensors = {use.weight.name: use.weight.tensor.detach().clone() for use in masked}
-    for node in batch_norms(gm):
-        module: Any = gm.get_submodule(str(node.target))
-        tensors |= {f"{node.target}.{key}": getattr(module, key).clone() for key in ("running_mean", "running_var")}
+    for norm in batch_norms(gm):
+        tensors |= {path: value.clone() for path, value in own_statistics(gm, norm).items()}
     return Dense(tensors)

@@ -8,13 +8,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from mpcompile.calibration.moments import Moments, collect
+from mpcompile.calibration.norms import Statistics
 from mpcompile.errors import InputError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context
 from mpcompile.passes.mask.choice import Masks
-from mpcompile.pruning.project import Projection, Statistics, in_sequence, project
+from mpcompile.pruning.project import Projection, in_sequence, project
 from mpcompile.pruning.ser import source_masks
 
 
@@ -96,7 +97,7 @@ class Projector:
             decide,
             calibration,
             memory=calibration.memory,
-            towards_dense=calibration.policy == "pruned_to_dense",
+            policy=calibration.policy,
             renorm=ctx.renorm,
             statistics=calibration.statistics,
             options={**ctx.config.to_dict(), "seed": ctx.seed},

@@ -7,6 +7,7 @@ MLP) reaches a smaller error with less data. The masks stay as they are. The sci
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +19,10 @@ from mpcompile.ir.parts import attribute
 from mpcompile.ir.view import layers
 from mpcompile.passes.base import UNRECORDED, Context, Decision, Dense, Pass, Request
 from mpcompile.passes.reconstruct.sides import fixed_size, sides
+from mpcompile.reconstruction.finish import Outputs
 from mpcompile.reconstruction.fit import Fit
 from mpcompile.reconstruction.options import Reconstruction
-from mpcompile.reconstruction.regions import find
+from mpcompile.reconstruction.regions import Region, find
 from mpcompile.reconstruction.run import run
 
 
@@ -54,6 +56,9 @@ class Reconstructed(Decision):
         images, held: number of calibration images, and how many of them were held out.
         views, epochs: rounds over the images, and epochs in each region.
         final: losses of the pass over the whole model; None without one.
+        outputs: loss of the whole model's outputs on held-out images (the divergence of class probabilities from the
+            dense model's, or a relative squared error) before and after, and the share of the change of all values
+            that was kept: less than 1 if all of it did not lower this loss. None if nothing changed.
         reason: why nothing was reconstructed, or None.
         notes: remarks.
         values: new values of parameters and BatchNorm statistics, by name.
@@ -65,6 +70,7 @@ class Reconstructed(Decision):
     views: int = 0
     epochs: int = 0
     final: Rebuilt | None = None
+    outputs: Outputs | None = None
     reason: str | None = None
     notes: tuple[str, ...] = ()
     values: dict[str, Tensor] = field(default_factory=dict, metadata=UNRECORDED)
@@ -106,6 +112,9 @@ class Reconstruct(Pass):
         notes = []
         if all(region.kind == "layer" for region in regions):
             notes.append("no block found: each masked layer is trained by itself")
+        outside = _outside(student, regions)
+        if outside:
+            notes.append(f"in no region, and left as they are: {', '.join(outside)}")
         result = run(
             student,
             twin,
@@ -124,6 +133,7 @@ class Reconstruct(Pass):
             held=result.held,
             views=result.views,
             epochs=result.epochs,
+            outputs=result.outputs,
             final=None if final is None else _entry("", "model", final),
             notes=(*notes, *result.notes),
             values=result.values,
@@ -152,6 +162,8 @@ class Reconstruct(Pass):
         if decision.final is not None and decision.final.reason is None:
             before, after = _held(decision.final)
             text += f"; then as a whole, loss {before:.3g} -> {after:.3g}"
+        if decision.outputs is not None:
+            text += f"; {_told(decision.outputs)}"
         return "; ".join([text, *decision.notes])
 
     @torch.no_grad()
@@ -159,6 +171,20 @@ class Reconstruct(Pass):
         for name, values in decision.values.items():
             attribute(gm, name).copy_(values)
         return bool(decision.values)
+
+
+def _outside(gm: IRModule, regions: Sequence[Region]) -> list[str]:
+    """Return the names of masked layers that no region holds."""
+    inside = {node for region in regions for node in region.nodes}
+    return sorted({layer.name for layer in layers(gm) if layer.pattern is not None and layer.node not in inside})
+
+
+def _told(outputs: Outputs) -> str:
+    before, after = f"{outputs.before:.3g}", f"{outputs.after:.3g}"
+    if not outputs.share:
+        return f"taken back: the loss of the outputs on held-out images, {before}, did not fall"
+    text = f"loss of the outputs {before} -> {after}"
+    return text if outputs.share == 1 else f"{text} with {outputs.share:g} of all changes, which was better"
 
 
 def _entry(name: str, kind: str, fit: Fit) -> Rebuilt:

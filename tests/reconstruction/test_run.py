@@ -13,6 +13,8 @@ import mpcompile
 from mpcompile import Config, Reconstruction
 from mpcompile.errors import ConfigError, GraphError
 from mpcompile.reconstruction import run
+from mpcompile.reconstruction.finish import Finish
+from mpcompile.reconstruction.fit import Fit
 from tests.support.helpers import images, randomise, tiny_vit
 
 BATCHES = [images(8, seed=seed) for seed in range(5)]
@@ -59,12 +61,13 @@ def test_outputs_come_closer_and_masks_stay(dense, masked):
     record = decision(closer)
     assert record["images"] == 40 and record["held"] == 4 and len(record["regions"]) == 4
     assert all(region["held_after"] < region["held_before"] for region in record["regions"])
+    assert record["outputs"]["after"] < record["outputs"]["before"] and record["outputs"]["share"] == 1
 
 
 def test_an_interrupted_run_resumes_with_the_same_bits(dense, masked, tmp_path, monkeypatch):
     options = Reconstruction(views=2, epochs=1, final_epochs=1, precision="fp32")
     random = torch.random.get_rng_state()
-    whole = mpcompile.reconstruct(masked, dense, BATCHES[:3], options=options)
+    whole = mpcompile.reconstruct(masked, dense, BATCHES, options=options)
     assert torch.equal(torch.random.get_rng_state(), random)
     fit, places = run.fit, []
 
@@ -76,9 +79,9 @@ def test_an_interrupted_run_resumes_with_the_same_bits(dense, masked, tmp_path, 
 
     monkeypatch.setattr(run, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        mpcompile.reconstruct(masked, dense, BATCHES[:3], options=options, folder=tmp_path)
+        mpcompile.reconstruct(masked, dense, BATCHES, options=options, folder=tmp_path)
     # All activations in files: the values are the same.
-    resumed = mpcompile.reconstruct(masked, dense, BATCHES[:3], options=options, folder=tmp_path, memory=0)
+    resumed = mpcompile.reconstruct(masked, dense, BATCHES, options=options, folder=tmp_path, memory=0)
     assert len(places) == 3 + 2  # two regions came from the folder
     assert equal(whole, resumed) and decision(whole) == decision(resumed)
     assert not equal(whole, masked)
@@ -132,13 +135,13 @@ def test_a_network_without_blocks_is_trained_layer_by_layer_in_the_pipeline():
     convs = [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)]
     model = nn.Sequential(*convs, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     randomise(model)
-    gm = mpcompile.transform(model.eval(), calibration=BATCHES, reconstruction=SHORT)
+    gm = mpcompile.transform(model.eval(), calibration=BATCHES, calibrate="adapted", reconstruction=SHORT)
     record = next(p.decision for p in gm.plan.passes if p.name == "reconstruct")
     assert [region["kind"] for region in record["regions"]] == ["layer"]
     assert any("no block" in note for note in record["notes"])
     (region,) = record["regions"]
     assert region["held_after"] < region["held_before"]
-    without = mpcompile.transform(model, calibration=BATCHES)
+    without = mpcompile.transform(model, calibration=BATCHES, calibrate="adapted")
     x = images(32, seed=99)
     assert divergence(gm, model, x) < divergence(without, model, x)
 
@@ -180,3 +183,29 @@ def test_two_ranks_share_the_images_and_get_the_same_result(dense, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first) and record == other
     assert record["images"] == 40 and all(r["held_after"] < r["held_before"] for r in record["regions"])
     assert len(list(Path(tmp_path / "kept").glob("*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize(("best", "share"), [(1.0, 1.0), (0.5, 0.5), (0.2, 0.25), (-1.0, 0.0)])
+def test_the_outputs_of_the_whole_model_never_get_worse(dense, masked, monkeypatch, best, share):
+    """Every region moves by 1; the loss of the outputs is least where they have moved by ``best``."""
+    moved = []
+
+    def step(task, parameters, *arguments, **named):
+        parameter = next(p for name, p in parameters.items() if name.endswith("bias"))
+        moved.append((parameter, parameter.detach().clone()))
+        with torch.no_grad():
+            parameter.add_(1)
+        return Fit(2.0, 1.0, 2.0, 1.0)
+
+    def loss(self, batches, outputs_only):
+        return max(abs(float((now - old).mean()) - best) for now, old in moved)
+
+    monkeypatch.setattr(run, "fit", step)
+    monkeypatch.setattr(Finish, "measure", loss)
+    result = mpcompile.reconstruct(masked, dense, BATCHES[:2], options=ONCE)
+    outputs = decision(result)["outputs"]
+    assert outputs["share"] == share and outputs["before"] == abs(best)
+    assert outputs["after"] == pytest.approx(abs(share - best), abs=1e-5)
+    assert equal(result, masked) == (not share)
+    told = result.plan.passes[-1].summary
+    assert ("taken back" in told) == (not share) and ("of all changes" in told) == (0 < share < 1)

@@ -208,14 +208,14 @@ class Walk:
         same = _same_tensors(own, other) and all(self.values.get(n) is self.targets.get(n) for n in step.sources)
         for chunk in self._streamed() if self.streamed and step is self.steps[0] else self._chunks():
             values = self._store(
-                self.values, step.targets, chunk, lambda c: _call(own, self._take(self.values, step.sources, c))
+                self.values, step.targets, chunk, lambda c: run_part(own, self._take(self.values, step.sources, c))
             )
             if same:
                 continue
             lent = dict(zip(step.pairs, values[len(step.targets) :], strict=True))
             rest = [node for node in sources if node not in lent]
             lent |= zip(rest, self._take(self.targets, rest, chunk), strict=True)
-            for node, value in zip(step.targets, _call(other, [lent[n] for n in sources]), strict=True):
+            for node, value in zip(step.targets, run_part(other, [lent[n] for n in sources]), strict=True):
                 if node not in self.targets:
                     self.targets[node] = self.values[node].like()
                 self.targets[node].write(chunk.start, value)
@@ -263,8 +263,8 @@ class Walk:
         return values
 
 
-def _call(part: fx.GraphModule, values: Sequence[Any]) -> Any:
-    """Run a part; it may write into its inputs, but not into the rows that are held."""
+def run_part(part: fx.GraphModule, values: Sequence[Any]) -> Any:
+    """Run a part of a graph; it may write into its inputs, but not into the rows that are held."""
     return part(*own_copies(part, values))
 
 

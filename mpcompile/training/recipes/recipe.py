@@ -107,11 +107,17 @@ class Recipe:
             ) from error
         if not 0 <= self.prior_weight < math.inf:
             raise ConfigError("option 'prior_weight' is out of range", expected="0 or more", found=self.prior_weight)
-        if self.train.cache and self.data.augment:
+        if self.data.mix and self.train.alpha < 1:
+            raise ConfigError(
+                "data.mix mixes images, which their labels then do not describe",
+                expected="train.alpha=1 with data.mix, which uses no labels",
+                found=f"train.alpha={self.train.alpha:g}",
+            )
+        if self.train.cache and (self.data.augment or self.data.mix):
             raise ConfigError(
                 "train.cache stores one row of logits per image, but augmentation changes the image in every epoch",
-                expected="data.augment=false with train.cache=true",
-                found="data.augment=true",
+                expected="data.augment=false and data.mix=0 with train.cache=true",
+                found=f"data.augment={str(self.data.augment).lower()}, data.mix={self.data.mix:g}",
             )
 
     @staticmethod
