@@ -54,7 +54,7 @@ def test_hidden_tokens_stay_hidden():
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_merge_is_few_operators_of_onnx(batch, tmp_path):
-    """ONNX Runtime spends microseconds on each call: a merge in twice as many costs a ViT-Tiny its gain."""
+    """ONNX Runtime spends microseconds on each call, however small: the reference takes 136 calls per merge."""
     model, x = tiny_vit(depth=3), images(batch)
     counts = []
     for r in (0, 3):
