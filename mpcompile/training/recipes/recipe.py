@@ -113,12 +113,13 @@ class Recipe:
                 expected="train.alpha=1 with data.mix, which uses no labels",
                 found=f"train.alpha={self.train.alpha:g}",
             )
-        if self.train.cache and (self.data.augment or self.data.mix):
-            raise ConfigError(
-                "train.cache stores one row of logits per image, but augmentation changes the image in every epoch",
-                expected="data.augment=false and data.mix=0 with train.cache=true",
-                found=f"data.augment={str(self.data.augment).lower()}, data.mix={self.data.mix:g}",
-            )
+        for option, value, off in (("augment", self.data.augment, "false"), ("mix", self.data.mix, "0")):
+            if self.train.cache and value:
+                raise ConfigError(
+                    f"train.cache stores one row of logits per image, but data.{option} changes it in every epoch",
+                    expected=f"data.{option}={off} with train.cache=true",
+                    found=f"data.{option}={str(value).lower()}",
+                )
 
     @staticmethod
     def names() -> list[str]:
