@@ -148,7 +148,7 @@ def chart(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
             for stage, color in (("masked", "C7"), ("reconstructed", "C0")):
                 right = [100 * row[stage]["right"] / row["of"] for row in same]
                 merged = f", {r} tokens merged per block" if r else ""
-                axes.plot(saved, right, marker=marker, color=color, linewidth=0.8, label=f"{stage}{merged}")
+                axes.scatter(saved, right, marker=marker, color=color, label=f"{stage}{merged}", zorder=3)
             for row, x in zip(same, saved, strict=True):
                 place = (x, 100 * row["reconstructed"]["right"] / row["of"])
                 axes.annotate(row["pattern"], place, xytext=(4, 5), textcoords="offset points", fontsize=7)
