@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mpcompile.errors import InputError
 from mpcompile.kernels import ops
@@ -123,6 +123,22 @@ class ByMode(nn.Module):
 
     def extra_repr(self) -> str:
         return f"training={self.when_training}, evaluation={self.when_evaluating}"
+
+
+def by_mode(gm: fx.GraphModule, value: Any) -> ByMode | None:
+    """Return the :class:`ByMode` that a node calls; None for anything else."""
+    if not isinstance(value, fx.Node) or value.op != "call_module":
+        return None
+    module = gm.get_submodule(str(value.target))
+    return module if isinstance(module, ByMode) else None
+
+
+def number(gm: fx.GraphModule, value: Any) -> Any:
+    """Return a literal, or the value that a :class:`ByMode` yields in the graph's current mode; None if unknown."""
+    if not isinstance(value, fx.Node):
+        return value
+    module = by_mode(gm, value)
+    return None if module is None else module()
 
 
 class InputGuard(nn.Module):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mpcompile.calibration.norms import number
 from mpcompile.ir.effects import erase_orphans
 from mpcompile.ir.module import IRModule, Lifted
 from mpcompile.ir.nodes import argument
@@ -18,6 +17,7 @@ from mpcompile.ir.parts import FOLDED, keep
 from mpcompile.ir.view import LayerOp, parameter_read
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import Pattern
+from mpcompile.layers import number
 from mpcompile.passes.base import Decision
 
 _DROPOUT = frozenset({F.dropout, torch.dropout, torch.ops.aten.dropout.default})

@@ -42,6 +42,7 @@ from bench import common
 from bench.cpu.e2e import convolutional
 from bench.cpu.peer_worker import Spec
 from mpcompile.kernels.machine import cpu_flags, has_bf16
+from mpcompile.runtimes.base import titled
 from mpcompile.runtimes.catalogue import RUNTIMES
 
 NAME = "cpu_peers"
@@ -85,7 +86,7 @@ def _of_runtimes(r: int) -> list[Spec]:
             print(f"{runtime.title} is not installed (pip install 'mpcompile[{runtime.extra}]')")
             continue
         for precision in runtime.precisions():
-            title = runtime.title if precision == "fp32" else f"{runtime.title} {precision}"
+            title = titled(runtime.title, precision)
             found.append(Spec(title, name, precision))
             if r:
                 found.append(Spec(f"r = {r} in {title}", name, precision, "dense", r))

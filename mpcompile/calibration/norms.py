@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.ir.nodes import argument, shape_of
 from mpcompile.ir.parts import attribute
-from mpcompile.layers import ByMode
+from mpcompile.layers import by_mode, number
 
 Statistics = dict[str, Tensor]  # paths of running means and variances -> their new values
 
@@ -63,14 +63,6 @@ def call_of(gm: fx.GraphModule, node: fx.Node) -> Call | None:
     return Call(tensors, number(gm, argument(node, 5, "training", False)), argument(node, 7, "eps", 1e-5))
 
 
-def number(gm: fx.GraphModule, value: Any) -> Any:
-    """Return a literal, or the value that a :class:`ByMode` yields in the graph's current mode; None if unknown."""
-    if not isinstance(value, fx.Node):
-        return value
-    module = gm.get_submodule(str(value.target)) if value.op == "call_module" else None
-    return module() if isinstance(module, ByMode) else None
-
-
 def batch_norms(gm: fx.GraphModule) -> list[BatchNorm]:
     """Return the BatchNorms over images that have running statistics of their own, in graph order.
 
@@ -100,10 +92,9 @@ def _as_call(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
     if call is None or not isinstance(source, fx.Node) or len(shape_of(source) or (None,) * 4) != 4:
         return None
     training = argument(node, 5, "training", False)
-    if training is not False and not isinstance(training, fx.Node):
-        return None
-    if isinstance(training, fx.Node) and not _off_in_evaluation(gm, training):
-        return None
+    flag = by_mode(gm, training)
+    if (training if flag is None else flag.when_evaluating) not in (False, 0):
+        return None  # it normalises by batch, or the flag is computed
     mean, variance = (call.tensors[key] for key in STATISTICS)
     for read in (mean, variance):
         if not isinstance(read, fx.Node) or read.op != "get_attr" or list(read.users) != [node]:
@@ -111,11 +102,6 @@ def _as_call(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
     if not isinstance(call.eps, (int, float)):
         return None
     return BatchNorm(node, source, str(mean.target), str(variance.target), call.eps, (mean, variance))
-
-
-def _off_in_evaluation(gm: fx.GraphModule, node: fx.Node) -> bool:
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return isinstance(module, ByMode) and module.when_evaluating in (False, 0)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from mpcompile.kernels import ops
 from mpcompile.measure.builds import InRuntime
 from mpcompile.measure.environment import first_tensor
 from mpcompile.measure.report import Row
-from mpcompile.runtimes.base import Arguments, Runtime
+from mpcompile.runtimes.base import Arguments, Runtime, titled
 from mpcompile.runtimes.catalogue import exported, fp32_copy, in_fp32
 
 # Largest relative RMS difference of a sample's outputs from those of the same graph in fp32, median over the samples:
@@ -67,14 +67,18 @@ def rival_rows(
     args, kwargs = in_fp32(call_form(model, batch))
     whole, label = fp32_copy(model), "dense" if dense else graph_label(model)
     preposition = "" if dense else "in "
+    audited = precision_of(batch)
     rows = [
-        Row(f"{label} {preposition}{runtime.title}", runtime=runtime.title, precision=precision, dense=dense)
+        Row(
+            titled(f"{label} {preposition}{runtime.title}", precision),
+            runtime=runtime.title,
+            precision=precision,
+            dense=dense,
+            baseline=dense and precision == audited,
+        )
         for runtime in runtimes
         for precision in runtime.precisions()
     ]
-    for row in rows:
-        row.name += "" if row.precision == "fp32" else f" {row.precision}"
-        row.baseline = dense and row.precision == precision_of(batch)
     try:
         with exported(whole, kwargs or args) as path, torch.no_grad():
             expected = numbers_of(whole(*args, **kwargs))

@@ -19,9 +19,8 @@ def norms_of(gm: fx.GraphModule, region: Region) -> list[BatchNorm]:
     return [norm for norm in batch_norms(gm) if norm.node in inside]
 
 
-@torch.no_grad()
-def match(walk: Walk, region: Region, norms: Sequence[BatchNorm], places: Tensor, batch: int, shared: bool) -> None:
-    """Give the outputs of BatchNorms the means and variances of the dense model's, one BatchNorm after the other.
+class Matching:
+    """Gives the outputs of a region's BatchNorms the dense outputs' means and variances, as often as it is called.
 
     Args:
         walk: student and twin, at the region.
@@ -31,23 +30,33 @@ def match(walk: Walk, region: Region, norms: Sequence[BatchNorm], places: Tensor
         batch: samples that run at a time.
         shared: use the samples of all ranks.
     """
-    for norm in norms:
-        ours = _sums(walk, region, norm, places, batch, shared, dense=False)
-        theirs = _sums(walk, region, norm, places, batch, shared, dense=True)
-        mean, variance = own_statistics(walk.twin, norm).values()
-        write(walk.student, matched(norm, ours, theirs, (mean, variance)))
 
+    def __init__(
+        self, walk: Walk, region: Region, norms: Sequence[BatchNorm], places: Tensor, batch: int, shared: bool
+    ) -> None:
+        self.walk, self.region, self.norms = walk, region, norms
+        self.places, self.batch, self.shared = places, batch, shared
+        self.dense = [self._sums(norm, dense=True) for norm in norms]  # the dense model stays as it is
 
-def _sums(walk: Walk, region: Region, norm: BatchNorm, places: Tensor, batch: int, shared: bool, dense: bool) -> Sums:
-    """Return the sums over a BatchNorm's inputs in one of the models."""
-    gm, side = (walk.twin, walk.targets) if dense else (walk.student, walk.values)
-    nodes, _ = between(walk.student, [norm.source], region.inputs)
-    groups: list[list[fx.Node]] = [nodes, list(region.inputs), [norm.source]]
-    if dense:
-        groups = [[walk.twin_of[node] for node in group] for group in groups]
-    part, sums = extract(gm, *groups), Sums()
-    for index in places.split(batch):
-        sums.add(run_part(part, [side[node].take(index, walk.device) for node in region.inputs])[0])
-    if shared and sums.sums is not None:
-        ranks.average(sums.sums)
-    return sums
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Match one BatchNorm after the other, each behind those before it."""
+        for norm, theirs in zip(self.norms, self.dense, strict=True):
+            mean, variance = own_statistics(self.walk.twin, norm).values()
+            write(self.walk.student, matched(norm, self._sums(norm, dense=False), theirs, (mean, variance)))
+
+    @torch.no_grad()
+    def _sums(self, norm: BatchNorm, dense: bool) -> Sums:
+        """Return the sums over a BatchNorm's inputs in one of the models."""
+        walk, inputs = self.walk, self.region.inputs
+        gm, side = (walk.twin, walk.targets) if dense else (walk.student, walk.values)
+        nodes, _ = between(walk.student, [norm.source], inputs)
+        groups: list[list[fx.Node]] = [nodes, list(inputs), [norm.source]]
+        if dense:
+            groups = [[walk.twin_of[node] for node in group] for group in groups]
+        part, sums = extract(gm, *groups), Sums()
+        for index in self.places.split(self.batch):
+            sums.add(run_part(part, [side[node].take(index, walk.device) for node in inputs])[0])
+        if self.shared and sums.sums is not None:
+            ranks.average(sums.sums)
+        return sums

@@ -31,7 +31,7 @@ from mpcompile.reconstruction.budget import Cost, lengths, timed
 from mpcompile.reconstruction.finish import Finish, Outputs
 from mpcompile.reconstruction.fit import Fit, Task, decisive, errors, fit, masks_of, trainable
 from mpcompile.reconstruction.importance import Importance, Weigher, Whole
-from mpcompile.reconstruction.norms import match, norms_of
+from mpcompile.reconstruction.norms import Matching, norms_of
 from mpcompile.reconstruction.options import Reconstruction
 from mpcompile.reconstruction.records import Records, stamp
 from mpcompile.reconstruction.regions import Region
@@ -235,12 +235,8 @@ class _Run:
             now, held = errors(task, self.samples.batch, self.shared)
             return Fit(now, now, held, held, "its weights are shared with other parts of the model")
         images = torch.arange(self.samples.train // self.samples.views)
-
-        def settle() -> None:
-            if norms:
-                match(self.walk, region, norms, images, self.samples.batch, self.shared)
-
-        before = self._matched(task, running, settle) if norms else None
+        matching = Matching(self.walk, region, norms, images, self.samples.batch, self.shared)
+        before = self._matched(task, running, matching) if norms else None
         with _training(parameters), torch.enable_grad():
             outcome = fit(
                 task,
@@ -252,7 +248,7 @@ class _Run:
                 shared=self.shared,
                 tick=lambda samples: self.bar.update(3 * samples),
                 statistics=running,
-                settle=settle,
+                settle=matching,
             )
         if before is not None:  # better statistics are new values even if training them brought nothing
             outcome = dataclasses.replace(outcome, before=before[0], held_before=before[1], reason=None)

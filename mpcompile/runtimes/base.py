@@ -29,6 +29,11 @@ class Port:
     shape: tuple[int | None, ...]
 
 
+def titled(name: str, precision: str) -> str:
+    """Return a name in tables: with the precision behind it, unless that is fp32."""
+    return name if precision == "fp32" else f"{name} {precision}"
+
+
 @dataclass
 class Build:
     """A model in a runtime. It is called as the model is, and returns its tensors.
@@ -58,7 +63,7 @@ class Build:
     @property
     def name(self) -> str:
         """The runtime and, if it is not fp32, the precision."""
-        return self.title if self.precision == "fp32" else f"{self.title} {self.precision}"
+        return titled(self.title, self.precision)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output, or a dict of several by name.
@@ -122,14 +127,18 @@ class Runtime(ABC):
         """The version of its package."""
         return importlib.metadata.version(self.package)
 
-    def check(self) -> None:
-        """Check that the runtime is installed.
+    def check(self, precision: str = "fp32") -> None:
+        """Check that the runtime is installed and has a precision here.
 
         Raises:
-            ConfigError: it is not; the message names the extra that installs it.
+            ConfigError: it is not, and the message names the extra that installs it; or it has not.
         """
         if not self.installed:
             raise missing_package(self.title, self.package, self.extra)
+        if precision not in self.precisions():
+            raise ConfigError(
+                f"{self.title} does not run {precision} here", expected=", ".join(self.precisions()), found=precision
+            )
 
     @abstractmethod
     def precisions(self) -> tuple[str, ...]:
@@ -156,13 +165,6 @@ class Runtime(ABC):
 def missing_package(who: str, package: str, extra: str) -> ConfigError:
     """Return the error for a package that is not installed."""
     return ConfigError(f"{who} needs the package {package}", hint=f"run pip install 'mpcompile[{extra}]'")
-
-
-def no_precision(runtime: Runtime, precision: str) -> ConfigError:
-    """Return the error for a precision that a runtime does not have here."""
-    return ConfigError(
-        f"{runtime.title} does not run {precision} here", expected=", ".join(runtime.precisions()), found=precision
-    )
 
 
 def arrays_by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mpcompile.runtimes.base import Arguments, Build, Port, Runtime, no_precision
+from mpcompile.runtimes.base import Arguments, Build, Port, Runtime
 
 
 class OnnxRuntime(Runtime):
@@ -29,9 +29,7 @@ class OnnxRuntime(Runtime):
     def load(
         self, path: Path, precision: str = "fp32", threads: int | None = None, calibration: Iterable[Arguments] = ()
     ) -> Build:
-        self.check()
-        if precision not in self.precisions():
-            raise no_precision(self, precision)
+        self.check(precision)
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -23,7 +23,6 @@ from mpcompile.runtimes.base import (
     Runtime,
     calibration_arrays,
     missing_package,
-    no_precision,
 )
 
 SUBSET = 300  # samples that NNCF calibrates on, its own default
@@ -48,9 +47,7 @@ class OpenVino(Runtime):
     def load(
         self, path: Path, precision: str = "fp32", threads: int | None = None, calibration: Iterable[Arguments] = ()
     ) -> Build:
-        self.check()
-        if precision not in self.precisions():
-            raise no_precision(self, precision)
+        self.check(precision)
         import openvino
 
         threads = threads or torch.get_num_threads()

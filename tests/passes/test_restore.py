@@ -244,9 +244,8 @@ def test_batch_norms_are_re_estimated(calibrate, options):
     with torch.no_grad():
         gm(x), model(x)
     read, ours, _, theirs = (value.transpose(0, 1).flatten(1) for value in seen)
-    if (
-        calibrate != "pruned_to_dense" or options.get("score") == "magnitude"
-    ):  # the dense model was not run: the plain statistics of what the BatchNorm reads
+    alone = calibrate != "pruned_to_dense" or options.get("score") == "magnitude"  # without the dense model
+    if alone:  # the plain statistics of what the BatchNorm reads
         assert relative(gm.get_submodule("7").running_mean, read.mean(1)) < 1e-3
         assert relative(gm.get_submodule("7").running_var, read.var(1)) < 1e-3
     else:  # its outputs have the dense outputs' statistics
@@ -254,8 +253,8 @@ def test_batch_norms_are_re_estimated(calibrate, options):
         assert relative(ours.var(1), theirs.var(1)) < 1e-3
     assert relative(gm.get_submodule("7").running_var, model[7].running_var) > 1e-2
     assert "BatchNorms re-estimated" in next(r for r in gm.plan.passes if r.name == "restore").summary
-    alone = transform(model, x[:2], config, [x], pipeline=Pipeline([Mask()])).get_submodule("7")
-    assert torch.equal(alone.running_var, model[7].running_var)  # nothing requested other statistics
+    unasked = transform(model, x[:2], config, [x], pipeline=Pipeline([Mask()])).get_submodule("7")
+    assert torch.equal(unasked.running_var, model[7].running_var)  # nothing requested other statistics
 
 
 def test_a_constant_before_batch_norm_costs_nothing():
