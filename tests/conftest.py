@@ -34,6 +34,7 @@ def pytest_cmdline_main(config):
     whole = {Path(arg).resolve() for arg in config.args} <= {HERE, HERE.parent} and not hasattr(config, "workerinput")
     if whole and getattr(option, "numprocesses", 0) is None and not option.usepdb and option.capture != "no":
         option.numprocesses, option.dist = min(CORES, MOST), "loadfile"  # fixtures of a module are made once
+        option.maxworkerrestart = "0"  # a run that loses a process ends; with a new one in its place it may never end
 
 
 def pytest_ignore_collect(collection_path, config):

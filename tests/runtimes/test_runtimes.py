@@ -1,6 +1,8 @@
 """Other runtimes: the interface with a fake one, and the real ones on a merged transformer."""
 
 import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,6 +113,28 @@ def test_int8_in_openvino():
     assert parameters < found.weight_bytes < 2 * parameters
     with pytest.raises(ConfigError, match="int8 needs calibration data"):
         build(model, x, "openvino", "int8")
+
+
+ENDING = """
+import faulthandler, os, signal, torch
+from torch import nn
+from mpcompile.runtimes.catalogue import build
+faulthandler.enable()  # as pytest does: it needs a signal stack of its own
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))  # such handlers run on that stack, like a loader's
+model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.ones(1, 8)
+for _ in range(2):
+    first, second = (build(model, x, "openvino") for _ in range(2))
+    del first
+    third = build(model, x, "openvino")
+    del second, third
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_handled_after_openvino_has_gone():
+    pytest.importorskip("openvino")
+    ended = subprocess.run([sys.executable, "-c", ENDING], check=False, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
 
 
 def test_a_dense_model_is_exported_with_all_of_its_tokens(monkeypatch):
