@@ -102,7 +102,7 @@ def load_data(seed: int, fold: int = 0) -> Digits:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MPCompileError(
-            "the demo needs scikit-learn, which contains the digits", hint="pip install 'mpcompile[demo]'"
+            "the demo needs scikit-learn, which contains the digits", hint="run pip install 'mpcompile[demo]'"
         ) from error
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16

@@ -215,7 +215,7 @@ def _unreadable(root: str, split: str, reader: str, error: Exception) -> InputEr
     reason = f"no {reason} in its description" if isinstance(error, KeyError) else reason
     if isinstance(error, ImportError) or "install webdataset" in reason:
         package = "webdataset" if reader.startswith("wds") else error.name if isinstance(error, ImportError) else None
-        return InputError(f"{reader} cannot be read without {package}", hint="pip install 'mpcompile[streams]'")
+        return InputError(f"{reader} cannot be read without {package}", hint="run pip install 'mpcompile[streams]'")
     if "length is unknown" in reason:
         hint = f"give it: '{split}|50000'; or use hfds, which fetches all data first"
         return InputError(f"the number of images in split {split!r} of {reader} is unknown", hint=hint)

@@ -73,7 +73,7 @@ def write_onnx(model: nn.Module, example: Any, path: Path) -> None:
 def _converted(model: nn.Module, example: Any, config: Config, dynamic_batch: bool) -> torch.onnx.ONNXProgram:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"ONNX needs the package {' and '.join(missing)}", hint="pip install 'mpcompile[onnx]'")
+        raise ConfigError(f"ONNX needs the package {' and '.join(missing)}", hint="run pip install 'mpcompile[onnx]'")
     lowered = lower(model, example, config)
     outputs = _return_tensors(lowered)
     exported = export_lowered(lowered, example, "dense", dynamic_batch, {ops.token_merge: token_merge})

@@ -81,7 +81,7 @@ def _download(name: str, identifier: str, revision: str | None) -> Path:
         from huggingface_hub import constants, hf_hub_download
     except ImportError as error:
         raise ConfigError(
-            f"huggingface_hub is not installed, so {name} cannot be loaded", hint='pip install "mpcompile[hub]"'
+            f"huggingface_hub is not installed, so {name} cannot be loaded", hint="run pip install 'mpcompile[hub]'"
         ) from error
     log = logging.getLogger("huggingface_hub")
     level = log.level

@@ -105,7 +105,7 @@ def _library(name: str) -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            f"transformers is not installed, so {name} cannot be loaded", hint='pip install "mpcompile[hub]"'
+            f"transformers is not installed, so {name} cannot be loaded", hint="run pip install 'mpcompile[hub]'"
         ) from error
     return transformers
 
@@ -122,7 +122,7 @@ def _class(library: Any, name: str, architecture: str) -> Any:
             f"transformers {library.__version__} does not know the architecture of {name}",
             expected="an architecture of the installed version",
             found=printable(architecture, 100),
-            hint="pip install --upgrade transformers",
+            hint="run pip install --upgrade transformers",
         )
     if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)):
         raise ConfigError(

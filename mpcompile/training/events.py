@@ -317,5 +317,5 @@ def _required(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
-            f"logging to {package} needs the package {package}", hint=f"pip install 'mpcompile[{package}]'"
+            f"logging to {package} needs the package {package}", hint=f"run pip install 'mpcompile[{package}]'"
         ) from error

@@ -125,7 +125,7 @@ def test_a_program_that_computes_something_else_is_found(pruned, tmp_path, monke
 def test_onnx_names_what_is_missing(pruned, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["export", str(pruned), "--format", "onnx", "--out", str(tmp_path / "m.onnx")]) == 2
-    assert "ONNX needs the package onnx and onnxscript. Pip install 'mpcompile[onnx]'" in capsys.readouterr().err
+    assert "ONNX needs the package onnx and onnxscript. Run pip install 'mpcompile[onnx]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

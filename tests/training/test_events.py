@@ -104,7 +104,7 @@ def test_sinks_get_only_numbers(tmp_path):
 @pytest.mark.parametrize(("make", "package"), [(events.tensorboard, "tensorboard"), (events.wandb, "wandb")])
 def test_a_missing_package_is_named(make, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"Pip install 'mpcompile\[{package}\]'"):
+    with pytest.raises(ConfigError, match=rf"Run pip install 'mpcompile\[{package}\]'"):
         make("name")
 
 

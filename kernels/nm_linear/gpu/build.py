@@ -206,7 +206,7 @@ def environment(folder: Path | None = None) -> dict[str, str]:
     if not (target / "triton" / "__init__.py").is_file():
         raise InputError(
             f"{reason}, and there is no newer one in {target}",
-            hint=f"`pip install --no-deps --target {target} 'triton>=3.9'`, or name its folder in MPCOMPILE_TRITON",
+            hint=f"run pip install --no-deps --target {target} 'triton>=3.9', or name its folder in MPCOMPILE_TRITON",
         )
     path = [str(target.resolve()), *sys.path[1:], os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in path if part)}
