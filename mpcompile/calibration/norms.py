@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpcompile.ir.nodes import argument, shape_of
+from mpcompile.ir.numerics import training_flags
 from mpcompile.ir.parts import attribute
 from mpcompile.layers import by_mode, number
 
@@ -102,6 +103,27 @@ def _as_call(gm: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
     if not isinstance(call.eps, (int, float)):
         return None
     return BatchNorm(node, source, str(mean.target), str(variance.target), call.eps, (mean, variance))
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorms normalise by their running statistics, and keep these, whatever the mode of the rest.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout()).train()
+        >>> with frozen(model):
+        ...     [module.training for module in model]
+        [False, True]
+    """
+    flagged = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if isinstance(model, fx.GraphModule):
+        calls = [node for node in model.graph.nodes if call_of(model, node) is not None]
+        flags = [by_mode(model, argument(node, 5, "training", False)) for node in calls]
+        flagged += [flag for flag in flags if flag is not None]
+    with contextlib.ExitStack() as stack:
+        for module in flagged:
+            stack.enter_context(training_flags(module, False))
+        yield
 
 
 @contextlib.contextmanager

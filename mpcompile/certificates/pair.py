@@ -29,6 +29,7 @@ __getattr__ = renamed(
     {"Pair": "certificates.pair.NetworkPair", "replay_orders": "certificates.orders.replay_orders"},
 )
 SAME = 1e-9  # relative difference of two float64 runs of the same function
+_LIBRARY = frozenset({"cudnn_enable", "cudnn_enabled"})  # arguments that name the library of an operator
 
 
 @dataclass
@@ -252,12 +253,12 @@ def match(dense: Network, sparse: Network) -> NetworkPair:
 
 
 def _arguments(node: fx.Node) -> list[Any]:
-    """All arguments of a node, with defaults filled in if the operator has a schema."""
+    """All arguments of a node that its values depend on, with defaults filled in if the operator has a schema."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return [*node.args, node.kwargs]
     given = {**{a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}, **node.kwargs}
-    return [given.get(a.name, a.default_value) for a in schema.arguments]
+    return [given.get(a.name, a.default_value) for a in schema.arguments if a.name not in _LIBRARY]
 
 
 def _shape(node: fx.Node) -> Any:

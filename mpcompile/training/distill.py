@@ -6,12 +6,14 @@ with the same weights as an uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mpcompile.calibration.norms import frozen
 from mpcompile.data.seeding import random_state, set_random_state
 from mpcompile.errors import ConfigError
 from mpcompile.ir.numerics import training_flags
@@ -89,7 +91,8 @@ def distill(
         raise ConfigError("resume='auto' needs a folder", expected="out=FOLDER, for the checkpoints", found="None")
     before = random_state()
     try:
-        with training_flags(student, True), training_flags(teacher, False):
+        kept = frozen(student) if training.freeze_bn else contextlib.nullcontext()
+        with training_flags(student, True), kept, training_flags(teacher, False):
             run = Run(student, teacher, train, val, training, folder, fingerprint, trackers, progress)
             return run.complete(resume == "auto")
     finally:

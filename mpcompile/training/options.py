@@ -42,6 +42,9 @@ class Training:
         ema: decay of an exponential moving average of the weights, which becomes the result; None for none.
         precision: ``"bf16"`` runs both models under autocast; weights and optimiser state stay fp32.
         bn_batches: training batches over which BatchNorm statistics are re-estimated at the end; 0 for none.
+        freeze_bn: BatchNorms normalise by their running statistics, as in evaluation, and keep them; their weights and
+            biases are trained. For students that start close to the teacher, such as reconstructed ones: normalising
+            by small batches would move them away first.
         method: policy for the masks. ``"frozen"`` keeps them. ``"sr-ste"`` (Zhou et al. 2021) trains dense weights
             through masks that follow their magnitude; ``"gradual"`` (Kao et al. 2022) fades removed weights out over
             the first half of training. The last two are for comparison, and start from dense weights.
@@ -77,6 +80,7 @@ class Training:
     ema: float | None = None
     precision: str = "fp32"
     bn_batches: int = 0
+    freeze_bn: bool = False
     method: str = "frozen"
     sr_ste_decay: float = 2e-4
     cache: bool = False
@@ -94,6 +98,12 @@ class Training:
                     expected=f"one of {', '.join(allowed)}",
                     found=getattr(self, name),
                 )
+        if self.freeze_bn and self.bn_batches:
+            raise ConfigError(
+                "freeze_bn keeps the statistics that bn_batches would replace",
+                expected="bn_batches=0 with freeze_bn=True",
+                found=f"bn_batches={self.bn_batches}",
+            )
         if self.sharding == "fsdp" and (self.method != "frozen" or self.features or self.ema is not None):
             raise ConfigError(
                 "sharding='fsdp' does not support feature matching, a moving average or moving masks",

@@ -12,15 +12,9 @@ from torch import fx, nn
 import mpcompile
 from mpcompile import Config
 from mpcompile.calibration.norms import Sums, batch_norms, gathering, matched
+from mpcompile.errors import ConfigError
 from mpcompile.layers import ByMode
-from tests.support.helpers import images
-
-
-class Branching(nn.Sequential):
-    """Symbolic tracing refuses it: it is captured by torch.export, with BatchNorms as calls."""
-
-    def forward(self, x):
-        return super().forward(x * 2 if x.shape[0] > 4096 else x)
+from tests.support.helpers import Branching, images
 
 
 def network(kind=nn.Sequential):
@@ -82,6 +76,28 @@ def test_distillation_re_estimates_a_captured_graph():
     seen = F.conv2d(x, gm.get_parameter("0.weight"), padding=1)
     torch.testing.assert_close(gm.get_buffer(first.mean), seen.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gm.get_buffer(first.variance), seen.var((0, 2, 3)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Branching])
+def test_distillation_with_frozen_statistics(kind):
+    """Training computes what evaluation will: the statistics stay, and small batches do not matter."""
+    model, gm = network(kind), masked(kind)
+    before, weight = copy.deepcopy(running(gm)), gm.get_parameter("1.weight").clone()
+    batches = [(images(2, 8, seed=s), torch.zeros(2).long()) for s in range(3)]
+    options = {"epochs": 1, "lr": 1e-2, "alpha": 1.0, "progress": False}
+    flags = [module.training for module in gm.modules()]
+    mpcompile.distill(gm, model, batches, freeze_bn=True, **options)
+    for name, value in running(gm).items():
+        torch.testing.assert_close(value, before[name], atol=0, rtol=0)
+    assert not torch.equal(gm.get_parameter("1.weight"), weight)
+    assert [module.training for module in gm.modules()] == flags
+    mpcompile.distill(gm, model, batches, **options)
+    assert not torch.allclose(running(gm)["1.running_mean"], before["1.running_mean"], rtol=0.05)
+
+
+def test_frozen_statistics_cannot_be_re_estimated():
+    with pytest.raises(ConfigError, match="bn_batches=0 with freeze_bn=True, found bn_batches=2"):
+        mpcompile.Training(freeze_bn=True, bn_batches=2)
 
 
 def test_gathering_averages_batches_and_restores_the_graph():

@@ -17,7 +17,7 @@ from bench.certificates import audit as bench
 from mpcompile import Config, certify, cli, errors, transform
 from mpcompile.certificates import bounds
 from mpcompile.certificates.enclosures import rules
-from tests.support.helpers import mlp, tiny_vit
+from tests.support.helpers import Branching, mlp, tiny_vit
 
 
 def samples(model, count=24, seed=1):
@@ -122,6 +122,18 @@ def test_a_layer_and_the_batch_norm_after_it_are_one_step():
     assert [layer.name for layer in report.layers] == ["3 + 4"]
     assert report.violations == 0 and report["1"].certified
     assert bench.check(dense, sparse, x, report, ()).contradictions == 0
+
+
+def test_a_captured_graph_is_compared_like_a_traced_one():
+    """Its BatchNorms are calls, which name another library than the module's do."""
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
+    dense = Branching(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), *head).eval()
+    x = torch.randn(16, 3, 12, 12)
+    sparse = transform(dense, x, Config(pattern="14:16", permute=False))
+    report = certify(dense, sparse, x, progress=False)
+    assert "export" in str(sparse.plan.captured) and "not certified" not in str(report)
+    assert report.violations == 0 and [layer.name for layer in report.layers][-1] == "3"
 
 
 def test_functions_that_write_in_place_are_followed():

@@ -55,6 +55,13 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
 
 
+class Branching(nn.Sequential):
+    """Symbolic tracing refuses it: it is captured by torch.export, with BatchNorms as calls."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x * 2 if x.shape[0] > 4096 else x)
+
+
 def convolutional(name: str) -> nn.Module:
     """A small timm CNN with non-trivial BatchNorm statistics."""
     torch.manual_seed(0)
