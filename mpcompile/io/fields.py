@@ -47,5 +47,5 @@ def check_type(name: str, wanted: str, value: Any) -> None:
     allowed = tuple(kind for part in wanted.split(" | ") if part != "None" for kind in kinds[part])
     if value is None and wanted.endswith("None"):
         return
-    if not isinstance(value, allowed) or (isinstance(value, bool) and wanted != "bool"):
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))

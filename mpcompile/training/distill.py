@@ -16,6 +16,7 @@ from torch import nn
 from mpcompile.calibration.norms import frozen
 from mpcompile.data.seeding import random_state, set_random_state
 from mpcompile.errors import ConfigError
+from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import training_flags
 from mpcompile.measure.evaluate import evaluate
 from mpcompile.training.losses import distillation_loss, parameter_groups
@@ -91,9 +92,16 @@ def distill(
         raise ConfigError("resume='auto' needs a folder", expected="out=FOLDER, for the checkpoints", found="None")
     before = random_state()
     try:
-        kept = frozen(student) if training.freeze_bn else contextlib.nullcontext()
+        kept = frozen(student) if _keeps_statistics(student, training) else contextlib.nullcontext()
         with training_flags(student, True), kept, training_flags(teacher, False):
             run = Run(student, teacher, train, val, training, folder, fingerprint, trackers, progress)
             return run.complete(resume == "auto")
     finally:
         set_random_state(before)
+
+
+def _keeps_statistics(student: nn.Module, training: Training) -> bool:
+    if training.freeze_bn is not None:
+        return training.freeze_bn
+    passes = student.plan.passes if isinstance(student, IRModule) else ()
+    return not training.bn_batches and any(record.name == "reconstruct" for record in passes)

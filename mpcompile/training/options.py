@@ -43,8 +43,8 @@ class Training:
         precision: ``"bf16"`` runs both models under autocast; weights and optimiser state stay fp32.
         bn_batches: training batches over which BatchNorm statistics are re-estimated at the end; 0 for none.
         freeze_bn: BatchNorms normalise by their running statistics, as in evaluation, and keep them; their weights and
-            biases are trained. For students that start close to the teacher, such as reconstructed ones: normalising
-            by small batches would move them away first.
+            biases are trained. None: if the student was reconstructed and ``bn_batches`` is 0. Such a student starts
+            close to the teacher, and normalising by small batches would move it away first.
         method: policy for the masks. ``"frozen"`` keeps them. ``"sr-ste"`` (Zhou et al. 2021) trains dense weights
             through masks that follow their magnitude; ``"gradual"`` (Kao et al. 2022) fades removed weights out over
             the first half of training. The last two are for comparison, and start from dense weights.
@@ -80,7 +80,7 @@ class Training:
     ema: float | None = None
     precision: str = "fp32"
     bn_batches: int = 0
-    freeze_bn: bool = False
+    freeze_bn: bool | None = None
     method: str = "frozen"
     sr_ste_decay: float = 2e-4
     cache: bool = False

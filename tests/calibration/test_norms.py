@@ -95,6 +95,17 @@ def test_distillation_with_frozen_statistics(kind):
     assert not torch.allclose(running(gm)["1.running_mean"], before["1.running_mean"], rtol=0.05)
 
 
+@pytest.mark.parametrize("bn_batches", [0, 1])
+def test_distillation_behind_a_reconstruction_keeps_its_statistics(bn_batches):
+    """Unless it is asked to replace them."""
+    model, batches = network(), [(images(2, 8, seed=s), torch.zeros(2).long()) for s in range(3)]
+    length = mpcompile.Reconstruction(views=1, epochs=1)
+    gm = mpcompile.transform(model, [images(8, 8)], Config(pattern="1:4"), reconstruction=length)
+    before = copy.deepcopy(running(gm))
+    mpcompile.distill(gm, model, batches, epochs=1, lr=1e-4, alpha=1.0, bn_batches=bn_batches, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in running(gm).items()) is not bool(bn_batches)
+
+
 def test_frozen_statistics_cannot_be_re_estimated():
     with pytest.raises(ConfigError, match="bn_batches=0 with freeze_bn=True, found bn_batches=2"):
         mpcompile.Training(freeze_bn=True, bn_batches=2)
