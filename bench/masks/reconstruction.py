@@ -94,7 +94,7 @@ def distilled(job: Task, args: argparse.Namespace, gm: IRModule, seed: int) -> d
     collate = MixedBatches(args.distill_mix) if args.distill_mix else None
     loader = DataLoader(data, BATCH[kind], shuffle=True, drop_last=len(data) % BATCH[kind] == 1, collate_fn=collate)
     result = mpcompile.distill(gm, job.model, loader, training=training, progress=False)
-    return {"options": training.to_dict(), "losses": result.losses}
+    return {"options": training.to_dict(), "loss of epochs": result.losses}
 
 
 def measure(job: Task, args: argparse.Namespace, key: dict[str, Any], options: Reconstruction) -> dict[str, Any]:
