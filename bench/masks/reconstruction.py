@@ -135,7 +135,11 @@ def measure(job: Task, args: argparse.Namespace, key: dict[str, Any], options: R
 
 def chart(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
     """Draw top-1 against executed multiply-accumulates, before and after reconstruction, to ``folder/NAME.png``."""
-    rows = [row for row in rows if row["model"] == "vit_tiny" and not row["seed"] and "reconstructed" in row]
+    drawn: dict[Any, dict[str, Any]] = {}  # one row for each point on the first axis
+    for row in rows:
+        if row["model"] == "vit_tiny" and not row["seed"] and "reconstructed" in row:
+            drawn.setdefault((row["pattern"], row["tome_r"]), row)
+    rows = list(drawn.values())
     if not rows:
         return
     with plotted(folder / f"{name}.png", (7.2, 4.2)) as canvas:

@@ -115,7 +115,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         ...     [module.training for module in model]
         [False, True]
     """
-    flagged = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    flagged: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if isinstance(model, fx.GraphModule):
         calls = [node for node in model.graph.nodes if call_of(model, node) is not None]
         flags = [by_mode(model, argument(node, 5, "training", False)) for node in calls]

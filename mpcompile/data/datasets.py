@@ -34,6 +34,7 @@ __all__ = [
     "labels_of",
     "read_class_map",
     "split_folder",
+    "unlabelled",
 ]
 READERS = ("hfds", "hfids", "wds")
 
@@ -44,12 +45,12 @@ class Folder:
     Attributes:
         root: the folder of the split.
         samples: path and label of every image, in order.
-        class_to_idx: label of every class, by name.
+        class_to_idx: label of every class, by name; empty if images have no classes.
     """
 
-    def __init__(self, listing: Listing, labels: Mapping[str, int], classes: Mapping[str, int]) -> None:
-        self.root, self.class_to_idx = str(listing.root), dict(classes)
-        samples = ((str(path), label) for path, label in labelled_files(listing, labels))
+    def __init__(self, root: Path, files: Iterable[tuple[Path, int]], classes: Mapping[str, int]) -> None:
+        self.root, self.class_to_idx = str(root), dict(classes)
+        samples = ((str(path), label) for path, label in files)
         self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
 
     def __len__(self) -> int:
@@ -204,8 +205,32 @@ def _of_folder(place: Path, split: str, classes: Mapping[str, int] | None, class
         _check_names(listing.classes, classes, split, class_map)
     known = dict(classes or number(listing.classes))
     labels = {name: label for name, label in matched(listing.classes, known).items() if label is not None}
-    source = Readable(str(place), reader=Folder(listing, labels, known))
-    source.notes = tuple(filter(None, [note_of(listing, labelled=True)]))
+    return _readable(listing, labelled_files(listing, labels), known)
+
+
+def unlabelled(root: str, split: str) -> Readable:
+    """Return all images below a folder, at any depth, as a dataset without classes.
+
+    Args:
+        root: folder of images, or its parent.
+        split: name of the sub-folder to read; if there is none, ``root`` itself is read.
+
+    Raises:
+        InputError: the folder does not exist, has no images, or holds several splits.
+    """
+    place = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
+    listing = read_folder(place)
+    if not listing.files:
+        found = listing.note() or "no images"
+        raise InputError(f"there are no images in {printable(place)}", expected="a folder of images", found=found)
+    numbers = number(listing.classes)  # of folders: they are no classes, but calibration takes some images of each
+    files = [(path, numbers.get(listing.class_of(path) or "", -1)) for path in listing.files]
+    return _readable(listing, files, {})
+
+
+def _readable(listing: Listing, files: Iterable[tuple[Path, int]], classes: Mapping[str, int]) -> Readable:
+    source = Readable(str(listing.root), reader=Folder(listing.root, files, classes))
+    source.notes = tuple(filter(None, [note_of(listing, labelled=bool(classes))]))
     return source
 
 

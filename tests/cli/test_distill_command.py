@@ -69,9 +69,34 @@ def test_the_command_runs_a_recipe_and_resumes(folder, recipe, tmp_path, capsys)
     assert all(torch.equal(weights[k], again[k]) for k in weights)
 
 
-def test_a_corrupt_image_is_named(folder, recipe, tmp_path, capsys):
-    import shutil
+@pytest.mark.parametrize("place", ["", "train", "train/album"], ids=["flat", "split", "deep"])
+def test_images_without_labels(folder, recipe, tmp_path, capsys, place):
+    """Nothing reads labels with alpha=1 and no evaluation: any folder of images will do."""
+    data = tmp_path / "photos"
+    (data / place).mkdir(parents=True)
+    for number, image in enumerate(sorted(folder.glob("train/*/*.png"))[:12]):
+        shutil.copy(image, data / place / f"{number}.png")
+    command = ["distill", str(recipe), "--data", str(data), "--out", str(tmp_path / "run"), "--quiet"]
+    command += ["--set", "train.alpha=1", "--set", "data.mix=0.5", "--set", "train.epochs=1"]
+    assert main(command) == 2
+    assert "Images without classes train with --val-split none" in capsys.readouterr().err
+    assert main([*command, "--val-split", "none"]) == 0
+    assert "2 steps, 12 images" in capsys.readouterr().out
+    assert main([*command, "--val-split", "none", "--resume", "auto", "--set", "train.alpha=0.5"]) == 2
+    assert "train.alpha=1 with data.mix" in capsys.readouterr().err
 
+
+def test_no_images_without_labels(recipe, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    command = ["distill", str(recipe), "--out", str(tmp_path / "run"), "--quiet", "--val-split", "none"]
+    for data, found in ((tmp_path / "photos", "no images"), (tmp_path / "nowhere", "no such folder")):
+        assert main([*command, "--data", str(data), "--set", "train.alpha=1"]) == 2
+        error = capsys.readouterr().err
+        assert f"there are no images in {data}" in error and found in error
+    assert not (tmp_path / "run" / "student.mpc").exists()
+
+
+def test_a_corrupt_image_is_named(folder, recipe, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     whole = data / "train" / "bee" / "3.png"

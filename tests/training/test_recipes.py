@@ -37,14 +37,25 @@ def folder(tmp_path_factory):
     return labelled_images(tmp_path_factory.mktemp("data"))
 
 
+OURS = {"vit_tiny_8of16_unlabelled"}
+
+
 def test_every_row_of_the_paper_has_a_recipe():
-    assert set(Recipe.names()) == set(ROWS)
+    assert set(Recipe.names()) == set(ROWS) | OURS
     for name, (pattern, r) in ROWS.items():
         found = Recipe.load(name)
         assert (found.compile.pattern, found.compile.tome_r, found.train.epochs) == (pattern, r, 3)
         assert found.model in timm.list_pretrained() and "2606.02608" in found.source
         assert set(found.macs) == {"dense", "executed", "paper"}
         assert Recipe.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_our_own_recipes_need_no_labels(name):
+    found = Recipe.load(name)
+    assert found.train.alpha == 1 and found.data.mix > 0 and found.reconstruct is not None
+    assert found.model in timm.list_pretrained() and set(found.macs) == {"dense", "executed"}
+    assert Recipe.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_a_recipe_can_be_changed():

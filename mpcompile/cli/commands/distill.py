@@ -41,17 +41,18 @@ def add(commands: Commands) -> None:
         commands,
         "distill",
         help="mask a model, merge its tokens and distil it, as a recipe describes",
-        description="Prune a model as a recipe says (a recipe of the paper, or a YAML file whose `model` is any MODEL "
+        description="Prune a model as a recipe says (one of --list, or a YAML file whose `model` is any MODEL "
         "of the other commands), reconstruct its blocks if the recipe has a section `reconstruct`, and distil the "
         "dense model into the pruned one. Under torchrun, the same command runs on many GPUs. The --out folder "
         "receives the student, checkpoints, a log and the result, distilled.mpc.",
         example="mpcompile distill vit_base_2of4_tome8 --data imagenet --out run --pretrained --resume auto\n"
         "torchrun --nproc-per-node 8 -m mpcompile distill resnet50_8of16 --data imagenet --out run --device cuda\n"
-        "mpcompile distill mine.yaml --data photos --out run --set train.lr=3e-4 --set data.batch=16",
+        "mpcompile distill mine.yaml --data photos --out run --set train.lr=3e-4 --set data.batch=16\n"
+        "mpcompile distill vit_tiny_8of16_unlabelled --data photos --val-split none --out run --pretrained",
     )
     job.add_argument("recipe", type=as_path_text, nargs="?", help="name of a recipe (--list shows them) or a YAML file")
     job.add_argument("--list", action="store_true", help="list the built-in recipes")
-    text = "images: one folder per split, with one subfolder per class"
+    text = "images: one folder per split, with one subfolder per class; without labels and evaluation, any folder"
     job.add_argument("--data", type=as_path_text, metavar="FOLDER", help=text)
     job.add_argument(
         "--reader", default="", metavar="NAME", help="read hfds/NAME, hfids/NAME or wds/NAME instead of a folder"
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         recipes = [Recipe.load(name) for name in Recipe.names()]
-        lines = [f"{r.name:24} {r.model}, {r.compile.pattern}, tome_r = {r.compile.tome_r}" for r in recipes]
+        lines = [f"{r.name:26} {r.model}, {r.compile.pattern}, tome_r = {r.compile.tome_r}" for r in recipes]
         show(args, "\n".join(lines), json.dumps([r.to_dict() for r in recipes], indent=1))
         return 0
     missing = [name for name in ("recipe", "data", "out") if not getattr(args, name)]
@@ -148,15 +149,8 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
     if ranks.rank() == 0:
         announce(args, source)
     teacher = source.model.to(device)
-    seed, count = recipe.train.seed, source.num_classes
-    names = None if args.class_map is None else datasets.read_class_map(args.class_map)
-    named_by = str(args.class_map or "")
-    train = datasets.dataset(args.data, args.train_split, True, args.reader, seed, names, named_by)
-    if args.class_map is not None and not datasets.class_names(train):
-        raise ConfigError(
-            "--class-map needs data that names its classes", expected="a folder or hfds/NAME", found=args.reader
-        )
-    datasets.check_classes(train, count, named_by)
+    seed, named_by = recipe.train.seed, str(args.class_map or "")
+    train = _training_images(args, recipe, source.num_classes, named_by)
     held_out = None
     if args.val_split != "none":
         names = datasets.class_names(train)
@@ -197,6 +191,29 @@ def _distill_locked(args: argparse.Namespace, recipe: Any, device: torch.device)
             text += "".join(f"\nnote: {note}" for note in notes)
         show(args, text, data)
     return 0
+
+
+def _training_images(args: argparse.Namespace, recipe: Any, classes: int, named_by: str) -> Any:
+    """Return the training images; without labels if nothing reads these."""
+    from mpcompile.data import datasets
+
+    names = None if args.class_map is None else datasets.read_class_map(args.class_map)
+    without_labels = recipe.train.alpha == 1
+    if without_labels and args.val_split == "none" and not args.reader and names is None:
+        return datasets.unlabelled(args.data, args.train_split)
+    try:
+        train = datasets.dataset(args.data, args.train_split, True, args.reader, recipe.train.seed, names, named_by)
+        datasets.check_classes(train, classes, named_by)
+    except InputError as error:
+        if not without_labels or args.val_split == "none":
+            raise
+        hint = "images without classes train with --val-split none"
+        raise InputError(error.message, expected=error.expected, found=error.found, hint=hint) from error
+    if names is not None and not datasets.class_names(train):
+        raise ConfigError(
+            "--class-map needs data that names its classes", expected="a folder or hfds/NAME", found=args.reader
+        )
+    return train
 
 
 def _fingerprint(args: argparse.Namespace, recipe: Any, teacher: nn.Module, data_digest: str) -> str:
