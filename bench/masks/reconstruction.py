@@ -159,6 +159,7 @@ def chart(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
         axes.axhline(100 * rows[0]["dense"] / rows[0]["of"], color="C7", linewidth=0.8, linestyle="--", label="dense")
         axes.set_xlabel("executed multiply-accumulates, % of dense")
         axes.set_ylabel(f"top-1 on {rows[0]['of']} images, %")
+        axes.margins(x=0.08)  # for the names at the right
         axes.set_title("ViT-Tiny/16, no labels", fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize=7)
