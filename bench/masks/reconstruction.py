@@ -36,9 +36,9 @@ from mpcompile.ir.module import IRModule
 IMAGES = {"vit_tiny": 500, "efficientnet_lite0": 500, "resnet20": 512, "resnet44": 512}
 DISTILLATION: dict[str, dict[str, Any]] = {
     "vit_tiny": {"lr": 3e-5, "alpha": 1.0, "features": 10.0, "weight_decay": 0.0},
-    "efficientnet_lite0": {"lr": 3e-5, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0},
-    "resnet20": {"lr": 1e-4, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0},
-    "resnet44": {"lr": 1e-4, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0},
+    "efficientnet_lite0": {"lr": 3e-5, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0, "freeze_bn": True},
+    "resnet20": {"lr": 1e-4, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0, "freeze_bn": True},
+    "resnet44": {"lr": 1e-4, "alpha": 1.0, "features": 1.0, "weight_decay": 0.0, "freeze_bn": True},
 }
 KEY = ("model", "pattern", "tome_r", "seed", "holdout", "calibrate", "distill", "options")
 

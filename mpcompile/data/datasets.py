@@ -213,12 +213,15 @@ def unlabelled(root: str, split: str) -> Readable:
 
     Args:
         root: folder of images, or its parent.
-        split: name of the sub-folder to read; if there is none, ``root`` itself is read.
+        split: name of the split to read (see :func:`split_folder`); if there is none, ``root`` itself is read.
 
     Raises:
         InputError: the folder does not exist, has no images, or holds several splits.
     """
-    place = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
+    try:
+        place = split_folder(root, split, training=True)
+    except InputError:  # it has no folders of classes
+        place = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
     listing = read_folder(place)
     if not listing.files:
         found = listing.note() or "no images"

@@ -86,6 +86,17 @@ def test_images_without_labels(folder, recipe, tmp_path, capsys, place):
     assert "train.alpha=1 with data.mix" in capsys.readouterr().err
 
 
+def test_splits_are_found_without_labels(folder, recipe, tmp_path, capsys):
+    """In any spelling, as with labels: evaluation images are not trained on."""
+    data = tmp_path / "data"
+    for name, split in (("train", "Training"), ("validation", "Testing")):
+        shutil.copytree(folder / name, data / split)
+    command = ["distill", str(recipe), "--data", str(data), "--out", str(tmp_path / "run"), "--quiet"]
+    options = ["--set", "train.alpha=1", "--set", "train.epochs=1", "--val-split", "none"]
+    assert main([*command, *options]) == 0
+    assert "4 steps, 24 images" in capsys.readouterr().out
+
+
 def test_no_images_without_labels(recipe, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     command = ["distill", str(recipe), "--out", str(tmp_path / "run"), "--quiet", "--val-split", "none"]
