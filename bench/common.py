@@ -25,8 +25,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mpcompile.io.writing import write_atomically
+from mpcompile.kernels.cpu import build
 from mpcompile.kernels.machine import cpu_name
-from mpcompile.kernels.nm_linear.cpu import build
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

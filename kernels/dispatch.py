@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from mpcompile.errors import ConfigError
 from mpcompile.kernels import ops, schema, timing
+from mpcompile.kernels.cpu.engine import CpuEngine, multiplies_pairs
 from mpcompile.kernels.engine import DENSE, Candidate, Choice, Engine, LayerSpec
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
-from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine, multiplies_pairs
 from mpcompile.kernels.nm_linear.gpu.cusparselt import CuSparseLtEngine
 from mpcompile.kernels.nm_linear.gpu.engine import MMA_SP, WGMMA_SP
 from mpcompile.kernels.nm_linear.gpu.expand import ExpandEngine

@@ -122,7 +122,7 @@ def machine_key() -> str:
         parts += [torch.version.cuda, triton_version()]
     key = hashlib.sha256("\n".join(parts).encode())
     here = Path(__file__)
-    for path in [here, *sources(here.parent / "nm_linear")]:
+    for path in [here, *sources(here.parent / "cpu"), *sources(here.parent / "nm_linear")]:
         key.update(path.relative_to(here.parent).as_posix().encode() + path.read_bytes())
     return key.hexdigest()[:16]
 

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from bench import common
 from mpcompile.errors import first_line
+from mpcompile.kernels.cpu.engine import CpuEngine
 from mpcompile.kernels.dispatch import LayerSpec
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
 from mpcompile.passes.mask import magnitude_mask
 
 LAYERS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}

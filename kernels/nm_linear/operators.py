@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.library import Library
 
+from mpcompile.kernels.cpu import abi, build
 from mpcompile.kernels.nm_linear import checks, packed, sparse24
 from mpcompile.kernels.nm_linear.checks import PackedWeight
-from mpcompile.kernels.nm_linear.cpu import abi, build
 from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.layouts import ROWS
 from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs

@@ -16,7 +16,7 @@ from torch import Tensor
 from mpcompile._version import __version__
 from mpcompile.errors import InputError
 from mpcompile.kernels import machine, store, timing
-from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.cpu import build
 
 _PACKAGES = ("timm", "triton", "numpy", "onnxruntime", "openvino")
 _VARIABLES = ("MPCOMPILE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # each forces an instruction set

@@ -8,8 +8,8 @@ def test_the_sources_of_all_folders_count(tmp_path, monkeypatch):
     """Links are followed, too: ``passes`` and ``kernels`` are links in a checkout."""
     found = ranks.source_files()
     folders = {name.rpartition("/")[0] for name in found}
-    assert {"", "passes", "kernels", "kernels/nm_linear/cpu", "kernels/token_merge", "training", "cli"} <= folders
-    assert any(name.endswith(".cpp") for name in found) and "kernels/nm_linear/cpu/gemm.h" in found
+    assert {"", "passes", "kernels", "kernels/cpu", "kernels/token_merge", "training", "cli"} <= folders
+    assert any(name.endswith(".cpp") for name in found) and "kernels/cpu/native/gemm.h" in found
     (tmp_path / "package").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "package/linked").symlink_to("../elsewhere")

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from mpcompile.errors import ConfigError
 from mpcompile.io import messages
 from mpcompile.kernels import dispatch, store, timing
+from mpcompile.kernels.cpu import engine as cpu
 from mpcompile.kernels.dispatch import Dense, LayerSpec, Reference, auto_pattern, choose, choose_all
 from mpcompile.kernels.nm_format import Pattern
-from mpcompile.kernels.nm_linear.cpu import engine as cpu
 
 CPU = torch.device("cpu")
 LINEAR = LayerSpec((24, 32), torch.float32, CPU, Pattern(2, 4), inputs=(2, 5, 32))
@@ -259,13 +259,13 @@ def test_timings_depend_on_every_source_of_the_kernels(tmp_path, monkeypatch):
     found = timing.sources(here / "nm_linear")
     kinds = (".py", ".cpp", ".h")
     assert set(found) == {p for p in (here / "nm_linear").rglob("*") if p.suffix in kinds} and len(found) > 20
-    for name in ("timing.py", "nm_linear/a.py", "nm_linear/cpu/deep/b.h"):
+    for name in ("timing.py", "nm_linear/a.py", "cpu/deep/b.h"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(timing, "__file__", str(tmp_path / "timing.py"))
     keys = []
-    for name in ("timing.py", "nm_linear/a.py", "nm_linear/cpu/deep/b.h"):
+    for name in ("timing.py", "nm_linear/a.py", "cpu/deep/b.h"):
         (tmp_path / name).write_text("2")
         keys.append(timing.machine_key.__wrapped__())
-    (tmp_path / "nm_linear/cpu/deep/b.h").rename(tmp_path / "nm_linear/b.h")
+    (tmp_path / "cpu/deep/b.h").rename(tmp_path / "nm_linear/b.h")
     assert len({*keys, timing.machine_key.__wrapped__()}) == 4

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mpcompile.kernels import machine
-from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.cpu import build
 
 X86 = "processor\t: 0\nmodel name\t: A CPU: 2 GHz\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu amx_bf16\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd bf16\n"

@@ -2,15 +2,14 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from torch import fx
 
 from mpcompile.kernels import autocast, ops, schema
+from mpcompile.kernels.cpu import build
 from mpcompile.kernels.nm_linear import operators
-from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.nm_linear.gpu import launch
 
 # Saved graphs hold these arguments by position: a change here makes artifacts unreadable.
@@ -75,7 +74,7 @@ def _fields(signature: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("args", NATIVE, ids=lambda args: args.operator)
 def test_cpp_names_its_parameters_as_the_schema_does(args: type[schema.Args]) -> None:
-    source = (Path(build.__file__).parent / "ops.cpp").read_text(encoding="utf-8")
+    source = (build.NATIVE / "ops.cpp").read_text(encoding="utf-8")
     function = re.search(rf'm\.impl\("{args.operator}", TORCH_FN\((\w+)\)\)', source)
     assert function is not None
     definition = re.search(rf"^Tensor {function[1]}\((.*?)\) {{$", source, re.M | re.S)

@@ -8,7 +8,7 @@ import torch
 import mpcompile
 from mpcompile.errors import InputError
 from mpcompile.kernels import machine, timing
-from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.cpu import build
 from mpcompile.measure.environment import conditions, environment
 
 

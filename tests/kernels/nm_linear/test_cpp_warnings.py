@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.cpu import build
 
-HERE = Path(build.__file__).resolve().parent
+HERE = build.NATIVE.resolve()
 TESTS = Path(__file__).parents[2]
 SWEEP = TESTS / "support/kernel_sweep.cpp"
 STRICT = ["-Wall", "-Wextra", "-Werror"]

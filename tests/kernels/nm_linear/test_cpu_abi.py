@@ -3,11 +3,10 @@
 import ctypes
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from mpcompile.kernels.nm_linear.cpu import abi, build
+from mpcompile.kernels.cpu import abi, build
 
 TYPES = {
     ctypes.c_void_p: "void*",
@@ -38,7 +37,7 @@ def compiled(tmp_path, structs):
     lines = [line for name, struct in structs.items() for line in assertions(name, struct)]
     included = '#include <cstddef>\n#include <type_traits>\n#include "abi.h"\n'
     source.write_text(included + plain + "\n".join(lines) + "\n")
-    command = [*build.compiler(), "-std=c++17", "-fsyntax-only", "-I", str(Path(build.__file__).parent), str(source)]
+    command = [*build.compiler(), "-std=c++17", "-fsyntax-only", "-I", str(build.NATIVE), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
@@ -50,7 +49,7 @@ def test_structs_match_the_header(tmp_path):
 
 
 def header():
-    return Path(build.__file__).with_name("abi.h").read_text()
+    return (build.NATIVE / "abi.h").read_text()
 
 
 def changed(change):

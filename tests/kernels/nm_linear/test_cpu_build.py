@@ -13,12 +13,12 @@ import torch
 
 from mpcompile.io import messages
 from mpcompile.kernels import ops, store
+from mpcompile.kernels.cpu import build
+from mpcompile.kernels.cpu.engine import CpuEngine
 from mpcompile.kernels.dispatch import LayerSpec
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.kernels.nm_linear import layouts
 from mpcompile.kernels.nm_linear import operators as native
-from mpcompile.kernels.nm_linear.cpu import build
-from mpcompile.kernels.nm_linear.cpu.engine import CpuEngine
 from tests.support.helpers import relative
 
 SPEC = LayerSpec((8, 16), torch.float32, torch.device("cpu"), Pattern(2, 4))
@@ -28,7 +28,7 @@ SCRIPT = """
 import json, os, pathlib, re, sys, torch
 from mpcompile.kernels import ops
 from mpcompile.kernels.nm_linear import layouts
-from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.cpu import build
 build.FLAGS = build.FLAGS.replace("-O3", "-O0")
 build.operators = lambda: None  # built as the kernels are, but for longer
 torch.set_num_threads(1)  # packing starts no threads then
@@ -220,7 +220,7 @@ def test_a_library_without_the_functions_is_built_again(caplog, tmp_path):
 )
 def test_a_librarys_name_depends_on_every_file_it_is_compiled_from(sources, flags):
     """If a header were missing from the list, its changes would cause no new build."""
-    here = Path(build.__file__).parent
+    here = build.NATIVE
     command = [*build.compiler(), *shlex.split(flags), "-MM", str(here / sources[0])]
     rule = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     read = rule.partition(":")[2].replace("\\\n", " ").split()
@@ -228,10 +228,10 @@ def test_a_librarys_name_depends_on_every_file_it_is_compiled_from(sources, flag
 
 
 def test_a_changed_header_is_another_library(tmp_path, monkeypatch):
-    here = Path(build.__file__).parent
+    here = build.NATIVE
     for name in build.SOURCES:
         (tmp_path / name).write_bytes((here / name).read_bytes())
-    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    monkeypatch.setattr(build, "NATIVE", tmp_path)
     names = {place().name}
     for name in build.SOURCES:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\n")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from mpcompile.errors import InputError
 from mpcompile.kernels import ops
+from mpcompile.kernels.cpu import build
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.kernels.nm_linear import layouts, packed
 from mpcompile.kernels.nm_linear import operators as native
-from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.nm_linear.layouts import OCTS, QUADS, RING, ROWS
 from tests.support.helpers import relative
 from tests.support.packed_layers import layer, usable

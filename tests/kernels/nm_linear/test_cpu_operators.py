@@ -10,9 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile.errors import InputError
 from mpcompile.kernels import ops
+from mpcompile.kernels.cpu import build
 from mpcompile.kernels.nm_linear import layouts, packed
 from mpcompile.kernels.nm_linear import operators as native
-from mpcompile.kernels.nm_linear.cpu import build
 from mpcompile.kernels.nm_linear.layouts import OCTS, QUADS, RING, ROWS
 from tests.support.packed_layers import layer
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from mpcompile.kernels.nm_linear.cpu import build
+from mpcompile.kernels.cpu import build
 
 ISAS = build._processor_isas()
 CALL = """
 import json, os, sys, tempfile, torch
 from mpcompile.kernels.nm_linear import layouts
-from mpcompile.kernels.nm_linear.cpu import abi, build
+from mpcompile.kernels.cpu import abi, build
 
 
 def call(isa, dtype, fault):
@@ -159,7 +159,7 @@ def sweeps(tmp_path_factory):
         flags = ["-std=c++17", "-O0", "-fopenmp", "-Wno-psabi", "-fsanitize=address,undefined"]
         flags += ["-fno-sanitize-recover=undefined"]
         made = folder / f"lanes{lanes}"
-        sources = ["-I", str(Path(build.__file__).parent), str(SWEEP), "-o", str(made)]
+        sources = ["-I", str(build.NATIVE), str(SWEEP), "-o", str(made)]
         command = [*build.compiler(), *flags, f"-DMPCOMPILE_LANES={lanes}", *sources]
         subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}

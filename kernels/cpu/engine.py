@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mpcompile.kernels import ops
+from mpcompile.kernels.cpu import build
 from mpcompile.kernels.engine import LayerSpec
 from mpcompile.kernels.nm_linear import layouts
 from mpcompile.kernels.nm_linear import operators as native
-from mpcompile.kernels.nm_linear.cpu import build
 
 
 def multiplies_pairs(dtype: torch.dtype) -> bool:

@@ -33,11 +33,12 @@ from mpcompile.io.messages import warn_once
 from mpcompile.io.trust import others_can_write
 from mpcompile.io.writing import replacing
 from mpcompile.kernels import machine
-from mpcompile.kernels.nm_linear.cpu import abi
+from mpcompile.kernels.cpu import abi
 from mpcompile.kernels.store import cache_folder, temporary_folder
 
 log = logging.getLogger(__name__)
 
+NATIVE = Path(__file__).with_name("native")  # the folder of the C++ sources
 SOURCES = ("cpu.cpp", "abi.h", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
 ISAS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
@@ -214,7 +215,7 @@ def build(isa: str, sanitize: bool = False, *, again: bool = False) -> Path:
 def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: list[str], again: bool) -> Path:
     """Return the path of a library; the first of ``sources`` is compiled and includes the others."""
     command = compiler()
-    here = Path(__file__).parent
+    here = NATIVE
     digest = hashlib.sha256()
     command_line = " ".join([*command, *flags, *libraries])
     for part in [*(here.joinpath(name).read_bytes() for name in sources), command_line.encode()]:
