@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import MAX_M, from_rows, to_rows
-from mpcompile.kernels.nm_linear import sparse24
+from mpcompile.kernels.nm_linear import panels, sparse24
 
 ROWS, QUADS, RING, OCTS = 0, 1, 2, 3
 NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring", OCTS: "octs"}
@@ -173,6 +173,8 @@ def fits(values: int, index: int, shape: tuple[int, ...], n: int, m: int, layout
     """Return True if ``values`` values and ``index`` index bytes can hold a weight of ``shape`` in a layout."""
     if layout in sparse24.NAMES:
         return (n, m) == (2, 4) and sparse24.fits(values, index, shape)
+    if layout in panels.NAMES:
+        return panels.fits(values, index, shape)
     widths = Cut.of(shape, layout, m).widths()
     if layout == RING:
         return index - values // 2 == table_bytes(shape, m)
@@ -204,6 +206,8 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
     """
     if layout in sparse24.NAMES and values.dim() == index.dim() == 1 and index.dtype == torch.uint8:
         sparse24.check(values, index)
+        return
+    if layout in panels.NAMES and values.dim() == 1 and not index.numel():
         return
     if (
         layout not in NAMES
@@ -348,6 +352,8 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
     """
     if layout in sparse24.NAMES:
         return sparse24.unpack(values, index, shape, layout)
+    if layout in panels.NAMES:
+        return panels.unpack(values, shape)
     _check_layout(layout)
     out, k = int(shape[0]), math.prod(shape[1:])
     parts = blocks(shape, layout, m)
