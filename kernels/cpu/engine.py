@@ -59,7 +59,7 @@ class CpuEngine:
 class CpuDenseEngine:
     """Dense fp32 products, masked or not, with activation and residual in their epilogues (native/dense.h)."""
 
-    name = "cpu dense"
+    name = "cpu_dense"
 
     def supports(self, spec: LayerSpec) -> str | None:
         if spec.device.type != "cpu":
@@ -73,9 +73,14 @@ class CpuDenseEngine:
             native.kernels()  # builds the operators before the first call
         return reason
 
-    def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
-        values, index = panels.pack(weight * mask)
+    @staticmethod
+    def packed(weight: Tensor) -> dict[str, Tensor]:
+        """Return the tensors that replace a dense weight, by name."""
+        values, index = panels.pack(weight)
         return {"values": values, "index": index}
+
+    def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        return self.packed(weight * mask)
 
     def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
         return ops.packed_call(

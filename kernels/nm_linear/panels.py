@@ -1,7 +1,7 @@
 """Dense weights as the CPU kernels read them: panels of :data:`OUTPUTS` output rows, column after column.
 
-A weight (out, in) becomes (panels, in, OUTPUTS): the outputs of a panel are the lanes of vectors, and the kernel reads a
-panel from its first to its last address. The last panel is padded with zero rows. There is no index. A masked weight
+A weight (out, in) becomes (panels, in, OUTPUTS): the outputs of a panel are the lanes of vectors, and the kernel reads
+a panel from its first to its last address. The last panel is padded with zero rows. There is no index. A masked weight
 keeps its zeros: where its pattern has no faster kernel, this layout serves it as it serves a dense one.
 """
 

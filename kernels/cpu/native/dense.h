@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 
 #include "gemm.h"
 
@@ -13,9 +14,13 @@ constexpr int TILE_VECTORS = 2, TILE_OUTPUTS = TILE_VECTORS * W;
 constexpr int MAX_TILE_ROWS = W == 16  ? 14
                               : W == 8 ? 6
                                        : 4;  // accumulators, weights and a broadcast fill the registers
-constexpr int DENSE_CHANNELS = 256;  // channels of a block: the weights of a register tile then stay in the L1 cache
-constexpr int64_t CHUNK_BYTES = 1 << 19;  // copied tokens of a task: they stay in the L2 cache
+constexpr int DENSE_CHANNELS = 384;          // channels of a block: its tokens and weights stay in the inner caches
+constexpr int64_t CHUNK_BYTES = 1 << 20;     // copied tokens of a task: they stay in the L2 cache
 
+constexpr int TILE_PANELS = TILE_OUTPUTS > PANEL_OUTPUTS ? TILE_OUTPUTS / PANEL_OUTPUTS : 1;
+constexpr int FETCH_EVERY = 4;  // channels between two prefetches of a register tile
+
+static_assert(PANEL_OUTPUTS * sizeof(float) == 64, "a panel has one cache line per channel");
 static_assert(PANEL_OUTPUTS % W == 0, "a vector of outputs lies in one panel");
 
 // A dense weight in LAYOUT_PANELS.
@@ -58,10 +63,17 @@ template <int ROWS, int VECTORS> struct RegisterTile {
   vf sums[ROWS][VECTORS];
 
   // Adds the products of `count` channels. `x` is (count, ROWS); vector v of the weights is (count, PANEL_OUTPUTS).
-  inline __attribute__((always_inline)) void multiply(const float* x, const float* const* weights, int count) {
+  // On the way, the cache lines of `lines` channels of the panels `ahead` are fetched.
+  inline __attribute__((always_inline)) void multiply(const float* x, const float* const* weights, int count,
+                                                      const float* const* ahead, int lines) {
     const float* w[VECTORS];
     for (int v = 0; v < VECTORS; v++) w[v] = weights[v];
-    for (int k = 0; k < count; k++, x += ROWS) {
+    for (int k = 0, line = 0; k < count; k++, x += ROWS) {
+      if (line < lines && k % FETCH_EVERY == 0) {
+#pragma GCC unroll 4
+        for (int p = 0; p < TILE_PANELS; p++) __builtin_prefetch(ahead[p] + (size_t)line * PANEL_OUTPUTS, 0, 2);
+        line++;
+      }
       vf b[VECTORS];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) b[v] = load(w[v] + (size_t)k * PANEL_OUTPUTS);
@@ -80,6 +92,8 @@ struct TileJob {
   const float* x;  // copied tokens (count, rows)
   const float* weights[TILE_VECTORS];
   int count;
+  const float* ahead[TILE_PANELS];  // panels that later tiles read, and of how many channels to fetch them
+  int lines;
   const float* initial;  // outputs' biases for the first block of channels; null: the sums continue from `partial`
   float* partial;        // (rows, TILE_OUTPUTS)
   bool last;             // whether this is the last block: the epilogue follows
@@ -94,7 +108,7 @@ template <int ROWS, int VECTORS> static void run_tile(const TileJob& job, const 
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++)
       tile.sums[i][v] = load(job.initial ? job.initial + v * W : job.partial + i * TILE_OUTPUTS + v * W);
-  tile.multiply(job.x, job.weights, job.count);
+  tile.multiply(job.x, job.weights, job.count, job.ahead, job.lines);
   if (!job.last) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
@@ -146,21 +160,31 @@ static CopiedTokens copy_tokens(const Activations<float>& in, int64_t first, int
 // Outputs `range` of copied tokens. `biases` holds a value for every lane that the register tiles compute.
 static void multiply_tokens(const DenseWeight& w, const CopiedTokens& x, RowRange range, const float* biases,
                             const Output<float>& out) {
+  const int64_t parts = x.parts.parts, blocks = x.blocks.parts;
   float* const partial = scratch().sums.get((size_t)x.blocks.size * TILE_OUTPUTS);
   for (int n = range.begin; n < range.end; n += TILE_OUTPUTS) {
     const bool two = n + W < range.end;
-    for (int64_t p = 0; p < x.parts.parts; p++) {
-      const int k = (int)x.parts.begin(p);
-      for (int64_t b = 0; b < x.blocks.parts; b++) {
-        const int64_t row = x.blocks.begin(b);
-        const TileJob job{x.at(p, b),
-                          {w.at(n, k), w.at(two ? n + W : n, k)},
-                          (int)x.parts.length(p),
-                          p ? nullptr : biases + n,
-                          partial + row * TILE_OUTPUTS,
-                          p == x.parts.parts - 1,
-                          x.first + row,
-                          n};
+    for (int64_t p = 0; p < parts; p++) {
+      const int k = (int)x.parts.begin(p), count = (int)x.parts.length(p);
+      // The weights that follow are fetched meanwhile, each block's share of them.
+      const bool last = p == parts - 1;
+      const int next_n = last ? n + TILE_OUTPUTS : n, next_k = last ? 0 : k + count;
+      const int64_t next_count = next_n < range.end ? x.parts.length(last ? 0 : p + 1) : 0;
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t row = x.blocks.begin(b), fetched = next_count * b / blocks;
+        TileJob job;
+        job.x = x.at(p, b);
+        job.weights[0] = w.at(n, k);
+        job.weights[1] = w.at(two ? n + W : n, k);
+        job.count = count;
+        job.lines = (int)(next_count * (b + 1) / blocks - fetched);
+        for (int i = 0; i < TILE_PANELS && job.lines; i++)
+          job.ahead[i] = w.at(std::min(next_n + i * PANEL_OUTPUTS, w.outputs - 1), next_k) + fetched * PANEL_OUTPUTS;
+        job.initial = p ? nullptr : biases + n;
+        job.partial = partial + row * TILE_OUTPUTS;
+        job.last = last;
+        job.token = x.first + row;
+        job.output = n;
         (two ? TWO_VECTORS : ONE_VECTOR)[x.blocks.length(b) - 1](job, out);
       }
     }
@@ -196,12 +220,16 @@ static void dense(const DenseWeight& w, const Activations<float>& in, const Outp
   static thread_local Scratch<float> bias_scratch;
   float* const biases = bias_scratch.get(lanes);
   for (int64_t n = 0; n < lanes; n++) biases[n] = w.bias && n < w.outputs ? w.bias[n] : 0.0f;
+  std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads) if (threads > 1 && tasks > 1)
   {
     int64_t held = -1;
     CopiedTokens copied{};
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) {
+    // A thread's first task has its own number, so that in successive products it meets tokens that it has in its
+    // caches.
+#pragma omp single
+    next = omp_get_num_threads();
+    for (int64_t task = omp_get_thread_num(); task < tasks; task = next++) {
       const int64_t chunk = task / ranges, range = task % ranges;
       if (chunk != held) copied = copy_tokens(in, split.tokens.begin(chunk), split.tokens.length(chunk));
       held = chunk;
