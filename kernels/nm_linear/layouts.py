@@ -117,7 +117,7 @@ def index_bound(layout: int, width: int) -> int:
 
 
 def _check_layout(layout: int) -> None:
-    if layout not in NAMES:
+    if layout not in NAMES and layout not in panels.NAMES:
         raise InputError("no such layout", expected=f"one of {sorted(NAMES)}", found=layout)
 
 
@@ -143,6 +143,8 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
     if bad:
         found = f"{bad} groups with another count" if bad > 0 else f"{weight.shape[1]} inputs"
         raise InputError(f"the mask is not {n}:{m}", expected=f"exactly {n} of every {m} kept", found=found)
+    if layout in panels.NAMES:
+        return panels.pack(weight * mask)
     nothing = rows.new_empty(0), torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
     parts = [nothing]
     for columns in blocks(weight.shape, layout, m):
