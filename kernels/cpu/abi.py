@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
 class Weight(ctypes.Structure):
@@ -80,5 +80,40 @@ class Conv(ctypes.Structure):
     )
 
 
-STRUCTS: dict[str, type[ctypes.Structure]] = {"NmWeight": Weight, "NmLinear": Linear, "NmMlp": Mlp, "NmConv": Conv}
+class Merge(ctypes.Structure):
+    """``NmMerge``: the parameters of ``nm_token_merge``."""
+
+    _fields_ = (
+        ("x", _POINTER),
+        ("keys", _POINTER),
+        ("size", _POINTER),
+        ("saliency", _POINTER),
+        ("y", _POINTER),
+        ("new_size", _POINTER),
+        ("places", _POINTER),
+        ("x_image", _INT64),
+        ("x_token", _INT64),
+        ("keys_image", _INT64),
+        ("keys_head", _INT64),
+        ("keys_token", _INT64),
+        ("size_image", _INT64),
+        ("size_token", _INT64),
+        ("saliency_image", _INT64),
+        ("saliency_token", _INT64),
+        ("batch", _INT64),
+        ("tokens", _INT64),
+        ("channels", _INT64),
+        ("heads", _INT64),
+        ("depth", _INT64),
+        ("r", _INT32),
+        ("prefix", _INT32),
+        ("suffix", _INT32),
+        ("saliency_weight", _FLOAT),
+        ("size_weight", _FLOAT),
+        ("keep_norm", _INT32),
+        ("threads", _INT32),
+    )
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {"NmWeight": Weight, "NmLinear": Linear, "NmMlp": Mlp, "NmConv": Conv, "NmMerge": Merge}
 """Name in ``abi.h`` -> its mirror here."""

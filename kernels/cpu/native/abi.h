@@ -74,6 +74,41 @@ struct NmConv {
   int32_t threads;
 };
 
+// Token merging, in float32: x (batch, tokens, channels), keys (batch, heads, tokens, depth), size (batch, tokens, 1) and
+// saliency (batch, tokens; null: none) by their strides in elements; channels and depth are contiguous. The results are
+// contiguous: y and new_size with r tokens fewer, and the new places of all tokens in int64. `r` is at least 1 and at
+// most half of the tokens that are neither prefix nor suffix.
+struct NmMerge {
+  const void* x;
+  const void* keys;
+  const void* size;
+  const void* saliency;
+  void* y;
+  void* new_size;
+  void* places;
+  int64_t x_image;
+  int64_t x_token;
+  int64_t keys_image;
+  int64_t keys_head;
+  int64_t keys_token;
+  int64_t size_image;
+  int64_t size_token;
+  int64_t saliency_image;
+  int64_t saliency_token;
+  int64_t batch;
+  int64_t tokens;
+  int64_t channels;
+  int64_t heads;
+  int64_t depth;
+  int32_t r;
+  int32_t prefix;
+  int32_t suffix;
+  float saliency_weight;
+  float size_weight;
+  int32_t keep_norm;
+  int32_t threads;
+};
+
 extern "C" {
 int nm_lanes();  // floats in a vector
 int nm_pairs();  // 1 if the kernels take the layouts of bf16 pairs (QUADS, RING, OCTS), else 0
@@ -82,4 +117,5 @@ int nm_pairs();  // 1 if the kernels take the layouts of bf16 pairs (QUADS, RING
 int nm_linear(const NmLinear* args);
 int nm_mlp(const NmMlp* args);
 int nm_conv(const NmConv* args);
+int nm_token_merge(const NmMerge* args);
 }

@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "dense.h"
+#include "merge.h"
 
 namespace {
 
@@ -67,6 +68,10 @@ int nm_mlp(const NmMlp* args) {
 
 int nm_conv(const NmConv* args) {
   return guarded([&] { convolution(*args); });
+}
+
+int nm_token_merge(const NmMerge* args) {
+  return guarded([&] { merge(*args); });
 }
 
 }  // extern "C"
