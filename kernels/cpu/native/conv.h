@@ -28,7 +28,7 @@ struct Axis {
   }
   // The output positions in [begin, end) that read inside the image.
   std::pair<int64_t, int64_t> inside(int k, int64_t begin, int64_t end) const {
-    const int64_t p = phase(k), length = (size - p + stride - 1) / stride;
+    const int64_t length = (size - phase(k) + stride - 1) / stride;
     begin = std::max(begin, -shift(k));
     return {begin, std::max(begin, std::min(end, length - shift(k)))};
   }
@@ -151,6 +151,7 @@ NM_INLINE void add_run(const Convolution& g, const Run& run, Reads& reads) {
   uint32_t* lanes = &reads.lanes[reads.lanes.size() - g.taps()];
   for (int dx = 0; dx < g.kernel_w; dx++) {
     const auto [begin, end] = x.inside(dx, run.x, run.x + run.length);
+    if (begin == end) continue;
     const uint32_t bits = ((1u << (end - begin)) - 1) << (begin - run.x + run.lane);
     for (int dy = 0; dy < g.kernel_h; dy++) {
       const auto [above, below] = y.inside(dy, run.y, run.y + 1);
