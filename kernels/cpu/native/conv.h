@@ -181,23 +181,24 @@ static void fill_conv_tile(const Convolution& g, const Reads& reads, const float
   constexpr int P = V * W;
   const int64_t plane_size = g.plane_size();
   const int count = reads.count();
+  const int taps = g.taps();
   for (int t = first_tap; t < first_tap + block.taps; t++) {
     const float* from = planes + g.tap_offset(t);
-    const int64_t* const position = reads.position.data();
-    const uint32_t* const lanes = reads.lanes.data() + t;
-    const int taps = g.taps();
-    for (int k = 0; k < block.channels; k++, from += plane_size, tile += P) {
-      if (count == V) {  // one read per vector
+    if (count == V) {  // one read per vector
+      int64_t position[V];
+      uint32_t lanes[V];
+      for (int v = 0; v < V; v++) position[v] = reads.position[v], lanes[v] = reads.lanes[v * taps + t];
+      for (int k = 0; k < block.channels; k++, from += plane_size, tile += P)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(tile + v * W, load_lanes(from + position[v], lanes[v * taps]));
-        continue;
-      }
+        for (int v = 0; v < V; v++) store(tile + v * W, load_lanes(from + position[v], lanes[v]));
+      continue;
+    }
+    for (int k = 0; k < block.channels; k++, from += plane_size, tile += P)
       for (int r = 0; r < count; r++) {
         float* to = tile + reads.vector[r] * W;
-        const vf x = load_lanes(from + position[r], lanes[r * taps]);
+        const vf x = load_lanes(from + reads.position[r], reads.lanes[r * taps + t]);
         store(to, reads.starts_vector(r) ? x : load(to) + x);  // the other lanes are zero
       }
-    }
   }
 }
 
