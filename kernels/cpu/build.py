@@ -39,7 +39,7 @@ from mpcompile.kernels.store import cache_folder, temporary_folder
 log = logging.getLogger(__name__)
 
 NATIVE = Path(__file__).with_name("native")  # the folder of the C++ sources
-SOURCES = ("cpu.cpp", "abi.h", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
+SOURCES = ("cpu.cpp", "abi.h", "conv.h", "dense.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
 ISAS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",

@@ -1,5 +1,6 @@
-"""Lower: replace each masked layer by its engine's operator on packed tensors that the graph owns."""
+"""Lowerings: replace layers by the operators of engines, on packed tensors that the graph owns."""
 
+from mpcompile.passes.lower.dense import DenseLowering, LowerDense
 from mpcompile.passes.lower.masked import (
     PACKED,
     EngineChoice,
@@ -12,4 +13,16 @@ from mpcompile.passes.lower.masked import (
     unpacked,
 )
 
-__all__ = ["PACKED", "EngineChoice", "Lower", "Lowering", "Slot", "Slots", "describe", "spec_of", "unpacked"]
+__all__ = [
+    "PACKED",
+    "DenseLowering",
+    "EngineChoice",
+    "Lower",
+    "LowerDense",
+    "Lowering",
+    "Slot",
+    "Slots",
+    "describe",
+    "spec_of",
+    "unpacked",
+]

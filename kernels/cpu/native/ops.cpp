@@ -71,6 +71,8 @@ bool storage_matches(const WeightArgs& w) {
   if ((int)w.inputs % m) return false;
   const int64_t width = block_columns(layout, m), blocks = ceil_div(w.inputs, width);
   const int64_t values = w.values.numel(), indices = w.index.numel();
+  if (layout == LAYOUT_PANELS)
+    return !indices && values == ceil_div(w.outputs, PANEL_OUTPUTS) * PANEL_OUTPUTS * w.inputs;
   const uint8_t* const index_end = (const uint8_t*)w.index.const_data_ptr() + indices;
   if (layout == LAYOUT_RING) {
     const int64_t table = 4 * (blocks * ceil_div(w.outputs, RING_ROWS) + 1);
@@ -111,7 +113,9 @@ Tensor empty_output(const Tensor& x, int64_t outputs) {
 bool kernels_accept(const Kernels& kernels, const Tensor& x, const WeightArgs& w) {
   const auto type = x.scalar_type();
   if (!x.is_cpu() || (type != at::kFloat && type != at::kBFloat16)) return false;
-  if (w.layout != LAYOUT_ROWS) {
+  if (w.layout == LAYOUT_PANELS) {
+    if (type != at::kFloat) return false;
+  } else if (w.layout != LAYOUT_ROWS) {
     if (w.layout < LAYOUT_ROWS || w.layout > LAYOUT_OCTS || type != at::kBFloat16 || !kernels.pairs) return false;
   }
   if (w.bias && !(is_plain(*w.bias, type) && w.bias->dim() == 1 && w.bias->numel() == w.outputs)) return false;
@@ -187,7 +191,8 @@ Tensor mlp(const Tensor& x, const Tensor& values1, const Tensor& index1, const O
   const bool known = between >= 0 && between < ACTIVATIONS;
   // In the fused kernel one thread takes a whole panel through both products: too few panels leave threads idle.
   const bool too_few = tokens < 64 * 4 * threads && threads > 1;
-  if (known && (too_few || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS))) {
+  if (known && (too_few || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS) || layout1 == LAYOUT_PANELS ||
+                layout2 == LAYOUT_PANELS)) {
     const Tensor h = gemm(x, values1, index1, bias1, std::nullopt, hidden, n1, m1, layout1, activation);
     return gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none");
   }
@@ -234,7 +239,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Op
   const Kernels* const kernels = current_kernels.load();
   const int epilogue = epilogue_number(activation);
   const bool pointwise = is_pointwise(shape, stride, padding, dilation);
-  if (kernels && pointwise && epilogue >= 0 && x.dim() == 4 && x.size(1) == shape[1]) {
+  if (kernels && pointwise && epilogue >= 0 && x.dim() == 4 && x.size(1) == shape[1] && layout != LAYOUT_PANELS) {
     // A tensor that is contiguous in both formats counts as channels first.
     const bool channels_last = !x.is_contiguous();
     const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
