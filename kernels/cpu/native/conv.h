@@ -9,8 +9,6 @@
 
 #include "gemm.h"
 
-constexpr int CONV_COLUMNS = 96, CONV_CHANNELS = 10;  // maximum per block, as in layouts.py
-
 // One axis of a convolution. Output position i reads input position i * stride + k * dilation - pad at kernel position
 // k: element i + shift(k) of phase(k).
 struct Axis {
@@ -55,17 +53,6 @@ struct Convolution {
     const int dy = tap / kernel_w, dx = tap % kernel_w;
     const int64_t phase = y.phase(dy) * stride_w + x.phase(dx);
     return phase * phase_size() + y.shift(dy) * x.phase_length() + x.shift(dx);
-  }
-};
-
-// How the columns of a convolution are cut into blocks: `channels` channels at `taps` taps.
-struct ConvBlocks {
-  int channels, taps;
-
-  static ConvBlocks of(int taps, int m) {
-    const int channels = m * std::max(1, CONV_CHANNELS / m);
-    const int parts = (taps * channels + CONV_COLUMNS - 1) / CONV_COLUMNS;
-    return {channels, (taps + parts - 1) / parts};
   }
 };
 
