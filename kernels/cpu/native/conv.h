@@ -9,8 +9,6 @@
 
 #include "gemm.h"
 
-constexpr int CONV_COLUMNS = 96, CONV_CHANNELS = 10;  // maximum per block, as in layouts.py
-
 // One axis of a convolution. Output position i reads input position i * stride + k * dilation - pad at kernel position
 // k: element i + shift(k) of phase(k).
 struct Axis {
@@ -55,17 +53,6 @@ struct Convolution {
     const int dy = tap / kernel_w, dx = tap % kernel_w;
     const int64_t phase = y.phase(dy) * stride_w + x.phase(dx);
     return phase * phase_size() + y.shift(dy) * x.phase_length() + x.shift(dx);
-  }
-};
-
-// How the columns of a convolution are cut into blocks: `channels` channels at `taps` taps.
-struct ConvBlocks {
-  int channels, taps;
-
-  static ConvBlocks of(int taps, int m) {
-    const int channels = m * std::max(1, CONV_CHANNELS / m);
-    const int parts = (taps * channels + CONV_COLUMNS - 1) / CONV_COLUMNS;
-    return {channels, (taps + parts - 1) / parts};
   }
 };
 
@@ -181,23 +168,24 @@ static void fill_conv_tile(const Convolution& g, const Reads& reads, const float
   constexpr int P = V * W;
   const int64_t plane_size = g.plane_size();
   const int count = reads.count();
+  const int taps = g.taps();
   for (int t = first_tap; t < first_tap + block.taps; t++) {
     const float* from = planes + g.tap_offset(t);
-    const int64_t* const position = reads.position.data();
-    const uint32_t* const lanes = reads.lanes.data() + t;
-    const int taps = g.taps();
-    for (int k = 0; k < block.channels; k++, from += plane_size, tile += P) {
-      if (count == V) {  // one read per vector
+    if (count == V) {  // one read per vector
+      int64_t position[V];
+      uint32_t lanes[V];
+      for (int v = 0; v < V; v++) position[v] = reads.position[v], lanes[v] = reads.lanes[v * taps + t];
+      for (int k = 0; k < block.channels; k++, from += plane_size, tile += P)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(tile + v * W, load_lanes(from + position[v], lanes[v * taps]));
-        continue;
-      }
+        for (int v = 0; v < V; v++) store(tile + v * W, load_lanes(from + position[v], lanes[v]));
+      continue;
+    }
+    for (int k = 0; k < block.channels; k++, from += plane_size, tile += P)
       for (int r = 0; r < count; r++) {
         float* to = tile + reads.vector[r] * W;
-        const vf x = load_lanes(from + position[r], lanes[r * taps]);
+        const vf x = load_lanes(from + reads.position[r], reads.lanes[r * taps + t]);
         store(to, reads.starts_vector(r) ? x : load(to) + x);  // the other lanes are zero
       }
-    }
   }
 }
 

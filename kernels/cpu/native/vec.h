@@ -103,8 +103,12 @@ NM_INLINE vf load_lanes(const float* p, uint32_t lanes) {
 
 // Stores the first `count` lanes.
 NM_INLINE void store_lanes(float* p, vf v, int count) {
+#if NM_AVX512 && !defined(__SANITIZE_ADDRESS__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
   if (count == W) return store(p, v);
   for (int i = 0; i < count; i++) p[i] = v[i];
+#endif
 }
 
 // Half a vector, for a panel whose last vector is at most half full. Used only where half a vector is cheaper than a
