@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <memory>
 
 #include "gemm.h"
 
@@ -18,6 +19,7 @@ constexpr int DENSE_CHANNELS = 384;          // channels of a block: its tokens 
 constexpr int64_t CHUNK_BYTES = 1 << 20;     // copied tokens of a task: they stay in the L2 cache
 
 constexpr int TILE_PANELS = TILE_OUTPUTS > PANEL_OUTPUTS ? TILE_OUTPUTS / PANEL_OUTPUTS : 1;
+constexpr int RANGES_PER_THREAD = 4;
 constexpr int FETCH_EVERY = 4;  // channels between two prefetches of a register tile
 
 static_assert(PANEL_OUTPUTS * sizeof(float) == 64, "a panel has one cache line per channel");
@@ -191,7 +193,7 @@ static void multiply_tokens(const DenseWeight& w, const CopiedTokens& x, RowRang
   }
 }
 
-// A product split into tasks: each computes one chunk of the tokens for one chunk of the register tiles' outputs.
+// A product split into tasks: each computes one range of the register tiles' outputs for one chunk of the tokens.
 struct DenseSplit {
   EvenCut tokens, tiles;
 
@@ -209,33 +211,35 @@ struct DenseSplit {
         const double time = rows * width * ceil_div(chunks * ranges, threads);
         if (best_time < 0 || time < best_time) best = {{tokens, chunks}, {tiles, ranges}}, best_time = time;
       }
+    // Several ranges for each thread: one that is interrupted leaves the rest of its work to the others.
+    if (threads > 1) best.tiles.parts = std::min(tiles, best.tiles.parts * RANGES_PER_THREAD);
     return best;
   }
 };
 
 static void dense(const DenseWeight& w, const Activations<float>& in, const Output<float>& out, int threads) {
   const DenseSplit split = DenseSplit::of(in.tokens, w.inputs, w.outputs, threads);
-  const int64_t ranges = split.tiles.parts, tasks = split.tokens.parts * ranges;
+  const int64_t chunks = split.tokens.parts, ranges = split.tiles.parts;
   const int64_t lanes = ceil_div(w.outputs, TILE_OUTPUTS) * TILE_OUTPUTS;
   static thread_local Scratch<float> bias_scratch;
   float* const biases = bias_scratch.get(lanes);
   for (int64_t n = 0; n < lanes; n++) biases[n] = w.bias && n < w.outputs ? w.bias[n] : 0.0f;
-  std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1 && tasks > 1)
+  const std::unique_ptr<std::atomic<int64_t>[]> taken(new std::atomic<int64_t>[chunks]());  // ranges of each chunk
+#pragma omp parallel num_threads(threads) if (threads > 1 && chunks * ranges > 1)
   {
-    int64_t held = -1;
-    CopiedTokens copied{};
-    // A thread's first task has its own number, so that in successive products it meets tokens that it has in its
-    // caches.
-#pragma omp single
-    next = omp_get_num_threads();
-    for (int64_t task = omp_get_thread_num(); task < tasks; task = next++) {
-      const int64_t chunk = task / ranges, range = task % ranges;
-      if (chunk != held) copied = copy_tokens(in, split.tokens.begin(chunk), split.tokens.length(chunk));
-      held = chunk;
-      const int begin = (int)split.tiles.begin(range) * TILE_OUTPUTS;
-      const int end = (int)std::min<int64_t>(w.outputs, split.tiles.begin(range + 1) * TILE_OUTPUTS);
-      multiply_tokens(w, copied, {begin, end}, biases, out);
+    // A thread begins with the chunk that it has in successive products too, and so in its caches; then it helps
+    // others.
+    const int64_t first = omp_get_thread_num() * chunks / omp_get_num_threads();
+    for (int64_t i = 0; i < chunks; i++) {
+      const int64_t chunk = (first + i) % chunks;
+      int64_t range = taken[chunk]++;
+      if (range >= ranges) continue;
+      const CopiedTokens copied = copy_tokens(in, split.tokens.begin(chunk), split.tokens.length(chunk));
+      for (; range < ranges; range = taken[chunk]++) {
+        const int begin = (int)split.tiles.begin(range) * TILE_OUTPUTS;
+        const int end = (int)std::min<int64_t>(w.outputs, split.tiles.begin(range + 1) * TILE_OUTPUTS);
+        multiply_tokens(w, copied, {begin, end}, biases, out);
+      }
     }
   }
 }

@@ -25,3 +25,16 @@ inline int block_entries(int layout, int columns, int n, int m) {
   int kept = columns / m * n + std::min(n, columns % m);
   return (kept + 3) / 4 * 4;
 }
+
+constexpr int CONV_COLUMNS = 96, CONV_CHANNELS = 10;  // maximum per block of a convolution, as in layouts.py
+
+// How the columns of a convolution are cut into blocks: `channels` channels at `taps` taps.
+struct ConvBlocks {
+  int channels, taps;
+
+  static ConvBlocks of(int taps, int m) {
+    const int channels = m * std::max(1, CONV_CHANNELS / m);
+    const int parts = (taps * channels + CONV_COLUMNS - 1) / CONV_COLUMNS;
+    return {channels, (taps + parts - 1) / parts};
+  }
+};
