@@ -18,6 +18,7 @@ from torch.library import Library
 
 from mpcompile.errors import InputError
 from mpcompile.kernels import autocast, schema
+from mpcompile.kernels.cpu import merging as cpu_merging
 from mpcompile.kernels.nm_linear import checks, reference
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.token_merge import attention, fused, pairs
@@ -67,6 +68,7 @@ for _args, _implementation in _IMPLEMENTATIONS.items():
     _LIBRARY.impl(_args.operator, _implementation, "CompositeImplicitAutograd")
 
 native.define(_LIBRARY)
+cpu_merging.define(_LIBRARY)
 autocast.define(_LIBRARY)
 
 masked_linear = torch.ops.mpcompile.masked_linear.default
@@ -76,6 +78,7 @@ nm_conv2d = torch.ops.mpcompile.nm_conv2d.default
 nm_gemm = torch.ops.mpcompile.nm_gemm.default
 nm_mlp = torch.ops.mpcompile.nm_mlp.default
 nm_conv = torch.ops.mpcompile.nm_conv.default
+nm_token_merge = torch.ops.mpcompile.nm_token_merge.default
 token_size = torch.ops.mpcompile.token_size.default
 token_bias = torch.ops.mpcompile.token_bias.default
 token_merge = torch.ops.mpcompile.token_merge.default

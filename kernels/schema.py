@@ -345,6 +345,13 @@ class TokenAttentionArgs(Args):
     enable_gqa: bool
 
 
+@dataclass
+class NmTokenMergeArgs(TokenMergeArgs, Args):
+    """As ``token_merge``, in one call of the CPU kernel."""
+
+    operator: ClassVar[str] = "nm_token_merge"
+
+
 NativeArgs = NmGemmArgs | NmMlpArgs | NmConvArgs
 OPERATORS: dict[str, type[Args]] = {cls.operator: cls for cls in Args.__subclasses__()}
 

@@ -99,6 +99,7 @@ def _rows() -> Iterator[Operator]:
             literal=_PACKED_NUMBERS,
             epilogue=_NO_EPILOGUE if op in (ops.nm_gemm, ops.nm_conv) else (),
         )
+    yield Operator(ops.nm_token_merge, "merging", Stage.LOWERED, matching=True)
 
 
 OPERATORS: dict[Any, Operator] = {row.target: row for row in _rows()}

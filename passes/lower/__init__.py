@@ -1,6 +1,7 @@
 """Lowerings: replace layers by the operators of engines, on packed tensors that the graph owns."""
 
 from mpcompile.passes.lower.dense import DenseLowering, LowerDense
+from mpcompile.passes.lower.merging import LowerMerges, MergeLowering
 from mpcompile.passes.lower.masked import (
     PACKED,
     EngineChoice,
@@ -19,7 +20,9 @@ __all__ = [
     "EngineChoice",
     "Lower",
     "LowerDense",
+    "LowerMerges",
     "Lowering",
+    "MergeLowering",
     "Slot",
     "Slots",
     "describe",

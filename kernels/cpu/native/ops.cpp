@@ -21,6 +21,7 @@
 
 #include "abi.h"
 #include "layouts.h"
+#include "torch/tokens.h"
 
 namespace {
 
