@@ -39,7 +39,7 @@ from mpcompile.kernels.store import cache_folder, temporary_folder
 log = logging.getLogger(__name__)
 
 NATIVE = Path(__file__).with_name("native")  # the folder of the C++ sources
-SOURCES = ("cpu.cpp", "abi.h", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
+SOURCES = ("cpu.cpp", "abi.h", "attention.h", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
 ISAS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -58,7 +58,7 @@ _CHECKSUM = hashlib.sha256().digest_size
 class Kernels(ctypes.CDLL):
     """The library of kernels (``cpu.cpp``); ``isa`` is the key of :data:`ISAS` that it was built for."""
 
-    functions = ("nm_linear", "nm_mlp", "nm_conv", "nm_pairs")
+    functions = ("nm_linear", "nm_mlp", "nm_conv", "nm_attention", "nm_pairs")
     isa: str
 
 
@@ -351,6 +351,7 @@ def load(isa: str, sanitize: bool = False) -> Kernels:
     loaded.nm_linear.argtypes = [ctypes.POINTER(abi.Linear)]
     loaded.nm_mlp.argtypes = [ctypes.POINTER(abi.Mlp)]
     loaded.nm_conv.argtypes = [ctypes.POINTER(abi.Conv)]
+    loaded.nm_attention.argtypes = [ctypes.POINTER(abi.Attention)]
     loaded.isa = isa
     return loaded
 
