@@ -10,6 +10,7 @@ BY_FILE: dict[str, tuple[str, ...]] = {
         "test_exported_graphs_are_packed_too",
     ),
     "export/test_lowered.py": (),
+    "kernels/cpu/test_attention.py": (),
     "kernels/nm_linear/test_cpu_kernels.py": (),
     "kernels/nm_linear/test_cpu_operators.py": (),
     "kernels/test_isa.py": (),

@@ -70,10 +70,10 @@ class Operators(ctypes.CDLL):
     def use(self, kernels: Kernels | None) -> None:
         """Make the operators call these kernels; with None, they call the operators in Python."""
         if kernels is None:
-            self.nm_use(None, None, 0)
+            self.nm_use(None, None, None, 0)
             return
-        linear, mlp = (ctypes.cast(f, ctypes.c_void_p) for f in (kernels.nm_linear, kernels.nm_mlp))
-        self.nm_use(linear, mlp, kernels.nm_pairs())
+        functions = (kernels.nm_linear, kernels.nm_mlp, kernels.nm_attention)
+        self.nm_use(*(ctypes.cast(function, ctypes.c_void_p) for function in functions), kernels.nm_pairs())
 
 
 _Library = TypeVar("_Library", Kernels, Operators)
@@ -247,7 +247,9 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
         with replacing(folder / name, mode=0o700, durable=False, follow=False) as file:
             file.write(data + hashlib.sha256(data).digest())  # the loader ignores bytes after the last section
     except subprocess.CalledProcessError as error:
-        output = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
+        lines = error.stderr.strip().splitlines()
+        causes = [line for line in lines if "error" in line] or lines  # notes and warnings surround them
+        output = "\n".join(causes)[-400:] or f"exit status {error.returncode}"
         raise _Rejected(f"{command[0]} cannot build the CPU kernels: {output}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} cannot build the CPU kernels: {error}") from error
@@ -306,7 +308,7 @@ def operators() -> Operators | None:
     except Unavailable as error:
         log.info("mpcompile: the CPU operators stay in Python: %s", error)
         return None
-    loaded.nm_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    loaded.nm_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     loaded.nm_use.restype = None
     return loaded
 

@@ -1,5 +1,6 @@
-"""Lower: replace each masked layer by its engine's operator on packed tensors that the graph owns."""
+"""Lowerings: masked layers become their engine's operator on packed tensors; attention becomes the CPU's kernel."""
 
+from mpcompile.passes.lower.attention import AttentionLowering, LowerAttention
 from mpcompile.passes.lower.masked import (
     PACKED,
     EngineChoice,
@@ -12,4 +13,16 @@ from mpcompile.passes.lower.masked import (
     unpacked,
 )
 
-__all__ = ["PACKED", "EngineChoice", "Lower", "Lowering", "Slot", "Slots", "describe", "spec_of", "unpacked"]
+__all__ = [
+    "PACKED",
+    "AttentionLowering",
+    "EngineChoice",
+    "Lower",
+    "LowerAttention",
+    "Lowering",
+    "Slot",
+    "Slots",
+    "describe",
+    "spec_of",
+    "unpacked",
+]

@@ -105,17 +105,18 @@ static void pack_values(const float* values, size_t stride, int64_t count, int d
   }
 }
 
-// exp(x) for x <= 0, with relative error 2e-7; exactly 0 below -87, where the result would be denormal. NaN stays NaN.
+// exp(x) for x <= 0, with relative error 2e-7 + 7e-8 |x|; exactly 0 below -87, where the result would be denormal. NaN
+// stays NaN.
 NM_INLINE vf exp_of_nonpositive(vf x) {
   const vf log2e = splat(1.44269504088896341f);
   const vf magic = splat(12582912.0f + 127.0f);  // adding 1.5 * 2^23 rounds to an integer; 127 is the exponent's bias
   const vf shifted = fma(x, log2e, magic);
   const vf f = fma(x, log2e, magic - shifted);  // in [-0.5, 0.5]
-  vf p = splat(1.3333558146428443e-3f);
-  p = fma(p, f, splat(9.6181291076284772e-3f));
-  p = fma(p, f, splat(5.5504108664821580e-2f));
-  p = fma(p, f, splat(2.4022650695910071e-1f));
-  p = fma(p, f, splat(6.9314718055994531e-1f));
+  vf p = splat(1.3264727247e-3f);
+  p = fma(p, f, splat(9.6715126881e-3f));
+  p = fma(p, f, splat(5.5507337436e-2f));
+  p = fma(p, f, splat(2.4022242085e-1f));
+  p = fma(p, f, splat(6.9314697760e-1f));
   p = fma(p, f, splat(1.0f));
   const vf result = p * (vf)((vu)shifted << 23);
   return x < splat(-87.0f) ? vf{} : result;

@@ -1,19 +1,22 @@
-// nm_gemm, nm_mlp and pointwise nm_conv, called by torch without going through Python: for a layer with few tokens, the
-// interpreter would take longer than the kernel. Anything unusual (another dtype, strides, sizes that do not match, a
-// gradient) goes to the operator of the same name with the suffix _general, which operators.py implements. build.py
-// compiles this file against the headers of the installed torch.
+// nm_gemm, nm_mlp, pointwise nm_conv and nm_attention, called by torch without going through Python: for a layer with
+// few tokens, the interpreter would take longer than the kernel. Anything unusual (another dtype, strides, sizes that
+// do not match, a gradient) goes to the operator of the same name with the suffix _general, which operators.py and
+// attention.py implement. build.py compiles this file against the headers of the installed torch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <climits>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -32,9 +35,11 @@ using IntList = at::IntArrayRef;
 // Addresses of the functions of cpu.cpp; build.py chooses the instruction set that these are built for.
 using LinearKernel = int(const NmLinear*);
 using MlpKernel = int(const NmMlp*);
+using AttentionKernel = int(const NmAttention*);
 struct Kernels {
   LinearKernel* linear;
   MlpKernel* mlp;
+  AttentionKernel* attention;
   bool pairs;  // whether they support the layouts of bf16 pairs (QUADS, RING, OCTS)
 };
 std::atomic<const Kernels*> current_kernels{nullptr};  // never freed: a concurrent call may still be reading it
@@ -265,6 +270,62 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Op
   return general.call(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation);
 }
 
+using AttentionSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                  std::optional<double>);
+
+// The tensor as the kernel reads it, broadcast to `sizes`; nothing if the kernel cannot read it in place.
+std::optional<NmHeads> to_heads(const Tensor& t, std::array<int64_t, 4> sizes) {
+  if (!t.is_cpu() || t.scalar_type() != at::kFloat || t.layout() != at::kStrided || t.dim() != 4) return std::nullopt;
+  int64_t strides[4];
+  for (int i = 0; i < 4; i++) {
+    if (t.size(i) != sizes[i] && t.size(i) != 1) return std::nullopt;
+    strides[i] = t.size(i) == sizes[i] ? t.stride(i) : 0;
+  }
+  if (sizes[3] > 1 && strides[3] != 1) return std::nullopt;
+  return NmHeads{t.const_data_ptr(), strides[0], strides[1], strides[2]};
+}
+
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
+                 std::optional<double> scale) {
+  const Kernels* const kernels = current_kernels.load();
+  if (kernels && query.dim() == 4 && key.dim() == 4 && value.dim() == 4) {
+    const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
+    const int64_t dim = query.size(3), value_dim = value.size(3);
+    const bool alike = key.size(0) == batch && key.size(1) == heads && key.size(3) == dim && value.size(0) == batch &&
+                       value.size(1) == heads && value.size(2) == keys;
+    const auto q = to_heads(query, {batch, heads, queries, dim}), k = to_heads(key, {batch, heads, keys, dim});
+    const auto v = to_heads(value, {batch, heads, keys, value_dim});
+    const auto b = bias ? to_heads(*bias, {batch, heads, queries, keys}) : NmHeads{};
+    // Expanded tensors can have any size; the kernel packs the keys and values of a head.
+    constexpr int64_t most = 1 << 14;
+    const bool sane = dim <= most && value_dim <= most && keys <= most;
+    if (alike && sane && q && k && v && b && batch * heads * queries && keys && dim && value_dim) {
+      const Tensor y =
+          at::empty_strided({batch, heads, queries, value_dim},
+                            {queries * heads * value_dim, value_dim, heads * value_dim, 1}, query.options());
+      const NmAttention args{
+          .query = *q,
+          .key = *k,
+          .value = *v,
+          .bias = *b,
+          .y = y.data_ptr(),
+          .batch = batch,
+          .heads = heads,
+          .queries = queries,
+          .keys = keys,
+          .dim = (int32_t)dim,
+          .value_dim = (int32_t)value_dim,
+          .scale = (float)scale.value_or(1 / std::sqrt((double)dim)),
+          .threads = at::get_num_threads(),
+      };
+      if (!kernels->attention(&args)) return y;
+    }
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;  // autograd of the general operator would lead back here
+  static const auto general = find_operator<AttentionSignature>("mpcompile::nm_attention_general");
+  return general.call(query, key, value, bias, scale);
+}
+
 bool needs_gradient(const Tensor& t) { return t.requires_grad(); }
 bool needs_gradient(const OptionalTensor& t) { return t && t->requires_grad(); }
 template <class T> bool needs_gradient(const T&) { return false; }
@@ -289,9 +350,11 @@ template <class... Args, Tensor (&kernel)(Args...)> struct AutogradKernel<Tensor
 using GemmAutograd = AutogradKernel<GemmSignature, gemm>;
 using MlpAutograd = AutogradKernel<MlpSignature, mlp>;
 using ConvAutograd = AutogradKernel<ConvSignature, conv>;
+using AttentionAutograd = AutogradKernel<AttentionSignature, attention>;
 template <> const char* GemmAutograd::name = "mpcompile::nm_gemm";
 template <> const char* MlpAutograd::name = "mpcompile::nm_mlp";
 template <> const char* ConvAutograd::name = "mpcompile::nm_conv";
+template <> const char* AttentionAutograd::name = "mpcompile::nm_attention";
 
 }  // namespace
 
@@ -299,16 +362,18 @@ TORCH_LIBRARY_IMPL(mpcompile, CPU, m) {
   m.impl("nm_gemm", TORCH_FN(gemm));
   m.impl("nm_mlp", TORCH_FN(mlp));
   m.impl("nm_conv", TORCH_FN(conv));
+  m.impl("nm_attention", TORCH_FN(attention));
 }
 
 TORCH_LIBRARY_IMPL(mpcompile, AutogradCPU, m) {
   m.impl("nm_gemm", TORCH_FN(GemmAutograd::call));
   m.impl("nm_mlp", TORCH_FN(MlpAutograd::call));
   m.impl("nm_conv", TORCH_FN(ConvAutograd::call));
+  m.impl("nm_attention", TORCH_FN(AttentionAutograd::call));
 }
 
 // Sets the kernels that the operators call from now on, and whether these support the layouts of bf16 pairs. If
 // `linear` is null, every call goes to the general operators.
-extern "C" void nm_use(LinearKernel* linear, MlpKernel* mlp, int pairs) {
-  current_kernels = linear ? new Kernels{linear, mlp, pairs != 0} : nullptr;
+extern "C" void nm_use(LinearKernel* linear, MlpKernel* mlp, AttentionKernel* attention, int pairs) {
+  current_kernels = linear ? new Kernels{linear, mlp, attention, pairs != 0} : nullptr;
 }
