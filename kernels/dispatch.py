@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mpcompile.errors import ConfigError
 from mpcompile.kernels import ops, schema, timing
-from mpcompile.kernels.cpu.engine import CpuEngine, multiplies_pairs
+from mpcompile.kernels.cpu.engine import CpuDenseEngine, CpuEngine, multiplies_pairs
 from mpcompile.kernels.engine import DENSE, Candidate, Choice, Engine, LayerSpec
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
 from mpcompile.kernels.nm_linear.gpu.cusparselt import CuSparseLtEngine
@@ -29,6 +29,7 @@ __all__ = [
     "MARGIN",
     "Candidate",
     "Choice",
+    "CpuDenseEngine",
     "Dense",
     "Engine",
     "LayerSpec",
@@ -37,6 +38,7 @@ __all__ = [
     "auto_pattern",
     "choose",
     "choose_all",
+    "choose_dense",
     "engine_named",
 ]
 
@@ -82,8 +84,11 @@ class Dense:
 
 # In order of preference, which decides where nothing is timed.
 GPU_ENGINES: tuple[Engine, ...] = (WGMMA_SP, MMA_SP, CuSparseLtEngine(), ExpandEngine())
-ENGINES: tuple[Engine, ...] = (CpuEngine(), *GPU_ENGINES, Reference(), Dense())
+ENGINES: tuple[Engine, ...] = (CpuEngine(), CpuDenseEngine(), *GPU_ENGINES, Reference(), Dense())
 MARGIN = 0.97  # a sparse engine must take less than this fraction of the best dense time
+# The engine's dense product may take this fraction of another's: activation and residual, timed with neither, cost the
+# other a pass over memory each.
+DENSE_MARGIN = 1.05
 
 
 def auto_pattern(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...]:
@@ -186,3 +191,35 @@ def choose_all(
     hidden = None if progress is None else not progress
     bar = tqdm(specs, desc="time engines", unit="layer", delay=2, leave=False, disable=hidden)
     return [choose(spec, engine, measured=measured, frozen=frozen) for spec in bar]
+
+
+def choose_dense(spec: LayerSpec, engine: str = "auto") -> Choice:
+    """Choose between the CPU engine's dense product and Inductor's for a linear layer without a mask.
+
+    Args:
+        engine: as in :func:`choose`. Other engines than ``"auto"``, ``"cpu"`` and ``"cpu_dense"`` leave dense layers
+            alone.
+
+    Example:
+        >>> choose_dense(LayerSpec((8, 8), torch.float64, torch.device("cpu"), Pattern(1, 1), inputs=(4, 8))).why
+        'cpu_dense: dtype float64 (fp32 has a kernel)'
+    """
+    ours, dense = CpuDenseEngine(), Dense()
+    reason = ours.supports(spec) if engine in ("auto", CpuEngine.name, ours.name) else f"engine {engine} was asked for"
+    if reason is not None:
+        why = reason if reason.endswith("asked for") else f"{ours.name}: {reason}"
+        return Choice(dense, why, (Candidate(ours.name, None, reason),))
+    if engine == ours.name:
+        return Choice(ours, "asked for")
+    us = timing.times(spec, [ours, dense]) or {}
+    candidates = tuple(Candidate(name, us.get(name)) for name in {ours.name: 0, dense.name: 0, **us})
+    bar = min((name for name in DENSE if name in us), key=us.__getitem__, default=None)
+    if bar is None or ours.name not in us:
+        unknown = "its input shape is unknown" if spec.inputs is None else "timing is off"
+        return Choice(dense, f"not timed: {unknown}", candidates)
+    ratio = us[bar] / us[ours.name]
+    if us[ours.name] < DENSE_MARGIN * us[bar]:
+        return Choice(
+            ours, f"{ratio:.2f}x as fast as {bar}, with activation and residual to spare", candidates, us[bar]
+        )
+    return Choice(dense, f"{ours.name} is only {ratio:.2f}x as fast as {bar}", candidates, us[bar])

@@ -52,7 +52,7 @@ BY_FILE: dict[str, tuple[str, ...]] = {
         "test_activation_functions", "test_activation_modules", "test_additions",
         "test_activations_after_the_addition", "test_mlps", "test_convolutions_make_no_mlp",
     ),
-    "passes/test_lower.py": (
+    "passes/lower/test_masked.py": (
         "test_lowered_equals_masked_dense[2:4-vit-reference]",
         "test_lowered_equals_masked_dense[6:16-resnet18-reference]",
         "test_lowered_equals_masked_dense[6:16-mlp-reference]", "test_lowered_equals_masked_dense[2:4-mlp-dense]",

@@ -39,7 +39,18 @@ from mpcompile.kernels.store import cache_folder, temporary_folder
 log = logging.getLogger(__name__)
 
 NATIVE = Path(__file__).with_name("native")  # the folder of the C++ sources
-SOURCES = ("cpu.cpp", "abi.h", "attention.h", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
+SOURCES = (
+    "cpu.cpp",
+    "abi.h",
+    "attention.h",
+    "conv.h",
+    "dense.h",
+    "gemm.h",
+    "layouts.h",
+    "sweep.h",
+    "tiles.h",
+    "vec.h",
+)
 ISAS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -48,7 +59,7 @@ ISAS = {
 }
 # No -ffast-math: it reorders sums and ignores NaN.
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
-OPERATOR_SOURCES = ("ops.cpp", "abi.h", "layouts.h")
+OPERATOR_SOURCES = ("ops.cpp", "abi.h", "layouts.h", "operators.h")
 OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -shared"
 SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 _SECONDS = 300
@@ -70,10 +81,10 @@ class Operators(ctypes.CDLL):
     def use(self, kernels: Kernels | None) -> None:
         """Make the operators call these kernels; with None, they call the operators in Python."""
         if kernels is None:
-            self.nm_use(None, None, None, 0)
+            self.nm_use(None, None, None, None, 0)
             return
-        functions = (kernels.nm_linear, kernels.nm_mlp, kernels.nm_attention)
-        self.nm_use(*(ctypes.cast(function, ctypes.c_void_p) for function in functions), kernels.nm_pairs())
+        functions = (kernels.nm_linear, kernels.nm_mlp, kernels.nm_conv, kernels.nm_attention)
+        self.nm_use(*(ctypes.cast(f, ctypes.c_void_p) for f in functions), kernels.nm_pairs())
 
 
 _Library = TypeVar("_Library", Kernels, Operators)
@@ -308,7 +319,7 @@ def operators() -> Operators | None:
     except Unavailable as error:
         log.info("mpcompile: the CPU operators stay in Python: %s", error)
         return None
-    loaded.nm_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    loaded.nm_use.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
     loaded.nm_use.restype = None
     return loaded
 

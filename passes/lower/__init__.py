@@ -1,6 +1,7 @@
-"""Lowerings: masked layers become their engine's operator on packed tensors; attention becomes the CPU's kernel."""
+"""Lowerings: replace layers and attention by the operators of engines, on packed tensors that the graph owns."""
 
 from mpcompile.passes.lower.attention import AttentionLowering, LowerAttention
+from mpcompile.passes.lower.dense import DenseLowering, LowerDense
 from mpcompile.passes.lower.masked import (
     PACKED,
     EngineChoice,
@@ -16,9 +17,11 @@ from mpcompile.passes.lower.masked import (
 __all__ = [
     "PACKED",
     "AttentionLowering",
+    "DenseLowering",
     "EngineChoice",
     "Lower",
     "LowerAttention",
+    "LowerDense",
     "Lowering",
     "Slot",
     "Slots",

@@ -8,7 +8,7 @@
 
 #include "gemm.h"
 
-constexpr int TILE_VECTORS = W == 16 ? 4 : 2;
+constexpr int HEAD_VECTORS = W == 16 ? 4 : 2;
 
 // Rows of a tile: with 32 registers, as many accumulators as leave room for the operands; else at most 16 registers.
 constexpr int tile_rows(int vectors) {
@@ -63,15 +63,15 @@ static void multiply_rows(int vectors, const RowProduct& p, const float* b, int6
   switch (vectors) {
     case 1: return multiply_rows<1>(p, b, depth, first);
     case 2: return multiply_rows<2>(p, b, depth, first);
-    case 3: return multiply_rows<std::min(3, TILE_VECTORS)>(p, b, depth, first);
-    default: return multiply_rows<TILE_VECTORS>(p, b, depth, first);
+    case 3: return multiply_rows<std::min(3, HEAD_VECTORS)>(p, b, depth, first);
+    default: return multiply_rows<HEAD_VECTORS>(p, b, depth, first);
   }
 }
 
-// The fewest panels of at most TILE_VECTORS vectors, of nearly equal width.
+// The fewest panels of at most HEAD_VECTORS vectors, of nearly equal width.
 inline Panels tile_panels(int64_t lanes) {
   const int64_t vectors = vectors_for(lanes);
-  return {vectors, ceil_div(vectors, TILE_VECTORS)};
+  return {vectors, ceil_div(vectors, HEAD_VECTORS)};
 }
 
 // Packs keys (rows of `dim` channels): for each panel of keys (dim, lanes), the keys side by side.
