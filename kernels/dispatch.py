@@ -1,7 +1,7 @@
 """The list of engines, and the choice of the one that runs a masked layer.
 
 ``"auto"`` takes the fastest engine that supports the layer, as timed on this machine (timing.py). A sparse engine must
-beat the best dense build by more than the noise (:data:`MARGIN`).
+beat the best dense build, our own among them, by more than the noise (:data:`MARGIN`).
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
         us = timing.times(spec, eligible) or {}
     names = [*reasons, *(name for name in us if name not in reasons)]
     candidates = tuple(Candidate(name, us.get(name), reasons.get(name)) for name in names)
-    bars = [name for name in DENSE if name in us and (frozen or name == "dense")]
+    torchs = [name for name in DENSE if name in us and (frozen or name == "dense")]
+    bars = [*torchs, *(name for name in (CpuDenseEngine.name,) if name in us)]
     bar = min(bars, key=us.__getitem__, default=None)
     dense_us = None if bar is None else us[bar]
     if asked is not None:
@@ -168,11 +169,15 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
     if bar is None:
         unknown = "its input shape is unknown" if spec.inputs is None else "timing is off"
         return Choice(eligible[0], f"first that supports it: {unknown}", candidates)
-    best = min(sparse, key=lambda candidate: us[candidate.name])
-    ratio = us[bar] / us[best.name]
-    if us[best.name] < MARGIN * us[bar]:
+    best = min((c for c in sparse if c.name != CpuDenseEngine.name), key=lambda c: us[c.name], default=None)
+    ratio = 0.0 if best is None else us[bar] / us[best.name]
+    if best is not None and us[best.name] < MARGIN * us[bar]:
         return Choice(best, f"{ratio:.2f}x as fast as {bar}", candidates, us[bar])
-    return Choice(dense, f"{best.name} is only {ratio:.2f}x as fast as {bar}", candidates, us[bar])
+    taken = dense
+    if CpuDenseEngine.name in us and us[CpuDenseEngine.name] < DENSE_MARGIN * min(us[name] for name in torchs):
+        taken = engine_named(CpuDenseEngine.name)
+    why = "no sparse engine supports it" if best is None else f"{best.name} is only {ratio:.2f}x as fast as {bar}"
+    return Choice(taken, why, candidates, us[bar])
 
 
 def choose_all(

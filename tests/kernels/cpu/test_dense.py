@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mpcompile.errors import InputError
 from mpcompile.kernels import ops, timing
 from mpcompile.kernels.cpu import build
-from mpcompile.kernels.dispatch import CpuDenseEngine, LayerSpec, choose_dense, engine_named
+from mpcompile.kernels.dispatch import CpuDenseEngine, LayerSpec, choose, choose_dense, engine_named
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.nm_linear import packed, panels
@@ -190,6 +190,23 @@ def test_another_engine_that_was_asked_for_leaves_dense_layers_alone(name):
 def test_the_engine_can_be_asked_for():
     modelled(cpu_dense=99.0, dense=1.0)
     assert choose_dense(SPEC, "cpu_dense").engine.name == "cpu_dense"
+
+
+@pytest.mark.parametrize(
+    ("us", "picked"),
+    [
+        ({"cpu": 9.6, "cpu_dense": 10.0, "dense": 12.0}, "cpu"),
+        ({"cpu": 9.8, "cpu_dense": 10.0, "dense": 12.0}, "cpu_dense"),
+        ({"cpu": 12.5, "cpu_dense": 12.5, "dense": 12.0}, "cpu_dense"),
+        ({"cpu": 12.5, "cpu_dense": 12.7, "dense": 12.0}, "dense"),
+    ],
+)
+def test_a_mask_has_to_beat_the_best_dense_product_our_own_among_them(us, picked):
+    modelled(reference=99.0, **us)
+    masked = LayerSpec((24, 40), torch.float32, CPU, Pattern(2, 4), inputs=(2, 5, 40))
+    choice = choose(masked)
+    assert choice.engine.name == picked and choice.dense_us == min(us["cpu_dense"], us["dense"])
+    assert choice.us == (choice.dense_us if picked == "dense" else us[picked])
 
 
 def test_nothing_is_chosen_untimed(monkeypatch):
