@@ -8,6 +8,7 @@
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
 #include <optional>
 #include <string>
@@ -61,5 +62,17 @@ template <class... Args, Tensor (&kernel)(Args...)> struct AutogradKernel<Tensor
     return self.redispatch(below, args...);
   }
 };
+
+// The tensor as the kernel reads it, broadcast to `sizes`; nothing if the kernel cannot read it in place.
+std::optional<NmHeads> to_heads(const Tensor& t, std::array<int64_t, 4> sizes) {
+  if (!t.is_cpu() || t.scalar_type() != at::kFloat || t.layout() != at::kStrided || t.dim() != 4) return std::nullopt;
+  int64_t strides[4];
+  for (int i = 0; i < 4; i++) {
+    if (t.size(i) != sizes[i] && t.size(i) != 1) return std::nullopt;
+    strides[i] = t.size(i) == sizes[i] ? t.stride(i) : 0;
+  }
+  if (sizes[3] > 1 && strides[3] != 1) return std::nullopt;
+  return NmHeads{t.const_data_ptr(), strides[0], strides[1], strides[2]};
+}
 
 }  // namespace

@@ -320,18 +320,6 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Op
 using AttentionSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                   std::optional<double>);
 
-// The tensor as the kernel reads it, broadcast to `sizes`; nothing if the kernel cannot read it in place.
-std::optional<NmHeads> to_heads(const Tensor& t, std::array<int64_t, 4> sizes) {
-  if (!t.is_cpu() || t.scalar_type() != at::kFloat || t.layout() != at::kStrided || t.dim() != 4) return std::nullopt;
-  int64_t strides[4];
-  for (int i = 0; i < 4; i++) {
-    if (t.size(i) != sizes[i] && t.size(i) != 1) return std::nullopt;
-    strides[i] = t.size(i) == sizes[i] ? t.stride(i) : 0;
-  }
-  if (sizes[3] > 1 && strides[3] != 1) return std::nullopt;
-  return NmHeads{t.const_data_ptr(), strides[0], strides[1], strides[2]};
-}
-
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
                  std::optional<double> scale) {
   const Kernels* const kernels = current_kernels.load();
@@ -345,7 +333,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
     const auto b = bias ? to_heads(*bias, {batch, heads, queries, keys}) : NmHeads{};
     constexpr int64_t most = 1 << 14;  // expanded tensors can have any size, and the kernel packs a head's keys
     const bool sane = dim <= most && value_dim <= most && keys <= most;
-    if (alike && sane && q && k && v && b && batch * heads * queries && keys && dim && value_dim) {
+    if (alike && sane && q && k && v && b && query.numel() && key.numel() && value.numel()) {
       const Tensor y =
           at::empty_strided({batch, heads, queries, value_dim},
                             {queries * heads * value_dim, value_dim, heads * value_dim, 1}, query.options());
