@@ -346,6 +346,18 @@ class TokenAttentionArgs(Args):
 
 
 @dataclass
+class NmAttentionArgs(Args):
+    """``softmax(query key^T * scale + bias) value``; the result is contiguous as (B, tokens, heads, D)."""
+
+    operator: ClassVar[str] = "nm_attention"
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: OptionalTensor = None
+    scale: float | None = None
+
+
+@dataclass
 class NmTokenMergeArgs(TokenMergeArgs, Args):
     """As ``token_merge``, in one call of the CPU kernel."""
 

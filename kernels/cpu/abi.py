@@ -74,8 +74,35 @@ class Conv(ctypes.Structure):
         ("pad_w", _INT32),
         ("dilation_h", _INT32),
         ("dilation_w", _INT32),
+        ("groups", _INT32),
         ("activation", _INT32),
         ("channels_last", _INT32),
+        ("threads", _INT32),
+    )
+
+
+class Heads(ctypes.Structure):
+    """``NmHeads``: a tensor of heads by its strides."""
+
+    _fields_ = (("data", _POINTER), ("batch", _INT64), ("head", _INT64), ("token", _INT64))
+
+
+class Attention(ctypes.Structure):
+    """``NmAttention``: the parameters of ``nm_attention``."""
+
+    _fields_ = (
+        ("query", Heads),
+        ("key", Heads),
+        ("value", Heads),
+        ("bias", Heads),
+        ("y", _POINTER),
+        ("batch", _INT64),
+        ("heads", _INT64),
+        ("queries", _INT64),
+        ("keys", _INT64),
+        ("dim", _INT32),
+        ("value_dim", _INT32),
+        ("scale", _FLOAT),
         ("threads", _INT32),
     )
 
@@ -115,5 +142,13 @@ class Merge(ctypes.Structure):
     )
 
 
-STRUCTS: dict[str, type[ctypes.Structure]] = {"NmWeight": Weight, "NmLinear": Linear, "NmMlp": Mlp, "NmConv": Conv, "NmMerge": Merge}
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "NmWeight": Weight,
+    "NmLinear": Linear,
+    "NmMlp": Mlp,
+    "NmConv": Conv,
+    "NmHeads": Heads,
+    "NmAttention": Attention,
+    "NmMerge": Merge,
+}
 """Name in ``abi.h`` -> its mirror here."""

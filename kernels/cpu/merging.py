@@ -1,9 +1,10 @@
 """``nm_token_merge`` as torch sees it: token merging as one call of a CPU kernel, for frozen inference graphs.
 
 Its arguments and results are those of ``token_merge``. As the operators of N:M weights, it has two names: C++
-(``native/torch/tokens.h``) implements ``nm_token_merge`` and passes plain calls to the kernel (``native/merge.h``); the
-Python of this file implements ``nm_token_merge_general`` for all others, and both where the C++ cannot be built. Without
-a kernel, for other dtypes and devices, and where gradients are needed, the plain torch of the reference runs.
+(``native/operators/tokens.h``) implements ``nm_token_merge`` and passes plain calls to the kernel
+(``native/merge.h``); the Python of this file implements ``nm_token_merge_general`` for all others, and both where the
+C++ cannot be built. Without a kernel, for other dtypes and devices, and where gradients are needed, the plain torch of
+the reference runs.
 """
 
 from __future__ import annotations
@@ -60,31 +61,43 @@ def _runs(a: NmTokenMergeArgs) -> bool:
     return plain and max(a.x.shape[1], a.keys.shape[3]) <= MOST and native.kernels() is not None
 
 
-def _token_merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    a = NmTokenMergeArgs(*args)
+def _token_merge(
+    x: Tensor,
+    keys: Tensor,
+    size: Tensor,
+    r: int,
+    prefix: int,
+    suffix: int = 0,
+    saliency: Tensor | None = None,
+    saliency_weight: float = 0.0,
+    size_weight: float = 0.0,
+    keep_norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = (saliency_weight, size_weight, keep_norm)
+    a = NmTokenMergeArgs(x, keys, size, r, prefix, suffix, saliency, *pairs)
     _check(a)
     r = _merged(a)
     if r <= 0 or not _runs(a):
         merged = reference.token_merge(*a)
         return merged[0].contiguous(), merged[1].contiguous(), merged[2].contiguous()
-    x, keys = (t if t.stride(-1) == 1 else t.contiguous() for t in (a.x, a.keys))
-    y, size, places = _empty(a, r)
-    known = a.saliency
+    x, keys = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, keys))
+    y, sizes, places = _empty(a, r)
+    known = saliency
     call = abi.Merge(
         x=x.data_ptr(),
         keys=keys.data_ptr(),
-        size=a.size.data_ptr(),
+        size=size.data_ptr(),
         saliency=None if known is None else known.data_ptr(),
         y=y.data_ptr(),
-        new_size=size.data_ptr(),
+        new_size=sizes.data_ptr(),
         places=places.data_ptr(),
         x_image=x.stride(0),
         x_token=x.stride(1),
         keys_image=keys.stride(0),
         keys_head=keys.stride(1),
         keys_token=keys.stride(2),
-        size_image=a.size.stride(0),
-        size_token=a.size.stride(1),
+        size_image=size.stride(0),
+        size_token=size.stride(1),
         saliency_image=0 if known is None else known.stride(0),
         saliency_token=0 if known is None else known.stride(1),
         batch=x.shape[0],
@@ -93,16 +106,16 @@ def _token_merge(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         heads=keys.shape[1],
         depth=keys.shape[3],
         r=r,
-        prefix=a.prefix,
-        suffix=a.suffix,
-        saliency_weight=a.saliency_weight,
-        size_weight=a.size_weight,
-        keep_norm=int(a.keep_norm),
+        prefix=prefix,
+        suffix=suffix,
+        saliency_weight=saliency_weight,
+        size_weight=size_weight,
+        keep_norm=int(keep_norm),
         threads=torch.get_num_threads(),
     )
     if native.kernels().nm_token_merge(call):
         raise MemoryError("merging ran out of memory: use a smaller batch")
-    return y, size, places
+    return y, sizes, places
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

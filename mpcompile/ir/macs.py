@@ -16,6 +16,7 @@ from mpcompile.ir.spec import operator_of
 from mpcompile.ir.view import LayerOp, layers
 from mpcompile.kernels import ops, schema
 from mpcompile.kernels.nm_format import check_nm
+from mpcompile.kernels.token_merge.reference import merged_count
 from mpcompile.plan import Macs
 
 ADD = frozenset({operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor})
@@ -110,7 +111,21 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return int(sdpa_flop_count(query, key, value))
 
 
+def _merge_flops(
+    x: Any, keys: Any, size: Any, r: int, prefix: int, suffix: int = 0, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    """Return the FLOPs of a merge: its scores, and its averages as one product, as the plain operator computes them."""
+    batch, tokens, channels = x
+    inner = tokens - suffix
+    r = inner - merged_count(inner, r, prefix)
+    if r <= 0:
+        return 0
+    of_a, of_b = len(range(prefix + prefix % 2, inner, 2)), len(range(prefix + 1 - prefix % 2, inner, 2))
+    return 2 * batch * of_b * (of_a * int(keys[3]) + r * int(channels))
+
+
 def flop_counter() -> FlopCounterMode:
-    """Return torch's FLOP counter, extended by fused attention on CPUs, which it does not count before torch 2.15."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={fused: _attention_flops})
+    """Return torch's FLOP counter, extended by our merges and by attention on CPUs (torch counts its own from 2.15)."""
+    fused = (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.mpcompile.nm_attention)
+    mapping = dict.fromkeys(fused, _attention_flops) | {torch.ops.mpcompile.nm_token_merge: _merge_flops}
+    return FlopCounterMode(display=False, custom_mapping=mapping)

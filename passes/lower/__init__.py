@@ -1,7 +1,7 @@
-"""Lowerings: replace layers by the operators of engines, on packed tensors that the graph owns."""
+"""Lowerings: replace layers and attention by the operators of engines, on packed tensors that the graph owns."""
 
+from mpcompile.passes.lower.attention import AttentionLowering, LowerAttention
 from mpcompile.passes.lower.dense import DenseLowering, LowerDense
-from mpcompile.passes.lower.merging import LowerMerges, MergeLowering
 from mpcompile.passes.lower.masked import (
     PACKED,
     EngineChoice,
@@ -13,12 +13,15 @@ from mpcompile.passes.lower.masked import (
     spec_of,
     unpacked,
 )
+from mpcompile.passes.lower.merging import LowerMerges, MergeLowering
 
 __all__ = [
     "PACKED",
+    "AttentionLowering",
     "DenseLowering",
     "EngineChoice",
     "Lower",
+    "LowerAttention",
     "LowerDense",
     "LowerMerges",
     "Lowering",

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from mpcompile.kernels import autocast, ops, schema
-from mpcompile.kernels.cpu import build
+from mpcompile.kernels.cpu import attention, build, merging
 from mpcompile.kernels.nm_linear import operators
 from mpcompile.kernels.nm_linear.gpu import launch
 
@@ -40,14 +40,21 @@ SIGNATURES = {
     "token_spread": "(Tensor x, Tensor place, int start, int dim) -> Tensor",
     "token_attention": "(Tensor query, Tensor key, Tensor value, Tensor size, int start, float dropout_p, "
     "float? scale, bool enable_gqa) -> Tensor",
+    "nm_token_merge": "(Tensor x, Tensor keys, Tensor size, int r, int prefix, int suffix=0, Tensor? saliency=None, "
+    "float saliency_weight=0., float size_weight=0., bool keep_norm=False) -> (Tensor, Tensor, Tensor)",
+    "nm_attention": "(Tensor query, Tensor key, Tensor value, Tensor? bias=None, float? scale=None) -> Tensor",
 }
-NATIVE = (schema.NmGemmArgs, schema.NmMlpArgs, schema.NmConvArgs)
+PACKED = (schema.NmGemmArgs, schema.NmMlpArgs, schema.NmConvArgs)
+NATIVE = (*PACKED, schema.NmAttentionArgs, schema.NmTokenMergeArgs)
 CPP_TYPES = {
     "Tensor": r"const Tensor&",
     "Tensor?": r"const OptionalTensor&",
     "int[]": r"IntList",
     "int": r"int64_t",
+    "float": r"double",
+    "bool": r"bool",
     "str": r"StringView",
+    "float?": r"std::optional<double>",
 }
 
 
@@ -77,7 +84,8 @@ def test_cpp_names_its_parameters_as_the_schema_does(args: type[schema.Args]) ->
     source = (build.NATIVE / "ops.cpp").read_text(encoding="utf-8")
     function = re.search(rf'm\.impl\("{args.operator}", TORCH_FN\((\w+)\)\)', source)
     assert function is not None
-    definition = re.search(rf"^Tensor {function[1]}\((.*?)\) {{$", source, re.M | re.S)
+    source += (build.NATIVE / "operators/tokens.h").read_text(encoding="utf-8")
+    definition = re.search(rf"^(?:Tensor|MergeResult) {function[1]}\((.*?)\) {{$", source, re.M | re.S)
     assert definition is not None
     parameters = [" ".join(part.split()) for part in definition[1].split(",")]
     fields = _fields(args.signature())
@@ -94,7 +102,7 @@ def test_compiled_cpp_has_the_types_of_the_schema(args: type[schema.Args]) -> No
     dump = torch._C._dispatch_dump(f"mpcompile::{args.operator}")
     for key in ("CPU", "AutogradCPU"):
         line = next(line for line in dump.splitlines() if line.startswith(f"{key}: ") and "ops.cpp" in line)
-        inferred = re.search(r":: \((.*?)\) -> (\w+)", line)
+        inferred = re.search(r":: \((.*?)\) -> (\w+|\(.*?\))", line)
         assert inferred is not None
         assert [part.split(" ")[0] for part in inferred[1].split(", ")] == [k for k, _ in _fields(args.signature())]
         assert inferred[2] == args.returns
@@ -103,12 +111,14 @@ def test_compiled_cpp_has_the_types_of_the_schema(args: type[schema.Args]) -> No
 def test_python_kernels_name_their_parameters_as_the_schema_does() -> None:
     kernels = [(args, [kernel]) for args, kernel in ops._IMPLEMENTATIONS.items()]
     kernels += [(args, [kernel, formula]) for args, (kernel, _, formula) in operators._IMPLEMENTATIONS.items()]
+    kernels.append((schema.NmAttentionArgs, [attention._attention, attention.plain]))
+    kernels.append((schema.NmTokenMergeArgs, [merging._token_merge]))
     assert {args for args, _ in kernels} == set(schema.OPERATORS.values())
     for args, functions in kernels:
         for function in functions:
             parameters = inspect.signature(function).parameters.values()
             assert tuple(parameter.name for parameter in parameters) == args.names(), function
-    assert launch.IMPLEMENTATIONS.keys() == {args.operator for args in NATIVE} == autocast._RESIDUAL.keys()
+    assert launch.IMPLEMENTATIONS.keys() == {args.operator for args in PACKED} == autocast._RESIDUAL.keys()
 
 
 def test_a_node_binds_by_position_and_by_name() -> None:

@@ -51,8 +51,9 @@ struct NmMlp {
 };
 
 // A float32 convolution. Activations are (images, channels, height, width), in channels-last memory if `channels_last`
-// is nonzero, else contiguous. The weight's `inputs` are the channels; its layout is LAYOUT_ROWS, in blocks of
-// (tap, channel) columns.
+// is nonzero, else contiguous. Channels and outputs are in `groups` groups of equal size; an output reads the channels
+// of its group, which the weight's `inputs` count. The weight's layout is LAYOUT_ROWS, in blocks of (tap, channel)
+// columns.
 struct NmConv {
   const void* x;
   const void* residual;
@@ -69,15 +70,43 @@ struct NmConv {
   int32_t pad_w;
   int32_t dilation_h;
   int32_t dilation_w;
+  int32_t groups;
   int32_t activation;
   int32_t channels_last;
   int32_t threads;
 };
 
-// Token merging, in float32: x (batch, tokens, channels), keys (batch, heads, tokens, depth), size (batch, tokens, 1) and
-// saliency (batch, tokens; null: none) by their strides in elements; channels and depth are contiguous. The results are
-// contiguous: y and new_size with r tokens fewer, and the new places of all tokens in int64. `r` is at least 1 and at
-// most half of the tokens that are neither prefix nor suffix.
+// A tensor of heads, (batch, heads, tokens, channels), by its strides in elements. Channels are contiguous.
+struct NmHeads {
+  const void* data;
+  int64_t batch;
+  int64_t head;
+  int64_t token;
+};
+
+// y = softmax(query key^T * scale + bias) value, in float32. `bias` (null data: none) is (batch, heads, queries, keys);
+// its strides may be zero, except that of the keys, which is one. `y` is contiguous: (batch, queries, heads,
+// value_dim).
+struct NmAttention {
+  NmHeads query;
+  NmHeads key;
+  NmHeads value;
+  NmHeads bias;
+  void* y;
+  int64_t batch;
+  int64_t heads;
+  int64_t queries;
+  int64_t keys;
+  int32_t dim;
+  int32_t value_dim;
+  float scale;
+  int32_t threads;
+};
+
+// Token merging, in float32: x (batch, tokens, channels), keys (batch, heads, tokens, depth), size (batch, tokens, 1)
+// and saliency (batch, tokens; null: none) by their strides in elements; channels and depth are contiguous. The results
+// are contiguous: y and new_size with r tokens fewer, and the new places of all tokens in int64. `r` is at least 1 and
+// at most half of the tokens that are neither prefix nor suffix.
 struct NmMerge {
   const void* x;
   const void* keys;
@@ -117,5 +146,6 @@ int nm_pairs();  // 1 if the kernels take the layouts of bf16 pairs (QUADS, RING
 int nm_linear(const NmLinear* args);
 int nm_mlp(const NmMlp* args);
 int nm_conv(const NmConv* args);
+int nm_attention(const NmAttention* args);
 int nm_token_merge(const NmMerge* args);
 }

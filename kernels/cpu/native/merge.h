@@ -61,17 +61,11 @@ struct Matching {
   }
 };
 
-static inline float lane_sum(vf x) {
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
-  return x[0];
-}
-
 static float squared_norm(const float* x, int64_t count) {
   vf sums = splat(0.0f);
   int64_t c = 0;
   for (; c + W <= count; c += W) sums = fma(load(x + c), load(x + c), sums);
-  float sum = lane_sum(sums);
+  float sum = sum_of_lanes(sums);
   for (; c < count; c++) sum += x[c] * x[c];
   return sum;
 }
@@ -159,8 +153,7 @@ static Match best_of(const float* scores, int64_t count, int64_t padded) {
     const vf s = load(scores + b);
     most = s > most ? s : most;
   }
-  float best = most[0];
-  for (int i = 1; i < W; i++) best = most[i] > best ? most[i] : best;
+  const float best = largest_lane(most);
   const float enough = best - MERGE_TIE;
   int64_t first = 0;
   while (first < count && !(scores[first] >= enough)) first++;
