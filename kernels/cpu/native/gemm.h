@@ -65,7 +65,7 @@ static ThreadScratch& scratch() {
 }
 
 // The widest panel whose tile leaves room in the L1 cache for the weights and sums that pass through.
-inline int cached_panel_vectors() {
+static int cached_panel_vectors() {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
   static const long bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #else
@@ -84,10 +84,10 @@ template <class X> struct PackedWeight {
 
   int entries_per_row(int columns) const { return block_entries(layout, columns, n, m); }
   int block_width() const { return block_columns(layout, m); }
-  static constexpr int MOST_VECTORS = std::is_same<X, float>::value ? WIDE_PANEL_VECTORS : MAX_PANEL_VECTORS;
+  static constexpr int most_vectors() { return std::is_same<X, float>::value ? WIDE_PANEL_VECTORS : MAX_PANEL_VECTORS; }
   int max_panel_vectors() const {
     if (layout == LAYOUT_RING || layout == LAYOUT_OCTS) return 2;
-    return layout == LAYOUT_ROWS ? std::min(MOST_VECTORS, cached_panel_vectors()) : MAX_PANEL_VECTORS;
+    return layout == LAYOUT_ROWS ? std::min(most_vectors(), cached_panel_vectors()) : MAX_PANEL_VECTORS;
   }
 
   // Cost of filling the tiles of a panel, as the number of weight rows whose products would take the same time. The
@@ -330,7 +330,7 @@ static void gemm(const PackedWeight<X>& w, const Activations<X>& in, const Outpu
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t p = split.panel(task), first = split.panels.first(p);
     const RowRange rows = split.chunk(task, w.outputs);
-    with_panel_width<PackedWeight<X>::MOST_VECTORS>(split.panels.width(p), [&](auto v) {
+    with_panel_width<PackedWeight<X>::most_vectors()>(split.panels.width(p), [&](auto v) {
       constexpr int V = decltype(v)::value, P = V * W;
       const Panel panel{first, find_segments(in, first, P)};
       float* sums = scratch().sums.get((size_t)(split.rows + RING_ROWS) * P);
@@ -352,7 +352,7 @@ template <class X> static void mlp(const Mlp<X>& layers, const Activations<X>& i
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && panels.count > 1)
   for (int64_t p = 0; p < panels.count; p++) {
     const Panel panel{panels.first(p), {}};
-    with_panel_width<PackedWeight<X>::MOST_VECTORS>(panels.width(p), [&](auto v) {
+    with_panel_width<PackedWeight<X>::most_vectors()>(panels.width(p), [&](auto v) {
       constexpr int V = decltype(v)::value, P = V * W;
       const int hidden = one.outputs;
       float* float_panel = nullptr;
