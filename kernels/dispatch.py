@@ -1,7 +1,7 @@
 """The list of engines, and the choice of the one that runs a masked layer.
 
 ``"auto"`` takes the fastest engine that supports the layer, as timed on this machine (timing.py). A sparse engine must
-beat the best dense build by more than the noise (:data:`MARGIN`).
+beat the best dense build, our own among them, by more than the noise (:data:`MARGIN`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mpcompile.errors import ConfigError
 from mpcompile.kernels import ops, schema, timing
-from mpcompile.kernels.cpu.engine import CpuEngine, multiplies_pairs
+from mpcompile.kernels.cpu.engine import CpuDenseEngine, CpuEngine, multiplies_pairs
 from mpcompile.kernels.engine import DENSE, Candidate, Choice, Engine, LayerSpec
 from mpcompile.kernels.nm_format import MAX_M, Pattern, pack
 from mpcompile.kernels.nm_linear.gpu.cusparselt import CuSparseLtEngine
@@ -29,6 +29,7 @@ __all__ = [
     "MARGIN",
     "Candidate",
     "Choice",
+    "CpuDenseEngine",
     "Dense",
     "Engine",
     "LayerSpec",
@@ -37,6 +38,7 @@ __all__ = [
     "auto_pattern",
     "choose",
     "choose_all",
+    "choose_dense",
     "engine_named",
 ]
 
@@ -82,8 +84,11 @@ class Dense:
 
 # In order of preference, which decides where nothing is timed.
 GPU_ENGINES: tuple[Engine, ...] = (WGMMA_SP, MMA_SP, CuSparseLtEngine(), ExpandEngine())
-ENGINES: tuple[Engine, ...] = (CpuEngine(), *GPU_ENGINES, Reference(), Dense())
+ENGINES: tuple[Engine, ...] = (CpuEngine(), CpuDenseEngine(), *GPU_ENGINES, Reference(), Dense())
 MARGIN = 0.97  # a sparse engine must take less than this fraction of the best dense time
+# The engine's dense product may take this fraction of another's: activation and residual, timed with neither, cost the
+# other a pass over memory each.
+DENSE_MARGIN = 1.05
 
 
 def auto_pattern(device: torch.device, dtype: torch.dtype) -> tuple[Pattern, ...]:
@@ -151,7 +156,8 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
         us = timing.times(spec, eligible) or {}
     names = [*reasons, *(name for name in us if name not in reasons)]
     candidates = tuple(Candidate(name, us.get(name), reasons.get(name)) for name in names)
-    bars = [name for name in DENSE if name in us and (frozen or name == "dense")]
+    torchs = [name for name in DENSE if name in us and (frozen or name == "dense")]
+    bars = [*torchs, *(name for name in (CpuDenseEngine.name,) if name in us)]
     bar = min(bars, key=us.__getitem__, default=None)
     dense_us = None if bar is None else us[bar]
     if asked is not None:
@@ -163,11 +169,15 @@ def choose(spec: LayerSpec, engine: str = "auto", *, measured: bool = False, fro
     if bar is None:
         unknown = "its input shape is unknown" if spec.inputs is None else "timing is off"
         return Choice(eligible[0], f"first that supports it: {unknown}", candidates)
-    best = min(sparse, key=lambda candidate: us[candidate.name])
-    ratio = us[bar] / us[best.name]
-    if us[best.name] < MARGIN * us[bar]:
+    best = min((c for c in sparse if c.name != CpuDenseEngine.name), key=lambda c: us[c.name], default=None)
+    ratio = 0.0 if best is None else us[bar] / us[best.name]
+    if best is not None and us[best.name] < MARGIN * us[bar]:
         return Choice(best, f"{ratio:.2f}x as fast as {bar}", candidates, us[bar])
-    return Choice(dense, f"{best.name} is only {ratio:.2f}x as fast as {bar}", candidates, us[bar])
+    taken = dense
+    if CpuDenseEngine.name in us and us[CpuDenseEngine.name] < DENSE_MARGIN * min(us[name] for name in torchs):
+        taken = engine_named(CpuDenseEngine.name)
+    why = "no sparse engine supports it" if best is None else f"{best.name} is only {ratio:.2f}x as fast as {bar}"
+    return Choice(taken, why, candidates, us[bar])
 
 
 def choose_all(
@@ -186,3 +196,35 @@ def choose_all(
     hidden = None if progress is None else not progress
     bar = tqdm(specs, desc="time engines", unit="layer", delay=2, leave=False, disable=hidden)
     return [choose(spec, engine, measured=measured, frozen=frozen) for spec in bar]
+
+
+def choose_dense(spec: LayerSpec, engine: str = "auto") -> Choice:
+    """Choose between the CPU engine's dense product and Inductor's for a linear layer without a mask.
+
+    Args:
+        engine: as in :func:`choose`. Other engines than ``"auto"``, ``"cpu"`` and ``"cpu_dense"`` leave dense layers
+            alone.
+
+    Example:
+        >>> choose_dense(LayerSpec((8, 8), torch.float64, torch.device("cpu"), Pattern(1, 1), inputs=(4, 8))).why
+        'cpu_dense: dtype float64 (fp32 has a kernel)'
+    """
+    ours, dense = CpuDenseEngine(), Dense()
+    reason = ours.supports(spec) if engine in ("auto", CpuEngine.name, ours.name) else f"engine {engine} was asked for"
+    if reason is not None:
+        why = reason if reason.endswith("asked for") else f"{ours.name}: {reason}"
+        return Choice(dense, why, (Candidate(ours.name, None, reason),))
+    if engine == ours.name:
+        return Choice(ours, "asked for")
+    us = timing.times(spec, [ours, dense]) or {}
+    candidates = tuple(Candidate(name, us.get(name)) for name in {ours.name: 0, dense.name: 0, **us})
+    bar = min((name for name in DENSE if name in us), key=us.__getitem__, default=None)
+    if bar is None or ours.name not in us:
+        unknown = "its input shape is unknown" if spec.inputs is None else "timing is off"
+        return Choice(dense, f"not timed: {unknown}", candidates)
+    ratio = us[bar] / us[ours.name]
+    if us[ours.name] < DENSE_MARGIN * us[bar]:
+        return Choice(
+            ours, f"{ratio:.2f}x as fast as {bar}, with activation and residual to spare", candidates, us[bar]
+        )
+    return Choice(dense, f"{ours.name} is only {ratio:.2f}x as fast as {bar}", candidates, us[bar])

@@ -20,7 +20,7 @@ _WITHOUT_DATA = frozenset({"magnitude"})  # scores computed from the weights alo
 # Values of the argument calibrate of mpcompile.transform.
 CALIBRATIONS = ("pruned_to_dense", "adapted", "pruned", "dense")
 _GPU_ENGINES = ("gluon_wgmma_sp", "gluon_mma_sp", "cusparselt", "triton_expand")
-ENGINES = ("auto", "cpu", *_GPU_ENGINES, "reference", "dense")
+ENGINES = ("auto", "cpu", "cpu_dense", *_GPU_ENGINES, "reference", "dense")
 SCHEDULES = ("auto", "constant", "linear", "parabolic")
 METHODS = ("tome", "saliency")
 ROLES = ("stem", "head", "depthwise")
@@ -101,7 +101,9 @@ class Config:
         engine: the engine of masked layers: ``"cpu"`` (native kernels on packed weights); on CUDA
             ``"gluon_wgmma_sp"``, ``"gluon_mma_sp"``, ``"cusparselt"`` (2:4 on sparse tensor cores) and
             ``"triton_expand"`` (any N:M, expanded in registers); ``"reference"`` (packed values + bitmask, plain
-            torch), ``"dense"`` (masked weight, dense GEMM), ``"auto"`` (the fastest, as timed on this machine).
+            torch), ``"dense"`` (masked weight, torch's dense GEMM), ``"cpu_dense"`` (the same on the CPU engine's
+            kernel), ``"auto"`` (the fastest, as timed on this machine). Frozen dense layers run on that kernel, too,
+            where it is the fastest; not with the engines for GPUs, ``"reference"`` and ``"dense"``.
         exclude: layers that stay dense: the roles ``"stem"`` (the layer that reads the image), ``"head"`` (a layer
             whose values are an output) and ``"depthwise"``, layer names, or globs such as ``"*.downsample.*"``. A
             value given here replaces the default.

@@ -1,8 +1,9 @@
-"""FoldScale: fold a factor per output channel after a masked layer (LayerScale) into its weight and bias.
+"""FoldScale: fold a factor per output channel after a layer (LayerScale) into its weight and bias.
 
 ``gamma * (W x + b)`` equals ``(gamma W) x + gamma b``. Folded, the multiplication costs nothing, and the operation
 after it, most often a residual addition, directly follows the product, where Fuse can absorb it. Scaling the rows of a
-weight leaves its zeros where they are: the mask stays valid.
+weight leaves its zeros where they are: a mask stays valid. Masked layers and dense linear ones are folded into;
+Inductor folds what multiplies a dense convolution.
 
 As in :mod:`mpcompile.passes.fold_norm`, the folded tensors are copies of the current values: the pass is for
 graphs whose weights are final.
@@ -74,7 +75,7 @@ def _scaled(gm: IRModule, layer: LayerOp, ctx: Context) -> tuple[list[fx.Node], 
 
 
 class FoldScale(Pass):
-    """Masked layer, then a parameter times its output -> masked layer on tensors that the graph owns.
+    """Masked or linear layer, then a parameter times its output -> the layer on tensors that the graph owns.
 
     Runs after FoldNorm and before Lower.
 
@@ -89,11 +90,11 @@ class FoldScale(Pass):
     decision_type = Folded
 
     def plan(self, gm: IRModule, ctx: Context) -> Folded:
-        masked = [layer for layer in layers(gm, ctx.lifted) if layer.mask is not None]
-        names, changing = [layer.name for layer in masked], written_tensors(gm, ctx.lifted)
+        found = [layer for layer in layers(gm, ctx.lifted) if layer.mask is not None or layer.kind == "linear"]
+        names, changing = [layer.name for layer in found], written_tensors(gm, ctx.lifted)
         folded: list[str] = []
         left: dict[str, str] = {}
-        for layer in masked:
+        for layer in found:
             scaled = _scaled(gm, layer, ctx)
             if scaled is None:
                 continue

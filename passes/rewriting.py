@@ -98,7 +98,7 @@ def fold_read(read: fx.Node, constant: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Folded(Decision):
-    """Names of the masked layers that another call is folded into; and layers left as they are -> why."""
+    """Names of the layers that another call is folded into; and layers left as they are -> why."""
 
     folded: list[str]
     left: Mapping[str, str]
@@ -119,15 +119,18 @@ def masked_call(graph: fx.Graph, layer: LayerOp, weight: Any, mask: Any, bias: A
 
 
 def folded_call(gm: IRModule, layer: LayerOp, weight: Tensor, bias: Tensor | None) -> fx.Node:
-    """Insert a call of a masked layer on new tensors, which the graph then owns, before the layer's own call.
+    """Insert a call of a masked layer, or of a dense linear one, on new tensors, which the graph then owns.
 
-    The mask, the input and the layer's name stay. The caller replaces the layer's own call.
+    It stands before the layer's own call, which the caller replaces. The mask, the input and the layer's name stay.
     """
-    assert layer.pattern is not None  # only masked layers are folded into
+    assert layer.pattern is not None or layer.kind == "linear"  # no other layers are folded into
     with gm.graph.inserting_before(layer.node):
         new_weight = _owned(gm, f"{FOLDED}.{layer.name}", "weight", weight)
         # Stored apart from the weight, so that Lower can drop the weight alone.
         new_bias = None if bias is None else _owned(gm, f"{FOLDED}_bias.{layer.name}", "bias", bias)
+        if layer.pattern is None:
+            x = argument(layer.node, 0, "input")
+            return gm.graph.call_function(F.linear, (x, new_weight, new_bias))
         module = layer.node.op == "call_module"
         mask = gm.graph.get_attr(f"{layer.name}.mask") if module else schema.bind(layer.node).mask
         return masked_call(gm.graph, layer, new_weight, mask, new_bias, layer.pattern)

@@ -6,7 +6,7 @@
 
 Matrix products: qkv, proj, fc1 and fc2 of ViT-B/16, with bias, at 197 tokens (one image) and 1576 (eight). Dense
 candidates are eager ``F.linear``, the weight prepacked for oneDNN and (fp32) for MKL, ``torch.compile``, and
-``torch.compile`` with freezing and max-autotune.
+``torch.compile`` with freezing and max-autotune. In fp32 the engine's own dense product is a candidate too, as "dense".
 
 Convolutions: those of ResNet-50 at 224 x 224 with stride 1, without bias. Dense candidates are eager and prepacked for
 oneDNN, each contiguous and channels last. The sparse kernel runs in both memory formats, and each is compared with
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from bench import common
 from mpcompile.errors import first_line
-from mpcompile.kernels.cpu.engine import CpuEngine
-from mpcompile.kernels.dispatch import LayerSpec
+from mpcompile.kernels.cpu.engine import CpuDenseEngine, CpuEngine
+from mpcompile.kernels.dispatch import Engine, LayerSpec
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.mask import magnitude_mask
 
@@ -105,15 +105,17 @@ def dense_conv(forms: dict[str, Tensor], weight: Tensor, padding: int) -> Builds
     return builds
 
 
-def sparse(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, pattern: Pattern) -> tuple[Any, Tensor]:
+def sparse(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, pattern: Pattern, engine: Engine = ENGINE
+) -> tuple[Any, Tensor]:
     """The engine's call and its expected result, or the reason why it cannot run."""
     geometry = None if weight.dim() == 2 else ([1, 1], [padding] * 2, [1, 1], 1)
     spec = LayerSpec(tuple(weight.shape), weight.dtype, weight.device, pattern, geometry, tuple(x.shape))
-    reason = ENGINE.supports(spec) or (f"inputs don't divide by {pattern.m}" if weight.shape[1] % pattern.m else None)
+    reason = engine.supports(spec) or (f"inputs don't divide by {pattern.m}" if weight.shape[1] % pattern.m else None)
     if reason is not None:
         return reason, x
     mask = magnitude_mask(weight, pattern)
-    target, args = ENGINE.call(spec, x, ENGINE.pack(weight, mask, spec), bias)
+    target, args = engine.call(spec, x, engine.pack(weight, mask, spec), bias)
     masked = weight * mask
     expected = F.linear(x, masked, bias) if geometry is None else F.conv2d(x, masked, bias, 1, padding)
     return functools.partial(target, *args), expected
@@ -165,6 +167,8 @@ def linear_row(
     label = f"{threads} threads, {dtype}, {tokens} tokens, {name}"
     dense = dense_linear(x, layer, args.autotune)
     candidates = {str(p): sparse(x, weight, bias, 0, p) for p in patterns}
+    if dtype == "fp32":
+        candidates["dense"] = sparse(x, weight, bias, 0, Pattern(1, 1), CpuDenseEngine())
     return {
         **{"threads": threads, "dtype": dtype, "tokens": tokens, "layer": name, "shape": list(weight.shape)},
         **compare(dense, candidates, dtype, rounds, args.warmup, label),

@@ -101,8 +101,9 @@ def _of_ours(network: torch.nn.Module, r: int, attention: bool) -> list[Spec]:
         found += [dataclasses.replace(spec, name=f"{spec.name} channels_last", channels_last=True) for spec in found]
     if has_bf16():
         merging = r if attention else 0
-        name = "ours 2:4" + (f", r = {r}" if attention else "")
-        found.append(Spec(f"{name} bf16", "ours", "bf16", "2:4", merging, channels_last=convolutional(network)))
+        behind = f", r = {r} bf16" if attention else " bf16"
+        last = convolutional(network)
+        found += [Spec(f"ours {p}{behind}", "ours", "bf16", p, merging, channels_last=last) for p in ("dense", "2:4")]
     return found
 
 

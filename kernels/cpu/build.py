@@ -39,7 +39,7 @@ from mpcompile.kernels.store import cache_folder, temporary_folder
 log = logging.getLogger(__name__)
 
 NATIVE = Path(__file__).with_name("native")  # the folder of the C++ sources
-SOURCES = ("cpu.cpp", "abi.h", "conv.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
+SOURCES = ("cpu.cpp", "abi.h", "conv.h", "dense.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
 ISAS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -70,10 +70,10 @@ class Operators(ctypes.CDLL):
     def use(self, kernels: Kernels | None) -> None:
         """Make the operators call these kernels; with None, they call the operators in Python."""
         if kernels is None:
-            self.nm_use(None, None, 0)
+            self.nm_use(None, None, None, 0)
             return
-        linear, mlp = (ctypes.cast(f, ctypes.c_void_p) for f in (kernels.nm_linear, kernels.nm_mlp))
-        self.nm_use(linear, mlp, kernels.nm_pairs())
+        functions = (kernels.nm_linear, kernels.nm_mlp, kernels.nm_conv)
+        self.nm_use(*(ctypes.cast(f, ctypes.c_void_p) for f in functions), kernels.nm_pairs())
 
 
 _Library = TypeVar("_Library", Kernels, Operators)
@@ -306,7 +306,7 @@ def operators() -> Operators | None:
     except Unavailable as error:
         log.info("mpcompile: the CPU operators stay in Python: %s", error)
         return None
-    loaded.nm_use.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    loaded.nm_use.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int]
     loaded.nm_use.restype = None
     return loaded
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpcompile.kernels import ops
 from mpcompile.kernels.cpu import build
 from mpcompile.kernels.engine import LayerSpec
-from mpcompile.kernels.nm_linear import layouts
+from mpcompile.kernels.nm_linear import layouts, panels
 from mpcompile.kernels.nm_linear import operators as native
 
 
@@ -54,3 +54,35 @@ class CpuEngine:
     def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
         shape, geometry, layout = spec.shape, spec.geometry, layout_of(spec)
         return ops.packed_call(x, packed, bias, shape=shape, geometry=geometry, pattern=spec.pattern, layout=layout)
+
+
+class CpuDenseEngine:
+    """Dense fp32 products, masked or not, with activation and residual in their epilogues (native/dense.h)."""
+
+    name = "cpu_dense"
+
+    def supports(self, spec: LayerSpec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"device {spec.device.type}"
+        if spec.dtype is not torch.float32:
+            return f"dtype {str(spec.dtype).removeprefix('torch.')} (fp32 has a kernel)"
+        if spec.geometry is not None:
+            return "convolution"
+        reason = build.unavailable()
+        if reason is None:
+            native.kernels()  # builds the operators before the first call
+        return reason
+
+    @staticmethod
+    def packed(weight: Tensor) -> dict[str, Tensor]:
+        """Return the tensors that replace a dense weight, by name."""
+        values, index = panels.pack(weight)
+        return {"values": values, "index": index}
+
+    def pack(self, weight: Tensor, mask: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        return self.packed(weight * mask)
+
+    def call(self, spec: LayerSpec, x: Any, packed: dict[str, Any], bias: Any) -> tuple[Callable[..., Any], tuple]:
+        return ops.packed_call(
+            x, packed, bias, shape=spec.shape, geometry=None, pattern=spec.pattern, layout=panels.PANELS
+        )

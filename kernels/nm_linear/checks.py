@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import MAX_M
-from mpcompile.kernels.nm_linear import layouts, packed, sparse24
+from mpcompile.kernels.nm_linear import layouts, packed, panels, sparse24
 from mpcompile.kernels.nm_linear.layouts import RING, ROWS
 from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
 
@@ -29,7 +29,7 @@ NUMBER = 2**31 - 1  # largest stride, padding, dilation or kernel size
 BYTES = 2**47  # size of the largest tensor: the address space of a process
 FREE = 2**28  # elements that padding, or a weight without columns, may need however small the input is
 TIMES = 64  # beyond FREE, at most this many times the elements of the input
-LAYOUTS = (*layouts.NAMES, *sparse24.NAMES)
+LAYOUTS = (*layouts.NAMES, *panels.NAMES, *sparse24.NAMES)
 
 
 class PackedWeight(NamedTuple):
@@ -69,6 +69,7 @@ def weights(args: NativeArgs, columns: int | None = None) -> list[PackedWeight]:
 def _can_be(shape: tuple[int, ...], n: int, m: int, layout: int) -> bool:
     good = len(shape) in (2, 4) and min(shape) >= 0 and min(shape[2:], default=1) >= 1
     good = good and 1 <= n <= m <= MAX_M and layout in LAYOUTS and shape[1] % m == 0
+    good = good and (layout not in panels.NAMES or len(shape) == 2)
     return good and shape[0] <= COUNT and math.prod(shape[1:]) <= COUNT
 
 

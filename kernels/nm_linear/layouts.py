@@ -30,8 +30,8 @@ from torch import Tensor
 
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import MAX_M, from_rows, to_rows
-from mpcompile.kernels.nm_linear import sparse24
-from mpcompile.kernels.nm_linear.row_order import common_first
+from mpcompile.kernels.nm_linear import panels, sparse24
+from mpcompile.kernels.nm_linear.row_order import pack_rows
 
 ROWS, QUADS, RING, OCTS = 0, 1, 2, 3
 NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring", OCTS: "octs"}
@@ -120,7 +120,7 @@ def index_bound(layout: int, width: int) -> int:
 
 
 def _check_layout(layout: int) -> None:
-    if layout not in NAMES:
+    if layout not in NAMES and layout not in panels.NAMES:
         raise InputError("no such layout", expected=f"one of {sorted(NAMES)}", found=layout)
 
 
@@ -146,12 +146,14 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
     if bad:
         found = f"{bad} groups with another count" if bad > 0 else f"{weight.shape[1]} inputs"
         raise InputError(f"the mask is not {n}:{m}", expected=f"exactly {n} of every {m} kept", found=found)
+    if layout in panels.NAMES:
+        return panels.pack(weight * mask)
     nothing = rows.new_empty(0), torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
     parts = [nothing]
     for columns in blocks(weight.shape, layout, m):
         block, chosen = rows[:, columns], kept[:, columns]
         if layout == ROWS:
-            parts.append(_pack_rows(block, chosen, row_entries(len(columns), n, m)))
+            parts.append(pack_rows(block, chosen, row_entries(len(columns), n, m), ENTRY_STEP))
         elif layout == QUADS:
             parts.append(_pack_quads(block, chosen))
         elif layout == OCTS:
@@ -176,6 +178,8 @@ def fits(values: int, index: int, shape: tuple[int, ...], n: int, m: int, layout
     """Return True if ``values`` values and ``index`` index bytes can hold a weight of ``shape`` in a layout."""
     if layout in sparse24.NAMES:
         return (n, m) == (2, 4) and sparse24.fits(values, index, shape)
+    if layout in panels.NAMES:
+        return panels.fits(values, index, shape)
     widths = Cut.of(shape, layout, m).widths()
     if layout == RING:
         return index - values // 2 == table_bytes(shape, m)
@@ -207,6 +211,8 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
     """
     if layout in sparse24.NAMES and values.dim() == index.dim() == 1 and index.dtype == torch.uint8:
         sparse24.check(values, index)
+        return
+    if layout in panels.NAMES and values.dim() == 1 and not index.numel():
         return
     if (
         layout not in NAMES
@@ -267,14 +273,6 @@ def _in_groups(rows: Tensor, count: int, n: int, m: int) -> bool:
     if bool(rest.any()) or bool((places[:, 1:] <= places[:, :-1]).any()):
         return False
     return bool((places.div(m, rounding_mode="floor") == group.to(torch.uint8)).all())
-
-
-def _pack_rows(block: Tensor, kept: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
-    order = common_first(kept, ENTRY_STEP)[:, :entries]
-    order = torch.nn.functional.pad(order, (0, entries - order.shape[1]))
-    valid = torch.arange(entries) < kept.sum(-1, keepdim=True)
-    order = order * valid
-    return block.gather(1, order) * valid, order.to(torch.uint8), torch.empty(0)
 
 
 def _pack_quads(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,6 +349,8 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], n: int, m: int, 
     """
     if layout in sparse24.NAMES:
         return sparse24.unpack(values, index, shape, layout)
+    if layout in panels.NAMES:
+        return panels.unpack(values, shape)
     _check_layout(layout)
     out, k = int(shape[0]), math.prod(shape[1:])
     parts = blocks(shape, layout, m)

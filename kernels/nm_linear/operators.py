@@ -21,7 +21,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.library import Library
 
 from mpcompile.kernels.cpu import abi, build
-from mpcompile.kernels.nm_linear import checks, packed, sparse24
+from mpcompile.kernels.nm_linear import checks, packed, panels, sparse24
 from mpcompile.kernels.nm_linear.checks import PackedWeight
 from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.layouts import ROWS
@@ -59,6 +59,8 @@ def runs(x: Tensor, values: Tensor, *layouts: int) -> bool:
         return False
     if any(layout in sparse24.NAMES for layout in layouts):
         return False
+    if any(layout in panels.NAMES for layout in layouts):
+        return x.dtype is torch.float32 and all(layout in (ROWS, panels.PANELS) for layout in layouts)
     return all(layout == ROWS for layout in layouts) or (lib.nm_pairs() == 1 and x.dtype is torch.bfloat16)
 
 
@@ -149,7 +151,7 @@ def _mlp(
     tokens = x.numel() // max(1, x.shape[-1])
     # In the fused kernel one thread takes a whole panel through both products: too few panels leave threads idle.
     few = tokens < 64 * 4 * threads and threads > 1
-    apart = few or (layout1 == ROWS) != (layout2 == ROWS) or not k * hidden
+    apart = few or (layout1 == ROWS) != (layout2 == ROWS) or panels.PANELS in (layout1, layout2) or not k * hidden
     if apart or not runs(x, values1, layout1, layout2) or values2.dtype is not x.dtype:
         h = _gemm(x, values1, index1, bias1, None, hidden, n1, m1, layout1, activation)
         return _gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none")

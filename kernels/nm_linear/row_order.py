@@ -31,3 +31,12 @@ def common_first(kept: Tensor, step: int) -> Tensor:
         common[:paired] = (both & (both.cumsum(-1) <= count)).repeat_interleave(2, 0)
     rank = kept.to(torch.uint8) + common.to(torch.uint8)
     return rank.argsort(dim=-1, descending=True, stable=True)
+
+
+def pack_rows(block: Tensor, kept: Tensor, entries: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values and the index of a block of a ``ROWS`` weight, padded with zeros to ``entries`` per row."""
+    order = common_first(kept, step)[:, :entries]
+    order = torch.nn.functional.pad(order, (0, entries - order.shape[1]))
+    valid = torch.arange(entries) < kept.sum(-1, keepdim=True)
+    order = order * valid
+    return block.gather(1, order) * valid, order.to(torch.uint8), torch.empty(0)

@@ -23,7 +23,7 @@ from mpcompile.passes.dead_tokens import SkipDeadTokens
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
-from mpcompile.passes.lower import Lower
+from mpcompile.passes.lower import Lower, LowerDense
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.passes.permute import Permute
@@ -110,6 +110,7 @@ CASES = {
     "skip_dead_tokens": Case(SkipDeadTokens, tiny_vit, Config(tome_r=2), before=(MergeTokens, Mask)),
     "skip_dead_tokens, none": Case(SkipDeadTokens, changes=False),
     "lower": Case(Lower, before=(Mask,)),
+    "lower_dense": Case(LowerDense, tiny_vit, Config(engine="cpu_dense", exclude=["*.mlp.*"]), before=(Mask,)),
     "fuse": Case(Fuse, tiny_vit, Config(engine="cpu"), before=(Mask, Lower)),
 }
 

@@ -133,8 +133,24 @@ def test_leaves(kind):
     assert torch.equal(value(imported), gm(X))
 
 
-def test_a_dense_layer_is_left_to_inductor():
-    gm = transform(Scaled(linear(), G, FORMS["after"][2]), X, Config(pattern="dense"))
-    imported = import_model(gm, X)
-    assert fold(imported)[0] == {"folded": [], "left": {}}
+@pytest.mark.parametrize("form", FORMS)
+def test_dense_linear_layers_are_folded_into_and_convolutions_left_to_inductor(form):
+    layer, factor, body, x = FORMS[form]
+    gm = transform(Scaled(layer, factor, body), x, Config(pattern="dense"))
+    imported = import_model(gm, x)
+    folded = [] if form == "convolution" else ["layer"]
+    assert fold(imported)[0] == {"folded": folded, "left": {}}
+    assert relative(value(imported), gm(x)) < 1e-6
+    assert any("mul" in str(node.target) for node in imported.gm.graph.nodes) == (not folded)
     assert not any(node.target in ops.MASKED for node in imported.gm.graph.nodes)
+    assert folded == [] or "layer" in {found.name for found in layers(imported.gm, imported.lifted)}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_leaves_of_dense_layers(kind):
+    factor, body, why = LEFT[kind]
+    gm = transform(Scaled(linear(), factor, body), X, Config(pattern="dense"))
+    imported = import_model(gm, X)
+    decision, _ = fold(imported)
+    assert decision["folded"] == [] and bool(decision["left"]) == (why is not None)
+    assert torch.equal(value(imported), gm(X))

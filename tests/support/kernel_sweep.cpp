@@ -177,6 +177,38 @@ template <class X> void product(int n, int m, int groups, int format, Random& r)
   }
 }
 
+// A dense product in LAYOUT_PANELS, with residual, in several tasks.
+void dense_product(Random& r) {
+  const int k = 1 + r.below(900), outputs = 1 + r.below(70), tokens = 1 + r.below(60);
+  const size_t panels = (outputs + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
+  Exact<float> values(panels * k * PANEL_OUTPUTS), bias(outputs), x((size_t)tokens * k), y((size_t)tokens * outputs);
+  Exact<float> residual(y.size);
+  auto at = [&](int o, int c) -> float& {
+    return values[((size_t)o / PANEL_OUTPUTS * k + c) * PANEL_OUTPUTS + o % PANEL_OUTPUTS];
+  };
+  for (int o = 0; o < outputs; o++) {
+    bias[o] = r.value();
+    for (int c = 0; c < k; c++) at(o, c) = r.value();
+  }
+  for (size_t i = 0; i < x.size; i++) x[i] = r.value();
+  for (size_t i = 0; i < y.size; i++) residual[i] = r.value();
+  NmLinear args{};
+  args.x = x.get(), args.residual = residual.get(), args.y = y.get();
+  args.weight = {values.get(), nullptr, bias.get(), k, outputs, 1, 1, LAYOUT_PANELS};
+  args.tokens = tokens, args.pixels = 1, args.threads = 1 + r.below(3);
+  if (nm_linear(&args)) abort();
+  for (int check = 0; check < 6; check++) {
+    const int t = check ? r.below(tokens) : tokens - 1, o = check ? r.below(outputs) : outputs - 1;
+    double sum = (double)bias[o] + residual[(size_t)t * outputs + o], scale = 0;
+    for (int c = 0; c < k; c++) {
+      const double v = (double)x[(size_t)t * k + c] * at(o, c);
+      sum += v;
+      scale += std::fabs(v);
+    }
+    compare("dense product", y[(size_t)t * outputs + o], sum, scale, 1e-5);
+  }
+}
+
 // An MLP whose indices are random bytes. Results do not matter, only accesses to memory, which the sanitizers check.
 void random_indices(int n, int m, int groups, Random& r) {
   const int k = m * groups, hidden = m * (1 + r.below(3)), outputs = 1 + r.below(20), tokens = 1 + r.below(100);
@@ -225,6 +257,7 @@ int main(int count, char** words) {
               if (++checked % 4) continue;
               product<float>(n, m, groups * (1 + r.below(5)), checked / 4 % 2, r);
               product<bf16>(n, m, groups, checked / 4 % 2, r);
+              dense_product(r);
               random_indices(n, m, groups, r);
               no_columns(r);
             }

@@ -7,12 +7,13 @@ import torch
 from mpcompile.kernels.nm_linear import layouts
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.nm_linear.layouts import OCTS, QUADS, RING, ROWS
+from mpcompile.kernels.nm_linear.panels import PANELS
 from mpcompile.pruning.scores import top_n
 
 
 def usable(dtype, n, m):
     """Layouts of a pattern that the kernels of this processor can read."""
-    usable_layouts = [ROWS]
+    usable_layouts = [ROWS, PANELS] if dtype is torch.float32 else [ROWS]
     if dtype is torch.bfloat16 and native.kernels().nm_pairs():
         usable_layouts.append(RING)
         usable_layouts += [QUADS] if (n, m) == (2, 4) else [OCTS] if (n, m) == (1, 4) else []

@@ -2,6 +2,7 @@
 // the machine it runs on.
 
 #include "conv.h"
+#include "dense.h"
 
 namespace {
 
@@ -24,6 +25,11 @@ template <class X> void linear(const NmLinear& a) {
   const Format format = (Format)a.format;
   const Activations<X> in{(const X*)a.x, format, a.tokens, a.pixels, a.weight.inputs};
   const Output<X> out{(X*)a.y, (const X*)a.residual, format, a.tokens, a.pixels, a.weight.outputs, a.activation};
+  if constexpr (std::is_same<X, float>::value) {
+    const NmWeight& w = a.weight;
+    if (w.layout == LAYOUT_PANELS)
+      return dense({(const float*)w.values, (const float*)w.bias, w.inputs, w.outputs}, in, out, a.threads);
+  }
   gemm(unwrap<X>(a.weight), in, out, a.threads);
 }
 

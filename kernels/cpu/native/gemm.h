@@ -54,7 +54,7 @@ template <class T> class Scratch {
 };
 
 struct ThreadScratch {
-  Scratch<float> sums, tile, initial, float_panel;
+  Scratch<float> sums, tile, initial, float_panel, tokens;
   Scratch<uint32_t> pair_tile;
   Scratch<uint16_t> channels, half_panel;
   Scratch<unsigned char> channel_pairs;

@@ -4,9 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 
-enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2, LAYOUT_OCTS = 3 };
+enum Layout { LAYOUT_ROWS = 0, LAYOUT_QUADS = 1, LAYOUT_RING = 2, LAYOUT_OCTS = 3, LAYOUT_PANELS = 4 };
 constexpr int ROWS_BLOCK = 96, PAIRS_BLOCK = 64, OCTS_BLOCK = 96;
-constexpr int RING_ROWS = 4;  // consecutive output rows that share one entry count in LAYOUT_RING
+constexpr int PANEL_OUTPUTS = 16;  // outputs of a panel of a dense weight in LAYOUT_PANELS
+constexpr int RING_ROWS = 4;       // consecutive output rows that share one entry count in LAYOUT_RING
 
 // Every tile has as many rows as an index byte can address, so no index, whatever its origin, reads outside the tile.
 // Rows that no block fills are never touched and cost no cache.
@@ -24,3 +25,16 @@ inline int block_entries(int layout, int columns, int n, int m) {
   int kept = columns / m * n + std::min(n, columns % m);
   return (kept + 3) / 4 * 4;
 }
+
+constexpr int CONV_COLUMNS = 96, CONV_CHANNELS = 10;  // maximum per block of a convolution, as in layouts.py
+
+// How the columns of a convolution are cut into blocks: `channels` channels at `taps` taps.
+struct ConvBlocks {
+  int channels, taps;
+
+  static ConvBlocks of(int taps, int m) {
+    const int channels = m * std::max(1, CONV_CHANNELS / m);
+    const int parts = (taps * channels + CONV_COLUMNS - 1) / CONV_COLUMNS;
+    return {channels, (taps + parts - 1) / parts};
+  }
+};

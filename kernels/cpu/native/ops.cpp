@@ -1,4 +1,4 @@
-// nm_gemm, nm_mlp and pointwise nm_conv, called by torch without going through Python: for a layer with few tokens, the
+// nm_gemm, nm_mlp and nm_conv, called by torch without going through Python: for a layer with few tokens, the
 // interpreter would take longer than the kernel. Anything unusual (another dtype, strides, sizes that do not match, a
 // gradient) goes to the operator of the same name with the suffix _general, which operators.py implements. build.py
 // compiles this file against the headers of the installed torch.
@@ -32,9 +32,11 @@ using IntList = at::IntArrayRef;
 // Addresses of the functions of cpu.cpp; build.py chooses the instruction set that these are built for.
 using LinearKernel = int(const NmLinear*);
 using MlpKernel = int(const NmMlp*);
+using ConvKernel = int(const NmConv*);
 struct Kernels {
   LinearKernel* linear;
   MlpKernel* mlp;
+  ConvKernel* conv;
   bool pairs;  // whether they support the layouts of bf16 pairs (QUADS, RING, OCTS)
 };
 std::atomic<const Kernels*> current_kernels{nullptr};  // never freed: a concurrent call may still be reading it
@@ -71,6 +73,8 @@ bool storage_matches(const WeightArgs& w) {
   if ((int)w.inputs % m) return false;
   const int64_t width = block_columns(layout, m), blocks = ceil_div(w.inputs, width);
   const int64_t values = w.values.numel(), indices = w.index.numel();
+  if (layout == LAYOUT_PANELS)
+    return !indices && values == ceil_div(w.outputs, PANEL_OUTPUTS) * PANEL_OUTPUTS * w.inputs;
   const uint8_t* const index_end = (const uint8_t*)w.index.const_data_ptr() + indices;
   if (layout == LAYOUT_RING) {
     const int64_t table = 4 * (blocks * ceil_div(w.outputs, RING_ROWS) + 1);
@@ -111,7 +115,9 @@ Tensor empty_output(const Tensor& x, int64_t outputs) {
 bool kernels_accept(const Kernels& kernels, const Tensor& x, const WeightArgs& w) {
   const auto type = x.scalar_type();
   if (!x.is_cpu() || (type != at::kFloat && type != at::kBFloat16)) return false;
-  if (w.layout != LAYOUT_ROWS) {
+  if (w.layout == LAYOUT_PANELS) {
+    if (type != at::kFloat) return false;
+  } else if (w.layout != LAYOUT_ROWS) {
     if (w.layout < LAYOUT_ROWS || w.layout > LAYOUT_OCTS || type != at::kBFloat16 || !kernels.pairs) return false;
   }
   if (w.bias && !(is_plain(*w.bias, type) && w.bias->dim() == 1 && w.bias->numel() == w.outputs)) return false;
@@ -187,7 +193,8 @@ Tensor mlp(const Tensor& x, const Tensor& values1, const Tensor& index1, const O
   const bool known = between >= 0 && between < ACTIVATIONS;
   // In the fused kernel one thread takes a whole panel through both products: too few panels leave threads idle.
   const bool too_few = tokens < 64 * 4 * threads && threads > 1;
-  if (known && (too_few || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS))) {
+  if (known && (too_few || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS) || layout1 == LAYOUT_PANELS ||
+                layout2 == LAYOUT_PANELS)) {
     const Tensor h = gemm(x, values1, index1, bias1, std::nullopt, hidden, n1, m1, layout1, activation);
     return gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none");
   }
@@ -222,6 +229,71 @@ Tensor mlp(const Tensor& x, const Tensor& values1, const Tensor& index1, const O
 using ConvSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                              IntList, IntList, IntList, int64_t, int64_t, IntList, int64_t, StringView);
 
+// Output positions along an axis of a convolution; 0 if its numbers are unusual, such as padding that enlarges the
+// image. These are left to the general operator.
+int64_t usual_outputs(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  constexpr int64_t most = 64;
+  if (kernel < 1 || stride < 1 || padding < 0 || dilation < 1) return 0;
+  if (kernel > most || stride > most || padding > most * most || dilation > most) return 0;
+  const int64_t reach = dilation * (kernel - 1) + 1, padded = size + 2 * padding;
+  return 2 * padding < reach && padded >= std::max(reach, stride) ? (padded - reach) / stride + 1 : 0;
+}
+
+// The same as storage_matches, for a convolution of several taps.
+bool conv_storage_matches(const WeightArgs& w, int64_t taps) {
+  constexpr int64_t most = 1 << 20;
+  if (w.n < 1 || w.m < w.n || w.m > MAX_M || w.layout != LAYOUT_ROWS) return false;
+  if (w.outputs < 1 || w.inputs < 1 || w.outputs > most || w.inputs > most || w.inputs % w.m) return false;
+  const ConvBlocks full = ConvBlocks::of((int)taps, (int)w.m);
+  int64_t entries = 0;
+  for (int64_t c = 0; c < w.inputs; c += full.channels)
+    for (int64_t t = 0; t < taps; t += full.taps) {
+      const int64_t columns = std::min<int64_t>(full.channels, w.inputs - c) * std::min<int64_t>(full.taps, taps - t);
+      entries += block_entries(LAYOUT_ROWS, (int)columns, (int)w.n, (int)w.m);
+    }
+  return w.values.numel() == w.outputs * entries && w.index.numel() == w.outputs * entries;
+}
+
+// A convolution of several taps in fp32; nothing if it is left to the general operator.
+std::optional<Tensor> spatial_conv(const Kernels& kernels, const Tensor& x, const WeightArgs& w,
+                                   const OptionalTensor& residual, IntList shape, IntList stride, IntList padding,
+                                   IntList dilation, int epilogue) {
+  if (shape.size() != 4 || stride.size() != 2 || padding.size() != 2 || dilation.size() != 2) return {};
+  const int64_t out_h = usual_outputs(x.size(2), shape[2], stride[0], padding[0], dilation[0]);
+  const int64_t out_w = usual_outputs(x.size(3), shape[3], stride[1], padding[1], dilation[1]);
+  if (!out_h || !out_w || shape[2] * shape[3] < 2) return {};
+  const bool channels_last = !x.is_contiguous();
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  if (!is_plain(x, at::kFloat, format) || !is_plain(w.values, at::kFloat) || !is_plain(w.index, at::kByte)) return {};
+  if (w.bias && !(is_plain(*w.bias, at::kFloat) && w.bias->dim() == 1 && w.bias->numel() == w.outputs)) return {};
+  if (!conv_storage_matches(w, shape[2] * shape[3])) return {};
+  Tensor y = at::empty({x.size(0), shape[0], out_h, out_w}, x.options().memory_format(format));
+  if (!y.numel()) return y;
+  if (!residual_matches(residual, y, format)) return {};
+  const NmConv args{
+      .x = x.const_data_ptr(),
+      .residual = data_or_null(residual),
+      .y = y.data_ptr(),
+      .weight = to_abi(w),
+      .images = x.size(0),
+      .height = x.size(2),
+      .width = x.size(3),
+      .kernel_h = (int32_t)shape[2],
+      .kernel_w = (int32_t)shape[3],
+      .stride_h = (int32_t)stride[0],
+      .stride_w = (int32_t)stride[1],
+      .pad_h = (int32_t)padding[0],
+      .pad_w = (int32_t)padding[1],
+      .dilation_h = (int32_t)dilation[0],
+      .dilation_w = (int32_t)dilation[1],
+      .activation = epilogue,
+      .channels_last = channels_last,
+      .threads = at::get_num_threads(),
+  };
+  if (kernels.conv(&args)) return {};
+  return y;
+}
+
 // True for a 1x1 convolution without stride, padding or dilation: a matrix product over pixels.
 bool is_pointwise(IntList shape, IntList stride, IntList padding, IntList dilation) {
   return shape.size() == 4 && shape[2] == 1 && shape[3] == 1 && stride == IntList{1, 1} && padding == IntList{0, 0} &&
@@ -234,7 +306,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Op
   const Kernels* const kernels = current_kernels.load();
   const int epilogue = epilogue_number(activation);
   const bool pointwise = is_pointwise(shape, stride, padding, dilation);
-  if (kernels && pointwise && epilogue >= 0 && x.dim() == 4 && x.size(1) == shape[1]) {
+  if (kernels && pointwise && epilogue >= 0 && x.dim() == 4 && x.size(1) == shape[1] && layout != LAYOUT_PANELS) {
     // A tensor that is contiguous in both formats counts as channels first.
     const bool channels_last = !x.is_contiguous();
     const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
@@ -259,6 +331,10 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Op
         if (!kernels->linear(&args)) return y;
       }
     }
+  } else if (kernels && epilogue >= 0 && shape.size() == 4 && x.dim() == 4 && x.size(1) == shape[1]) {
+    const WeightArgs weight{values, index, bias, shape[0], shape[1], n, m, layout};
+    auto y = spatial_conv(*kernels, x, weight, residual, shape, stride, padding, dilation, epilogue);
+    if (y) return *y;
   }
   const at::AutoDispatchBelowADInplaceOrView below;  // autograd of the general operator would lead back here
   static const auto general = find_operator<ConvSignature>("mpcompile::nm_conv_general");
@@ -309,6 +385,6 @@ TORCH_LIBRARY_IMPL(mpcompile, AutogradCPU, m) {
 
 // Sets the kernels that the operators call from now on, and whether these support the layouts of bf16 pairs. If
 // `linear` is null, every call goes to the general operators.
-extern "C" void nm_use(LinearKernel* linear, MlpKernel* mlp, int pairs) {
-  current_kernels = linear ? new Kernels{linear, mlp, pairs != 0} : nullptr;
+extern "C" void nm_use(LinearKernel* linear, MlpKernel* mlp, ConvKernel* conv, int pairs) {
+  current_kernels = linear ? new Kernels{linear, mlp, conv, pairs != 0} : nullptr;
 }

@@ -71,8 +71,8 @@ template <class X> std::vector<Segment> find_segments(const X& matrix, int64_t f
 
 // Reads W tokens x W channels of a token-major matrix into W channel vectors; missing tokens and channels read as zero.
 template <class X> NM_INLINE void read_block(const X* x, size_t stride, int tokens, int channels, vf* r) {
-  if (tokens >= W && channels >= W) {
-    for (int i = 0; i < W; i++) r[i] = load(x + i * stride);
+  if (channels >= W) {
+    for (int i = 0; i < W; i++) r[i] = i < tokens ? load(x + i * stride) : (vf){};
   } else {
     for (int i = 0; i < W; i++) {
       r[i] = (vf){};

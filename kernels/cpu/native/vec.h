@@ -95,6 +95,32 @@ NM_INLINE vf in_register(vf x) {
   return x;
 }
 
+// Loads the lanes whose bits are set; the others are zero, and their memory is not read.
+NM_INLINE vf load_lanes(const float* p, uint32_t lanes) {
+#if NM_AVX512 && !defined(__SANITIZE_ADDRESS__)  // AddressSanitizer does not check masked loads
+  return (vf)_mm512_maskz_loadu_ps((__mmask16)lanes, p);
+#elif NM_AVX2 && !defined(__SANITIZE_ADDRESS__)
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return (vf)_mm256_maskload_ps(p, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)lanes), bit), bit));
+#else
+  if (lanes == (1u << W) - 1) return load(p);
+  vf x = {};
+  for (int i = 0; i < W; i++)
+    if (lanes >> i & 1) x[i] = p[i];
+  return x;
+#endif
+}
+
+// Stores the first `count` lanes.
+NM_INLINE void store_lanes(float* p, vf v, int count) {
+#if NM_AVX512 && !defined(__SANITIZE_ADDRESS__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
+  if (count == W) return store(p, v);
+  for (int i = 0; i < count; i++) p[i] = v[i];
+#endif
+}
+
 // Half a vector, for a panel whose last vector is at most half full. Used only where half a vector is cheaper than a
 // whole one: with 16 lanes, on processors that execute such a vector as two halves.
 #if NM_AVX512

@@ -270,7 +270,7 @@ def test_tensors_that_are_not_strided_are_refused():
 
 
 def test_unknown_layouts_are_refused():
-    for layout in (-1, 4, 99, 2**32):
+    for layout in (-1, 5, 99, 2**32):
         with pytest.raises(InputError, match="no such layout"):
             layouts.pack(*layer((8, 16), 2, 4, torch.float32), 2, 4, layout)
         with pytest.raises(InputError, match="no such layout"):

@@ -60,6 +60,10 @@ def test_plain_calls_run_no_python(no_python, dtype, mode):
             for order in (torch.contiguous_format, torch.channels_last):
                 image = torch.randn(2, 32, 3, 3).to(dtype).contiguous(memory_format=order)
                 assert ops.nm_conv(image, *two, bias, None, *plain).is_contiguous(memory_format=order)
+                if dtype is torch.float32:
+                    spatial = ([2, 2], [1, 1], [1, 1], n, m, [48, 32, 3, 3], layout, "relu")
+                    y = ops.nm_conv(image, *pack((48, 32, 3, 3), dtype, layout), bias, None, *spatial)
+                    assert y.is_contiguous(memory_format=order)
 
 
 def test_unusual_calls_use_the_general_operators(no_python):
@@ -130,6 +134,35 @@ def test_convolutions_are_those_of_python(stride, padding, order):
             args = (x, *held, None, added, *geometry, "add_relu")
             found, expected = ops.nm_conv(*args), GENERAL.nm_conv_general(*args)
             assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+SPATIAL = [  # kernel, stride, padding, dilation
+    ((3, 3), [1, 1], [1, 1], [1, 1]),
+    ((3, 3), [2, 2], [1, 1], [1, 1]),
+    ((1, 3), [1, 2], [0, 1], [1, 1]),
+    ((5, 3), [1, 1], [4, 2], [2, 2]),
+    ((3, 3), [1, 1], [2, 2], [1, 1]),  # padding that enlarges the image
+    ((3, 3), [9, 9], [1, 1], [1, 1]),  # a stride larger than the image
+]
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels_last"])
+@pytest.mark.parametrize("case", SPATIAL, ids=str)
+def test_spatial_convolutions_are_those_of_python(case, order):
+    kernel, *axes = case
+    x = torch.randn(2, 32, 6, 5).contiguous(memory_format=order)
+    held = pack((24, 32, *kernel), torch.float32, ROWS)
+    geometry = (*axes, *PATTERNS[ROWS], [24, 32, *kernel], ROWS)
+    y = GENERAL.nm_conv_general(x, *held, torch.randn(24), None, *geometry, "none")
+    residual = torch.randn_like(y)  # in the same memory order
+    for added in (None, residual, residual.contiguous(), residual[:1].expand(y.shape)):
+        for bias in (None, torch.randn(24), torch.randn(24).double()):
+            args = (x, *held, bias, added, *geometry, "add_relu")
+            found, expected = ops.nm_conv(*args), GENERAL.nm_conv_general(*args)
+            assert torch.equal(found, expected) and found.stride() == expected.stride()
+    for short in ((held[0][:-4], held[1]), (held[0], held[1][:-4]), (held[0][:-4], held[1][:-4])):
+        with pytest.raises(InputError):
+            ops.nm_conv(x, *short, None, None, *geometry, "none")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

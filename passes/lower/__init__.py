@@ -1,0 +1,28 @@
+"""Lowerings: replace layers by the operators of engines, on packed tensors that the graph owns."""
+
+from mpcompile.passes.lower.dense import DenseLowering, LowerDense
+from mpcompile.passes.lower.masked import (
+    PACKED,
+    EngineChoice,
+    Lower,
+    Lowering,
+    Slot,
+    Slots,
+    describe,
+    spec_of,
+    unpacked,
+)
+
+__all__ = [
+    "PACKED",
+    "DenseLowering",
+    "EngineChoice",
+    "Lower",
+    "LowerDense",
+    "Lowering",
+    "Slot",
+    "Slots",
+    "describe",
+    "spec_of",
+    "unpacked",
+]
