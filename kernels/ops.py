@@ -108,7 +108,8 @@ def packed_call(
     Args:
         packed: the packed weight's ``values`` and ``index``.
         shape: shape of the dense weight.
-        geometry: geometry of a convolution; None for a linear layer. Groups must be 1.
+        geometry: geometry of a convolution; None for a linear layer. A grouped one has
+            more than one tap.
         pattern: (n, m).
         layout: layout of the packed weight.
     """

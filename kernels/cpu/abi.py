@@ -74,6 +74,7 @@ class Conv(ctypes.Structure):
         ("pad_w", _INT32),
         ("dilation_h", _INT32),
         ("dilation_w", _INT32),
+        ("groups", _INT32),
         ("activation", _INT32),
         ("channels_last", _INT32),
         ("threads", _INT32),

@@ -38,8 +38,8 @@ class CpuEngine:
         if spec.dtype not in (torch.float32, torch.bfloat16):
             return f"dtype {str(spec.dtype).removeprefix('torch.')} (fp32 and bf16 have kernels)"
         if spec.geometry is not None:
-            if spec.geometry[3] != 1:
-                return "grouped convolution"
+            if spec.geometry[3] != 1 and native.pointwise(spec.shape):
+                return "grouped 1x1 convolution"
             if spec.dtype is torch.bfloat16 and not native.pointwise(spec.shape):
                 return "bf16 convolution other than 1x1"
         reason = build.unavailable()

@@ -256,7 +256,7 @@ def conv(
     axes: tuple[Sequence[int], Sequence[int], Sequence[int]],
     activation: str,
 ) -> tuple[int, int, int, int]:
-    """Check the arguments of ``nm_conv``.
+    """Check the arguments of ``nm_conv``. The input has the channels of one group, or those of several.
 
     Args:
         axes: stride, padding, dilation.
@@ -270,7 +270,9 @@ def conv(
     shape, (stride, padding, dilation) = weight.shape, axes
     epilogue(activation)
     geometry(shape, stride, padding, dilation)
-    if x.dim() != 4 or x.shape[1] != shape[1]:
+    groups = x.shape[1] // max(1, shape[1]) if x.dim() == 4 else 0
+    fits = x.dim() == 4 and x.shape[1] == groups * shape[1] and (groups or not shape[1])
+    if not fits or shape[0] % max(1, groups):
         raise InputError(f"a convolution {tuple(shape)} cannot read this input", found=tuple(x.shape))
     held(x, weight)
     padded = [size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True)]
@@ -281,8 +283,8 @@ def conv(
         )
     high, wide = ((size - r) // s + 1 for size, r, s in zip(padded, reach, stride, strict=True))
     most = max(FREE, TIMES * x.numel())
-    room((x.shape[0], max(1, shape[1]), *padded), x.dtype, most)
-    room((x.shape[0], shape[0], high, wide), x.dtype, most * max(1, -(-shape[0] // shape[1])) if shape[1] else FREE)
+    room((x.shape[0], max(1, x.shape[1]), *padded), x.dtype, most)
+    room((x.shape[0], shape[0], high, wide), x.dtype, most * max(1, -(-shape[0] // x.shape[1])) if shape[1] else FREE)
     size = (x.shape[0], shape[0], high, wide)
     beside(bias, residual, size, shape[0], x)
     return size

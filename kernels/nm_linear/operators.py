@@ -216,7 +216,9 @@ def _conv(
     flat = pointwise(shape)
     if not shape[1]:
         return _without_channels(x, sizes, bias, residual, activation)
-    if not runs(x, values, layout) or (x.dtype is not torch.float32 and not flat):
+    groups = x.shape[1] // shape[1]
+    without_kernel = groups > 1 if flat else x.dtype is not torch.float32
+    if without_kernel or not runs(x, values, layout):
         y = packed.nm_conv(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation)
         return y.contiguous(memory_format=torch.channels_last if packed.runs_last(x) else torch.contiguous_format)
     last = packed.runs_last(x)
@@ -264,6 +266,7 @@ def _conv(
         pad_w=padding[1],
         dilation_h=dilation[0],
         dilation_w=dilation[1],
+        groups=groups,
         channels_last=int(last),
         **shared,
     )

@@ -111,6 +111,7 @@ def nm_conv(
     layout: int,
     activation: str,
 ) -> Tensor:
-    """x (B, C, H, W) convolved with a weight of ``shape`` (out, C, kh, kw), and :func:`finish`."""
+    """x (B, C, H, W) convolved with a weight of ``shape`` (out, C / groups, kh, kw), and :func:`finish`."""
     weight = unpack(values, index, shape, n, m, layout)
-    return finish(F.conv2d(x, weight, bias, stride, padding, dilation), residual, activation)
+    groups = x.shape[1] // max(1, shape[1])
+    return finish(F.conv2d(x, weight, bias, stride, padding, dilation, max(1, groups)), residual, activation)

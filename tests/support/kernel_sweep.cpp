@@ -79,16 +79,17 @@ void compare(const char* what, double actual, double expected, double scale, dou
 }
 
 void convolution(int n, int m, int kh, int kw, int stride, int dilation, int groups, bool last, Random& r) {
-  const int channels = m * groups, outputs = 1 + r.below(3), taps = kh * kw, images = 1 + r.below(2);
+  const int channels = m * groups, sections = 1 + r.below(2), outputs = sections * (1 + r.below(3));
+  const int taps = kh * kw, images = 1 + r.below(2), all = sections * channels;
   const int ph = r.below(kh * dilation), pw = r.below(kw * dilation);
   const int h = std::max(1, dilation * (kh - 1) + 1 - 2 * ph) + r.below(4);
   const int w = std::max(1, dilation * (kw - 1) + 1 - 2 * pw) + r.below(20);
-  const Convolution g{images, channels, h, w, kh, kw, stride, stride, ph, pw, dilation, dilation};
+  const Convolution g{images, all, h, w, kh, kw, stride, stride, ph, pw, dilation, dilation};
   const Sample weight(outputs, taps, channels, n, m, r);
   const int wide = m * std::max(1, CONV_CHANNELS / m), parts = (taps * wide + CONV_COLUMNS - 1) / CONV_COLUMNS;
   const int some = (taps + parts - 1) / parts;
   const size_t entries = weight.pack(wide, some, [](size_t, float, int) {});
-  Exact<float> values(entries), x((size_t)images * channels * h * w), bias(outputs);
+  Exact<float> values(entries), x((size_t)images * all * h * w), bias(outputs);
   Exact<float> y((size_t)images * outputs * g.out_h() * g.out_w());
   Exact<uint8_t> index(entries);
   weight.pack(wide, some, [&](size_t e, float v, int column) {
@@ -106,7 +107,7 @@ void convolution(int n, int m, int kh, int kw, int stride, int dilation, int gro
   args.stride_h = args.stride_w = stride;
   args.pad_h = ph, args.pad_w = pw;
   args.dilation_h = args.dilation_w = dilation;
-  args.channels_last = last, args.threads = 1;
+  args.groups = sections, args.channels_last = last, args.threads = 1;
   if (nm_conv(&args)) abort();
   const int64_t oh = g.out_h(), ow = g.out_w();
   for (int check = 0; check < 6; check++) {  // a few outputs, the last one among them
@@ -119,8 +120,9 @@ void convolution(int n, int m, int kh, int kw, int stride, int dilation, int gro
         const int64_t yy = pixel / ow * stride - ph + t / kw * dilation;
         const int64_t xx = pixel % ow * stride - pw + t % kw * dilation;
         if (yy < 0 || yy >= h || xx < 0 || xx >= w) continue;
+        const int64_t channel = o / (outputs / sections) * channels + c;
         const int64_t from =
-            last ? ((image * h + yy) * w + xx) * channels + c : ((image * channels + c) * h + yy) * w + xx;
+            last ? ((image * h + yy) * w + xx) * all + channel : ((image * all + channel) * h + yy) * w + xx;
         const float v = x[from];
         sum += (double)v * weight.at((int)o, t * channels + c);
         scale += std::fabs((double)v * weight.at((int)o, t * channels + c));

@@ -51,8 +51,9 @@ struct NmMlp {
 };
 
 // A float32 convolution. Activations are (images, channels, height, width), in channels-last memory if `channels_last`
-// is nonzero, else contiguous. The weight's `inputs` are the channels; its layout is LAYOUT_ROWS, in blocks of
-// (tap, channel) columns.
+// is nonzero, else contiguous. Channels and outputs are in `groups` groups of equal size; an output reads the channels
+// of its group, which the weight's `inputs` count. The weight's layout is LAYOUT_ROWS, in blocks of (tap, channel)
+// columns.
 struct NmConv {
   const void* x;
   const void* residual;
@@ -69,6 +70,7 @@ struct NmConv {
   int32_t pad_w;
   int32_t dilation_h;
   int32_t dilation_w;
+  int32_t groups;
   int32_t activation;
   int32_t channels_last;
   int32_t threads;

@@ -190,6 +190,7 @@ static void fill_conv_tile(const Convolution& g, const Reads& reads, const float
 }
 
 // Computes output rows `rows` of the panel that starts at output pixel `first`, before the epilogue: sums (rows, P).
+// `planes` begins at the first channel that these rows read.
 template <int V>
 static void accumulate_conv(const Convolution& g, const PackedWeight<float>& w, const float* planes, int64_t first,
                             RowRange rows, float* sums) {
@@ -217,16 +218,19 @@ static void accumulate_conv(const Convolution& g, const PackedWeight<float>& w, 
 // Cost of filling the tiles of a panel, in the unit of PackedWeight::fill_cost. Nothing is transposed here.
 inline int conv_fill_cost(const PackedWeight<float>& w) { return 4 * w.m / w.n; }
 
-// Input and output are (images, channels, height, width), in FORMAT_PLANES or, channels last, in FORMAT_TOKENS.
-static void convolve(const Convolution& g, const PackedWeight<float>& w, const Activations<float>& in,
+// The rows of the weight are in `groups` groups of equal size, each with channels of its own; a group is a product of
+// its own, on the same packed blocks. Input and output are (images, channels, height, width), in FORMAT_PLANES or,
+// channels last, in FORMAT_TOKENS.
+static void convolve(const Convolution& g, const PackedWeight<float>& w, int groups, const Activations<float>& in,
                      const Output<float>& out, int threads) {
   static thread_local Scratch<float> plane_scratch;
   const int64_t plane_size = g.plane_size(), sets = (g.channels + W - 1) / W;
   const bool in_planes = in.format == FORMAT_PLANES && g.stride_h == 1 && g.stride_w == 1;
   float* filled = in_planes ? nullptr : plane_scratch.get(g.images * g.channels * plane_size);
   const float* planes = in_planes ? in.data : filled;
-  const Split split = find_split({out.tokens, MAX_PANEL_VECTORS, w.outputs, conv_fill_cost(w), threads});
-  const int64_t tasks = split.tasks(w.outputs);
+  const int outputs = w.outputs / groups;
+  const Split split = find_split({out.tokens, MAX_PANEL_VECTORS, outputs, conv_fill_cost(w), threads});
+  const int64_t tasks = split.tasks(outputs);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (!in_planes) {
@@ -239,13 +243,14 @@ static void convolve(const Convolution& g, const PackedWeight<float>& w, const A
       }
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) {
-      const int64_t p = split.panel(task), first = split.panels.first(p);
-      const RowRange rows = split.chunk(task, w.outputs);
+    for (int64_t i = 0; i < tasks * groups; i++) {
+      const int64_t group = i / tasks, task = i % tasks, p = split.panel(task), first = split.panels.first(p);
+      const RowRange chunk = split.chunk(task, outputs);
+      const RowRange rows{(int)group * outputs + chunk.begin, (int)group * outputs + chunk.end};
       with_panel_width(split.panels.width(p), [&](auto v) {
         constexpr int V = decltype(v)::value, P = V * W;
         float* sums = scratch().sums.get((size_t)split.rows * P);
-        accumulate_conv<V>(g, w, planes, first, rows, sums);
+        accumulate_conv<V>(g, w, planes + group * w.inputs * plane_size, first, rows, sums);
         write_panel({sums, P, rows}, {first, find_segments(out, first, P)}, out);
       });
     }

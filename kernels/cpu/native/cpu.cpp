@@ -40,14 +40,15 @@ template <class X> void two_linears(const NmMlp& a) {
 }
 
 void convolution(const NmConv& a) {
-  const Convolution g{a.images,   a.weight.inputs, a.height, a.width, a.kernel_h,   a.kernel_w,
-                      a.stride_h, a.stride_w,      a.pad_h,  a.pad_w, a.dilation_h, a.dilation_w};
+  const int channels = a.weight.inputs * a.groups;
+  const Convolution g{a.images,   channels,   a.height, a.width, a.kernel_h,   a.kernel_w,
+                      a.stride_h, a.stride_w, a.pad_h,  a.pad_w, a.dilation_h, a.dilation_w};
   const Format format = a.channels_last ? FORMAT_TOKENS : FORMAT_PLANES;
   const int64_t pixels = g.out_h() * g.out_w(), tokens = g.images * pixels;
   const int64_t in_pixels = g.height * g.width;
-  Activations<float> in{(const float*)a.x, format, g.images * in_pixels, in_pixels, a.weight.inputs};
+  Activations<float> in{(const float*)a.x, format, g.images * in_pixels, in_pixels, channels};
   Output<float> out{(float*)a.y, (const float*)a.residual, format, tokens, pixels, a.weight.outputs, a.activation};
-  convolve(g, unwrap<float>(a.weight), in, out, a.threads);
+  convolve(g, unwrap<float>(a.weight), a.groups, in, out, a.threads);
 }
 
 }  // namespace

@@ -262,6 +262,9 @@ std::optional<Tensor> spatial_conv(const Kernels& kernels, const Tensor& x, cons
   const int64_t out_h = usual_outputs(x.size(2), shape[2], stride[0], padding[0], dilation[0]);
   const int64_t out_w = usual_outputs(x.size(3), shape[3], stride[1], padding[1], dilation[1]);
   if (!out_h || !out_w || shape[2] * shape[3] < 2) return {};
+  if (w.inputs < 1 || x.size(1) < w.inputs || x.size(1) % w.inputs) return {};
+  const int64_t groups = x.size(1) / w.inputs;
+  if (w.outputs % groups || x.size(1) > INT_MAX) return {};
   const bool channels_last = !x.is_contiguous();
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   if (!is_plain(x, at::kFloat, format) || !is_plain(w.values, at::kFloat) || !is_plain(w.index, at::kByte)) return {};
@@ -286,6 +289,7 @@ std::optional<Tensor> spatial_conv(const Kernels& kernels, const Tensor& x, cons
       .pad_w = (int32_t)padding[1],
       .dilation_h = (int32_t)dilation[0],
       .dilation_w = (int32_t)dilation[1],
+      .groups = (int32_t)groups,
       .activation = epilogue,
       .channels_last = channels_last,
       .threads = at::get_num_threads(),
@@ -331,7 +335,7 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Op
         if (!kernels->linear(&args)) return y;
       }
     }
-  } else if (kernels && epilogue >= 0 && shape.size() == 4 && x.dim() == 4 && x.size(1) == shape[1]) {
+  } else if (kernels && epilogue >= 0 && shape.size() == 4 && x.dim() == 4) {
     const WeightArgs weight{values, index, bias, shape[0], shape[1], n, m, layout};
     auto y = spatial_conv(*kernels, x, weight, residual, shape, stride, padding, dilation, epilogue);
     if (y) return *y;

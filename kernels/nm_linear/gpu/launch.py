@@ -300,7 +300,8 @@ def _conv(x: Tensor, values: Tensor, index: Tensor, bias: Any, residual: Any, *r
     checks.conv(x, weight, bias, residual, (stride, padding, dilation), activation)
     order = torch.channels_last if packed.runs_last(x) else torch.contiguous_format
     pointwise = list(shape[2:]) == [1, 1]
-    if not _runs(x, layout) or not (pointwise or direct(shape, layout)):
+    grouped = x.shape[1] != shape[1]
+    if grouped or not _runs(x, layout) or not (pointwise or direct(shape, layout)):
         y = packed.nm_conv(x, values, index, bias, residual, *rest)
         return y.contiguous(memory_format=order)
     if not pointwise:

@@ -197,6 +197,33 @@ def test_convolution(isa, case, n, m, order, dtype):
         assert y.is_contiguous(memory_format=order)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels_last"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("groups", "channels", "out", "kernel"), [(2, 16, 40, 3), (4, 32, 8, 3), (3, 48, 17, 5), (2, 16, 8, 1)]
+)
+def test_grouped_convolution(isa, groups, channels, out, kernel, stride, order):
+    """``channels`` and ``out`` count those of one group."""
+    weight, mask = layer((groups * out, channels, kernel, kernel), 8, 16, torch.float32)
+    x = torch.randn(2, groups * channels, 9, 11).contiguous(memory_format=order)
+    bias, padding = torch.randn(groups * out), kernel // 2
+    exact = F.conv2d(x.double(), (weight * mask).double(), bias.double(), stride, padding, 1, groups)
+    residual = torch.randn_like(exact).float()
+    args = ([stride] * 2, [padding] * 2, [1, 1], 8, 16, list(weight.shape), ROWS, "add_relu")
+    y = ops.nm_conv(x, *layouts.pack(weight, mask, 8, 16, ROWS), bias, residual, *args)
+    assert relative(y, (exact + residual.double()).relu()) < TOLERANCE[torch.float32]
+    assert y.is_contiguous(memory_format=order)
+
+
+def test_groups_that_do_not_divide_the_outputs_are_refused(isa):
+    weight, mask = layer((10, 16, 3, 3), 8, 16, torch.float32)
+    held = layouts.pack(weight, mask, 8, 16, ROWS)
+    for channels in (0, 8, 24, 48, 64):  # no group, parts of groups, and three or four groups of ten outputs
+        with pytest.raises(InputError, match="cannot read this input"):
+            args = ([1, 1], [1, 1], [1, 1], 8, 16, list(weight.shape), ROWS, "none")
+            ops.nm_conv(torch.randn(1, channels, 5, 5), *held, None, None, *args)
+
+
 def test_no_tokens(isa):
     weight, mask = layer((8, 16), 2, 4, torch.float32)
     values, index = layouts.pack(weight, mask, 2, 4, ROWS)
