@@ -17,7 +17,16 @@ from torch.library import Library
 from mpcompile.kernels.schema import NmConvArgs, NmGemmArgs, NmMlpArgs
 
 _RESIDUAL = {cls.operator: cls.position("residual") for cls in (NmGemmArgs, NmMlpArgs, NmConvArgs)}
-_EXACT = ("token_size", "token_bias", "token_merge", "token_saliency", "token_mean", "token_follow", "token_pairs")
+_EXACT = (
+    "nm_attention",
+    "token_size",
+    "token_bias",
+    "token_merge",
+    "token_saliency",
+    "token_mean",
+    "token_follow",
+    "token_pairs",
+)
 _KEYS = ("AutocastCPU", "AutocastCUDA")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA

@@ -2,9 +2,9 @@
 
 They are registered as CompositeImplicitAutograd. In a graph each is one node, which passes and engines look for; N and
 M are among the arguments of those with N:M weights. Below autograd each is plain torch code, which provides gradients,
-fake tensors, export and Inductor's fusion. Each operator of a native kernel (``nm_gemm``, ``nm_mlp``, ``nm_conv``)
-remains a single operator below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators`. Arguments:
-:mod:`mpcompile.kernels.schema`.
+fake tensors, export and Inductor's fusion. Each operator of a native kernel (``nm_gemm``, ``nm_mlp``, ``nm_conv``,
+``nm_attention``) remains a single operator below autograd too: see :mod:`mpcompile.kernels.nm_linear.operators` and
+:mod:`mpcompile.kernels.cpu.attention`. Arguments: :mod:`mpcompile.kernels.schema`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.library import Library
 
 from mpcompile.errors import InputError
 from mpcompile.kernels import autocast, schema
+from mpcompile.kernels.cpu import attention as cpu_attention
 from mpcompile.kernels.nm_linear import checks, reference
 from mpcompile.kernels.nm_linear import operators as native
 from mpcompile.kernels.token_merge import attention, fused, pairs
@@ -67,6 +68,7 @@ for _args, _implementation in _IMPLEMENTATIONS.items():
     _LIBRARY.impl(_args.operator, _implementation, "CompositeImplicitAutograd")
 
 native.define(_LIBRARY)
+cpu_attention.define(_LIBRARY)
 autocast.define(_LIBRARY)
 
 masked_linear = torch.ops.mpcompile.masked_linear.default
@@ -76,6 +78,7 @@ nm_conv2d = torch.ops.mpcompile.nm_conv2d.default
 nm_gemm = torch.ops.mpcompile.nm_gemm.default
 nm_mlp = torch.ops.mpcompile.nm_mlp.default
 nm_conv = torch.ops.mpcompile.nm_conv.default
+nm_attention = torch.ops.mpcompile.nm_attention.default
 token_size = torch.ops.mpcompile.token_size.default
 token_bias = torch.ops.mpcompile.token_bias.default
 token_merge = torch.ops.mpcompile.token_merge.default

@@ -345,6 +345,18 @@ class TokenAttentionArgs(Args):
     enable_gqa: bool
 
 
+@dataclass
+class NmAttentionArgs(Args):
+    """``softmax(query key^T * scale + bias) value``; the result is contiguous as (B, tokens, heads, D)."""
+
+    operator: ClassVar[str] = "nm_attention"
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: OptionalTensor = None
+    scale: float | None = None
+
+
 NativeArgs = NmGemmArgs | NmMlpArgs | NmConvArgs
 OPERATORS: dict[str, type[Args]] = {cls.operator: cls for cls in Args.__subclasses__()}
 

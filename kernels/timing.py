@@ -42,6 +42,7 @@ __all__ = [
     "bucket",
     "bucketed",
     "cache_file",
+    "compare",
     "cpu_name",
     "entry_key",
     "machine_key",
@@ -157,14 +158,43 @@ def times(spec: LayerSpec, engines: Sequence[Engine]) -> dict[str, float] | None
             return modelled
     if os.environ.get("MPCOMPILE_TIMING") == "off":
         return None
-    path, key = cache_file(), entry_key(spec, threads)
+    timed = _remembered(entry_key(spec, threads), names, lambda: measure(spec, engines, threads))
+    return {name: us for name, us in timed.items() if name in names or name in DENSE} | modelled
+
+
+def _remembered(key: str, names: Sequence[str], timed_now: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return an entry of the cache that has all ``names``, or time it and store it."""
+    path = cache_file()
     place = (str(path), key)
     timed = _MEMORY.get(place) or _valid(store.read_json(path).get(key))
-    if not timed.keys() >= set(names):  # all are timed together, under the same load of the machine
-        timed = measure(spec, engines, threads)
+    if not timed or not timed.keys() >= set(names):  # all are timed together, under the same load of the machine
+        timed = timed_now()
         store.write_json(path, {key: {name: round(us, 3) for name, us in timed.items()}})
     _MEMORY[place] = timed
-    return {name: us for name, us in timed.items() if name in names or name in DENSE} | modelled
+    return timed
+
+
+def compare(key: str, candidates: Callable[[], dict[str, Sequence[Callable[[], Any]]]]) -> dict[str, float] | None:
+    """Return microseconds per call of alternatives on the CPU that are no engines of layers.
+
+    Args:
+        key: everything that the times depend on besides machine and threads.
+        candidates: returns name -> the same call on several copies of its inputs.
+
+    Returns:
+        None if nothing can be timed: with a cost model, or with ``MPCOMPILE_TIMING=off``.
+    """
+    if _MODEL is not None or os.environ.get("MPCOMPILE_TIMING") == "off":
+        return None
+    threads = torch.get_num_threads()
+
+    def timed_now() -> dict[str, float]:
+        with _quiet(torch.device("cpu"), threads):
+            runs = {name: _rotating(calls) for name, calls in candidates().items()}
+            medians = _race(list(runs.values()), wall_clock)
+        return {name: median * 1e6 for name, median in zip(runs, medians, strict=True)}
+
+    return _remembered(f"{key}, {threads}", [], timed_now)
 
 
 def _valid(entry: Any) -> dict[str, float]:
@@ -176,13 +206,13 @@ def _valid(entry: Any) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _quiet(spec: LayerSpec, threads: int) -> Iterator[None]:
+def _quiet(device: torch.device, threads: int) -> Iterator[None]:
     """Set the conditions of inference: no gradients, no autocast, and ``threads`` threads."""
     before = torch.get_num_threads()
     if threads != before:
         torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(), torch.autocast(spec.device.type, enabled=False):
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         if threads != before:
@@ -195,7 +225,7 @@ def measure(spec: LayerSpec, engines: Sequence[Engine], threads: int) -> dict[st
     Returns:
         name -> median microseconds per call.
     """
-    with _quiet(spec, threads):
+    with _quiet(spec.device, threads):
         runs = [(name, _rotating(calls)) for name, calls in _runs(bucketed(spec), engines)]
         clock = CudaClock(spec.device) if spec.device.type == "cuda" else wall_clock
         medians = _race([run for _, run in runs], clock)

@@ -43,7 +43,7 @@ from mpcompile.passes.base import Context, Results, run_pass
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
-from mpcompile.passes.lower import Lower, LowerDense, Slot, Slots
+from mpcompile.passes.lower import Lower, LowerAttention, LowerDense, Slot, Slots
 from mpcompile.passes.mask import Masked, magnitude_mask
 from mpcompile.passes.merge_tokens.insert import unmerged
 from mpcompile.pipeline import Pipeline, run_pipeline, transformed
@@ -318,9 +318,8 @@ def mpsparse(
             propagate(imported.gm, imported.inputs)
         context = Context(config, imported.inputs, imported.lifted, owned=False, plan=plan, observers=observers())
         with exact():
-            for step in (
-                [FoldNorm(), FoldScale(), Lower(), LowerDense(), Fuse()] if config.frozen else [Lower(), Fuse()]
-            ):
+            frozen = [FoldNorm(), FoldScale(), Lower(), LowerDense(), LowerAttention(), Fuse()]
+            for step in frozen if config.frozen else [Lower(), Fuse()]:
                 run_pass(step, imported.gm, context)
             spec.check(imported.gm, spec.Stage.FUSED, lifted=imported.lifted, plan=plan)
         join_rows(plan)

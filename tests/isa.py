@@ -10,6 +10,7 @@ BY_FILE: dict[str, tuple[str, ...]] = {
         "test_exported_graphs_are_packed_too",
     ),
     "export/test_lowered.py": (),
+    "kernels/cpu/test_attention.py": (),
     "kernels/nm_linear/test_cpu_kernels.py": (),
     "kernels/nm_linear/test_cpu_operators.py": (),
     "kernels/test_isa.py": (),
@@ -51,7 +52,7 @@ BY_FILE: dict[str, tuple[str, ...]] = {
         "test_activation_functions", "test_activation_modules", "test_additions",
         "test_activations_after_the_addition", "test_mlps", "test_convolutions_make_no_mlp",
     ),
-    "passes/test_lower.py": (
+    "passes/lower/test_masked.py": (
         "test_lowered_equals_masked_dense[2:4-vit-reference]",
         "test_lowered_equals_masked_dense[6:16-resnet18-reference]",
         "test_lowered_equals_masked_dense[6:16-mlp-reference]", "test_lowered_equals_masked_dense[2:4-mlp-dense]",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
 class Weight(ctypes.Structure):
@@ -81,5 +81,38 @@ class Conv(ctypes.Structure):
     )
 
 
-STRUCTS: dict[str, type[ctypes.Structure]] = {"NmWeight": Weight, "NmLinear": Linear, "NmMlp": Mlp, "NmConv": Conv}
+class Heads(ctypes.Structure):
+    """``NmHeads``: a tensor of heads by its strides."""
+
+    _fields_ = (("data", _POINTER), ("batch", _INT64), ("head", _INT64), ("token", _INT64))
+
+
+class Attention(ctypes.Structure):
+    """``NmAttention``: the parameters of ``nm_attention``."""
+
+    _fields_ = (
+        ("query", Heads),
+        ("key", Heads),
+        ("value", Heads),
+        ("bias", Heads),
+        ("y", _POINTER),
+        ("batch", _INT64),
+        ("heads", _INT64),
+        ("queries", _INT64),
+        ("keys", _INT64),
+        ("dim", _INT32),
+        ("value_dim", _INT32),
+        ("scale", _FLOAT),
+        ("threads", _INT32),
+    )
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "NmWeight": Weight,
+    "NmLinear": Linear,
+    "NmMlp": Mlp,
+    "NmConv": Conv,
+    "NmHeads": Heads,
+    "NmAttention": Attention,
+}
 """Name in ``abi.h`` -> its mirror here."""

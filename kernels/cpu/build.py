@@ -39,7 +39,18 @@ from mpcompile.kernels.store import cache_folder, temporary_folder
 log = logging.getLogger(__name__)
 
 NATIVE = Path(__file__).with_name("native")  # the folder of the C++ sources
-SOURCES = ("cpu.cpp", "abi.h", "conv.h", "dense.h", "gemm.h", "layouts.h", "sweep.h", "tiles.h", "vec.h")
+SOURCES = (
+    "cpu.cpp",
+    "abi.h",
+    "attention.h",
+    "conv.h",
+    "dense.h",
+    "gemm.h",
+    "layouts.h",
+    "sweep.h",
+    "tiles.h",
+    "vec.h",
+)
 ISAS = {
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
@@ -48,7 +59,7 @@ ISAS = {
 }
 # No -ffast-math: it reorders sums and ignores NaN.
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
-OPERATOR_SOURCES = ("ops.cpp", "abi.h", "layouts.h")
+OPERATOR_SOURCES = ("ops.cpp", "abi.h", "layouts.h", "operators.h")
 OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -shared"
 SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 _SECONDS = 300
@@ -58,7 +69,7 @@ _CHECKSUM = hashlib.sha256().digest_size
 class Kernels(ctypes.CDLL):
     """The library of kernels (``cpu.cpp``); ``isa`` is the key of :data:`ISAS` that it was built for."""
 
-    functions = ("nm_linear", "nm_mlp", "nm_conv", "nm_pairs")
+    functions = ("nm_linear", "nm_mlp", "nm_conv", "nm_attention", "nm_pairs")
     isa: str
 
 
@@ -70,9 +81,9 @@ class Operators(ctypes.CDLL):
     def use(self, kernels: Kernels | None) -> None:
         """Make the operators call these kernels; with None, they call the operators in Python."""
         if kernels is None:
-            self.nm_use(None, None, None, 0)
+            self.nm_use(None, None, None, None, 0)
             return
-        functions = (kernels.nm_linear, kernels.nm_mlp, kernels.nm_conv)
+        functions = (kernels.nm_linear, kernels.nm_mlp, kernels.nm_conv, kernels.nm_attention)
         self.nm_use(*(ctypes.cast(f, ctypes.c_void_p) for f in functions), kernels.nm_pairs())
 
 
@@ -247,7 +258,9 @@ def _built(stem: str, sources: tuple[str, ...], flags: list[str], libraries: lis
         with replacing(folder / name, mode=0o700, durable=False, follow=False) as file:
             file.write(data + hashlib.sha256(data).digest())  # the loader ignores bytes after the last section
     except subprocess.CalledProcessError as error:
-        output = error.stderr.strip()[-400:] or f"exit status {error.returncode}"
+        lines = error.stderr.strip().splitlines()
+        causes = [line for line in lines if "error" in line] or lines  # notes and warnings surround them
+        output = "\n".join(causes)[-400:] or f"exit status {error.returncode}"
         raise _Rejected(f"{command[0]} cannot build the CPU kernels: {output}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} cannot build the CPU kernels: {error}") from error
@@ -306,7 +319,7 @@ def operators() -> Operators | None:
     except Unavailable as error:
         log.info("mpcompile: the CPU operators stay in Python: %s", error)
         return None
-    loaded.nm_use.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int]
+    loaded.nm_use.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
     loaded.nm_use.restype = None
     return loaded
 
@@ -351,6 +364,7 @@ def load(isa: str, sanitize: bool = False) -> Kernels:
     loaded.nm_linear.argtypes = [ctypes.POINTER(abi.Linear)]
     loaded.nm_mlp.argtypes = [ctypes.POINTER(abi.Mlp)]
     loaded.nm_conv.argtypes = [ctypes.POINTER(abi.Conv)]
+    loaded.nm_attention.argtypes = [ctypes.POINTER(abi.Attention)]
     loaded.isa = isa
     return loaded
 

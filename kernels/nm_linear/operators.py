@@ -25,7 +25,7 @@ from mpcompile.kernels.nm_linear import checks, packed, panels, sparse24
 from mpcompile.kernels.nm_linear.checks import PackedWeight
 from mpcompile.kernels.nm_linear.gpu import launch as gpu_launch
 from mpcompile.kernels.nm_linear.layouts import ROWS
-from mpcompile.kernels.schema import NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
+from mpcompile.kernels.schema import Args, NativeArgs, NmConvArgs, NmGemmArgs, NmMlpArgs
 
 _NUMBER = {name: number for number, name in enumerate(packed.EPILOGUES)}
 _IS_BF16 = {torch.float32: 0, torch.bfloat16: 1}
@@ -300,7 +300,7 @@ def _gradient(formula: Callable[..., Tensor]) -> tuple[Callable[..., Any], Calla
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if v is None else v[0] for v in ctx.inputs]
-        wanted = [i for i, v in enumerate(inputs) if ctx.needs_input_grad[i] and isinstance(v, Tensor)]
+        wanted = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and ctx.needs_input_grad[i]]
         with torch.enable_grad():
             for i in wanted:
                 inputs[i] = inputs[i].detach().requires_grad_()
@@ -320,19 +320,37 @@ _IMPLEMENTATIONS: dict[type[NativeArgs], tuple[Callable[..., Tensor], Callable[.
 }
 
 
+def register(
+    library: Library,
+    args: type[Args],
+    kernel: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+) -> None:
+    """Define an operator under both of its names.
+
+    Args:
+        kernel: its implementation in Python.
+        fake: the shape of its result.
+        formula: the same in plain torch, for its gradient.
+    """
+    short = args.operator
+    for name in (short, short + GENERAL):
+        library.define(name + args.signature(), tags=(torch.Tag.needs_fixed_stride_order,))
+        # Not registered for CPU itself: C++ takes that key when it is loaded.
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    # Both names get the autograd kernel of the short one: graphs then hold the short name, whichever was called, and
+    # the forward pass of a training step runs in C++.
+    first = getattr(getattr(torch.ops, library.ns), short).default
+    above = make_autograd_impl(first, Info(*_gradient(formula)))
+    for name in (short, short + GENERAL):
+        library.impl(name, above, "Autograd", with_keyset=True)
+
+
 def define(library: Library) -> None:
     """Define the operators in ``library``."""
     for args, (kernel, fake, formula) in _IMPLEMENTATIONS.items():
-        short = args.operator
-        for name in (short, short + GENERAL):
-            library.define(name + args.signature(), tags=(torch.Tag.needs_fixed_stride_order,))
-            # Not registered for CPU itself: C++ takes that key when it is loaded.
-            library.impl(name, kernel, "CompositeExplicitAutograd")
-            library.impl(name, gpu_launch.IMPLEMENTATIONS[short], "CUDA")
-            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-        # Both names get the autograd kernel of the short one: graphs then hold the short name, whichever was called,
-        # and the forward pass of a training step runs in C++.
-        first = getattr(getattr(torch.ops, library.ns), short).default
-        above = make_autograd_impl(first, Info(*_gradient(formula)))
-        for name in (short, short + GENERAL):
-            library.impl(name, above, "Autograd", with_keyset=True)
+        register(library, args, kernel, fake, formula)
+        for name in (args.operator, args.operator + GENERAL):
+            library.impl(name, gpu_launch.IMPLEMENTATIONS[args.operator], "CUDA")

@@ -111,6 +111,6 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return torch's FLOP counter, extended by fused attention on CPUs, which it does not count before torch 2.15."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={fused: _attention_flops})
+    """Return torch's FLOP counter, extended by attention on CPUs: ours, and torch's, which it counts from 2.15 on."""
+    fused = (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.mpcompile.nm_attention)
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(fused, _attention_flops))

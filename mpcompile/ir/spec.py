@@ -57,7 +57,7 @@ class Operator:
 
     Attributes:
         target: the operator.
-        family: ``"masked"``, ``"merging"``, ``"packed"`` or ``"native"``.
+        family: ``"masked"``, ``"merging"``, ``"packed"``, ``"native"`` or ``"attention"``.
         since: the first stage at which the operator is legal.
         stored: names of arguments that are packed tensors: reads of buffers, or graph inputs.
         literal: names of arguments that are plain numbers or lists of them, because passes and engines read them.
@@ -99,6 +99,7 @@ def _rows() -> Iterator[Operator]:
             literal=_PACKED_NUMBERS,
             epilogue=_NO_EPILOGUE if op in (ops.nm_gemm, ops.nm_conv) else (),
         )
+    yield Operator(ops.nm_attention, "attention", Stage.LOWERED)
 
 
 OPERATORS: dict[Any, Operator] = {row.target: row for row in _rows()}

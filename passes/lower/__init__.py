@@ -1,5 +1,6 @@
-"""Lowerings: replace layers by the operators of engines, on packed tensors that the graph owns."""
+"""Lowerings: replace layers and attention by the operators of engines, on packed tensors that the graph owns."""
 
+from mpcompile.passes.lower.attention import AttentionLowering, LowerAttention
 from mpcompile.passes.lower.dense import DenseLowering, LowerDense
 from mpcompile.passes.lower.masked import (
     PACKED,
@@ -15,9 +16,11 @@ from mpcompile.passes.lower.masked import (
 
 __all__ = [
     "PACKED",
+    "AttentionLowering",
     "DenseLowering",
     "EngineChoice",
     "Lower",
+    "LowerAttention",
     "LowerDense",
     "Lowering",
     "Slot",

@@ -50,7 +50,7 @@ def test_real_graphs_pass_at_their_stage(name, tmp_path):
 
 
 def test_every_operator_of_the_library_has_a_row():
-    assert OPERATORS.keys() == ops.MASKED | ops.MERGING | ops.PACKED
+    assert OPERATORS.keys() == ops.MASKED | ops.MERGING | ops.PACKED | {ops.nm_attention}
     names = {argument.name for row in OPERATORS.values() for argument in row.target._schema.arguments}
     for row in OPERATORS.values():
         assert row.stored | row.literal | {name for name, _ in row.epilogue} <= names

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from mpcompile.kernels import autocast, ops, schema
-from mpcompile.kernels.cpu import build
+from mpcompile.kernels.cpu import attention, build
 from mpcompile.kernels.nm_linear import operators
 from mpcompile.kernels.nm_linear.gpu import launch
 
@@ -40,14 +40,17 @@ SIGNATURES = {
     "token_spread": "(Tensor x, Tensor place, int start, int dim) -> Tensor",
     "token_attention": "(Tensor query, Tensor key, Tensor value, Tensor size, int start, float dropout_p, "
     "float? scale, bool enable_gqa) -> Tensor",
+    "nm_attention": "(Tensor query, Tensor key, Tensor value, Tensor? bias=None, float? scale=None) -> Tensor",
 }
-NATIVE = (schema.NmGemmArgs, schema.NmMlpArgs, schema.NmConvArgs)
+PACKED = (schema.NmGemmArgs, schema.NmMlpArgs, schema.NmConvArgs)
+NATIVE = (*PACKED, schema.NmAttentionArgs)
 CPP_TYPES = {
     "Tensor": r"const Tensor&",
     "Tensor?": r"const OptionalTensor&",
     "int[]": r"IntList",
     "int": r"int64_t",
     "str": r"StringView",
+    "float?": r"std::optional<double>",
 }
 
 
@@ -103,12 +106,13 @@ def test_compiled_cpp_has_the_types_of_the_schema(args: type[schema.Args]) -> No
 def test_python_kernels_name_their_parameters_as_the_schema_does() -> None:
     kernels = [(args, [kernel]) for args, kernel in ops._IMPLEMENTATIONS.items()]
     kernels += [(args, [kernel, formula]) for args, (kernel, _, formula) in operators._IMPLEMENTATIONS.items()]
+    kernels.append((schema.NmAttentionArgs, [attention._attention, attention.plain]))
     assert {args for args, _ in kernels} == set(schema.OPERATORS.values())
     for args, functions in kernels:
         for function in functions:
             parameters = inspect.signature(function).parameters.values()
             assert tuple(parameter.name for parameter in parameters) == args.names(), function
-    assert launch.IMPLEMENTATIONS.keys() == {args.operator for args in NATIVE} == autocast._RESIDUAL.keys()
+    assert launch.IMPLEMENTATIONS.keys() == {args.operator for args in PACKED} == autocast._RESIDUAL.keys()
 
 
 def test_a_node_binds_by_position_and_by_name() -> None:

@@ -23,7 +23,7 @@ from mpcompile.passes.dead_tokens import SkipDeadTokens
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
-from mpcompile.passes.lower import Lower, LowerDense
+from mpcompile.passes.lower import Lower, LowerAttention, LowerDense
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.passes.permute import Permute
@@ -67,7 +67,7 @@ class Case:
         policy: calibration policy; None for a run without data.
         requests: requests of later passes.
         changes: False if the pass leaves graph and tensors as they are.
-        options: arguments of the pass that plans.
+        options: arguments of the pass that plans, by position or by name.
     """
 
     step: type[Pass]
@@ -77,7 +77,7 @@ class Case:
     policy: str | None = None
     requests: frozenset = EVERYTHING
     changes: bool = True
-    options: tuple = ()
+    options: tuple | dict = ()
 
 
 SER = Config(score="ser", exclude=("stem", "head"))
@@ -111,6 +111,10 @@ CASES = {
     "skip_dead_tokens, none": Case(SkipDeadTokens, changes=False),
     "lower": Case(Lower, before=(Mask,)),
     "lower_dense": Case(LowerDense, tiny_vit, Config(engine="cpu_dense", exclude=["*.mlp.*"]), before=(Mask,)),
+    "lower_attention": Case(
+        LowerAttention, tiny_vit, Config(tome_r=2), before=(MergeTokens,), options={"timed": False}
+    ),
+    "lower_attention, none": Case(LowerAttention, changes=False),
     "fuse": Case(Fuse, tiny_vit, Config(engine="cpu"), before=(Mask, Lower)),
 }
 
@@ -165,7 +169,7 @@ def result_of(gm, x):
 def test_plan_is_pure_and_its_decision_is_all_that_apply_needs(name):
     case = CASES[name]
     gm, ctx = begun(case)
-    step = case.step(*case.options)
+    step = case.step(**case.options) if isinstance(case.options, dict) else case.step(*case.options)
     before, plan, results, attributes = snapshot(gm), ctx.plan.to_json(), dict(vars(ctx.results)), dict(vars(step))
     random = torch.random.get_rng_state()
     decision = step.plan(gm, ctx)

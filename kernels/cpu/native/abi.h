@@ -76,6 +76,33 @@ struct NmConv {
   int32_t threads;
 };
 
+// A tensor of heads, (batch, heads, tokens, channels), by its strides in elements. Channels are contiguous.
+struct NmHeads {
+  const void* data;
+  int64_t batch;
+  int64_t head;
+  int64_t token;
+};
+
+// y = softmax(query key^T * scale + bias) value, in float32. `bias` (null data: none) is (batch, heads, queries, keys);
+// its strides may be zero, except that of the keys, which is one. `y` is contiguous: (batch, queries, heads,
+// value_dim).
+struct NmAttention {
+  NmHeads query;
+  NmHeads key;
+  NmHeads value;
+  NmHeads bias;
+  void* y;
+  int64_t batch;
+  int64_t heads;
+  int64_t queries;
+  int64_t keys;
+  int32_t dim;
+  int32_t value_dim;
+  float scale;
+  int32_t threads;
+};
+
 extern "C" {
 int nm_lanes();  // floats in a vector
 int nm_pairs();  // 1 if the kernels take the layouts of bf16 pairs (QUADS, RING, OCTS), else 0
@@ -84,4 +111,5 @@ int nm_pairs();  // 1 if the kernels take the layouts of bf16 pairs (QUADS, RING
 int nm_linear(const NmLinear* args);
 int nm_mlp(const NmMlp* args);
 int nm_conv(const NmConv* args);
+int nm_attention(const NmAttention* args);
 }

@@ -1,6 +1,7 @@
 // Sparse products on the CPU for any N:M, with the C interface of abi.h. Uses no torch headers; build.py compiles it on
 // the machine it runs on.
 
+#include "attention.h"
 #include "conv.h"
 #include "dense.h"
 
@@ -68,6 +69,10 @@ int nm_mlp(const NmMlp* args) {
 
 int nm_conv(const NmConv* args) {
   return guarded([&] { convolution(*args); });
+}
+
+int nm_attention(const NmAttention* args) {
+  return guarded([&] { attention(*args); });
 }
 
 }  // extern "C"

@@ -1,45 +1,21 @@
-// nm_gemm, nm_mlp and nm_conv, called by torch without going through Python: for a layer with few tokens, the
-// interpreter would take longer than the kernel. Anything unusual (another dtype, strides, sizes that do not match, a
-// gradient) goes to the operator of the same name with the suffix _general, which operators.py implements. build.py
-// compiles this file against the headers of the installed torch.
+// nm_gemm, nm_mlp, nm_conv and nm_attention, called by torch without going through Python: for a layer with few tokens,
+// the interpreter would take longer than the kernel. Anything unusual (another dtype, strides, sizes that do not match,
+// a gradient) goes to the operator of the same name with the suffix _general, which operators.py and attention.py
+// implement. build.py compiles this file against the headers of the installed torch.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/GradMode.h>
-#include <torch/library.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <algorithm>
-#include <atomic>
+#include <array>
 #include <climits>
+#include <cmath>
 #include <cstring>
-#include <optional>
-#include <string>
-#include <utility>
 
-#include "abi.h"
 #include "layouts.h"
+#include "operators.h"
 
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using StringView = c10::string_view;
-using IntList = at::IntArrayRef;
-
-// Addresses of the functions of cpu.cpp; build.py chooses the instruction set that these are built for.
-using LinearKernel = int(const NmLinear*);
-using MlpKernel = int(const NmMlp*);
-using ConvKernel = int(const NmConv*);
-struct Kernels {
-  LinearKernel* linear;
-  MlpKernel* mlp;
-  ConvKernel* conv;
-  bool pairs;  // whether they support the layouts of bf16 pairs (QUADS, RING, OCTS)
-};
-std::atomic<const Kernels*> current_kernels{nullptr};  // never freed: a concurrent call may still be reading it
 
 constexpr int64_t MAX_M = 32;
 constexpr int ACTIVATIONS = 5;
@@ -138,10 +114,6 @@ NmWeight to_abi(const WeightArgs& w) {
       .m = (int32_t)w.m,
       .layout = (int32_t)w.layout,
   };
-}
-
-template <class Signature> auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 // The operators' parameters are those of kernels/schema.py.
@@ -345,33 +317,57 @@ Tensor conv(const Tensor& x, const Tensor& values, const Tensor& index, const Op
   return general.call(x, values, index, bias, residual, stride, padding, dilation, n, m, shape, layout, activation);
 }
 
-bool needs_gradient(const Tensor& t) { return t.requires_grad(); }
-bool needs_gradient(const OptionalTensor& t) { return t && t->requires_grad(); }
-template <class T> bool needs_gradient(const T&) { return false; }
+using AttentionSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                  std::optional<double>);
 
-// The autograd kernel of an operator. If a gradient is needed, it calls the general operator, which has a backward
-// formula; if the next dispatch key is CPU, it calls the CPU kernel directly; otherwise (tracing, functionalization,
-// Python modes) it redispatches.
-template <class Signature, Signature& kernel> struct AutogradKernel;
-template <class... Args, Tensor (&kernel)(Args...)> struct AutogradKernel<Tensor(Args...), kernel> {
-  static const char* name;
-  static Tensor call(c10::DispatchKeySet keys, Args... args) {
-    if (c10::GradMode::is_enabled() && (needs_gradient(args) || ...)) {
-      static const auto general = find_operator<Tensor(Args...)>((std::string(name) + "_general").c_str());
-      return general.call(args...);
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
+                 std::optional<double> scale) {
+  const Kernels* const kernels = current_kernels.load();
+  if (kernels && query.dim() == 4 && key.dim() == 4 && value.dim() == 4) {
+    const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
+    const int64_t dim = query.size(3), value_dim = value.size(3);
+    const bool alike = key.size(0) == batch && key.size(1) == heads && key.size(3) == dim && value.size(0) == batch &&
+                       value.size(1) == heads && value.size(2) == keys;
+    const auto q = to_heads(query, {batch, heads, queries, dim}), k = to_heads(key, {batch, heads, keys, dim});
+    const auto v = to_heads(value, {batch, heads, keys, value_dim});
+    const auto b = bias ? to_heads(*bias, {batch, heads, queries, keys}) : NmHeads{};
+    constexpr int64_t most = 1 << 14;  // expanded tensors can have any size, and the kernel packs a head's keys
+    const bool sane = dim <= most && value_dim <= most && keys <= most;
+    if (alike && sane && q && k && v && b && query.numel() && key.numel() && value.numel()) {
+      const Tensor y =
+          at::empty_strided({batch, heads, queries, value_dim},
+                            {queries * heads * value_dim, value_dim, heads * value_dim, 1}, query.options());
+      const NmAttention args{
+          .query = *q,
+          .key = *k,
+          .value = *v,
+          .bias = *b,
+          .y = y.data_ptr(),
+          .batch = batch,
+          .heads = heads,
+          .queries = queries,
+          .keys = keys,
+          .dim = (int32_t)dim,
+          .value_dim = (int32_t)value_dim,
+          .scale = (float)scale.value_or(1 / std::sqrt((double)dim)),
+          .threads = at::get_num_threads(),
+      };
+      if (!kernels->attention(&args)) return y;
     }
-    const auto below = keys & c10::after_ADInplaceOrView_keyset;
-    if (below.highestPriorityTypeId() == c10::DispatchKey::CPU) return kernel(args...);
-    static const auto self = find_operator<Tensor(Args...)>(name);
-    return self.redispatch(below, args...);
   }
-};
+  const at::AutoDispatchBelowADInplaceOrView below;  // autograd of the general operator would lead back here
+  static const auto general = find_operator<AttentionSignature>("mpcompile::nm_attention_general");
+  return general.call(query, key, value, bias, scale);
+}
+
 using GemmAutograd = AutogradKernel<GemmSignature, gemm>;
 using MlpAutograd = AutogradKernel<MlpSignature, mlp>;
 using ConvAutograd = AutogradKernel<ConvSignature, conv>;
+using AttentionAutograd = AutogradKernel<AttentionSignature, attention>;
 template <> const char* GemmAutograd::name = "mpcompile::nm_gemm";
 template <> const char* MlpAutograd::name = "mpcompile::nm_mlp";
 template <> const char* ConvAutograd::name = "mpcompile::nm_conv";
+template <> const char* AttentionAutograd::name = "mpcompile::nm_attention";
 
 }  // namespace
 
@@ -379,16 +375,18 @@ TORCH_LIBRARY_IMPL(mpcompile, CPU, m) {
   m.impl("nm_gemm", TORCH_FN(gemm));
   m.impl("nm_mlp", TORCH_FN(mlp));
   m.impl("nm_conv", TORCH_FN(conv));
+  m.impl("nm_attention", TORCH_FN(attention));
 }
 
 TORCH_LIBRARY_IMPL(mpcompile, AutogradCPU, m) {
   m.impl("nm_gemm", TORCH_FN(GemmAutograd::call));
   m.impl("nm_mlp", TORCH_FN(MlpAutograd::call));
   m.impl("nm_conv", TORCH_FN(ConvAutograd::call));
+  m.impl("nm_attention", TORCH_FN(AttentionAutograd::call));
 }
 
 // Sets the kernels that the operators call from now on, and whether these support the layouts of bf16 pairs. If
 // `linear` is null, every call goes to the general operators.
-extern "C" void nm_use(LinearKernel* linear, MlpKernel* mlp, ConvKernel* conv, int pairs) {
-  current_kernels = linear ? new Kernels{linear, mlp, conv, pairs != 0} : nullptr;
+extern "C" void nm_use(LinearKernel* linear, MlpKernel* mlp, ConvKernel* conv, AttentionKernel* attention, int pairs) {
+  current_kernels = linear ? new Kernels{linear, mlp, conv, attention, pairs != 0} : nullptr;
 }

@@ -95,6 +95,42 @@ NM_INLINE vf in_register(vf x) {
   return x;
 }
 
+NM_INLINE vf maximum(vf a, vf b) {
+#if NM_AVX512
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif NM_AVX2
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 0, 1, 2, ...
+NM_INLINE vf lane_numbers() {
+  vf x;
+  for (int i = 0; i < W; i++) x[i] = (float)i;
+  return x;
+}
+
+NM_INLINE float largest_lane(vf x) {
+#if NM_AVX512
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  return x[0];
+#endif
+}
+NM_INLINE float sum_of_lanes(vf x) {
+#if NM_AVX512
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
+#endif
+}
+
 // Loads the lanes whose bits are set; the others are zero, and their memory is not read.
 NM_INLINE vf load_lanes(const float* p, uint32_t lanes) {
 #if NM_AVX512 && !defined(__SANITIZE_ADDRESS__)  // AddressSanitizer does not check masked loads

@@ -11,7 +11,7 @@ from mpcompile.kernels.cpu import build
 
 HERE = build.NATIVE.resolve()
 TESTS = Path(__file__).parents[2]
-SWEEP = TESTS / "support/kernel_sweep.cpp"
+SWEEPS = [TESTS / "support/kernel_sweep.cpp", TESTS / "kernels/cpu/attention_sweep.cpp"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
 KERNELS = [*shlex.split(build.FLAGS), "-I", str(HERE)]
 
@@ -21,7 +21,7 @@ def units():
     found = {f"cpu.cpp {isa}": (HERE / "cpu.cpp", [*KERNELS, *shlex.split(flags)]) for isa, flags in build.ISAS.items()}
     for lanes in (4, 8, 16):
         flags = ["-std=c++17", "-O1", "-fopenmp", "-Wno-psabi", f"-DMPCOMPILE_LANES={lanes}", "-I", str(HERE)]
-        found[f"kernel_sweep.cpp {lanes} lanes"] = (SWEEP, flags)
+        found |= {f"{sweep.name} {lanes} lanes": (sweep, flags) for sweep in SWEEPS}
     headers = ["-isystem", str(Path(torch.__file__).parent / "include")]
     found["ops.cpp"] = (HERE / "ops.cpp", [*shlex.split(build.OPERATOR_FLAGS), *headers])
     return found

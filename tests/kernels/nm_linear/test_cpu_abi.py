@@ -12,7 +12,9 @@ TYPES = {
     ctypes.c_void_p: "void*",
     ctypes.c_int32: "int32_t",
     ctypes.c_int64: "int64_t",
+    ctypes.c_float: "float",
     abi.Weight: "NmWeight",
+    abi.Heads: "NmHeads",
 }
 
 
