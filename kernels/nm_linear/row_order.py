@@ -2,7 +2,7 @@
 
 The kernel computes rows in pairs. Where the next entries of both rows have the same columns, it loads the activations
 of a column once for both; loads are what limits it. Random 12:16 rows share two thirds of their entries, 8:16 rows a
-sixth. The kernel compares the indices, so that any other order gives the same product.
+third. The kernel compares the indices, so that any other order gives the same product.
 """
 
 from __future__ import annotations
