@@ -1,8 +1,8 @@
 """Order of the entries of a ``ROWS`` weight: columns that two neighbouring rows both keep come first.
 
 The kernel computes rows in pairs. Where the next entries of both rows have the same columns, it loads the activations
-of a column once for both; loads are what limits it. Random 12:16 rows can share two thirds of their entries, 8:16 rows
-a third. The kernel compares the indices, so that any other order gives the same product.
+of a column once for both; loads are what limits it. Random 12:16 rows share two thirds of their entries, 8:16 rows a
+third. The kernel compares the indices, so that any other order gives the same product.
 """
 
 from __future__ import annotations
