@@ -222,7 +222,7 @@ def _calls(spec: AttentionSpec) -> dict[str, Sequence[Callable[[], Any]]]:
     key = heads((*spec.value[:3], spec.query[-1]))
     bias = None if spec.bias is None else torch.randn(spec.bias, generator=generator)
     copies = max(1, min(_COPIES, _COPIES_BYTES // (query.nbytes + key.nbytes + value.nbytes)))
-    inputs = [[t.clone() for t in (query, key, value)] for _ in range(copies)]  # clones keep the strides
+    inputs = [(query.clone(), key.clone(), value.clone()) for _ in range(copies)]  # clones keep the strides
     ours = torch.ops.mpcompile.nm_attention.default
     return {
         NAME: [functools.partial(ours, *tensors, bias) for tensors in inputs],

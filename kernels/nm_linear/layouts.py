@@ -4,7 +4,8 @@ A block covers the input columns whose activations the kernel holds in the first
 or :data:`PAIRS_BLOCK` columns. Storage order is blocks, then rows of a block, then entries of a row.
 
 * ``ROWS`` (fp32; bf16 on processors without bf16 products): an entry is one kept value and its column in the block (one
-  byte). 5 bytes per kept value in fp32, 3 in bf16.
+  byte). 5 bytes per kept value in fp32, 3 in bf16. Each pair of rows begins with columns that both rows keep
+  (row_order.py); the order is otherwise that of the columns.
 * ``QUADS`` (bf16, 2:4): an entry is two kept values and a number that identifies their *pair* of columns. For every
   four columns the kernel holds all six pairs, interleaved as bf16 dot-product instructions read them.
 * ``OCTS`` (bf16, 1:4): as ``QUADS``, but a pair takes one column from each of two neighbouring groups of four: sixteen
@@ -30,14 +31,16 @@ from torch import Tensor
 from mpcompile.errors import InputError
 from mpcompile.kernels.nm_format import MAX_M, from_rows, to_rows
 from mpcompile.kernels.nm_linear import panels, sparse24
+from mpcompile.kernels.nm_linear.row_order import pack_rows
 
 ROWS, QUADS, RING, OCTS = 0, 1, 2, 3
 NAMES = {ROWS: "rows", QUADS: "quads", RING: "ring", OCTS: "octs"}
 
-ROWS_BLOCK = 96  # columns; 24 KiB for 64 fp32 tokens
+ROWS_BLOCK = 96  # columns; 24 to 42 KiB for 64 to 112 fp32 tokens
 PAIRS_BLOCK = 64  # columns; all their pairs take 24 KiB for 32 (RING) or 64 (QUADS) bf16 tokens
 OCTS_BLOCK = 96  # columns; all their pairs take 24 KiB for 32 bf16 tokens
 REACH = 3  # how far apart the columns of a RING pair may be
+ENTRY_STEP = 4  # entries that the ROWS kernel reads at a time
 RING_ROWS = 4  # rows that share one number of entries
 RING_SPARE = 32  # one spare entry is added per this many
 CONV_COLUMNS, CONV_CHANNELS = 96, 10  # a convolution's block: about this many (tap, channel) columns, and channels
@@ -100,8 +103,8 @@ def blocks(shape: Sequence[int], layout: int, m: int) -> list[Tensor]:
 
 
 def row_entries(width: int, n: int, m: int) -> int:
-    """Return the entries per row of a ROWS block of ``width`` columns: kept values, rounded up to a multiple of 4."""
-    return -(-(width // m * n + min(n, width % m)) // 4) * 4
+    """Return the entries per row of a ROWS block of ``width`` columns: kept values and padding."""
+    return -(-(width // m * n + min(n, width % m)) // ENTRY_STEP) * ENTRY_STEP
 
 
 def block_entries(layout: int, width: int, n: int, m: int) -> int:
@@ -150,7 +153,7 @@ def pack(weight: Tensor, mask: Tensor, n: int, m: int, layout: int) -> tuple[Ten
     for columns in blocks(weight.shape, layout, m):
         block, chosen = rows[:, columns], kept[:, columns]
         if layout == ROWS:
-            parts.append(_pack_rows(block, chosen, row_entries(len(columns), n, m)))
+            parts.append(pack_rows(block, chosen, row_entries(len(columns), n, m), ENTRY_STEP))
         elif layout == QUADS:
             parts.append(_pack_quads(block, chosen))
         elif layout == OCTS:
@@ -235,7 +238,7 @@ def check(values: Tensor, index: Tensor, m: int, layout: int, shape: Sequence[in
 
 
 def check_places(index: Tensor, shape: Sequence[int | None], n: int, m: int) -> None:
-    """Check that a ``ROWS`` index of the right length has ``n`` places in each group, ordered as by :func:`pack`.
+    """Check that a ``ROWS`` index of the right length has ``n`` places in each group.
 
     Args:
         shape: shape of the weight, with None for the columns of a matrix if their number is unknown.
@@ -257,27 +260,19 @@ def check_places(index: Tensor, shape: Sequence[int | None], n: int, m: int) -> 
     start = 0
     for entries, count in zip(counts, kept, strict=True):
         rows = index[start : start + out * entries].view(out, entries)
-        possible = range(entries, max(0, entries - 4), -1) if count is None else (count,)
+        possible = range(entries, max(0, entries - ENTRY_STEP), -1) if count is None else (count,)
         if not any(c % n == 0 and _in_groups(rows, c, n, m) for c in possible):
             raise InputError(f"an index of packed weights is not {n}:{m}", hint="pack or save them again")
         start += out * entries
 
 
 def _in_groups(rows: Tensor, count: int, n: int, m: int) -> bool:
-    """Return True if each row is ``count`` ascending places, ``n`` in each group of ``m``, and then zeros."""
-    places, rest = rows[:, :count], rows[:, count:]
+    """Return True if each row is ``count`` different places, ``n`` in each group of ``m``, and then zeros."""
+    places, rest = rows[:, :count].sort(-1).values, rows[:, count:]
     group = torch.arange(count, device=rows.device) // n
     if bool(rest.any()) or bool((places[:, 1:] <= places[:, :-1]).any()):
         return False
     return bool((places.div(m, rounding_mode="floor") == group.to(torch.uint8)).all())
-
-
-def _pack_rows(block: Tensor, kept: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
-    order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :entries]
-    order = torch.nn.functional.pad(order, (0, entries - order.shape[1]))
-    valid = torch.arange(entries) < kept.sum(-1, keepdim=True)
-    order = order * valid
-    return block.gather(1, order) * valid, order.to(torch.uint8), torch.empty(0)
 
 
 def _pack_quads(block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:

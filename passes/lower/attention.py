@@ -145,7 +145,7 @@ def _spec_of(gm: IRModule, node: fx.Node, call: _Call) -> AttentionSpec | str:
     if len(types) > 1:
         return "its operands are cast"
     ((dtype, device),) = types
-    bias = (query[0], 1, 1, key[2]) if call.size is not None else None
+    bias: tuple[int, ...] | None = (query[0], 1, 1, key[2]) if call.size is not None else None
     if call.mask is not None:
         mask = fake_value(call.mask) if isinstance(call.mask, fx.Node) else None
         if not isinstance(mask, Tensor) or mask.dtype is not dtype or mask.device != device or not 2 <= mask.dim() <= 4:
@@ -166,7 +166,8 @@ def _replace(graph: fx.Graph, node: fx.Node, call: _Call) -> None:
             )
         elif bias is not None and fake_value(bias).dim() < 4:
             missing = 4 - fake_value(bias).dim()
-            bias = graph.call_function(operator.getitem, (bias, (*(None,) * missing, Ellipsis)))
+            place: Any = (*(None,) * missing, Ellipsis)
+            bias = graph.call_function(operator.getitem, (bias, place))
         scale = None if call.scale is None else float(call.scale)
         args = schema.NmAttentionArgs(call.query, call.key, call.value, bias, scale)
         new = graph.call_function(ops.nm_attention, args.shortest())

@@ -62,7 +62,8 @@ def test_an_index_that_packing_cannot_have_made(tmp_path):
         save(network(lambda g, x: product(g, x, **changed), v=v, i=i), tmp_path / "file")
         load(tmp_path / "file")
     v, i = matrix()
-    for place, wrong in ((0, 5), (1, 0), (31, 64), (31, 95), (2, 9)):
+    twice, elsewhere = int(i[1]), (int(i[0]) + 4) % 64  # a place of the same row again, and one of another group
+    for place, wrong in ((0, twice), (0, elsewhere), (31, 64), (31, 95)):
         bad = i.clone()
         bad[place] = wrong
         with pytest.raises(ArtifactError, match=r"is not 2:4|outside"):

@@ -12,16 +12,17 @@
 #include "gemm.h"
 
 constexpr int TILE_VECTORS = 2, TILE_OUTPUTS = TILE_VECTORS * W;
-constexpr int MAX_TILE_ROWS = W == 16  ? 14
-                              : W == 8 ? 6
-                                       : 4;  // accumulators, weights and a broadcast fill the registers
-constexpr int DENSE_CHANNELS = 384;          // channels of a block: its tokens and weights stay in the inner caches
-constexpr int64_t CHUNK_BYTES = 1 << 20;     // copied tokens of a task: they stay in the L2 cache
-
-constexpr int TILE_PANELS = TILE_OUTPUTS > PANEL_OUTPUTS ? TILE_OUTPUTS / PANEL_OUTPUTS : 1;
+// Accumulators, weights and a broadcast value fill the registers.
+constexpr int MAX_TILE_ROWS = W == 16 ? 14 : W == 8 ? 6 : 4;
+// Channels of a block: the tokens and the weights of a register tile stay in the inner caches.
+constexpr int DENSE_CHANNELS = 384;
+// Copied tokens of a task: they stay in the L2 cache.
+constexpr int64_t CHUNK_BYTES = 1 << 20;
 constexpr int RANGES_PER_THREAD = 4;
 constexpr int FETCH_EVERY = 4;  // channels between two prefetches of a register tile
+constexpr int TILE_PANELS = TILE_OUTPUTS > PANEL_OUTPUTS ? TILE_OUTPUTS / PANEL_OUTPUTS : 1;
 
+static_assert(MAX_TILE_ROWS <= W, "copy_rows transposes a vector of tokens");
 static_assert(PANEL_OUTPUTS * sizeof(float) == 64, "a panel has one cache line per channel");
 static_assert(PANEL_OUTPUTS % W == 0, "a vector of outputs lies in one panel");
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <omp.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,8 @@
 #include "tiles.h"
 
 constexpr int MAX_PANEL_VECTORS = 4;
+// The same for LAYOUT_ROWS in fp32: sums of two rows, which share the registers with a few other vectors.
+constexpr int WIDE_PANEL_VECTORS = W == 16 ? 7 : W == 8 ? 6 : 4;
 constexpr int MAX_TASK_ROWS = 768;  // output rows of a task: their sums stay in the L2 cache
 constexpr int MIN_TASK_ROWS = 128;
 constexpr int MANY_TASKS = 16;  // tasks per thread above which the choice of split makes no difference
@@ -61,6 +64,17 @@ static ThreadScratch& scratch() {
   return instance;
 }
 
+// The widest panel whose tile leaves room in the L1 cache for the weights and sums that pass through.
+static int cached_panel_vectors() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const long bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+  constexpr long bytes = 0;
+#endif
+  constexpr int vector_bytes = ROWS_BLOCK * W * (int)sizeof(float);
+  return std::max(MAX_PANEL_VECTORS, (int)(bytes / 8 * 7 / vector_bytes));
+}
+
 // A packed weight. X: float or bf16, the dtype of activations, values and bias.
 template <class X> struct PackedWeight {
   const X* values;
@@ -70,7 +84,11 @@ template <class X> struct PackedWeight {
 
   int entries_per_row(int columns) const { return block_entries(layout, columns, n, m); }
   int block_width() const { return block_columns(layout, m); }
-  int max_panel_vectors() const { return layout == LAYOUT_RING || layout == LAYOUT_OCTS ? 2 : MAX_PANEL_VECTORS; }
+  static constexpr int most_vectors() { return std::is_same<X, float>::value ? WIDE_PANEL_VECTORS : MAX_PANEL_VECTORS; }
+  int max_panel_vectors() const {
+    if (layout == LAYOUT_RING || layout == LAYOUT_OCTS) return 2;
+    return layout == LAYOUT_ROWS ? std::min(most_vectors(), cached_panel_vectors()) : MAX_PANEL_VECTORS;
+  }
 
   // Cost of filling the tiles of a panel, as the number of weight rows whose products would take the same time. The
   // fewer weights a row keeps, the larger this number.
@@ -180,14 +198,12 @@ template <int V> static bool last_vector_half_used(int64_t first, int64_t tokens
   return HALVES && first + V * W - tokens >= W / 2;
 }
 
-// Calls f with the number of vectors as a compile-time constant.
-template <class F> static void with_panel_width(int vectors, F f) {
-  switch (vectors) {
-    case 1: f(std::integral_constant<int, 1>()); break;
-    case 2: f(std::integral_constant<int, 2>()); break;
-    case 3: f(std::integral_constant<int, 3>()); break;
-    default: f(std::integral_constant<int, 4>()); break;
+// Calls f with the number of vectors, at most `MOST`, as a compile-time constant.
+template <int MOST = MAX_PANEL_VECTORS, class F> static void with_panel_width(int vectors, F f) {
+  if constexpr (MOST > 1) {
+    if (vectors < MOST) return with_panel_width<MOST - 1>(vectors, f);
   }
+  f(std::integral_constant<int, MOST>());
 }
 
 // Prefetches the input channels of the block that starts at column k0.
@@ -301,7 +317,7 @@ static void accumulate(const PackedWeight<X>& w, const Activations<X>& in, const
 // Applies the epilogue to the sums of a panel and writes them to y.
 template <class X> static void write_panel(const PanelSums& sums, const Panel& panel, const Output<X>& out) {
   if (out.format == FORMAT_PLANES) return write_planes(sums, panel.segments, out);
-  int64_t place[MAX_PANEL_VECTORS * W];
+  int64_t place[WIDE_PANEL_VECTORS * W];
   for (int i = 0; i < sums.lanes; i++) place[i] = panel.first + i < out.tokens ? panel.first + i : -1;
   write_tokens(sums, place, out);
 }
@@ -314,7 +330,7 @@ static void gemm(const PackedWeight<X>& w, const Activations<X>& in, const Outpu
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t p = split.panel(task), first = split.panels.first(p);
     const RowRange rows = split.chunk(task, w.outputs);
-    with_panel_width(split.panels.width(p), [&](auto v) {
+    with_panel_width<PackedWeight<X>::most_vectors()>(split.panels.width(p), [&](auto v) {
       constexpr int V = decltype(v)::value, P = V * W;
       const Panel panel{first, find_segments(in, first, P)};
       float* sums = scratch().sums.get((size_t)(split.rows + RING_ROWS) * P);
@@ -336,7 +352,7 @@ template <class X> static void mlp(const Mlp<X>& layers, const Activations<X>& i
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && panels.count > 1)
   for (int64_t p = 0; p < panels.count; p++) {
     const Panel panel{panels.first(p), {}};
-    with_panel_width(panels.width(p), [&](auto v) {
+    with_panel_width<PackedWeight<X>::most_vectors()>(panels.width(p), [&](auto v) {
       constexpr int V = decltype(v)::value, P = V * W;
       const int hidden = one.outputs;
       float* float_panel = nullptr;

@@ -21,6 +21,16 @@ template <class Value> struct BlockRows {
 // each row start from; null for later blocks, which continue from `sums`.
 
 // --- LAYOUT_ROWS: each entry is a kept value and its column number ---
+//
+// Processors load at most as many vectors as they multiply, so that a load per product is the bottleneck. Where two
+// rows keep the same columns, each load serves both. layouts.pack stores the common columns of two rows first.
+
+// True if the next four entries of each pair of rows have the same columns.
+template <int R> NM_INLINE bool columns_agree(const uint8_t* index, int entries) {
+  for (int r = 0; r + 1 < R; r += 2)
+    if (memcmp(index + r * entries, index + (r + 1) * entries, 4)) return false;
+  return true;
+}
 
 template <int V, bool HALF, int R, class Value>
 NM_INLINE void rows_block(const float* tile, BlockRows<Value> block, float* sums, const float* initial) {
@@ -34,7 +44,28 @@ NM_INLINE void rows_block(const float* tile, BlockRows<Value> block, float* sums
     for (int v = 0; v < FULL; v++) acc[r][v] = initial ? splat(initial[r]) : load(sums + r * P + v * W);
     if (HALF) last[r] = initial ? low_half(splat(initial[r])) : load_low(sums + r * P + FULL * W);
   }
-  for (int e = 0; e < entries; e += 4) {
+  int e = 0;
+  for (; R > 1 && e < entries && columns_agree<R>(index + e, entries); e += 4) {
+#define NM_STEP(Q)                                                   \
+  _Pragma("GCC unroll 4") for (int r = 0; r < R - 1; r += 2) {       \
+    const vf w0 = weight_of_four<Q>(values + r * entries + e);       \
+    const vf w1 = weight_of_four<Q>(values + (r + 1) * entries + e); \
+    const float* x = tile + (size_t)index[r * entries + e + Q] * P;  \
+    _Pragma("GCC unroll 8") for (int v = 0; v < FULL; v++) {         \
+      const vf tokens = in_register(load(x + v * W));                \
+      acc[r][v] = fma(w0, tokens, acc[r][v]);                        \
+      acc[r + 1][v] = fma(w1, tokens, acc[r + 1][v]);                \
+    }                                                                \
+    if (HALF) {                                                      \
+      const vl tokens = load_low(x + FULL * W);                      \
+      last[r] = fma(low_half(w0), tokens, last[r]);                  \
+      last[r + 1] = fma(low_half(w1), tokens, last[r + 1]);          \
+    }                                                                \
+  }
+    NM_STEP(0) NM_STEP(1) NM_STEP(2) NM_STEP(3)
+#undef NM_STEP
+  }
+  for (; e < entries; e += 4) {
     Weights4 weights[R];
     uint32_t columns[R];
 #pragma GCC unroll 8
@@ -61,8 +92,9 @@ NM_INLINE void rows_block(const float* tile, BlockRows<Value> block, float* sums
   }
 }
 
-// Weight rows computed together: enough independent accumulators to hide the latency of an FMA.
-constexpr int rows_together(int vectors) { return vectors >= 3 ? 2 : vectors == 2 ? 4 : 8; }
+// Weight rows computed together: enough independent accumulators to hide the latency of an FMA, and no more than the
+// registers hold. Always even, because layouts.pack gives pairs of rows their common columns first.
+constexpr int rows_together(int vectors) { return vectors >= (W == 16 ? 4 : 3) ? 2 : vectors >= 2 ? 4 : 8; }
 
 // --- LAYOUT_QUADS, LAYOUT_OCTS, LAYOUT_RING: each entry is two kept bf16 values and the number of a column pair ---
 

@@ -85,6 +85,16 @@ NM_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// Keeps the compiler from loading a value again for each of its uses.
+NM_INLINE vf in_register(vf x) {
+#if NM_AVX512
+  asm("" : "+v"(x));
+#elif NM_AVX2
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 NM_INLINE vf maximum(vf a, vf b) {
 #if NM_AVX512
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -205,6 +215,10 @@ NM_INLINE Weights4 load_weights4(const bf16* p) {
 }
 template <int Q> NM_INLINE vf broadcast_weight(Weights4 w) { return splat(w[Q]); }
 #endif
+
+// The weight p[Q] of four, broadcast. In fp32 by a load, for loops that leave load ports idle but no other ports.
+template <int Q> NM_INLINE vf weight_of_four(const float* p) { return splat(p[Q]); }
+template <int Q> NM_INLINE vf weight_of_four(const bf16* p) { return broadcast_weight<Q>(load_weights4(p)); }
 
 // Transposes a W x W matrix in place: r[i][j] <-> r[j][i].
 NM_INLINE void transpose(vf* r) {
