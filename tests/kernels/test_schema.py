@@ -105,7 +105,7 @@ def test_compiled_cpp_has_the_types_of_the_schema(args: type[schema.Args]) -> No
         inferred = re.search(r":: \((.*?)\) -> (\w+|\(.*?\))", line)
         assert inferred is not None
         assert [part.split(" ")[0] for part in inferred[1].split(", ")] == [k for k, _ in _fields(args.signature())]
-        assert inferred[2] == args.returns
+        assert re.sub(r" _\d", "", inferred[2]) == args.returns  # torch numbers several results
 
 
 def test_python_kernels_name_their_parameters_as_the_schema_does() -> None:

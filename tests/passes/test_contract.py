@@ -23,7 +23,7 @@ from mpcompile.passes.dead_tokens import SkipDeadTokens
 from mpcompile.passes.fold_norm import FoldNorm
 from mpcompile.passes.fold_scale import FoldScale
 from mpcompile.passes.fuse import Fuse
-from mpcompile.passes.lower import Lower, LowerAttention, LowerDense
+from mpcompile.passes.lower import Lower, LowerAttention, LowerDense, LowerMerges
 from mpcompile.passes.mask import Mask
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.passes.permute import Permute
@@ -114,6 +114,8 @@ CASES = {
     "lower_attention": Case(
         LowerAttention, tiny_vit, Config(tome_r=2), before=(MergeTokens,), options={"timed": False}
     ),
+    "lower_merges": Case(LowerMerges, tiny_vit, Config(tome_r=2), before=(MergeTokens,)),
+    "lower_merges, none": Case(LowerMerges, changes=False),
     "lower_attention, none": Case(LowerAttention, changes=False),
     "fuse": Case(Fuse, tiny_vit, Config(engine="cpu"), before=(Mask, Lower)),
 }

@@ -241,6 +241,50 @@ void no_columns(Random& r) {
   for (size_t i = 0; i < y.size; i++) compare("no columns", y[i], bias[i % outputs], 0, 0);
 }
 
+// Merges of any shape. Sizes add up, and a token that is alone at its place is unchanged.
+void merging(Random& r) {
+  const int batch = 1 + r.below(3), tokens = 2 + r.below(70), channels = 1 + r.below(40);
+  const int heads = 1 + r.below(3), depth = 1 + r.below(40), prefix = r.below(std::min(4, tokens - 1));
+  const int suffix = r.below(std::min(3, tokens - prefix - 1)), most = (tokens - prefix - suffix) / 2;
+  if (!most) return;
+  const int merged = 1 + r.below(most), left = tokens - merged;
+  Exact<float> x((size_t)batch * tokens * channels), keys((size_t)batch * heads * tokens * depth);
+  Exact<float> size((size_t)batch * tokens), saliency((size_t)batch * tokens);
+  Exact<float> y((size_t)batch * left * channels), sizes((size_t)batch * left);
+  Exact<int64_t> places((size_t)batch * tokens);
+  for (size_t i = 0; i < x.size; i++) x[i] = r.value();
+  for (size_t i = 0; i < keys.size; i++) keys[i] = r.below(50) ? (float)r.below(2) : std::nanf("");  // with many ties
+  for (size_t i = 0; i < size.size; i++) size[i] = (float)r.below(4), saliency[i] = r.value();
+  NmMerge a{};
+  a.x = x.get(), a.keys = keys.get(), a.size = size.get(), a.saliency = r.below(2) ? saliency.get() : nullptr;
+  a.y = y.get(), a.new_size = sizes.get(), a.places = places.get();
+  a.x_image = (int64_t)tokens * channels, a.x_token = channels;
+  a.keys_image = (int64_t)heads * tokens * depth, a.keys_head = (int64_t)tokens * depth, a.keys_token = depth;
+  a.size_image = a.saliency_image = tokens, a.size_token = a.saliency_token = 1;
+  a.batch = batch, a.tokens = tokens, a.channels = channels, a.heads = heads, a.depth = depth;
+  a.r = merged, a.prefix = prefix, a.suffix = suffix, a.threads = 1 + r.below(3);
+  a.saliency_weight = 0.2f, a.size_weight = r.below(2) ? 0.05f : 0.0f, a.keep_norm = r.below(2);
+  if (nm_token_merge(&a)) fail("nm_token_merge", 1, 0);
+  for (int image = 0; image < batch; image++) {
+    std::vector<int> arrived(left, 0), last(left, -1);
+    std::vector<double> sum(left, 0.0);
+    for (int token = 0; token < tokens; token++) {
+      const int64_t place = places[(size_t)image * tokens + token];
+      if (place < 0 || place >= left) fail("place", (double)place, left);
+      arrived[place]++, last[place] = token, sum[place] += size[(size_t)image * tokens + token];
+    }
+    for (int place = 0; place < left; place++) {
+      const float* const to = y.get() + ((size_t)image * left + place) * channels;
+      const float* const from = x.get() + ((size_t)image * tokens + last[place]) * channels;
+      if (!arrived[place]) fail("tokens at a place", 0, 1);
+      compare("size", sizes[(size_t)image * left + place], sum[place], sum[place], 1e-6);
+      if (arrived[place] == 1 && memcmp(from, to, channels * sizeof(float))) fail("a token that stays", *to, *from);
+      for (int c = 0; c < channels; c++)
+        if (!std::isfinite(to[c])) fail("an average", to[c], 0);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -262,6 +306,7 @@ int main(int count, char** words) {
               dense_product(r);
               random_indices(n, m, groups, r);
               no_columns(r);
+              merging(r);
             }
   printf("%ld of %ld cases, %d lanes\n", checked, number, W);
   return 0;
