@@ -25,6 +25,7 @@ constexpr int W = 4;
 #pragma GCC diagnostic push
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13  // GCC PR 105593: false positives inside the header
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
