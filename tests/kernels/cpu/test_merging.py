@@ -113,15 +113,14 @@ def test_without_kernels_the_reference_runs(monkeypatch):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"size": torch.ones(2, 16, 1)},
-        {"size": torch.ones(2, 17, 2)},
-        {"keys": torch.randn(2, 17, 12)},
-        {"keys": torch.randn(1, 1, 17, 12)},
-        {"saliency": torch.rand(2, 16)},
-        {"prefix": -1},
-        {"prefix": 9, "suffix": 9},
+        pytest.param({"size": torch.ones(2, 16, 1)}, id="sizes of fewer tokens"),
+        pytest.param({"size": torch.ones(2, 17, 2)}, id="two sizes a token"),
+        pytest.param({"keys": torch.ones(2, 17, 12)}, id="keys without heads"),
+        pytest.param({"keys": torch.ones(1, 1, 17, 12)}, id="keys of fewer samples"),
+        pytest.param({"saliency": torch.ones(2, 16)}, id="saliency of fewer tokens"),
+        pytest.param({"prefix": -1}, id="negative prefix"),
+        pytest.param({"prefix": 9, "suffix": 9}, id="prefix and suffix overlap"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_tensors_that_do_not_match_are_refused(form, changed):
