@@ -24,6 +24,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from mpcompile.backend import FREEZING, NATIVE_CALLS
 from mpcompile.io.writing import write_atomically
 from mpcompile.kernels.cpu import build
 from mpcompile.kernels.machine import cpu_name
@@ -126,13 +127,14 @@ def compiled_dense(
     """Compile a dense module for ``x`` with ``torch.compile``, immediately; call it under ``torch.no_grad()``.
 
     ``freezing`` is set both in the options and around the first call: dynamo reads it from Inductor's configuration,
-    and two builds with equal options would share one compiled graph.
+    and two builds with equal options would share one compiled graph. On CPUs such a build is called from C++, as our
+    frozen graphs are.
 
     Returns:
         The build, and the compile time in seconds.
     """
     if freezing:
-        options["freezing"] = True
+        options |= FREEZING | NATIVE_CALLS if x.device.type == "cpu" else FREEZING
     run = torch.compile(module, dynamic=False, options=options or None)
     start = time.perf_counter()
     with torch._inductor.config.patch(freezing=freezing):

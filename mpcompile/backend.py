@@ -11,6 +11,7 @@ weight.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import logging
@@ -28,7 +29,7 @@ from mpcompile._version import __version__
 from mpcompile.capture.importers import import_model
 from mpcompile.config import Config
 from mpcompile.dump import observers
-from mpcompile.errors import NotEligibleError
+from mpcompile.errors import NotEligibleError, first_line
 from mpcompile.io.messages import warn_once
 from mpcompile.ir import spec
 from mpcompile.ir.module import Imported, IRModule, Lifted, owned_by_transformed
@@ -52,6 +53,10 @@ from mpcompile.plan import Plan
 log = logging.getLogger(__name__)
 
 OWNED = "_owned"  # where a frozen graph holds its former parameters
+# Options of Inductor for frozen graphs. Calls from Python and checks of what every operator returned would take a tenth
+# of a small model's time; the operators' shapes are tested instead.
+FREEZING: dict[str, Any] = {"freezing": True}
+NATIVE_CALLS: dict[str, Any] = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
 
 
 class _State:
@@ -260,13 +265,25 @@ def _inductor(
     for node in gm.graph.nodes:  # fake tensors of our own mode would disagree with AOTAutograd's
         node.meta.pop("val", None)
     patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
-    if frozen is not None:
-        _own(gm, frozen)
-        patches["freezing"] = True
     options: Any = torch.compiler.config
-    with options.patch(cache_key_tag=f"{options.cache_key_tag}{_cache_tag()}"):
-        run: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
-    return run
+
+    def compiled(extra: Mapping[str, Any]) -> Callable[..., Any]:
+        with options.patch(cache_key_tag=f"{options.cache_key_tag}{_cache_tag()}"):
+            run: Any = compile_fx(gm, list(inputs), config_patches={**patches, **extra} or None)
+        return run
+
+    if frozen is None:
+        return compiled({})
+    _own(gm, frozen)
+    if any(tensor.device.type != "cpu" for tensor in (*frozen.tensors.values(), *inputs) if isinstance(tensor, Tensor)):
+        return compiled(FREEZING)
+    graph = copy.deepcopy(gm.graph)
+    try:
+        return compiled(FREEZING | NATIVE_CALLS)
+    except Exception as error:  # an operator that Inductor cannot call from C++, of a kind that only it knows
+        warn_once(log, f"mpsparse: this graph is called from Python, which takes longer: {first_line(error)}")
+        gm.graph = graph
+        return compiled(FREEZING)
 
 
 @functools.cache

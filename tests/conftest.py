@@ -48,7 +48,9 @@ def pytest_collection_modifyitems(items):
     # Processes that share a run must collect the same names: values drawn at random and addresses differ between them.
     unstable = [item.nodeid for item in items if re.search(r"tensor\(|array\(| at 0x", item.nodeid)]
     if unstable:
-        raise pytest.UsageError(f"the name of {unstable[0]} has a value in it that another process may not have: give it an id")
+        raise pytest.UsageError(
+            f"the name of {unstable[0]} has a value in it that another process may not have: give it an id"
+        )
     for item in items:
         names = BY_FILE.get(item.path.relative_to(HERE).as_posix())
         if names is not None and (not names or {item.name, item.originalname} & {*names}):

@@ -84,6 +84,45 @@ def test_frozen_skips_the_check():
         assert relative(compiled(x), gm(x)) < 1e-5
 
 
+def options_of_inductor(monkeypatch, refuse=lambda patches: None):
+    """The config patches of every call of compile_fx from here on; it calls itself without any."""
+    from torch._inductor import compile_fx
+
+    original, seen = compile_fx.compile_fx, []
+
+    def recorded(gm, inputs, *args, config_patches=None, **kwargs):
+        seen.append(config_patches or {})
+        refuse(seen[-1])
+        return original(gm, inputs, *args, config_patches=config_patches, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_graphs_are_called_from_native_code(monkeypatch, frozen):
+    seen = options_of_inductor(monkeypatch)
+    gm, x = transform(mlp(), torch.randn(2, 32), Config(score="magnitude")), torch.randn(4, 32)
+    with torch.no_grad():
+        found = torch.compile(gm, backend=mpsparse, options={"frozen": frozen})(x)
+        assert relative(found, gm(x)) < 1e-5
+    assert [options.get("cpp_wrapper", False) for options in seen[:1]] == [frozen]
+
+
+def test_a_graph_that_native_code_cannot_call_is_called_from_python(monkeypatch, caplog):
+    def refuse(options):
+        if options.get("cpp_wrapper"):
+            raise NotImplementedError("no shim for this operator")
+
+    seen = options_of_inductor(monkeypatch, refuse)
+    gm, x = transform(mlp(), torch.randn(2, 32), Config(score="magnitude")), torch.randn(4, 32)
+    with torch.no_grad():
+        found = torch.compile(gm, backend=mpsparse, options={"frozen": True})(x)
+        assert relative(found, gm(x)) < 1e-5
+    assert [options.get("cpp_wrapper", False) for options in seen[:2]] == [True, False]
+    assert "called from Python" in caplog.text and "no shim for this operator" in caplog.text
+
+
 def test_training_through_the_backend():
     gm = transform(mlp(), torch.randn(2, 32), Config(score="magnitude")).train()
     compiled, x = torch.compile(gm, backend=mpsparse), torch.randn(8, 32)

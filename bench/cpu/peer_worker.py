@@ -132,6 +132,7 @@ def serve(job: dict[str, Any], answer: Callable[[Any], None]) -> None:
     call, graph, facts = made(spec, model, x, job)
     facts |= {"build_s": time.perf_counter() - start, "relative_rms": checked(spec, call, graph, x)}
     inputs = placed(spec, x)
+    torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # everything that will be called has been compiled
     del model, graph
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # the memory of compilers goes back before the next worker starts

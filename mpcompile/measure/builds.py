@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mpcompile.backend import FREEZING, NATIVE_CALLS
 from mpcompile.data.calls import call_form
 from mpcompile.kernels.machine import has_bf16
 from mpcompile.measure.environment import first_tensor
@@ -18,11 +19,12 @@ from mpcompile.runtimes.catalogue import in_fp32
 
 
 class Frozen:
-    """The dense model compiled with Inductor's freezing."""
+    """The dense model compiled with Inductor's freezing and, on CPUs, called from C++: as our frozen graphs are."""
 
     def __init__(self, model: nn.Module) -> None:
         self._orig_mod = model  # the name that torch.compile uses
-        self.run = torch.compile(model, options={"freezing": True})
+        native = all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+        self.run = torch.compile(model, options=FREEZING | NATIVE_CALLS if native else FREEZING)
         self.shapes: set[tuple[Any, ...]] = set()  # compiled so far
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +32,11 @@ class Frozen:
         if key in self.shapes:
             return self.run(*args, **kwargs)
         with torch._inductor.config.patch(freezing=True):  # dynamo reads the global setting when it compiles
-            result = self.run(*args, **kwargs)
+            try:
+                result = self.run(*args, **kwargs)
+            except Exception:  # an operator that Inductor cannot call from C++; or a wrong input, which raises again
+                self.run = torch.compile(self._orig_mod, options=FREEZING)
+                result = self.run(*args, **kwargs)
         self.shapes.add(key)
         return result
 
