@@ -48,6 +48,7 @@ SOURCES = (
     "gemm.h",
     "layouts.h",
     "merge.h",
+    "mlp.h",
     "sweep.h",
     "tiles.h",
     "vec.h",
@@ -60,7 +61,7 @@ ISAS = {
 }
 # No -ffast-math: it reorders sums and ignores NaN.
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
-OPERATOR_SOURCES = ("ops.cpp", "abi.h", "layouts.h", "operators/dispatch.h", "operators/tokens.h")
+OPERATOR_SOURCES = ("operators/ops.cpp", "operators/dispatch.h", "operators/tokens.h", "abi.h", "layouts.h")
 OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -shared"
 SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 _SECONDS = 300

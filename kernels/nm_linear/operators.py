@@ -147,11 +147,7 @@ def _mlp(
     one = PackedWeight(values1, index1, (hidden, k), n1, m1, layout1)
     two = PackedWeight(values2, index2, (out, hidden), n2, m2, layout2)
     checks.mlp(x, (one, two), (bias1, bias2), residual, activation)
-    threads = torch.get_num_threads()
-    tokens = x.numel() // max(1, x.shape[-1])
-    # In the fused kernel one thread takes a whole panel through both products: too few panels leave threads idle.
-    few = tokens < 64 * 4 * threads and threads > 1
-    apart = few or (layout1 == ROWS) != (layout2 == ROWS) or panels.PANELS in (layout1, layout2) or not k * hidden
+    apart = (layout1 == ROWS) != (layout2 == ROWS) or panels.PANELS in (layout1, layout2) or not k * hidden
     if apart or not runs(x, values1, layout1, layout2) or values2.dtype is not x.dtype:
         h = _gemm(x, values1, index1, bias1, None, hidden, n1, m1, layout1, activation)
         return _gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none")
@@ -165,10 +161,10 @@ def _mlp(
             y=y.data_ptr(),
             first=_weight(one, bias1),
             second=_weight(two, bias2),
-            tokens=tokens,
+            tokens=x.numel() // k,
             bf16=_IS_BF16[x.dtype],
             activation=packed.ACTIVATIONS.index(activation),
-            threads=threads,
+            threads=torch.get_num_threads(),
         )
         _checked(kernels().nm_mlp(args))
     return y

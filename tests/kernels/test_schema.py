@@ -81,7 +81,7 @@ def _fields(signature: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("args", NATIVE, ids=lambda args: args.operator)
 def test_cpp_names_its_parameters_as_the_schema_does(args: type[schema.Args]) -> None:
-    source = (build.NATIVE / "ops.cpp").read_text(encoding="utf-8")
+    source = (build.NATIVE / "operators" / "ops.cpp").read_text(encoding="utf-8")
     function = re.search(rf'm\.impl\("{args.operator}", TORCH_FN\((\w+)\)\)', source)
     assert function is not None
     source += (build.NATIVE / "operators/tokens.h").read_text(encoding="utf-8")

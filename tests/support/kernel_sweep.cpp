@@ -213,7 +213,8 @@ void dense_product(Random& r) {
 
 // An MLP whose indices are random bytes. Results do not matter, only accesses to memory, which the sanitizers check.
 void random_indices(int n, int m, int groups, Random& r) {
-  const int k = m * groups, hidden = m * (1 + r.below(3)), outputs = 1 + r.below(20), tokens = 1 + r.below(100);
+  const int k = m * groups, hidden = m * (1 + r.below(3)), outputs = 1 + r.below(r.below(4) ? 20 : 400);
+  const int tokens = 1 + r.below(200);
   const Sample one(hidden, 1, k, n, m, r), two(outputs, 1, hidden, n, m, r);
   auto first = Matrix<float>::of(one), second = Matrix<float>::of(two);
   for (auto* packed : {&first, &second})
@@ -223,7 +224,7 @@ void random_indices(int n, int m, int groups, Random& r) {
   args.x = x.get(), args.y = y.get();
   args.first = first.weight(k, hidden, n, m);
   args.second = second.weight(hidden, outputs, n, m);
-  args.tokens = tokens, args.activation = GELU, args.threads = 1;
+  args.tokens = tokens, args.activation = GELU, args.threads = 1 + r.below(3);
   if (nm_mlp(&args)) abort();
 }
 

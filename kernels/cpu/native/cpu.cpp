@@ -5,6 +5,7 @@
 #include "conv.h"
 #include "dense.h"
 #include "merge.h"
+#include "mlp.h"
 
 namespace {
 

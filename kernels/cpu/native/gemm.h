@@ -121,16 +121,17 @@ inline Panels even_panels(int64_t tokens, int max_vectors, int threads) {
   return {vectors, fewest > threads ? std::min(vectors, ceil_div(fewest, threads) * threads) : fewest};
 }
 
-// The parameters that determine the best split of a product.
+// The parameters that determine the best split of a product. With `even`, its panels are those of even_panels.
 struct SplitProblem {
   int64_t tokens;
   int max_panel_vectors, outputs, fill_cost, threads;
+  bool even = false;
 
   bool operator<(const SplitProblem& other) const { return key() < other.key(); }
 
  private:
-  std::tuple<int64_t, int, int, int, int> key() const {
-    return {tokens, max_panel_vectors, outputs, fill_cost, threads};
+  std::tuple<int64_t, int, int, int, int, bool> key() const {
+    return {tokens, max_panel_vectors, outputs, fill_cost, threads, even};
   }
 };
 
@@ -175,7 +176,8 @@ inline Split best_split(const SplitProblem& problem) {
   if (threads == 1 || even.panels.count * fewest > MANY_TASKS * threads) return even;
   Split best = even;
   double best_time = makespan(even, problem);
-  for (Panels panels : {even.panels, Panels{vectors, ceil_div(vectors, max_vectors)}})
+  const Panels fewest_panels{vectors, ceil_div(vectors, max_vectors)};
+  for (Panels panels : {even.panels, problem.even ? even.panels : fewest_panels})
     for (int chunks = fewest; chunks <= most && panels.count * (chunks - 1) < MANY_TASKS * threads; chunks++) {
       const Split candidate = make_split(panels, chunks);
       const double time = makespan(candidate, problem);
@@ -336,51 +338,6 @@ static void gemm(const PackedWeight<X>& w, const Activations<X>& in, const Outpu
       float* sums = scratch().sums.get((size_t)(split.rows + RING_ROWS) * P);
       accumulate<V>(w, in, panel, rows, sums);
       write_panel({sums, P, rows}, panel, out);
-    });
-  }
-}
-
-// Two products with an activation in between, one panel at a time: the hidden activations stay in the thread's caches.
-template <class X> struct Mlp {
-  PackedWeight<X> first, second;
-  int activation;
-};
-
-template <class X> static void mlp(const Mlp<X>& layers, const Activations<X>& in, const Output<X>& out, int threads) {
-  const PackedWeight<X>&one = layers.first, &two = layers.second;
-  const Panels panels = even_panels(in.tokens, std::min(one.max_panel_vectors(), two.max_panel_vectors()), threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && panels.count > 1)
-  for (int64_t p = 0; p < panels.count; p++) {
-    const Panel panel{panels.first(p), {}};
-    with_panel_width<PackedWeight<X>::most_vectors()>(panels.width(p), [&](auto v) {
-      constexpr int V = decltype(v)::value, P = V * W;
-      const int hidden = one.outputs;
-      float* float_panel = nullptr;
-      X* half_panel = nullptr;
-      if (two.layout == LAYOUT_ROWS)
-        float_panel = scratch().float_panel.get((size_t)(hidden + TILE_ROWS) * P, true);
-      else
-        half_panel = (X*)scratch().half_panel.get((size_t)hidden * P);
-      for (int n0 = 0; n0 < hidden; n0 += MAX_TASK_ROWS) {
-        const RowRange rows{n0, std::min(hidden, n0 + MAX_TASK_ROWS)};
-        float* sums =
-            float_panel ? float_panel + (size_t)n0 * P : scratch().sums.get((size_t)(MAX_TASK_ROWS + RING_ROWS) * P);
-        accumulate<V>(one, in, panel, rows, sums);
-        for (size_t i = 0; i < (size_t)(rows.end - n0) * P; i += W) {
-          vf h = activate(load(sums + i), layers.activation);
-          if (float_panel)
-            store(sums + i, h);
-          else
-            store(half_panel + (size_t)n0 * P + i, h);
-        }
-      }
-      const Activations<X> middle{half_panel, FORMAT_PANEL, in.tokens, 1, hidden, float_panel};
-      for (int n0 = 0; n0 < two.outputs; n0 += MAX_TASK_ROWS) {
-        const RowRange rows{n0, std::min(two.outputs, n0 + MAX_TASK_ROWS)};
-        float* sums = scratch().sums.get((size_t)(MAX_TASK_ROWS + RING_ROWS) * P);
-        accumulate<V>(two, middle, panel, rows, sums);
-        write_panel({sums, P, rows}, panel, out);
-      }
     });
   }
 }

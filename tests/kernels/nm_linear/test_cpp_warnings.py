@@ -23,7 +23,7 @@ def units():
         flags = ["-std=c++17", "-O1", "-fopenmp", "-Wno-psabi", f"-DMPCOMPILE_LANES={lanes}", "-I", str(HERE)]
         found |= {f"{sweep.name} {lanes} lanes": (sweep, flags) for sweep in SWEEPS}
     headers = ["-isystem", str(Path(torch.__file__).parent / "include")]
-    found["ops.cpp"] = (HERE / "ops.cpp", [*shlex.split(build.OPERATOR_FLAGS), *headers])
+    found["ops.cpp"] = (HERE / "operators" / "ops.cpp", [*shlex.split(build.OPERATOR_FLAGS), *headers])
     return found
 
 

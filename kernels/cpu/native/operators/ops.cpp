@@ -12,9 +12,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "layouts.h"
-#include "operators/dispatch.h"
-#include "operators/tokens.h"
+#include "../layouts.h"
+#include "dispatch.h"
+#include "tokens.h"
 
 namespace {
 
@@ -164,10 +164,8 @@ Tensor mlp(const Tensor& x, const Tensor& values1, const Tensor& index1, const O
   const int between = epilogue_number(activation), threads = at::get_num_threads();
   const int64_t inputs = x.dim() ? x.size(-1) : 0, tokens = inputs ? x.numel() / inputs : 0;
   const bool known = between >= 0 && between < ACTIVATIONS;
-  // In the fused kernel one thread takes a whole panel through both products: too few panels leave threads idle.
-  const bool too_few = tokens < 64 * 4 * threads && threads > 1;
-  if (known && (too_few || (layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS) || layout1 == LAYOUT_PANELS ||
-                layout2 == LAYOUT_PANELS)) {
+  if (known &&
+      ((layout1 == LAYOUT_ROWS) != (layout2 == LAYOUT_ROWS) || layout1 == LAYOUT_PANELS || layout2 == LAYOUT_PANELS)) {
     const Tensor h = gemm(x, values1, index1, bias1, std::nullopt, hidden, n1, m1, layout1, activation);
     return gemm(h, values2, index2, bias2, residual, out, n2, m2, layout2, "none");
   }
