@@ -38,6 +38,7 @@ from mpcompile.measure.rivals import TOLERANCE, median_difference
 from mpcompile.runtimes.catalogue import build as runtime_build
 
 CHECKED = 8  # images on which the outputs are checked; rounding may change which tokens of some of them merge
+GUARDS: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}  # of dynamo
 Call = Callable[[Tensor], Any]
 
 
@@ -81,11 +82,11 @@ def made(spec: Spec, model: nn.Module, x: Tensor, job: dict[str, Any]) -> tuple[
     inputs = placed(spec, x)
     call: Call = run
     if spec.runtime == "ours":
-        call = torch.compile(run, backend=mpsparse, options={"frozen": True}, dynamic=False)
+        call = torch.compile(run, backend=mpsparse, options={"frozen": True, **GUARDS}, dynamic=False)
         call(inputs)
         facts["engines"] = engines_of(list(compiled_graphs()))
     elif spec.options is not None:
-        call, _ = common.compiled_dense(run, inputs, **spec.options)
+        call, _ = common.compiled_dense(run, inputs, **spec.options, **GUARDS)
     return lambda images: call(placed(spec, images)), graph, facts
 
 
@@ -132,7 +133,6 @@ def serve(job: dict[str, Any], answer: Callable[[Any], None]) -> None:
     call, graph, facts = made(spec, model, x, job)
     facts |= {"build_s": time.perf_counter() - start, "relative_rms": checked(spec, call, graph, x)}
     inputs = placed(spec, x)
-    torch.compiler.set_stance(skip_guard_eval_unsafe=True)  # everything that will be called has been compiled
     del model, graph
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # the memory of compilers goes back before the next worker starts

@@ -7,8 +7,8 @@ convolutions beyond the stem; ONNX Runtime; OpenVINO in fp32, bf16 and int8 (NNC
 random, which does not affect speed). Ours: masks, merging, both, and the merged graph in the other runtimes. What is
 not installed, or not multiplied by this processor, is left out with a line that says so.
 
-Frozen builds, torch's and ours, are called from C++ (``cpp_wrapper``), and compiled ones without the guards of dynamo,
-which a server of one shape can do without (``torch.compiler.set_stance(skip_guard_eval_unsafe=True)``).
+Frozen builds, torch's and ours, are called from C++ (``cpp_wrapper``). Before a call of any compiled build, dynamo checks
+only its inputs (``torch.compiler.keep_tensor_guards_unsafe``), as a server would have it.
 
 Every build lives in a worker (``bench.cpu.peer_worker``), because threads and allocators of one runtime disturb the
 others in the same process. In every round each worker, in random order, calls its build once untimed and a few times

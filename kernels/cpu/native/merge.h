@@ -261,7 +261,8 @@ static void write_token(const Merge& m, int64_t image, int64_t token, const Move
 template <class Wait>
 static void merge_image(const Merge& m, int64_t image, const Matching& matching, int thread, int threads, Wait wait) {
   const NmMerge& a = m.a;
-  float* const rows = scratch().tile.get(std::max<int64_t>(W * a.depth, MERGE_ROWS * m.padded_b()));
+  static thread_local Scratch<float> row_scratch;
+  float* const rows = row_scratch.get(std::max<int64_t>(W * a.depth, MERGE_ROWS * m.padded_b()));
   for (int64_t i = thread; i < m.padded_b() / W; i += threads)
     prepare_b(m, image, i * W, rows, matching.keys_b, matching.less_b);
   for (int64_t i = thread; i < m.padded_a(); i += threads) {
