@@ -7,7 +7,7 @@ convolutions beyond the stem; ONNX Runtime; OpenVINO in fp32, bf16 and int8 (NNC
 random, which does not affect speed). Ours: masks, merging, both, and the merged graph in the other runtimes. What is
 not installed, or not multiplied by this processor, is left out with a line that says so.
 
-Frozen builds, torch's and ours, are called from C++ (``cpp_wrapper``). Before a call of any compiled build dynamo checks
+Frozen builds, torch's and ours, are called from C++ (``cpp_wrapper``). Before a call of a compiled build, dynamo checks
 only its inputs (``torch.compiler.keep_tensor_guards_unsafe``), as a server would have it.
 
 Every build lives in a worker (``bench.cpu.peer_worker``), because threads and allocators of one runtime disturb the
