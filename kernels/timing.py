@@ -168,8 +168,9 @@ def _remembered(key: str, names: Sequence[str], timed_now: Callable[[], dict[str
     place = (str(path), key)
     timed = _MEMORY.get(place) or _valid(store.read_json(path).get(key))
     if not timed or not timed.keys() >= set(names):  # all are timed together, under the same load of the machine
-        timed = timed_now()
-        store.write_json(path, {key: {name: round(us, 3) for name, us in timed.items()}})
+        # Rounded here, too: a choice gives the same reason in every process.
+        timed = {name: round(us, 3) for name, us in timed_now().items()}
+        store.write_json(path, {key: timed})
     _MEMORY[place] = timed
     return timed
 

@@ -276,8 +276,7 @@ def test_both_are_timed_once_and_remembered(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "_MEMORY", {})
     monkeypatch.setattr(attention, "_calls", lambda spec: pytest.fail("timed again"))
     again = attention.choose(small)
-    assert (again.native, again.why) == (first.native, first.why)
-    assert again.us == pytest.approx(first.us, abs=1e-3)
+    assert again == first
 
 
 def test_torchs_runs_where_nothing_is_timed(monkeypatch):
