@@ -16,6 +16,10 @@ from mpcompile.config import Config
 from mpcompile.errors import MPCompileError
 from mpcompile.measure.audit import Report, audit
 from mpcompile.measure.explain import Explanation, explain
+from mpcompile.optimization.api import optimize
+from mpcompile.optimization.frontier import Frontier
+from mpcompile.optimization.result import Optimized
+from mpcompile.optimization.runner import Runner, load_runner
 from mpcompile.page.merged import visualize_merging
 from mpcompile.passes.reconstruct.api import reconstruct
 from mpcompile.pipeline import Pipeline, lower, transform
@@ -34,12 +38,15 @@ __all__ = [
     "Certificates",
     "Config",
     "Explanation",
+    "Frontier",
     "LoadedModel",
     "MPCompileError",
+    "Optimized",
     "Pipeline",
     "Plan",
     "Reconstruction",
     "Report",
+    "Runner",
     "Training",
     "analyze",
     "audit",
@@ -48,7 +55,9 @@ __all__ = [
     "explain",
     "load",
     "load_model",
+    "load_runner",
     "lower",
+    "optimize",
     "reconstruct",
     "refresh",
     "save",

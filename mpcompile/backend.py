@@ -182,7 +182,10 @@ def _known_masks(
     known = {}
     for layer in layers(gm, lifted):
         weight = layer.weight.tensor
+        named = config.named_pattern(layer.name)
         pattern = allocated.get(layer.name, _pattern_of(weight, config))
+        if named is not None:
+            pattern = None if named == "dense" else Pattern.parse(named)
         mask = None if pattern is None else _STATE.masks.get(weight, {}).get(pattern)
         if mask is not None:
             known[layer.name] = mask

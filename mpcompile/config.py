@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "mac_reduction": (float, type(None)),
     "patterns": (tuple,),
     "tome_r": (int, str, tuple),
+    "layer_patterns": (tuple,),
     "tome_method": _WORDS,
     "tome_schedule": _WORDS,
     "tome_reduction": (float, type(None)),
@@ -120,6 +122,9 @@ class Config:
         tome_method: which tokens merge: ``"tome"`` pairs them by the similarity of their keys alone (Bolya et al.);
             ``"saliency"`` by the similarity of the tokens, spares those that the class token attends to and those that
             represent many input tokens, and keeps the norms of tokens (docs/token_merging.md).
+        layer_patterns: patterns of single layers, such as ``("blocks.0.*=dense", "*.mlp.fc1=8:16")``: a layer name or
+            glob, and its pattern; the first that matches counts, and ``pattern`` is for the layers that none matches.
+            :func:`mpcompile.optimize` finds them.
 
     Raises:
         ConfigError: an unknown option, or a value that an option does not accept.
@@ -127,6 +132,8 @@ class Config:
     Example:
         >>> Config(pattern="8:16", tome_r=8).pattern
         '8:16'
+        >>> Config(layer_patterns=["blocks.*.attn.qkv=dense"]).named_pattern("blocks.3.attn.qkv")
+        'dense'
     """
 
     pattern: str = "2:4"
@@ -147,9 +154,10 @@ class Config:
     outputs: tuple[str, ...] = ()
     skip_dead_tokens: bool = True
     tome_method: str = "saliency"
+    layer_patterns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("exclude", "include", "patterns", "outputs"):
+        for name in ("exclude", "include", "patterns", "outputs", "layer_patterns"):
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)
@@ -199,6 +207,26 @@ class Config:
                 Pattern.parse(text)
         if self.patterns and not any(text != "dense" for text in self.patterns):
             raise ConfigError("option 'patterns' allows only dense layers", expected="at least one 'N:M' in it")
+
+        self._check_layer_patterns()
+
+    def _check_layer_patterns(self) -> None:
+        for text in self.layer_patterns:
+            name, _, pattern = text.rpartition("=")
+            if not name:
+                raise ConfigError(
+                    "option 'layer_patterns' is malformed", expected="LAYER=N:M or LAYER=dense", found=repr(text)
+                )
+            if pattern != "dense":
+                Pattern.parse(pattern)
+        if self.layer_patterns and (self.pattern == "dense" or self.mac_reduction is not None):
+            found = "pattern='dense'" if self.pattern == "dense" else f"mac_reduction={self.mac_reduction}"
+            raise ConfigError(
+                "option 'layer_patterns' refines one pattern",
+                expected="pattern='N:M', for the layers that it does not name, and no mac_reduction",
+                found=found,
+                hint="layer_patterns=(..., '*=dense') leaves all other layers dense",
+            )
 
     def _check_merging(self) -> None:
         r, reduction = self.tome_r, self.tome_reduction
@@ -257,6 +285,11 @@ class Config:
         """Return the pattern of a weight (out, in, ...), or None if no group divides its inputs."""
         k = group_axis(weight.shape)
         return next((p for p in self.choices(weight.device, weight.dtype) if k % p.m == 0), None)
+
+    def named_pattern(self, layer: str) -> str | None:
+        """Return the pattern that ``layer_patterns`` gives a layer, or None if none matches."""
+        pairs = (text.rpartition("=") for text in self.layer_patterns)
+        return next((pattern for glob, _, pattern in pairs if fnmatch.fnmatchcase(layer, glob)), None)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:

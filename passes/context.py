@@ -227,8 +227,10 @@ class Context:
         return Imported(gm, self.inputs, self.lifted, [])
 
     def pattern_for(self, layer: LayerOp) -> Pattern | None:
-        """Return the pattern of a layer: the allocated one, else the config's; None for dense."""
-        patterns = self.patterns
+        """Return the pattern of a layer: the named or allocated one, else the config's; None for dense."""
+        named, patterns = self.config.named_pattern(layer.name), self.patterns
+        if named is not None:
+            return None if named == "dense" else Pattern.parse(named)
         return patterns[layer.name] if layer.name in patterns else self.config.pattern_for(layer.weight.tensor)
 
     def writable(self, layer: LayerOp) -> bool:

@@ -35,6 +35,7 @@ from mpcompile.errors import LONGEST, MPCompileError, printable, printable_lines
 
 COMMANDS = (
     "analyze",
+    "optimize",
     "compile",
     "audit",
     "verify",

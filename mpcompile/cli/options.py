@@ -240,6 +240,11 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "metavar": "N:M",
         "help": "with --mac-reduction: allowed patterns, such as 2:4 dense (default: dense, and those that run well)",
     },
+    "layer_patterns": {
+        "nargs": "+",
+        "metavar": "LAYER=N:M",
+        "help": "patterns of single layers, by name or glob, such as blocks.0.*=dense; --pattern is for the others",
+    },
     "tome_r": {
         "type": tome_r,
         "metavar": "R",

@@ -42,6 +42,11 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" class="{kind}"/>'
 
 
+def circle(x: float, y: float, radius: float, kind: str, title: str) -> str:
+    """Return a filled circle; ``title`` is shown where the pointer rests on it."""
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{kind}"><title>{escape(title)}</title></circle>'
+
+
 @dataclass(frozen=True)
 class Bar:
     """A bar of a chart.

@@ -15,7 +15,9 @@ from mpcompile.kernels.nm_format import to_rows
 from mpcompile.measure.report import COMPILED
 from mpcompile.page import spectra
 from mpcompile.page.charts import Bar, bars, data_uri, escape, heat
+from mpcompile.page.frontier import frontier
 from mpcompile.page.sources import Sources, number, records
+from mpcompile.page.tables import card, table
 
 SHOWN = 12  # figures shown unfolded; the others are folded
 LISTED = 20  # entries of a list shown in a table
@@ -37,16 +39,6 @@ class Section:
     title: str
     missing: str
     render: Callable[[Sources], str | None]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], best: int | None = None) -> str:
-    """Return an HTML table, its first column left-aligned and row ``best`` in bold."""
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = ""
-    for place, row in enumerate(rows):
-        mark = ' class="best"' if place == best else ""
-        body += f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def folded(figures: Sequence[str], what: str) -> str:
@@ -130,26 +122,22 @@ def headline(sources: Sources) -> str | None:
     return f'<div class="cards">{cards}</div>{table(head, body, picked)}<ul>{notes}</ul>'
 
 
-def _card(value: str, what: str) -> str:
-    return f'<div class="card"><b>{escape(value)}</b>{escape(what)}</div>'
-
-
 def _cards(dense: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     cards = ""
     was, now = number(dense.get("top1")), number(ours.get("top1"))
     if was is not None and now is not None:
-        cards += _card(f"{now:.1%}", f"top-1, dense {was:.1%} ({100 * (now - was):+.1f} points)")
+        cards += card(f"{now:.1%}", f"top-1, dense {was:.1%} ({100 * (now - was):+.1f} points)")
     elif (agree := number(ours.get("agree"))) is not None:
-        cards += _card(f"{agree:.1%}", "of the samples get the label of the dense model")
+        cards += card(f"{agree:.1%}", "of the samples get the label of the dense model")
     was, now = number(dense.get("macs")), number(ours.get("macs"))
     if was and now is not None:
-        cards += _card(
+        cards += card(
             f"−{1 - now / was:.1%}", f"multiply-accumulates: {_millions(now / 1e6)} of {_millions(was / 1e6)} M"
         )
     speed, latency = number(ours.get("speedup")), number(ours.get("latency_ms"))
     if speed is not None and latency is not None:
         word = "faster" if speed >= 1 else "slower"
-        cards += _card(f"{speed:.2f}x", f"{word} than the best dense build: {latency:.2f} ms per batch")
+        cards += card(f"{speed:.2f}x", f"{word} than the best dense build: {latency:.2f} ms per batch")
     return cards
 
 
@@ -157,7 +145,7 @@ def _disk(sources: Sources) -> str:
     if sources.size is None:
         return ""
     share = f", {sources.size / sources.dense_size:.1%} of its dense weights" if sources.dense_size else ""
-    return _card(f"{sources.size / 2**20:,.2f} MiB", f"on disk{share}")
+    return card(f"{sources.size / 2**20:,.2f} MiB", f"on disk{share}")
 
 
 def _size_card(sources: Sources) -> str | None:
@@ -168,7 +156,7 @@ def _size_card(sources: Sources) -> str | None:
     cards = _disk(sources)
     if macs.dense:
         done = f"multiply-accumulates: {_millions(macs.executed / 1e6)} of {_millions(macs.dense / 1e6)} M, by the plan"
-        cards = _card(f"−{macs.reduction:.1%}", done) + cards
+        cards = card(f"−{macs.reduction:.1%}", done) + cards
     note = (
         "Accuracy and latency: not measured. <code>mpcompile audit MODEL --artifact FILE --record</code> measures them."
     )
@@ -373,6 +361,9 @@ def _missing(command: str) -> str:
 
 
 SECTIONS = (
+    Section(
+        "frontier", "Frontier", _missing("mpcompile optimize MODEL --images FOLDER --json optimize.json"), frontier
+    ),
     Section("headline", "Gains", _missing("mpcompile audit MODEL --json audit.json"), headline),
     Section("dense", "Against dense", _missing("mpcompile audit MODEL --json audit.json"), against_dense),
     Section("spectra", "Spectra", _missing("mpcompile analyze MODEL --json analyze.json"), spectrum),

@@ -29,6 +29,8 @@ class Sources:
             ``eigenvalues`` of W^T W / N) to draw.
         certify: ``mpcompile certify --json``: ``samples``, ``tiers`` with ``name``, ``certified``, ``samples``,
             ``median``; ``statements`` with ``kind`` and ``text``.
+        optimize: ``mpcompile optimize --json``: ``entries`` (:class:`mpcompile.optimization.frontier.Entry`),
+            ``max_drop``, ``confidence``.
         artifact: the loaded model.
         name: file name of the artifact, or "".
         size: size of the artifact on disk, in bytes.
@@ -45,6 +47,7 @@ class Sources:
     size: int | None = None
     dense_size: int | None = None
     pictures: dict[str, list[tuple[str, np.ndarray]]] = field(default_factory=dict)
+    optimize: dict[str, Any] | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return the JSON of the audit, or the figures stored in the artifact, or {}."""
@@ -95,14 +98,21 @@ class _Certified(TypedDict, total=False):
     violations: float | None
 
 
+class _Searched(TypedDict, total=False):
+    max_drop: float | None
+    confidence: float | None
+    entries: list[dict[str, Any]]
+
+
 # The fields that are read from each command's JSON, and their types; further fields are ignored.
 _SCHEMAS: dict[str, Any] = {
     "audit": Figures,
     "explain": _Explained,
     "analyze": dict[str, _Fitted],
     "certify": _Certified,
+    "optimize": _Searched,
 }
-_MARKS = {"audit": "rows", "explain": "layers", "certify": "tiers"}
+_MARKS = {"audit": "rows", "explain": "layers", "certify": "tiers", "optimize": "entries"}
 
 
 def read_json(path: Path | None, command: str) -> dict[str, Any] | None:

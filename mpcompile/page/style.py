@@ -32,6 +32,7 @@ svg text { fill: var(--ink); font-size: 12px; font-family: inherit }
 svg text.value { paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
 svg text.small { font-size: 10px; fill: var(--soft) }
 .bar.dense { fill: var(--dense) } .bar.sparse { fill: var(--sparse) } .bar.other { fill: var(--other) }
+.bar.chosen { fill: var(--law) }
 .whisker { stroke: var(--ink); stroke-width: 1.5 } .mark { stroke: var(--mark); stroke-dasharray: 3 3 }
 .axis { stroke: var(--rule) } .law { fill: none; stroke: var(--law); stroke-width: 1.6 }
 .spike { stroke: var(--law); stroke-width: 1.2 }

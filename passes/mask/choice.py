@@ -77,6 +77,7 @@ def choose(gm: IRModule, ctx: Context) -> Masks:
     for name, (_, why) in unsupported(gm, ctx.lifted).items():
         choice.dense.setdefault(name, why)
     _check_named(choice, ctx)
+    _check_patterns(choice, ctx)
     _check_any(gm, choice, ctx)
     _share(gm, choice, ctx)
     return choice
@@ -113,6 +114,23 @@ def _check_any(gm: IRModule, choice: Masks, ctx: Context) -> None:
         found="; ".join(sorted(set(choice.dense.values()))) or "a model without linear or 2-d convolution layers",
         hint="choose another pattern, a narrower exclude, or pattern='dense'",
     )
+
+
+def _check_patterns(choice: Masks, ctx: Context) -> None:
+    """Refuse a layer that ``layer_patterns`` names without a wildcard if it cannot be masked so."""
+    for text in ctx.config.layer_patterns:
+        name, _, pattern = text.rpartition("=")
+        left = choice.dense.get(name)
+        stays = left == ALREADY or (left is not None and pattern == "dense")
+        if ctx.tolerant or any(c in name for c in "*?[") or name in choice.masked or stays:
+            continue
+        raise NotEligibleError(
+            f"layer_patterns gives {pattern} to a layer that cannot be masked {pattern}",
+            layer=name,
+            expected="a layer that can be masked, by its name in the graph",
+            found=left or f"no such layer; the layers are {', '.join([*choice.masked, *choice.dense][:8])}, ...",
+            hint="remove it from layer_patterns, or give it another pattern",
+        )
 
 
 def _check_named(choice: Masks, ctx: Context) -> None:

@@ -11,7 +11,7 @@ from mpcompile.ir.module import IRModule
 from mpcompile.ir.nodes import element_count
 from mpcompile.ir.roles import roles
 from mpcompile.ir.view import LayerOp, layers
-from mpcompile.kernels.nm_format import check_nm, group_axis
+from mpcompile.kernels.nm_format import Pattern, check_nm, group_axis
 from mpcompile.passes.base import Context
 
 
@@ -32,6 +32,12 @@ def reason(layer: LayerOp, role: str | None, ctx: Context) -> str | None:
     if not included and _matches(layer.name, role, config.exclude):
         return "excluded"
     weight = layer.weight.tensor
+    named = config.named_pattern(layer.name)
+    if named == "dense":
+        return "dense in layer_patterns"
+    if named is not None:
+        m = Pattern.parse(named).m
+        return f"K % {m} (K = {group_axis(weight.shape)})" if group_axis(weight.shape) % m else None
     if config.pattern_for(weight) is None:
         least = min(p.m for p in config.choices(weight.device, weight.dtype))
         return f"K % {least} (K = {group_axis(weight.shape)})"

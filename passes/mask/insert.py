@@ -58,7 +58,7 @@ class Mask(Pass):
         for layer in layers(gm, ctx.lifted):
             if layer.pattern is None or reason(layer, role.get(layer.name), ctx) is not None:
                 continue
-            if config.mac_reduction is None and config.pattern_for(layer.weight.tensor) == layer.pattern:
+            if config.mac_reduction is None and ctx.pattern_for(layer) == layer.pattern:
                 continue
             requested = (
                 pattern_words(config) if config.mac_reduction is None else f"mac_reduction={config.mac_reduction}"

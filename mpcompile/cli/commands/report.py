@@ -9,7 +9,7 @@ from mpcompile.cli.options import Commands, as_path, as_path_text, command
 from mpcompile.errors import ConfigError, printable
 from mpcompile.page.sources import Sources, read_json
 
-READ = ("audit", "explain", "analyze", "certify")
+READ = ("audit", "explain", "analyze", "certify", "optimize")
 
 
 def add(commands: Commands) -> None:
@@ -18,8 +18,9 @@ def add(commands: Commands) -> None:
         commands,
         "report",
         help="make one self-contained HTML page from an artifact and the results of other commands",
-        description="Make one HTML page: gains, comparison with dense, spectra, masks, merged tokens, certificates, "
-        "time per layer, environment. It fetches nothing. A section without data names the command that produces it.",
+        description="Make one HTML page: frontier, gains, comparison with dense, spectra, masks, merged tokens, "
+        "certificates, time per layer, environment. It fetches nothing. A section without data names the command that "
+        "produces it.",
         example="mpcompile report pruned.mpc --audit audit.json --explain explain.json --image cat.jpg "
         "--out report.html",
     )
@@ -41,12 +42,12 @@ def run(args: argparse.Namespace) -> int:
     from mpcompile import page
 
     check_ending(args.out, ".html", ".htm")
-    audit, explain, analyze, certify = (read_json(getattr(args, name), name) for name in READ)
-    if args.artifact is None and not any((audit, explain, analyze, certify)):
+    found = {name: read_json(getattr(args, name), name) for name in READ}
+    if args.artifact is None and not any(found.values()):
         raise ConfigError("there is nothing to report", hint="give an artifact, or --audit FILE")
     if args.image and args.artifact is None:
         raise ConfigError("--image needs an artifact", hint="the page shows how the artifact merges tokens")
-    sources = Sources(audit, explain, analyze, certify)
+    sources = Sources(**found)
     if args.artifact is not None:
         page.add_artifact(sources, args.artifact, args.image)
     page.write(args.out, sources, args.title)
