@@ -1,4 +1,4 @@
-# make demo    the whole job: prune, distil, compile and audit a small vision transformer on real digits
+# make demo    the whole job: train a small vision transformer on real digits, and find its fastest build
 # make test    the tests
 # make test-isa ISA=avx2    the tests of kernels, merging and packing, with torch, oneDNN and our kernels restricted to
 #              that instruction set: avx2, or portable, which runs on any processor

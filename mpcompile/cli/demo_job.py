@@ -5,7 +5,6 @@ Data: scikit-learn's ``load_digits``, 1,797 scans of 8x8 pixels, upsampled to 32
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -21,20 +20,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mpcompile
-from mpcompile.backend import mpsparse
-from mpcompile.config import Config
 from mpcompile.errors import ArtifactError, MPCompileError
 from mpcompile.io.writing import make_folder, write_atomically
-from mpcompile.ir.module import IRModule
 from mpcompile.kernels.store import cache_folder
 from mpcompile.measure.audit import audit
 from mpcompile.measure.report import COMPILED, DENSE_EAGER, Report
-from mpcompile.pipeline import transform
-from mpcompile.plan import Plan
+from mpcompile.optimization.accuracy.outcome import Outcome
 from mpcompile.rmt.analysis import analyze
-from mpcompile.training.distill import distill, parameter_groups
+from mpcompile.training.distill import parameter_groups
 
 HELD_OUT, FOLDS = 450, 4  # scans per fold, number of folds; of the 1,797 scans, the last fold has 447
+KEPT_BACK = 300  # training scans that judge builds
+BATCH = 64  # scans per call
+MAX_DROP = 0.01
+SCANS = "scans of handwritten digits"
 SHIFT = 2  # pixels of random shift in training
 PICTURES = 2  # held-out scans on the page
 TITLE = "A vision transformer that reads handwritten digits"
@@ -50,7 +49,7 @@ class Demo:
         out: folder for the results.
         threads: number of PyTorch's CPU threads; None leaves the choice to PyTorch.
         progress: print the steps of the job to stderr, with progress bars on a terminal.
-        verbose: also return the tables of audit, plan and analysis.
+        verbose: also return the tables of search, audit, plan and analysis.
     """
 
     quick: bool = False
@@ -70,6 +69,11 @@ class Demo:
     def epochs(self) -> int:
         """Epochs of training."""
         return 12 if self.quick else 20
+
+    @property
+    def minutes(self) -> float:
+        """Time budget of the search."""
+        return 1.0 if self.quick else 4.0
 
     def step(self, text: str) -> None:
         """Print the step that the job is starting."""
@@ -141,7 +145,16 @@ def train_dense(demo: Demo, data: Digits, fold: int = 0) -> nn.Module:
 
     torch.manual_seed(demo.seed)
     model = VisionTransformer(**demo.architecture)
-    settings = [demo.architecture, demo.epochs, demo.seed, fold, torch.get_num_threads(), torch.__version__, SHIFT]
+    settings = [
+        demo.architecture,
+        demo.epochs,
+        demo.seed,
+        fold,
+        len(data.train[0]),
+        torch.get_num_threads(),
+        torch.__version__,
+        SHIFT,
+    ]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder()
     cached = folder / f"digits-{key}.safetensors"
@@ -173,107 +186,127 @@ def train_dense(demo: Demo, data: Digits, fold: int = 0) -> nn.Module:
 
 
 def run(demo: Demo) -> str:
-    """Run the whole job and write the page, the artifact, the figures, the plan and the analysis into ``demo.out``.
+    """Run the whole job and write the page, the artifact, its runner, the figures, the plan and the analysis.
 
     Returns:
-        The summary, after the tables of audit, plan and analysis if ``demo.verbose``.
+        The summary, after the tables of search, audit, plan and analysis if ``demo.verbose``.
     """
     if demo.threads:
         torch.set_num_threads(demo.threads)
     make_folder(demo.out)
-    data = load_data(demo.seed)
-    images, labels = data.test
-    demo.step(f"training a dense vision transformer on {len(data.train[0]):,} scans, {demo.epochs} epochs")
+    data, judges = kept_back(load_data(demo.seed))
+    scans = f"{len(data.train[0]):,} scans, {demo.epochs} epochs"
+    demo.step(f"training a dense vision transformer on {scans}")
     dense = train_dense(demo, data)
-    demo.step("pruning its weights, merging its tokens, distilling it")
-    narrow, before = (_transformed(demo, dense, data, pattern) for pattern in ("2:4", "auto"))  # auto: 8:16 on a CPU
-    student = copy.deepcopy(before)
-    distill(student, dense, Batches(data.train, demo.seed + 1), lr=1e-3, progress=demo.progress)
+    demo.step(f"searching for the fastest build that drops by at most {MAX_DROP:.0%} on {KEPT_BACK} other scans")
     path = demo.out / "digits.mpc"
-    mpcompile.save(student, path)
-    student = mpcompile.load(path)  # the audit measures the saved artifact
-    demo.step("compiling, and measuring every build")
-    batches = list(zip(images.split(64), labels.split(64), strict=True))
-    others = {"transformed 2:4": narrow, "transformed": before, "... distilled": student}
-    compiled = torch.compile(student, backend=mpsparse, options={"frozen": True})
-    report = audit(dense, compiled, batches, others=others, rounds=30, progress=demo.progress)
+    result = _optimized(demo, dense, data, judges, path)
+    demo.step("measuring it on held-out scans")
+    images, labels = data.test
+    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    runner = mpcompile.load_runner(path)  # the audit measures what was saved
+    report = audit(dense, runner, batches, rounds=30, progress=demo.progress)
     demo.step("fitting the Marchenko-Pastur law to the dense weights")
     analysis = analyze(dense, progress=None if demo.progress else False)  # None: on a terminal alone
+    result.frontier.write(demo.out / "frontier.json")
     write_atomically(demo.out / "report.json", report.to_json(indent=1))
-    write_atomically(demo.out / "plan.json", student.plan.to_json(indent=1))
+    write_atomically(demo.out / "plan.json", result.module.plan.to_json(indent=1))
     write_atomically(demo.out / "analysis.json", analysis.to_json(indent=1))
     if importlib.util.find_spec("matplotlib") is not None:
         analysis.plot(demo.out / "analysis.png")
-    _write_page(demo.out, student, images)
-    text = summary(demo.out, dense, report, student.plan)
+    _write_page(demo.out, result, images)
+    text = summary(demo.out, dense, report, result)
     if demo.verbose:
         law = f"The Marchenko-Pastur law in the dense model\n\n{analysis}"
-        text = f"{report}\n\n{student.plan}\n\n{law}\n\n{text}"
+        text = f"{result}\n\n{report}\n\n{result.module.plan}\n\n{law}\n\n{text}"
     return text
 
 
-def _transformed(demo: Demo, dense: nn.Module, data: Digits, pattern: str) -> IRModule:
-    """Return the dense model with masks and merging, calibrated on 256 scans of the training set."""
-    config = Config(pattern=pattern, tome_r=8)
-    calibration = data.train[0][:256].split(64)
-    gm = transform(dense, data.test[0][:64], config, calibration, seed=demo.seed)
-    gm.plan.provenance = {
+def kept_back(data: Digits) -> tuple[Digits, tuple[Tensor, Tensor]]:
+    """Take :data:`KEPT_BACK` training scans out, which judge builds: neither training nor fits see them."""
+    (images, labels), cut = data.train, len(data.train[0]) - KEPT_BACK
+    return Digits((images[:cut], labels[:cut]), data.test), (images[cut:], labels[cut:])
+
+
+def _optimized(
+    demo: Demo, dense: nn.Module, data: Digits, judges: tuple[Tensor, Tensor], path: Path
+) -> mpcompile.Optimized:
+    """Return the fastest build for batches of :data:`BATCH` scans, saved at ``path``."""
+    result = mpcompile.optimize(
+        dense,
+        data.train[0][:256].split(64),
+        validation=list(zip(*(part.split(BATCH) for part in judges), strict=True)),
+        max_drop=MAX_DROP,
+        batch=BATCH,
+        minutes=demo.minutes,
+        seed=demo.seed,
+        progress=demo.progress,
+    )
+    result.module.plan.provenance |= {
         "model": TITLE,
         "weights": f"trained by mpcompile demo, seed {demo.seed}",
         "num_classes": 10,
         "data": {"input_size": list(data.test[0].shape[1:])},
         "calibration_images": 256,
     }
-    return gm
+    result.save(path)
+    return result
 
 
-def _write_page(out: Path, student: IRModule, images: Tensor) -> None:
-    """Write ``report.html`` as ``mpcompile report digits.mpc --audit report.json --analyze analysis.json`` does.
+def _write_page(out: Path, result: mpcompile.Optimized, images: Tensor) -> None:
+    """Write ``report.html`` as ``mpcompile report digits.mpc --optimize frontier.json --audit report.json ...`` does.
 
     Its pictures of merged tokens are of the first held-out scans.
     """
     from mpcompile import page
     from mpcompile.page.sources import Sources, read_json
 
-    audited, analyzed = read_json(out / "report.json", "audit"), read_json(out / "analysis.json", "analyze")
-    sources = Sources(audit=audited, analyze=analyzed)
+    names = {"optimize": "frontier.json", "audit": "report.json", "analyze": "analysis.json"}
+    sources = Sources(**{command: read_json(out / name, command) for command, name in names.items()})
     page.add_artifact(sources, out / "digits.mpc")
-    for number, image in enumerate(images[:PICTURES], 1):
+    merged = any(result.recipe.merges)
+    for number, image in enumerate(images[: PICTURES if merged else 0], 1):
         grey = (255 * (image - image.min()) / (image.max() - image.min())).round().byte()
         pixels = grey.expand(3, -1, -1).permute(1, 2, 0).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
-        sources.pictures[f"held-out scan {number}"] = page.merging_steps(student, image, pixels)
+        sources.pictures[f"held-out scan {number}"] = page.merging_steps(result.module, image, pixels)
     page.write(out / "report.html", sources)
 
 
-def summary(out: Path, dense: nn.Module, report: Report, plan: Plan) -> str:
+def summary(out: Path, dense: nn.Module, report: Report, result: mpcompile.Optimized) -> str:
     """Return the result of the demo in a few lines.
 
     Args:
         out: folder of the page and the artifact.
         dense: the dense model.
-        report: audit with labels and latencies.
-        plan: plan of the artifact.
+        report: audit of the chosen build with labels.
+        result: of the search.
     """
     was: Any = report[DENSE_EAGER]
     now: Any = report[COMPILED]
-    best: Any = report.best_dense
+    chosen: Any = result.chosen
+    best: Any = result.frontier.best_dense
     weights = sum(parameter.numel() for parameter in dense.parameters())
-    patterns = ", ".join(sorted({layer.pattern for layer in plan.layers.values()} - {"dense"}))
-    points = 100 * (now.correct - was.correct) / was.samples
-    faster = "faster" if now.speedup >= 1 else "slower"
-    dtype = report.environment["dtype"]
+    outcome = Outcome(was.samples, 0, now.lost, now.won, now.correct, 0.0, 0.0)
+    low, high = outcome.interval()
+    drop = f"{100 * outcome.drop:.2f} ± {50 * (high - low):.2f} points on {was.samples} held-out scans"
+    head = f"{TITLE}: {result.speedup:.2f} times as fast as the best dense build, at a drop of {drop}"
+    if chosen.dense:
+        head = f"{TITLE}: nothing beats the best dense build at a drop of {MAX_DROP:.0%}"
     lines = {
-        "made": f"{patterns} masks in {len(plan.masked)} of {len(plan.layers)} layers, "
-        f"{plan.config['tome_r']} tokens merged per block, distilled from the dense model",
-        "accuracy": f"dense {was.top1:.2%} -> {now.top1:.2%} on {was.samples} held-out scans: {points:+.2f} points "
-        f"({now.lost} scans lost, {now.won} won)",
+        "model": f"{weights / 1e6:.2f} million weights, trained on {SCANS}",
+        "made": chosen.name,
+        "accuracy": f"dense {was.top1:.2%} -> {now.top1:.2%} ({now.lost} scans lost, {now.won} won)",
         "work": f"{was.macs / 1e6:.2f} -> {now.macs / 1e6:.2f} million multiply-accumulates per scan: "
         f"{1 - now.macs / was.macs:.1%} saved",
-        "speed": f"{now.speedup:.2f}x, {faster} than the best dense build: {now.latency_ms:.2f} ms for "
-        f"{report.environment['batch']} scans, {best.name} {best.latency_ms:.2f} ms, all {dtype}",
+        "speed": f"{chosen.latency_ms:.2f} ms for {BATCH} scans; {best.name} {best.latency_ms:.2f} ms",
+        "tried": f"{len(result.frontier)} builds, in {', '.join(_runtimes(result))}",
         "report": f"{out / 'report.html'} (open it in a browser)",
-        "artifact": f"{out / 'digits.mpc'} ({(out / 'digits.mpc').stat().st_size / 2**20:.2f} MiB)",
-        "tables": "report.json, plan.json and analysis.json in the same folder; --verbose prints them",
+        "artifact": f"{out / 'digits.mpc'} ({(out / 'digits.mpc').stat().st_size / 2**20:.2f} MiB); "
+        "mpcompile.load_runner runs it",
+        "tables": "frontier.json, report.json, plan.json and analysis.json in the same folder; --verbose prints them",
     }
-    head = f"{TITLE}, {weights / 1e6:.2f} million weights: trained, pruned, merged, distilled, compiled"
     return "\n".join([head, "", *(f"  {name:8}  {text}" for name, text in lines.items())])
+
+
+def _runtimes(result: mpcompile.Optimized) -> list[str]:
+    return sorted({entry.runtime for entry in result.frontier if entry.runtime is not None})

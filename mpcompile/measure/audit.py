@@ -115,13 +115,19 @@ def audit(
     with training_flags(nn.ModuleList(modules.values()), False), torch.no_grad():
         bar = tqdm(itertools.chain([first], batches), desc="compare", unit="batch", disable=None if progress else True)
         graphs = _compare(bar, known, builds, measured)
-        report.fell_back = not graphs and hasattr(compiled, "_orig_mod")
+        report.fell_back = not graphs and _compiles(compiled)
         for row in measured:
             fill_in_cost(row, builds[row.name], first, graphs, report.fell_back)
         if rounds:
             fill_in_latency(measured, time_builds(builds, first, rounds, progress, PAUSE if runtimes else 0.0))
     add_remarks(report, compiled, graphs, bool(known.labelled))
     return report
+
+
+def _compiles(build: Build) -> bool:
+    """Return True if a build is compiled by our backend, so that graphs that it compiled must have run."""
+    backend = getattr(build, "backend", "mpsparse")  # a runner's, which may be that of another runtime
+    return hasattr(build, "_orig_mod") and backend == "mpsparse"
 
 
 def _dense_builds(

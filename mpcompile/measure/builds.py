@@ -19,12 +19,18 @@ from mpcompile.runtimes.catalogue import in_fp32
 
 
 class Frozen:
-    """The dense model compiled with Inductor's freezing and, on CPUs, called from C++: as our frozen graphs are."""
+    """The dense model compiled with Inductor's freezing and, on CPUs, called from C++: as our frozen graphs are.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the dense model.
+        options: further options of ``torch.compile``.
+    """
+
+    def __init__(self, model: nn.Module, options: Mapping[str, Any] | None = None) -> None:
         self._orig_mod = model  # the name that torch.compile uses
         native = all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
-        self.run = torch.compile(model, options=FREEZING | NATIVE_CALLS if native else FREEZING)
+        self.options = {**FREEZING, **(options or {})}
+        self.run = torch.compile(model, options=self.options | NATIVE_CALLS if native else self.options)
         self.shapes: set[tuple[Any, ...]] = set()  # compiled so far
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -35,7 +41,7 @@ class Frozen:
             try:
                 result = self.run(*args, **kwargs)
             except Exception:  # an operator that Inductor cannot call from C++; or a wrong input, which raises again
-                self.run = torch.compile(self._orig_mod, options=FREEZING)
+                self.run = torch.compile(self._orig_mod, options=self.options)
                 result = self.run(*args, **kwargs)
         self.shapes.add(key)
         return result

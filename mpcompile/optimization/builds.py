@@ -21,7 +21,7 @@ from mpcompile.measure.builds import Frozen
 from mpcompile.measure.latency import time_builds
 from mpcompile.measure.rivals import TOLERANCE, median_difference
 from mpcompile.optimization.goal import TORCH
-from mpcompile.optimization.runner import Runner
+from mpcompile.optimization.runner import SERVED, Runner
 from mpcompile.runtimes.catalogue import fp32_copy, in_fp32
 
 SECONDS = 20.0  # that the final run takes, at least MIN_ROUNDS and at most MAX_ROUNDS
@@ -35,7 +35,7 @@ class ChannelsLast:
 
     def __init__(self, model: nn.Module) -> None:
         self._orig_mod = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        self.run = Frozen(self._orig_mod)
+        self.run = Frozen(self._orig_mod, SERVED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def turned(tensor: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from mpcompile.measure.builds import Frozen
 from mpcompile.runtimes.catalogue import RUNTIMES, in_fp32
 
 TORCH = "torch"
+# Before a call, dynamo checks the inputs alone: a runner's module does not change any more.
+SERVED = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
 _KEY = "mpcompile_runner"
 BACKENDS = ("mpsparse", "inductor")
 
@@ -205,8 +207,8 @@ def compiled_with(module: nn.Module, backend: str) -> Callable[..., Any]:
     if backend not in BACKENDS:
         raise ConfigError("there is no such backend", expected=" or ".join(BACKENDS), found=repr(backend))
     if backend == "inductor":
-        return Frozen(module)
-    return torch.compile(module, backend=mpsparse, options={"frozen": True}, dynamic=False)
+        return Frozen(module, SERVED)
+    return torch.compile(module, backend=mpsparse, options={"frozen": True, **SERVED}, dynamic=False)
 
 
 def _cast(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -279,5 +279,7 @@ class Search:
             self.frontier.notes.append(text)
 
     def _tell(self, text: str) -> None:
+        """Report the progress: the time used and budgeted, and the best so far."""
         if not ranks.rank():
-            log.info("%3.0f s: %s", self.clock.used, text)
+            best = "" if self.best is None or self.best.speedup is None else f"; best so far {self.best.speedup:.2f}x"
+            log.info("%.0f s of %g min: %s%s", self.clock.used, self.goal.minutes, text, best)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +32,7 @@ from mpcompile.pipeline import Pipeline, run_pipeline, transform
 log = logging.getLogger(__name__)
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # shares of the multiply-accumulates at which merging is measured
+GENTLE = 0.3  # up to here, one level in between; beyond, two
 _SIZES = (1.0, 0.5, 0.25)  # shares of a layer's rows at which patterns are timed
 LATENCY, MACS, BYTES = "latency", "macs", "bytes"
 OBJECTIVES = (LATENCY, MACS, BYTES)
@@ -96,13 +96,16 @@ class Space:
     def _schedules(self) -> list[tuple[tuple[int, ...], float, IRModule]]:
         """Return schedules of merging with their damage and their graphs, by rising damage.
 
-        Those of :data:`REDUCTIONS` are measured; the damage of those half-way between is interpolated.
+        Those of :data:`REDUCTIONS` are measured; the damage of those in between is interpolated. Damage grows by
+        powers, so that late levels are closer together.
         """
         found: list[tuple[tuple[int, ...], float, IRModule]] = []
         last = before = 0.0
         for reduction in tqdm(REDUCTIONS, desc="tokens", unit="level", disable=self.hidden):
+            between = 1 if reduction <= GENTLE else 2
+            shares = [last + (reduction - last) * k / (between + 1) for k in range(1, between + 2)]
             try:
-                solved = [self._solved(share) for share in ((last + reduction) / 2, reduction)]
+                solved = [self._solved(share) for share in shares]
             except NotEligibleError as error:
                 self.notes.append(f"no tokens merge: {error.message}")
                 return []
@@ -110,9 +113,10 @@ class Space:
                 break
             outcome = self.fit.judge(solved[-1][1])
             self.pairs.append((outcome.divergence, outcome.expected))
-            damage = max(outcome.divergence, before)
-            between = math.sqrt(before * damage) if before else damage / 4  # it grows by powers
-            found += [(merges, d, gm) for (merges, gm), d in zip(solved, (between, damage), strict=True)]
+            damage = max(outcome.divergence, before, 1e-9)
+            ends = (before or damage / 16, damage)
+            damages = [ends[0] * (ends[1] / ends[0]) ** (k / len(solved)) for k in range(1, len(solved) + 1)]
+            found += [(merges, d, gm) for (merges, gm), d in zip(solved, damages, strict=True)]
             last, before = reduction, damage
         distinct = {merges: (merges, damage, gm) for merges, damage, gm in found if any(merges)}
         return list(distinct.values())

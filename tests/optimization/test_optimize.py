@@ -2,15 +2,17 @@
 
 import json
 import logging
+import os
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 
 import mpcompile
 from mpcompile import Config, optimize
 from mpcompile.errors import ArtifactError, ConfigError, InputError
-from mpcompile.optimization import builds, search
+from mpcompile.optimization import builds, runner, search
 from mpcompile.optimization.contest import Contest
 from mpcompile.optimization.recipe import Recipe
 from mpcompile.optimization.runner import Runner, load_runner, runner_file
@@ -249,11 +251,11 @@ def test_a_runner_of_another_runtime_is_saved_with_its_file(vit, runtime, tmp_pa
     if not RUNTIMES[runtime].installed:
         pytest.skip(f"{runtime} is not installed")
     gm = mpcompile.transform(vit, images(2), Config(pattern="dense", tome_r=2))
-    runner = builds.Workshop(tmp_path, images(2)).build(gm, runtime, "fp32")
+    found = builds.Workshop(tmp_path, images(2)).build(gm, runtime, "fp32")
     path = tmp_path / "b.mpc"
     mpcompile.save(gm, path)
-    runner.hold_file()
-    runner.save(path)
+    found.hold_file()
+    found.save(path)
     again = load_runner(path)
     x = images(2)
     torch.testing.assert_close(again(x), gm(x), rtol=1e-3, atol=1e-4)
@@ -281,3 +283,31 @@ def test_recipes_are_configs_of_transform(vit):
     gm = mpcompile.transform(vit, images(2), recipe.config(Config(score="magnitude")))
     assert {name for name in gm.plan.masked} == {"blocks.0.mlp.fc1"}
     assert gm.plan.tokens == [17, 14, 14]
+
+
+def worker(rank, folder):
+    """One of two processes: the same search, with its share of the images."""
+    os.environ["MPCOMPILE_TIMING"] = "off"
+    builds.MAX_ROUNDS = builds.MIN_ROUNDS = 3
+    runner.compiled_with = lambda module, backend: module
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = tiny_vit(embed_dim=64, num_heads=4)
+    result = optimize(model, labelled(model), max_drop=0.3, allow=("tokens",), objective="macs", **OPTIONS)
+    values = {"frontier": result.frontier.to_dict()["entries"], "recipe": result.recipe.record()}
+    with open(f"{folder}/{rank}.json", "w", encoding="utf-8") as file:
+        json.dump({**values, "runner": result.runner is not None}, file)
+    torch.distributed.barrier()  # no rank exits while the other still communicates with it
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_images_and_agree(vit, tmp_path):
+    alone = optimize(vit, labelled(vit), max_drop=0.3, allow=("tokens",), objective="macs", **OPTIONS)
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["runner"] and not second["runner"]
+    assert first["recipe"] == second["recipe"] == json.loads(json.dumps(alone.recipe.record()))
+    outcomes = [[entry["outcome"] for entry in part["frontier"] if entry["outcome"]] for part in (first, second)]
+    assert outcomes[0] == outcomes[1]
+    found = {json.dumps(o["changed"]) for o in outcomes[0]}
+    assert found == {json.dumps(e.outcome.changed) for e in alone.frontier if e.outcome is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     config = config_of(args)
+    if not args.quiet:  # the steps of a search that takes minutes
+        logging.getLogger("mpcompile.optimization").setLevel(logging.INFO)
     ranks.start("cpu")
     loaded = load_source(args)
     if loaded.random:
