@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
-from bench.common import common_arguments, environment, fill, load, save, table
+from bench.common import common_arguments, environment, fill, load, save
 from bench.masks.ladder import right, task
 from mpcompile import optimize
 
 NAME = "optimize"
+TITLES = {"vit_tiny": "ViT-Tiny", "efficientnet_lite0": "EfficientNet-Lite0"}
+TITLES |= {f"resnet{depth}": f"ResNet-{depth} (CIFAR)" for depth in (20, 44)}
 
 
 def measure(args: argparse.Namespace, model: str, batch: int, drop: float) -> dict[str, Any]:
@@ -65,23 +68,45 @@ def measure(args: argparse.Namespace, model: str, batch: int, drop: float) -> di
     }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print one line per search."""
-    head = ["model", "batch", "max drop", "chosen", "speed", "dense", "right", "drop", "minutes"]
+def markdown(data: dict[str, Any]) -> str:
+    """The table of docs/optimize.md: one line per search."""
+    head = [
+        "model",
+        "batch",
+        "at most",
+        "chosen",
+        "speed",
+        "ms; best dense",
+        "right on other images",
+        "drop",
+        "minutes",
+    ]
     lines = []
-    for row in rows:
+    for row in data["rows"]:
+        entries = row["frontier"]["entries"]
+        chosen = next(e for e in entries if e["verdict"] == "chosen")
+        kept = [e for e in entries if e["dense"] and e["latency_ms"] is not None]
+        dense = min(kept, key=lambda e: float(e["latency_ms"]))
         seen = row["evaluation"]
-        drop = (seen["dense"] - seen["right"]) / seen["images"]
-        counts = [seen["dense"], seen["right"], f"{drop:.2%}", f"{row['minutes']:.1f}"]
         lines.append(
-            [row["model"], row["batch"], f"{row['max_drop']:.1%}", row["chosen"], f"{row['speedup']:.2f}x", *counts]
+            [
+                TITLES[row["model"]],
+                row["batch"],
+                f"{100 * row['max_drop']:g} points",
+                row["chosen"],
+                f"**{row['speedup']:.2f}x**",
+                f"{chosen['latency_ms']:.2f}; {dense['name'].removeprefix('dense, ')} {dense['latency_ms']:.2f}",
+                f"{seen['right']:,} of {seen['images']:,} (dense {seen['dense']:,})",
+                f"{100 * (seen['dense'] - seen['right']) / seen['images']:.2f} points",
+                f"{row['minutes']:.0f}",
+            ]
         )
-    print(table(lines, head))
+    return tabulate(lines, headers=head, tablefmt="pipe", disable_numparse=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with load.py, weights and images")
+    parser.add_argument("data", type=Path, nargs="?", help="folder with load.py, weights and images")
     parser.add_argument("--models", nargs="+", help="of vit_tiny, efficientnet_lite0, resnet20, resnet44 (vit_tiny)")
     parser.add_argument("--batch", nargs="+", type=int, help="images per call (1 8)")
     parser.add_argument("--drops", nargs="+", type=float, help="largest drops, as shares (.01 .03)")
@@ -92,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="images of the report (all)")
     parser.add_argument("--folder", help="keep measurements in this folder, to resume")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    parser.add_argument("--tables", action="store_true", help="only print the table of the last measurement")
     common_arguments(parser)
     args = parser.parse_args(argv)
     fill(
@@ -106,6 +132,9 @@ def main(argv: list[str] | None = None) -> int:
         },
         {"models": ["resnet20"], "batch": [4], "drops": [0.1], "minutes": 1, "calibration": 64, "images": 32},
     )
+    if args.tables:
+        print(markdown(load(NAME, args.out)))
+        return 0
     torch.set_num_threads(args.threads)
     data = load(NAME, args.out) or {}
     rows = {(r["model"], r["batch"], r["max_drop"], tuple(r["allow"])): r for r in data.get("rows", [])}
@@ -115,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
                 row = measure(args, model, batch, drop)
                 rows[model, batch, drop, tuple(row["allow"])] = row
                 save(NAME, {"rows": list(rows.values())}, args.out)
-    show(list(rows.values()))
+    print(markdown({"rows": list(rows.values())}))
     return 0
 
 

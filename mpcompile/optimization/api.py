@@ -23,7 +23,7 @@ from mpcompile.optimization.builds import Workshop
 from mpcompile.optimization.frontier import Entry
 from mpcompile.optimization.goal import LEVERS, TORCH, Goal, installed_runtimes
 from mpcompile.optimization.result import Optimized, provenance, save_all
-from mpcompile.optimization.runner import Runner
+from mpcompile.optimization.runner import Runner, check_files
 from mpcompile.optimization.search import Search
 from mpcompile.optimization.state import State, search_key
 from mpcompile.runtimes.catalogue import named
@@ -115,6 +115,8 @@ def optimize(
     named([name for name in goal.runtimes if name != TORCH])
     config = _base(config)
     _check_model(model)
+    if out is not None:
+        check_files(out)
     whole = gather(model, calibration, "calibration", memory)
     if validation is None:
         fit, held = split(whole, seed, max_drop, confidence)

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from mpcompile.artifact import load
 from mpcompile.backend import mpsparse
 from mpcompile.errors import ArtifactError, ConfigError
-from mpcompile.io.ownership import sign
+from mpcompile.io.ownership import is_ours, sign
 from mpcompile.io.reading import read_json, sha256
 from mpcompile.io.schema import Mismatch, check
-from mpcompile.io.writing import write_atomically
+from mpcompile.io.writing import check_writable, write_atomically
 from mpcompile.measure.builds import Frozen
 from mpcompile.runtimes.catalogue import RUNTIMES, in_fp32
 
@@ -119,6 +119,7 @@ class Runner:
         Raises:
             ArtifactError: the artifact does not exist, or a file cannot be written.
         """
+        check_files(path)
         artifact = Path(path)
         onnx = ""
         if self.onnx is not None:
@@ -140,6 +141,26 @@ class Runner:
 def runner_file(path: str | os.PathLike[str]) -> Path:
     """Return the path of the file that describes the runner of an artifact."""
     return Path(path).with_suffix(".runner.json")
+
+
+def check_files(path: str | os.PathLike[str]) -> None:
+    """Check that a runner may be written beside an artifact.
+
+    Raises:
+        ArtifactError: the path is that of a folder, its folder is missing, or another program wrote a file that a
+            runner would replace.
+    """
+    if os.fspath(path).endswith(("/", os.sep)) or os.path.isdir(path):
+        raise ArtifactError(
+            f"{os.fspath(path)} is a folder: a runner is written beside a file", expected="a file, such as fast.mpc"
+        )
+    for file in (Path(path), runner_file(path), Path(path).with_suffix(".onnx")):
+        check_writable(file)
+        if os.path.lexists(file) and not is_ours(file):
+            raise ArtifactError(
+                f"{file} would be replaced, and mpcompile did not write it",
+                hint="choose another name, or move that file",
+            )
 
 
 def load_runner(path: str | os.PathLike[str], *, threads: int | None = None) -> Runner:

@@ -311,3 +311,14 @@ def test_two_processes_share_the_images_and_agree(vit, tmp_path):
     assert outcomes[0] == outcomes[1]
     found = {json.dumps(o["changed"]) for o in outcomes[0]}
     assert found == {json.dumps(e.outcome.changed) for e in alone.frontier if e.outcome is not None}
+
+
+def test_files_of_others_are_not_replaced(vit, tmp_path):
+    (tmp_path / "fast.onnx").write_bytes(b"somebody's model")
+    with pytest.raises(ArtifactError, match=r"fast\.onnx would be replaced"):
+        optimize(vit, labelled(vit), max_drop=0.3, out=tmp_path / "fast.mpc", **OPTIONS)
+    assert (tmp_path / "fast.onnx").read_bytes() == b"somebody's model"
+    with pytest.raises(ArtifactError, match="is a folder"):
+        optimize(vit, labelled(vit), max_drop=0.3, out=f"{tmp_path}/", **OPTIONS)
+    with pytest.raises(ArtifactError):
+        optimize(vit, labelled(vit), max_drop=0.3, out=tmp_path / "missing" / "fast.mpc", **OPTIONS)

@@ -122,10 +122,18 @@ def run(args: argparse.Namespace) -> int:
             "the weights are random: there is no accuracy to keep", expected="--pretrained or --checkpoint FILE"
         )
 
+    if loaded.fixed_batch is not None:
+        raise ConfigError(
+            "the model takes batches of one size alone, and images do not come in such",
+            expected="a model whose batch size is free",
+            found=f"batches of {loaded.fixed_batch}",
+            hint="export it with a dynamic batch axis",
+        )
+
     def images(path: Path) -> Images:
-        how: dict[str, Any] = {"samples": args.samples, "batch": loaded.fixed_batch or 32, "seed": args.seed}
+        how: dict[str, Any] = {"samples": args.samples, "batch": 32, "seed": args.seed}
         names = list(loaded.class_names)
-        return loaded.whole_batches(images_at(path, loaded.data, classes=loaded.num_classes, names=names, **how))
+        return images_at(path, loaded.data, classes=loaded.num_classes, names=names, **how)
 
     data = {name: images(getattr(args, name)) for name in ("images", "validation") if getattr(args, name) is not None}
     result = mpcompile.optimize(
