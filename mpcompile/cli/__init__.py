@@ -10,9 +10,10 @@ To add a command ``bake``, write ``mpcompile/cli/commands/bake.py`` with two fun
   and returns the exit status. Slow imports, and those that need an extra, go inside it. Models and checkpoints come
   from :mod:`mpcompile.cli.models`.
 
-Then add ``"bake"`` to :data:`COMMANDS`. If it writes JSON, :func:`mpcompile.io.ownership.is_ours` must recognise it, so
-that a second run may replace the file. Raise errors that the user can fix as
-:class:`~mpcompile.errors.MPCompileError`: :func:`main` prints them in one line and exits with status 2.
+Then add ``"bake": "bake"`` to :data:`COMMANDS`. (Commands that only measure are in ``commands/measuring/``.) If it
+writes JSON, :func:`mpcompile.io.ownership.is_ours` must recognise it, so that a second run may replace the file. Raise
+errors that the user can fix as :class:`~mpcompile.errors.MPCompileError`: :func:`main` prints them in one line and
+exits with status 2.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ import mpcompile
 from mpcompile.cli.destinations import check_destinations
 from mpcompile.errors import LONGEST, MPCompileError, printable, printable_lines
 
-COMMANDS = (
-    "analyze",
-    "optimize",
-    "compile",
-    "audit",
-    "verify",
-    "explain",
-    "visualize",
-    "certify",
-    "distill",
-    "export",
-    "report",
-    "demo",
-    "env",
-)
+COMMANDS = {  # name -> module in commands/
+    "analyze": "measuring.analyze",
+    "optimize": "optimize",
+    "compile": "compile",
+    "audit": "measuring.audit",
+    "verify": "measuring.verify",
+    "explain": "measuring.explain",
+    "visualize": "measuring.visualize",
+    "certify": "measuring.certify",
+    "distill": "distill",
+    "export": "export",
+    "report": "report",
+    "demo": "demo",
+    "env": "env",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="mpcompile", description=mpcompile.__doc__)
     top.add_argument("--version", action="version", version=f"mpcompile {mpcompile.__version__}")
     commands = top.add_subparsers(dest="job", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
-    for name in COMMANDS:
-        importlib.import_module(f"mpcompile.cli.commands.{name}").add(commands)
+    for module in COMMANDS.values():
+        importlib.import_module(f"mpcompile.cli.commands.{module}").add(commands)
     return top
 
 

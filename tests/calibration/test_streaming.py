@@ -202,7 +202,7 @@ def test_an_audit_calibrates_for_every_score_that_needs_data(score, folder, monk
     run(folder, "audit", "--score", "magnitude", *out)
     assert taken == [BATCHES, None]
     assert not any("calibrated on" in note for note in json.loads((folder / "out.json").read_text())["notes"])
-    monkeypatch.setattr("mpcompile.cli.commands.audit.CALIBRATED", 7)
+    monkeypatch.setattr("mpcompile.cli.commands.measuring.audit.CALIBRATED", 7)
     run(folder, "audit", "--score", score, *out)
     assert taken[-1] == 10  # two batches of five
     notes = json.loads((folder / "out.json").read_text())["notes"]

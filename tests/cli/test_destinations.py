@@ -222,7 +222,7 @@ def test_a_request_to_end_unwinds(monkeypatch):
         finally:
             left.append(True)
 
-    monkeypatch.setattr("mpcompile.cli.commands.verify.run", run)
+    monkeypatch.setattr("mpcompile.cli.commands.measuring.verify.run", run)
     with pytest.raises(SystemExit) as caught:
         cli.main(["verify", "x.mpc"])
     assert caught.value.code == 143 and left and signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,1 @@
+"""Commands that measure and check a model: they change nothing."""
