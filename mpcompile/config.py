@@ -167,7 +167,8 @@ class Config:
             object.__setattr__(self, "tome_r", tuple(self.tome_r))
         for name, types in _TYPES.items():
             value = getattr(self, name)
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            words = name == "tome_r" or not isinstance(value, tuple) or all(isinstance(v, str) for v in value)
+            if not words or not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
                 raise ConfigError(f"option {name!r} has the wrong type", expected=wanted, found=repr(value))
         if self.pattern not in ("dense", "auto"):

@@ -21,7 +21,7 @@ import torch
 from bench.common import common_arguments, environment, fill, save
 from mpcompile import Config
 from mpcompile.optimization.accuracy.images import batched
-from mpcompile.optimization.space import LATENCY, Space
+from mpcompile.optimization.numbers.space import LATENCY, Space
 
 NAME = "optimize_overhead"
 

@@ -22,9 +22,9 @@ from bench.common import common_arguments, environment, fill, plotted, save, tab
 from bench.masks.ladder import right, task
 from mpcompile import Config, transform
 from mpcompile.optimization.accuracy.images import batched, split
-from mpcompile.optimization.model import Model
+from mpcompile.optimization.numbers.model import Model
+from mpcompile.optimization.numbers.space import MACS, Space
 from mpcompile.optimization.recipe import Recipe
-from mpcompile.optimization.space import MACS, Space
 
 NAME = "optimize_plans"
 

@@ -22,6 +22,7 @@ from mpcompile.optimization.accuracy.images import LEAST, batched, check_enough,
 from mpcompile.optimization.builds import Workshop
 from mpcompile.optimization.frontier import Entry
 from mpcompile.optimization.goal import LEVERS, TORCH, Goal, installed_runtimes
+from mpcompile.optimization.numbers.timetable import read_times
 from mpcompile.optimization.result import Optimized, provenance, save_all
 from mpcompile.optimization.runner import Runner, check_files
 from mpcompile.optimization.search import Search
@@ -44,6 +45,7 @@ def optimize(
     runtimes: Sequence[str] | None = None,
     latency: float | None = None,
     speedup: float | None = None,
+    timings: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     config: Config | None = None,
     out: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -78,6 +80,9 @@ def optimize(
         runtimes: of ``"torch"``, ``"onnxruntime"`` and ``"openvino"``: where builds may run. None: those installed.
         latency: milliseconds per batch to reach: the build that damages least among those that do is chosen.
         speedup: the same, as a multiple of the best dense build's speed.
+        timings: files of ``mpcompile explain MODEL --pattern N:M --json FILE`` from another machine, one per pattern.
+            The predicted time of the layers there is minimised, and patterns that were not timed there are not used.
+            The result is for mpcompile's engine; builds are timed here all the same.
         config: options that the search leaves alone, such as ``exclude``, ``score``, ``tome_method`` or ``outputs``.
         out: a file for the best build so far, from the first minute on, with its runner beside it; see
             :func:`mpcompile.load_runner`.
@@ -89,6 +94,7 @@ def optimize(
 
     Raises:
         ConfigError: an option is out of range, or a runtime is not installed.
+        ArtifactError: files of ``timings`` cannot be read, or are of several machines; or ``out`` cannot be written.
         InputError: there are too few images for such a statement (the message says how many are needed), labels do not
             fit, the model returns no class scores, or a target cannot be reached (the message says what can).
         MPCompileError: as :func:`mpcompile.transform`.
@@ -100,6 +106,7 @@ def optimize(
         >>> result.runner(images[0][0][:1]).shape, result.chosen.speedup >= 1
         (torch.Size([1, 4]), True)
     """
+    times, machine = (None, None) if timings is None else read_times(_paths(timings))
     goal = Goal(
         max_drop=max_drop,
         confidence=confidence,
@@ -110,6 +117,7 @@ def optimize(
         runtimes=installed_runtimes() if runtimes is None else _names(runtimes),
         latency=latency,
         speedup=speedup,
+        elsewhere=machine,
         seed=seed,
     )
     named([name for name in goal.runtimes if name != TORCH])
@@ -139,7 +147,7 @@ def optimize(
             if out is not None:
                 save_all(graph, runner, out)
 
-        search = Search(model, example, fit, held, goal, config, state, shop, improved, progress)
+        search = Search(model, example, fit, held, goal, config, state, shop, improved, progress, times)
         search.frontier.conditions = _conditions(goal, example)
         module, runner = search.run()
         if runner is not None:
@@ -152,6 +160,10 @@ def _names(value: Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _paths(value: Any) -> list[Any]:
+    return [value] if isinstance(value, (str, os.PathLike)) else list(value)
+
+
 def _base(config: Config | None) -> Config:
     """Return the options that recipes leave alone.
 
@@ -162,7 +174,7 @@ def _base(config: Config | None) -> Config:
     if not isinstance(config, Config):
         raise ConfigError("config has the wrong type", expected="mpcompile.Config", found=type(config).__name__)
     default = Config()
-    for name in ("tome_r", "tome_reduction", "mac_reduction", "layer_patterns", "frozen"):
+    for name in ("pattern", "tome_r", "tome_reduction", "mac_reduction", "layer_patterns", "frozen"):
         if getattr(config, name) != getattr(default, name):
             raise ConfigError(
                 f"the search decides {name} itself", expected=f"{name} left out of config", found=getattr(config, name)
@@ -196,6 +208,7 @@ def _conditions(goal: Goal, example: Any) -> dict[str, Any]:
         "batch": len(first_tensor(example)),
         "precision": "fp32",
         "objective": goal.objective,
+        "times of": goal.elsewhere or "this machine",
         "ranks": ranks.world(),
         **{name: found[name] for name in ("mpcompile", "torch", "onnxruntime", "openvino")},
     }

@@ -20,9 +20,9 @@ from mpcompile.optimization.accuracy.outcome import Outcome
 from mpcompile.optimization.builds import ChannelsLast, Workshop, has_convolutions
 from mpcompile.optimization.frontier import CHOSEN, Entry, Frontier
 from mpcompile.optimization.goal import TORCH, Goal
+from mpcompile.optimization.numbers.space import BYTES, LATENCY
 from mpcompile.optimization.recipe import Recipe
 from mpcompile.optimization.runner import Runner
-from mpcompile.optimization.space import BYTES, LATENCY
 from mpcompile.runtimes.catalogue import RUNTIMES
 
 PROMISING = 1.5  # a runtime whose dense build takes this many times the best one's gets no further builds
@@ -108,6 +108,8 @@ class Contest:
 
     def promising(self) -> tuple[str, ...]:
         """Return the runtimes whose dense fp32 build is not far behind the best one's."""
+        if self.goal.elsewhere:
+            return (TORCH,)
         timed = [e for e in self.frontier if e.dense and e.precision == "fp32" and e.latency_ms]
         times = {e.runtime: min(o.latency_ms or 0 for o in timed if o.runtime == e.runtime) for e in timed}
         best = min(times.values(), default=1.0)
@@ -177,6 +179,8 @@ class Contest:
         return min(meeting, key=lambda e: (e.predicted_drop or 0.0, self._cost(e)), default=None)
 
     def _cost(self, entry: Entry) -> float:
+        if self.goal.elsewhere is not None:
+            return math.inf if entry.predicted_ms is None else entry.predicted_ms
         if self.goal.objective == LATENCY:
             return entry.latency_ms or 0.0
         value = entry.weight_bytes if self.goal.objective == BYTES else entry.macs
@@ -202,8 +206,8 @@ class Contest:
             )
         for entry in timed:
             entry.verdict = "more damage than needed" if self.goal.targeted and self._meets(entry) else "slower"
-            if self.goal.objective != LATENCY:
-                entry.verdict = f"more {self.goal.objective}"
+            if self.goal.objective != LATENCY or self.goal.elsewhere:
+                entry.verdict = f"more {'predicted time' if self.goal.elsewhere else self.goal.objective}"
         if chosen is None:
             raise self._unreachable(timed)
         chosen.verdict = CHOSEN

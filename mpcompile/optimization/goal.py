@@ -12,7 +12,7 @@ import torch
 from mpcompile.errors import ConfigError
 from mpcompile.kernels.machine import has_bf16
 from mpcompile.optimization.accuracy.outcome import check_goal
-from mpcompile.optimization.space import OBJECTIVES
+from mpcompile.optimization.numbers.space import OBJECTIVES
 from mpcompile.runtimes.catalogue import RUNTIMES
 
 LEVERS = ("masks", "tokens", "bf16")
@@ -40,6 +40,7 @@ class Goal:
     runtimes: tuple[str, ...] = (TORCH,)
     latency: float | None = None
     speedup: float | None = None
+    elsewhere: str | None = None  # the machine whose times are minimised, as predicted; None for this one
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,8 +66,10 @@ class Goal:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} is out of range", expected="a number above 0", found=value)
-        if self.targeted and self.objective != "latency":
-            raise ConfigError("latency and speedup are targets of objective='latency'", found=repr(self.objective))
+        if (self.targeted or self.elsewhere) and self.objective != "latency":
+            raise ConfigError("latency, speedup and timings are for objective='latency'", found=repr(self.objective))
+        if self.targeted and self.elsewhere:
+            raise ConfigError("a target needs a measured latency", expected="no timings", found=self.elsewhere)
 
     def _check_members(self) -> None:
         known = {"objective": OBJECTIVES, "allow": LEVERS, "runtimes": (TORCH, *RUNTIMES)}
@@ -90,7 +93,7 @@ class Goal:
 
     def measured_by(self) -> dict[str, Any]:
         """Return what measurements and outcomes depend on: not how large a drop is allowed."""
-        kept = ("objective", "batch", "seed", "threads")
+        kept = ("objective", "batch", "seed", "threads", "elsewhere")
         return {**{name: self.record()[name] for name in kept}, "levers": sorted({*self.allow} & {"masks", "tokens"})}
 
     def record(self) -> dict[str, Any]:

@@ -69,6 +69,9 @@ class Optimized:
         frontier, chosen, best = self.frontier, self.chosen, self.frontier.best_dense
         outcome, batch = chosen.outcome, frontier.conditions.get("batch")
         goal = f"at most {frontier.max_drop:.2%}"
+        elsewhere = self._elsewhere()
+        if elsewhere is not None:
+            return "\n".join([elsewhere, *self._needed()])
         if chosen.dense or best is None:
             lines = [f"nothing beats the best dense build, {chosen.name}, at a drop of {goal}: it is returned as it is"]
             return "\n".join([*lines, *self._needed()])
@@ -84,6 +87,15 @@ class Optimized:
         elif chosen.precision == "fp32":
             text += "; it returns the same outputs"
         return "\n".join([text, *self._needed()])
+
+    def _elsewhere(self) -> str | None:
+        """Return what was reached by the times of another machine; None if this one's counted."""
+        machine, chosen = self.frontier.conditions.get("times of", "this machine"), self.chosen
+        exact = next((e for e in self.frontier if e.recipe == Recipe() and e.predicted_ms), None)
+        if machine == "this machine" or exact is None or not chosen.predicted_ms or not exact.predicted_ms:
+            return None
+        ratio = exact.predicted_ms / chosen.predicted_ms
+        return f"{chosen.name}: its timed layers are predicted to be {ratio:.2f}x as fast as dense ones on {machine}"
 
     def _needed(self) -> list[str]:
         """Return what a faster build would have needed."""

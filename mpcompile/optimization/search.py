@@ -28,10 +28,11 @@ from mpcompile.optimization.builds import SECONDS, Workshop
 from mpcompile.optimization.contest import Contest
 from mpcompile.optimization.frontier import Entry, Frontier
 from mpcompile.optimization.goal import TORCH, Goal
-from mpcompile.optimization.model import Choice, Model
+from mpcompile.optimization.numbers.model import Choice, Model
+from mpcompile.optimization.numbers.space import LATENCY, Space
+from mpcompile.optimization.numbers.timetable import Times
 from mpcompile.optimization.recipe import Recipe
 from mpcompile.optimization.runner import Runner
-from mpcompile.optimization.space import LATENCY, Space
 from mpcompile.optimization.state import State
 from mpcompile.passes.reconstruct.api import reconstruct
 from mpcompile.pipeline import transform
@@ -77,6 +78,7 @@ class Search:
         improved: called with the entry, its graph and its runner whenever a faster build that keeps the accuracy is
             known; on the first rank only.
         progress: show progress bars (on a terminal).
+        times: times of layers on another machine, in place of this one's.
     """
 
     def __init__(
@@ -91,13 +93,14 @@ class Search:
         workshop: Workshop,
         improved: Callable[[Entry, IRModule, Runner], None],
         progress: bool,
+        times: Times | None = None,
     ) -> None:
         self.model, self.batch, self.fit, self.held, self.goal, self.config = model, batch, fit, held, goal, config
         labels_alike = (fit.labels is None) == (held.labels is None)
         self.everything = fit + held if labels_alike else held
         self.state, self.improved, self.progress = state, improved, progress
         self.clock = Clock(goal.minutes)
-        self.space = Space(model, batch, config, fit, goal.objective, goal.seed, progress)
+        self.space = Space(model, batch, config, fit, goal.objective, goal.seed, progress, times)
         self.graphs: dict[Recipe, IRModule] = {}
         self.contest = Contest(model, goal, workshop, self._graph, self._judges)
         self.best: Entry | None = None
@@ -119,6 +122,8 @@ class Search:
         self.contest.add_dense()
         self._keep_best()
         numbers = self._numbers()
+        if self.goal.objective == LATENCY:
+            self.contest.exact().predicted_ms = numbers.levels[0].cost / 1e3
         for masks, tokens in self._sets(numbers):
             self._build(self._sequence(numbers, masks, tokens))
             self._keep_best()
@@ -281,5 +286,6 @@ class Search:
     def _tell(self, text: str) -> None:
         """Report the progress: the time used and budgeted, and the best so far."""
         if not ranks.rank():
-            best = "" if self.best is None or self.best.speedup is None else f"; best so far {self.best.speedup:.2f}x"
+            known = self.best is not None and self.best.speedup is not None and self.goal.elsewhere is None
+            best = f"; best so far {self.best.speedup:.2f}x" if known else ""  # type: ignore[union-attr]
             log.info("%.0f s of %g min: %s%s", self.clock.used, self.goal.minutes, text, best)

@@ -22,7 +22,7 @@ from mpcompile.io.reading import read_json
 from mpcompile.io.writing import make_folder, write_atomically
 from mpcompile.optimization.accuracy.images import Images
 from mpcompile.optimization.accuracy.outcome import Outcome
-from mpcompile.optimization.model import Drops, Level, Menu, Model
+from mpcompile.optimization.numbers.model import Drops, Level, Menu, Model
 from mpcompile.optimization.recipe import Recipe
 
 log = logging.getLogger(__name__)

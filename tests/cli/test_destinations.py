@@ -60,13 +60,16 @@ COMMANDS = {
     "export --out": ["export", "a.mpc", "--format", "onnx"],
     "export --json": ["export", "a.mpc", "--format", "onnx", "--out", "x.onnx"],
     "report --out": ["report", "a.mpc"],
+    "optimize --out": ["optimize", MODEL, "--images", "."],
+    "optimize --json": ["optimize", MODEL, "--images", ".", "--out", "x.mpc"],
+    "optimize --report": ["optimize", MODEL, "--images", ".", "--out", "x.mpc"],
 }
 
 
 def test_every_option_that_names_a_file_is_declared():
     """A new option whose type can be written to has to be in this list or be a known input."""
     inputs = {"artifact", "checkpoint", "config", "images", "image", "audit", "explain", "analyze", "certify"}
-    inputs |= {"class_map", "recipe", "data", "target"}
+    inputs |= {"class_map", "recipe", "data", "target", "optimize", "validation", "timings"}
     named = set()
     for name, job in cli.parser()._subparsers._group_actions[0].choices.items():
         declared = job.get_default("destinations") or {}
@@ -76,7 +79,7 @@ def test_every_option_that_names_a_file_is_declared():
                 named.add(f"{name} --{action.dest}")
         assert set(declared) <= {action.dest for action in job._actions}
     # tests/training, tests/test_dump.py and tests/cli/test_reconstruct_command.py
-    folders = {"distill --out", "compile --dump", "compile --statistics"}
+    folders = {"distill --out", "compile --dump", "compile --statistics", "optimize --folder"}
     assert named - folders == set(COMMANDS)
 
 

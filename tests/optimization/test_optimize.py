@@ -322,3 +322,23 @@ def test_files_of_others_are_not_replaced(vit, tmp_path):
         optimize(vit, labelled(vit), max_drop=0.3, out=f"{tmp_path}/", **OPTIONS)
     with pytest.raises(ArtifactError):
         optimize(vit, labelled(vit), max_drop=0.3, out=tmp_path / "missing" / "fast.mpc", **OPTIONS)
+
+
+def test_times_of_another_machine_decide(vit, tmp_path):
+    layers = [
+        {"name": name, "shape": list(weight.shape), "pattern": "2:4", "tokens": 17, "us": us, "dense_us": 10.0}
+        for name, us in {"fc1": 2.0, "fc2": 20.0}.items()
+        for weight in [getattr(vit.blocks[0].mlp, name).weight]
+    ]
+    (tmp_path / "t.json").write_text(json.dumps({"layers": layers, "machine": "Cray-1, 1 thread", "cache": ""}))
+    options = {**OPTIONS, "config": Config(score="magnitude"), "allow": ("masks",), "max_drop": 0.9}
+    result = optimize(vit, labelled(vit), timings=tmp_path / "t.json", **options)
+    masked = dict(result.recipe.patterns)
+    assert masked and set(masked.values()) == {"2:4"}
+    assert all("fc1" in name for name in masked)  # fc2 would be slower there, and nothing else was timed
+    assert "Cray-1" in str(result) and "predicted" in str(result)
+    with pytest.raises(ArtifactError, match="is not the JSON of mpcompile explain"):
+        (tmp_path / "u.json").write_text("{}")
+        optimize(vit, labelled(vit), timings=[tmp_path / "u.json"], **options)
+    with pytest.raises(ConfigError, match="a target needs a measured latency"):
+        optimize(vit, labelled(vit), timings=tmp_path / "t.json", speedup=2, **options)

@@ -31,8 +31,8 @@ from mpcompile.data.images import Images, images_at
 from mpcompile.errors import ConfigError
 from mpcompile.export.examples import describe_inputs
 from mpcompile.optimization.goal import LEVERS, TORCH
+from mpcompile.optimization.numbers.space import OBJECTIVES
 from mpcompile.optimization.runner import runner_file
-from mpcompile.optimization.space import OBJECTIVES
 from mpcompile.runtimes.catalogue import RUNTIMES
 
 _LEFT = ("exclude", "include", "score", "prefix_tokens", "outputs", "tome_method", "tome_proportional")
@@ -69,6 +69,8 @@ def add(commands: Commands) -> None:
     target.add_argument("--latency", type=milliseconds, metavar="MS", help=text)
     text = "stop at this multiple of the best dense build's speed"
     target.add_argument("--speedup", type=float, metavar="N", help=text)
+    text = "minimise the time on another machine: what explain --pattern N:M --json wrote there, one file per pattern"
+    job.add_argument("--timings", type=as_path, nargs="+", metavar="FILE", help=text)
     job.add_argument("--objective", choices=OBJECTIVES, default="latency", help="what is minimised (default latency)")
     job.add_argument(
         "--batch", type=at_least(1), default=1, help="images per call that builds are made for (default 1)"
@@ -149,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         runtimes=args.runtimes,
         latency=args.latency,
         speedup=args.speedup,
+        timings=args.timings,
         config=config,
         out=args.out,
         folder=args.folder,

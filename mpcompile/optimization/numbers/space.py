@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,8 @@ from mpcompile.ir.view import LayerOp, layers, parameter_read
 from mpcompile.kernels.dispatch import LayerSpec, choose, choose_dense
 from mpcompile.kernels.nm_format import Pattern, packed_bytes
 from mpcompile.optimization.accuracy.images import Images
-from mpcompile.optimization.model import Drops, Level, Menu, Model, interpolated
+from mpcompile.optimization.numbers.model import Drops, Level, Menu, Model, interpolated
+from mpcompile.optimization.numbers.timetable import Times
 from mpcompile.passes.allocate.menu import Candidate, find_candidates, label
 from mpcompile.passes.allocate.prediction import CALIBRATED, predict, split_samples
 from mpcompile.passes.base import Context, Request
@@ -49,13 +51,23 @@ class Space:
         objective: what a choice costs, of :data:`OBJECTIVES`.
         seed: seeds every random choice.
         progress: show progress bars (on a terminal).
+        times: times of layers on another machine, in place of this one's.
     """
 
     def __init__(
-        self, model: nn.Module, example: Any, config: Config, fit: Images, objective: str, seed: int, progress: bool
+        self,
+        model: nn.Module,
+        example: Any,
+        config: Config,
+        fit: Images,
+        objective: str,
+        seed: int,
+        progress: bool,
+        times: Times | None = None,
     ) -> None:
         self.model, self.example, self.config, self.fit = model, example, config, fit
         self.objective, self.seed, self.hidden = objective, seed, None if progress else True
+        self.times = times
         self.notes: list[str] = []
         self.pairs: list[tuple[float, float]] = []  # damage, expected drop
         self._us: dict[str, float] = {}
@@ -72,15 +84,7 @@ class Space:
         menus = self._menus() if masks else []
         costs = self._costs([graph for _, _, graph in schedules], menus, exact_us)
         levels = [Level(merges, d, cost) for (merges, d, _), (cost, _) in zip(schedules, costs, strict=True)]
-        found = [
-            Menu(
-                tuple(candidate.names),
-                tuple(label(p) for p in candidate.options),
-                tuple(candidate.costs),
-                tuple(tuple(each[number]) for _, each in costs),
-            )
-            for number, candidate in enumerate(menus)
-        ]
+        found = [_menu(candidate, [each[number] for _, each in costs]) for number, candidate in enumerate(menus)]
         return Model(levels, found, drops=Drops().fit(self.pairs))
 
     def graph(self, merges: Sequence[int]) -> IRModule:
@@ -130,7 +134,8 @@ class Space:
 
     def _menus(self) -> list[Candidate]:
         """Return every weight that may be masked, with the damage of its patterns."""
-        config = replace(self.config, mac_reduction=0.5, layer_patterns=(), tome_r=0, tome_reduction=None)
+        offered = () if self.times is None else tuple(dict.fromkeys(["dense", *(pattern for _, pattern in self.times)]))
+        config = replace(self.config, mac_reduction=0.5, patterns=offered, layer_patterns=(), tome_r=0)
         imported = import_model(self.model, self.example)
         ctx = Context(
             config,
@@ -140,7 +145,7 @@ class Space:
             requests=[Request.REFIT],
             seed=self.seed,
         )
-        gm = run_pipeline(imported, replace(config, mac_reduction=None, pattern="dense"), Pipeline([]))
+        gm = run_pipeline(imported, replace(config, mac_reduction=None, patterns=(), pattern="dense"), Pipeline([]))
         try:
             candidates = find_candidates(gm, ctx)
         except NotEligibleError as error:
@@ -171,7 +176,7 @@ class Space:
                 rows += _rows(layer)
                 if number is not None:
                     each[number] = [a + b for a, b in zip(each[number], values, strict=True)]
-            if self.objective == LATENCY:
+            if self.objective == LATENCY and self.times is None:
                 if rest is None:
                     rest, first_rows = max(0.0, exact_us - total), rows
                 total += rest * rows / first_rows
@@ -197,6 +202,11 @@ class Space:
             return 0.0
         axes = None if geometry is None else (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
         spec = LayerSpec(tuple(weight.shape), weight.dtype, weight.device, pattern or Pattern(1, 1), axes, tuple(shape))
+        if self.times is not None:
+            known = self.times.get((spec.shape, label(pattern)))
+            if known is None:  # not offered; a dense layer that was not timed costs nothing that a choice could save
+                return 0.0 if pattern is None else math.inf
+            return interpolated(known, spec.tokens or 1)
         if geometry is not None:
             return self._timed(spec, pattern is None)
         full = max(1, spec.tokens or 1)
@@ -214,6 +224,17 @@ class Space:
             us = choice.dense_us if dense and spec.geometry is not None else choice.us
             self._us[key] = us or 0.0
         return self._us[key]
+
+
+def _menu(candidate: Candidate, costs: Sequence[Sequence[float]]) -> Menu:
+    """Return the menu of a weight, without patterns whose cost is not known."""
+    places = [i for i in range(len(candidate.options)) if all(math.isfinite(level[i]) for level in costs)]
+    return Menu(
+        tuple(candidate.names),
+        tuple(label(candidate.options[i]) for i in places),
+        tuple(candidate.costs[i] for i in places),
+        tuple(tuple(level[i] for i in places) for level in costs),
+    )
 
 
 def _stored(gm: IRModule, layer: LayerOp) -> str:

@@ -205,14 +205,14 @@ class Model:
 
 
 def interpolated(at: Mapping[int, float], rows: float) -> float:
-    """Return a value that is known at some numbers of rows, linear in between, and in proportion below the smallest.
+    """Return a value that is known at some numbers of rows: linear in between, in proportion to the rows outside.
 
     Example:
-        >>> interpolated({100: 10.0, 200: 30.0}, 150), interpolated({100: 10.0}, 50)
-        (20.0, 5.0)
+        >>> interpolated({100: 10.0, 200: 30.0}, 150), interpolated({100: 10.0}, 50), interpolated({100: 10.0}, 300)
+        (20.0, 5.0, 30.0)
     """
     known = sorted(at.items())
-    smallest, value = known[0]
-    if rows <= smallest:
-        return value * rows / smallest
+    outside = known[0] if rows <= known[0][0] else known[-1] if rows >= known[-1][0] else None
+    if outside is not None:
+        return outside[1] * rows / outside[0]
     return float(np.interp(rows, [r for r, _ in known], [v for _, v in known]))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mpcompile.config import Config
 from mpcompile.optimization.accuracy.outcome import Outcome
 from mpcompile.optimization.frontier import Entry, Frontier
-from mpcompile.optimization.model import Drops, Level, Menu, Model, interpolated
+from mpcompile.optimization.numbers.model import Drops, Level, Menu, Model, interpolated
 from mpcompile.optimization.recipe import Recipe
 
 values = st.floats(0.001, 1, allow_nan=False)
