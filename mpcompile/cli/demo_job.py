@@ -261,8 +261,8 @@ def _write_page(out: Path, result: mpcompile.Optimized, images: Tensor) -> None:
     from mpcompile import page
     from mpcompile.page.sources import Sources, read_json
 
-    names = {"optimize": "frontier.json", "audit": "report.json", "analyze": "analysis.json"}
-    sources = Sources(**{command: read_json(out / name, command) for command, name in names.items()})
+    audited, analyzed = read_json(out / "report.json", "audit"), read_json(out / "analysis.json", "analyze")
+    sources = Sources(audit=audited, analyze=analyzed, optimize=read_json(out / "frontier.json", "optimize"))
     page.add_artifact(sources, out / "digits.mpc")
     merged = any(result.recipe.merges)
     for number, image in enumerate(images[: PICTURES if merged else 0], 1):

@@ -203,10 +203,9 @@ class Frontier:
             ("transformed", "o", "C0", [e for e in self.entries if not e.dense]),
             ("chosen", "*", "C3", [e for e in self.entries if e.verdict == CHOSEN]),
         ):
-            timed = [e for e in chosen if e.speedup is not None]
-            drops = [0.0 if e.outcome is None else e.outcome.drop for e in timed]
+            points = [(e.speedup, 0.0 if e.outcome is None else -100 * e.outcome.drop) for e in chosen if e.speedup]
             size = 140 if label == "chosen" else 36
-            axes.scatter([e.speedup for e in timed], [-100 * d for d in drops], size, colour, marker, label=label)
+            axes.scatter([x for x, _ in points], [y for _, y in points], s=size, c=colour, marker=marker, label=label)
         axes.axhline(-100 * self.max_drop, color="C3", linewidth=0.8, linestyle=":")
         axes.axvline(1, color="C7", linewidth=0.8)
         axes.set_xlabel("speed against the best dense build, higher is better")

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from mpcompile.artifact import load
 from mpcompile.backend import mpsparse
 from mpcompile.errors import ArtifactError, ConfigError
-from mpcompile.io.ownership import is_ours, sign
+from mpcompile.io.ownership import is_ours, write_signed
 from mpcompile.io.reading import read_json, sha256
 from mpcompile.io.schema import Mismatch, check
 from mpcompile.io.writing import check_writable, write_atomically
@@ -125,7 +125,7 @@ class Runner:
         if self.onnx is not None:
             onnx_path = artifact.with_suffix(".onnx")
             content = self.onnx.read_bytes() if self._bytes is None else self._bytes
-            write_atomically(onnx_path, lambda temporary: (temporary.write_bytes(content), sign(temporary)))
+            write_signed(onnx_path, lambda temporary: temporary.write_bytes(content), suffix=".onnx")
             onnx = sha256(onnx_path)
         values = {
             "runtime": self.runtime,

@@ -9,6 +9,7 @@ all builds are timed in one interleaved run.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -189,11 +190,13 @@ class Search:
 
     def _budgets(self, numbers: Model, masks: bool) -> Any:
         """Return the budgets of damage, each computed when its turn comes: the predictions improve meanwhile."""
-        steps: list[Callable[[], float]] = [
-            lambda step=step: numbers.drops.damage(step * self.goal.max_drop) for step in LADDER
-        ]
+
+        def expected(step: float) -> float:
+            return numbers.drops.damage(step * self.goal.max_drop)
+
+        steps: list[Callable[[], float]] = [functools.partial(expected, step) for step in LADDER]
         if not masks:  # every level is a step
-            steps = [lambda level=level: level.damage * (1 + 1e-9) for level in numbers.levels]
+            steps = [functools.partial(float, level.damage * (1 + 1e-9)) for level in numbers.levels]
         label = "masks" if masks else "tokens"
         return tqdm(steps, desc=label, unit="step", disable=None if self.progress else True)
 

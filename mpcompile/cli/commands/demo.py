@@ -9,8 +9,8 @@ from mpcompile.cli.destinations import declare
 from mpcompile.cli.options import Commands, as_path, at_least, command, threads_option
 from mpcompile.errors import printable_lines
 
-_WRITTEN = ("digits.mpc", "digits.runner.json", "digits.onnx", "report.html", "report.json", "frontier.json")
-_WRITTEN += ("plan.json", "analysis.json", "analysis.png")
+_ARTIFACT = ("digits.mpc", "digits.runner.json", "digits.onnx")
+_TABLES = ("report.html", "report.json", "frontier.json", "plan.json", "analysis.json", "analysis.png")
 
 
 def add(commands: Commands) -> None:
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
     job.add_argument(
         "--out", type=as_path, default=Path("mpcompile-demo"), help="folder for the results (default mpcompile-demo)"
     )
-    declare(job, out=_WRITTEN)
+    declare(job, out=_ARTIFACT + _TABLES)
     threads_option(job)
     job.set_defaults(run=run)
 

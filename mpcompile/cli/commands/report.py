@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("there is nothing to report", hint="give an artifact, or --audit FILE")
     if args.image and args.artifact is None:
         raise ConfigError("--image needs an artifact", hint="the page shows how the artifact merges tokens")
-    sources = Sources(**found)
+    sources = Sources(found["audit"], found["explain"], found["analyze"], found["certify"], optimize=found["optimize"])
     if args.artifact is not None:
         page.add_artifact(sources, args.artifact, args.image)
     page.write(args.out, sources, args.title)
