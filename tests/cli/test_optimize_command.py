@@ -10,6 +10,7 @@ from mpcompile.cli import main
 from mpcompile.cli.commands.optimize import milliseconds, share
 from mpcompile.io.ownership import is_ours
 from mpcompile.optimization import builds
+from mpcompile.optimization.numbers import space
 from tests.support.helpers import labelled_images
 
 MODELS = """
@@ -31,6 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def command(folder, tmp_path, monkeypatch):
     """Search on a few images; builds run as they are, three times."""
+    monkeypatch.setattr(space, "REDUCTIONS", (0.3,))
     monkeypatch.setattr(builds, "MAX_ROUNDS", 3)
     monkeypatch.setattr(builds, "MIN_ROUNDS", 3)
     monkeypatch.setattr("mpcompile.optimization.runner.compiled_with", lambda module, backend: module)

@@ -14,6 +14,7 @@ from mpcompile import Config, optimize
 from mpcompile.errors import ArtifactError, ConfigError, InputError
 from mpcompile.optimization import builds, runner, search
 from mpcompile.optimization.contest import Contest
+from mpcompile.optimization.numbers import space
 from mpcompile.optimization.recipe import Recipe
 from mpcompile.optimization.runner import Runner, load_runner, runner_file
 from mpcompile.runtimes.catalogue import RUNTIMES
@@ -34,7 +35,9 @@ def vit():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Time builds in a few calls, and run them as they are: compiling takes a minute per build."""
+    """Few levels and steps; builds are timed in a few calls and run as they are, since compiling takes a minute each."""
+    monkeypatch.setattr(space, "REDUCTIONS", (0.2, 0.4))
+    monkeypatch.setattr(search, "LADDER", (0.3, 1.0, 3.0))
     monkeypatch.setattr(builds, "MAX_ROUNDS", 3)
     monkeypatch.setattr(builds, "MIN_ROUNDS", 3)
     monkeypatch.setattr("mpcompile.optimization.runner.compiled_with", lambda module, backend: module)
@@ -289,6 +292,7 @@ def worker(rank, folder):
     """One of two processes: the same search, with its share of the images."""
     os.environ["MPCOMPILE_TIMING"] = "off"
     builds.MAX_ROUNDS = builds.MIN_ROUNDS = 3
+    space.REDUCTIONS = (0.2, 0.4)
     runner.compiled_with = lambda module, backend: module
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
