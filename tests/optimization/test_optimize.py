@@ -35,7 +35,7 @@ def vit():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few levels and steps; builds are timed in a few calls and run as they are, since compiling takes a minute each."""
+    """Few levels and steps; builds run as they are, three times: compiling takes a minute each."""
     monkeypatch.setattr(space, "REDUCTIONS", (0.2, 0.4))
     monkeypatch.setattr(search, "LADDER", (0.3, 1.0, 3.0))
     monkeypatch.setattr(builds, "MAX_ROUNDS", 3)
