@@ -13,7 +13,7 @@ from mpcompile.errors import ConfigError
 def test_defaults_and_size():
     config = Config()
     assert (config.pattern, config.tome_r, config.score, config.engine) == ("2:4", 0, "obs", "auto")
-    assert len(dataclasses.fields(Config)) <= 18
+    assert len(dataclasses.fields(Config)) <= 19
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.pattern = "4:8"
 

@@ -26,6 +26,12 @@ class Optimized:
         module: the transformed graph: trainable, saves, lowers and exports like that of :func:`mpcompile.transform`.
         runner: a callable, the fastest build in the runtime where it is fastest. On other ranks than the first: None.
         frontier: every build that was tried.
+
+    Example:
+        >>> gm = mpcompile.transform(nn.Linear(4, 2).eval(), torch.randn(2, 4), mpcompile.Config(pattern="dense"))
+        >>> entry = Entry("dense, torch", runtime="torch", dense=True, latency_ms=1.0, verdict="chosen")
+        >>> Optimized(gm, Runner(gm), Frontier([entry], 0.01, 0.8)).speedup
+        1.0
     """
 
     module: IRModule

@@ -45,10 +45,7 @@ def test_demo_runs_and_its_second_run_starts_from_the_same_model(tmp_path, monke
     assert audited["dense eager"]["samples"] == 450
     found = json.loads((tmp_path / "first/frontier.json").read_text())
     chosen = next(entry for entry in found["entries"] if entry["verdict"] == "chosen")
-    assert chosen["outcome"]["samples"] in (
-        300,
-        556,
-    )  # the scans kept back; and those of the fits, if nothing is masked
+    assert chosen["dense"] or chosen["outcome"]["samples"] == 300  # the scans kept back
     text = capsys.readouterr().out
     heads = [line.split()[0] for line in text.splitlines()[2:]]
     assert heads == ["model", "made", "accuracy", "work", "speed", "tried", "report", "artifact", "tables"]

@@ -205,12 +205,14 @@ def test_every_field_has_an_option():
     arguments += ["--exclude", "--prefix-tokens", "2", "--engine", "cpu", "--permute", "--frozen", "--patterns", "1:4"]
     arguments += ["--pattern", "1:4", "--tome-r", "2", "--score", "obs", "--no-restore"]
     arguments += ["--outputs", "logits", "pooler*", "--no-skip-dead-tokens", "--tome-method", "tome"]
+    arguments_of_layers = ["--pattern", "1:4", "--layer-patterns", "fc=2:4", "*=dense"]
     values = ("1:4", 0.3, ("1:4",), 2, "linear", None, False, "obs", True, False, "cpu", (), ("a", "b"), 2, True)
-    values += (("logits", "pooler*"), False, "tome")
+    values += (("logits", "pooler*"), False, "tome", ())
     assert len(values) == len(dataclasses.fields(Config))
     expected = Config(*values)
     assert expected.outputs == ("logits", "pooler*")
     assert parsed(*arguments) == expected
+    assert parsed(*arguments_of_layers).layer_patterns == ("fc=2:4", "*=dense")
     assert parsed("--tome-r", "auto", "--tome-reduction", "0.3").tome_reduction == 0.3
 
 

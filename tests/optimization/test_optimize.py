@@ -184,7 +184,7 @@ def test_a_runtime_that_fails_is_reported_and_the_others_go_on(vit, monkeypatch)
         ({"batch": 0}, "batch is out of range"),
         ({"latency": 3, "speedup": 2}, "two targets"),
         ({"speedup": -1}, "speedup is out of range"),
-        ({"latency": 3, "objective": "macs"}, "targets of objective"),
+        ({"latency": 3, "objective": "macs"}, "are for objective"),
         ({"config": Config(tome_r=8)}, "the search decides tome_r itself"),
         ({"config": {"score": "obs"}}, "config has the wrong type"),
     ],

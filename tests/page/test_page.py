@@ -44,6 +44,15 @@ EXPLAIN = {
         {"name": "blocks.0.mlp.fc2", "engine": "cpu", "us": None, "dense_us": 5.0},
     ],
 }
+OPTIMIZE = {
+    "max_drop": 0.01,
+    "confidence": 0.8,
+    "entries": [
+        {"name": "dense, torch", "dense": True, "latency_ms": 4.0, "speedup": 1.0, "verdict": "slower"},
+        {"name": "8 tokens <merged>", "latency_ms": 2.0, "speedup": 2.0, "drop": 0.004, "interval": [-0.01, 0.02],
+         "upper": 0.009, "outcome": {"samples": 500}, "macs": 1000000, "verdict": "chosen"},
+    ],
+}  # fmt: skip
 CERTIFY = {
     "samples": 50,
     "tiers": [{"name": "0 as run", "samples": 50, "certified": 45, "median": 0.1}, {"name": "1", "certified": 20}],
@@ -97,7 +106,7 @@ def whole(artifact, tmp_path_factory):
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     pictures = {path.name: page.pictures(artifact, path)}
-    sources = Sources(AUDIT, EXPLAIN, analyze(), CERTIFY, artifact, "tiny.mpc", 12345, 20000, pictures)
+    sources = Sources(AUDIT, EXPLAIN, analyze(), CERTIFY, artifact, "tiny.mpc", 12345, 20000, pictures, OPTIMIZE)
     return page.render(sources)
 
 
@@ -123,7 +132,7 @@ def test_it_fetches_and_runs_nothing(whole):
 def test_without_data_every_section_names_the_command_that_provides_it():
     text = page.render(Sources())
     assert text.count('class="none"') == len(SECTIONS)
-    for command in ("audit", "analyze", "report", "certify", "explain"):
+    for command in ("audit", "analyze", "report", "certify", "explain", "optimize"):
         assert f"mpcompile {command}" in text
 
 
@@ -207,12 +216,11 @@ def test_lenient_readers():
 
 def test_command(artifact, tmp_path, capsys):
     save(artifact, tmp_path / "tiny.mpc")
-    for name, data in {"audit": AUDIT, "explain": EXPLAIN, "certify": CERTIFY}.items():
+    given = {"audit": AUDIT, "explain": EXPLAIN, "certify": CERTIFY, "optimize": OPTIMIZE}
+    for name, data in given.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
-    options = [
-        part for name in ("audit", "explain", "certify") for part in (f"--{name}", str(tmp_path / f"{name}.json"))
-    ]
+    options = [part for name in given for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
     out = str(tmp_path / "page.html")
     image = ["--image", str(tmp_path / "red.png")]
     assert cli.main(["report", str(tmp_path / "tiny.mpc"), *options, *image, "--out", out, "--title", "T & T"]) == 0

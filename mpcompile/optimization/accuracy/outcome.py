@@ -37,7 +37,7 @@ class Outcome:
     Example:
         >>> outcome = Outcome(500, changed=25, lost=12, won=10, right=434, divergence=0.04, expected=0.006)
         >>> outcome.drop, round(outcome.upper(0.95), 4)
-        (0.004, 0.0201)
+        (0.004, 0.0204)
     """
 
     samples: int
@@ -86,7 +86,7 @@ def paired_bound(lost: int, won: int, samples: int, confidence: float) -> float:
 
     Example:
         >>> round(paired_bound(0, 0, 100, 0.95), 4), round(paired_bound(5, 5, 500, 0.95), 4)
-        (0.0263, 0.0108)
+        (0.0263, 0.0117)
     """
     z = float(norm.ppf(confidence))
 

@@ -77,7 +77,7 @@ class Drops:
 
     Example:
         >>> round(Drops().of(0.04), 4), round(Drops().damage(0.01), 3)
-        (0.0089, 0.047)
+        (0.0089, 0.046)
     """
 
     factor: float = 0.13
