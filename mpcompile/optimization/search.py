@@ -1,10 +1,10 @@
 """The search: climb from the safest choice to the fastest that keeps the accuracy, then build and time it everywhere.
 
 For each set of levers, choices are tried in the order of their predicted damage, and the first that fails ends the
-sequence. So each accepted choice is a test of its own at the confidence asked for, and trying many does not make a bad
-one more likely to pass (fixed-sequence testing). Masks are judged on images that no fit saw; merging alone is fitted to
-nothing, and is judged on all images that have labels. What was accepted is built in every runtime and precision, and
-all builds are timed in one interleaved run.
+sequence (fixed-sequence testing). A reconstruction behind a failure and builds in bf16 are further tests on the same
+images, for which the confidence is not corrected. Masks are judged on images that no fit saw; merging alone is fitted
+to nothing, and is judged on all images that have labels. What was accepted is built in every runtime and precision,
+and all builds are timed in one interleaved run.
 """
 
 from __future__ import annotations
