@@ -16,7 +16,6 @@ from mpcompile.data import ranks
 from mpcompile.errors import ConfigError
 from mpcompile.ir.module import IRModule
 from mpcompile.ir.numerics import with_ordinary_tensors
-from mpcompile.kernels import machine
 from mpcompile.measure.environment import environment, first_tensor
 from mpcompile.optimization.accuracy.images import LEAST, batched, check_enough, gather, split
 from mpcompile.optimization.builds import Workshop
@@ -106,7 +105,7 @@ def optimize(
         >>> result.runner(images[0][0][:1]).shape, result.chosen.speedup >= 1
         (torch.Size([1, 4]), True)
     """
-    times, machine = (None, None) if timings is None else read_times(_paths(timings))
+    times, elsewhere = (None, None) if timings is None else read_times(_paths(timings))
     goal = Goal(
         max_drop=max_drop,
         confidence=confidence,
@@ -117,7 +116,7 @@ def optimize(
         runtimes=installed_runtimes() if runtimes is None else _names(runtimes),
         latency=latency,
         speedup=speedup,
-        elsewhere=machine,
+        elsewhere=elsewhere,
         seed=seed,
     )
     named([name for name in goal.runtimes if name != TORCH])
@@ -202,7 +201,7 @@ def _check_model(model: Any) -> None:
 def _conditions(goal: Goal, example: Any) -> dict[str, Any]:
     found = environment()
     return {
-        "processor": machine.cpu_name(),
+        "processor": found["processor"],
         "isa": found["isa"],
         "threads": torch.get_num_threads(),
         "batch": len(first_tensor(example)),

@@ -148,7 +148,7 @@ class Contest:
         images = self.judges(entry.recipe)
         entry.outcome = images.judge(self.builds[self.slot(entry)], size=self.goal.batch, alone=True)
         if not self.frontier.keeps(entry):
-            entry.verdict = f"drop may be {entry.outcome.upper(self.goal.confidence):.2%}"
+            entry.verdict = self.frontier.shortfall(entry.outcome)
 
     # --- Latency and the winner ---
 

@@ -126,7 +126,15 @@ class Frontier:
         """Return True if a build is shown to drop by at most ``max_drop``; the model itself drops nothing."""
         if entry.outcome is None:
             return entry.dense and entry.precision == self.conditions.get("precision", "fp32")
-        return entry.outcome.upper(self.confidence) <= self.max_drop
+        return self.passes(entry.outcome)
+
+    def passes(self, outcome: Outcome) -> bool:
+        """Return True if an outcome shows a drop of at most ``max_drop``."""
+        return outcome.upper(self.confidence) <= self.max_drop
+
+    def shortfall(self, outcome: Outcome) -> str:
+        """Return the verdict on an outcome that does not."""
+        return f"drop may be {outcome.upper(self.confidence):.2%}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the frontier as JSON values."""

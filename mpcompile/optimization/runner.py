@@ -20,10 +20,10 @@ from mpcompile.io.ownership import is_ours, write_signed
 from mpcompile.io.reading import read_json, sha256
 from mpcompile.io.schema import Mismatch, check
 from mpcompile.io.writing import check_writable, write_atomically
-from mpcompile.measure.builds import Frozen
-from mpcompile.runtimes.catalogue import RUNTIMES, in_fp32
+from mpcompile.measure.builds import Frozen, InRuntime
+from mpcompile.optimization.goal import TORCH
+from mpcompile.runtimes.catalogue import RUNTIMES
 
-TORCH = "torch"
 # Before a call, dynamo checks the inputs alone: a runner's module does not change any more.
 SERVED = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
 _KEY = "mpcompile_runner"
@@ -78,18 +78,6 @@ class Runner:
         self._build = build
         self._bytes: bytes | None = None  # of the ONNX file
 
-    @property
-    def name(self) -> str:
-        """Runtime and precision."""
-        engine = {"mpsparse": "mpcompile", "inductor": "torch"}.get(self.backend)
-        title = engine or RUNTIMES[self.runtime].title
-        return title if self.precision == "fp32" else f"{title} {self.precision}"
-
-    @property
-    def weight_bytes(self) -> int | None:
-        """Bytes of the weights, if the runtime says."""
-        return getattr(self._build, "weight_bytes", None)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output for a batch; the first call builds it."""
         if self._build is None:
@@ -105,8 +93,7 @@ class Runner:
     def _made(self) -> Callable[..., Any]:
         if self.runtime != TORCH:
             assert self.onnx is not None  # search and load_runner() give it
-            build = RUNTIMES[self.runtime].load(self.onnx, self.precision, self.threads)
-            return lambda *args, **kwargs: build(*in_fp32(args), **in_fp32(kwargs))
+            return InRuntime(self.module, RUNTIMES[self.runtime].load(self.onnx, self.precision, self.threads))
         module = self.module.eval()
         if self.precision == "bf16":
             module = copy.deepcopy(module).bfloat16()

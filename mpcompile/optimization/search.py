@@ -179,7 +179,7 @@ class Search:
                 break
             tried.add(choice.recipe)
             outcome = self._judged(numbers, choice)
-            if self._keeps(outcome):
+            if self.frontier.passes(outcome):
                 accepted.append(choice)
                 continue
             self.failed = min(self.failed, choice.damage)
@@ -205,9 +205,6 @@ class Search:
         """Return True if masks are predicted to gain something over merging alone at equal damage."""
         return choice.cost < WORTH * numbers.best(choice.damage, masks=False).cost
 
-    def _keeps(self, outcome: Outcome) -> bool:
-        return outcome.upper(self.goal.confidence) <= self.goal.max_drop
-
     def _judged(self, numbers: Model, choice: Choice) -> Outcome:
         """Carry out a choice and judge it; learn from what it does to the images of the fits."""
         recipe = choice.recipe
@@ -220,14 +217,14 @@ class Search:
         entry = self.contest.entry(recipe, None, "fp32", outcome)
         entry.predicted_drop = numbers.drops.of(choice.damage)
         entry.predicted_ms = choice.cost / 1e3 if self.goal.objective == LATENCY else None
-        upper = outcome.upper(self.goal.confidence)
-        entry.verdict = "keeps the accuracy" if self._keeps(outcome) else f"drop may be {upper:.2%}"
+        passes = self.frontier.passes(outcome)
+        entry.verdict = "keeps the accuracy" if passes else self.frontier.shortfall(outcome)
         if recipe.masked:
             self.known.append((numbers.levels[choice.level].damage, choice.masks, fitted.divergence))
             numbers.fit(self.known)
         self.space.pairs.append((fitted.divergence, fitted.expected))
         numbers.drops = numbers.drops.fit(self.space.pairs)
-        self._tell(f"{recipe}: drop {outcome.drop:.2%}, at most {upper:.2%}")
+        self._tell(f"{recipe}: drop {outcome.drop:.2%}, at most {outcome.upper(self.goal.confidence):.2%}")
         return outcome
 
     def _rebuilt(self, numbers: Model, choice: Choice) -> Choice | None:
@@ -245,7 +242,7 @@ class Search:
         recipe = Recipe(choice.recipe.merges, choice.recipe.patterns, minutes)
         self.graphs[recipe] = gm
         rebuilt = Choice(recipe, choice.level, choice.masks, choice.damage, choice.cost)
-        return rebuilt if self._keeps(self._judged(numbers, rebuilt)) else None
+        return rebuilt if self.frontier.passes(self._judged(numbers, rebuilt)) else None
 
     def _judges(self, recipe: Recipe) -> Images:
         """Return the images that a recipe was fitted to nothing of."""

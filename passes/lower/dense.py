@@ -15,13 +15,13 @@ from torch import fx
 
 from mpcompile.ir.effects import erase_orphans, storage, written_tensors
 from mpcompile.ir.module import IRModule
-from mpcompile.ir.nodes import argument, shape_of
+from mpcompile.ir.nodes import argument
 from mpcompile.ir.parts import keep
 from mpcompile.ir.view import LayerOp, layers
-from mpcompile.kernels.dispatch import CpuDenseEngine, LayerSpec, choose_dense
+from mpcompile.kernels.dispatch import CpuDenseEngine, choose_dense
 from mpcompile.kernels.nm_format import Pattern
 from mpcompile.passes.base import Context, Decision, Pass
-from mpcompile.passes.lower.masked import PACKED, EngineChoice, describe
+from mpcompile.passes.lower.masked import PACKED, EngineChoice, describe, spec_of
 from mpcompile.passes.rewriting import supersede
 
 WHOLE = Pattern(1, 1)
@@ -58,7 +58,7 @@ class LowerDense(Pass):
             if storage(layer.weight.tensor) in changing:
                 left[layer.name] = "the graph itself writes into its weight"
                 continue
-            spec = _spec_of(layer)
+            spec = spec_of(layer, WHOLE)
             choice = choose_dense(spec, ctx.config.engine)
             if choice.engine.name == CpuDenseEngine.name:
                 engines[layer.name] = describe(spec, choice)
@@ -90,11 +90,6 @@ def _candidates(gm: IRModule, ctx: Context) -> list[LayerOp]:
     return [layer for layer in found if layer.obstacle is None and layer.weight.tensor.numel()]
 
 
-def _spec_of(layer: LayerOp) -> LayerSpec:
-    weight = layer.weight.tensor
-    return LayerSpec(tuple(weight.shape), weight.dtype, weight.device, WHOLE, None, shape_of(layer.input))
-
-
 def _replace(gm: IRModule, layer: LayerOp, keys: list[str]) -> None:
     """Replace one use of a layer by the engine's operator."""
     graph, node = gm.graph, layer.node
@@ -104,7 +99,7 @@ def _replace(gm: IRModule, layer: LayerOp, keys: list[str]) -> None:
         if bias is not None and not isinstance(bias, fx.Node):
             bias = graph.get_attr(f"{layer.name}.bias")
         source = argument(node, 0, "input")  # not layer.input: that layer may have been replaced since
-        target, args = CpuDenseEngine().call(_spec_of(layer), source, packed, bias)
+        target, args = CpuDenseEngine().call(spec_of(layer, WHOLE), source, packed, bias)
         new = graph.call_function(target, args)
     new.meta = dict(node.meta)
     supersede(graph, [node], new)

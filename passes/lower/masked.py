@@ -15,7 +15,7 @@ from mpcompile.ir.nodes import argument, element_count, shape_of
 from mpcompile.ir.parts import attribute, keep, set_attribute
 from mpcompile.ir.view import LayerOp, layers, parameter_read
 from mpcompile.kernels.dispatch import Choice, Engine, LayerSpec, choose_all, engine_named
-from mpcompile.kernels.nm_format import from_rows
+from mpcompile.kernels.nm_format import Pattern, from_rows
 from mpcompile.kernels.nm_linear.reference import unpack_rows
 from mpcompile.layers import MaskedConv2d, MaskedLinear
 from mpcompile.passes.base import Context, Decision, Pass
@@ -124,12 +124,13 @@ class Lowering(Decision):
     left: Mapping[str, str]
 
 
-def spec_of(layer: LayerOp) -> LayerSpec:
-    """Return a masked layer as engines see it."""
+def spec_of(layer: LayerOp, pattern: Pattern | None = None) -> LayerSpec:
+    """Return a layer as engines see it, under its mask's pattern or the one given."""
+    pattern = pattern or layer.pattern
     weight, geometry = layer.weight.tensor, layer.geometry
     axes = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups) if geometry is not None else None
-    assert layer.pattern is not None  # callers pass masked layers
-    return LayerSpec(tuple(weight.shape), weight.dtype, weight.device, layer.pattern, axes, shape_of(layer.input))
+    assert pattern is not None  # callers pass masked layers, or a pattern
+    return LayerSpec(tuple(weight.shape), weight.dtype, weight.device, pattern, axes, shape_of(layer.input))
 
 
 def describe(spec: LayerSpec, choice: Choice) -> EngineChoice:

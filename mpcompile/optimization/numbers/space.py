@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,10 +27,9 @@ from mpcompile.passes.allocate.menu import Candidate, find_candidates, label
 from mpcompile.passes.allocate.prediction import CALIBRATED, predict, split_samples
 from mpcompile.passes.base import Context, Request
 from mpcompile.passes.dead_tokens import SkipDeadTokens
+from mpcompile.passes.lower import spec_of
 from mpcompile.passes.merge_tokens.insert import MergeTokens
 from mpcompile.pipeline import Pipeline, run_pipeline, transform
-
-log = logging.getLogger(__name__)
 
 REDUCTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # shares of the multiply-accumulates at which merging is measured
 GENTLE = 0.3  # up to here, one level in between; beyond, two
@@ -80,18 +78,15 @@ class Space:
             tokens, masks: what the search may use.
             exact_us: microseconds that the model without its dead tokens takes for ``example`` on our engine.
         """
-        schedules = [((), 0.0, self.graph(())), *(self._schedules() if tokens else [])]
+        schedules = [((), 0.0, self._merged(tome_r=0)), *(self._schedules() if tokens else [])]
         menus = self._menus() if masks else []
         costs = self._costs([graph for _, _, graph in schedules], menus, exact_us)
         levels = [Level(merges, d, cost) for (merges, d, _), (cost, _) in zip(schedules, costs, strict=True)]
         found = [_menu(candidate, [each[number] for _, each in costs]) for number, candidate in enumerate(menus)]
         return Model(levels, found, drops=Drops().fit(self.pairs))
 
-    def graph(self, merges: Sequence[int]) -> IRModule:
-        """Return the model with a schedule of merging, no masks, and without its dead tokens."""
-        return self._merged(tome_r=tuple(merges) if any(merges) else 0)
-
     def _merged(self, **options: Any) -> IRModule:
+        """Return the model with a schedule of merging, no masks, and without its dead tokens."""
         changes = {"pattern": "dense", "mac_reduction": None, "patterns": (), "layer_patterns": ()}
         config = replace(self.config, **{**changes, "tome_reduction": None, "tome_schedule": "auto", **options})
         pipeline = Pipeline([MergeTokens(), SkipDeadTokens()])
@@ -197,17 +192,15 @@ class Space:
 
     def _microseconds(self, layer: LayerOp, pattern: Pattern | None) -> float:
         """Return the time of a layer, interpolated between numbers of rows at which its shape was timed."""
-        weight, geometry, shape = layer.weight.tensor, layer.geometry, shape_of(layer.input)
-        if shape is None:
+        spec = spec_of(layer, pattern or Pattern(1, 1))
+        if spec.inputs is None:
             return 0.0
-        axes = None if geometry is None else (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-        spec = LayerSpec(tuple(weight.shape), weight.dtype, weight.device, pattern or Pattern(1, 1), axes, tuple(shape))
         if self.times is not None:
             known = self.times.get((spec.shape, label(pattern)))
             if known is None:  # not offered; a dense layer that was not timed costs nothing that a choice could save
                 return 0.0 if pattern is None else math.inf
             return interpolated(known, spec.tokens or 1)
-        if geometry is not None:
+        if spec.geometry is not None:
             return self._timed(spec, pattern is None)
         full = max(1, spec.tokens or 1)
         top = self._tops.setdefault(spec.shape, full)  # the dense graph comes first, and has the most rows
